@@ -1,0 +1,176 @@
+"""Attention: who may look at whom, where tokens stand, and the weighted sum itself.
+
+Every mask in this package is one idea: query t sees the keys of one interval [first, stop). Causal text, padding,
+packed documents, a bidirectional ViT and a prefix are all intervals, so that one kernel serves them all and
+a mask costs two integers per query. The readable `reference` spells the equation out; `sdpa` is torch's fused form.
+
+B batch, T queries, S keys, H heads, K key/value heads, D head width
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovlm.names import nearest
+
+BACKENDS = ("reference", "sdpa")
+
+
+@dataclass(frozen=True)
+class Visible:
+    """The interval of keys that each query may attend to.
+
+    first: int[B or 1, T], the first visible key.
+    stop: int[B or 1, T], one past the last visible key; stop <= first: the query sees nothing.
+    pattern: "causal" (lower triangle over as many keys as queries), "full" (every key) or "intervals" (anything);
+      a hint that lets a backend leave the mask out, never more than the intervals say.
+    """
+
+    first: Tensor
+    stop: Tensor
+    pattern: str = "intervals"
+
+    def mask(self, num_keys):
+        """Draw the intervals as bool[B or 1, T, num_keys]; True = may attend."""
+        keys = torch.arange(num_keys, device=self.first.device)
+        return (keys >= self.first[..., None]) & (keys < self.stop[..., None])
+
+    def check(self, num_keys):
+        """Raise ValueError where an interval leaves [0, num_keys]; for those who build one (it reads values)."""
+        if self.first.shape != self.stop.shape or self.first.ndim != 2:
+            raise ValueError(
+                f"first {tuple(self.first.shape)} and stop {tuple(self.stop.shape)} must share one shape [B, T]"
+            )
+        if bool((self.first < 0).any()) or bool((self.stop > num_keys).any()):
+            raise ValueError(
+                f"intervals reach from {int(self.first.min())} to {int(self.stop.max())}, "
+                f"but there are keys 0 to {num_keys} only"
+            )
+        return self
+
+
+def full(num_queries, num_keys, device=None):
+    """Every query sees every key: a ViT, or a resampler's latents."""
+    first = torch.zeros(1, num_queries, dtype=torch.long, device=device)
+    return Visible(first, first + num_keys, "full")
+
+
+def causal(segments):
+    """Each token sees its own document up to itself.
+
+    Args:
+      segments: int[B, T], number of the packed document of each token; -1 = padding, which sees nothing.
+        A document's tokens stand side by side.
+    Returns: Visible with first = the document's first token.
+    """
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    first = torch.where(begins, index, 0).cummax(dim=1).values
+    return Visible(first, torch.where(segments < 0, first, index + 1))
+
+
+def causal_rows(num_rows, num_tokens, device=None):
+    """Plain causal rows without packing or padding before the text; the fast case of `causal`."""
+    index = torch.arange(num_tokens, device=device).expand(num_rows, -1)
+    return Visible(torch.zeros_like(index), index + 1, "causal")
+
+
+def prefix(segments, prefix_lengths):
+    """Causal, except that the first tokens of a document see one another in both directions.
+
+    Args:
+      segments: int[B, T] as in `causal`, one document a row, with or without padding at either end.
+      prefix_lengths: int[B], tokens of the bidirectional prefix.
+    Raises: ValueError for a prefix longer than its document (it reads values).
+    """
+    lengths = (segments >= 0).sum(dim=1)
+    if bool((prefix_lengths > lengths).any()):
+        raise ValueError(f"prefixes of {prefix_lengths.tolist()} tokens in rows of {lengths.tolist()}; shorten them")
+    visible = causal(segments)
+    stop = torch.maximum(visible.stop, visible.first + prefix_lengths[:, None])
+    return Visible(visible.first, torch.where(segments < 0, visible.first, stop))
+
+
+def sliding_window(segments, window):
+    """Causal, but only the last `window` >= 1 tokens (oneself included) are visible."""
+    if window < 1:
+        raise ValueError(f"window {window} hides every token from itself; it must be at least 1")
+    visible = causal(segments)
+    return Visible(torch.maximum(visible.first, visible.stop - window), visible.stop)
+
+
+def rope_tables(positions, rotary_width, base):
+    """Cosines and sines of rotary position embedding.
+
+    Args:
+      positions: int[B, T]. rotary_width: how many channels of a head turn (even). base: RoPE's theta.
+    Returns: two float32[B, 1, T, rotary_width / 2].
+    Source: RoFormer, arXiv:2104.09864, Eq. 15; half-split as in LLaMA.
+    """
+    channel = torch.arange(0, rotary_width, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[:, None, :, None].float() * base ** (-channel / rotary_width)  # B 1 T D/2
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Turn the first channels of x float[B, H, T, D] by their position's angle; the rest pass through."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def attention_weights(q, k, visible):
+    """Softmax of the scaled scores over the visible keys; rows that see nothing are zero.
+
+    Args:
+      q: float[B, H, T, D]. k: float[B, K, S, D], H a multiple of K. visible: Visible over S keys.
+    Returns: float[B, H, T, S].
+    Source: Attention Is All You Need, arXiv:1706.03762, Eq. 1.
+    """
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # grouped queries share their keys
+    scores = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5  # B H T S
+    mask = visible.mask(k.shape[2])[:, None]
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return weights.masked_fill(~mask, 0.0)  # a row of -inf gave NaN
+
+
+def reference(q, k, v, visible):
+    """Attention as written: softmax(q k^T / sqrt(D)) v, with float32 scores."""
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return (attention_weights(q, k, visible) @ v.float()).to(q.dtype)
+
+
+def sdpa(q, k, v, visible):
+    """The same sum by torch's fused kernels; the mask is left out where the pattern is known."""
+    grouped = q.shape[1] != k.shape[1]
+    if visible.pattern == "full":
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    if visible.pattern == "causal" and q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    mask = visible.mask(k.shape[2])[:, None]  # B 1 T S
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    # torch does not promise zeros for a row that sees nothing
+    return out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+
+
+def attention(q, k, v, visible, backend="sdpa"):
+    """Attend, by the backend asked for.
+
+    Args:
+      q: float[B, H, T, D]. k, v: float[B, K, S, D], H a multiple of K (grouped queries).
+      visible: Visible, intervals over the S keys.
+      backend: "reference" or "sdpa".
+    Returns: float[B, H, T, D]; zeros where a query sees nothing.
+    Raises: ValueError for an unknown backend or head counts that do not divide.
+    """
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: no multiple")
+    if backend == "reference":
+        return reference(q, k, v, visible)
+    if backend == "sdpa":
+        return sdpa(q, k, v, visible)
+    raise ValueError(f"unknown attention backend {backend!r}.{nearest(backend, BACKENDS)}")

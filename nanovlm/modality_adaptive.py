@@ -1,0 +1,88 @@
+"""mPLUG-Owl2's modality-adaptive module: images and words share queries, but not norms, keys and values.
+
+Image tokens and text tokens live at different scales and granularities; pressing both through one key and value
+projection makes them interfere. So a layer keeps two sets of normalisation, W_K and W_V, and every token meets
+those of its own modality. Queries, output projection and feed-forward stay shared.
+
+mPLUG-Owl2, arXiv:2311.04257, Sec. 3.3. With M in {0, 1} the modality of each token:
+  Eq. 4  H~ = LN_V(H where M = vision) + LN_T(H where M = text)
+  Eq. 6  K  = H~_V W_K^V + H~_T W_K^T
+  Eq. 7  V  = H~_V W_V^V + H~_T W_V^T
+Differs from the paper, as the released code does:
+- modality 0 is text and 1 is vision (the paper numbers them the other way round);
+- both norms of a layer are split, the one before attention and the one before the feed-forward.
+
+Each split layer has two forms: `as_written` computes both branches for all tokens and selects, as the equations
+read; `routed` computes for each token its own branch only. They are equal; `forward` takes the routed one.
+
+B batch, T tokens, W width
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+TEXT, VISION = 0, 1
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each modality's tokens stand, computed once per batch and used by every layer.
+
+    modality: int[B, T], 0 = text, 1 = vision.
+    text, vision: int[N_text], int[N_vision], flat indices of the tokens; None where all tokens are text.
+    """
+
+    modality: Tensor
+    text: Tensor | None
+    vision: Tensor | None
+
+
+def route(modality):
+    """Find the tokens of each modality in int[B, T]; a batch of text alone needs no routing at all."""
+    flat = modality.flatten()
+    vision = (flat == VISION).nonzero().squeeze(1)
+    if vision.numel() == 0:
+        return Routing(modality, None, None)
+    return Routing(modality, (flat != VISION).nonzero().squeeze(1), vision)
+
+
+class ModalityAdaptive(nn.Module):
+    """Two copies of one layer that works token by token: a norm, or a linear projection.
+
+    Args:
+      text: the module for text tokens. vision: the module for image tokens, of the same kind.
+    """
+
+    def __init__(self, text, vision):
+        super().__init__()
+        self.text = text
+        self.vision = vision
+
+    def as_written(self, x, routing):
+        """Eq. 4, 6, 7 literally: both branches on every token, then each token keeps its own."""
+        is_vision = (routing.modality == VISION)[..., None]  # B T 1
+        return torch.where(is_vision, self.vision(x), self.text(x))
+
+    def routed(self, x, routing):
+        """The same, but each token meets only its own branch: gather, apply, put back."""
+        if routing.vision is None:
+            return self.text(x)
+        flat = x.flatten(0, 1)  # BT W
+        text = self.text(flat[routing.text])
+        vision = self.vision(flat[routing.vision])
+        out = text.new_empty(flat.shape[0], text.shape[-1])
+        out = out.index_copy(0, routing.text, text).index_copy(0, routing.vision, vision)
+        return out.unflatten(0, x.shape[:2])
+
+    def forward(self, x, routing):
+        """x float[B, T, W] and the batch's Routing -> float[B, T, W_out]."""
+        return self.routed(x, routing)
+
+
+def split(module, routing):
+    """Bind a layer to the batch: a ModalityAdaptive one takes the routing, any other module just its input."""
+    if isinstance(module, ModalityAdaptive):
+        return lambda x: module(x, routing)
+    return module

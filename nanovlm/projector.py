@@ -1,0 +1,76 @@
+"""The simplest bridge: every patch becomes one image token, by a linear map or a small MLP.
+
+LLaVA (arXiv:2304.08485) uses one linear layer, LLaVA-1.5 and LLaVA-Phi (arXiv:2401.02330, Sec. 3.1) two with a GELU
+between. Nothing is summarised: as many image tokens as patches, in the same order.
+
+M visual inputs, N patches over all frames, D width
+"""
+
+import math
+
+from torch import nn
+
+
+class LinearProjector(nn.Module):
+    """One linear layer from the ViT's width to the language model's (LLaVA)."""
+
+    def __init__(self, vision_width, output_width):
+        super().__init__()
+        self.output_width = output_width
+        self.linear = nn.Linear(vision_width, output_width)
+
+    def num_image_tokens(self, num_patches, num_frames=1):
+        """Image tokens that a visual input of `num_frames` frames of `num_patches` patches becomes."""
+        return num_patches * num_frames
+
+    def forward(self, patches, num_frames=1, out=None):
+        """float[M, N, vision_width] -> float[M, N, output_width]."""
+        return self.linear(patches)
+
+
+class MLPProjector(LinearProjector):
+    """Linear, GELU, linear (LLaVA-1.5, LLaVA-Phi)."""
+
+    def __init__(self, vision_width, output_width):
+        super().__init__(vision_width, output_width)
+        self.gelu = nn.GELU()
+        self.linear_2 = nn.Linear(output_width, output_width)
+
+    def forward(self, patches, num_frames=1, out=None):
+        """float[M, N, vision_width] -> float[M, N, output_width]."""
+        return self.linear_2(self.gelu(self.linear(patches)))
+
+
+class PixelShuffleProjector(nn.Module):
+    """MLP over squares of neighbouring patches: `merge` x `merge` of them become one image token.
+
+    The patches of a square are laid behind one another, so nothing is averaged away; the first linear layer mixes
+    them. Idefics3, arXiv:2408.12637, Sec. 2.2, and SmolVLM use it without the hidden layer.
+
+    Args:
+      vision_width, output_width: channels of the ViT (without a class token) and of the language model.
+      merge: side of the square, patches.
+    """
+
+    def __init__(self, vision_width, output_width, merge):
+        super().__init__()
+        self.output_width = output_width
+        self.merge = merge
+        self.mlp = MLPProjector(vision_width * merge**2, output_width)
+
+    def num_image_tokens(self, num_patches, num_frames=1):
+        """One token per square of `merge` x `merge` patches.
+
+        Raises: ValueError unless the patches form a grid that divides into such squares.
+        """
+        side = math.isqrt(num_patches)
+        if side * side != num_patches or side % self.merge:
+            raise ValueError(f"{num_patches} patches are no square grid of {self.merge} x {self.merge} squares")
+        return num_frames * num_patches // self.merge**2
+
+    def forward(self, patches, num_frames=1, out=None):
+        """float[M, num_frames * N, vision_width] -> float[M, num_frames * N / merge^2, output_width]."""
+        merge, side = self.merge, math.isqrt(patches.shape[1] // num_frames)
+        x = patches.unflatten(1, (num_frames, side // merge, merge, side // merge, merge))  # M f r m c m D
+        x = x.transpose(3, 4).flatten(1, 3).flatten(2)  # M f*r*c m*m*D
+        return self.mlp(x)

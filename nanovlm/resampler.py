@@ -1,0 +1,118 @@
+"""Perceiver resampler: any number of patches, summarised by a fixed number of latents.
+
+A few learned vectors ask the patches questions by cross-attention and become the image tokens. The language model
+then pays for 32 tokens instead of 900, whatever the resolution or the number of video frames.
+
+Flamingo, arXiv:2204.14198, Sec. 2.1; Perceiver, arXiv:2103.03206; as used in Lynx, arXiv:2307.02469, Sec. 2.1.
+Differs from Flamingo, as Lynx's released code does:
+- keys and values come from the patches alone: `attend_to_latents` adds the latents, which is Flamingo's form;
+- no linear map before it: the latents have the language model's width and look at patches of the ViT's width;
+- a clip gets a learned embedding per frame, a still image none.
+
+M visual inputs, N patches over all frames, L latents, H heads, D head width
+"""
+
+import torch
+from torch import nn
+
+from nanovlm.attention import attention, attention_weights, full
+
+
+class ResamplerLayer(nn.Module):
+    """Latents look at the patches, then think: cross-attention and feed-forward, each with a residual."""
+
+    def __init__(self, vision_width, width, num_heads, head_width, ffn_width, attend_to_latents):
+        super().__init__()
+        inner = num_heads * head_width
+        self.num_heads = num_heads
+        self.attend_to_latents = attend_to_latents
+        self.norm_patches = nn.LayerNorm(vision_width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.q = nn.Linear(width, inner, bias=False)
+        self.k = nn.Linear(vision_width, inner, bias=False)
+        self.v = nn.Linear(vision_width, inner, bias=False)
+        self.o = nn.Linear(inner, width, bias=False)
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, ffn_width, bias=False), nn.GELU(), nn.Linear(ffn_width, width, bias=False)
+        )
+
+    def forward(self, latents, patches, backend, out=None):
+        """latents float[M, L, W], patches float[M, N, vision_width] -> float[M, L, W]."""
+        patches, queries = self.norm_patches(patches), self.norm_latents(latents)
+        if self.attend_to_latents:
+            patches = torch.cat([patches, queries], dim=1)  # Flamingo: the latents see one another too
+        q, k, v = (
+            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # M H L|N D
+            for linear, x in ((self.q, queries), (self.k, patches), (self.v, patches))
+        )
+        visible = full(q.shape[2], k.shape[2], q.device)
+        if out is not None:
+            out.setdefault("latents", []).append(attention_weights(q, k, visible))
+        seen = attention(q, k, v, visible, backend)
+        latents = latents + self.o(seen.transpose(1, 2).flatten(-2))
+        return latents + self.ffn(latents)
+
+
+class Resampler(nn.Module):
+    """Perceiver resampler, a bridge.
+
+    Args:
+      vision_width, output_width: channels of the ViT and of the language model.
+      num_latents: image tokens per visual input. num_layers: depth.
+      num_heads, head_width: of the cross-attention. ffn_width: hidden channels of the feed-forward.
+      max_frames: frames of a clip that have an embedding (0 = images only).
+      attend_to_latents: Flamingo's form; needs vision_width == output_width.
+    """
+
+    def __init__(
+        self, vision_width, output_width, num_latents, num_layers, num_heads, head_width, ffn_width,
+        max_frames=0, attend_to_latents=False,
+    ):  # fmt: skip
+        super().__init__()
+        if attend_to_latents and vision_width != output_width:
+            raise ValueError(
+                f"latents of width {output_width} cannot stand among patches of width {vision_width}; "
+                "make the widths equal or set attend_to_latents=False"
+            )
+        self.output_width = output_width
+        self.num_latents = num_latents
+        self.backend = "sdpa"
+        self.latents = nn.Parameter(torch.randn(num_latents, output_width))
+        self.layers = nn.ModuleList(
+            ResamplerLayer(vision_width, output_width, num_heads, head_width, ffn_width, attend_to_latents)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(output_width)
+        self.frame_embedding = None
+        if max_frames:
+            self.frame_embedding = nn.Parameter(torch.empty(max_frames, vision_width))
+            nn.init.trunc_normal_(self.frame_embedding, std=0.02)
+
+    def num_image_tokens(self, num_patches, num_frames=1):
+        """Always the number of latents."""
+        return self.num_latents
+
+    def forward(self, patches, num_frames=1, out=None):
+        """Summarise.
+
+        Args:
+          patches: float[M, num_frames * N, vision_width], the frames of a clip behind one another.
+          num_frames: frames per visual input.
+          out: dict; when given, out["latents"] becomes a list over layers of float[M, H, L, N].
+        Returns: float[M, num_latents, output_width].
+        Raises: ValueError for a clip when there is no frame embedding, or one too short.
+        """
+        if num_frames > 1:
+            patches = self.mark_frames(patches, num_frames)
+        latents = self.latents.expand(patches.shape[0], -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, patches, self.backend, out)
+        return self.norm(latents)
+
+    def mark_frames(self, patches, num_frames):
+        """Add its frame's embedding to every patch of a clip."""
+        known = 0 if self.frame_embedding is None else len(self.frame_embedding)
+        if num_frames > known:
+            raise ValueError(f"a clip of {num_frames} frames, but frame embeddings for {known}; take fewer frames")
+        patches = patches.unflatten(1, (num_frames, -1)) + self.frame_embedding[:num_frames, None]
+        return patches.flatten(1, 2)

@@ -1,0 +1,202 @@
+"""Vision Transformer: an image becomes a sequence of patch features.
+
+A picture is cut into patches, each patch is embedded by one convolution, a learned position is added, and
+transformer blocks let the patches look at one another in both directions. No pooling and no classifier: the bridge
+wants every patch.
+
+ViT, arXiv:2010.11929; CLIP's variant arXiv:2103.00020. Differs from the paper:
+- options for the siblings: a class token or none, norms before and after the blocks or none, GELU or CLIP's sigmoid
+  approximation of it, biases on all of q, k, v or on q and v alone (EVA);
+- a stem of stride-2 convolutions instead of one patch convolution: a small ViT learns several times faster with it
+  (Early Convolutions Help Transformers See Better, arXiv:2106.14881);
+- the position table is resizable, since training raises the resolution between its stages.
+
+F frames (images), N patches, T tokens (N, or N + 1 with a class token), H heads, D head width, W width
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovlm.attention import attention, full
+from nanovlm.names import nearest
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP
+}
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Sizes and options of a ViT."""
+
+    image_size: int  # pixels, side of the square picture
+    patch_size: int  # pixels
+    width: int  # channels
+    num_layers: int
+    num_heads: int
+    mlp_width: int  # hidden channels of the feed-forward
+    conv_stem: bool = False  # stride-2 convolutions instead of one patch convolution; patch_size is a power of 2
+    class_token: bool = True
+    pre_norm: bool = False  # a norm before the first block (CLIP)
+    post_norm: bool = True  # a norm after the last block
+    qkv_bias: str = "qkv"  # which of the three projections carry a bias; "qv" in EVA
+    patch_bias: bool = True
+    activation: str = "gelu"
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        check_image_size(self.image_size, self.patch_size)
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} does not divide into {self.num_heads} heads")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}.{nearest(self.activation, ACTIVATIONS)}")
+        if not set(self.qkv_bias) <= set("qkv"):
+            raise ValueError(f"qkv_bias {self.qkv_bias!r} names projections other than q, k, v; write e.g. 'qv'")
+        if self.conv_stem and self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"a convolutional stem halves the picture: patch_size {self.patch_size} is no power of 2")
+
+
+def check_image_size(image_size, patch_size):
+    """Raise ValueError unless the picture divides into whole patches."""
+    if image_size < patch_size or image_size % patch_size:
+        near = max(image_size // patch_size, 1) * patch_size
+        raise ValueError(f"image_size {image_size} is no multiple of patch_size {patch_size}; try {near}")
+
+
+def resize_positions(table, num_patches):
+    """Stretch a position table to another number of patches.
+
+    Args:
+      table: float[T, W], a square grid in row-major order, behind the class token's row if there is one.
+      num_patches: patches of the new picture, a square number.
+    Returns: float[T', W]; bicubic in float32, the class token's row copied.
+    Source: Lynx's and EVA's loaders; align_corners=False.
+    """
+    old, new = math.isqrt(len(table)), math.isqrt(num_patches)
+    num_class_rows = len(table) - old * old  # 0 or 1
+    class_rows, grid = table[:num_class_rows], table[num_class_rows:]
+    grid = grid.float().T.reshape(1, -1, old, old)  # 1 W rows columns
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([class_rows, grid.flatten(2)[0].T.to(table.dtype)])
+
+
+class ConvStem(nn.Sequential):
+    """Stride-2 convolutions, the width doubling up to the ViT's: patch_size pixels become one position."""
+
+    def __init__(self, patch_size, width):
+        num_steps = patch_size.bit_length() - 1
+        widths = [3] + [width >> (num_steps - 1 - i) for i in range(num_steps)]
+        layers = []
+        for before, after in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.GELU()]
+        super().__init__(*layers, nn.Conv2d(width, width, kernel_size=1))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention among all tokens of a sequence."""
+
+    def __init__(self, width, num_heads, bias):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width, bias="q" in bias)
+        self.k = nn.Linear(width, width, bias="k" in bias)
+        self.v = nn.Linear(width, width, bias="v" in bias)
+        self.o = nn.Linear(width, width)
+
+    def forward(self, x, visible, backend):
+        """x float[F, T, W] -> the same shape."""
+        q, k, v = (
+            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # F H T D
+            for linear in (self.q, self.k, self.v)
+        )
+        return self.o(attention(q, k, v, visible, backend).transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then a feed-forward, each with a residual."""
+
+    def __init__(self, width, num_heads, mlp_width, activation="gelu", norm_eps=1e-6, qkv_bias="qkv"):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attention = SelfAttention(width, num_heads, qkv_bias)
+        self.norm_2 = nn.LayerNorm(width, eps=norm_eps)
+        self.fc_1 = nn.Linear(width, mlp_width)
+        self.fc_2 = nn.Linear(mlp_width, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x, visible, backend):
+        """x float[F, T, W] -> the same shape."""
+        x = x + self.attention(self.norm_1(x), visible, backend)
+        return x + self.fc_2(self.activation(self.fc_1(self.norm_2(x))))
+
+
+class ViT(nn.Module):
+    """Vision Transformer: float[F, 3, H, W] pixels -> float[F, T, width] features."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.image_size = config.image_size
+        self.backend = "sdpa"
+        if config.conv_stem:
+            self.patch_embedding = ConvStem(config.patch_size, config.width)
+        else:
+            patch = config.patch_size
+            self.patch_embedding = nn.Conv2d(3, config.width, patch, stride=patch, bias=config.patch_bias)
+        self.class_token = nn.Parameter(torch.randn(config.width) * 0.02) if config.class_token else None
+        num_tokens = self.num_patches(config.image_size) + config.class_token
+        self.positions = nn.Parameter(torch.randn(num_tokens, config.width) * 0.02)
+        self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width, config.num_heads, config.mlp_width,
+                config.activation, config.norm_eps, config.qkv_bias,
+            )
+            for _ in range(config.num_layers)
+        )  # fmt: skip
+        self.post_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.post_norm else nn.Identity()
+
+    def num_patches(self, image_size):
+        """Patches of a square picture of `image_size` pixels a side."""
+        return (image_size // self.config.patch_size) ** 2
+
+    def num_tokens(self, image_size):
+        """Features per picture: its patches, and the class token if there is one."""
+        return self.num_patches(image_size) + (self.class_token is not None)
+
+    def resize(self, image_size):
+        """Accept pictures of another size from now on: the position table is replaced, a new parameter."""
+        check_image_size(image_size, self.config.patch_size)
+        if image_size == self.image_size:
+            return
+        table = resize_positions(self.positions.data, self.num_patches(image_size))
+        self.positions = nn.Parameter(table, requires_grad=self.positions.requires_grad)
+        self.image_size = image_size
+
+    def forward(self, pixels):
+        """Turn pictures into features.
+
+        Args:
+          pixels: float[F, 3, image_size, image_size], normalised as the tower was trained.
+        Returns: float[F, T, width], the class token first if there is one, then the patches in row-major order.
+        Raises: ValueError for pictures of another size than the position table's.
+        """
+        if tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"pixels {tuple(pixels.shape)}, but this ViT stands at [F, 3, {self.image_size}, {self.image_size}]; "
+                "resize the pictures, or the ViT with resize()"
+            )
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # F N W
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # F 1+N W
+        x = self.pre_norm(x + self.positions)
+        visible = full(x.shape[1], x.shape[1], x.device)
+        for block in self.blocks:
+            x = block(x, visible, self.backend)
+        return self.post_norm(x)
