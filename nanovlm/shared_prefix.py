@@ -43,7 +43,7 @@ class LentKeys:
 
 
 def can_share(batch, is_image):
-    """Whether pictures stand in front of their rows, one a row and all equally long, and some row repeats one.
+    """Whether pictures stand in front of their rows, one a row, equally long, at equal positions, and some row repeats one.
 
     Args:
       batch: vlm.Batch. is_image: bool[B, T], ids == IMAGE_TOKEN.
@@ -57,7 +57,9 @@ def can_share(batch, is_image):
     one_each = len(batch.owner) == int((num_image_tokens > 0).sum())
     real = batch.segments >= 0
     one_document = bool((batch.segments <= 0).all() and (real[:, 1:] <= real[:, :-1]).all())
-    return in_front and all_or_none and one_each and one_document
+    positions = batch.positions[num_image_tokens > 0, :longest]
+    same_positions = bool((positions == positions[:1]).all())
+    return in_front and all_or_none and one_each and one_document and same_positions
 
 
 def hidden(decoder, batch, image_tokens, is_image):

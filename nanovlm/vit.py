@@ -54,12 +54,14 @@ class ViTConfig:
         check_image_size(self.image_size, self.patch_size)
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} does not divide into {self.num_heads} heads")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is no multiple of 4, as the sines and cosines of the positions need")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}.{nearest(self.activation, ACTIVATIONS)}")
         if not set(self.qkv_bias) <= set("qkv"):
             raise ValueError(f"qkv_bias {self.qkv_bias!r} names projections other than q, k, v; write e.g. 'qv'")
-        if self.conv_stem and self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"a convolutional stem halves the picture: patch_size {self.patch_size} is no power of 2")
+        if self.conv_stem and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(f"a convolutional stem halves the picture: patch_size {self.patch_size} is not 2, 4, 8, 16 ...")
 
 
 def check_image_size(image_size, patch_size):
@@ -86,15 +88,40 @@ def resize_positions(table, num_patches):
     return torch.cat([class_rows, grid.flatten(2)[0].T.to(table.dtype)])
 
 
+def sincos_positions(num_patches, width):
+    """The start of a position table: rows and columns of a square grid as sines and cosines.
+
+    Args:
+      num_patches: a square number. width: channels, a multiple of 4.
+    Returns: float[num_patches, width]: the first half tells the row, the second the column.
+    Source: Better plain ViT baselines, arXiv:2205.01580, Sec. 3.
+    """
+    side = math.isqrt(num_patches)
+    speeds = 10000.0 ** (-torch.arange(width // 4) / (width // 4))  # radians per patch
+    angles = torch.arange(side)[:, None] * speeds  # side W/4
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # side W/2
+    rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
 class ConvStem(nn.Sequential):
-    """Stride-2 convolutions, the width doubling up to the ViT's: patch_size pixels become one position."""
+    """Stride-2 convolutions, the width doubling up to the ViT's: patch_size pixels become one position.
+
+    Each is normalised per picture and channel, or the bright background drowns the shapes; before the last halving
+    one convolution keeps the size, which tells shapes of few pixels apart.
+    """
 
     def __init__(self, patch_size, width):
-        num_steps = patch_size.bit_length() - 1
-        widths = [3] + [width >> (num_steps - 1 - i) for i in range(num_steps)]
-        layers = []
-        for before, after in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.GELU()]
+        num_halvings = patch_size.bit_length() - 1
+        plan = [(width >> (num_halvings - 1 - i), 2) for i in range(num_halvings)]  # (width, stride)
+        plan.insert(-1, (plan[max(num_halvings - 2, 0)][0], 1))
+        layers, before = [], 3
+        for after, stride in plan:
+            convolution = nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+            nn.init.zeros_(convolution.bias)
+            layers += [convolution, nn.InstanceNorm2d(after, affine=True), nn.GELU()]
+            before = after
         super().__init__(*layers, nn.Conv2d(width, width, kernel_size=1))
 
 
@@ -150,8 +177,10 @@ class ViT(nn.Module):
             patch = config.patch_size
             self.patch_embedding = nn.Conv2d(3, config.width, patch, stride=patch, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.randn(config.width) * 0.02) if config.class_token else None
-        num_tokens = self.num_patches(config.image_size) + config.class_token
-        self.positions = nn.Parameter(torch.randn(num_tokens, config.width) * 0.02)
+        table = sincos_positions(self.num_patches(config.image_size), config.width)
+        if config.class_token:
+            table = torch.cat([torch.zeros(1, config.width), table])
+        self.positions = nn.Parameter(table)
         self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(

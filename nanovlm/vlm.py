@@ -113,9 +113,7 @@ class VLM(nn.Module):
         embeddings = self.decoder.embedding(ids.clamp(min=0))
         is_image = ids == IMAGE_TOKEN
         placed = [image_tokens[m] for m in shown]
-        found, needed = int(is_image.sum()), sum(map(len, placed))
-        if found != needed:
-            raise ValueError(f"{found} image-token ids for {needed} image tokens of {len(placed)} visual inputs")
+        check_counts(is_image, placed)
         if not placed:
             return embeddings
         tokens = torch.cat(placed).to(embeddings.dtype)
@@ -128,7 +126,9 @@ class VLM(nn.Module):
             image_tokens = self.encode(batch.pixels, batch.frames, out)
         is_image = batch.ids == IMAGE_TOKEN
         if self.share_prefix and out is None and shared_prefix.can_share(batch, is_image):
-            return shared_prefix.hidden(self.decoder, batch, torch.stack(image_tokens), is_image)
+            check_counts(is_image, [image_tokens[m] for m in batch.shown.tolist()])
+            tokens = torch.stack(image_tokens).to(self.decoder.embedding.weight.dtype)
+            return shared_prefix.hidden(self.decoder, batch, tokens, is_image)
         embeddings = self.embed(batch.ids, image_tokens, batch.shown.tolist())
         return self.decoder(embeddings, batch.positions, visible_rows(batch.segments), is_image.long(), out=out)
 
@@ -148,6 +148,13 @@ class VLM(nn.Module):
         loss = F.cross_entropy(self.decoder.logits(hidden).float(), labels[trained], reduction="sum")
         return loss, int(trained.sum())
 
+    @torch.no_grad()
+    def copy_vision_branch(self):
+        """Start the image copies of norms, keys and values from the text's (mPLUG-Owl2, Sec. 3.3)."""
+        for module in self.modules():
+            if isinstance(module, ModalityAdaptive):
+                module.vision.load_state_dict(module.text.state_dict())
+
     def parts(self):
         """Partition the parameters by what the papers train together.
 
@@ -160,6 +167,13 @@ class VLM(nn.Module):
         for name, parameter in self.named_parameters():
             parts[part_of(name, vision_branch)][name] = parameter
         return parts
+
+
+def check_counts(is_image, placed):
+    """Raise ValueError unless the image-token ids, True in is_image bool[B, T], are as many as the tokens to place."""
+    found, needed = int(is_image.sum()), sum(map(len, placed))
+    if found != needed:
+        raise ValueError(f"{found} image-token ids for {needed} image tokens of {len(placed)} visual inputs")
 
 
 def visible_rows(segments):

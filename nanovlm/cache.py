@@ -1,0 +1,70 @@
+"""Key/value cache: what the decoder already computed about the tokens behind it.
+
+Memory for all columns is taken once, at the start; a forward pass writes its keys and values behind the last written
+column and attends to everything up to there. All rows share one cursor: prompts of unequal length are padded on the
+left, so that their last tokens stand in one column and the next token of every row is written into the same place.
+
+B rows, T tokens, H key/value heads, L columns, D head width
+"""
+
+import torch
+
+
+class KeyValueCache:
+    """Preallocated keys and values of every layer.
+
+    Args:
+      config: decoder.DecoderConfig, for the number of layers, key/value heads and their width.
+      num_rows: B. num_columns: L, prompt and new tokens together.
+      dtype, device: of the keys and values that will be written.
+
+    `length` is the cursor: the number of written columns, the same in every row and layer.
+    """
+
+    def __init__(self, config, num_rows, num_columns, dtype=torch.float32, device=None):
+        shape = (2, num_rows, config.num_kv_heads, num_columns, config.head_width)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in config.layers]  # each 2 B H L D
+        self.num_columns = num_columns
+        self.length = 0
+
+    def update(self, layer_index, k, v):
+        """Write one layer's keys and values behind the cursor; the cursor itself stays, see `advance`.
+
+        Args:
+          layer_index: which layer they belong to.
+          k, v: float[B, H, T, D].
+        Returns: (k, v) float[B, H, length + T, D], all columns written so far; views, valid until the next update.
+        Raises: ValueError if the columns are full or the rows are not as many as the cache's.
+        """
+        buffer, stop = self.layers[layer_index], self.length + k.shape[2]
+        if stop > self.num_columns:
+            raise ValueError(f"the cache has {self.num_columns} columns, {self.length} written; no room for {k.shape[2]} more")
+        if k.shape[0] != buffer.shape[1]:
+            raise ValueError(f"keys of {k.shape[0]} rows for a cache of {buffer.shape[1]}; see select_rows")
+        buffer[0, :, :, self.length : stop] = k
+        buffer[1, :, :, self.length : stop] = v
+        return buffer[0, :, :, :stop], buffer[1, :, :, :stop]
+
+    def advance(self, num_tokens):
+        """Move the cursor behind the tokens of one finished forward pass, after all layers have written."""
+        self.length += num_tokens
+
+    def select_rows(self, rows):
+        """Go on with other rows: drop the finished ones, or spread a prompt over its beams.
+
+        Args:
+          rows: int64[R], new row r continues old row rows[r]; R may differ from B.
+        """
+        for index, old in enumerate(self.layers):
+            self.layers[index] = new = old.new_zeros(old.shape[0], len(rows), *old.shape[2:])
+            new[:, :, :, : self.length] = old[:, :, :, : self.length].index_select(1, rows)
+
+    def reorder(self, rows, first_column=0):
+        """Exchange the histories of rows, as beams do after every step.
+
+        Args:
+          rows: int64[B], row r goes on with the history of rows[r].
+          first_column: columns before it stay: beams of one prompt share its keys and values.
+        """
+        for buffer in self.layers:
+            buffer[:, :, :, first_column : self.length] = buffer[:, :, :, first_column : self.length].index_select(1, rows)

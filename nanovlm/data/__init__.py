@@ -1,0 +1,1 @@
+"""Data: records and their sources, pictures, tokenizer, templates, batches, mixtures."""

@@ -1,0 +1,125 @@
+"""easy-VQA: 5,000 pictures of one coloured shape and 48,248 questions about them, from the PyPI package `easy-vqa`.
+
+The official split is used as it is: 4,000 pictures with 38,575 questions to train, 1,000 with 9,673 to test.
+Source: Victor Zhou, github.com/vzhou842/easy-VQA (MIT licence).
+"""
+
+import numpy as np
+from PIL import Image
+
+from nanovlm.data.records import Record, Turn, Visual, permutation
+from nanovlm.data.scene_questions import SHORT_CAPTION_PROMPTS
+from nanovlm.data.scenes import pick
+from nanovlm.names import nearest
+
+COLORS = ("red", "green", "blue", "yellow", "gray", "teal", "black", "brown")
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+def _load(split):
+    """(questions, answers, image ids) in the package's order, and {image id: path}."""
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise ImportError("the package easy-vqa is missing; run: pip install easy-vqa") from error
+    try:
+        if split == "train":
+            return easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
+        return easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the data of the package easy-vqa is missing ({error.filename}); "
+            "run: pip install --force-reinstall --no-deps easy-vqa"
+        ) from error
+
+
+def kind_of(answer):
+    """"yes_no", "color" or "shape"."""
+    if answer in ("yes", "no"):
+        return "yes_no"
+    return "color" if answer in COLORS else "shape"
+
+
+def reveal(asked):
+    """What questions and their answers say about the one object of a picture, exclusions included.
+
+    Args:
+      asked: iterable of (question, answer).
+    Returns: (colour or None, shape or None), None where more than one remains possible.
+    """
+    colors, shapes = set(COLORS), set(SHAPES)
+    for question, answer in asked:
+        words = question.rstrip("?").split()
+        denied = "not" in words or "no" in words
+        if kind_of(answer) == "yes_no" and (answer == "yes") == denied:
+            colors -= set(words)
+            shapes -= set(words)
+        else:
+            named = {*words, answer}
+            colors = colors & named or colors
+            shapes = shapes & named or shapes
+    return tuple(values.pop() if len(values) == 1 else None for values in (colors, shapes))
+
+
+def caption_of(color, shape):
+    """What is known of the object, in words: "blue rectangle", "rectangle", "blue shape" or "shape"."""
+    return f"{color or ''} {shape or 'shape'}".strip()
+
+
+class EasyVQA:
+    """Source with one record per picture: its questions as independent conversations, or one caption."""
+
+    def __init__(self, split="train", kind="questions", seed=0, questions_per_picture=None):
+        """
+        Args:
+          split: "train" or "test".
+          kind: "questions", or "captions" such as "blue rectangle", made from what the split's own answers reveal;
+            `num_incomplete` counts those that do not reveal both.
+          seed: int, 0 or more; gives the order of every epoch and the sample of questions.
+          questions_per_picture: how many questions of each picture a record holds, drawn anew each epoch; None = all.
+        Raises: ValueError for a name that does not exist; ImportError or FileNotFoundError, with what to install,
+          if the package or its data is missing.
+        """
+        for name, value, known in (("split", split, ("train", "test")), ("kind", kind, ("questions", "captions"))):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}.{nearest(value, known)}")
+        if questions_per_picture is not None and questions_per_picture < 1:
+            raise ValueError(f"questions_per_picture is {questions_per_picture}; it must be 1 or more, or None for all")
+        self.name = f"easy_vqa_{split}"
+        self.kind, self.seed, self.questions_per_picture = kind, seed, questions_per_picture
+        (questions, answers, image_ids), self.paths = _load(split)
+        self.asked = {image_id: [] for image_id in sorted(self.paths)}  # image id -> its (question, answer)
+        for question, answer, image_id in zip(questions, answers, image_ids):
+            self.asked[image_id].append((question, answer))
+        self.image_ids = [image_id for image_id, asked in self.asked.items() if asked]
+        self.pixels = {}  # image id -> uint8[64, 64, 3], filled as pictures are first asked for
+        revealed = [reveal(self.asked[image_id]) for image_id in self.image_ids] if kind == "captions" else []
+        self.captions = {image_id: caption_of(*words) for image_id, words in zip(self.image_ids, revealed)}
+        self.num_incomplete = sum(None in words for words in revealed)  # captions that lack colour or shape
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def record(self, n):
+        """Record n, n >= 0; every epoch is a new permutation of all pictures."""
+        epoch, place = divmod(n, len(self))
+        image_id = self.image_ids[permutation(self.seed, epoch, len(self))[place]]
+        rng = np.random.default_rng((self.seed, epoch, image_id))
+        picture = Visual(f"{self.name}/{image_id}", (self._picture(image_id),))
+        if self.kind == "captions":
+            asked, kinds = [(pick(rng, SHORT_CAPTION_PROMPTS), self.captions[image_id])], ("short_caption",)
+        else:
+            asked = self.asked[image_id]
+            if self.questions_per_picture is not None and self.questions_per_picture < len(asked):
+                asked = [asked[i] for i in rng.permutation(len(asked))[: self.questions_per_picture]]
+            kinds = tuple(kind_of(answer) for _, answer in asked)
+        conversations = tuple(
+            (Turn("user", (0, question)), Turn("assistant", (answer,))) for question, answer in asked
+        )
+        return Record(picture.key, (picture,), conversations, kinds)
+
+    def _picture(self, image_id):
+        if image_id not in self.pixels:
+            with Image.open(self.paths[image_id]) as image:
+                self.pixels[image_id] = np.asarray(image.convert("RGB"))
+        return Image.fromarray(self.pixels[image_id])

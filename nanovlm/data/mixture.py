@@ -1,0 +1,62 @@
+"""Mixture: several sources read together, each in an exact share.
+
+The next record comes from the source that is furthest behind its share, so that after n records every source has given its
+n * weight to within the number of sources, in every run, without a random draw.
+"""
+
+import math
+from fractions import Fraction
+
+from nanovlm.names import nearest
+
+
+class Mixture:
+    """Reads sources in proportion to their weights.
+
+    A source has `name`, `__len__` and `record(n)`; its cursor is the number of records drawn from it.
+    """
+
+    def __init__(self, sources, weights):
+        """
+        Args:
+          sources: dict name -> source.
+          weights: dict name -> positive number, relative; only the sources named here are read.
+        Raises: ValueError for a name without a source, no weights, or a weight that is not positive and finite.
+        """
+        if not weights:
+            raise ValueError("a mixture needs at least one weight: {name: weight}")
+        for name, weight in weights.items():
+            if name not in sources:
+                raise ValueError(f"no source is called {name!r}.{nearest(name, sources)}")
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"source {name!r} has weight {weight}; a weight is positive, leave the source out for none")
+        exact = {name: Fraction(str(float(weight))) for name, weight in weights.items()}  # 0.1 as written, not as stored
+        denominator = math.lcm(*(weight.denominator for weight in exact.values()))
+        self.sources = {name: sources[name] for name in weights}
+        self.shares = {name: int(weight * denominator) for name, weight in exact.items()}
+        self.drawn = dict.fromkeys(weights, 0)
+
+    def next(self):
+        """(name, record): the next record, of the source furthest behind; ties go to the one named first."""
+        count, total = sum(self.drawn.values()) + 1, sum(self.shares.values())
+        behind = {name: count * share - self.drawn[name] * total for name, share in self.shares.items()}
+        name = max(behind, key=behind.get)
+        record = self.sources[name].record(self.drawn[name])
+        self.drawn[name] += 1
+        return name, record
+
+    def state(self):
+        """dict name -> int, records drawn: all that a resume needs."""
+        return dict(self.drawn)
+
+    def load_state(self, state):
+        """Continue where `state()` was taken.
+
+        Raises: ValueError if the names are not this mixture's or a count is no whole number >= 0.
+        """
+        if set(state) != set(self.drawn):
+            raise ValueError(f"the saved mixture reads {sorted(state)}, this one {sorted(self.drawn)}; resume with the same sources")
+        for name, drawn in state.items():
+            if not isinstance(drawn, int) or drawn < 0:
+                raise ValueError(f"source {name!r}: {drawn!r} records drawn; a whole number >= 0 was expected")
+        self.drawn = {name: state[name] for name in self.drawn}  # order decides ties

@@ -1,0 +1,252 @@
+"""Procedural pictures of coloured shapes and short strings: what a scene holds, where it stands, how it is drawn.
+
+A scene is 1 to 4 objects (8 colours, 6 shapes, 2 sizes) at continuous places off any grid, and sometimes a
+string of two or three symbols, on a light noisy background. Everything is drawn from the generator passed in,
+so a picture is a pure function of its seed. Four colour-shape pairs and a fifth of all strings are held out:
+no training split ever shows or names them.
+
+Captions and questions about a scene: scene_questions.py. A scene from a user's words: scene_parsing.py.
+"""
+
+import functools
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Red, green, blue, yellow and teal are also easy-VQA's words, and mean the same colours there.
+COLORS = {
+    "red": (222, 30, 38),
+    "green": (50, 160, 45),
+    "blue": (40, 75, 225),
+    "yellow": (242, 214, 20),
+    "purple": (135, 45, 175),
+    "orange": (248, 132, 18),
+    "teal": (0, 165, 165),
+    "pink": (250, 130, 200),
+}
+SHAPES = ("circle", "triangle", "square", "star", "cross", "ring")
+SIZES = {"small": (5.8, 6.8), "big": (9.5, 10.8)}  # range of the radius, pixels, on any canvas
+# One colour and one shape each, and none is a pair that easy-VQA shows (its shapes: circle, rectangle, triangle).
+HELD_OUT = (("red", "star"), ("green", "cross"), ("purple", "circle"), ("pink", "square"))
+TRAIN_PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT)
+
+ALPHABET = "ACEFHJKLMNPRTUXY3479"  # no look-alikes: O and 0, I and 1, S and 5, B and 8, Z and 2, Q
+FONT_SIZE = 14  # pixels; capitals are then 10 pixels high
+SYMBOL_GAP = 1  # pixels between symbols
+
+GAP = 1.5  # least distance in pixels between any two things, and to the edge of the picture
+MIN_CANVAS = 40  # pixels; the widest string takes 38
+TRIES = 40  # places tried before an object is made small, and again before it is left out
+OVERSAMPLING = 4  # shapes are drawn this much larger and averaged down, which smooths their edges
+SPLITS = ("train", "new", "unseen_pairs", "reading")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    color: str  # one of COLORS
+    shape: str  # one of SHAPES
+    size: str  # one of SIZES
+    x: float  # centre, pixels from the left edge
+    y: float  # centre, pixels from the top edge
+    radius: float  # pixels; the whole shape lies within it
+
+
+@dataclass(frozen=True)
+class Scene:
+    canvas: int  # width and height, pixels
+    objects: tuple[SceneObject, ...]  # in order of placing
+    string: str | None = None  # two or three symbols of ALPHABET
+    string_box: tuple[int, int, int, int] | None = None  # left, top, right, bottom, pixels
+
+
+def pick(rng, items):
+    """One item of a sequence, all equally likely (several times faster than rng.choice)."""
+    return items[int(rng.random() * len(items))]
+
+
+def in_held_out_fifth(text):
+    """Whether a text belongs to the fixed fifth of all texts that training never shows: bool."""
+    return int.from_bytes(hashlib.blake2s(text.encode(), digest_size=4).digest(), "big") % 5 == 0
+
+
+def sample_string(rng, held_out=False):
+    """A string of two or three symbols, from the held-out fifth or from the rest."""
+    while True:
+        string = "".join(pick(rng, ALPHABET) for _ in range(pick(rng, (2, 3))))
+        if in_held_out_fifth(string) == held_out:
+            return string
+
+
+@functools.lru_cache(maxsize=None)
+def _glyph(symbol):
+    """Ink of one symbol as an L image, cut at its left and right; all are equally high."""
+    font = ImageFont.load_default(size=FONT_SIZE)
+    left, _, right, _ = font.getbbox(symbol)
+    top, bottom = font.getbbox(ALPHABET)[1::2]
+    image = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(image).text((-left, -top), symbol, fill=255, font=font)
+    return image
+
+
+def place_string(rng, string, canvas):
+    """A random box at least a pixel inside the picture: (left, top, right, bottom), pixels."""
+    width = sum(_glyph(symbol).width + SYMBOL_GAP for symbol in string) - SYMBOL_GAP
+    height = _glyph(string[0]).height
+    left = 1 + int(rng.random() * (canvas - width - 1))
+    top = 1 + int(rng.random() * (canvas - height - 1))
+    return left, top, left + width, top + height
+
+
+def _free(x, y, radius, objects, box):
+    """Whether a disc keeps GAP pixels away from every object and from the string."""
+    for other in objects:
+        if math.hypot(x - other.x, y - other.y) < radius + other.radius + GAP:
+            return False
+    if box is None:
+        return True
+    left, top, right, bottom = box
+    return math.hypot(x - min(max(x, left), right), y - min(max(y, top), bottom)) >= radius + GAP
+
+
+def place_object(rng, color, shape, size, objects, box, canvas):
+    """A SceneObject at a random place clear of `objects` and of the string's `box`; None if none was found."""
+    low, high = SIZES[size]
+    radius = low + rng.random() * (high - low)
+    margin = radius + GAP
+    for _ in range(TRIES):
+        x = margin + rng.random() * (canvas - 2 * margin)
+        y = margin + rng.random() * (canvas - 2 * margin)
+        if _free(x, y, radius, objects, box):
+            return SceneObject(color, shape, size, x, y, radius)
+    return None
+
+
+def _sample_pair(rng, pairs, objects):
+    """A colour and a shape; now and then one repeats the last object's, so that counts above 1 are common."""
+    pair = pick(rng, pairs)
+    repeat = rng.random()
+    if objects and repeat < 0.3:
+        last = objects[-1]
+        repeated = (last.color, pair[1]) if repeat < 0.15 else (pair[0], last.shape)
+        return repeated if repeated in pairs else pair  # what is repeated may be a pair of the other kind
+    return pair
+
+
+def sample_scene(rng, max_objects, split, with_string, min_objects=1, canvas=64):
+    """Draw a scene at random.
+
+    Args:
+      rng: numpy Generator.
+      max_objects, min_objects: range of the number of objects, all counts equally likely. An object for which
+        no place is free becomes small, then is left out, so crowded small canvases may hold fewer (never none).
+      split: "train" and "new" use the training pairs and strings, "unseen_pairs" only held-out pairs,
+        "reading" only held-out strings.
+      with_string: whether a string stands in the picture.
+      canvas: width and height, pixels.
+    Returns: Scene.
+    Raises: ValueError if a number is out of range.
+    """
+    if not 1 <= min_objects <= max_objects or canvas < MIN_CANVAS:
+        raise ValueError(
+            f"{min_objects} to {max_objects} objects on {canvas} px: at least 1 object, min_objects no larger "
+            f"than max_objects, and a canvas of {MIN_CANVAS} px or more are needed"
+        )
+    pairs = HELD_OUT if split == "unseen_pairs" else TRAIN_PAIRS
+    string = sample_string(rng, held_out=split == "reading") if with_string else None
+    box = place_string(rng, string, canvas) if string else None
+    objects = []
+    for _ in range(min_objects + int(rng.random() * (max_objects - min_objects + 1))):
+        color, shape = _sample_pair(rng, pairs, objects)
+        placed = place_object(rng, color, shape, pick(rng, ("small", "big")), objects, box, canvas)
+        placed = placed or place_object(rng, color, shape, "small", objects, box, canvas)
+        if placed:
+            objects.append(placed)
+    if not objects:  # a string in the middle of a small canvas
+        return sample_scene(rng, max_objects, split, with_string, min_objects, canvas)
+    return Scene(canvas, tuple(objects), string, box)
+
+
+def _turned(angle):
+    """A point of the unit circle, clockwise from the top: complex, x to the right and y down."""
+    return complex(math.sin(angle), -math.cos(angle))
+
+
+_ARM = math.asin(0.3)  # half the width of a cross's arm, as an angle
+# Corners in the unit disc, clockwise.
+_POLYGONS = {
+    "triangle": [_turned(math.tau * i / 3) for i in range(3)],
+    "square": [_turned(math.tau * (i + 0.5) / 4) for i in range(4)],
+    "star": [_turned(math.tau * i / 10) * (0.42 if i % 2 else 1) for i in range(10)],
+    "cross": [
+        corner * 1j**quarter
+        for quarter in range(4)
+        for corner in (_turned(-_ARM), _turned(_ARM), complex(0.3, -0.3))
+    ],
+}
+_RING_HOLE = 0.55  # radius of the hole, of the ring's
+_MAX_TILT = 0.2  # radians
+
+
+def _mask(thing, tilt):
+    """The shape as an L image with smooth edges, and the pixel where its corner belongs."""
+    left = math.floor(thing.x - thing.radius)
+    top = math.floor(thing.y - thing.radius)
+    side = math.ceil(2 * thing.radius) + 1
+    radius = thing.radius * OVERSAMPLING
+    x, y = (thing.x - left) * OVERSAMPLING, (thing.y - top) * OVERSAMPLING
+    mask = Image.new("L", (side * OVERSAMPLING, side * OVERSAMPLING))
+    draw = ImageDraw.Draw(mask)
+    if thing.shape in _POLYGONS:
+        turn = complex(math.cos(tilt), math.sin(tilt)) * radius
+        corners = [point * turn for point in _POLYGONS[thing.shape]]
+        draw.polygon([(x + corner.real, y + corner.imag) for corner in corners], fill=255)
+    else:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    if thing.shape == "ring":
+        hole = radius * _RING_HOLE
+        draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
+    return mask.reduce(OVERSAMPLING), (left, top)
+
+
+@functools.lru_cache(maxsize=8)
+def _grain(canvas):
+    """Gaussian noise, float32[4 canvas, 12 canvas], rows of RGB; pictures show parts of it, for drawing it is slow."""
+    grain = np.random.default_rng(canvas).standard_normal((4 * canvas, 4 * canvas), dtype=np.float32)
+    return grain.repeat(3, axis=1)
+
+
+def _background(canvas, rng):
+    """A light image of one tone with noise that is the same in all channels."""
+    tone = (205 + 40 * rng.random() + 12 * (rng.random(3) - 0.5)).astype(np.float32)
+    strength = np.float32(3 + 6 * rng.random())
+    top, left = int(3 * canvas * rng.random()), int(3 * canvas * rng.random())
+    pixels = strength * _grain(canvas)[top : top + canvas, 3 * left : 3 * (left + canvas)] + np.tile(tone, canvas)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).reshape(canvas, canvas, 3))
+
+
+def render(scene, rng):
+    """Draw a scene: a light noisy background, slightly tilted shapes, slightly varied colours, dark symbols.
+
+    Args:
+      scene: Scene.
+      rng: numpy Generator.
+    Returns: PIL RGB image of scene.canvas x scene.canvas pixels.
+    """
+    image = _background(scene.canvas, rng)
+    for thing in scene.objects:
+        mask, corner = _mask(thing, _MAX_TILT * (2 * rng.random() - 1))
+        red, green, blue = COLORS[thing.color]
+        shift = rng.random(3) * 20 - 10
+        color = (red + int(shift[0]), green + int(shift[1]), blue + int(shift[2]))
+        image.paste(tuple(min(max(value, 0), 255) for value in color), corner, mask)
+    if scene.string:
+        left, top = scene.string_box[:2]
+        ink = 15 + int(rng.random() * 40)
+        for symbol in scene.string:
+            glyph = _glyph(symbol)
+            image.paste((ink, ink, ink), (left, top), glyph)
+            left += glyph.width + SYMBOL_GAP
+    return image

@@ -1,0 +1,71 @@
+"""A batch as text: which tokens are trained, which are only read, where image tokens stand.
+
+On a terminal by colour (trained green, read grey, image tokens blue), elsewhere by marks ([trained], <image x16>).
+"""
+
+import itertools
+
+from nanovlm.vlm import IGNORE, IMAGE_TOKEN
+
+GREEN, GREY, BLUE, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[34m", "\x1b[0m"
+COLORS = {"trained": GREEN, "read": GREY, "image": BLUE}
+
+
+def use_color(stream, environment):
+    """Whether to colour what is written to a stream: on a terminal, unless NO_COLOR (no-color.org) is set and not empty."""
+    return stream.isatty() and not environment.get("NO_COLOR")
+
+
+def legend(color):
+    """One line that explains the marks: str."""
+    names = {"trained": "trained (has a loss)", "read": "read only", "image": "<image xN> N image tokens"}
+    return "   ".join(_mark(text, kind, color) for kind, text in names.items())
+
+
+def paint(batch, tokenizer, color):
+    """A batch as lines, two per row: its size and pictures, then its tokens.
+
+    Args:
+      batch: vlm.Batch.
+      tokenizer: Tokenizer.
+      color: bool, ANSI colours instead of marks.
+    Returns: list of str. Line breaks are shown as ↵, other control characters as escapes.
+    """
+    lines = []
+    for b in range(len(batch.ids)):
+        length = int((batch.segments[b] >= 0).sum())
+        ids, labels = batch.ids[b, :length].tolist(), batch.labels[b, :length].tolist()
+        pictures = batch.shown[batch.owner == b].tolist()
+        trained = sum(label != IGNORE for label in labels)
+        padding = batch.ids.shape[1] - length
+        lines.append(f"row {b}: {length} tokens, {trained} trained, {padding} padding, pictures {pictures}")
+        lines.append(_paint_row(ids, labels, tokenizer, color))
+    return lines
+
+
+def _paint_row(ids, labels, tokenizer, color):
+    kinds = ["image" if id == IMAGE_TOKEN else "read" if label == IGNORE else "trained" for id, label in zip(ids, labels)]
+    painted = ""
+    for kind, run in itertools.groupby(zip(kinds, ids), key=lambda pair: pair[0]):
+        run = [id for _, id in run]
+        text = f"<image x{len(run)}>" if kind == "image" else _text(run, tokenizer)
+        painted += _mark(text, kind, color)
+    return painted
+
+
+def _mark(text, kind, color):
+    if color:
+        return f"{COLORS[kind]}{text}{PLAIN}"
+    return f"[{text}]" if kind == "trained" else text
+
+
+def _text(ids, tokenizer):
+    """Ids as printable text, special tokens by name; words are decoded together, so that no character is cut."""
+    names = {tokenizer.bos: "<s>", tokenizer.eos: "</s>", tokenizer.pad: "<pad>"}
+    text = ""
+    for special, run in itertools.groupby(ids, key=names.get):
+        text += special * len(list(run)) if special else tokenizer.decode(list(run))
+    return "".join(
+        "↵" if character == "\n" else character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )

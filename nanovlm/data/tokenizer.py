@@ -1,0 +1,138 @@
+"""Byte-level BPE tokenizer, trained with the `tokenizers` library.
+
+Text becomes bytes and frequent neighbours become one token (Sennrich et al., arXiv:1508.07909, Sec. 3.2; over bytes as in
+GPT-2), so that any text can be written and comes back exactly. Text is cut first, by one expression: a lower-case word keeps one
+leading space or newline and a trailing colon ("user:" and "\\nbot:" can become single tokens); every upper-case letter and
+every digit stands alone, so that reading "B7" aloud is one token per symbol.
+
+Special tokens exist as ids only: `encode` never yields them, whatever the text looks like.
+"""
+
+import functools
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+SPECIAL = (BOS, EOS, PAD)
+PIECES = r"[ \n]?\p{Ll}+:?|\p{Lu}|\p{N}"  # what lies between matches is a piece too
+CACHED_TEXTS = 65536
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    bos, eos, pad: int, the ids of the special tokens. vocab_size: int, special tokens included.
+    """
+
+    def __init__(self, source):
+        """
+        Args:
+          source: path of a tokenizer.json, or a trained tokenizers.Tokenizer.
+        Raises: FileNotFoundError without the file; ValueError if it is no tokenizer or lacks a special token.
+        """
+        self.backend = source if isinstance(source, tokenizers.Tokenizer) else _load(Path(source))
+        self.backend.no_truncation()  # a saved file may carry either
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # "</s>" typed by a user is four characters, not the end of a reply
+        ids = {token: self.backend.token_to_id(token) for token in SPECIAL}
+        absent = [token for token, id in ids.items() if id is None]
+        if absent:
+            raise ValueError(f"tokenizer {source} has no {', '.join(absent)}; train one with train_tokenizer")
+        self.bos, self.eos, self.pad = ids[BOS], ids[EOS], ids[PAD]
+        self.vocab_size = self.backend.get_vocab_size()
+        self._encode = functools.lru_cache(maxsize=CACHED_TEXTS)(self._encode)
+
+    def _encode(self, text):
+        text.encode()  # names the place of what is no character (half a surrogate pair)
+        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode(self, text):
+        """list[int], never a special id.
+
+        Raises: UnicodeEncodeError (a ValueError) for half a surrogate pair, which is no character.
+        """
+        return list(self._encode(text))
+
+    def decode(self, ids):
+        """str; special ids are left out.
+
+        Raises: ValueError for an id outside the vocabulary.
+        """
+        for id in ids:
+            if not 0 <= id < self.vocab_size:
+                raise ValueError(f"id {id} is outside the vocabulary of {self.vocab_size} tokens")
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self):
+        """A TextStream: text as it is made."""
+        return TextStream(self)
+
+    def save(self, path):
+        """Write tokenizer.json."""
+        self.backend.save(str(path))
+
+
+class TextStream:
+    """Decodes one id at a time; keeps spaces and never gives half a character."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.pending = []  # ids whose text is not complete yet
+
+    def push(self, id):
+        """str: the text that this id completes, often a word, sometimes nothing yet."""
+        self.pending.append(id)
+        if self.tokenizer.decode(self.pending).endswith("\ufffd"):  # bytes that begin a character decode to U+FFFD
+            return ""
+        return self.finish()
+
+    def finish(self):
+        """str: what was held back; at the end of a reply, half a character becomes U+FFFD."""
+        text = self.tokenizer.decode(self.pending)
+        self.pending = []
+        return text
+
+
+def train_tokenizer(texts, vocab_size):
+    """Train a tokenizer; the same texts give the same one.
+
+    Args:
+      texts: iterable of str.
+      vocab_size: int, tokens wanted, special ones and the 256 bytes included; fewer where the texts hold no more merges.
+    Raises: ValueError if vocab_size has no room for the bytes.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + len(SPECIAL)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size {vocab_size} has no room for 256 bytes and {len(SPECIAL)} special tokens; at least {smallest}")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
+
+
+def check_vocabulary(tokenizer, num_embeddings, spare_rows=0):
+    """Raise ValueError unless the model has a row for every token, and at most spare_rows beyond (published tables are padded)."""
+    if not 0 <= num_embeddings - tokenizer.vocab_size <= spare_rows:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {num_embeddings} embeddings; "
+            "they belong to different models: use the tokenizer.json beside the model"
+        )
+
+
+def _load(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such tokenizer; a model folder holds its tokenizer.json")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path}: not a tokenizer file, or damaged: {error}") from error

@@ -1,0 +1,91 @@
+"""Where an answer's tokens looked: attention drawn as heat over the picture.
+
+For every token of the answer, the decoder's attention from the place that predicted it to the image tokens, averaged
+over heads and layers. If the bridge is a resampler, an image token is a latent that looked at the patches itself, so
+both are multiplied: heat(token, patch) = sum over latents of decoder(token, latent) * resampler(latent, patch).
+A map shows where information was read from, not why the answer came out as it did.
+
+n answer tokens, L image tokens of a picture, N patches, M pictures, H heads
+"""
+
+import math
+
+import torch
+from matplotlib.figure import Figure
+
+from nanovlm.attention import causal_rows
+from nanovlm.data.images import to_square
+from nanovlm.vlm import IMAGE_TOKEN
+
+PANEL = 2.2  # inches, side of one picture
+
+
+@torch.no_grad()
+def answer_heat(model, row, answer, visual_inputs):
+    """Attention of each answer token to each patch.
+
+    Args:
+      model: vlm.VLM. row: data.templates.Row of the prompt. answer: list of n ids.
+      visual_inputs: float32[1, 3, S, S] in the order of row.images.
+    Returns: list of one float32[n, side, side] per picture; the cells of a map add up to the share of the token's
+      attention that went to this picture (less what a class token, or latents among themselves, took).
+    Raises: ValueError for an empty answer, no picture, or a clip.
+    """
+    if not answer:
+        raise ValueError("the answer has no token, so there is no attention to draw")
+    if not visual_inputs or any(len(pixels) > 1 for pixels in visual_inputs):
+        raise ValueError("attention is drawn over still images; show one")
+    out, weight = {}, model.decoder.embedding.weight
+    pixels = torch.cat(visual_inputs).to(weight.device, weight.dtype)
+    image_tokens = model.encode(pixels, torch.ones(len(pixels), dtype=torch.long), out)
+    ids = torch.tensor([row.ids + answer[:-1]], device=weight.device)  # the last token predicts nothing here
+    positions = torch.arange(ids.shape[1], device=weight.device)[None]
+    embeddings = model.embed(ids, image_tokens, range(len(image_tokens)))
+    visible = causal_rows(1, ids.shape[1], weight.device)
+    model.decoder(embeddings, positions, visible, (ids == IMAGE_TOKEN).long(), out=out)
+    looks = torch.stack(out["attention"]).float().mean(dim=(0, 2))[0, len(row.ids) - 1 :]  # n T
+    num_patches = model.vision.num_patches(pixels.shape[-1])
+    first = model.vision.num_tokens(pixels.shape[-1]) - num_patches  # a class token stands in front
+    side, heat = math.isqrt(num_patches), []
+    for (_, start, stop), patches in zip(row.images, patch_attention(out, len(pixels), looks)):
+        seen = looks[:, start:stop] if patches is None else looks[:, start:stop] @ patches  # n N
+        heat.append(seen[:, first : first + num_patches].unflatten(1, (side, side)).cpu())
+    return heat
+
+
+def patch_attention(out, num_pictures, like):
+    """Latents' attention to patches, averaged over heads and layers.
+
+    Returns: list of M float32[L, N], or of None where image tokens are the patches themselves.
+    """
+    if "latents" not in out:
+        return [None] * num_pictures
+    return list(torch.stack(out["latents"]).to(like).mean(dim=(0, 2)))
+
+
+def draw(path, pictures, heat, words, image_size, fit, title):
+    """Save one panel per answer token and picture.
+
+    Args:
+      path: of the PNG. pictures: list of PIL RGB images. heat: as `answer_heat` gives it.
+      words: text of each answer token. image_size, fit: how the pictures were shown to the model.
+      title: what stands above all panels.
+    """
+    figure = Figure(figsize=(PANEL * len(words) + 1, PANEL * len(pictures) + 1), layout="constrained")
+    axes = figure.subplots(len(pictures), len(words), squeeze=False)
+    hottest = max(float(maps.max()) for maps in heat)
+    for line, picture, maps in zip(axes, pictures, heat):
+        shown = to_square(picture, image_size, fit)
+        for panel, word, cells in zip(line, words, maps):
+            panel.imshow(shown, extent=(0, image_size, image_size, 0))
+            drawn = panel.imshow(
+                cells, extent=(0, image_size, image_size, 0), cmap="inferno", alpha=0.6, vmin=0, vmax=hottest,
+                interpolation="bicubic",
+            )  # fmt: skip
+            panel.set_title(f"{word.strip() or repr(word)}\n{cells.sum():.0%} on the picture", fontsize=8, parse_math=False)
+            panel.set_xlabel("x, pixels", fontsize=7)
+            panel.set_ylabel("y, pixels", fontsize=7)
+            panel.tick_params(labelsize=6)
+    figure.colorbar(drawn, ax=axes, label="share of the token's attention, per patch")
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    figure.savefig(path, format="png", dpi=120)

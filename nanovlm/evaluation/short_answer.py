@@ -1,0 +1,172 @@
+"""Short answers: a question about a picture, a few greedy tokens, right or wrong by exact match.
+
+The protocol of easy-VQA, the scenes and, with their own metrics, of VQAv2, GQA or TextVQA: the model continues each
+prompt freely, nothing is chosen from a list. Prompts of similar length run together, a picture that many of them share
+is encoded once, and prompts that are equal in words and pictures are answered once.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from nanovlm.data.batching import pixels_of, prompt_row
+from nanovlm.data.records import Visual
+from nanovlm.sampler import Decoding, generate
+
+GREY = (128, 128, 128)  # the colour of a blank picture
+CHUNK = 8  # batches whose prompts are sorted together, and whose pictures are in memory at the same time
+Z_95 = 1.959964  # normal quantile of a two-sided 95% interval
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one conversation of a record."""
+
+    record: str  # id of the record
+    conversation: int  # its place in the record
+    kind: str  # question type; "" = not stated
+    question: str  # the last user turn
+    truth: str
+    prediction: str
+
+    @property
+    def right(self):
+        """Whether the prediction is the truth by `exact_match`: bool."""
+        return exact_match(self.prediction, self.truth)
+
+
+def exact_match(prediction, truth):
+    """Whether two answers are the same: bool. Outer whitespace never counts.
+
+    A truth in capitals ("A7K") is a string to be read: case counts. Any other ("red circle", "Yes") is words:
+    case does not.
+    """
+    prediction, truth = prediction.strip(), truth.strip()
+    return prediction == truth if truth.isupper() else prediction.lower() == truth.lower()
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Puts questions to a model always in the same way: greedily, at the picture size at which its vision stands."""
+
+    tokenizer: Any  # data.tokenizer.Tokenizer
+    template: Any  # data.templates.Template
+    image_fit: str = "crop"  # how a picture becomes square, as in images.to_pixels
+    max_new_tokens: int = 12  # tokens of an answer, the end token included
+    batch_size: int = 256  # prompts that run together
+
+    def answers(self, model, records, blank=False, progress=None):
+        """`answer_questions` with these settings: list of Answer."""
+        decoding = Decoding(max_new_tokens=self.max_new_tokens, eos_ids=(self.tokenizer.eos,))
+        return answer_questions(
+            model, records, self.tokenizer, self.template, model.vision.image_size, self.image_fit, decoding,
+            self.batch_size, blank, progress,
+        )  # fmt: skip
+
+
+def answer_questions(
+    model, records, tokenizer, template, image_size, image_fit, decoding, batch_size=256, blank=False, progress=None
+):
+    """Let a model answer the last question of every conversation.
+
+    Args:
+      model: vlm.VLM.
+      records: iterable of Record, read as the answers are made; every conversation is a question (earlier turns before it,
+        if any) and the true answer.
+      tokenizer, template: Tokenizer and templates.Template.
+      image_size, image_fit: pixels, and how a picture becomes square; as in images.to_pixels.
+      decoding: sampler.Decoding, greedy or beams, one sequence; its eos_ids should hold the tokenizer's.
+      batch_size: prompts that run together.
+      blank: bool; True shows a uniform grey picture in place of each, so that only the questions can help.
+      progress: function called with the number of conversations newly answered, as tqdm's `update`; None = silent.
+    Returns: list of Answer, in the order of the records and their conversations.
+    Raises: ValueError for a conversation without a question, one that is too long (naming the record), or a decoding
+      that draws at random.
+    """
+    if decoding.do_sample or decoding.num_return_sequences > 1:
+        raise ValueError("answers are measured once and without chance; use do_sample=False and num_return_sequences=1")
+    room = model.decoder.config.context_length - decoding.max_new_tokens
+    asked = ((record, number) for record in records for number in range(len(record.conversations)))
+    answers = []
+    while chunk := list(itertools.islice(asked, CHUNK * batch_size)):
+        prompts, pixels = {}, {}  # (ids, keys of pictures) -> conversation places; key of a picture -> its tensor
+        for place, (record, number) in enumerate(chunk):
+            visuals = [_grey(visual, image_size) if blank else visual for visual in record.visuals]
+            prompts.setdefault(_prompt(model, record, number, visuals, tokenizer, template, image_size, room), []).append(place)
+            for visual in visuals:
+                if visual.key not in pixels:
+                    pixels[visual.key] = pixels_of([visual], image_size, image_fit)
+        order = sorted(prompts, key=lambda prompt: len(prompt[0]))
+        inputs = [[pixels[key] for key in keys] for _, keys in order]
+        replies = generate(model, [list(ids) for ids, _ in order], decoding, inputs, batch_size=batch_size)
+        texts = [""] * len(chunk)
+        for prompt, ids in zip(order, replies):
+            for place in prompts[prompt]:
+                texts[place] = tokenizer.decode(ids).removesuffix(template.answer_suffix).strip()
+        answers += [_answer(record, number, text) for (record, number), text in zip(chunk, texts)]
+        if progress is not None:
+            progress(len(chunk))
+    return answers
+
+
+def _grey(visual, image_size):
+    """A blank picture, or a clip of as many blank frames."""
+    frame = Image.new("RGB", (image_size, image_size), GREY)
+    return Visual(f"blank/{len(visual.frames)}", (frame,) * len(visual.frames))
+
+
+def _prompt(model, record, number, visuals, tokenizer, template, image_size, room):
+    """What the model is given: (ids, keys of the pictures in order of appearance), tuples both."""
+    where = f"record {record.id!r}, conversation {number}"
+    conversation = record.conversations[number]
+    if len(conversation) < 2:
+        raise ValueError(f"{where} has no question; it needs a user turn and the true answer after it")
+    counts = [model.num_image_tokens(image_size, len(visual.frames)) for visual in visuals]
+    try:
+        row = prompt_row(conversation[:-1], template, tokenizer, counts, room)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return tuple(row.ids), tuple(visuals[image[0]].key for image in row.images)
+
+
+def _answer(record, number, text):
+    *_, question, truth = record.conversations[number]
+    kind = record.kinds[number] if record.kinds else ""
+    return Answer(record.id, number, kind, question.text, truth.text, text)
+
+
+def shares(answers):
+    """Shares of right answers.
+
+    Args:
+      answers: list of Answer, at least one.
+    Returns: {"all": share, kind: share, …}, between 0 and 1, kinds in order of appearance; answers without a kind
+      count only in "all".
+    """
+    if not answers:
+        raise ValueError("no answers to take a share of; the records held no conversation")
+    groups = {"all": answers}
+    for answer in answers:
+        if answer.kind:
+            groups.setdefault(answer.kind, []).append(answer)
+    return {kind: sum(answer.right for answer in group) / len(group) for kind, group in groups.items()}
+
+
+def wilson(right, total):
+    """95% interval of a share.
+
+    Args:
+      right, total: int, right answers of all; total at least 1.
+    Returns: (low, high), between 0 and 1.
+    Source: Wilson, JASA 22 (1927), 209-212; unlike the normal interval it stays sensible near 0 and 1.
+    """
+    if not 0 <= right <= total or total < 1:
+        raise ValueError(f"{right} right of {total}: there must be at least one answer, and no more right ones than answers")
+    share = right / total
+    middle = share + Z_95**2 / (2 * total)
+    reach = Z_95 * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
+    scale = 1 + Z_95**2 / total
+    return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)

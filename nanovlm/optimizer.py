@@ -1,0 +1,162 @@
+"""Optimizer groups, learning rates over time, and the table that shows them.
+
+A group is part x depth x {matrix, other} and carries its name, so that its learning rate can be read off and its
+state saved by parameter name. Matrices are the 2-D weights inside blocks; embeddings, convolutions, latents,
+positions, norms, biases and heads are "other". Only matrices see weight decay and, when a stage asks for it, Muon
+(https://kellerjordan.github.io/posts/muon/), whose update is an almost orthogonal matrix instead of Adam's
+elementwise step: its learning rate lives on another scale, which `Stage.muon_factor` bridges. torch's Muon runs
+its Newton-Schulz iterations in bfloat16, which is exact enough for a direction.
+"""
+
+import math
+import re
+
+import torch
+
+BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")  # the numbered blocks of a tower, bridge or decoder
+
+
+def lr_factor(step, stage):
+    """Learning rate at a step as a share of the peak.
+
+    Args:
+      step: int, optimizer steps of this stage that are done, 0 <= step < stage.steps.
+      stage: Stage.
+    Returns: float. During the warm-up it rises from start_lr_factor in a straight line and is 1 at warmup_steps;
+      the schedule then falls so that it would meet end_lr_factor at `steps`, one past the last update.
+    """
+    if step < stage.warmup_steps:
+        return stage.start_lr_factor + (1 - stage.start_lr_factor) * step / stage.warmup_steps
+    if stage.schedule == "constant":
+        return 1.0
+    if stage.schedule == "trapezoid":
+        decay_steps = min(stage.decay_share * stage.steps, stage.steps - stage.warmup_steps)
+    else:
+        decay_steps = stage.steps - stage.warmup_steps
+    progress = max(0.0, 1 - (stage.steps - step) / decay_steps)
+    height = (1 + math.cos(math.pi * progress)) / 2 if stage.schedule == "cosine" else 1 - progress
+    return stage.end_lr_factor + (1 - stage.end_lr_factor) * height
+
+
+def depths_from_top(names):
+    """Depth of every parameter of one part, counted from its top, for layer-wise learning-rate decay.
+
+    Args:
+      names: list of str, the part's parameter names in the order of registration.
+    Returns: dict name -> int. With L blocks, what is registered after the last block (a final norm) has depth 0,
+      block i has L - i, what comes before the first block (patches, positions) has L + 1. A part without blocks
+      has depth 0 throughout.
+    Source: BEiT, arXiv:2106.08254 (get_num_layer_for_vit of its code).
+    """
+    blocks = [int(match.group(1)) if (match := BLOCK.search(name)) else None for name in names]
+    numbers = sorted({block for block in blocks if block is not None})
+    if not numbers:
+        return dict.fromkeys(names, 0)
+    depth = len(numbers) + 1
+    result = {}
+    for name, block in zip(names, blocks):
+        if block is not None:
+            depth = len(numbers) - numbers.index(block)
+        elif depth <= len(numbers):
+            depth = 0
+        result[name] = depth
+    return result
+
+
+def is_matrix(name, parameter):
+    """True for the 2-D weights inside blocks, which weight decay and Muon are meant for.
+
+    Args:
+      name: str, the parameter's name.
+      parameter: the Parameter.
+    Returns: bool.
+    """
+    return parameter.ndim == 2 and name.endswith(".weight") and BLOCK.search(name) is not None
+
+
+def groups(parts, stage):
+    """Sort the parameters that a stage trains into named groups.
+
+    Args:
+      parts: dict part -> dict name -> Parameter (`VLM.parts()`).
+      stage: Stage.
+    Returns: list of dict with `name` ("vision/2/matrix": part, depth from the top, kind), `peak_lr`, `lr`,
+      `weight_decay`, `params` and `param_names`.
+    Raises: ValueError if the stage gives a learning rate or a layer decay to a part that the model does not have.
+    """
+    missing = sorted((stage.learning_rates.keys() | stage.layer_decay.keys()) - parts.keys())
+    if missing:
+        raise ValueError(f"stage {stage.name!r} names the part {missing[0]!r}, which this model does not have. "
+                         f"It has: {', '.join(parts)}")
+    result = {}
+    for part, rate in stage.learning_rates.items():
+        depths = depths_from_top(list(parts[part]))
+        for name, parameter in parts[part].items():
+            matrix = is_matrix(name, parameter)
+            group_name = f"{part}/{depths[name]}/{'matrix' if matrix else 'other'}"
+            if group_name not in result:
+                factor = stage.muon_factor if matrix and stage.optimizer == "muon" else 1.0
+                peak = rate * factor * stage.layer_decay.get(part, 1.0) ** depths[name]
+                result[group_name] = {"name": group_name, "peak_lr": peak, "lr": peak, "params": [],
+                                      "param_names": [], "weight_decay": stage.weight_decay if matrix else 0.0}
+            result[group_name]["params"].append(parameter)
+            result[group_name]["param_names"].append(name)
+    return list(result.values())
+
+
+def build(parts, stage):
+    """Make the optimizers of a stage. Frozen parts get no state.
+
+    Args:
+      parts: dict part -> dict name -> Parameter (`VLM.parts()`).
+      stage: Stage.
+    Returns: list of torch.optim.Optimizer: Muon (if the stage asks for it and trains matrices), then AdamW. Each
+      group keeps the keys of `groups`.
+    Raises: ValueError if the stage names a part that the model does not have.
+    """
+    everything = groups(parts, stage)
+    to_muon, to_adamw = [], []
+    for group in everything:
+        muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
+        (to_muon if muon else to_adamw).append(group)
+    optimizers = []
+    if to_muon:
+        optimizers.append(torch.optim.Muon(to_muon, momentum=stage.momentum, nesterov=True, adjust_lr_fn="original"))
+    if to_adamw:
+        optimizers.append(torch.optim.AdamW(to_adamw, betas=stage.betas, eps=stage.eps, fused=True))
+    return optimizers
+
+
+def set_lr(optimizers, factor):
+    """Set every group's learning rate to its peak times a factor.
+
+    Args:
+      optimizers: list of optimizers from `build`.
+      factor: float, from `lr_factor`.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def table(parts, stage):
+    """The table printed before a stage: which part trains, how large it is, and how fast it moves.
+
+    Args:
+      parts: dict part -> dict name -> Parameter.
+      stage: Stage.
+    Returns: list of str, lines.
+    """
+    lines = [f"{'part':<16}{'parameters':>14}  {'trained':<8}peak learning rate"]
+    total = trained = 0
+    peaks = {part: set() for part in parts}
+    for group in groups(parts, stage):
+        peaks[group["name"].split("/")[0]].add(group["peak_lr"])
+    for part, parameters in parts.items():
+        size = sum(parameter.numel() for parameter in parameters.values())
+        total += size
+        trained += size if peaks[part] else 0
+        rates = " to ".join(f"{rate:.3g}" for rate in sorted(peaks[part])[:: max(1, len(peaks[part]) - 1)])
+        lines.append(f"{part:<16}{size:>14,}  {'yes' if peaks[part] else 'frozen':<8}{rates or '-'}")
+    lines.append(f"{'all':<16}{total:>14,}  {trained:,} trained ({trained / total:.0%})")
+    return lines

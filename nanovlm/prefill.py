@@ -1,0 +1,124 @@
+"""From prompts to rows that generate: pictures encoded once each, prompts run through the decoder once, then a token
+at a time.
+
+Prompts of unequal length are padded on the left, so that all of them end in the same column of the cache.
+
+B prompts, P columns of the longest prompt, R rows (a prompt may have several: its beams or samples), V vocabulary
+"""
+
+import torch
+
+from nanovlm.attention import Visible, causal, causal_rows, full
+from nanovlm.cache import KeyValueCache
+from nanovlm.vlm import IMAGE_TOKEN
+
+PADDING = -2  # in the rows' history; neither a word nor an image token
+
+
+def check_prompts(model, prompts, visual_inputs, decoding):
+    """Raise ValueError for a prompt that the model cannot continue; the message names the prompt by its place."""
+    config = model.decoder.config
+    if len(visual_inputs) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but visual inputs for {len(visual_inputs)}; give one list per prompt")
+    for token in decoding.eos_ids:
+        if token >= config.vocab_size:
+            raise ValueError(f"end token {token} lies outside the vocabulary of {config.vocab_size}; it would never come")
+    for place, (prompt, inputs) in enumerate(zip(prompts, visual_inputs)):
+        if not prompt:
+            raise ValueError(f"prompt {place} is empty; it needs at least one token")
+        if min(prompt) < IMAGE_TOKEN or max(prompt) >= config.vocab_size:
+            raise ValueError(
+                f"prompt {place} holds ids from {min(prompt)} to {max(prompt)}; known are 0 to {config.vocab_size - 1}, "
+                f"and {IMAGE_TOKEN} for image tokens"
+            )
+        free = config.context_length - len(prompt)
+        if decoding.max_new_tokens > free:
+            raise ValueError(
+                f"prompt {place} has {len(prompt)} tokens, which leaves {max(free, 0)} tokens free of the context of "
+                f"{config.context_length}; max_new_tokens is {decoding.max_new_tokens}: shorten the prompt or ask for less"
+            )
+        found = prompt.count(IMAGE_TOKEN)
+        needed = sum(model.num_image_tokens(pixels.shape[-1], len(pixels)) for pixels in inputs)
+        if found != needed:
+            raise ValueError(
+                f"prompt {place} has {found} image-token ids, but its {len(inputs)} visual inputs become {needed} image tokens"
+            )
+
+
+def encode(model, visual_inputs, known):
+    """Encode the pictures that are not known yet, all in one call.
+
+    Args:
+      visual_inputs: list of float[f, 3, H, W].
+      known: {id of the tensor: float[n, W] image tokens}, which receives the new ones.
+    """
+    missing = {id(pixels): pixels for pixels in visual_inputs if id(pixels) not in known}
+    if not missing:
+        return
+    weight = model.decoder.embedding.weight
+    pixels = torch.cat(list(missing.values())).to(weight.device, weight.dtype)  # F 3 H W
+    frames = torch.tensor([len(pixels) for pixels in missing.values()])
+    known.update(zip(missing, model.encode(pixels, frames)))
+
+
+class Rows:
+    """Rows under generation: their cache, what they hold so far, and the scores of their next token.
+
+    Attributes:
+      logits: float32[R, V], scores of the next token.
+      num_columns: P, columns of the padded prompts.
+      num_new: new tokens per row so far.
+    """
+
+    def __init__(self, model, prompts, image_tokens, shown, max_new_tokens):
+        """Run the prompts through the decoder.
+
+        Args:
+          prompts: list of B lists of ids. max_new_tokens: room to keep.
+          image_tokens, shown: as in VLM.embed, the appearances prompt by prompt.
+        """
+        self.model = model
+        self.num_new, self.num_columns = 0, max(map(len, prompts))
+        weight = model.decoder.embedding.weight
+        pads = [self.num_columns - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[PADDING] * pad + prompt for pad, prompt in zip(pads, prompts)], device=weight.device)
+        self.pads = torch.tensor(pads, device=weight.device)  # R
+        self.padded = any(pads)
+        self.history = torch.full((len(ids), self.num_columns + max_new_tokens), PADDING, device=weight.device)
+        self.history[:, : self.num_columns] = ids
+        self.cache = KeyValueCache(model.decoder.config, *self.history.shape, weight.dtype, weight.device)
+        visible = causal((ids != PADDING).long() - 1) if self.padded else causal_rows(*ids.shape, weight.device)
+        positions = (torch.arange(self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
+        self._forward(model.embed(ids, image_tokens, shown), positions, visible, (ids == IMAGE_TOKEN).long())
+
+    def _forward(self, embeddings, positions, visible, modality):
+        hidden = self.model.decoder(embeddings, positions, visible, modality, cache=self.cache)
+        self.cache.advance(embeddings.shape[1])
+        self.logits = self.model.decoder.logits(hidden[:, -1]).float()  # only the last position is asked for
+
+    @property
+    def tokens(self):
+        """int64[R, P + num_new], all ids so far; padding and image tokens below 0."""
+        return self.history[:, : self.num_columns + self.num_new]
+
+    def step(self, tokens):
+        """Append one token to every row and score the next: tokens int64[R]."""
+        self.history[:, self.num_columns + self.num_new] = tokens
+        self.num_new += 1
+        column = self.cache.length
+        if self.padded:
+            visible = Visible(self.pads[:, None], torch.full_like(self.pads, column + 1)[:, None])
+        else:
+            visible = full(1, column + 1, tokens.device)
+        embeddings = self.model.decoder.embedding(tokens[:, None])  # R 1 W
+        self._forward(embeddings, (column - self.pads)[:, None], visible, torch.zeros_like(tokens)[:, None])
+
+    def select(self, rows):
+        """Go on with other rows: int64[N], new row n continues old row rows[n]."""
+        self.history, self.pads, self.logits = self.history[rows], self.pads[rows], self.logits[rows]
+        self.cache.select_rows(rows)
+
+    def reorder(self, rows):
+        """Exchange histories among the rows of one prompt: int64[R]; the prompts' own columns stay where they are."""
+        self.history = self.history[rows]
+        self.cache.reorder(rows, self.num_columns)

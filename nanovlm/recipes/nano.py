@@ -1,0 +1,157 @@
+"""nano: a vision-language model of a million parameters that two CPU cores teach from nothing in minutes.
+
+The papers' whole chain in miniature. Two stages make what they take ready-made, a vision tower (a tiny CLIP) and a
+language model; three more are Lynx's: align the two at a low resolution, raise the resolution, instruct.
+
+  vision   ViT with a convolutional stem, 64 pixels, 8 x 8 patches             Sec. 2.1 of each paper
+  bridge   MLP over squares of 2 x 2 patches: 16 image tokens                  LLaVA-Phi, Sec. 3.1
+  decoder  LLaMA's layer with Lynx's adapters and mPLUG-Owl2's split norms, keys and values
+  data     easy-VQA (5,000 pictures, questions by others) and drawn scenes
+"""
+
+from nanovlm.contrastive import ContrastiveModel, TextTower
+from nanovlm.data.easy_vqa import EasyVQA
+from nanovlm.data.scene_source import Scenes
+from nanovlm.data.scene_texts import SceneTexts
+from nanovlm.data.templates import NANO
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
+from nanovlm.projector import PixelShuffleProjector
+from nanovlm.recipes import nano_tests
+from nanovlm.recipes.recipe import Recipe
+from nanovlm.sampler import Decoding
+from nanovlm.stages import Stage
+from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vlm import VLM
+
+SIZES = {"full": (128, 2), "tiny": (32, 1)}  # width of vision and language, layers of each
+HEAD_WIDTH = 32  # channels
+VOCABULARY = 512  # tokens
+QUESTIONS = {"color": 1, "shape": 1, "count": 1.2, "existence": 1, "place": 1, "relation": 1.8, "size": 0.7, "reading": 1.5}
+CAPTIONS = {"caption": 0.4, "short_caption": 1.0}
+
+
+def build(size, vocab_size):
+    """The vision-language model: vlm.VLM."""
+    width, num_layers = SIZES[size]
+    heads = width // HEAD_WIDTH
+    vision = ViT(ViTConfig(64, 8, width, num_layers, heads, 4 * width, conv_stem=True, class_token=False))
+    bridge = PixelShuffleProjector(width, width, merge=2)
+    layers = (LayerOptions(adapter_width=32, modality_adaptive=True),) * num_layers
+    decoder = Decoder(
+        DecoderConfig(
+            vocab_size, width, heads, heads, ffn_width=width * 5 // 2, context_length=256, layers=layers, tied_head=True
+        )
+    )
+    return VLM(vision, bridge, decoder)
+
+
+def contrastive(size, model):
+    """The ViT beside a text tower of one layer, which only the first stage needs."""
+    width, _ = SIZES[size]
+    text = TextTower(model.decoder.config.vocab_size, width, 1, width // HEAD_WIDTH, 4 * width, context_length=128)
+    return ContrastiveModel(model.vision, width, text, width, joint_width=width)
+
+
+def sources():
+    """Name in a mixture -> (seed) -> data source."""
+    both = QUESTIONS | CAPTIONS
+    return {
+        "singles_captions": lambda seed: Scenes(
+            kind="captions", seed=seed, max_objects=1, string_share=0.1, weights={"short_caption": 1.0}
+        ),
+        "scenes_captions": lambda seed: Scenes(
+            kind="captions", seed=seed + 1, max_objects=3, string_share=0.2, weights={"short_caption": 1.0, "shape_caption": 1.0}
+        ),
+        "easy_vqa_captions": lambda seed: EasyVQA(kind="captions", seed=seed),
+        "texts": lambda seed: SceneTexts(seed=seed, max_objects=3, weights=TEXTS),
+        "scenes_small": lambda seed: Scenes(
+            kind="both", seed=seed + 2, max_objects=2, questions_per_picture=3, weights=both, canvas=48
+        ),
+        "scenes_both": lambda seed: Scenes(kind="both", seed=seed + 3, max_objects=3, questions_per_picture=4, weights=both),
+        "scenes": lambda seed: Scenes(
+            seed=seed + 4, max_objects=4, questions_per_picture=6, string_share=0.35, weights=QUESTIONS
+        ),
+        "easy_vqa": lambda seed: EasyVQA(seed=seed + 1, questions_per_picture=6),
+    }
+
+
+TEXTS = {
+    "described": 4, "described_relation": 2, "opposite": 0.1, "addition": 0.3, "spelling": 0.4, "next_letter": 0.1,
+    "word_of_phrase": 0.3, "plain_caption": 0.6,
+}  # fmt: skip
+LANGUAGE_PARTS = ("embedding", "language_model")
+BRIDGE_PARTS = ("bridge", "adapters", "vision_branch")
+
+
+def rates(rate, *parts):
+    """{part: peak learning rate}, the same for all."""
+    return dict.fromkeys(parts, rate)
+
+
+def stages(size, smoke):
+    """The five stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
+    steps = dict(tower=250, language=500, align=150, resolution=150, instruct=500)
+    common = dict(optimizer="muon", warmup_steps=20, precision="bfloat16", max_tokens=128)
+    if smoke:
+        steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
+    return (
+        Stage(
+            "tower", "contrastive", rates(2e-3, "vision", "text_tower"),
+            {"singles_captions": 4, "scenes_captions": 4, "easy_vqa_captions": 2},
+            steps["tower"], batch_size=64,
+            summary="tower: of the easy-VQA test, shapes told apart {shape}, colours {color}", **common,
+        ),
+        Stage(
+            "language", "language", rates(2e-3, *LANGUAGE_PARTS), {"texts": 1}, steps["language"], batch_size=64,
+            summary="language: questions about texts {text_only}", **common,
+        ),
+        Stage(
+            "align", "language", rates(2e-3, *BRIDGE_PARTS), {"scenes_small": 7, "easy_vqa_captions": 1.5, "easy_vqa": 1.5},
+            steps["align"], batch_size=32, image_size=48, copy_vision_branch=True,
+            summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
+        ),
+        Stage(
+            "resolution", "language", rates(2e-3, "vision", *BRIDGE_PARTS), {"scenes_both": 7, "easy_vqa": 3},
+            steps["resolution"], batch_size=32,
+            summary="resolution: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
+        ),
+        Stage(
+            "instruct", "language", rates(2e-3, "vision", *BRIDGE_PARTS, *LANGUAGE_PARTS),
+            {"scenes": 6.5, "easy_vqa": 2.5, "texts": 1.5}, steps["instruct"], batch_size=32,
+            summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}, reading {scenes_reading}", **common,
+        ),
+    )  # fmt: skip
+
+
+def tokenizer():
+    """A byte-level BPE trained on the words of the training data: always the same."""
+    made = {name: make(0) for name, make in sources().items() if name in ("texts", "scenes_both", "easy_vqa")}
+    words = (
+        turn.text for source in made.values() for n in range(1000) for talk in source.record(n).conversations for turn in talk
+    )
+    prompts = "user: \nbot: \nuser: "
+    return train_tokenizer([*words, *[prompts] * 1000], VOCABULARY)
+
+
+RECIPE = Recipe(
+    name="nano",
+    sizes=tuple(SIZES),
+    build=build,
+    contrastive=contrastive,
+    stages=stages,
+    sources=sources(),
+    tokenizer=tokenizer,
+    template=NANO,
+    decodings={
+        "default": Decoding(max_new_tokens=40),
+        "describe": Decoding(max_new_tokens=60),
+        "sample": Decoding(max_new_tokens=40, do_sample=True, top_p=0.9, temperature=0.7),
+        "beams": Decoding(max_new_tokens=40, num_beams=5),
+    },
+    evaluate=nano_tests.evaluate,
+    exam=nano_tests.exam,
+    finish=nano_tests.finish,
+    report=nano_tests.report,
+    remark="this model has only ever seen drawings of coloured shapes",
+)

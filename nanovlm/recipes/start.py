@@ -1,0 +1,173 @@
+"""From a recipe and the wishes of a command line to a run that is ready to train."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from nanovlm import checkpoint, optimizer
+from nanovlm.data.datasets import DATA, command_line_sources
+from nanovlm.data.tokenizer import Tokenizer
+from nanovlm.names import nearest
+from nanovlm.run import Run, text_side
+from nanovlm.stages import choose
+from nanovlm.vit import check_image_size
+
+DEFAULT_THREADS = 2  # at most; more gain little at this size, and the count decides the last bits of every sum
+
+
+def choose_size(recipe, size):
+    """The size to build: str; None means the recipe's first. Raises ValueError for an unknown one."""
+    if size is None:
+        return recipe.sizes[0]
+    if size not in recipe.sizes:
+        raise ValueError(f"recipe {recipe.name!r} has no size {size!r}.{nearest(size, recipe.sizes)}")
+    return size
+
+
+def choose_stages(recipe, wishes):
+    """The stages to train.
+
+    Args:
+      recipe: Recipe.
+      wishes: the values of train.py's flags. With --data, the last stage reads that file alone.
+    Returns: tuple of Stage.
+    """
+    stages = choose(recipe.stages(choose_size(recipe, wishes.size), wishes.smoke), wishes.stages, wishes.without)
+    if wishes.data is not None:
+        stages = (*stages[:-1], dataclasses.replace(stages[-1], mixture={DATA: 1.0}))
+    return choose(stages, settings=wishes.set)
+
+
+def make_sources(recipe, stages, wishes):
+    """The data sources that the stages name.
+
+    Returns: dict name -> source; what --datasets lists takes precedence over the recipe's own of that name.
+    Raises: ValueError for a name that nothing provides; FileNotFoundError with everything that is missing, at once.
+    """
+    sources = command_line_sources(wishes.data, wishes.images, wishes.datasets, wishes.seed)
+    missing = []
+    for stage in stages:
+        for name in stage.mixture:
+            if name in sources:
+                continue
+            if name not in recipe.sources:
+                raise ValueError(f"stage {stage.name!r} reads {name!r}, which neither the recipe nor --datasets provides."
+                                 f"{nearest(name, recipe.sources.keys() | sources.keys())}")
+            try:
+                sources[name] = recipe.sources[name](wishes.seed)
+            except FileNotFoundError as error:
+                missing.append(f"{name}: {error}")
+    if missing:
+        raise FileNotFoundError("data is missing:\n" + "\n".join(dict.fromkeys(missing)))
+    return sources
+
+
+def check_stages(stages, model, contrastive):
+    """Raise ValueError if a stage asks for what the models cannot do, before hours are spent on the stages ahead of it."""
+    for stage in stages:
+        check_image_size(stage.image_size, model.vision.config.patch_size)
+        parts = model.parts()
+        context_length = model.decoder.config.context_length
+        if stage.objective == "contrastive":
+            if contrastive is None:
+                raise ValueError(f"stage {stage.name!r} is contrastive, but the recipe has no contrastive model")
+            parts, context_length = contrastive.parts(), contrastive.text.context_length
+        optimizer.groups(parts, stage)
+        if stage.max_tokens > context_length:
+            raise ValueError(f"stage {stage.name!r}: max_tokens is {stage.max_tokens}, but the context is {context_length}")
+
+
+def identity(wishes, size, stages, threads):
+    """What a resumed run must share with the one it continues: dict of JSON values, the core of config.json."""
+    kept = {name: vars(wishes)[name] for name in ("recipe", "seed", "smoke", "init", "data", "images", "datasets")}
+    settings = {"size": size, "threads": threads, "stage_names": [stage.name for stage in stages],
+                "stages": {stage.name: dataclasses.asdict(stage) for stage in stages}}
+    return json.loads(json.dumps(kept | settings))  # tuples become lists, as they will be when read back
+
+
+def settle(wishes, size, stages, saved):
+    """Fix the settings of the run once and for all, the number of threads among them.
+
+    Args:
+      saved: dict, config.json of the run to continue, or None.
+    Returns: dict, the run's identity.
+    Raises: CheckpointError naming the first setting that is not what it was.
+    """
+    threads = wishes.threads or (saved["threads"] if saved else min(DEFAULT_THREADS, len(os.sched_getaffinity(0))))
+    settings = identity(wishes, size, stages, threads)
+    if saved:
+        changed = checkpoint.difference({key: saved[key] for key in saved if key != "image_size"}, settings)
+        if changed:
+            raise checkpoint.CheckpointError(f"the run to continue has other settings: {changed}; repeat its options, "
+                                             "or name another folder with --out")
+    return settings
+
+
+def find_tokenizer(recipe, out, init):
+    """The tokenizer of this run: its own from before, that of the model it starts from, or a new one."""
+    if (out / "tokenizer.json").exists():
+        return Tokenizer(out / "tokenizer.json")
+    return recipe.tokenizer() if init is None else Tokenizer(Path(init) / "tokenizer.json")
+
+
+def build_models(recipe, size, vocab_size, seed):
+    """The vision-language model and the contrastive model around its ViT (None if the recipe has none), from a seed."""
+    torch.manual_seed(seed)
+    model = recipe.build(size, vocab_size)
+    return model, None if recipe.contrastive is None else recipe.contrastive(size, model)
+
+
+def load_weights(folder, model, contrastive):
+    """Start from a trained model.
+
+    Args:
+      folder: Path of an output folder with config.json and model.safetensors; text_tower.safetensors is used if it is
+        there.
+      model, contrastive: the models to fill; contrastive may be None.
+    Raises: FileNotFoundError; CheckpointError naming every tensor that does not fit.
+    """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} holds no config.json; --init takes the output folder of a finished run")
+    model.vision.resize(json.loads((folder / "config.json").read_text())["image_size"])
+    checkpoint.load_file_into(model.state_dict(), folder / "model.safetensors")
+    if contrastive is not None and (folder / "text_tower.safetensors").exists():
+        checkpoint.load_file_into(text_side(contrastive), folder / "text_tower.safetensors")
+
+
+def make_run(recipe, wishes, out):
+    """Build everything that a training run needs; only when all of it fits is the folder made, with config.json and
+    tokenizer.json in it.
+
+    Args:
+      recipe: Recipe.
+      wishes: the values of train.py's flags.
+      out: Path of the output folder.
+    Returns: Run.
+    Raises: ValueError, OSError or CheckpointError, in words for the user.
+    """
+    stages = choose_stages(recipe, wishes)
+    sources = make_sources(recipe, stages, wishes)
+    saved = checkpoint.open_folder(out, wishes.resume)
+    size = choose_size(recipe, wishes.size)
+    settings = settle(wishes, size, stages, saved)
+    torch.set_num_threads(settings["threads"])
+    tokenizer = find_tokenizer(recipe, out, wishes.init)
+    model, contrastive = build_models(recipe, size, tokenizer.vocab_size, wishes.seed)
+    check_stages(stages, model, contrastive)
+    if wishes.init is not None and not checkpoint.complete(out):
+        load_weights(Path(wishes.init), model, contrastive)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.replace(out / "config.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
+    checkpoint.replace(out / "tokenizer.json", tokenizer.save)
+    device = torch.device(wishes.device)
+    for one in (model, contrastive):
+        if one is not None:
+            one.to(device)
+    return Run(out=out, identity=settings, model=model, contrastive=contrastive, tokenizer=tokenizer,
+               template=recipe.template, stages=stages, sources=sources, seed=wishes.seed, device=device,
+               smoke=wishes.smoke, save_every=recipe.save_every, exam_every=recipe.exam_every,
+               max_minutes=wishes.max_minutes, evaluate=recipe.evaluate, exam=recipe.exam, finish=recipe.finish,
+               report=recipe.report)

@@ -1,0 +1,277 @@
+"""The training loop: stages one after the other, each a plain sequence of updates.
+
+    for stage in stages: resize, freeze, make optimizers, measure
+        for step in range(stage.steps): records -> gradient -> update -> log -> exam, checkpoint
+        prove that nothing frozen moved, measure again
+
+A run that is killed at any moment and resumed gives the same losses and the same weights, bit for bit: everything
+random comes from the seed and a position (record n of a source, torch's own random state), and the position is in
+every checkpoint.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import string
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from nanovlm import checkpoint, optimizer
+from nanovlm.data.batching import Report
+from nanovlm.data.mixture import Mixture
+from nanovlm.interrupts import Stopped
+from nanovlm.names import nearest
+from nanovlm.progress import Bar, Log, measures_table, plot_curves, say
+from nanovlm.run import text_side
+from nanovlm.stages import Stage
+from nanovlm.update import TrainingError, gradient, reading
+
+
+@dataclass(frozen=True)
+class Later:
+    """A source that begins at record `start`, so that a stage reads on where the stage before it stopped."""
+
+    source: Any
+    start: int
+
+    def __len__(self):
+        return len(self.source)
+
+    def record(self, n):
+        """Record start + n of the source."""
+        return self.source.record(self.start + n)
+
+
+@dataclass
+class Current:
+    """The stage that is training."""
+
+    index: int  # among run.stages
+    stage: Stage
+    optimizers: list
+    mixture: Mixture
+    report: Report = field(default_factory=Report)  # rows cut to max_tokens
+    frozen: dict = field(default_factory=dict)  # tensor name -> digest at the start of the stage
+    step: int = 0  # updates of this stage that are done
+
+
+def digests(tensors):
+    """A fingerprint of the bytes of each tensor: dict name -> Tensor to dict name -> str."""
+    return {name: hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+            for name, tensor in tensors.items()}
+
+
+def random_state(device):
+    """torch's random states: dict of uint8 Tensors, "cpu" and, on a GPU, "cuda"."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+class Trainer:
+    """Trains a Run.
+
+    Args:
+      run: run.Run.
+      stop: interrupts.StopRequests.
+    """
+
+    def __init__(self, run, stop):
+        self.run = run
+        self.stop = stop
+        self.log = Log(run.out / "log.jsonl")
+        self.step = 0  # updates of the whole run that are done
+        self.starts = dict.fromkeys(run.sources, 0)  # records that finished stages have read
+        self.measures = {}  # stage name -> "before" | "after" -> measure -> share
+        self.answers = []  # of the last exam
+        self.seconds_before = 0.0  # in earlier processes of this run
+        self.began = time.monotonic()
+
+    def seconds(self):
+        """Seconds of training so far, without the time between two processes."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def train(self):
+        """Train all stages, or what the last checkpoint leaves of them, and write the results.
+
+        Raises: interrupts.Stopped on request, with a checkpoint written; TrainingError for bad data or numbers that are
+          not finite, with a checkpoint of the last good step written; checkpoint.CheckpointError.
+        """
+        saved = self.last_checkpoint()
+        first = saved[1]["stage"] if saved else 0
+        for index in range(first, len(self.run.stages)):
+            self.train_stage(self.begin(index, saved if index == first else None))
+        self.finish()
+
+    def last_checkpoint(self):
+        """Take over the newest checkpoint's position in the run: (tensors, state), or None at the very beginning."""
+        folders = checkpoint.complete(self.run.out)
+        if not folders:
+            self.log.cut(0)
+            return None
+        tensors, state = checkpoint.read(folders[-1])
+        changed = checkpoint.difference(state["identity"], self.run.identity)
+        if changed:
+            raise checkpoint.CheckpointError(f"{folders[-1]} belongs to another run: {changed}")
+        self.step, self.starts, self.measures = state["step"], state["starts"], state["measures"]
+        self.answers, self.seconds_before = state["answers"], state["seconds"]
+        self.log.cut(state["log_bytes"])
+        say(f"continuing after step {self.step}, in stage {self.run.stages[state['stage']].name}")
+        return tensors, state
+
+    def begin(self, index, saved):
+        """Make a stage ready: picture size, frozen parts, optimizers, data; then all that was saved of it, if it was."""
+        run, stage = self.run, self.run.stages[index]
+        run.model.vision.resize(stage.image_size)  # first: the position table may become a new parameter
+        if stage.copy_vision_branch:
+            run.model.copy_vision_branch()
+        parts = run.parts()
+        for part, parameters in parts.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(part in stage.learning_rates)
+        sources = {name: Later(run.sources[name], self.starts[name]) for name in stage.mixture}
+        current = Current(index, stage, optimizer.build(parts, stage), Mixture(sources, stage.mixture))
+        if saved:
+            self.restore(current, *saved)
+        else:
+            current.frozen = digests(run.frozen(stage))
+        say(f"\nstage {stage.name}: {stage.steps} steps of {stage.batch_size} examples at {stage.image_size} pixels")
+        say("\n".join(optimizer.table(parts, stage)))
+        return current
+
+    def train_stage(self, current):
+        """The updates of a stage that are left, between two measurements."""
+        stage = current.stage
+        if current.step == 0:
+            self.measure(stage, "before")
+        bar = Bar(stage, current.step)
+        try:
+            while current.step < stage.steps:
+                self.one_step(current, bar)
+        finally:
+            bar.close()
+        now = digests(self.run.frozen(stage))
+        moved = [name for name, digest in current.frozen.items() if now[name] != digest]
+        if moved:
+            raise TrainingError(f"stage {stage.name}: frozen tensors have moved: {', '.join(moved)}")
+        say(f"stage {stage.name}: none of the {len(now)} frozen tensors has moved")
+        if current.report.truncated_rows:
+            say(f"stage {stage.name}: {current.report.truncated_rows:,} of {current.report.rows:,} rows were cut to "
+                f"max_tokens {stage.max_tokens}, {current.report.truncated_tokens:,} tokens lost")
+        self.measure(stage, "after")
+        for name, drawn in current.mixture.state().items():
+            self.starts[name] += drawn
+
+    def one_step(self, current, bar):
+        """One update, its log line, and what is due after it: exam, checkpoint, stop."""
+        run, stage, began = self.run, current.stage, time.monotonic()
+        boundary = current.mixture.state(), random_state(run.device)
+        parameters = [p for one in current.optimizers for group in one.param_groups for p in group["params"]]
+        try:
+            with reading():
+                records = [current.mixture.next()[1] for _ in range(stage.batch_size)]
+            loss, norm, tokens = gradient(run, stage, records, parameters, current.report)
+        except Exception as error:
+            self.save(current, *boundary)  # nothing has moved since the last update
+            if isinstance(error, TrainingError):
+                raise TrainingError(f"stage {stage.name}, step {current.step + 1} of {stage.steps}: {error}") from error
+            raise
+        optimizer.set_lr(current.optimizers, optimizer.lr_factor(current.step, stage))
+        for one in current.optimizers:
+            one.step()
+        current.step += 1
+        self.step += 1
+        rate = tokens / (time.monotonic() - began)
+        lr = max(group["lr"] for one in current.optimizers for group in one.param_groups)
+        self.log.write(stage=stage.name, step=self.step, loss=loss, lr=lr, gradient_norm=norm,
+                       tokens_per_second=round(rate), seconds=round(self.seconds(), 3))
+        bar.update(current.step, loss, rate)
+        if self.step % run.exam_every == 0:
+            self.exam(stage)
+        if run.max_minutes is not None and time.monotonic() - self.began >= 60 * run.max_minutes:
+            self.stop.requested = self.stop.requested or Stopped(0, f"--max-minutes {run.max_minutes:g} are over")
+        stop = self.stop.requested
+        if stop or self.step % run.save_every == 0 or current.step == stage.steps:
+            self.save(current, current.mixture.state(), random_state(run.device))
+        if stop:
+            raise stop
+
+    def save(self, current, mixture, random):
+        """Write a checkpoint of the present weights; mixture and random: their states after the last update."""
+        run = self.run
+        tensors = {"model": run.model.state_dict(), "text_tower": text_side(run.contrastive), "random": random,
+                   "optimizer": checkpoint.optimizer_tensors(current.optimizers)}
+        state = {"identity": run.identity, "stage": current.index, "stage_step": current.step, "step": self.step,
+                 "starts": self.starts, "mixture": mixture, "report": asdict(current.report),
+                 "frozen": current.frozen, "measures": self.measures, "answers": self.answers,
+                 "seconds": self.seconds(), "log_bytes": self.log.size()}
+        checkpoint.save(run.out, self.step, tensors, state)
+
+    def restore(self, current, tensors, state):
+        """Put everything that `save` wrote about a stage back in its place."""
+        run = self.run
+        checkpoint.copy_into(run.model.state_dict(), tensors["model"], "model.safetensors")
+        checkpoint.copy_into(text_side(run.contrastive), tensors["text_tower"], "text_tower.safetensors")
+        checkpoint.load_optimizer(current.optimizers, tensors["optimizer"])
+        torch.set_rng_state(tensors["random"]["cpu"])
+        if run.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random"]["cuda"], run.device)
+        current.mixture.load_state(state["mixture"])
+        current.report = Report(**state["report"])
+        current.frozen, current.step = state["frozen"], state["stage_step"]
+
+    @contextlib.contextmanager
+    def looking(self):
+        """Within, the model is asked, not trained: no gradient, no trace in the random state."""
+        run = self.run
+        models = [model for model in (run.model, run.contrastive) if model is not None]
+        devices = [run.device] if run.device.type == "cuda" else []
+        for model in models:
+            model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+        for model in models:
+            model.train()
+
+    def measure(self, stage, moment):
+        """Measure a stage before or after it, log it, and say afterwards what the stage achieved."""
+        with self.stop.anywhere(), self.looking():
+            found = self.run.evaluate(self.run, stage)
+        self.measures.setdefault(stage.name, {})[moment] = found
+        self.log.write(stage=stage.name, step=self.step, when=moment, measures=found)
+        for _, key, _, _ in string.Formatter().parse(stage.summary):
+            if key is not None and key not in found:
+                raise TrainingError(f"the summary of stage {stage.name!r} names {key!r}, which is not measured."
+                                    f"{nearest(key, found)}")
+        if moment == "after" and stage.summary:
+            before = self.measures[stage.name]["before"]
+            say(stage.summary.format(**{key: f"{before[key]:.1%} → {found[key]:.1%}" for key in found}))
+
+    def exam(self, stage):
+        """Ask the exam's questions and print the answers that have changed."""
+        with self.looking():
+            answers = self.run.exam(self.run)
+        if answers != self.answers:
+            self.log.write(stage=stage.name, step=self.step, exam=answers)
+        for old, new in itertools.zip_longest(self.answers, answers):
+            if new is not None and new != old:
+                say(f"step {self.step}: {new}")
+        self.answers = answers
+
+    def finish(self):
+        """Write the model, the curves and the results, and print the tables."""
+        run, out = self.run, self.run.out
+        config = run.identity | {"image_size": run.model.vision.image_size}
+        checkpoint.replace(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+        if run.contrastive is not None:
+            checkpoint.replace(out / "text_tower.safetensors", lambda path: checkpoint.write_tensors(path, text_side(run.contrastive)))
+        checkpoint.replace(out / "model.safetensors", lambda path: checkpoint.write_tensors(path, run.model.state_dict()))
+        checkpoint.replace(out / "curves.png", lambda path: plot_curves(self.log.read(), path, run.seed))
+        with self.stop.anywhere(), self.looking():
+            results = run.finish(run)
+        results |= {"parameters": sum(p.numel() for p in run.model.parameters()), "seconds": round(self.seconds(), 1)}
+        checkpoint.replace(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+        say("\n".join(["", *measures_table(self.measures), "", *run.report(run, results)]))

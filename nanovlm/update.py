@@ -1,0 +1,94 @@
+"""The gradient of one update: records become batches, batches a loss, micro-batches add up.
+
+A language loss is a sum over tokens and is divided by the trained tokens of the whole update, so that cutting it into
+micro-batches changes nothing: dividing each micro-batch by its own tokens would count a word in a short batch for
+more. A contrastive loss compares all pairs and cannot be cut.
+"""
+
+import contextlib
+import math
+
+import torch
+
+from nanovlm.data.batching import build_batch, contrastive_batch
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names stage, step and records."""
+
+
+@contextlib.contextmanager
+def reading():
+    """Within, data is read: what is wrong with it (OSError, ValueError) stops the training, in its own words."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise TrainingError(str(error)) from error
+
+
+def language_loss(run, stage, records, report):
+    """Next-token loss of some records.
+
+    Args:
+      run: run.Run. stage: Stage. records: list of Record.
+      report: batching.Report, counts rows cut to max_tokens.
+    Returns: (float[] summed over the trained tokens in nats, int trained tokens, int tokens in all).
+    """
+    with reading():
+        batch = build_batch(records, run.template, run.tokenizer, run.model.num_image_tokens,
+                            stage.image_size, stage.image_fit, stage.max_tokens, report)
+    loss, trained = run.model.loss(batch.to(run.device))
+    return loss, trained, int((batch.segments >= 0).sum())
+
+
+def contrastive_loss(run, stage, records, report):
+    """Contrastive loss of pictures and captions.
+
+    Args: as in `language_loss`.
+    Returns: (float[] mean over the pairs in nats, 1, int tokens of the captions).
+    """
+    with reading():
+        pixels, ids, lengths = contrastive_batch(records, run.tokenizer, stage.image_size, stage.image_fit,
+                                                 stage.max_tokens, report)
+    loss = run.contrastive.loss(pixels.to(run.device), ids.to(run.device), lengths.to(run.device))
+    return loss, 1, int(lengths.sum())
+
+
+LOSSES = {"language": language_loss, "contrastive": contrastive_loss}
+
+
+def gradient(run, stage, records, parameters, report):
+    """Leave the gradient of one update in the parameters: accumulated, divided by what it trains, clipped.
+
+    Args:
+      run: run.Run. stage: Stage.
+      records: list of Record, of the whole update.
+      parameters: list of the Parameters that train; those that the records do not reach get no gradient.
+      report: batching.Report.
+    Returns: (float loss per trained token or pair in nats, float norm of the gradient before clipping, int tokens).
+    Raises: TrainingError if the loss or the gradient is not finite.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+    total, divisor, tokens = 0.0, 0, 0
+    size = stage.micro_batch_size or stage.batch_size
+    for micro_batch in (records[start:start + size] for start in range(0, len(records), size)):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"):
+            loss, trained, count = LOSSES[stage.objective](run, stage, micro_batch, report)
+        check_finite(loss, "loss", micro_batch)
+        loss.backward()
+        total, divisor, tokens = total + loss.item(), divisor + trained, tokens + count
+    reached = [parameter for parameter in parameters if parameter.grad is not None]
+    for parameter in reached:  # only now is it known how many tokens the whole update trains
+        parameter.grad /= divisor
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in reached])
+    check_finite(norm, "gradient's norm", records)
+    if stage.clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(reached, stage.clip, norm)
+    return total / divisor, norm.item(), tokens
+
+
+def check_finite(value, what, records):
+    """Raise TrainingError unless a loss or a norm, float[], is a finite number."""
+    if not math.isfinite(value.item()):
+        raise TrainingError(f"the {what} is {value.item()}; records: {', '.join(record.id for record in records)}")

@@ -1,0 +1,245 @@
+"""Lesson 07's ablation: what becomes of the words when a language model learns to see?
+
+A small decoder first learns to answer questions about scenes told in words. Then it learns the same questions about
+pictures alone, with no text beside them, and its words are examined again. Keys, values and norms are either shared by
+both modalities or kept separate; what trains is either these alone, or the whole decoder.
+
+    python notebooks/ablation_07.py        writes notebooks/ablation_07.csv
+"""
+
+import csv
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+from nanovlm import optimizer
+from nanovlm.data.batching import build_batch
+from nanovlm.data.scene_source import Scenes
+from nanovlm.data.scene_texts import SceneTexts
+from nanovlm.data.templates import NANO
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
+from nanovlm.resampler import Resampler
+from nanovlm.stages import Stage
+from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vlm import IGNORE, VLM
+
+CSV_PATH = Path(__file__).with_suffix(".csv")
+KINDS = ("color", "place", "size")  # asked about words and about pictures alike
+IMAGE_SIZE, WIDTH, NUM_HEADS, NUM_LAYERS = 40, 64, 4, 2
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to learn to see."""
+
+    name: str
+    separate: bool  # image tokens have their own norms, keys and values
+    everything: bool  # the whole decoder trains, not only the norms, keys and values that image tokens meet
+
+
+ARMS = (
+    Arm("shared, only K/V and norms train", separate=False, everything=False),
+    Arm("separate, only K/V and norms train", separate=True, everything=False),
+    Arm("shared, whole decoder trains", separate=False, everything=True),
+    Arm("separate, whole decoder trains", separate=True, everything=True),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Lengths of a run."""
+
+    language_steps: int = 250  # optimizer steps on words
+    picture_steps: int = 150  # optimizer steps on pictures
+    batch_size: int = 64  # records per step
+    exam: int = 200  # questions per exam
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table; losses in nats per answer token, shares between 0 and 1."""
+
+    arm: str
+    seed: int
+    trained: int  # parameters of the decoder that learned from pictures
+    text_loss_before: float
+    text_loss_after: float
+    text_right_before: float
+    text_right_after: float
+    picture_right: float
+
+
+def sources(seed):
+    """Words and pictures to learn from, and others for the exams."""
+    pictures = dict(max_objects=1, string_share=0.0, canvas=IMAGE_SIZE, weights=dict.fromkeys(KINDS, 1.0), questions_per_picture=1)
+    words = dict(max_objects=1, string_share=0.0, weights={"described": 1.0})
+    return {
+        "words": SceneTexts("train", seed, **words),
+        "pictures": Scenes("train", seed=seed, **pictures),
+        "words_exam": SceneTexts("new", 1000, **words),
+        "pictures_exam": Scenes("new", seed=1000, **pictures),
+    }
+
+
+def records(source, start, number):
+    """Records start to start + number of a source."""
+    return [source.record(n) for n in range(start, start + number)]
+
+
+def make_tokenizer(words):
+    """A tokenizer of the words that both kinds of questions use."""
+    asked = (turn for record in records(words, 0, 400) for turns in record.conversations for turn in turns)
+    return train_tokenizer(["user: \nbot:", *(" " + turn.text for turn in asked)], 400)
+
+
+def make_model(tokenizer, seed):
+    """A ViT, a resampler of four latents, and a plain decoder."""
+    torch.manual_seed(seed)
+    vision = ViT(ViTConfig(IMAGE_SIZE, 8, WIDTH, 1, NUM_HEADS, 2 * WIDTH, conv_stem=True, class_token=False))
+    bridge = Resampler(WIDTH, WIDTH, 4, 1, NUM_HEADS, WIDTH // NUM_HEADS, 2 * WIDTH)
+    layers = (LayerOptions(),) * NUM_LAYERS
+    return VLM(vision, bridge, Decoder(DecoderConfig(tokenizer.vocab_size, WIDTH, NUM_HEADS, NUM_HEADS, 2 * WIDTH, 64, layers, tied_head=True)))
+
+
+def separate(decoder):
+    """The same decoder with an image copy of every norm, key and value layer; the copies start out equal."""
+    layers = (LayerOptions(modality_adaptive=True),) * len(decoder.config.layers)
+    result = Decoder(replace(decoder.config, layers=layers))
+    weights = {}
+    for name in result.state_dict():
+        weights[name] = decoder.state_dict()[name.replace(".text.", ".").replace(".vision.", ".")]
+    result.load_state_dict(weights)
+    return result
+
+
+def trained_parts(model, arm):
+    """{part: {name: parameter}} of what learns from pictures: tower and bridge always, and the arm's share of the decoder."""
+    parts = model.parts()
+    chosen = {part: parts[part] for part in ("vision", "bridge")}
+    decoder = {**parts["vision_branch"], **(parts["embedding"] if arm.everything else {})}
+    for name, parameter in parts["language_model"].items():
+        meets_images = any(f".{layer}." in name for layer in ("norm_1", "norm_2", "k", "v"))
+        if arm.everything or (meets_images and not arm.separate):
+            decoder[name] = parameter
+    return {**chosen, "language_model": decoder}
+
+
+def train(model, parts, source, tokenizer, settings, steps):
+    """Answer a source's questions for some steps; yields after every step, so that a caller can look."""
+    stage = Stage(
+        "ablation", "language", dict.fromkeys(parts, 3e-3), {source.name: 1.0}, steps, settings.batch_size,
+        optimizer="muon", warmup_steps=min(10, steps - 1),
+    )  # fmt: skip
+    trained = [parameter for part in parts.values() for parameter in part.values()]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizers = optimizer.build(parts, stage)
+    for step in range(steps):
+        optimizer.set_lr(optimizers, optimizer.lr_factor(step, stage))
+        batch = rows(records(source, step * settings.batch_size, settings.batch_size), model, tokenizer)
+        loss, count = model.loss(batch)
+        (loss / count).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for each in optimizers:
+            each.step()
+            each.zero_grad(set_to_none=True)
+        yield step
+
+
+def rows(some_records, model, tokenizer):
+    """Records as a Batch."""
+    return build_batch(some_records, NANO, tokenizer, model.num_image_tokens, IMAGE_SIZE, "crop", 64)
+
+
+@torch.no_grad()
+def examine(model, batch):
+    """(loss in nats per answer token, share of answers right in every token)."""
+    logits, labels = model(batch)[:, :-1], batch.labels[:, 1:]
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    right = ((logits.argmax(-1) == labels) | (labels == IGNORE)).all(dim=1)
+    return loss.item(), right.float().mean().item()
+
+
+def learn_words(seed, settings):
+    """(model, tokenizer, sources) after the first half: a decoder that answers questions about words."""
+    found = sources(seed)
+    tokenizer = make_tokenizer(found["words"])
+    model = make_model(tokenizer, seed)
+    parts = model.parts()
+    language = {part: parts[part] for part in ("embedding", "language_model")}
+    for _ in train(model, language, found["words"], tokenizer, settings, settings.language_steps):
+        pass
+    return model, tokenizer, found
+
+
+def learn_to_see(model, arm, tokenizer, found, settings, seed):
+    """Continue a copy of the model on pictures, as the arm says.
+
+    Returns: (the model that sees, Result).
+    """
+    torch.manual_seed(seed)
+    seeing = make_model(tokenizer, seed)
+    seeing.load_state_dict(model.state_dict())
+    if arm.separate:
+        seeing.decoder = separate(seeing.decoder)
+    exams = {name: rows(records(found[name], 0, settings.exam), seeing, tokenizer) for name in ("words_exam", "pictures_exam")}
+    loss_before, right_before = examine(seeing, exams["words_exam"])
+    parts = trained_parts(seeing, arm)
+    for _ in train(seeing, parts, found["pictures"], tokenizer, settings, settings.picture_steps):
+        pass
+    loss_after, right_after = examine(seeing, exams["words_exam"])
+    trained = sum(parameter.numel() for parameter in parts["language_model"].values())
+    picture_right = examine(seeing, exams["pictures_exam"])[1]
+    return seeing, Result(arm.name, seed, trained, loss_before, loss_after, right_before, right_after, picture_right)
+
+
+def run(seeds, settings):
+    """Results of every arm and seed."""
+    for seed in seeds:
+        model, tokenizer, found = learn_words(seed, settings)
+        for arm in ARMS:
+            yield learn_to_see(model, arm, tokenizer, found, settings, seed)[1]
+
+
+def write(results, path, note):
+    """Write results as CSV under a first line that says how they came about."""
+    partial = path.with_suffix(".tmp")
+    with open(partial, "w", encoding="utf-8", newline="") as file:
+        file.write(f"# {note}\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
+        writer.writeheader()
+        for result in results:
+            writer.writerow({name: round(v, 4) if isinstance(v, float) else v for name, v in asdict(result).items()})
+    os.replace(partial, path)
+
+
+def read(path=CSV_PATH):
+    """(note, list of Result) of a written table."""
+    with open(path, encoding="utf-8", newline="") as file:
+        note = file.readline().removeprefix("# ").strip()
+        kinds = {field.name: field.type for field in fields(Result)}
+        return note, [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = []
+    for result in run((0, 1, 2), Settings()):
+        results.append(result)
+        print(result, flush=True)
+    write(results, CSV_PATH, (
+        f"python notebooks/ablation_07.py, {date.today()}, torch {torch.__version__}, one core of {platform.machine()}, "
+        f"{time.process_time():.0f} CPU-seconds, seeds 0 to 2"
+    ))  # fmt: skip

@@ -1,0 +1,73 @@
+"""Run lessons and keep what they show: python notebooks/build.py [01 …] writes NN_name.ipynb beside NN_name.py.
+
+Without a number all lessons run. A lesson runs in its own process, on one core, in this folder.
+"""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parent
+CELL_SECONDS = 600  # a cell that takes longer hangs
+
+
+def lessons(numbers=()):
+    """Sources of the lessons with these numbers ("01"), in order; all of them without any.
+
+    Raises: ValueError for a number that no lesson has.
+    """
+    found = {path.name[:2]: path for path in sorted(FOLDER.glob("[0-9][0-9]_*.py"))}
+    for number in numbers:
+        if number not in found:
+            raise ValueError(f"there is no lesson {number!r}; lessons: {', '.join(found)}")
+    return [found[number] for number in numbers or found]
+
+
+def execute(source, environment=None):
+    """Run one lesson from its source.
+
+    Args:
+      source: path of the .py file. environment: dict of environment variables for its process, None = this one's.
+    Returns: (notebook with outputs, CPU-seconds that its process took).
+    Raises: nbclient.exceptions.CellExecutionError if a cell fails.
+    """
+    notebook = jupytext.read(source)
+    for place, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{place}"  # the random ones would differ after every run
+    environment = {**(environment or os.environ), "OMP_NUM_THREADS": "1"}
+    client = NotebookClient(
+        notebook, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False,
+        resources={"metadata": {"path": str(FOLDER)}},
+    )  # fmt: skip
+    before = os.times()
+    client.execute(env=environment)
+    after = os.times()
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return notebook, after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def main(numbers):
+    """Run lessons and write their notebooks; an interrupted or failed run leaves the old one."""
+    for source in lessons(numbers):
+        start = time.monotonic()
+        notebook, cpu_seconds = execute(source)
+        notebook.metadata["cpu_seconds"] = round(cpu_seconds, 1)
+        text = re.sub(r"0x[0-9a-f]{6,}", "0x…", nbformat.writes(notebook))
+        partial = source.with_suffix(".tmp")
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, source.with_suffix(".ipynb"))
+        size = len(text.encode()) / 1000
+        print(f"{source.stem}: {cpu_seconds:.0f} CPU-s, {time.monotonic() - start:.0f} s, {size:.0f} kB", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,107 @@
+"""Checks of the exercises: each compares the reader's function with what the package itself computes.
+
+In a lesson: `checks.attempt(checks.check_patchify, patchify)` says what is still wrong, and never stops the notebook for it.
+"""
+
+import torch
+from torch import nn
+
+from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
+from nanovlm.modality_adaptive import ModalityAdaptive, route
+from nanovlm.projector import LinearProjector
+from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vlm import IMAGE_TOKEN, VLM
+
+
+def attempt(check, answer):
+    """Run a check on the reader's function and print the verdict."""
+    try:
+        check(answer)
+    except AssertionError as error:
+        print(f"Not yet: {error}")
+    else:
+        print("Right!")
+
+
+def compare(answer, expected, hint):
+    """Raise AssertionError, with what is wrong in words, unless two tensors are equal up to rounding."""
+    assert answer is not None, "your function returned None; write it, and return a tensor."
+    assert isinstance(answer, torch.Tensor), f"your function returned a {type(answer).__name__}; a tensor was expected."
+    assert answer.shape == expected.shape, f"shape {tuple(answer.shape)}, expected {tuple(expected.shape)}."
+    assert torch.allclose(answer, expected, atol=1e-4), hint
+
+
+def check_patchify(patchify):
+    """Lesson 01. patchify(pixels float[F, 3, H, W], patch_size) -> float[F, N, 3 * patch_size ** 2].
+
+    The flattened weights of the patch convolution, applied to it, must give what the convolution gives.
+    Raises: AssertionError.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vision = ViT(ViTConfig(image_size=12, patch_size=4, width=8, num_layers=0, num_heads=1, mlp_width=8))
+    pixels = torch.randn(2, 3, 12, 20, generator=generator)  # wider than high, so that rows and columns cannot be mixed up
+    convolution = vision.patch_embedding
+    expected = convolution(pixels).flatten(2).transpose(1, 2)  # F N W
+    patches = patchify(pixels, 4)
+    if isinstance(patches, torch.Tensor):
+        assert patches.shape == (2, 15, 48), f"shape {tuple(patches.shape)}, expected (2, 15, 48): 15 patches of 48 numbers."
+    else:
+        compare(patches, expected, "")
+    embedded = patches @ convolution.weight.flatten(1).T + convolution.bias
+    ordered = torch.allclose(embedded.sort(dim=1).values, expected.sort(dim=1).values, atol=1e-4)
+    compare(embedded, expected, (
+        "every patch is right, but they stand in another order; go along the rows of the picture." if ordered else
+        "the numbers within a patch stand in another order than in the convolution's weight: channel, row, column."
+    ))  # fmt: skip
+
+
+def check_place(place):
+    """Lesson 03. place(embeddings float[B, T, W], is_image bool[B, T], image_tokens float[n, W]) -> float[B, T, W].
+
+    Raises: AssertionError.
+    """
+    torch.manual_seed(0)
+    vision = ViT(ViTConfig(image_size=8, patch_size=4, width=6, num_layers=0, num_heads=1, mlp_width=6))
+    config = DecoderConfig(20, 6, 1, 1, 6, 16, (LayerOptions(),))
+    model = VLM(vision, LinearProjector(6, 6), Decoder(config))
+    image, word = IMAGE_TOKEN, 3
+    ids = torch.tensor([[image, image, word, 4, 5, 6], [7, image, 8, image, image, 9], [1, 2, 3, 4, 5, 6]])
+    image_tokens = torch.randn(5, 6)
+    embeddings = model.decoder.embedding(ids.clamp(min=0)).detach()
+    before = embeddings.clone()
+    answer = place(embeddings, ids == IMAGE_TOKEN, image_tokens)
+    expected = model.embed(ids, [image_tokens[:2], image_tokens[2:]], [0, 1]).detach()
+    if isinstance(answer, torch.Tensor) and answer.shape == expected.shape:
+        words = ids != IMAGE_TOKEN
+        assert torch.equal(answer[words], expected[words]), "a word's embedding changed; only image tokens are replaced."
+    compare(answer, expected, (
+        "the image tokens stand in other places than VLM.embed puts them: the k-th one belongs in the k-th place, counted "
+        "along the first row, then along the second, without starting again."
+    ))  # fmt: skip
+    assert torch.equal(embeddings, before), "your function changed the embeddings it was given; return a new tensor."
+
+
+def check_route(route_by_hand):
+    """Lesson 07. route_by_hand(x float[B, T, W], modality int[B, T], text, vision) -> float[B, T, W_out].
+
+    text and vision are layers with different weights. Raises: AssertionError.
+    """
+    generator = torch.Generator().manual_seed(0)
+    modality = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 0, 1, 1]])
+    x = torch.randn(2, 5, 6, generator=generator)
+    for make in (lambda: nn.Linear(6, 4, bias=False), lambda: nn.LayerNorm(6)):
+        layer = ModalityAdaptive(make(), make())
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        answer = route_by_hand(x, modality, layer.text, layer.vision)
+        expected = layer.as_written(x, route(modality))
+        swapped = layer.as_written(x, route(1 - modality))
+        if isinstance(answer, torch.Tensor) and answer.shape == expected.shape:
+            assert not torch.allclose(answer, swapped, atol=1e-4), (
+                "text and vision are exchanged: here 0 is text and 1 is vision; the paper counts the other way round."
+            )
+        compare(answer, expected, (
+            f"with two {type(layer.text).__name__}s it differs from as_written. If only the norm fails: a norm of a zero row is "
+            "its bias, not zero, so a masked-out token must be left out after the layer, not before."
+        ))  # fmt: skip

@@ -1,0 +1,50 @@
+"""What every lesson shares: one core, one look, and code shown from where it lives."""
+
+import inspect
+import sys
+import textwrap
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import Markdown, display
+
+ROOT = Path(__file__).resolve().parent.parent  # the folder that holds nanovlm/
+sys.path.insert(0, str(ROOT))
+
+TEXT_COLOR, VISION_COLOR, GREY = "#3f6fb0", "#e07b39", "#9a9a9a"
+
+torch.set_num_threads(1)
+plt.rcParams.update({
+    "figure.dpi": 70,  # small files; nothing here needs more
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "image.interpolation": "nearest",
+})  # fmt: skip
+
+
+def show_source(thing):
+    """Show the code of a function, method or class, and the file that owns it."""
+    path = Path(inspect.getsourcefile(thing)).resolve().relative_to(ROOT).as_posix()
+    code = textwrap.dedent(inspect.getsource(thing)).rstrip()
+    display(Markdown(f"`{path}`\n```python\n{code}\n```"))
+
+
+def show_pictures(pictures, titles, columns, size=1.6):
+    """Draw pictures side by side, each under its title.
+
+    Args:
+      pictures: list of what imshow takes. titles: list of str. columns: pictures in one line.
+      size: inches of one picture.
+    """
+    lines = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(size * columns, (size + 0.35) * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture, title in zip(axes.flat, pictures, titles):
+        axis.imshow(picture)
+        axis.set_title(title)
+    figure.tight_layout()
+    plt.show()

@@ -1,0 +1,202 @@
+"""Talk to a trained model.
+
+    python sample.py out/nano --draw "red circle left of blue star" "how many shapes are there?"
+    python sample.py out/nano --image photo.jpg "what is this?"
+    python sample.py out/nano                       a chat: /image PATH, /reset, /exit
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+
+from nanovlm import recipes
+from nanovlm.chat import Chat
+from nanovlm.data import images
+from nanovlm.data.scene_parsing import parse_scene
+from nanovlm.data.scenes import render
+from nanovlm.evaluation import attention_maps
+from nanovlm.names import nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COMMANDS = ("/image", "/reset", "/exit")
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+
+
+def make_parser():
+    """The command line, as an argparse parser."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="MODEL_FOLDER", help="what train.py wrote, for example out/nano")
+    parser.add_argument("question", nargs="?", metavar="QUESTION", help="without one: a chat")
+    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture; may be given several times")
+    parser.add_argument("--draw", metavar="TEXT", help='pose a scene, for example "red circle left of blue star"')
+    parser.add_argument("--attention", metavar="PNG", help="save where the answer's tokens looked, over the picture")
+    parser.add_argument("--describe-first", action="store_true", help="describe the picture, then answer in that history")
+    parser.add_argument("--preset", default="default", metavar="NAME", help="one of the recipe's decodings")
+    parser.add_argument("--greedy", action="store_true", help="the most probable token every time")
+    parser.add_argument("--num-beams", type=int, metavar="N", help="beam search")
+    parser.add_argument("--temperature", type=float, metavar="X", help="sample; below 1 sharper, above 1 flatter")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K most probable tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the nucleus of this probability")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer at most")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and of --draw")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    return parser
+
+
+def as_flag(name):
+    """The flag of a namespace's field: top_k -> --top-k."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(arguments):
+    """Flags as a namespace; ends the program with code 2 for an unknown flag or two that contradict."""
+    parser = make_parser()
+    wishes, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [as_flag(name) for name in vars(wishes) if name not in ("folder", "question")]
+        for name in (word.split("=")[0] for word in unknown if word.startswith("-")):
+            parser.error(f"unknown flag {name!r}.{nearest(name, flags)}")
+        parser.error(f"unexpected {unknown[0]!r}; put the whole question in quotes")
+    if wishes.greedy:
+        for name in ("num_beams", "temperature", "top_k", "top_p"):
+            if vars(wishes)[name] is not None:
+                parser.error(f"--greedy and {as_flag(name)} contradict each other")
+    shown = wishes.image or wishes.draw is not None
+    if wishes.attention is not None and not (shown and wishes.question):
+        parser.error("--attention needs a question and a picture: give --image or --draw")
+    if wishes.describe_first and wishes.question and not shown:
+        parser.error("--describe-first needs a picture: give --image or --draw")
+    return wishes
+
+
+def choose_decoding(decodings, wishes):
+    """The preset, changed by the flags: sampler.Decoding."""
+    if wishes.preset not in decodings:
+        raise ValueError(f"unknown preset {wishes.preset!r}.{nearest(wishes.preset, decodings)}")
+    names = ("num_beams", "temperature", "top_k", "top_p", "max_new_tokens")
+    changes = {name: vars(wishes)[name] for name in names if vars(wishes)[name] is not None}
+    if wishes.greedy:
+        changes |= {"do_sample": False, "num_beams": 1}
+    elif {"temperature", "top_k", "top_p"} & changes.keys():
+        changes["do_sample"] = True
+    return dataclasses.replace(decodings[wishes.preset], **changes)
+
+
+def check_device(name):
+    """Raise ValueError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from error
+
+
+def open_chat(loaded, wishes):
+    """A Chat with the loaded model."""
+    generator = torch.Generator(wishes.device).manual_seed(wishes.seed)
+    decoding = choose_decoding(loaded.decodings, wishes)
+    return Chat(loaded.model, loaded.tokenizer, loaded.template, decoding, loaded.image_size, loaded.image_fit, generator)
+
+
+def first_pictures(loaded, wishes):
+    """Pictures of the command line: list of PIL images; a posed scene is saved in the model's folder."""
+    pictures = [images.load(path) for path in wishes.image]
+    if wishes.draw is not None:
+        generator = numpy.random.default_rng(wishes.seed)
+        scene = render(parse_scene(wishes.draw, generator, loaded.image_size), generator)
+        path = Path(wishes.folder) / "drawn.png"
+        scene.save(path)
+        print(f"(drawn: {path})")
+        pictures.append(scene)
+    return pictures
+
+
+def answer(chat, loaded, wishes, question, pictures):
+    """Print an answer while it is made."""
+    if wishes.describe_first and pictures:
+        describe = loaded.decodings.get("describe", chat.decoding)
+        description, pieces = chat.describe_first(question, pictures, describe)
+        print(f"(description: {description})")
+    else:
+        pieces = chat.ask(question, pictures)
+    forgotten = chat.forgotten
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    if chat.forgotten > forgotten:
+        print(f"(the context was full: {chat.forgotten - forgotten} earlier exchanges forgotten)")
+    # its own training pictures have exactly this size; a photograph hardly ever has
+    if loaded.remark and any(picture.size != (loaded.image_size, loaded.image_size) for picture in pictures):
+        print(f"({loaded.remark})")
+
+
+def save_attention(chat, loaded, wishes, pictures):
+    """Draw where the last answer looked."""
+    exchange, tokenizer = chat.last, loaded.tokenizer
+    heat = attention_maps.answer_heat(loaded.model, exchange.row, exchange.answer, exchange.visual_inputs)
+    words = [tokenizer.decode([token]) for token in exchange.answer]
+    title = f"where each token of the answer to {wishes.question!r} looked"
+    attention_maps.draw(wishes.attention, pictures, heat, words, loaded.image_size, loaded.image_fit, title)
+    print(f"(attention: {wishes.attention})")
+
+
+def converse(chat, loaded, wishes, pictures):
+    """Chat until /exit or the end of the input."""
+    print("Ask. /image PATH shows a picture with the next question, /reset begins anew, /exit ends.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/exit":
+                return
+            if command == "/reset":
+                chat.reset()
+                pictures = []
+            elif command == "/image":
+                pictures = [*pictures, images.load(rest.strip())]
+            elif command.startswith("/"):
+                print(f"unknown command {command!r}.{nearest(command, COMMANDS)}")
+            elif line:
+                answer(chat, loaded, wishes, line, pictures)
+                pictures = []
+        except (ValueError, OSError) as error:
+            print(f"({error})")  # the conversation goes on as if nothing had been said
+        except KeyboardInterrupt:
+            print("\n(stopped; /exit ends)")
+
+
+def main(arguments=None):
+    """Run the command line; returns the exit code."""
+    wishes = parse(arguments)
+    try:
+        check_device(wishes.device)
+        loaded = recipes.load(wishes.folder, dtype=DTYPES[wishes.dtype], device=wishes.device)
+        chat = open_chat(loaded, wishes)
+        pictures = first_pictures(loaded, wishes)
+        if wishes.question is None:
+            converse(chat, loaded, wishes, pictures)
+            return 0
+        answer(chat, loaded, wishes, wishes.question, pictures)
+        if wishes.attention is not None:
+            save_attention(chat, loaded, wishes, pictures)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print()
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Projector and resampler: formulas, permutations, frames, attention maps."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovlm.projector import LinearProjector, MLPProjector
+from nanovlm.resampler import Resampler
+from random_models import randomise
+
+
+def make(vision_width=7, output_width=10, **options):
+    sizes = dict(num_latents=3, num_layers=2, num_heads=2, head_width=4, ffn_width=11)
+    return randomise(Resampler(vision_width, output_width, **(sizes | options)))
+
+
+def test_linear_projector():
+    projector = LinearProjector(5, 8)
+    patches = torch.randn(2, 6, 5)
+    expected = patches @ projector.linear.weight.T + projector.linear.bias
+    torch.testing.assert_close(projector(patches), expected)
+    assert projector.output_width == 8
+    assert projector.num_image_tokens(6) == 6 and projector.num_image_tokens(6, 3) == 18
+    assert sum(p.numel() for p in projector.parameters()) == 5 * 8 + 8
+
+
+def test_mlp_projector():
+    projector = randomise(MLPProjector(5, 8))
+    patches = torch.randn(2, 6, 5)
+    hidden = patches @ projector.linear.weight.T + projector.linear.bias
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    expected = hidden @ projector.linear_2.weight.T + projector.linear_2.bias
+    torch.testing.assert_close(projector(patches), expected)
+    assert projector.output_width == 8
+    assert projector.num_image_tokens(6) == 6 and projector.num_image_tokens(6, 3) == 18
+    assert sum(p.numel() for p in projector.parameters()) == (5 * 8 + 8) + (8 * 8 + 8)
+
+
+def naive_resampler(resampler, patches, latents_too):
+    """One visual input, one latent, one head at a time."""
+    z = resampler.latents
+    norm = lambda layer, x: F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, 1e-5)
+    for layer in resampler.layers:
+        keys, queries = norm(layer.norm_patches, patches), norm(layer.norm_latents, z)
+        if latents_too:
+            keys = torch.cat([keys, queries])
+        q, k, v = queries @ layer.q.weight.T, keys @ layer.k.weight.T, keys @ layer.v.weight.T
+        seen = torch.zeros(len(z), 8)
+        for latent in range(len(z)):
+            for head in (slice(0, 4), slice(4, 8)):
+                shares = torch.softmax(k[:, head] @ q[latent, head] / math.sqrt(4), dim=0)
+                seen[latent, head] = shares @ v[:, head]
+        z = z + seen @ layer.o.weight.T
+        z = z + F.gelu(norm(layer.ffn[0], z) @ layer.ffn[1].weight.T) @ layer.ffn[3].weight.T
+    return norm(resampler.norm, z)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("attend_to_latents", [False, True])
+def test_resampler_formula(backend, attend_to_latents):
+    resampler = make(output_width=7 if attend_to_latents else 10, attend_to_latents=attend_to_latents)
+    resampler.backend = backend
+    patches = torch.randn(2, 5, 7)
+    found = resampler(patches)
+    assert found.shape == (2, 3, 7 if attend_to_latents else 10)
+    for m in range(2):
+        torch.testing.assert_close(found[m], naive_resampler(resampler, patches[m], attend_to_latents), atol=1e-5, rtol=1e-4)
+
+
+def test_patches_alone_by_default_and_no_bias_inside():
+    resampler = Resampler(7, 10, 3, 1, 2, 4, 11)
+    assert not resampler.layers[0].attend_to_latents and resampler.frame_embedding is None
+    names = {name for name, _ in resampler.layers[0].named_parameters()}
+    assert names == {
+        "norm_patches.weight", "norm_patches.bias", "norm_latents.weight", "norm_latents.bias",
+        "q.weight", "k.weight", "v.weight", "o.weight", "ffn.0.weight", "ffn.0.bias", "ffn.1.weight", "ffn.3.weight",
+    }  # fmt: skip
+
+
+def test_attending_to_latents_needs_equal_widths():
+    with pytest.raises(ValueError, match="latents of width 10 cannot stand among patches of width 7"):
+        make(attend_to_latents=True)
+    assert make(output_width=7, attend_to_latents=True).layers[1].attend_to_latents
+
+
+def test_order_of_patches_does_not_matter_without_frames():
+    resampler, patches = make(max_frames=2), torch.randn(2, 6, 7)
+    shuffled = patches[:, torch.randperm(6)]
+    torch.testing.assert_close(resampler(patches), resampler(shuffled), atol=1e-5, rtol=1e-4)
+    assert (resampler(patches, 2) - resampler(shuffled, 2)).abs().max() > 1e-3
+
+
+def test_frame_embeddings_mark_every_patch_of_their_frame():
+    resampler, clip = make(max_frames=3), torch.randn(2, 2, 5, 7)  # M frames N width
+    expected = clip.clone()
+    for frame in range(2):
+        expected[:, frame] += resampler.frame_embedding[frame]
+    torch.testing.assert_close(resampler(clip.flatten(1, 2), 2), resampler(expected.flatten(1, 2)))
+    swapped = clip.flip(1).flatten(1, 2)
+    assert (resampler(clip.flatten(1, 2), 2) - resampler(swapped, 2)).abs().max() > 1e-3
+    assert (resampler(clip.flatten(1, 2), 2) - resampler(clip.flatten(1, 2))).abs().max() > 1e-3
+    torch.testing.assert_close(resampler(clip.flatten(1, 2), 1), resampler(swapped, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_clips_without_or_beyond_the_frame_embeddings():
+    patches = torch.randn(1, 12, 7)
+    with pytest.raises(ValueError, match="a clip of 2 frames, but frame embeddings for 0"):
+        make()(patches, 2)
+    resampler = make(max_frames=3)
+    assert resampler(patches, 3).shape == (1, 3, 10)
+    with pytest.raises(ValueError, match="a clip of 4 frames, but frame embeddings for 3"):
+        resampler(patches, 4)
+
+
+@pytest.mark.parametrize("attend_to_latents", [False, True])
+def test_attention_maps(attend_to_latents):
+    resampler = make(output_width=7, attend_to_latents=attend_to_latents)
+    patches, out = torch.randn(2, 5, 7), {}
+    torch.testing.assert_close(resampler(patches, out=out), resampler(patches))
+    assert len(out["latents"]) == 2
+    for weights in out["latents"]:
+        assert weights.shape == (2, 2, 3, 8 if attend_to_latents else 5)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 3))
+        assert (weights > 0).all()
+
+
+def test_number_of_image_tokens_and_the_start():
+    resampler = Resampler(64, 96, num_latents=32, num_layers=1, num_heads=2, head_width=4, ffn_width=8, max_frames=20)
+    assert resampler.num_image_tokens(900) == resampler.num_image_tokens(17, 5) == 32
+    assert resampler.output_width == 96 and resampler.backend == "sdpa"
+    assert resampler.latents.shape == (32, 96) and 0.95 < resampler.latents.std() < 1.05
+    assert resampler.frame_embedding.shape == (20, 64) and 0.018 < resampler.frame_embedding.std() < 0.022
+    assert len(make(num_layers=4).layers) == 4

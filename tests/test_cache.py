@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from nanovlm.attention import Visible, causal
+from nanovlm.cache import KeyValueCache
+from nanovlm.decoder import DecoderConfig, LayerOptions
+from tiny import random_vlm
+
+CONFIG = DecoderConfig(
+    vocab_size=11, width=24, num_heads=4, num_kv_heads=2, ffn_width=8, context_length=9, layers=(LayerOptions(),) * 3
+)
+
+
+def keys(rows, tokens):
+    return torch.randn(rows, 2, tokens, 6)
+
+
+def filled(rows=3, columns=7, length=4):
+    """A cache with `length` columns written, and what was written: {layer: (k, v)}."""
+    torch.manual_seed(0)
+    cache, written = KeyValueCache(CONFIG, rows, columns), {}
+    for layer in range(3):
+        written[layer] = keys(rows, length), keys(rows, length)
+        cache.update(layer, *written[layer])
+    cache.advance(length)
+    return cache, written
+
+
+def test_every_layer_gets_back_all_its_columns():
+    cache, written = filled()
+    assert cache.length == 4 and cache.num_columns == 7
+    for layer in range(3):
+        k, v = keys(3, 2), keys(3, 2)
+        got_k, got_v = cache.update(layer, k, v)
+        assert torch.equal(got_k, torch.cat([written[layer][0], k], dim=2))
+        assert torch.equal(got_v, torch.cat([written[layer][1], v], dim=2))
+    assert cache.length == 4, "only advance moves the cursor"
+    cache.advance(2)
+    assert cache.length == 6
+    cache.update(0, keys(3, 1), keys(3, 1))
+
+
+def test_memory_is_taken_once_and_in_the_asked_type():
+    cache = KeyValueCache(CONFIG, 3, 7, dtype=torch.bfloat16)
+    before = [buffer.data_ptr() for buffer in cache.layers]
+    k, _ = cache.update(1, keys(3, 5), keys(3, 5))
+    assert k.dtype == torch.bfloat16
+    assert [buffer.data_ptr() for buffer in cache.layers] == before
+
+
+def test_full_cache_and_other_rows_are_errors():
+    cache, _ = filled()
+    cache.update(0, keys(3, 3), keys(3, 3))
+    with pytest.raises(ValueError, match="7 columns, 4 written; no room for 4"):
+        cache.update(0, keys(3, 4), keys(3, 4))
+    with pytest.raises(ValueError, match="1 rows for a cache of 3"):
+        cache.update(0, keys(1, 1), keys(1, 1))
+
+
+def test_select_rows_drops_and_repeats():
+    cache, written = filled()
+    cache.select_rows(torch.tensor([2, 0, 0, 2]))
+    assert cache.length == 4
+    for layer in range(3):
+        k, v = keys(4, 3), keys(4, 3)  # the columns are as many as before
+        got_k, got_v = cache.update(layer, k, v)
+        for row, old in enumerate([2, 0, 0, 2]):
+            assert torch.equal(got_k[row], torch.cat([written[layer][0][old], k[row]], dim=1))
+            assert torch.equal(got_v[row], torch.cat([written[layer][1][old], v[row]], dim=1))
+
+
+def test_reorder_leaves_the_prompt_where_it_is():
+    cache, written = filled()
+    buffers = [buffer.data_ptr() for buffer in cache.layers]
+    cache.reorder(torch.tensor([1, 1, 0]), first_column=3)
+    assert [buffer.data_ptr() for buffer in cache.layers] == buffers
+    for layer in range(3):
+        for got, old in zip(cache.update(layer, keys(3, 1), keys(3, 1)), written[layer]):
+            assert torch.equal(got[:, :, :3], old[:, :, :3])
+            assert torch.equal(got[:, :, 3], old[[1, 1, 0], :, 3])
+    cache.reorder(torch.tensor([0, 0, 0]))
+    assert torch.equal(cache.update(0, keys(3, 1), keys(3, 1))[0][2, :, :3], written[0][0][0, :, :3])
+
+
+def test_cached_equals_uncached():
+    """Left-padded rows in three pieces through the cache against one pass without it."""
+    model = random_vlm()
+    decoder = model.decoder
+    torch.manual_seed(1)
+    x, pads = torch.randn(2, 9, 16), torch.tensor([0, 3])
+    columns = torch.arange(9)
+    positions = (columns - pads[:, None]).clamp(min=0)
+    modality = ((columns >= 4) & (columns < 6)).long().expand(2, -1)
+    segments = torch.where(columns >= pads[:, None], 0, -1)
+    whole = decoder(x, positions, causal(segments), modality)
+    cache, pieces = KeyValueCache(decoder.config, 2, 9), []
+    for start, stop in ((0, 5), (5, 6), (6, 9)):
+        visible = Visible(pads[:, None].expand(-1, stop - start), (columns[start:stop] + 1).expand(2, -1))
+        pieces.append(decoder(x[:, start:stop], positions[:, start:stop], visible, modality[:, start:stop], cache=cache))
+        cache.advance(stop - start)
+    real = segments >= 0
+    assert torch.allclose(torch.cat(pieces, dim=1)[real], whole[real], atol=1e-5)

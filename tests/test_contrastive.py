@@ -1,0 +1,168 @@
+"""InfoNCE against a double loop, the text tower's view, and a toy matching learned in a few steps."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovlm.contrastive import MAX_SCALE, ContrastiveModel, TextTower, info_nce
+from nanovlm.vit import ViT, ViTConfig
+from random_models import randomise, small_vit
+
+
+def naive_info_nce(images, texts, scale, same):
+    total, count = 0.0, len(images)
+    for i in range(count):
+        for rows, columns, right in ((images, texts, same), (texts, images, same.T)):
+            scores = [scale * float(rows[i] @ columns[j]) for j in range(count)]
+            partition = math.log(sum(math.exp(score) for score in scores))
+            answers = [j for j in range(count) if right[i, j]]
+            total += sum(partition - scores[j] for j in answers) / len(answers) / count / 2
+    return total
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(shape), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "captions", [[0, 1, 2, 3, 4], [0, 0, 1, 2, 1], [3, 3, 3, 3, 3]], ids=["all different", "two twice", "all equal"]
+)
+def test_info_nce_by_a_double_loop(captions):
+    images, texts, captions = unit(5, 6), unit(5, 6), torch.tensor(captions)
+    same = captions[:, None] == captions
+    for scale in (1.0, 14.0):
+        found = info_nce(images, texts, torch.tensor(scale), same)
+        assert float(found) == pytest.approx(naive_info_nce(images, texts, scale, same), rel=1e-5)
+        exchanged = info_nce(texts, images, torch.tensor(scale), same.T)
+        torch.testing.assert_close(found, exchanged)
+
+
+def test_info_nce_is_cross_entropy_where_all_captions_differ():
+    images, texts = unit(5, 6), unit(5, 6)
+    logits, right = 3.0 * images @ texts.T, torch.arange(5)
+    expected = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    torch.testing.assert_close(info_nce(images, texts, torch.tensor(3.0), torch.eye(5).bool()), expected)
+    assert info_nce(texts, texts, torch.tensor(1e3), torch.eye(5).bool()) < 1e-3
+
+
+def text_tower(**options):
+    sizes = dict(vocab_size=20, width=12, num_layers=2, num_heads=3, mlp_width=18, context_length=8)
+    return randomise(TextTower(**(sizes | options)))
+
+
+def test_text_tower_by_hand():
+    tower, ids = text_tower(), torch.randint(20, (1, 6))
+    x = tower.embedding(ids) + tower.positions[:6]
+    for block in tower.blocks:
+        normed = F.layer_norm(x, (12,), block.norm_1.weight, block.norm_1.bias, 1e-6)
+        q, k, v = (getattr(block.attention, name)(normed).unflatten(-1, (3, 4)).transpose(1, 2) for name in "qkv")
+        scores = (q @ k.transpose(-2, -1) / 2).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
+        x = x + block.attention.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        x = x + block.fc_2(F.gelu(block.fc_1(F.layer_norm(x, (12,), block.norm_2.weight, block.norm_2.bias, 1e-6))))
+    expected = F.layer_norm(x[:, -1], (12,), tower.norm.weight, tower.norm.bias, 1e-5)
+    torch.testing.assert_close(tower(ids, torch.tensor([6])), expected, atol=1e-5, rtol=1e-4)
+    assert len(tower.blocks) == 2 and tower.blocks[0].fc_1.out_features == 18
+
+
+def test_text_tower_reads_up_to_the_length_and_no_further():
+    tower, ids = text_tower(), torch.randint(20, (3, 7))
+    lengths = torch.tensor([7, 4, 1])
+    together = tower(ids, lengths)
+    assert together.shape == (3, 12)
+    for b, length in enumerate(lengths.tolist()):
+        alone = tower(ids[b : b + 1, :length], lengths[b : b + 1])
+        torch.testing.assert_close(together[b : b + 1], alone, atol=1e-5, rtol=1e-4)
+        for t in range(7):
+            changed = ids.clone()
+            changed[b, t] = (changed[b, t] + 1) % 20
+            moved = (tower(changed, lengths) - together)[b].abs().max().item()
+            assert moved > 1e-5 if t < length else moved == 0
+
+
+def test_captions_beyond_the_context():
+    tower = text_tower()
+    assert tower(torch.zeros(1, 8, dtype=torch.long), torch.tensor([8])).shape == (1, 12)
+    with pytest.raises(ValueError, match="a caption of 9 tokens, but the text tower reads 8"):
+        tower(torch.zeros(1, 9, dtype=torch.long), torch.tensor([9]))
+
+
+def contrastive_model():
+    return randomise(ContrastiveModel(small_vit(class_token=False), 12, text_tower(), 12, joint_width=7), spread=0.1)
+
+
+def test_embeddings():
+    model = contrastive_model()
+    pixels, ids, lengths = torch.randn(3, 3, 12, 12), torch.randint(20, (3, 5)), torch.tensor([5, 2, 3])
+    images, texts = model.embed_images(pixels), model.embed_texts(ids, lengths)
+    assert images.shape == texts.shape == (3, 7)
+    for b in range(3):
+        mean = sum(model.vision(pixels)[b]) / 9
+        expected = model.project_image.weight @ mean
+        torch.testing.assert_close(images[b], expected / expected.square().sum().sqrt(), atol=1e-5, rtol=1e-4)
+    expected = model.text(ids, lengths) @ model.project_text.weight.T
+    torch.testing.assert_close(texts, expected / expected.square().sum(1, keepdim=True).sqrt(), atol=1e-5, rtol=1e-4)
+    assert model.project_image.bias is None and model.project_text.bias is None
+
+
+def test_loss_finds_equal_captions():
+    model = contrastive_model()
+    pixels = torch.randn(5, 3, 12, 12)
+    ids = torch.tensor([[3, 4, 5, 0], [3, 4, 0, 0], [3, 4, 5, 0], [3, 4, 0, 0], [3, 4, 5, 6]])
+    lengths = torch.tensor([3, 2, 3, 3, 4])  # rows 1 and 3: the same ids, but in row 3 the 0 is a word
+    captions = torch.tensor([0, 1, 0, 2, 3])
+    images, texts = model.embed_images(pixels), model.embed_texts(ids, lengths)
+    scale = float(model.log_scale.detach().exp())
+    expected = naive_info_nce(images.detach(), texts.detach(), scale, captions[:, None] == captions)
+    assert model.loss(pixels, ids, lengths).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_scale_starts_at_clip_s_and_is_clamped():
+    model = contrastive_model()
+    fresh = ContrastiveModel(model.vision, 12, model.text, 12, 7)
+    assert float(fresh.log_scale.detach().exp()) == pytest.approx(1 / 0.07, rel=1e-5)
+    assert MAX_SCALE == 100.0
+    pixels, ids, lengths = torch.randn(3, 3, 12, 12), torch.randint(20, (3, 5)), torch.tensor([5, 2, 3])
+    losses = []
+    for scale in (50.0, 100.0, 400.0):
+        model.log_scale.data.fill_(math.log(scale))
+        losses.append(model.loss(pixels, ids, lengths).item())
+    assert losses[1] == pytest.approx(losses[2], rel=1e-4) and losses[0] != pytest.approx(losses[1], rel=1e-2)
+
+
+def test_parts():
+    model = contrastive_model()
+    parts = model.parts()
+    assert set(parts) == {"vision", "text_tower"}
+    by_name = dict(model.named_parameters())
+    assert set(parts["vision"]) == {name for name in by_name if name.startswith("vision.")}
+    assert set(parts["text_tower"]) == set(by_name) - set(parts["vision"])
+    assert {"log_scale", "project_image.weight", "project_text.weight", "text.positions"} <= set(parts["text_tower"])
+    assert all(by_name[name] is parameter for part in parts.values() for name, parameter in part.items())
+
+
+def test_start():
+    tower = TextTower(vocab_size=200, width=64, num_layers=1, num_heads=2, mlp_width=8, context_length=40)
+    assert tower.positions.shape == (40, 64) and 0.0095 < tower.positions.std() < 0.0105
+    assert tower.embedding.weight.shape == (200, 64) and 0.0195 < tower.embedding.weight.std() < 0.0205
+    assert tower.context_length == 40
+
+
+def test_a_toy_matching_is_learned():
+    vision = ViT(ViTConfig(8, 4, width=16, num_layers=1, num_heads=2, mlp_width=16, class_token=False))
+    text = TextTower(vocab_size=10, width=16, num_layers=1, num_heads=2, mlp_width=16, context_length=4)
+    model = ContrastiveModel(vision, 16, text, 16, joint_width=8)
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
+    ids = torch.stack([torch.zeros(6, dtype=torch.long), torch.arange(1, 7)], dim=1)
+    lengths = torch.full((6,), 2)
+    make = lambda: colours[:, :, None, None] + 0.1 * torch.randn(6, 3, 8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    before = float(model.loss(make(), ids, lengths))
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(make(), ids, lengths).backward()
+        optimizer.step()
+    after = float(model.loss(make(), ids, lengths))
+    chosen = (model.embed_images(make()) @ model.embed_texts(ids, lengths).T).argmax(1)
+    assert before > 1.0 and after < 0.1 and chosen.tolist() == list(range(6))

@@ -1,0 +1,137 @@
+"""A user's own files: everything that can be wrong in them is named, with file and place."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from nanovlm.data.records import LlavaJson
+
+GOOD = {"id": "good", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+
+
+def turns(*values):
+    return [{"from": speaker, "value": value} for speaker, value in values]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Write items after one good one and read them; pictures a.png and b.png are there."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+
+    def read(*items, ending=".json"):
+        path = tmp_path / f"some{ending}"
+        items = [GOOD, *items]
+        path.write_text(json.dumps(items) if ending == ".json" else "\n".join(map(json.dumps, items)))
+        return LlavaJson(path)
+
+    return read
+
+
+HUMAN, GPT = ("human", "q"), ("gpt", "a")
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        ("words", r"item 2: an object with id, image and conversations was expected, found str"),
+        ({"conversations": turns(HUMAN, GPT)}, r"item 2: field 'id' is missing; found 'conversations'"),
+        ({}, r"item 2: field 'id' is missing; found nothing"),
+        ({"id": None, "conversations": turns(HUMAN, GPT)}, r"item 2: field 'id' must be a str or int, found None"),
+        ({"id": "x"}, r"item 2: field 'conversations' is missing; found 'id'"),
+        ({"id": "x", "conversations": {}}, r"item 2: field 'conversations' must be a list, found \{\}"),
+        ({"id": "x", "conversations": []}, r"item 2 \(id 'x'\): the conversation is empty"),
+        ({"id": 5, "conversations": ["q"]}, r"item 2 \(id 5\), turn 1: an object with from and value was expected, found str"),
+        ({"id": "x", "conversations": [{"value": "q"}]}, r"turn 1: field 'from' is missing; found 'value'"),
+        ({"id": "x", "conversations": [{"from": "human"}]}, r"turn 1: field 'value' is missing; found 'from'"),
+        ({"id": "x", "conversations": turns(HUMAN, ("gpt", 3))}, r"turn 2: field 'value' must be a str, found 3"),
+        ({"id": "x", "conversations": turns(HUMAN, ("gtp", "a"))}, r"turn 2: unknown speaker 'gtp'. Did you mean 'gpt'"),
+        ({"id": "x", "conversations": turns(("system", "s"), HUMAN, GPT)}, r"turn 1: unknown speaker 'system'"),
+        ({"id": "x", "conversations": turns(HUMAN, ("gpt", " \n"))}, r"turn 2: the assistant says nothing"),
+        ({"id": "x", "conversations": turns(("human", ""), GPT)}, r"turn 1: the user says nothing"),
+        ({"id": "x", "conversations": turns(HUMAN, ("gpt", "a\ud83d"))}, r"turn 2: not text: .* position 1: surrogates"),
+        ({"id": "x", "conversations": turns(HUMAN, HUMAN, GPT)}, r"item 2 \(id 'x'\): turns 1 and 2 are both by the user"),
+        ({"id": "x", "conversations": turns(HUMAN, GPT, GPT)}, r"turns 2 and 3 are both by the assistant"),
+        ({"id": "x", "conversations": turns(HUMAN, GPT, HUMAN)}, r"ends with the user"),
+        ({"id": "x", "conversations": turns(GPT, HUMAN, GPT)}, r"begins with the assistant"),
+        ({**GOOD, "kind": 3}, r"item 2 \(id 'good'\): field 'kind' must be a str, found 3"),
+        ({**GOOD, "image": 3}, r"item 2 \(id 'good'\): field 'image' must be a path or a list of paths, found 3"),
+        ({**GOOD, "image": ["a.png", ""]}, r"field 'image' must be a path or a list of paths, found ''"),
+    ],
+)
+def test_malformed_items(read, item, message):
+    with pytest.raises(ValueError, match=r"some.json, " + message if message.startswith("item") else message):
+        read(item)
+
+
+def test_lines_of_jsonl_are_named(read):
+    with pytest.raises(ValueError, match=r"some.jsonl, line 3: field 'id' is missing"):
+        read(GOOD, {}, ending=".jsonl")
+
+
+@pytest.mark.parametrize(
+    "image, question, placeholders, images",
+    [
+        ("a.png", "what?", 0, 1),
+        ("a.png", "<image> or <image>?", 2, 1),
+        (["a.png", "b.png"], "<image>", 1, 2),
+        (None, "what is <image>?", 1, 0),
+        ([], "<image>", 1, 0),
+    ],
+)
+def test_placeholders_and_images_must_be_as_many(read, image, question, placeholders, images):
+    item = {"id": "x", "image": image, "conversations": turns(("human", question), GPT)}
+    message = rf"some.json, item 2 \(id 'x'\): {placeholders} placeholder\(s\) <image> .* but {images} image\(s\)"
+    with pytest.raises(ValueError, match=message):
+        read(item)
+
+
+def test_placeholders_of_the_assistant_do_not_count(read):
+    with pytest.raises(ValueError, match=r"0 placeholder\(s\)"):
+        read({"id": "x", "image": "a.png", "conversations": turns(HUMAN, ("gpt", "<image>"))})
+
+
+def test_missing_images_are_listed_all_at_once(read, tmp_path):
+    def wants(*names):
+        return {"id": "x", "image": list(names), "conversations": turns(("human", "<image>" * len(names)), GPT)}
+
+    with pytest.raises(FileNotFoundError) as caught:
+        read(wants("c.png", "a.png"), wants("d.png", "c.png", "b.png"))
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'some.json'}: 2 of 4 images are missing:", f"  {tmp_path / 'c.png'}", f"  {tmp_path / 'd.png'}",
+    ]  # fmt: skip
+    for number in (20, 21, 25):
+        with pytest.raises(FileNotFoundError) as caught:
+            read(wants(*(f"{n}.png" for n in range(number))))
+        lines = str(caught.value).splitlines()
+        assert len([line for line in lines if ".png" in line]) == 20
+        assert lines[21:] == ([f"  and {number - 20} more"] if number > 20 else [])
+
+
+def test_malformed_json_names_line_and_column(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text('[\n  {"id": "x",\n   "image" "a.png"}\n]')
+    with pytest.raises(ValueError, match=r"bad.json, line 3, column 12: malformed JSON: Expecting ':' delimiter"):
+        LlavaJson(path)
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(GOOD) + '\n\n{"id": "x", }\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 3, column 1\d: malformed JSON"):
+        LlavaJson(path)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.json: no such file"):
+        LlavaJson(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match="pictures: no such image folder .*none.json"):
+        LlavaJson(tmp_path / "none.json", tmp_path / "pictures")
+    for name, content, message in (
+        ("a.txt", b"[]", r"knows .json .* and .jsonl .*, not '.txt'"),
+        ("a.json", b"{}", "a list of items was expected, found dict"),
+        ("a.json", b"[]", "a.json: holds no item"),
+        ("a.jsonl", b"\n", "a.jsonl: holds no item"),
+        ("a.json", b'["\xff"]', "a.json: not UTF-8 text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            LlavaJson(tmp_path / name)

@@ -1,0 +1,172 @@
+"""Sources from the command line: one file, or a file that lists several."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from nanovlm.data.datasets import Prompted, command_line_sources, read_datasets
+from nanovlm.data.records import LlavaJson, Record, Turn, Visual
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two files of items and a folder of pictures below sub/."""
+    (tmp_path / "sub" / "pictures").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(tmp_path / "sub" / "pictures" / "a.png")
+    talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a"}]
+    shown = [{"id": n, "image": "a.png", "conversations": talk} for n in range(20)]
+    (tmp_path / "sub" / "shown.json").write_text(json.dumps(shown))
+    words = [{"id": n, "conversations": [{"from": "gpt", "value": "words"}]} for n in range(20)]
+    (tmp_path / "sub" / "words.json").write_text(json.dumps(words))
+    return tmp_path
+
+
+SHOWN = {"reader": "llava", "path": "shown.json", "images": "pictures"}
+WORDS = {"reader": "llava", "path": "words.json"}
+
+
+def listed(folder, content):
+    path = folder / "sub" / "sets.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_listed_sources(folder):
+    sources = read_datasets(listed(folder, {"words": WORDS, "pictures": SHOWN}), seed=5)
+    assert list(sources) == ["words", "pictures"] == [source.name for source in sources.values()]
+    record = sources["pictures"].record(0)
+    assert record.visuals[0].key == str(folder / "sub" / "pictures" / "a.png")
+    assert sources["words"].record(0).conversations == ((Turn("assistant", ("words",)),),)
+    plain = LlavaJson(folder / "sub" / "words.json", seed=5)
+    assert [sources["words"].record(n).id for n in range(20)] == [plain.record(n).id for n in range(20)]
+    assert [plain.record(n).id for n in range(20)] != [read_datasets(folder / "sub" / "sets.json")["words"].record(n).id for n in range(20)]
+
+
+def test_absolute_paths(folder):
+    entry = {"reader": "llava", "path": str(folder / "sub" / "shown.json"), "images": str(folder / "sub" / "pictures")}
+    (folder / "sets.json").write_text(json.dumps({"x": entry}))
+    assert len(read_datasets(folder / "sets.json")["x"]) == 20
+
+
+def test_prompts_of_a_listed_source(folder):
+    sources = read_datasets(listed(folder, {"pictures": {**SHOWN, "prompts": ["{question} be brief."]}}))
+    assert sources["pictures"].record(3).conversations[0][0].parts == (0, "\nwhat? be brief.")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[", r"sets.json, line 1, column 2: malformed JSON"),
+        ("[]", r"sets.json: an object of name -> .* was expected"),
+        ("{}", r"sets.json: an object of name -> .* at least one"),
+        ({"x": "words.json"}, r"sets.json, dataset 'x': an object with reader and path was expected, found str"),
+        ({"x": {**WORDS, "image": "pictures"}}, r"dataset 'x': unknown key 'image'. Did you mean 'images'"),
+        ({"x": {**WORDS, "reader": "lava"}}, r"dataset 'x': unknown reader 'lava'. Did you mean 'llava'"),
+        ({"x": {"path": "words.json"}}, r"dataset 'x': reader is missing"),
+        ({"x": {"reader": "llava"}}, r"dataset 'x': path is missing"),
+        ({"x": {**WORDS, "path": 3}}, r"dataset 'x': path must be a str, found 3"),
+        ({"x": {**WORDS, "prompts": "{question}"}}, r"dataset 'x': prompts must be a list"),
+        ({"x": {**WORDS, "prompts": []}}, r"sets.json, dataset 'x': prompts is empty"),
+        ({"x": {**WORDS, "prompts": ["be brief"]}}, r"sets.json, dataset 'x': prompt 'be brief' must hold \{question\}"),
+    ],
+)
+def test_malformed_lists(folder, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_datasets(listed(folder, content))
+
+
+def test_list_that_is_missing_or_no_text(folder):
+    with pytest.raises(FileNotFoundError, match="none.json: no such datasets file"):
+        read_datasets(folder / "none.json")
+    (folder / "odd.json").write_bytes(b'{"\xff": 1}')
+    with pytest.raises(ValueError, match="odd.json: not UTF-8"):
+        read_datasets(folder / "odd.json")
+
+
+def test_everything_missing_is_listed_at_once(folder):
+    (folder / "sub" / "pictures" / "a.png").unlink()
+    lists = {
+        "one": {"reader": "llava", "path": "none.json"},
+        "words": WORDS,
+        "two": {**WORDS, "images": "nowhere"},
+        "three": SHOWN,
+    }
+    with pytest.raises(FileNotFoundError) as caught:
+        read_datasets(listed(folder, lists))
+    message = str(caught.value)
+    assert "sets.json: 3 of 4 datasets are incomplete" in message
+    assert "dataset 'one': " in message and "none.json: no such file" in message
+    assert "dataset 'two': " in message and "nowhere: no such image folder" in message
+    assert "dataset 'three': " in message and "pictures/a.png" in message
+    assert "'words'" not in message
+
+
+def test_command_line(folder):
+    data, images = folder / "sub" / "shown.json", folder / "sub" / "pictures"
+    sets = listed(folder, {"words": WORDS})
+    assert command_line_sources() == {}
+    assert list(command_line_sources(datasets=sets)) == ["words"]
+    sources = command_line_sources(data, images, sets, seed=2)
+    assert list(sources) == ["data", "words"] and sources["data"].name == "data"
+    expected = LlavaJson(data, images, seed=2)
+    assert [sources["data"].record(n).id for n in range(20)] == [expected.record(n).id for n in range(20)]
+    assert command_line_sources(data, images)["data"].seed == 0
+    assert command_line_sources(datasets=sets, seed=2)["words"].seed == 2
+    with pytest.raises(ValueError, match="--images is the image folder of --data"):
+        command_line_sources(images=images)
+    with pytest.raises(ValueError, match="the name 'data' is taken"):
+        command_line_sources(data, images, listed(folder, {"data": WORDS}))
+
+
+class Fixed:
+    """A source of one record."""
+
+    name = "fixed"
+
+    def __init__(self, *parts):
+        visual = Visual("v", ("a.png",))
+        talk = (Turn("user", parts), Turn("assistant", ("{question}",)))
+        self.only = Record("r", (visual,), (talk, talk), ("x", "y"))
+
+    def __len__(self):
+        return 7
+
+    def record(self, n):
+        return self.only
+
+
+@pytest.mark.parametrize(
+    "parts, expected",
+    [
+        (("what?",), ("say: what? briefly.",)),
+        ((0, "\nwhat?\n"), (0, "\nsay: what? briefly.")),
+        (("what?\n", 0), ("say: what? briefly.", 0)),
+        (("in ", 0, " what?"), ("say: in ", 0, " what? briefly.")),
+        ((0,), (0, "say:  briefly.")),
+        ((0, "\n"), (0, "say:  briefly.")),
+    ],
+)
+def test_questions_in_other_words(parts, expected):
+    source = Prompted(Fixed(*parts), ["say: {question} briefly."])
+    record = source.record(4)
+    assert [turns[0].parts for turns in record.conversations] == [expected] * 2
+    assert [turns[1].parts for turns in record.conversations] == [("{question}",)] * 2
+    assert record.kinds == ("x", "y") and record.visuals == source.source.only.visuals
+    assert source.name == "fixed" and len(source) == 7
+
+
+def test_prompts_are_drawn_per_record():
+    prompts = ["a {question}", "b {question}", "c {question}"]
+    one, same, other = (Prompted(Fixed("?"), prompts, seed) for seed in (1, 1, 2))
+    drawn = [[source.record(n).conversations[0][0].text for n in range(60)] for source in (one, same, other)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(drawn[0].count(prompt.replace("{question}", "?")) > 8 for prompt in prompts)
+    default = Prompted(Fixed("?"), prompts)
+    assert [default.record(n) for n in range(60)] == [Prompted(Fixed("?"), prompts, 0).record(n) for n in range(60)]
+
+
+@pytest.mark.parametrize("prompts", [[], ["brief"], ["{question} {question}"], ["{question}", 3]])
+def test_bad_prompts(prompts):
+    with pytest.raises(ValueError, match="prompts is empty|must hold {question} exactly once"):
+        Prompted(Fixed("?"), prompts)

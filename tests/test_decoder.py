@@ -1,0 +1,305 @@
+"""The decoder against a version written by hand, and what must not change: by cache, padding, packing or the future."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovlm.attention import Visible, causal, causal_rows, full
+from nanovlm.cache import KeyValueCache
+from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions, per_modality
+from nanovlm.modality_adaptive import ModalityAdaptive
+from random_models import randomise, small_decoder
+
+LAYERS = (LayerOptions(3, modality_adaptive=True), LayerOptions(), LayerOptions(modality_adaptive=True), LayerOptions(5))
+
+
+def arange(rows, length, start=0):
+    return torch.arange(start, start + length).expand(rows, -1)
+
+
+def run(decoder, embeddings, modality=None, segments=None, positions=None):
+    rows, length = embeddings.shape[:2]
+    segments = torch.zeros(rows, length, dtype=torch.long) if segments is None else segments
+    modality = torch.zeros(rows, length, dtype=torch.long) if modality is None else modality
+    positions = arange(rows, length) if positions is None else positions
+    return decoder(embeddings, positions, causal(segments), modality)
+
+
+def naive_decoder(decoder, x, modality, positions, segments):
+    """One row, one token, one head at a time: x float[T, W] -> float[T, W]."""
+    config, length = decoder.config, len(x)
+    width = config.width // config.num_heads
+    group = config.num_heads // config.num_kv_heads
+
+    def own(module, x):  # each token through the branch of its modality
+        if isinstance(module, ModalityAdaptive):
+            return torch.stack([(module.vision if m else module.text)(row) for m, row in zip(modality, x)])
+        return module(x)
+
+    def turn(head, position):
+        halves = torch.complex(head[: width // 2], head[width // 2 :])
+        angles = position * config.rope_base ** (-torch.arange(width // 2) * 2 / width)
+        turned = halves * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([turned.real, turned.imag])
+
+    for layer in decoder.layers:
+        normed = own(layer.norm_1, x)
+        q = layer.attention.q(normed).reshape(length, config.num_heads, width)
+        k = own(layer.attention.k, normed).reshape(length, config.num_kv_heads, width)
+        v = own(layer.attention.v, normed).reshape(length, config.num_kv_heads, width)
+        seen = torch.zeros(length, config.num_heads, width)
+        for t in range(length):
+            keys = [s for s in range(t + 1) if segments[s] == segments[t]]
+            for h in range(config.num_heads):
+                query = turn(q[t, h], positions[t])
+                scores = torch.stack([query @ turn(k[s, h // group], positions[s]) for s in keys]) / math.sqrt(width)
+                seen[t, h] = scores.softmax(0) @ v[keys, h // group]
+        x = x + layer.attention.o(seen.flatten(1))
+        normed = own(layer.norm_2, x)
+        gate = layer.ffn.gate(normed)
+        x = x + layer.ffn.down(gate * torch.sigmoid(gate) * layer.ffn.up(normed))
+        x = layer.adapter(x)
+    return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * decoder.norm.weight
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_forward_by_hand(backend, num_kv_heads):
+    decoder = small_decoder(LAYERS, num_kv_heads=num_kv_heads, rope_base=20.0, norm_eps=1e-2)
+    decoder.backend = backend
+    embeddings = torch.randn(2, 7, 16)
+    modality = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0, 1]])
+    segments = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 9]])
+    found = run(decoder, embeddings, modality, segments, positions)
+    for b in range(2):
+        expected = naive_decoder(decoder, embeddings[b], modality[b], positions[b], segments[b])
+        torch.testing.assert_close(found[b], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm_eps", [1e-6, 0.5])
+def test_norm_eps_reaches_every_norm(norm_eps):
+    decoder = small_decoder(LAYERS, norm_eps=norm_eps)
+    norms = [module for module in decoder.modules() if isinstance(module, torch.nn.RMSNorm)]
+    assert len(norms) == 4 * 2 + 2 * 2 + 1  # two a layer, two more in each split one, and the last
+    assert all(norm.eps == norm_eps for norm in norms)
+
+
+def test_padding_changes_nothing():
+    decoder, embeddings = small_decoder(LAYERS), torch.randn(1, 5, 16)
+    modality = torch.tensor([[1, 1, 0, 0, 0]])
+    alone = run(decoder, embeddings, modality)
+    for front, behind in ((0, 3), (2, 0), (3, 1)):
+        pad = lambda x, value: F.pad(x, (front, behind), value=value)
+        padded = F.pad(embeddings, (0, 0, front, behind), value=7.0)
+        found = run(
+            decoder, padded, pad(modality, 0), pad(torch.zeros(1, 5, dtype=torch.long), -1), pad(arange(1, 5), 0)
+        )
+        torch.testing.assert_close(found[:, front : front + 5], alone, atol=1e-5, rtol=1e-4)
+        assert found.isfinite().all()
+
+
+def test_packing_changes_nothing():
+    decoder = small_decoder(LAYERS)
+    first, second, third = torch.randn(1, 3, 16), torch.randn(1, 1, 16), torch.randn(1, 4, 16)
+    modality = torch.tensor([[1, 0, 0, 0, 1, 1, 0, 0]])
+    packed = run(
+        decoder, torch.cat([first, second, third], 1), modality,
+        torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2]]), torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3]]),
+    )  # fmt: skip
+    for part, columns in ((first, slice(0, 3)), (second, slice(3, 4)), (third, slice(4, 8))):
+        alone = run(decoder, part, modality[:, columns])
+        torch.testing.assert_close(packed[:, columns], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_the_future_has_no_effect_and_the_past_does(backend):
+    decoder, embeddings = small_decoder(LAYERS), torch.randn(1, 6, 16)
+    decoder.backend = backend
+    modality = torch.tensor([[1, 0, 0, 1, 0, 0]])
+    visible = causal_rows(1, 6)
+    before = decoder(embeddings, arange(1, 6), visible, modality)
+    changed = embeddings.clone()
+    changed[:, 3] += torch.randn(16)
+    difference = (decoder(changed, arange(1, 6), visible, modality) - before).abs().amax(-1)[0]
+    assert (difference[:3] == 0).all() and (difference[3:] > 1e-4).all()
+
+
+def test_only_distance_matters():
+    decoder, embeddings = small_decoder(LAYERS), torch.randn(1, 5, 16)
+    shifted = run(decoder, embeddings, positions=arange(1, 5, start=11))
+    torch.testing.assert_close(shifted, run(decoder, embeddings), atol=1e-4, rtol=1e-3)
+    stretched = run(decoder, embeddings, positions=2 * arange(1, 5))
+    assert (stretched - run(decoder, embeddings)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_cached_equals_uncached(backend):
+    decoder, embeddings = small_decoder(LAYERS), torch.randn(2, 9, 16)
+    decoder.backend = backend
+    modality = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0, 1, 0]])
+    pads = torch.tensor([0, 2])  # row 1 has two pads in front
+    segments = torch.where(torch.arange(9) < pads[:, None], -1, 0)
+    positions = (torch.arange(9) - pads[:, None]).clamp(min=0)
+    whole = run(decoder, embeddings, modality, segments, positions)
+    cache = KeyValueCache(decoder.config, 2, 12)
+    intervals, parts = causal(segments), []
+    for begin, stop in ((0, 4), (4, 6), (6, 7), (7, 8), (8, 9)):  # a prompt, two tokens at once, then one by one
+        columns = slice(begin, stop)
+        visible = Visible(intervals.first[:, columns], intervals.stop[:, columns])
+        part = decoder(embeddings[:, columns], positions[:, columns], visible, modality[:, columns], cache=cache)
+        cache.advance(stop - begin)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_cache_with_the_patterns_that_need_no_mask():
+    decoder, embeddings = small_decoder(LAYERS), torch.randn(2, 6, 16)
+    modality = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
+    whole = run(decoder, embeddings, modality)
+    cache = KeyValueCache(decoder.config, 2, 6)
+    parts = [decoder(embeddings[:, :4], arange(2, 4), causal_rows(2, 4), modality[:, :4], cache=cache)]
+    cache.advance(4)
+    for t in (4, 5):
+        parts.append(decoder(embeddings[:, t : t + 1], arange(2, 1, t), full(1, t + 1), modality[:, t : t + 1], cache))
+        cache.advance(1)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_cache_is_told_the_layer():
+    decoder = small_decoder(LAYERS)
+
+    class Spy:
+        calls = []
+
+        def update(self, layer_index, k, v):
+            self.calls.append((layer_index, tuple(k.shape), tuple(v.shape)))
+            return k, v
+
+    decoder(torch.randn(2, 5, 16), arange(2, 5), causal_rows(2, 5), torch.zeros(2, 5, dtype=torch.long), cache=Spy())
+    assert Spy.calls == [(index, (2, 2, 5, 4), (2, 2, 5, 4)) for index in range(4)]
+
+
+def test_modality_matters_only_where_a_layer_is_split():
+    embeddings = torch.randn(1, 4, 16)
+    text, mixed = torch.zeros(1, 4, dtype=torch.long), torch.tensor([[0, 1, 0, 0]])
+    plain = small_decoder([LayerOptions(3), LayerOptions()])
+    assert torch.equal(run(plain, embeddings, text), run(plain, embeddings, mixed))
+    adaptive = small_decoder([LayerOptions(modality_adaptive=True)])
+    difference = (run(adaptive, embeddings, text) - run(adaptive, embeddings, mixed)).abs().amax(-1)[0]
+    assert difference[0] == 0 and (difference[1:] > 1e-4).all()
+
+
+@pytest.mark.parametrize("split", ["norm_1", "norm_2", "attention.k", "attention.v"])
+def test_each_split_of_a_layer_is_used(split):
+    decoder, embeddings = small_decoder([LayerOptions(modality_adaptive=True)]), torch.randn(1, 4, 16)
+    modality = torch.tensor([[1, 1, 0, 0]])
+    before = run(decoder, embeddings, modality)
+    module = decoder.layers[0].get_submodule(split)
+    assert isinstance(module, ModalityAdaptive)
+    for branch in (module.vision, module.text):
+        randomise(branch, spread=1.0)
+        after = run(decoder, embeddings, modality)
+        assert (after - before).abs().max() > 1e-3
+        before = after
+
+
+def test_layer_options_per_layer():
+    decoder = small_decoder(LAYERS)
+    assert len(decoder.layers) == 4
+    for layer, options in zip(decoder.layers, LAYERS):
+        splits = [layer.norm_1, layer.norm_2, layer.attention.k, layer.attention.v]
+        assert all(isinstance(module, ModalityAdaptive) == options.modality_adaptive for module in splits)
+        assert not any(isinstance(m, ModalityAdaptive) for m in (layer.attention.q, layer.attention.o, layer.ffn))
+        if options.adapter_width:
+            assert layer.adapter.down.out_features == options.adapter_width
+        else:
+            assert isinstance(layer.adapter, torch.nn.Identity)
+    assert LayerOptions() == LayerOptions(adapter_width=0, modality_adaptive=False)
+
+
+def test_defaults_of_the_config():
+    config = DecoderConfig(23, 16, 4, 2, 20, 32, (LayerOptions(),))
+    assert (config.rope_base, config.norm_eps, config.tied_head) == (10000.0, 1e-6, False)
+    assert config.head_width == 4
+    decoder = Decoder(config)
+    assert decoder.backend == "sdpa" and decoder.norm.eps == 1e-6
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(width=18), "width 18 does not divide into 4 heads"),
+        (dict(num_kv_heads=3), "4 query heads cannot share 3 key heads"),
+        (dict(width=12), "head width 3 is odd"),
+    ],
+)
+def test_bad_sizes_are_refused(options, message):
+    config = DecoderConfig(23, 16, 4, 2, 20, 32, (LayerOptions(),))
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **options)
+
+
+def test_heads():
+    hidden = torch.randn(2, 3, 16)
+    untied = small_decoder()
+    torch.testing.assert_close(untied.logits(hidden), hidden @ untied.lm_head.weight.T)
+    assert untied.lm_head.bias is None and untied.lm_head.weight is not untied.embedding.weight
+    tied = small_decoder(tied_head=True)
+    assert tied.lm_head is None
+    torch.testing.assert_close(tied.logits(hidden), hidden @ tied.embedding.weight.T)
+    assert tied.logits(hidden[0, 0]).shape == (23,)
+    names = {name for name, _ in tied.named_parameters()}
+    assert names == {name for name, _ in untied.named_parameters()} - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_attention_maps(backend):
+    decoder, embeddings = small_decoder(LAYERS), torch.randn(2, 5, 16)
+    decoder.backend, out = backend, {}
+    segments = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, -1, -1]])
+    modality = torch.zeros(2, 5, dtype=torch.long)
+    hidden = decoder(embeddings, arange(2, 5), causal(segments), modality, out=out)
+    torch.testing.assert_close(hidden, run(decoder, embeddings, modality, segments))
+    assert len(out["attention"]) == 4
+    for weights in out["attention"]:
+        assert weights.shape == (2, 4, 5, 5)
+        torch.testing.assert_close(weights.sum(-1), (segments >= 0).float()[:, None].expand(2, 4, 5))
+        assert (weights.triu(1) == 0).all() and (weights[0, :, 3:, :3] == 0).all()
+
+
+def test_image_copies_start_equal():
+    copy = per_modality(lambda: torch.nn.Linear(4, 4), True)
+    assert torch.equal(copy.text.weight, copy.vision.weight) and torch.equal(copy.text.bias, copy.vision.bias)
+    assert copy.text.weight is not copy.vision.weight
+    assert isinstance(per_modality(lambda: torch.nn.Linear(4, 4), False), torch.nn.Linear)
+    decoder = Decoder(DecoderConfig(23, 16, 4, 2, 20, 32, LAYERS))
+    embeddings = torch.randn(1, 5, 16)
+    text, mixed = torch.zeros(1, 5, dtype=torch.long), torch.tensor([[1, 0, 1, 0, 0]])
+    torch.testing.assert_close(run(decoder, embeddings, text), run(decoder, embeddings, mixed))
+
+
+def test_start():
+    decoder = Decoder(DecoderConfig(200, 64, 4, 2, 96, 32, (LayerOptions(8),) * 8))
+    assert 0.0195 < decoder.embedding.weight.std() < 0.0205
+    for layer in decoder.layers:
+        uniform = lambda linear: linear.in_features**-0.5  # torch's own start: uniform within this bound
+        for linear in (layer.attention.q, layer.attention.k, layer.attention.v, layer.ffn.gate, layer.ffn.up):
+            assert 0.95 * uniform(linear) < linear.weight.abs().max() <= uniform(linear)
+        for linear in (layer.attention.o, layer.ffn.down):  # 8 layers write twice each
+            assert 0.95 * uniform(linear) / 4 < linear.weight.abs().max() <= uniform(linear) / 4
+        assert all((norm.weight == 1).all() for norm in (layer.norm_1, layer.norm_2))
+    assert (decoder.norm.weight == 1).all()
+
+
+def test_every_parameter_gets_a_gradient():
+    decoder = small_decoder(LAYERS)
+    modality = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 1, 0]])
+    hidden = run(decoder, decoder.embedding(torch.arange(10).reshape(2, 5)), modality)
+    decoder.logits(hidden).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in decoder.parameters())

@@ -1,0 +1,286 @@
+"""Pictures: every kind of file becomes upright RGB, every fit a normalised square, every broken file a clear error."""
+
+import os
+import pathlib
+import warnings
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from nanovlm.data import images
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def colors(image):
+    """The pixels of a picture, row by row."""
+    assert image.mode == "RGB"
+    return [tuple(pixel) for row in numpy.asarray(image).tolist() for pixel in row]
+
+
+def saved(image, path, **options):
+    image.save(path, **options)
+    return images.load(path)
+
+
+def noise(width, height, seed=0):
+    values = numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
+    return Image.fromarray(values)
+
+
+def test_rgb_is_untouched(tmp_path):
+    image = noise(5, 4)
+    assert colors(saved(image, tmp_path / "a.png")) == colors(image)
+    assert images.load(str(tmp_path / "a.png")).size == (5, 4)
+
+
+def test_transparency_lies_over_white(tmp_path):
+    image = Image.new("RGBA", (3, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (255, 0, 0, 0))
+    image.putpixel((2, 0), (0, 0, 0, 128))
+    assert colors(saved(image, tmp_path / "a.png")) == [RED, WHITE, (127, 127, 127)]
+
+
+def test_grey_with_transparency(tmp_path):
+    image = Image.new("LA", (2, 1), (100, 255))
+    image.putpixel((1, 0), (100, 0))
+    assert colors(saved(image, tmp_path / "a.png")) == [(100, 100, 100), WHITE]
+
+
+@pytest.mark.parametrize("mode, value, expected", [("L", 100, (100, 100, 100)), ("1", 1, WHITE), ("1", 0, (0, 0, 0))])
+def test_grey_and_one_bit(tmp_path, mode, value, expected):
+    assert colors(saved(Image.new(mode, (2, 1), value), tmp_path / "a.png")) == [expected] * 2
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    assert colors(saved(image, tmp_path / "a.png")) == [RED, (0, 0, 255)]
+    assert colors(saved(image, tmp_path / "b.png", transparency=1)) == [RED, WHITE]
+
+
+def test_transparent_colour_of_an_rgb_file(tmp_path):
+    image = Image.new("RGB", (2, 1), RED)
+    image.putpixel((1, 0), (0, 0, 7))
+    assert colors(saved(image, tmp_path / "a.png", transparency=(0, 0, 7))) == [RED, WHITE]
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, ending):
+    values = numpy.array([[0, 128, 129, 255, 257, 32768, 65534, 65535]], dtype=numpy.uint16)
+    image = saved(Image.fromarray(values), tmp_path / f"a.{ending}")
+    assert [r for r, _, _ in colors(image)] == [0, 0, 1, 1, 1, 128, 255, 255]
+
+
+def test_sixteen_bits_in_a_wider_file(tmp_path):
+    image = saved(Image.fromarray(numpy.array([[0, 65535]], dtype=numpy.int32)), tmp_path / "a.tif")
+    assert colors(image) == [(0, 0, 0), WHITE]
+    for value in (-1, 65536):
+        Image.fromarray(numpy.array([[3, value]], dtype=numpy.int32)).save(tmp_path / "b.tif")
+        with pytest.raises(ValueError, match="b.tif: pixel values .* exceed 16 bits"):
+            images.load(tmp_path / "b.tif")
+
+
+def test_cmyk(tmp_path):
+    image = saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "a.jpg", quality=100)
+    assert all(abs(a - b) < 12 for pixel in colors(image) for a, b in zip(pixel, RED))
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png"])
+def test_an_animation_gives_its_first_frame(tmp_path, ending):
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, (0, 0, 255), (0, 255, 0))]
+    options = {"lossless": True} if ending == "webp" else {}
+    image = saved(frames[0], tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:], **options)
+    assert set(colors(image)) == {RED}
+
+
+@pytest.mark.parametrize("orientation, expected", [(1, (0, 0)), (3, (2, 1)), (6, (1, 0)), (8, (0, 2)), (2, (2, 0))])
+def test_exif_rotation_is_applied(tmp_path, orientation, expected):
+    """A dark corner at the top left of the stored pixels ends where a viewer shows it."""
+    image = Image.new("RGB", (3, 2), WHITE)
+    image.putpixel((0, 0), (0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    loaded = saved(image, tmp_path / "a.png", exif=exif)
+    assert loaded.size == ((3, 2) if orientation < 5 else (2, 3))
+    assert [(x, y) for x in range(loaded.width) for y in range(loaded.height) if not any(loaded.getpixel((x, y)))] == [expected]
+
+
+def test_pictures_in_memory(tmp_path):
+    image = noise(4, 4)
+    assert images.load(image).tobytes() == image.tobytes()
+    assert colors(images.load(Image.new("RGBA", (1, 1), (0, 0, 0, 0)))) == [WHITE]
+    with pytest.raises(ValueError, match=r"no pixels \(0 x 5\)"):
+        images.load(Image.new("RGB", (0, 5)))
+
+
+def test_files_that_are_no_picture(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.png: no such image"):
+        images.load(tmp_path / "none.png")
+    with pytest.raises(ValueError, match="a folder, not an image"):
+        images.load(tmp_path)
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ValueError, match=r"empty.png: the file is empty \(0 bytes\)"):
+        images.load(tmp_path / "empty.png")
+    (tmp_path / "text.png").write_text("not a picture at all")
+    with pytest.raises(ValueError, match="text.png: not an image"):
+        images.load(tmp_path / "text.png")
+    Image.new("F", (2, 2)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match="float.tif: floating-point pixels"):
+        images.load(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "webp", "tif", "bmp"])
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.6, 0.9])
+def test_files_cut_short(tmp_path, ending, share):
+    path = tmp_path / f"a.{ending}"
+    noise(64, 64).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match=f"a.{ending}: (the image is damaged or cut short|not an image)"):
+        images.load(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL remarks on what it finds
+def test_damaged_bytes_give_a_picture_or_a_named_error(tmp_path):
+    """Whatever is broken inside, nothing but the named error comes out."""
+    rng = numpy.random.default_rng(0)
+    for ending in ("png", "jpg", "gif", "webp", "tif", "bmp", "ppm"):
+        path = tmp_path / f"a.{ending}"
+        noise(24, 24).save(path)
+        whole = numpy.frombuffer(path.read_bytes(), dtype=numpy.uint8)
+        for _ in range(60):
+            broken = whole.copy()
+            places = rng.integers(0, min(len(broken), 120), 4)
+            broken[places] = rng.integers(0, 256, 4)
+            path.write_bytes(broken.tobytes())
+            try:
+                assert images.load(path).mode == "RGB"
+            except images.ImageError as error:
+                assert f"a.{ending}" in str(error)
+
+
+def test_too_many_pixels_are_refused_from_the_header(tmp_path):
+    path = tmp_path / "big.png"
+    noise(30, 20).save(path)
+    assert images.load(path, max_pixels=600).size == (30, 20)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60])  # the header alone is enough to refuse it
+    with pytest.raises(ValueError, match="big.png: 30 x 20 is 600 pixels, more than the limit of 599.*max_pixels"):
+        images.load(path, max_pixels=599)
+
+
+def png_of(width, height):
+    """A small file whose header promises width x height pixels."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side, message", [(8001, "64,016,001 pixels, more than the limit of 64,000,000"), (50000, "raise max_pixels")])
+def test_image_bombs(tmp_path, side, message):
+    (tmp_path / "bomb.png").write_bytes(png_of(side, side))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=f"bomb.png: .*{message}"):
+            images.load(tmp_path / "bomb.png")
+
+
+def test_the_limit_is_64_million_pixels(tmp_path):
+    (tmp_path / "wide.png").write_bytes(png_of(8000, 8000))
+    with pytest.raises(ValueError, match="cut short"):  # passes the limit, and then there are no pixels
+        images.load(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match="cut short"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (tmp_path / "wide.png").write_bytes(png_of(10000, 10000))
+        images.load(tmp_path / "wide.png", max_pixels=10**9)
+
+
+def test_a_picture_of_the_right_size_is_not_resampled():
+    image = noise(8, 8)
+    for fit in images.FITS:
+        assert images.to_square(image, 8, fit) is image
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (31, 47), (9, 50), (16, 17), (5, 7), (8, 3)])
+def test_crop_is_resize_then_centre_crop(size):
+    """CLIP's own preprocessing: shorter side to S, then the middle S x S."""
+    image, side = noise(*size), 8
+    width, height = (side * length // min(size) for length in size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    expected = numpy.asarray(resized.crop((left, top, left + side, top + side)), dtype=int)
+    found = numpy.asarray(images.to_square(image, side, "crop"), dtype=int)
+    assert found.shape == (8, 8, 3)
+    assert abs(found - expected).max() <= 1
+
+
+def test_pad_keeps_all_of_the_picture_in_the_middle_of_the_mean_colour():
+    wide = numpy.asarray(images.to_square(Image.new("RGB", (40, 20), RED), 8, "pad")).tolist()
+    mean = [122, 116, 104]
+    assert wide == [[mean] * 8] * 2 + [[list(RED)] * 8] * 4 + [[mean] * 8] * 2
+    tall = numpy.asarray(images.to_square(Image.new("RGB", (30, 40), RED), 8, "pad")).tolist()
+    assert tall == [[mean] + [list(RED)] * 6 + [mean]] * 8
+    image = noise(16, 8)
+    middle = numpy.asarray(images.to_square(image, 8, "pad"))[2:6]
+    assert (middle == numpy.asarray(image.resize((8, 4), Image.Resampling.BICUBIC))).all()
+
+
+def test_very_long_pictures_stay_small():
+    for fit in images.FITS:
+        for size in ((1, 60000), (60000, 1)):
+            assert images.to_square(Image.new("RGB", size), 16, fit).size == (16, 16)
+
+
+def test_stretch():
+    image = noise(9, 5)
+    assert colors(images.to_square(image, 4, "stretch")) == colors(image.resize((4, 4), Image.Resampling.BICUBIC))
+
+
+def test_pixels_are_normalised_channels_first():
+    image = Image.new("RGB", (2, 2), (0, 255, 51))
+    image.putpixel((1, 0), WHITE)
+    pixels = images.to_pixels(image, 2)
+    assert pixels.shape == (3, 2, 2) and pixels.dtype == torch.float32
+    mean, std = torch.tensor(images.MEAN), torch.tensor(images.STD)
+    torch.testing.assert_close(pixels[:, 0, 0], (torch.tensor([0.0, 1.0, 0.2]) - mean) / std)
+    torch.testing.assert_close(pixels[:, 0, 1], (1 - mean) / std)  # row 0, column 1
+    assert images.MEAN == (0.48145466, 0.4578275, 0.40821073)
+    assert images.STD == (0.26862954, 0.26130258, 0.27577711)
+
+
+def test_pixels_crop_unless_told_otherwise():
+    image = noise(20, 10)
+    assert torch.equal(images.to_pixels(image, 5), images.to_pixels(image, 5, "crop"))
+    assert not torch.equal(images.to_pixels(image, 5), images.to_pixels(image, 5, "pad"))
+    many = images.normalise(numpy.stack([numpy.asarray(noise(4, 4, seed)) for seed in range(3)]))
+    assert torch.equal(many[2], images.to_pixels(noise(4, 4, 2), 4))
+
+
+def test_bad_arguments():
+    image = noise(4, 4)
+    with pytest.raises(ValueError, match="unknown fit 'crp'. Did you mean 'crop'"):
+        images.to_pixels(image, 4, "crp")
+    with pytest.raises(ValueError, match="image_size 0 must be at least 1"):
+        images.to_pixels(image, 0)
+    with pytest.raises(ValueError, match="RGB was expected, found L"):
+        images.to_pixels(image.convert("L"), 4)
+    assert images.to_pixels(image, 1).shape == (3, 1, 1)
+
+
+@pytest.mark.skipif("NANOVLM_SHARED" not in os.environ, reason="needs a folder of photographs, named by NANOVLM_SHARED")
+def test_real_photographs():
+    folder = pathlib.Path(os.environ["NANOVLM_SHARED"]) / "data" / "photos"
+    paths = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg", ".gif"))
+    assert paths
+    for path in paths:
+        pixels = images.to_pixels(images.load(path), 64)
+        assert pixels.shape == (3, 64, 64) and pixels.std() > 0.1, path

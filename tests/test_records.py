@@ -1,0 +1,164 @@
+"""Records and the reader of LLaVA-style files: what a good file becomes."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from nanovlm.data.records import LlavaJson, Record, Turn, Visual, check_order, permutation
+
+
+def said(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the pictures a.png and sub/b.png."""
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    return tmp_path
+
+
+def write(folder, items, name="some.json"):
+    path = folder / name
+    path.write_text(json.dumps(items) if name.endswith(".json") else "\n".join(map(json.dumps, items)))
+    return path
+
+
+def only(folder, item):
+    return LlavaJson(write(folder, [item])).record(0)
+
+
+def test_single_image(folder):
+    record = only(folder, {"id": 7, "image": "a.png", "conversations": said("<image>\nWhat is this?", "a cat")})
+    picture = str(folder / "a.png")
+    expected = (Turn("user", (0, "\nWhat is this?")), Turn("assistant", ("a cat",)))
+    assert record == Record("7", (Visual(picture, (picture,)),), (expected,))
+
+
+def test_several_images_keep_their_places(folder):
+    talk = said("<image> or <image>?", "the first") + said("and\n<image>", "no")
+    record = only(folder, {"id": "x", "image": ["a.png", "sub/b.png", "a.png"], "conversations": talk})
+    assert [turn.parts for turn in record.conversations[0]] == [
+        (0, " or ", 1, "?"), ("the first",), ("and\n", 2), ("no",),
+    ]  # fmt: skip
+    assert [visual.key for visual in record.visuals] == [str(folder / name) for name in ("a.png", "sub/b.png", "a.png")]
+
+
+@pytest.mark.parametrize("image", [{}, {"image": None}, {"image": []}])
+def test_text_only_items(folder, image):
+    talk = [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]
+    record = only(folder, {"id": "x", **image, "conversations": talk})
+    assert record.visuals == ()
+    assert record.conversations == ((Turn("user", ("hi",)), Turn("assistant", ("hello",))),)
+
+
+def test_what_the_assistant_writes_stays_text(folder):
+    record = only(folder, {"id": "x", "conversations": said("which tag?", "<image>")})
+    assert record.conversations[0][1] == Turn("assistant", ("<image>",))
+
+
+def test_one_reply_alone_is_plain_text(folder):
+    record = only(folder, {"id": "x", "conversations": [{"from": "gpt", "value": "once upon a time"}]})
+    assert record.conversations == ((Turn("assistant", ("once upon a time",)),),)
+
+
+def test_kind_and_unknown_fields(folder):
+    record = only(folder, {"id": "x", "model": "m", "kind": "colour", "conversations": said("q", "a")})
+    assert record.kinds == ("colour",)
+
+
+def test_jsonl_with_blank_lines_byte_order_mark_and_line_separator(folder):
+    path = folder / "some.jsonl"
+    items = [{"id": str(n), "conversations": said("q", f"line\u2028{n}")} for n in range(3)]
+    text = "\n\n".join(json.dumps(item, ensure_ascii=False) for item in items) + "\n"
+    path.write_text(text, encoding="utf-8-sig")
+    source = LlavaJson(path)
+    assert sorted(record.id for record in source.records) == ["0", "1", "2"]
+    assert {source.record(n).conversations[0][1].text for n in range(3)} == {f"line\u2028{n}" for n in range(3)}
+
+
+def test_image_folder_is_the_files_own_unless_given(folder):
+    (folder / "lists").mkdir()
+    item = {"id": "x", "image": "a.png", "conversations": said("<image>", "a")}
+    path = write(folder / "lists", [item])
+    assert LlavaJson(path, folder).record(0).visuals[0].key == str(folder / "a.png")
+    with pytest.raises(FileNotFoundError, match="1 of 1 images"):
+        LlavaJson(path)
+
+
+def test_names(folder):
+    path = write(folder, [{"id": "x", "conversations": said("q", "a")}], "animals.v2.json")
+    assert LlavaJson(path).name == "animals.v2"
+    assert LlavaJson(path, name="zoo").name == "zoo"
+
+
+def test_every_epoch_holds_every_record_once_in_its_own_order(folder):
+    path = write(folder, [{"id": n, "conversations": said("q", "a")} for n in range(20)])
+    source, again, other = LlavaJson(path, seed=3), LlavaJson(path, seed=3), LlavaJson(path, seed=4)
+    assert len(source) == 20
+    epochs = [[source.record(20 * epoch + n).id for n in range(20)] for epoch in range(3)]
+    assert all(sorted(map(int, epoch)) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != list(map(str, range(20)))
+    # a pure function of (seed, n): any order of asking, another object
+    assert [again.record(n).id for n in reversed(range(60))] == [id for epoch in reversed(epochs) for id in reversed(epoch)]
+    assert [other.record(n).id for n in range(20)] != epochs[0]
+
+
+def test_without_a_seed_the_order_is_that_of_seed_0(folder):
+    path = write(folder, [{"id": n, "conversations": said("q", "a")} for n in range(20)])
+    orders = [[source.record(n).id for n in range(20)] for source in (LlavaJson(path), LlavaJson(path, seed=0))]
+    assert orders[0] == orders[1]
+
+
+def test_permutation_depends_on_each_argument():
+    assert sorted(permutation(1, 2, 9)) == list(range(9))
+    one = list(permutation(1, 2, 9))
+    assert one == list(permutation(1, 2, 9))
+    assert one != list(permutation(2, 2, 9)) and one != list(permutation(1, 1, 9))
+
+
+def test_turn_text_leaves_pictures_out():
+    assert Turn("user", ("a ", 0, "b", 1)).text == "a b"
+
+
+@pytest.mark.parametrize(
+    "roles, last, message",
+    [
+        ([], "assistant", "empty"),
+        (["user", "user"], "assistant", "turns 1 and 2 are both by the user"),
+        (["user", "assistant", "assistant"], "assistant", "turns 2 and 3 are both by the assistant"),
+        (["user"], "assistant", "ends with the user; it must end with the assistant"),
+        (["user", "assistant"], "user", "ends with the assistant; it must end with the user"),
+        (["assistant", "user", "assistant"], "assistant", "begins with the assistant"),
+    ],
+)
+def test_order_of_turns(roles, last, message):
+    with pytest.raises(ValueError, match=message):
+        check_order(roles, last)
+
+
+def test_orders_that_are_fine():
+    check_order(["user", "assistant"])
+    check_order(["assistant"])
+    check_order(["user", "assistant", "user"], last="user")
+    check_order(["user"], last="user")
+
+
+def test_records_refuse_what_makes_no_sense():
+    picture = Image.new("RGB", (2, 2))
+    with pytest.raises(ValueError, match="'v' has no frame"):
+        Visual("v", ())
+    with pytest.raises(ValueError, match="unknown role 'users'. Did you mean 'user'"):
+        Turn("users", ())
+    with pytest.raises(ValueError, match="'r' has no conversation"):
+        Record("r", (), ())
+    with pytest.raises(ValueError, match="2 kinds for 1 conversations"):
+        Record("r", (), ((Turn("assistant", ("a",)),),), ("x", "y"))
+    for number in (1, -1):
+        with pytest.raises(ValueError, match=f"mentions visual input {number}; it has 1"):
+            Record("r", (Visual("v", (picture,)),), ((Turn("user", (number,)),),))
+    Record("r", (Visual("v", (picture,)),), ((Turn("user", (0,)),),), ("x",))

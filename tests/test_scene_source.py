@@ -1,0 +1,114 @@
+"""The source of drawn scenes: determinism, options, errors; and the majority baseline."""
+
+import hashlib
+
+import pytest
+
+from nanovlm.data.records import Record, Turn
+from nanovlm.data.scene_source import Scenes, majority_baseline
+
+
+DIGESTS = {"train": "f10541d5c5d2", "new": "980473e61170", "unseen_pairs": "6fcbc8b4c659", "reading": "e7a4e078f1eb"}
+
+
+def test_a_record_depends_on_seed_and_number_alone():
+    def content(source, n):
+        record = source.record(n)
+        return record.visuals[0].key, record.visuals[0].frames[0].tobytes(), record.conversations, record.kinds
+
+    for split in ("train", "new", "unseen_pairs", "reading"):
+        one, other = Scenes(split, "both", seed=3, length=5), Scenes(split, "both", seed=3, length=5)
+        backwards = [content(other, n) for n in reversed(range(8))]
+        assert [content(one, n) for n in range(8)] == backwards[::-1]
+        assert len({pixels for _, pixels, _, _ in backwards}) == 8  # goes on beyond its length with new pictures
+        assert content(Scenes(split, "both", seed=4), 0)[:2] != content(one, 0)[:2] and len(one) == 5
+    assert content(Scenes("new"), 0)[1] != content(Scenes("train"), 0)[1]
+    asked_otherwise = content(Scenes("train", "captions", seed=3), 0)
+    assert asked_otherwise[:2] == content(Scenes("train", "questions", seed=3), 0)[:2]  # same key, same picture
+    changes = {"seed": 1, "canvas": 48, "max_objects": 3, "min_objects": 2, "string_share": 0.1, "split": "new"}
+    keys = {content(Scenes(**{option: value}), 1)[0] for option, value in changes.items()}
+    assert len(keys | {content(Scenes(), 1)[0]}) == 7 and Scenes("unseen_pairs").name == "scenes_unseen_pairs"
+
+
+def test_scenes_and_words_stay_the_same_from_version_to_version():
+    """Scores of two versions compare only if both answered the same questions; a change must be meant, and said."""
+    digests = {}
+    for split in ("train", "new", "unseen_pairs", "reading"):
+        source, content = Scenes(split, "both", string_share=0.4), []
+        for n in range(60):
+            scene, record = source.scene(n), source.record(n)
+            things = [(t.color, t.shape, t.size, *(f"{v:.4f}" for v in (t.x, t.y, t.radius))) for t in scene.objects]
+            content.append((things, scene.string, scene.string_box, record.kinds,
+                            [turn.text for turns in record.conversations for turn in turns]))
+        digests[split] = hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+    assert digests == DIGESTS
+
+
+def test_options_shape_the_pictures_and_the_kinds():
+    source = Scenes("train", "captions", min_objects=2, max_objects=2, canvas=80, string_share=1.0)
+    for n in range(20):
+        record, scene = source.record(n), source.scene(n)
+        assert record.visuals[0].frames[0].size == (80, 80) and len(scene.objects) == 2 and scene.string
+        assert len(record.kinds) == 1 and record.kinds[0] in ("caption", "short_caption")
+    shares = [sum(bool(Scenes(string_share=share).scene(n).string) for n in range(400)) / 400 for share in (0, 0.3)]
+    assert shares[0] == 0 and 0.24 < shares[1] < 0.36
+    assert all(len(Scenes(questions_per_picture=2).record(n).kinds) == 2 for n in range(20))
+    assert {Scenes("train", "captions", weights={"short_caption": 1}).record(n).kinds for n in range(9)} == {
+        ("short_caption",)}
+    assert not any("caption" in kind for n in range(50) for kind in Scenes().record(n).kinds)
+
+
+def test_a_picture_without_the_wanted_question_is_replaced():
+    source = Scenes(weights={"relation": 1.0}, seed=2)
+    keys = [source.record(n).visuals[0].key for n in range(60)]
+    assert {source.record(n).kinds[0] for n in range(60)} == {"relation"}
+    assert any(not key.endswith(".0") for key in keys)
+    with pytest.raises(ValueError, match="none of 100 pictures of up to 1 objects gave a question of .* relation"):
+        Scenes(weights={"relation": 1.0}, max_objects=1).record(0)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"split": "trian"}, "unknown split 'trian'. Did you mean 'train'"),
+    ({"kind": "question"}, "unknown kind 'question'. Did you mean 'questions'"),
+    ({"weights": {"colour": 1}}, "unknown type 'colour'. Did you mean 'color'"),
+    ({"weights": {"color": -1}}, "the weight of 'color' is -1"),
+    ({"weights": {"caption": 1}}, "none of color, shape"),
+    ({"kind": "both", "weights": {"color": 1}}, "none of caption, short_caption"),
+    ({"questions_per_picture": 0}, "questions_per_picture is 0"),
+    ({"string_share": 1.1}, "string_share is 1.1"),
+    ({"string_share": -0.1}, "string_share is -0.1"),
+    ({"seed": -1}, "seed -1"),
+    ({"length": 0}, "length 0"),
+])
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError) as error:
+        Scenes(**options)
+    assert message in str(error.value)
+    assert len(Scenes(length=1, questions_per_picture=1, string_share=1)) == 1
+
+
+def records(*asked):
+    return [Record("r", (), ((Turn("user", (question,)), Turn("assistant", (answer,))),), (kind,))
+            for kind, question, answer in asked]
+
+
+def test_majority_baseline():
+    by_question = [("k", "q1", "a")] * 3 + [("k", "q2", "b")] * 3 + [("k", "q2", "a")]
+    assert majority_baseline(records(*by_question)) == {"k": 6 / 7}
+    by_type = [("k", f"q{n}", "yes" if n < 6 else "no") for n in range(10)]
+    assert majority_baseline(records(*by_type, ("other", "q", "x"))) == {"k": 0.6, "other": 1.0}
+    training = records(("k", "q1", "b"), ("k", "q1", "b"), ("k", "q2", "a"))
+    assert majority_baseline(records(("k", "q1", "b"), ("k", "q2", "b"), ("k", "q3", "a")), training) == {"k": 2 / 3}
+    asked = records(("k", "q1", "b"), ("k", "q2", "a"), ("k", "q3", "b"), ("k", "q3", "b"))
+    assert majority_baseline(asked, training) == {"k": 1.0}
+    with pytest.raises(ValueError, match="no question of the type 'k'"):
+        majority_baseline(asked, records(("kk", "q", "a")))
+
+
+def test_no_blind_model_scores_much_on_new_pictures():
+    new, training = ([Scenes(split).record(n) for n in range(600)] for split in ("new", "train"))
+    limits = {"color": 0.25, "shape": 0.3, "count": 0.55, "existence": 0.58, "place": 0.25, "relation": 0.45,
+              "size": 0.58, "reading": 0.03}
+    for shares in (majority_baseline(new, training), majority_baseline(new)):
+        assert set(shares) == set(limits)
+        assert all(shares[kind] < limit for kind, limit in limits.items()), shares

@@ -1,0 +1,270 @@
+"""The ViT piece by piece: patches, positions, options, and a whole forward pass written again by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovlm.vit import ACTIVATIONS, Block, ConvStem, ViT, ViTConfig, check_image_size, resize_positions, sincos_positions
+from random_models import randomise, small_vit
+
+
+def config(**options):
+    sizes = dict(image_size=12, patch_size=4, width=12, num_layers=2, num_heads=3, mlp_width=20)
+    return ViTConfig(**(sizes | options))
+
+
+def test_defaults_and_options():
+    plain = config()
+    assert (plain.conv_stem, plain.class_token, plain.pre_norm, plain.post_norm) == (False, True, False, True)
+    assert (plain.qkv_bias, plain.patch_bias, plain.activation, plain.norm_eps) == ("qkv", True, "gelu", 1e-6)
+    vit = ViT(plain)
+    assert vit.patch_embedding.bias is not None and isinstance(vit.pre_norm, nn.Identity)
+    assert isinstance(vit.post_norm, nn.LayerNorm) and vit.backend == "sdpa" and len(vit.blocks) == 2
+    other = ViT(config(patch_bias=False, pre_norm=True, post_norm=False, norm_eps=1e-3, class_token=False))
+    assert other.patch_embedding.bias is None and other.class_token is None
+    assert isinstance(other.pre_norm, nn.LayerNorm) and isinstance(other.post_norm, nn.Identity)
+    assert other.pre_norm.eps == other.blocks[1].norm_1.eps == other.blocks[1].norm_2.eps == 1e-3
+    assert Block(6, 2, 8).norm_1.eps == Block(6, 2, 8).norm_2.eps == 1e-6
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(image_size=13), "image_size 13 is no multiple of patch_size 4; try 12"),
+        (dict(image_size=23), "image_size 23 is no multiple of patch_size 4; try 20"),
+        (dict(image_size=3), "image_size 3 is no multiple of patch_size 4; try 4"),
+        (dict(image_size=0), "image_size 0 is no multiple of patch_size 4; try 4"),
+        (dict(width=13), "width 13 does not divide into 3 heads"),
+        (dict(width=18), "width 18 is no multiple of 4"),
+        (dict(activation="gelo"), "unknown activation 'gelo'. Did you mean 'gelu'?"),
+        (dict(qkv_bias="all"), "qkv_bias 'all' names projections other than q, k, v"),
+        (dict(conv_stem=True, patch_size=6), "patch_size 6 is not 2, 4, 8"),
+        (dict(conv_stem=True, patch_size=1), "patch_size 1 is not 2, 4, 8"),
+    ],
+)
+def test_bad_sizes_are_refused(options, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        config(**options)
+
+
+def test_good_sizes_are_accepted():
+    for size in (4, 8, 12):
+        check_image_size(size, 4)
+    assert config(patch_size=6).patch_size == 6  # a power of 2 only matters to the convolutional stem
+    assert config(conv_stem=True, image_size=16, patch_size=8).conv_stem
+
+
+def test_patch_convolution_is_cutting_and_a_matrix():
+    vit, pixels = small_vit(), torch.randn(2, 3, 12, 12)
+    patches = F.unfold(pixels, kernel_size=4, stride=4).transpose(1, 2)  # 2 9 48
+    weight, bias = vit.patch_embedding.weight.flatten(1), vit.patch_embedding.bias
+    found = vit.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(found, patches @ weight.T + bias)
+
+
+def naive_vit(vit, pixels, activation, eps):
+    """The whole tower, by hand; options are read off the parameters that exist."""
+    norm = lambda layer, x: F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, eps)
+    x = F.unfold(pixels, 4, stride=4).transpose(1, 2) @ vit.patch_embedding.weight.flatten(1).T
+    if vit.patch_embedding.bias is not None:
+        x = x + vit.patch_embedding.bias
+    if vit.class_token is not None:
+        x = torch.stack([torch.cat([vit.class_token[None], picture]) for picture in x])
+    x = x + vit.positions
+    if isinstance(vit.pre_norm, nn.LayerNorm):
+        x = norm(vit.pre_norm, x)
+    for block in vit.blocks:
+        q, k, v = (getattr(block.attention, name)(norm(block.norm_1, x)) for name in "qkv")
+        heads = []
+        for head in (slice(0, 4), slice(4, 8), slice(8, 12)):
+            shares = torch.softmax(q[..., head] @ k[..., head].transpose(1, 2) / 2, dim=-1)
+            heads.append(shares @ v[..., head])
+        x = x + block.attention.o(torch.cat(heads, dim=-1))
+        x = x + block.fc_2(activation(block.fc_1(norm(block.norm_2, x))))
+    return norm(vit.post_norm, x) if isinstance(vit.post_norm, nn.LayerNorm) else x
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(class_token=False, patch_bias=False),
+        dict(pre_norm=True, activation="quick_gelu", norm_eps=1e-2),
+        dict(post_norm=False, qkv_bias="qv", activation="gelu_tanh"),
+    ],
+)
+def test_forward_by_hand(options, backend):
+    vit, pixels = small_vit(**options), torch.randn(2, 3, 12, 12)
+    vit.backend = backend
+    activation = {
+        "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+        "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+    }[vit.config.activation]
+    found = vit(pixels)
+    assert found.shape == (2, 9 + vit.config.class_token, 12)
+    assert vit.num_tokens(12) == found.shape[1]
+    torch.testing.assert_close(found, naive_vit(vit, pixels, activation, vit.config.norm_eps), atol=1e-5, rtol=1e-4)
+
+
+def test_activations():
+    x = torch.linspace(-4, 4, 33)
+    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "quick_gelu"}
+    torch.testing.assert_close(ACTIVATIONS["gelu"](x), nn.GELU()(x))
+    torch.testing.assert_close(ACTIVATIONS["gelu_tanh"](x), nn.GELU(approximate="tanh")(x))
+    assert (ACTIVATIONS["gelu_tanh"](x) - nn.GELU()(x)).abs().max() > 1e-4
+    torch.testing.assert_close(ACTIVATIONS["quick_gelu"](x), F.silu(1.702 * x) / 1.702)
+
+
+def test_which_projections_carry_a_bias():
+    for bias in ("qkv", "qv", "k", ""):
+        attention = small_vit(qkv_bias=bias).blocks[0].attention
+        assert [getattr(attention, name).bias is not None for name in "qkv"] == [name in bias for name in "qkv"]
+        assert attention.o.bias is not None
+
+
+def test_every_patch_sees_every_patch():
+    vit, pixels = small_vit(), torch.randn(1, 3, 12, 12)
+    before = vit(pixels)
+    for corner in (0, 11):
+        changed = pixels.clone()
+        changed[..., corner, corner] += 1
+        assert ((vit(changed) - before).abs().amax(-1) > 1e-6).all()
+
+
+def test_resize_positions_to_the_same_size_changes_nothing():
+    for rows in (9, 10, 1, 2):
+        table = torch.randn(rows, 5)
+        torch.testing.assert_close(resize_positions(table, math.isqrt(rows) ** 2), table, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("class_rows", [0, 1])
+@pytest.mark.parametrize("new", [2, 3, 4, 7])
+def test_resize_positions_stretches_the_grid(class_rows, new):
+    table = torch.randn(class_rows + 16, 5)
+    resized = resize_positions(table, new * new)
+    assert resized.shape == (class_rows + new * new, 5)
+    assert torch.equal(resized[:class_rows], table[:class_rows])
+    for channel in range(5):  # one channel at a time: rows and columns must not be exchanged, nor channels mixed
+        picture = table[class_rows:, channel].reshape(1, 1, 4, 4)
+        expected = F.interpolate(picture, size=(new, new), mode="bicubic", align_corners=False)
+        torch.testing.assert_close(resized[class_rows:, channel], expected.flatten())
+
+
+def cubic(distance):
+    """The bicubic kernel, a = -3/4."""
+    x = abs(distance)
+    if x < 1:
+        return 1.25 * x**3 - 2.25 * x**2 + 1
+    return -0.75 * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+def test_resize_positions_of_a_ramp():
+    ramp = torch.arange(8.0) ** 2
+    grid = torch.stack([ramp.repeat(8), ramp.repeat_interleave(8)], dim=1)  # along columns, along rows
+    resized = resize_positions(grid, 144).reshape(12, 12, 2)
+    expected = torch.zeros(12)
+    for new in range(12):
+        place = (new + 0.5) * 8 / 12 - 0.5  # centre of the new patch on the old grid
+        for old in range(math.floor(place) - 1, math.floor(place) + 3):
+            expected[new] += cubic(place - old) * ramp[min(max(old, 0), 7)]  # the rim is repeated
+    torch.testing.assert_close(resized[..., 0], expected.expand(12, 12), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(resized[..., 1], expected[:, None].expand(12, 12), atol=1e-4, rtol=1e-4)
+
+
+def test_resize_positions_works_in_float32_and_keeps_the_type():
+    table = torch.randn(17, 5).bfloat16()
+    resized = resize_positions(table, 36)
+    assert resized.dtype == torch.bfloat16
+    assert torch.equal(resized, resize_positions(table.float(), 36).bfloat16())
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_resize(class_token):
+    vit = small_vit(class_token=class_token)
+    before = vit.positions
+    vit.resize(12)
+    assert vit.positions is before
+    vit.positions.requires_grad_(False)
+    vit.resize(20)
+    assert vit.positions is not before and not vit.positions.requires_grad and vit.image_size == 20
+    torch.testing.assert_close(vit.positions, resize_positions(before, 25))
+    assert vit(torch.randn(1, 3, 20, 20)).shape == (1, 25 + class_token, 12)
+    vit.positions.requires_grad_(True)
+    vit.resize(8)
+    assert vit.positions.requires_grad and isinstance(vit.positions, nn.Parameter)
+    with pytest.raises(ValueError, match="try 12"):
+        vit.resize(15)
+    assert vit.image_size == 8
+    assert [vit.num_patches(size) for size in (8, 12, 20)] == [4, 9, 25]
+    assert [vit.num_tokens(size) - class_token for size in (8, 12, 20)] == [4, 9, 25]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 3, 12, 16), (1, 1, 12, 12), (3, 12, 12)])
+def test_pixels_of_another_size_are_refused(shape):
+    with pytest.raises(ValueError, match=r"this ViT stands at \[F, 3, 12, 12\]"):
+        small_vit()(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    "patch_size, plan",  # (width, stride) of each convolution; one before the last halving keeps the size
+    [(2, [(12, 1), (12, 2)]), (4, [(6, 2), (6, 1), (12, 2)]), (8, [(3, 2), (6, 2), (6, 1), (12, 2)])],
+)
+def test_conv_stem(patch_size, plan):
+    stem = randomise(ConvStem(patch_size, 12))
+    x = pixels = torch.randn(2, 3, 16, 16) + 1
+    convolutions = [layer for layer in stem if isinstance(layer, nn.Conv2d)]
+    norms = [layer for layer in stem if isinstance(layer, nn.InstanceNorm2d)]
+    assert [layer.out_channels for layer in convolutions] == [width for width, _ in plan] + [12]
+    assert len(stem) == 3 * len(plan) + 1 and len(norms) == len(plan)
+    for convolution, norm, (_, stride) in zip(convolutions, norms, plan):
+        x = F.conv2d(x, convolution.weight, convolution.bias, stride=stride, padding=1)
+        x = (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+        x = F.gelu(x * norm.weight[:, None, None] + norm.bias[:, None, None])
+    x = torch.einsum("fchw,dc->fdhw", x, convolutions[-1].weight[..., 0, 0]) + convolutions[-1].bias[:, None, None]
+    torch.testing.assert_close(stem(pixels), x, atol=1e-5, rtol=1e-4)
+    assert x.shape == (2, 12, 16 // patch_size, 16 // patch_size)
+
+
+def test_a_vit_with_a_conv_stem():
+    vit = small_vit(conv_stem=True)
+    assert isinstance(vit.patch_embedding, ConvStem) and vit.num_tokens(12) == 10
+    pixels = torch.randn(2, 3, 12, 12)
+    patches = vit.patch_embedding(pixels)
+    assert patches.shape == (2, 12, 3, 3)
+    vit.blocks = nn.ModuleList()
+    features = vit(pixels)
+    for row in range(3):
+        for column in range(3):
+            k = 1 + 3 * row + column  # row-major, behind the class token
+            torch.testing.assert_close(features[:, k], vit.post_norm(patches[:, :, row, column] + vit.positions[k]))
+
+
+def test_sines_and_cosines_tell_row_and_column():
+    table = sincos_positions(9, 8)
+    assert table.shape == (9, 8)
+    for row in range(3):
+        for column in range(3):
+            expected = []
+            for place in (row, column):  # two speeds: 1 and 1/100 radians per patch
+                expected += [math.sin(place), math.sin(place / 100), math.cos(place), math.cos(place / 100)]
+            torch.testing.assert_close(table[3 * row + column], torch.tensor(expected))
+    assert sincos_positions(1, 12).shape == (1, 12)
+
+
+def test_start():
+    vit = ViT(config(image_size=20, width=48))
+    assert vit.class_token.shape == (48,) and 0.014 < vit.class_token.std() < 0.026
+    assert (vit.positions[0] == 0).all() and torch.equal(vit.positions[1:], sincos_positions(25, 48))
+    assert torch.equal(ViT(config(class_token=False)).positions, sincos_positions(9, 12))
+
+
+def test_start_of_the_stem():
+    convolutions = [layer for layer in ConvStem(8, 64) if isinstance(layer, nn.Conv2d)]
+    for layer in convolutions[:-1]:
+        he = (2 / (9 * layer.in_channels)) ** 0.5  # keeps the signal's size through a rectifier
+        assert 0.85 * he < layer.weight.std() < 1.15 * he and (layer.bias == 0).all()

@@ -1,0 +1,138 @@
+"""Train a vision-language model.
+
+    python train.py                                   the recipe nano, from nothing, into out/nano
+    python train.py nano --resume                     go on after an interruption, as if there had been none
+    python train.py nano --set instruct.steps=2000    change one value of a stage
+    python train.py my_recipe.py                      a recipe of your own
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from nanovlm import optimizer
+from nanovlm.checkpoint import CheckpointError, complete
+from nanovlm.interrupts import Stopped, StopRequests
+from nanovlm.names import nearest
+from nanovlm.recipes import RECIPES
+from nanovlm.recipes.recipe import from_file
+from nanovlm.recipes.start import build_models, check_stages, choose_size, choose_stages, make_run
+from nanovlm.run import all_parts
+from nanovlm.trainer import Trainer
+from nanovlm.update import TrainingError
+
+PARALLEL = ("none",)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the nearest flag named for an unknown one."""
+
+    def parse(self, arguments):
+        """Parse a list of str; exit with status 2 and one line if a flag is unknown."""
+        wishes, unknown = self.parse_known_args(arguments)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]!r}.{nearest(unknown[0], self._option_string_actions)}")
+        return wishes
+
+    def error(self, message):
+        """Print one line and leave with status 2."""
+        self.exit(2, f"train.py: {message}\n")
+
+
+def names(text):
+    """Names with commas between them, as a list."""
+    return [name.strip() for name in text.split(",")]
+
+
+def at_least_one(text):
+    """A whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+def make_parser():
+    """All flags."""
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("recipe", nargs="?", default="nano", help="a recipe's name, or a Python file that defines RECIPE")
+    add("--size", help="the recipe's size to build; default: its first")
+    add("--stages", type=names, help="train only these stages, with commas between them")
+    add("--without", type=names, action="extend", default=[], metavar="STAGE", help="leave out a stage")
+    add("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a value of a stage")
+    add("--init", metavar="FOLDER", help="start from the model in this folder instead of from nothing")
+    add("--out", metavar="FOLDER", type=Path, help="output folder; default: out/RECIPE")
+    add("--resume", action="store_true", help="continue after the last checkpoint in the output folder")
+    add("--data", metavar="FILE.json", help="LLaVA-style JSON that the last stage trains on instead of its mixture")
+    add("--images", metavar="FOLDER", help="where the image paths in --data start")
+    add("--datasets", metavar="FILE.json", help="data sources by name, for the stages' mixtures")
+    add("--parallel", default="none", help="none: one process")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
+    add("--threads", type=at_least_one, help="CPU threads; default: 2, or the cores if there are fewer")
+    add("--seed", type=int, default=0, help="of weights and data")
+    add("--max-minutes", type=float, help="stop after this time, with a checkpoint to resume from")
+    add("--smoke", action="store_true", help="a run of seconds through all stages, which learns nothing")
+    add("--print", action="store_true", help="show stages and sizes, train nothing")
+    return parser
+
+
+def find_recipe(name):
+    """The recipe of a name or of a Python file; ValueError or FileNotFoundError if there is none."""
+    if name.endswith(".py"):
+        return from_file(name)
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}.{nearest(name, RECIPES)}")
+    return RECIPES[name]
+
+
+def print_stages(recipe, wishes):
+    """Show every stage's values and the sizes and learning rates of the parts; no weight is made."""
+    stages = choose_stages(recipe, wishes)
+    vocab_size = recipe.tokenizer().vocab_size
+    with torch.device("meta"):
+        model, contrastive = build_models(recipe, choose_size(recipe, wishes.size), vocab_size, wishes.seed)
+    check_stages(stages, model, contrastive)
+    for stage in stages:
+        values = "".join(f"\n  {name} = {value!r}" for name, value in vars(stage).items() if name != "name")
+        print(f"stage {stage.name}{values}", *optimizer.table(all_parts(model, contrastive), stage), "", sep="\n")
+
+
+def resume_command(arguments):
+    """The command line that continues this run: str."""
+    return shlex.join(["python", "train.py", *arguments, *([] if "--resume" in arguments else ["--resume"])])
+
+
+def main(arguments):
+    """Run the command line; returns the exit code."""
+    parser = make_parser()
+    wishes = parser.parse(arguments)
+    if wishes.parallel not in PARALLEL:
+        parser.error(f"--parallel {wishes.parallel!r} is unknown.{nearest(wishes.parallel, PARALLEL)}")
+    try:
+        recipe = find_recipe(wishes.recipe)
+        if wishes.print:
+            print_stages(recipe, wishes)
+            return 0
+        out = wishes.out or Path("out") / recipe.name
+        run = make_run(recipe, wishes, out)
+        if wishes.resume and not complete(out):
+            print(f"no checkpoint in {out} yet: starting at the beginning")
+    except (ValueError, OSError, CheckpointError) as error:
+        parser.error(str(error))
+    with StopRequests() as stop:
+        try:
+            Trainer(run, stop).train()
+        except Stopped as stopped:
+            print(f"stopped: {stopped.reason}. To go on:\n  {resume_command(arguments)}", flush=True)
+            return stopped.exit_code
+        except (TrainingError, CheckpointError) as error:
+            print(f"train.py: {error}\nTo go on after the last checkpoint:\n  {resume_command(arguments)}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
