@@ -58,7 +58,7 @@ def as_flag(name):
 def parse(arguments):
     """Flags as a namespace; ends the program with code 2 for an unknown flag or two that contradict."""
     parser = make_parser()
-    wishes, unknown = parser.parse_known_args(arguments)
+    wishes, unknown = parser.parse_known_intermixed_args(arguments)  # the question may stand behind flags
     if unknown:
         flags = [as_flag(name) for name in vars(wishes) if name not in ("folder", "question")]
         for name in (word.split("=")[0] for word in unknown if word.startswith("-")):
@@ -141,7 +141,7 @@ def save_attention(chat, loaded, wishes, pictures):
     exchange, tokenizer = chat.last, loaded.tokenizer
     heat = attention_maps.answer_heat(loaded.model, exchange.row, exchange.answer, exchange.visual_inputs)
     words = [tokenizer.decode([token]) for token in exchange.answer]
-    title = f"where each token of the answer to {wishes.question!r} looked"
+    title = f"where each token of the answer to {wishes.question!r} looked (seed {wishes.seed})"
     attention_maps.draw(wishes.attention, pictures, heat, words, loaded.image_size, loaded.image_fit, title)
     print(f"(attention: {wishes.attention})")
 

@@ -17,8 +17,7 @@ from nanovlm import optimizer
 from nanovlm.checkpoint import CheckpointError, complete
 from nanovlm.interrupts import Stopped, StopRequests
 from nanovlm.names import nearest
-from nanovlm.recipes import RECIPES
-from nanovlm.recipes.recipe import from_file
+from nanovlm.recipes import find
 from nanovlm.recipes.start import build_models, check_stages, choose_size, choose_stages, make_run
 from nanovlm.run import all_parts
 from nanovlm.trainer import Trainer
@@ -79,15 +78,6 @@ def make_parser():
     return parser
 
 
-def find_recipe(name):
-    """The recipe of a name or of a Python file; ValueError or FileNotFoundError if there is none."""
-    if name.endswith(".py"):
-        return from_file(name)
-    if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}.{nearest(name, RECIPES)}")
-    return RECIPES[name]
-
-
 def print_stages(recipe, wishes):
     """Show every stage's values and the sizes and learning rates of the parts; no weight is made."""
     stages = choose_stages(recipe, wishes)
@@ -105,25 +95,32 @@ def resume_command(arguments):
     return shlex.join(["python", "train.py", *arguments, *([] if "--resume" in arguments else ["--resume"])])
 
 
-def main(arguments):
-    """Run the command line; returns the exit code."""
-    parser = make_parser()
-    wishes = parser.parse(arguments)
-    if wishes.parallel not in PARALLEL:
-        parser.error(f"--parallel {wishes.parallel!r} is unknown.{nearest(wishes.parallel, PARALLEL)}")
+def prepare(parser, wishes):
+    """Find the recipe and make the run; mistakes end the program with one line and status 2."""
     try:
-        recipe = find_recipe(wishes.recipe)
+        if wishes.parallel not in PARALLEL:
+            raise ValueError(f"--parallel {wishes.parallel!r} is unknown.{nearest(wishes.parallel, PARALLEL)}")
+        recipe = find(wishes.recipe)
         if wishes.print:
             print_stages(recipe, wishes)
-            return 0
+            sys.exit(0)
         out = wishes.out or Path("out") / recipe.name
         run = make_run(recipe, wishes, out)
         if wishes.resume and not complete(out):
             print(f"no checkpoint in {out} yet: starting at the beginning")
+        return run
     except (ValueError, OSError, CheckpointError) as error:
         parser.error(str(error))
+
+
+def main(arguments):
+    """Run the command line; returns the exit code."""
+    parser = make_parser()
+    wishes = parser.parse(arguments)
     with StopRequests() as stop:
         try:
+            with stop.anywhere():
+                run = prepare(parser, wishes)
             Trainer(run, stop).train()
         except Stopped as stopped:
             print(f"stopped: {stopped.reason}. To go on:\n  {resume_command(arguments)}", flush=True)

@@ -171,6 +171,11 @@ def replace(path, write):
         raise CheckpointError(f"{path} could not be written ({error}); make room, then continue with --resume") from error
 
 
+def replace_json(path, value):
+    """`replace` with a JSON value."""
+    replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+
+
 def copy_into(targets, tensors, where):
     """Copy loaded tensors into a model's own, key by key.
 

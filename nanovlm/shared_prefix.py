@@ -62,17 +62,30 @@ def can_share(batch, is_image):
     return in_front and all_or_none and one_each and one_document and same_positions
 
 
+def two_lengths(lengths):
+    """Split rows into short and long ones so that the fewest columns are computed, padding included.
+
+    Args:
+      lengths: int[B], tokens of each row.
+    Returns: list of one or two int[b], the rows of each group.
+    """
+    lengths, order = lengths.sort()
+    num_short = torch.arange(len(lengths), device=lengths.device)
+    longest_short = torch.cat([lengths[:1], lengths[:-1]])
+    columns = num_short * longest_short + (len(lengths) - num_short) * lengths[-1]
+    best = int(columns.argmin())
+    return [order] if best == 0 else [order[:best], order[best:]]
+
+
 def hidden(decoder, batch, image_tokens, is_image):
     """Hidden states of rows that share their pictures.
 
     Args:
       decoder: decoder.Decoder. batch: vlm.Batch for which `can_share` holds.
       image_tokens: float[M, N, W]. is_image: bool[B, T].
-    Returns: float[B, T, W], as the decoder would give for the whole rows; undefined at padding.
+    Returns: float[B, T, W], as the decoder would give for the whole rows; zeros at padding.
     """
-    num_rows, num_tokens = batch.ids.shape
-    num_image_tokens = image_tokens.shape[1]
-    device = batch.ids.device
+    num_image_tokens, device = image_tokens.shape[1], batch.ids.device
 
     # The pictures, once each, at the positions that they have in any row that shows them.
     row_of = torch.zeros(len(image_tokens), dtype=torch.long, device=device).index_copy(0, batch.shown, batch.owner)
@@ -84,25 +97,25 @@ def hidden(decoder, batch, image_tokens, is_image):
         torch.full(image_tokens.shape[:2], VISION, device=device),
         cache=kept,
     )
+    out = image_hidden.new_zeros(*batch.ids.shape, image_hidden.shape[-1])
+    out = out.index_put((batch.owner[:, None], torch.arange(num_image_tokens, device=device)), image_hidden[batch.shown])
 
-    # The text, moved to the front of its row; a row without a picture is lent some picture and does not see it.
-    picture = torch.zeros(num_rows, dtype=torch.long, device=device).index_copy(0, batch.owner, batch.shown)
-    skip = is_image.sum(1, keepdim=True)  # B 1
-    length = (batch.segments >= 0).sum(1, keepdim=True) - skip
-    index = torch.arange(int(length.max()), device=device)
-    column = (index + skip).clamp(max=num_tokens - 1)  # B T'
-    first = torch.where(skip > 0, 0, num_image_tokens).expand_as(column)
-    visible = Visible(first, torch.where(index < length, num_image_tokens + index + 1, first))
-    ids = batch.ids.gather(1, column).clamp(min=0)
-    text_hidden = decoder(
-        decoder.embedding(ids),
-        batch.positions.gather(1, column),
-        visible,
-        torch.full_like(ids, TEXT),
-        cache=LentKeys(kept.layers, picture),
-    )
-
-    # Back to the columns of the batch.
-    both = torch.cat([image_hidden[picture], text_hidden], dim=1)  # B N+T' W
-    back = torch.arange(num_tokens, device=device) + num_image_tokens - skip
-    return both[torch.arange(num_rows, device=device)[:, None], back.clamp(max=both.shape[1] - 1)]
+    # The text: short rows and long rows apart. A row without a picture is lent some picture and does not see it.
+    skip = is_image.sum(1)  # B
+    length = (batch.segments >= 0).sum(1) - skip
+    picture = torch.zeros_like(skip).index_copy(0, batch.owner, batch.shown)
+    for rows in two_lengths(length):
+        index = torch.arange(int(length[rows].max()), device=device)
+        real = index < length[rows, None]  # b T'
+        column = (index + skip[rows, None]).clamp(max=batch.ids.shape[1] - 1)
+        first = torch.where(skip[rows] > 0, 0, num_image_tokens)[:, None].expand_as(column)
+        ids = batch.ids[rows].gather(1, column)
+        text_hidden = decoder(
+            decoder.embedding(ids.clamp(min=0)),
+            batch.positions[rows].gather(1, column),
+            Visible(first, torch.where(real, num_image_tokens + index + 1, first)),
+            torch.full_like(ids, TEXT),
+            cache=LentKeys(kept.layers, picture[rows]),
+        )
+        out = out.index_put((rows[:, None].expand_as(column)[real], column[real]), text_hidden[real])
+    return out

@@ -12,7 +12,6 @@ every checkpoint.
 import contextlib
 import hashlib
 import itertools
-import json
 import string
 import time
 from dataclasses import asdict, dataclass, field
@@ -31,7 +30,7 @@ from nanovlm.stages import Stage
 from nanovlm.update import TrainingError, gradient, reading
 
 
-@dataclass(frozen=True)
+@dataclass
 class Later:
     """A source that begins at record `start`, so that a stage reads on where the stage before it stopped."""
 
@@ -189,7 +188,7 @@ class Trainer:
         self.log.write(stage=stage.name, step=self.step, loss=loss, lr=lr, gradient_norm=norm,
                        tokens_per_second=round(rate), seconds=round(self.seconds(), 3))
         bar.update(current.step, loss, rate)
-        if self.step % run.exam_every == 0:
+        if self.step % run.exam_every == 0 and stage.objective == "language":
             self.exam(stage)
         if run.max_minutes is not None and time.monotonic() - self.began >= 60 * run.max_minutes:
             self.stop.requested = self.stop.requested or Stopped(0, f"--max-minutes {run.max_minutes:g} are over")
@@ -264,8 +263,7 @@ class Trainer:
     def finish(self):
         """Write the model, the curves and the results, and print the tables."""
         run, out = self.run, self.run.out
-        config = run.identity | {"image_size": run.model.vision.image_size}
-        checkpoint.replace(out / "config.json", lambda path: path.write_text(json.dumps(config, indent=1)))
+        checkpoint.replace_json(out / "config.json", run.identity | {"image_size": run.model.vision.image_size})
         if run.contrastive is not None:
             checkpoint.replace(out / "text_tower.safetensors", lambda path: checkpoint.write_tensors(path, text_side(run.contrastive)))
         checkpoint.replace(out / "model.safetensors", lambda path: checkpoint.write_tensors(path, run.model.state_dict()))
@@ -273,5 +271,5 @@ class Trainer:
         with self.stop.anywhere(), self.looking():
             results = run.finish(run)
         results |= {"parameters": sum(p.numel() for p in run.model.parameters()), "seconds": round(self.seconds(), 1)}
-        checkpoint.replace(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
+        checkpoint.replace_json(out / "results.json", results)
         say("\n".join(["", *measures_table(self.measures), "", *run.report(run, results)]))

@@ -57,6 +57,16 @@ def contrastive_loss(run, stage, records, report):
 LOSSES = {"language": language_loss, "contrastive": contrastive_loss}
 
 
+def micro_batches(records, size):
+    """Cut an update into micro-batches of at most `size` records, pictures and plain text apart.
+
+    The rows of the two differ in length, and in one batch the longer would pad the others; the loss does not notice.
+    """
+    for group in ([one for one in records if one.visuals], [one for one in records if not one.visuals]):
+        for start in range(0, len(group), size):
+            yield group[start:start + size]
+
+
 def gradient(run, stage, records, parameters, report):
     """Leave the gradient of one update in the parameters: accumulated, divided by what it trains, clipped.
 
@@ -72,7 +82,7 @@ def gradient(run, stage, records, parameters, report):
         parameter.grad = None
     total, divisor, tokens = 0.0, 0, 0
     size = stage.micro_batch_size or stage.batch_size
-    for micro_batch in (records[start:start + size] for start in range(0, len(records), size)):
+    for micro_batch in micro_batches(records, size):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"):
             loss, trained, count = LOSSES[stage.objective](run, stage, micro_batch, report)
         check_finite(loss, "loss", micro_batch)

@@ -15,9 +15,9 @@
 # `nanovlm/data/images.py`, `nanovlm/data/scenes.py`, `nanovlm/data/scene_questions.py`,
 # `nanovlm/data/scene_source.py`, `nanovlm/data/records.py`, `nanovlm/data/batching.py`, `nanovlm/data/tokenizer.py`
 #
-# A language model reads a list of vectors, one per token. A picture is a grid of pixels. This lesson follows a picture
-# from one to the other: cut it, embed the pieces, tell each piece where it came from. At the end you will have
-# broken the second half of that sentence on purpose, and seen what a model can still do without it.
+# A language model reads a list of vectors, one per token. A picture is a grid of pixels. This lesson follows a
+# picture from one to the other: cut it, embed the pieces, tell each piece where it came from. At the end you will
+# have broken the second half of that sentence on purpose, and seen what a model can still do without it.
 
 # %%
 import itertools
@@ -29,7 +29,7 @@ import numpy as np
 import solutions
 import torch
 import torch.nn.functional as F
-from lesson import show_pictures, show_source
+from lesson import grouped_bars, show_pictures, show_source
 
 from nanovlm import optimizer
 from nanovlm.contrastive import ContrastiveModel, TextTower
@@ -62,22 +62,23 @@ def landscape(size, rng):
         waves = sum(rng.normal() * np.sin(2 * np.pi * (k * x + rng.random())) / k for k in range(1, 9))
         hills = y > 0.5 + 0.15 * depth + 0.05 * waves
         picture[hills] = np.array([0.35, 0.45, 0.5]) * (1 - 0.3 * depth)
-    return np.uint8(255 * np.clip(picture + rng.normal(0, 0.02, picture.shape), 0, 1))
+    return np.uint8(255 * np.clip(picture, 0, 1))
 
 
 scenes = Scenes("new", seed=SEED, max_objects=3, string_share=0.0)
-scene = scenes.record(5).visuals[0].frames[0]  # a PIL image
+scene = scenes.record(11).visuals[0].frames[0]  # a PIL image
 hills = landscape(224, np.random.default_rng(SEED))
 pixels = to_pixels(scene, image_size=64)
-print(f"the scene as the ViT reads it: {tuple(pixels.shape)} (colours, rows, columns), from {pixels.min():.2f} to {pixels.max():.2f}")
+print(f"the scene as the ViT reads it: {tuple(pixels.shape)} (colours, rows, columns)")
+print(f"its numbers, normalised: from {pixels.min():.2f} to {pixels.max():.2f}")
 
 # %% [markdown]
 # ## 2. Cut it into patches
 #
 # A ViT cuts the picture into squares of `patch_size` pixels, a *patch* each, and reads them like text: along the
-# first row, then along the second. One patch is one token, so the number of tokens is
-# `(image_size / patch_size) ** 2`. It grows with the square of the resolution, and the language model behind will pay
-# for every one of them. Bridges that summarise (lesson 04) exist for that reason.
+# first row, then along the second. One patch is one token, so the number of tokens is `(image_size / patch_size)
+# ** 2`. It grows with the square of the resolution, and the language model behind will pay for every one of them.
+# Bridges that summarise (lesson 04) exist for that reason.
 
 # %%
 def draw_grid(axis, picture, patch_size, title):
@@ -87,18 +88,19 @@ def draw_grid(axis, picture, patch_size, title):
     axis.set_xticks(range(0, size + 1, patch_size), minor=True)
     axis.set_yticks(range(0, size + 1, patch_size), minor=True)
     axis.grid(which="minor", color="black", linewidth=0.6, alpha=0.6)
-    axis.set(title=title, xlabel="column (pixels)", ylabel="row (pixels)", xticks=(0, size // 2, size), yticks=(0, size // 2, size))
+    ticks = (0, size // 2, size)
+    axis.set(title=title, xlabel="column (pixels)", ylabel="row (pixels)", xticks=ticks, yticks=ticks)
 
 
-figure, axes = plt.subplots(1, 2, figsize=(9, 4.4))
+figure, axes = plt.subplots(1, 2, figsize=(8, 4))
 draw_grid(axes[0], scene, 8, f"scene: 64 px, patches of 8 px\n8 × 8 = 64 tokens (seed {SEED})")
 draw_grid(axes[1], hills, 16, f"landscape: 224 px, patches of 16 px\n14 × 14 = 196 tokens (seed {SEED})")
 figure.tight_layout()
 plt.show()
 
 # %% [markdown]
-# This is what the transformer gets: the patches one behind the other, no longer a plane. Below are the 64 patches of
-# the scene in reading order, 16 to a line. Can you still tell what is on it?
+# This is what the transformer gets: the patches one behind the other, no longer a plane. Below are the 64 patches
+# of the scene in reading order, 16 to a line. Can you still tell what is on it?
 
 # %%
 pieces = np.asarray(scene).reshape(8, 8, 8, 8, 3).swapaxes(1, 2).reshape(64, 8, 8, 3)
@@ -107,10 +109,10 @@ show_pictures(pieces, [str(number) for number in range(64)], columns=16, size=0.
 # %% [markdown]
 # ## 3. One convolution embeds them all
 #
-# Each patch of 8 × 8 pixels and 3 colours is 192 numbers. A token is a vector of the model's width, so all patches go
-# through one matrix, the same for each. A convolution whose stride equals its kernel does just that, in one call: it
-# visits every patch once, and no pixel twice. Look for `patch_embedding` and for the line that turns the plane
-# into a list:
+# Each patch of 8 × 8 pixels and 3 colours is 192 numbers. A token is a vector of the model's width, so all
+# patches go through one matrix, the same for each. A convolution whose stride equals its kernel does just that,
+# in one call: it visits every patch once, and no pixel twice. Look for `patch_embedding` and for the line that
+# turns the plane into a list:
 
 # %%
 show_source(ViT.forward)
@@ -118,10 +120,10 @@ show_source(ViT.forward)
 # %% [markdown]
 # ### Exercise: write `patchify`
 #
-# Take float[F, 3, H, W] pixels and return float[F, N, 3 · patch_size²]: every patch as one row of numbers, such that
-# multiplying by the convolution's flattened weight gives exactly what the convolution gives. No loop is needed; think
-# of `unflatten`, `permute` and `flatten`. The check uses a picture that is wider than high, because there a mix-up of
-# rows and columns shows. A solution stands at the end of the lesson.
+# Take float[F, 3, H, W] pixels and return float[F, N, 3 · patch_size²]: every patch as one row of numbers, such
+# that multiplying by the convolution's flattened weight gives exactly what the convolution gives. No loop is
+# needed; think of `unflatten`, `permute` and `flatten`. The check uses a picture that is wider than high, because
+# there a mix-up of rows and columns shows. A solution stands at the end of the lesson.
 
 # %%
 def patchify(pixels, patch_size):
@@ -134,7 +136,7 @@ checks.attempt(checks.check_patchify, patchify)
 # ## 4. A stem instead of one big step
 #
 # The small ViTs of this project go from pixels to tokens in steps of two: each convolution halves the picture and
-# doubles the channels. The number of tokens is the same, but every token has seen a little beyond the borders of its
+# doubles the channels. The number of tokens is the same, but every token has seen beyond the borders of its
 # patch, and several non-linearities have looked at it.
 
 # %%
@@ -157,31 +159,41 @@ influences = {
     "patch convolution": pixels_that_matter(torch.nn.Conv2d(3, 64, kernel_size=8, stride=8)),
     "convolutional stem": pixels_that_matter(ConvStem(patch_size=8, width=64)),
 }
-figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.9))
+figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
 for axis, (name, influence) in zip(axes, influences.items()):
-    side = int((influence > 0).any(0).sum())
-    draw_grid(axis, 1 - influence[..., None].expand(-1, -1, 3).numpy(), 8, f"{name}:\none token sees {side} × {side} pixels (seed {SEED})")
+    own = influence[32:40, 32:40].sum() / influence.sum()
+    dark = 1 - influence[..., None].expand(-1, -1, 3).sqrt().numpy()
+    draw_grid(axis, dark, 8, f"{name}: {own:.0%} of the influence\ncomes from the token's own patch (seed {SEED})")
 figure.tight_layout()
 plt.show()
 
 # %% [markdown]
+# The dark square is what the convolutions reach. The faint grey around it is the normalisation: it takes the mean
+# of the whole picture, so every pixel counts a little.
+#
+# For the rest of this lesson we use the plain patch convolution: its tokens know nothing of their neighbours,
+# which makes the puzzle at the end exact.
+
+# %% [markdown]
 # ## 5. Where was each patch?
 #
-# Attention compares tokens with one another and does not know their order. After the plane has become a list, nothing
-# in a patch says whether it was sky or floor. So a vector is added to each token, one per place: the *position table*.
-# In this project it starts as sines and cosines of row and column, and then trains with everything else:
+# Attention compares tokens with one another and does not know their order. After the plane has become a list,
+# nothing in a patch says whether it was sky or floor. So a vector is added to each token, one per place: the
+# *position table*. In this project it starts as sines and cosines of row and column, and then trains with
+# everything else:
 
 # %%
 show_source(sincos_positions)
 
 # %% [markdown]
-# The usual way to look at such a table: take one position and ask how similar (cosine) all others are to it. We will
-# train two towers for a few seconds and look at the table before and after. One starts from the sines and
-# cosines, the other from small random numbers, as the first ViTs did.
+# The usual way to look at such a table: take one position and ask how similar (cosine) all others are to it. We
+# train three towers for a few seconds each and look at their tables before and after. One starts from the sines
+# and cosines; one from random numbers of the same size; one from random numbers thirty times smaller, as many
+# ViTs do. **Predict**: which of them will know where things are?
 #
-# The task: a *tower* learns as CLIP did, by matching pictures and captions (`nanovlm/contrastive.py`). Our pictures
-# hold one object, and a caption says its colour and its place, such as "red, top left": one half needs no positions,
-# the other half nothing else.
+# The task: a *tower* learns as CLIP did, by matching pictures and captions (`nanovlm/contrastive.py`). Our
+# pictures hold one object, and a caption says its colour and its place, such as "red, top left": one half needs
+# no positions, the other half nothing else.
 
 # %%
 PLACES = [place for line in REGIONS for place in line]
@@ -191,7 +203,8 @@ tokenizer = train_tokenizer(CAPTIONS, vocab_size=400)
 
 def described(split, seed):
     """Endless records of one picture and one caption, made from the source's own questions and answers."""
-    source = Scenes(split, seed=seed, max_objects=1, string_share=0.0, weights={"color": 1, "place": 1}, questions_per_picture=2)
+    questions = {"color": 1, "place": 1}
+    source = Scenes(split, seed=seed, max_objects=1, string_share=0.0, weights=questions, questions_per_picture=2)
     for n in itertools.count():
         record = source.record(n)
         answers = dict(zip(record.kinds, (turns[-1].text for turns in record.conversations)))
@@ -202,7 +215,7 @@ def described(split, seed):
 
 def batch(records, number):
     """The next records as pixels, caption ids and their lengths."""
-    return contrastive_batch(list(itertools.islice(records, number)), tokenizer, image_size=64, fit="crop", max_tokens=16)
+    return contrastive_batch(list(itertools.islice(records, number)), tokenizer, 64, "crop", max_tokens=16)
 
 
 def make_tower(seed):
@@ -230,15 +243,16 @@ def train(tower, steps, seed):
             each.zero_grad(set_to_none=True)
 
 
-STEPS = 150
-towers = {"sines and cosines": make_tower(SEED), "random": make_tower(SEED)}
+STEPS = 130
+towers = {name: make_tower(SEED) for name in ("sines and cosines", "random, as large", "random, small")}
 with torch.no_grad():
-    towers["random"].vision.positions.normal_(std=0.02)
+    towers["random, as large"].vision.positions.normal_(std=0.6)
+    towers["random, small"].vision.positions.normal_(std=0.02)
 tables = {}
 for start, tower in towers.items():
-    tables[f"{start},\nat the start"] = tower.vision.positions.detach().clone()
+    before = tower.vision.positions.detach().clone()
     train(tower, STEPS, SEED)
-    tables[f"{start},\nafter {STEPS} steps"] = tower.vision.positions.detach().clone()
+    tables[start] = (before, tower.vision.positions.detach().clone())
 
 # %%
 def similarity(table, row, column):
@@ -247,25 +261,28 @@ def similarity(table, row, column):
     return (unit @ unit[8 * row + column]).view(8, 8)
 
 
-places = [(1, 1), (1, 6), (4, 4), (6, 2)]
-figure, axes = plt.subplots(len(tables), len(places), figsize=(7.6, 7.4), sharex=True, sharey=True)
-for line, (name, table) in zip(axes, tables.items()):
-    for axis, (row, column) in zip(line, places):
-        shown = axis.imshow(similarity(table, row, column), cmap="RdBu_r", vmin=-1, vmax=1)
-        axis.plot(column, row, "k+", markersize=8)
-        axis.set(xticks=(0, 7), yticks=(0, 7))
-    line[0].set_ylabel(f"{name}\nrow (patches)", fontsize=10)
-for axis in axes[-1]:
-    axis.set_xlabel("column (patches)")
-figure.colorbar(shown, ax=axes, label="cosine with the position marked +", shrink=0.6)
-figure.suptitle(f"similarity of positions (seed {SEED})", y=0.93)
+places = [(1, 1), (4, 4), (6, 2)]
+figure, axes = plt.subplots(len(tables), 6, figsize=(8.4, 4.9), sharex=True, sharey=True)
+for line, (name, both) in zip(axes, tables.items()):
+    for half, table in enumerate(both):
+        for axis, (row, column) in zip(line[3 * half :], places):
+            shown = axis.imshow(similarity(table, row, column), cmap="RdBu_r", vmin=-1, vmax=1)
+            axis.plot(column, row, "k+", markersize=7)
+            axis.set(xticks=(0, 7), yticks=(0, 7))
+    line[0].set_ylabel(name, fontsize=10)
+axes[0, 1].set_title("at the start")
+axes[0, 4].set_title(f"after {STEPS} steps")
+figure.supxlabel("column (patches)", fontsize=11)
+figure.supylabel("row (patches)", fontsize=11)
+figure.colorbar(shown, ax=axes, label="cosine with position +", shrink=0.8)
+figure.suptitle(f"similarity of positions (seed {SEED})")
 plt.show()
 
 # %% [markdown]
-# Red means alike. Sines and cosines know their neighbours before any training, and a short training barely touches
-# them. The random table begins as noise. Whether it has found the plane yet is for your eyes to say: published
-# ViTs do show rows and columns in learned tables, after millions of pictures. What the table means for the task is a
-# number, and we can measure it: name the nearest of all 72 captions for 200 new pictures.
+# Red means alike. Sines and cosines know their neighbours before any training; the random tables begin as noise.
+# In published ViTs, learned tables end up with rows and columns too, after millions of pictures; ours had a few
+# thousand. But what does the table do for the task? That is a number, and we can measure it: name the nearest of
+# all 72 captions for 200 new pictures.
 
 # %%
 exam = batch(described("new", seed=1), 200)
@@ -290,15 +307,17 @@ for start, tower in towers.items():
 print(f"{'guessing':<20}{1 / len(COLORS):>14.0%}{1 / len(PLACES):>14.0%}")
 
 # %% [markdown]
-# One seed and a few seconds: enough to see that the start of the table matters for so short a training, not
-# enough to say which start wins in a long one.
+# Did you expect that? The large random table has no neighbours to show, and yet its tower finds the places: what
+# the task needs is that positions *differ* enough to be told apart, not that they look like a plane. The small
+# one is drowned by the patches it is added to, and in so few steps it does not grow loud enough. One seed and a
+# few seconds: this says how the towers start, not which start wins in a long training.
 
 # %% [markdown]
 # ## 6. Puzzle: shuffle the patches
 #
-# Take the tower that started from sines and cosines, cut new pictures into patches, and put them back in random order.
-# **Before you read on, predict**: which of the two, colour or place, will it still get right? And what would happen to
-# the *features* if the tower had no positions at all?
+# Take the tower that started from sines and cosines, cut new pictures into patches, and put them back in random
+# order. **Before you read on, predict**: which of the two, colour or place, will it still get right? And what
+# would happen to the *features* if the tower had no positions at all?
 
 # %%
 def shuffle_patches(pixels, patch_size, seed):
@@ -329,8 +348,8 @@ show_pictures(
 )
 
 # %% [markdown]
-# First the features. We zero the position table of a copy and compare: are the features of the shuffled picture the
-# shuffled features of the picture?
+# First the features. We zero the position table of a copy and compare: are the features of the shuffled picture
+# the shuffled features of the picture?
 
 # %%
 blind = make_tower(SEED)
@@ -346,32 +365,36 @@ with torch.no_grad():
         )
 
 # %% [markdown]
-# Without positions the tower does not see that anything happened: each patch keeps its feature, only the order differs
-# (up to rounding), and their mean, which CLIP-style training compares with the caption, is the same. Such a ViT reads a
-# *bag of patches*. With positions the features change. Now the answers:
+# Without positions the tower does not see that anything happened: each patch keeps its feature, only the order
+# differs (up to rounding), and their mean, which CLIP-style training compares with the caption, is the same. Such
+# a ViT reads a *bag of patches*. With positions the features change. Now the answers:
 
 # %%
-conditions = {"as they are": (tower, exam[0]), "patches shuffled": (tower, shuffled), "positions zeroed": (blind, exam[0])}
-shares = {name: right(*condition) for name, condition in conditions.items()}
+shares = {
+    "as they are": right(tower, exam[0]),
+    "patches shuffled": right(tower, shuffled),
+    "positions zeroed": right(blind, exam[0]),
+}
 figure, axis = plt.subplots(figsize=(6.4, 3.4))
-for half, (name, color) in enumerate((("colour", lesson.VISION_COLOR), ("place", lesson.TEXT_COLOR))):
-    bars = axis.bar(np.arange(3) + 0.38 * half - 0.19, [100 * share[half] for share in shares.values()], 0.36, color=color, label=name)
-    axis.bar_label(bars, fmt="%.0f")
-axis.axhline(100 / len(PLACES), color=lesson.GREY, linestyle="--", label="place by guessing")
-axis.set(xticks=range(3), xticklabels=list(shares), ylabel="right (% of 200 pictures)", ylim=(0, 128), title=f"what survives (one tower, seed {SEED})")
-axis.set_yticks(range(0, 101, 25))
-axis.legend(ncols=3, loc="upper center", frameon=False, fontsize=10)
+grouped_bars(axis, list(shares), {
+    "colour": (lesson.VISION_COLOR, [100 * color for color, _ in shares.values()]),
+    "place": (lesson.TEXT_COLOR, [100 * place for _, place in shares.values()]),
+})  # fmt: skip
+axis.axhline(100 / len(PLACES), color=lesson.GREY, linestyle="--")
+axis.text(2.55, 100 / len(PLACES), "place by\nguessing", va="center", fontsize=9)
+axis.set(ylabel="right (% of 200 pictures)", title=f"what survives (one tower, seed {SEED})", xlim=(-0.5, 2.5))
 plt.show()
 
 # %% [markdown]
-# In this run, colour hardly minds and place falls to guessing, both when the patches move and when the
-# table is gone. Positions are what carries "where". Two words of caution: zeroing a table that the tower was trained
-# with shows how much it relied on it, not what a tower trained without any would have learned; and these patches
-# are as wide as a small object, so shuffling keeps most of what colour needs.
+# In this run, shuffling leaves colour as it was and takes place down to guessing. Without the table place is gone
+# as well: positions are what carries "where". Two words of caution. Zeroing a table that the tower was trained
+# with shows how much it relied on it (colour may suffer too), not what a tower trained without any would have
+# learned. And patches of 8 pixels hold a good piece of an object each, so shuffling keeps what colour needs;
+# shapes would not be so lucky.
 #
-# **One more puzzle, without code.** LLaVA-1.5 feeds 336-pixel pictures to a ViT with patches of 14 pixels. How many image
-# tokens reach its language model, if the bridge keeps them all? And how many at 672 pixels? (576 and 2,304: twice the side, four
-# times the tokens.)
+# **One more puzzle, without code.** LLaVA-1.5 feeds 336-pixel pictures to a ViT with patches of 14 pixels. How
+# many image tokens reach its language model, if the bridge keeps them all? And how many at 672 pixels? (576 and
+# 2,304: twice the side, four times the tokens.)
 
 # %% [markdown]
 # ## Solution of the exercise

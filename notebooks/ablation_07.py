@@ -59,7 +59,7 @@ ARMS = (
 class Settings:
     """Lengths of a run."""
 
-    language_steps: int = 250  # optimizer steps on words
+    language_steps: int = 120  # optimizer steps on words
     picture_steps: int = 150  # optimizer steps on pictures
     batch_size: int = 64  # records per step
     exam: int = 200  # questions per exam
@@ -81,8 +81,9 @@ class Result:
 
 def sources(seed):
     """Words and pictures to learn from, and others for the exams."""
-    pictures = dict(max_objects=1, string_share=0.0, canvas=IMAGE_SIZE, weights=dict.fromkeys(KINDS, 1.0), questions_per_picture=1)
-    words = dict(max_objects=1, string_share=0.0, weights={"described": 1.0})
+    both = dict(max_objects=1, string_share=0.0)
+    words = dict(**both, weights={"described": 1.0})
+    pictures = dict(**both, weights=dict.fromkeys(KINDS, 1.0), canvas=IMAGE_SIZE, questions_per_picture=1)
     return {
         "words": SceneTexts("train", seed, **words),
         "pictures": Scenes("train", seed=seed, **pictures),
@@ -108,7 +109,8 @@ def make_model(tokenizer, seed):
     vision = ViT(ViTConfig(IMAGE_SIZE, 8, WIDTH, 1, NUM_HEADS, 2 * WIDTH, conv_stem=True, class_token=False))
     bridge = Resampler(WIDTH, WIDTH, 4, 1, NUM_HEADS, WIDTH // NUM_HEADS, 2 * WIDTH)
     layers = (LayerOptions(),) * NUM_LAYERS
-    return VLM(vision, bridge, Decoder(DecoderConfig(tokenizer.vocab_size, WIDTH, NUM_HEADS, NUM_HEADS, 2 * WIDTH, 64, layers, tied_head=True)))
+    sizes = DecoderConfig(tokenizer.vocab_size, WIDTH, NUM_HEADS, NUM_HEADS, 2 * WIDTH, 64, layers, tied_head=True)
+    return VLM(vision, bridge, Decoder(sizes))
 
 
 def separate(decoder):
@@ -123,7 +125,7 @@ def separate(decoder):
 
 
 def trained_parts(model, arm):
-    """{part: {name: parameter}} of what learns from pictures: tower and bridge always, and the arm's share of the decoder."""
+    """{part: {name: parameter}} of what learns from pictures: tower, bridge, and the arm's share of the decoder."""
     parts = model.parts()
     chosen = {part: parts[part] for part in ("vision", "bridge")}
     decoder = {**parts["vision_branch"], **(parts["embedding"] if arm.everything else {})}
@@ -194,14 +196,16 @@ def learn_to_see(model, arm, tokenizer, found, settings, seed):
     seeing.load_state_dict(model.state_dict())
     if arm.separate:
         seeing.decoder = separate(seeing.decoder)
-    exams = {name: rows(records(found[name], 0, settings.exam), seeing, tokenizer) for name in ("words_exam", "pictures_exam")}
-    loss_before, right_before = examine(seeing, exams["words_exam"])
+    words, pictures = (
+        rows(records(found[name], 0, settings.exam), seeing, tokenizer) for name in ("words_exam", "pictures_exam")
+    )
+    loss_before, right_before = examine(seeing, words)
     parts = trained_parts(seeing, arm)
     for _ in train(seeing, parts, found["pictures"], tokenizer, settings, settings.picture_steps):
         pass
-    loss_after, right_after = examine(seeing, exams["words_exam"])
+    loss_after, right_after = examine(seeing, words)
     trained = sum(parameter.numel() for parameter in parts["language_model"].values())
-    picture_right = examine(seeing, exams["pictures_exam"])[1]
+    picture_right = examine(seeing, pictures)[1]
     return seeing, Result(arm.name, seed, trained, loss_before, loss_after, right_before, right_after, picture_right)
 
 
@@ -229,8 +233,8 @@ def read(path=CSV_PATH):
     """(note, list of Result) of a written table."""
     with open(path, encoding="utf-8", newline="") as file:
         note = file.readline().removeprefix("# ").strip()
-        kinds = {field.name: field.type for field in fields(Result)}
-        return note, [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
+        rows_read = list(csv.DictReader(file))
+    return note, [Result(**{field.name: field.type(row[field.name]) for field in fields(Result)}) for row in rows_read]
 
 
 if __name__ == "__main__":
@@ -240,6 +244,6 @@ if __name__ == "__main__":
         results.append(result)
         print(result, flush=True)
     write(results, CSV_PATH, (
-        f"python notebooks/ablation_07.py, {date.today()}, torch {torch.__version__}, one core of {platform.machine()}, "
+        f"python notebooks/ablation_07.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
         f"{time.process_time():.0f} CPU-seconds, seeds 0 to 2"
     ))  # fmt: skip

@@ -1,6 +1,6 @@
 """Checks of the exercises: each compares the reader's function with what the package itself computes.
 
-In a lesson: `checks.attempt(checks.check_patchify, patchify)` says what is still wrong, and never stops the notebook for it.
+In a lesson, `checks.attempt(checks.check_patchify, patchify)` says what is still wrong, and does not stop the notebook.
 """
 
 import torch
@@ -39,12 +39,13 @@ def check_patchify(patchify):
     """
     generator = torch.Generator().manual_seed(0)
     vision = ViT(ViTConfig(image_size=12, patch_size=4, width=8, num_layers=0, num_heads=1, mlp_width=8))
-    pixels = torch.randn(2, 3, 12, 20, generator=generator)  # wider than high, so that rows and columns cannot be mixed up
+    pixels = torch.randn(2, 3, 12, 20, generator=generator)  # wider than high: rows are no columns
     convolution = vision.patch_embedding
     expected = convolution(pixels).flatten(2).transpose(1, 2)  # F N W
     patches = patchify(pixels, 4)
     if isinstance(patches, torch.Tensor):
-        assert patches.shape == (2, 15, 48), f"shape {tuple(patches.shape)}, expected (2, 15, 48): 15 patches of 48 numbers."
+        shape = tuple(patches.shape)
+        assert shape == (2, 15, 48), f"shape {shape}, expected (2, 15, 48): 15 patches of 48 numbers."
     else:
         compare(patches, expected, "")
     embedded = patches @ convolution.weight.flatten(1).T + convolution.bias
@@ -61,22 +62,22 @@ def check_place(place):
     Raises: AssertionError.
     """
     torch.manual_seed(0)
-    vision = ViT(ViTConfig(image_size=8, patch_size=4, width=6, num_layers=0, num_heads=1, mlp_width=6))
-    config = DecoderConfig(20, 6, 1, 1, 6, 16, (LayerOptions(),))
-    model = VLM(vision, LinearProjector(6, 6), Decoder(config))
+    vision = ViT(ViTConfig(image_size=8, patch_size=4, width=8, num_layers=0, num_heads=1, mlp_width=8))
+    config = DecoderConfig(20, 8, 1, 1, 8, 16, (LayerOptions(),))
+    model = VLM(vision, LinearProjector(8, 8), Decoder(config))
     image, word = IMAGE_TOKEN, 3
-    ids = torch.tensor([[image, image, word, 4, 5, 6], [7, image, 8, image, image, 9], [1, 2, 3, 4, 5, 6]])
-    image_tokens = torch.randn(5, 6)
+    ids = torch.tensor([[image, word, image, 4, 5, 6], [7, image, 8, image, image, 9], [1, 2, 3, 4, 5, 6]])
+    image_tokens = torch.randn(5, 8)
     embeddings = model.decoder.embedding(ids.clamp(min=0)).detach()
     before = embeddings.clone()
     answer = place(embeddings, ids == IMAGE_TOKEN, image_tokens)
     expected = model.embed(ids, [image_tokens[:2], image_tokens[2:]], [0, 1]).detach()
     if isinstance(answer, torch.Tensor) and answer.shape == expected.shape:
         words = ids != IMAGE_TOKEN
-        assert torch.equal(answer[words], expected[words]), "a word's embedding changed; only image tokens are replaced."
+        assert torch.equal(answer[words], expected[words]), "a word's embedding changed; replace image tokens only."
     compare(answer, expected, (
-        "the image tokens stand in other places than VLM.embed puts them: the k-th one belongs in the k-th place, counted "
-        "along the first row, then along the second, without starting again."
+        "the image tokens stand in other places than VLM.embed puts them: the k-th one belongs in the k-th place, "
+        "counted along the first row, then along the second, without starting again."
     ))  # fmt: skip
     assert torch.equal(embeddings, before), "your function changed the embeddings it was given; return a new tensor."
 
@@ -102,6 +103,6 @@ def check_route(route_by_hand):
                 "text and vision are exchanged: here 0 is text and 1 is vision; the paper counts the other way round."
             )
         compare(answer, expected, (
-            f"with two {type(layer.text).__name__}s it differs from as_written. If only the norm fails: a norm of a zero row is "
-            "its bias, not zero, so a masked-out token must be left out after the layer, not before."
+            f"with two {type(layer.text).__name__}s it differs from as_written. If only the norm fails: a norm of a "
+            "zero row is its bias, not zero, so a masked-out token must be left out after the layer, not before."
         ))  # fmt: skip

@@ -48,3 +48,19 @@ def show_pictures(pictures, titles, columns, size=1.6):
         axis.set_title(title)
     figure.tight_layout()
     plt.show()
+
+
+def grouped_bars(axis, labels, series):
+    """Bars side by side in groups, their values on top.
+
+    Args:
+      labels: list of str, one per group. series: {name: (color, list of values in %)}, one value per group.
+    """
+    width = 0.76 / len(series)
+    for number, (name, (color, values)) in enumerate(series.items()):
+        places = [group + width * (number - (len(series) - 1) / 2) for group in range(len(labels))]
+        axis.bar_label(axis.bar(places, values, width - 0.02, color=color, label=name), fmt="%.0f")
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_yticks(range(0, 101, 25))
+    axis.set_ylim(0, 128)  # room for the legend
+    axis.legend(ncols=3, loc="upper center", frameon=False, fontsize=10)

@@ -29,10 +29,10 @@ def small_decoder(layers=(LayerOptions(3, modality_adaptive=True), LayerOptions(
     return randomise(Decoder(DecoderConfig(**(sizes | options), layers=tuple(layers))))
 
 
-def small_vlm(bridge="resampler", **decoder_options):
-    """A whole model: 3 image tokens per visual input (resampler), or one per patch and frame (projector)."""
+def small_vlm(bridge="resampler", num_latents=3, **decoder_options):
+    """A whole model: `num_latents` image tokens per visual input, or (projector) one per patch and frame."""
     if bridge == "resampler":
-        bridge = Resampler(12, 16, num_latents=3, num_layers=2, num_heads=2, head_width=5, ffn_width=18, max_frames=3)
+        bridge = Resampler(12, 16, num_latents, num_layers=2, num_heads=2, head_width=5, ffn_width=18, max_frames=3)
     else:
         bridge = MLPProjector(12, 16)
     return VLM(small_vit(class_token=False), randomise(bridge), small_decoder(**decoder_options))

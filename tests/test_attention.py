@@ -1,5 +1,6 @@
 """Masks against a loop over tokens, attention against a loop over everything, RoPE against complex numbers."""
 
+import dataclasses
 import math
 
 import pytest
@@ -88,6 +89,11 @@ def test_mask_of_any_intervals():
     visible = Visible(torch.tensor([[0, 2, 3]]), torch.tensor([[4, 3, 3]]))
     expected = torch.tensor([[[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]]).bool()
     assert torch.equal(visible.mask(4), expected)
+
+
+def test_intervals_cannot_be_changed_behind_the_back_of_a_kernel():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        full(2, 2).pattern = "causal"
 
 
 def test_check_says_what_is_wrong():
@@ -188,6 +194,16 @@ def test_reference_scores_in_float32():
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, attention(q.float(), k.float(), v.float(), visible, "reference").bfloat16())
     assert attention(q, k, v, visible, "sdpa").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("pattern", ["full", "causal", "packed"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sdpa_on_a_cpu_works_in_float32(autocast, pattern):
+    q, k, v = (torch.randn(2, heads, 5, 8).bfloat16() for heads in (4, 2, 2))
+    visible = VISIBLE[pattern]() if pattern != "full" else full(5, 5)
+    expected = attention(q.float(), k.float(), v.float(), visible, "sdpa").bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(attention(q, k, v, visible, "sdpa"), expected)
 
 
 def test_sdpa_leaves_the_mask_out_where_the_pattern_allows(monkeypatch):

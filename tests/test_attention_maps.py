@@ -6,7 +6,7 @@ from PIL import Image
 
 from nanovlm.data.templates import Row
 from nanovlm.evaluation.attention_maps import answer_heat, draw
-from nanovlm.projector import LinearProjector
+from nanovlm.projector import LinearProjector, PixelShuffleProjector
 from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM, Batch
@@ -24,6 +24,7 @@ def bridges():
     yield "resampler", small_vlm()
     yield "resampler, class token", VLM(classy, randomise(Resampler(12, 16, **latents)), small_decoder())
     yield "resampler among its latents", VLM(wide, among, small_decoder())
+    yield "merged patches", VLM(plain, randomise(PixelShuffleProjector(12, 16, merge=3)), small_decoder())
     yield "projector", small_vlm("projector")
     yield "projector, class token", VLM(classy, randomise(LinearProjector(12, 16)), small_decoder())
 
@@ -53,9 +54,10 @@ def test_heat_is_the_product_of_what_every_layer_and_head_looked_at(name):
     )  # fmt: skip
     with torch.no_grad():
         model.hidden(batch, out)
+    side = 1 if name == "merged patches" else 3
     first = model.vision.num_tokens(12) - 9
     for picture, (_, start, stop) in enumerate(row.images):
-        assert got[picture].shape == (3, 3, 3) and not got[picture].requires_grad
+        assert got[picture].shape == (3, side, side) and not got[picture].requires_grad
         for token in range(3):
             query = len(row.ids) - 1 + token  # where this token was predicted
             weights = torch.stack([layer[0, head, query] for layer in out["attention"] for head in range(4)]).mean(0)
@@ -63,7 +65,7 @@ def test_heat_is_the_product_of_what_every_layer_and_head_looked_at(name):
             if "latents" in out:
                 looks = [layer[picture, head] for layer in out["latents"] for head in range(2)]
                 want = sum(want[i] * torch.stack(looks).mean(0)[i] for i in range(3))
-            want = want[first : first + 9].reshape(3, 3)
+            want = want[first : first + side**2].reshape(side, side)
             torch.testing.assert_close(got[picture][token], want, atol=1e-5, rtol=1e-4)
 
 
@@ -85,12 +87,16 @@ def test_nothing_to_draw_is_an_error():
 
 def test_one_panel_per_token_and_picture(tmp_path):
     path = tmp_path / "attention"
-    heat = [torch.rand(3, 3, 3), torch.rand(3, 3, 3) * 2]
+    cold, hot = torch.zeros(3, 3, 3), torch.zeros(3, 3, 3)
+    hot[0, 0, 0], hot[2, 2, 2] = 0.5, 0.25
     pictures = [Image.new("RGB", (40, 20), "red"), Image.new("RGB", (12, 12), "blue")]
-    draw(path, pictures, heat, [" red", "$", ""], 12, "stretch", "where? $")
+    draw(path, pictures, [cold, hot], [" red", "$", ""], 12, "stretch", "where? $")
     with Image.open(path) as image:
         assert image.format == "PNG"
+        colors = {color: count for count, color in image.convert("RGB").getcolors(1 << 20)}
         wide, high = image.size
-    draw(path, pictures[:1], heat[:1], [" red"], 12, "stretch", "where?")
+    panel = colors[255, 0, 0] / 3  # nobody looked at the first picture, which is shown as it is in three panels
+    assert colors[0, 0, 255] == pytest.approx((3 - 2 / 9) * panel, rel=0.03), "heat covers two cells of the second"
+    draw(path, pictures[1:], [hot[:1]], [" red"], 12, "stretch", "where?")
     with Image.open(path) as image:
         assert image.width < wide and image.height < high

@@ -44,7 +44,7 @@ def test_memory_is_taken_once_and_in_the_asked_type():
     cache = KeyValueCache(CONFIG, 3, 7, dtype=torch.bfloat16)
     before = [buffer.data_ptr() for buffer in cache.layers]
     k, _ = cache.update(1, keys(3, 5), keys(3, 5))
-    assert k.dtype == torch.bfloat16
+    assert k.dtype == torch.bfloat16 and cache.layers[1].shape == (2, 3, 2, 7, 6)
     assert [buffer.data_ptr() for buffer in cache.layers] == before
 
 

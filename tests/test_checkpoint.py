@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import os
 
 import pytest
@@ -99,6 +100,19 @@ def test_an_error_of_the_tensor_writer_is_a_failed_checkpoint(tmp_path):
     assert held(tmp_path) == []
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "state").write_text("")
+    with pytest.raises(CheckpointError, match="could not be written.*There is no earlier checkpoint"):
+        checkpoint.save(tmp_path, 1, tensors(1), {})
+
+
+def test_no_file_stays_open(tmp_path):
+    checkpoint.save(tmp_path, 1, tensors(1), {})
+    before = len(os.listdir("/proc/self/fd"))
+    checkpoint.save(tmp_path, 2, tensors(2), {})
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 class Killed(BaseException):
     """What nothing catches, as SIGKILL."""
 
@@ -150,6 +164,10 @@ def test_replace(tmp_path):
     with pytest.raises(CheckpointError, match="a.txt could not be written.*No space left"):
         checkpoint.replace(path, stop)
     assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.txt"]
+    with pytest.raises(CheckpointError):
+        checkpoint.replace(path, lambda target: (target / "no" / "folder").write_text("two"))
+    checkpoint.replace_json(path, {"a": [1, None]})
+    assert json.loads(path.read_text()) == {"a": [1, None]}
 
 
 def test_replace_forces_the_content_to_the_disk_before_the_rename(tmp_path, monkeypatch):
@@ -234,8 +252,14 @@ def test_optimizer_state_that_does_not_fit_is_named():
     train(model, optimizers, 1, seed=1)
     state = checkpoint.optimizer_tensors(optimizers)
     state["exp_avg/other"] = state.pop("exp_avg/layers.0.bias")
+    fresh = optimizer.build(model.parts(), STAGE)
     with pytest.raises(CheckpointError, match=r"missing \['exp_avg/layers.0.bias'\], left over \['exp_avg/other'\]"):
-        checkpoint.load_optimizer(optimizer.build(model.parts(), STAGE), state)
+        checkpoint.load_optimizer(fresh, state)
+    moved = state.pop("exp_avg/other")
+    with pytest.raises(CheckpointError, match=r"missing \['exp_avg/layers.0.bias'\], left over \[\]"):
+        checkpoint.load_optimizer(fresh, state)
+    with pytest.raises(CheckpointError, match=r"missing \[\], left over \['exp_avg/other'\]"):
+        checkpoint.load_optimizer(fresh, state | {"exp_avg/layers.0.bias": moved, "exp_avg/other": moved})
 
 
 @pytest.mark.parametrize(("saved", "now", "words"), [

@@ -38,9 +38,9 @@ def test_listed_sources(folder):
     record = sources["pictures"].record(0)
     assert record.visuals[0].key == str(folder / "sub" / "pictures" / "a.png")
     assert sources["words"].record(0).conversations == ((Turn("assistant", ("words",)),),)
-    plain = LlavaJson(folder / "sub" / "words.json", seed=5)
-    assert [sources["words"].record(n).id for n in range(20)] == [plain.record(n).id for n in range(20)]
-    assert [plain.record(n).id for n in range(20)] != [read_datasets(folder / "sub" / "sets.json")["words"].record(n).id for n in range(20)]
+    for seed, source in ((5, sources["words"]), (0, read_datasets(folder / "sub" / "sets.json")["words"])):
+        plain = LlavaJson(folder / "sub" / "words.json", seed=seed)
+        assert [source.record(n).id for n in range(20)] == [plain.record(n).id for n in range(20)]
 
 
 def test_absolute_paths(folder):
@@ -68,7 +68,7 @@ def test_prompts_of_a_listed_source(folder):
         ({"x": {**WORDS, "path": 3}}, r"dataset 'x': path must be a str, found 3"),
         ({"x": {**WORDS, "prompts": "{question}"}}, r"dataset 'x': prompts must be a list"),
         ({"x": {**WORDS, "prompts": []}}, r"sets.json, dataset 'x': prompts is empty"),
-        ({"x": {**WORDS, "prompts": ["be brief"]}}, r"sets.json, dataset 'x': prompt 'be brief' must hold \{question\}"),
+        ({"x": {**WORDS, "prompts": ["be brief"]}}, r"sets.json, dataset 'x': prompt 'be brief' must hold"),
     ],
 )
 def test_malformed_lists(folder, content, message):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from nanovlm.attention import Visible, causal, causal_rows, full
 from nanovlm.cache import KeyValueCache
-from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions, per_modality
+from nanovlm.decoder import Context, Decoder, DecoderConfig, LayerOptions, per_modality
 from nanovlm.modality_adaptive import ModalityAdaptive
 from random_models import randomise, small_decoder
 
@@ -221,6 +221,16 @@ def test_layer_options_per_layer():
         else:
             assert isinstance(layer.adapter, torch.nn.Identity)
     assert LayerOptions() == LayerOptions(adapter_width=0, modality_adaptive=False)
+
+
+def test_llama_s_layers_have_no_biases():
+    biases = {name for name, _ in small_decoder([LayerOptions(modality_adaptive=True)]).named_parameters() if "bias" in name}
+    assert not biases
+
+
+@pytest.mark.parametrize("record", [LayerOptions, DecoderConfig, Context])
+def test_records_cannot_be_changed(record):
+    assert record.__dataclass_params__.frozen
 
 
 def test_defaults_of_the_config():

@@ -135,6 +135,20 @@ def test_captions_are_true_of_the_pictures(split, complete):
     assert source.record(3).conversations == EasyVQA(split, "captions").record(3).conversations
 
 
+@pytest.mark.parametrize("split, complete", [("train", 4000 - 422), ("test", 1000 - 112)])
+def test_texts_ask_the_same_questions_about_a_caption_that_tells_both(split, complete):
+    source, questions = EasyVQA(split, "texts"), EasyVQA(split)
+    assert len(source) == complete and source.num_incomplete == len(questions) - complete
+    for n in range(100):
+        record = source.record(n)
+        asked = questions.asked[int(record.id.split("/")[1])]
+        color, shape = reveal(asked)
+        assert record.visuals == () and record.id.startswith(f"easy_vqa_{split}/")
+        assert [(user.parts, assistant.text) for user, assistant in record.conversations] == [
+            ((f"{color} {shape}. ", question), answer) for question, answer in asked]
+        assert record.kinds == tuple(kind_of(answer) for _, answer in asked)
+
+
 @pytest.mark.parametrize("options, message", [
     ({"split": "tset"}, "unknown split 'tset'. Did you mean 'test'"),
     ({"kind": "caption"}, "unknown kind 'caption'. Did you mean 'captions'"),

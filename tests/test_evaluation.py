@@ -31,8 +31,8 @@ def asked(question, answer, *visuals):
 
 
 def records():
-    """Several questions a picture, a picture that two records share, a clip, two pictures, none, and an earlier turn."""
-    red, blue, clip = picture("red", (220, 30, 40)), picture("blue", (30, 40, 230)), picture("clip", (9, 200, 60), frames=2)
+    """Several questions a picture, a picture that two records share, a clip, two pictures, none; an earlier turn."""
+    red, blue, clip = picture("red", (220, 30, 40)), picture("blue", (30, 40, 230)), picture("clip", (9, 200, 60), 2)
     long = "how many shapes are there, and what color is the circle?"
     return [
         Record("a", (red,), (asked(long, "1", 0), asked("what color?", "red", 0)), ("count", "color")),
@@ -125,13 +125,17 @@ def test_progress_counts_conversations_chunk_by_chunk_and_records_are_read_as_ne
             read.append(record.id)
             yield record
 
-    answer_questions(model, lazily(), TOKENIZER, NANO, 8, "crop", DECODING, 1, progress=lambda n: done.append((n, len(read))))
+    def progress(number):
+        done.append((number, len(read)))
+
+    answer_questions(model, lazily(), TOKENIZER, NANO, 8, "crop", DECODING, 1, progress=progress)
     assert done == [(8, 5), (8, 10), (2, 12)]
 
 
 def test_an_answer_suffix_is_no_part_of_the_answer(model, monkeypatch):
     template = dataclasses.replace(NANO, answer_suffix="!")
-    monkeypatch.setattr(short_answer, "generate", lambda model, prompts, *_, **__: [TOKENIZER.encode(" red !")] * len(prompts))
+    reply = TOKENIZER.encode(" red !")
+    monkeypatch.setattr(short_answer, "generate", lambda model, prompts, *_, **__: [reply] * len(prompts))
     (answer,) = answer_questions(model, records()[5:], TOKENIZER, template, 8, "crop", DECODING)
     assert answer.prediction == "red" and answer.right
 
@@ -142,7 +146,7 @@ def test_questions_that_cannot_be_asked_are_named(model):
 
     with pytest.raises(ValueError, match="record 'x', conversation 1 has no question"):
         ask(Record("x", (), (asked("a", "b"), (Turn("assistant", ("only text",)),))))
-    with pytest.raises(ValueError, match="record 'x', conversation 0: the prompt has 7[0-9] tokens, there is room for 59"):
+    with pytest.raises(ValueError, match="'x', conversation 0: the prompt has 7[0-9] tokens, there is room for 59"):
         ask(Record("x", (), (asked("z" * 70, "b"),)))
     room = 59 - len(prompt_row(asked("", "b")[:1], NANO, TOKENIZER, [], 59).ids)
     assert len(ask(Record("x", (), (asked("z" * room, "b"),)))) == 1  # the context is full to the last token
@@ -171,7 +175,8 @@ def test_the_examiner_asks_at_the_size_where_the_vision_stands(model):
     [
         ("red circle", "red circle", True), (" Red Circle\n", "red circle", True), ("yes", "Yes", True),
         ("red", "red circle", False), ("", "red", False), ("4", "4", True),
-        ("A7K", "A7K", True), (" A7K ", "A7K", True), ("a7k", "A7K", False), ("A7k", "A7K", False), ("AK7", "A7K", False),
+        ("A7K", "A7K", True), (" A7K ", "A7K", True), ("a7k", "A7K", False), ("A7k", "A7K", False),
+        ("AK7", "A7K", False),
     ],
 )  # fmt: skip
 def test_exact_match(prediction, truth, same):
@@ -226,7 +231,7 @@ def test_held_out_tests_hold_what_training_never_shows():
 def test_the_official_test_is_asked_whole():
     asked = nano_results.held_out_tests(num_scenes=1)["easy_vqa_test"]
     assert len(asked) == 1000 and sum(len(record.conversations) for record in asked) == 9673
-    assert {record.id for record in asked} == {EasyVQA("test").record(n).id for n in range(1000)}
+    assert len({record.id for record in asked}) == 1000 and asked[0].id == EasyVQA("test").record(0).id
 
 
 def test_majorities_come_from_training_answers():
@@ -253,7 +258,7 @@ class Canned:
         self.calls.append((len(turns), blank))
         progress(len(turns))
         words = ["grey"] * len(turns) if blank else model
-        return [Answer(record.id, 0, "k", asked[-2].text, asked[-1].text, word) for (record, asked), word in zip(turns, words)]
+        return [Answer(one.id, 0, "k", said[-2].text, said[-1].text, word) for (one, said), word in zip(turns, words)]
 
 
 def test_answer_tests_asks_everything_and_easy_vqa_also_blank():
@@ -265,9 +270,6 @@ def test_answer_tests_asks_everything_and_easy_vqa_also_blank():
     }  # fmt: skip
     assert examiner.calls == [(2, False), (1, False), (2, True)]
     assert list(nano_results.answer_tests(["1"], Canned(), {"text_only": one})) == ["text_only"]
-    assert nano_results.quick_shares(["1", "blue"], Canned(), {"easy_vqa_test": two, "text_only": one}) == {
-        "easy_vqa_test": 0.5, "text_only": 0.0
-    }  # fmt: skip
 
 
 def test_results_and_their_table():
@@ -276,12 +278,15 @@ def test_results_and_their_table():
     results = nano_results.nano_results(answers, majority)
     assert [results[name] for name in answers] == [0.6, 0.5, 0.5]
     assert results["kinds"] == {
-        "easy_vqa_test": {"color": 2 / 3, "reading": 0.0}, "text_only": {"color": 0.5}, "blank_easy_vqa": {"reading": 0.0}
+        "easy_vqa_test": {"color": 2 / 3, "reading": 0.0}, "text_only": {"color": 0.5},
+        "blank_easy_vqa": {"reading": 0.0},
     }  # fmt: skip
     assert results["majority"] == majority and results["questions"] == {
         "easy_vqa_test": 5, "text_only": 2, "blank_easy_vqa": 2
     }  # fmt: skip
-    assert results["interval"] == {"easy_vqa_test": wilson(3, 5), "text_only": wilson(1, 2), "blank_easy_vqa": wilson(1, 2)}
+    assert results["interval"] == {
+        "easy_vqa_test": wilson(3, 5), "text_only": wilson(1, 2), "blank_easy_vqa": wilson(1, 2)
+    }  # fmt: skip
     table = [
         "held-out test                        questions    right     95% interval   majority",
         "easy-VQA, official test                      5    60.0%     23.1 - 88.2%      25.0%",
@@ -302,7 +307,9 @@ def test_the_exam_tells_what_changed():
         "exam 1  how many shapes are there, and what color is the circle?  1 ✓",
         "exam 1  what color?  blue ✗", "exam 2  what color?  red ✗", "exam 2  what color?  blue ✓",
     ]  # fmt: skip
-    assert paper(["1", "red", "green", "blue"]) == ["exam 1  what color?  blue ✗ → red ✓", "exam 2  what color?  red ✗ → green ✗"]
+    assert paper(["1", "red", "green", "blue"]) == [
+        "exam 1  what color?  blue ✗ → red ✓", "exam 2  what color?  red ✗ → green ✗"
+    ]  # fmt: skip
     assert paper(["1", "red", "green", "blue"]) == []
     assert paper.answers == ["1", "red", "green", "blue"]
     assert paper.ask(["2", "2", "2", "2"]) == ["2"] * 4 and paper.answers == ["1", "red", "green", "blue"]
@@ -321,6 +328,16 @@ def test_answers_are_made_readable():
     assert exam.readable("") == exam.readable(" \n") == "(nothing)"
     assert exam.readable("x" * 40) == "x" * 40
     assert exam.readable("x" * 41) == "x" * 39 + "…"
+
+
+def test_a_line_of_the_exam_gives_its_answer_back():
+    paper = exam.Exam(Canned(), records()[:2])
+    said = ["1", "\n red  circle", "", "blue"]
+    assert [exam.answer_in(line) for line in paper.changes([], said)] == ["1", "red circle", "(nothing)", "blue"]
+    assert [exam.answer_in(line) for line in paper.changes(["2"] * 4, said)] == ["1", "red circle", "(nothing)", "blue"]
+    for line in ("", "exam 1  what?  red", "constant"):
+        with pytest.raises(ValueError, match="is no line of an exam"):
+            exam.answer_in(line)
 
 
 def test_the_exam_is_always_the_same_three_pictures():
@@ -364,5 +381,6 @@ def test_zero_shot_by_hand():
     asked = [Record(truth, (one,), ((Turn("assistant", (truth,)),),)) for truth, one in zip(truths, pictures)]
     model = Matcher(["red circle", "red triangle", "teal circle", "brown triangle"])
     assert zero_shot.easy_vqa_zero_shot(model, asked, TOKENIZER, 8) == {"color": 2 / 3, "shape": 2 / 3}
-    assert model.captions[:4] == ["red circle", "red rectangle", "red triangle", "green circle"] and len(model.captions) == 24
+    assert model.captions[:4] == ["red circle", "red rectangle", "red triangle", "green circle"]
+    assert len(model.captions) == 24
     assert torch.equal(model.pixels, pixels_of(pictures, 8, "crop"))

@@ -106,7 +106,8 @@ def test_exif_rotation_is_applied(tmp_path, orientation, expected):
     exif[0x0112] = orientation
     loaded = saved(image, tmp_path / "a.png", exif=exif)
     assert loaded.size == ((3, 2) if orientation < 5 else (2, 3))
-    assert [(x, y) for x in range(loaded.width) for y in range(loaded.height) if not any(loaded.getpixel((x, y)))] == [expected]
+    places = [(x, y) for x in range(loaded.width) for y in range(loaded.height)]
+    assert [place for place in places if loaded.getpixel(place) == (0, 0, 0)] == [expected]
 
 
 def test_pictures_in_memory(tmp_path):
@@ -182,10 +183,14 @@ def png_of(width, height):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 100)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-@pytest.mark.parametrize("side, message", [(8001, "64,016,001 pixels, more than the limit of 64,000,000"), (50000, "raise max_pixels")])
+@pytest.mark.parametrize(
+    "side, message",
+    [(8001, "64,016,001 pixels, more than the limit of 64,000,000"), (50000, "raise max_pixels")],
+)
 def test_image_bombs(tmp_path, side, message):
     (tmp_path / "bomb.png").write_bytes(png_of(side, side))
     with warnings.catch_warnings():

@@ -33,9 +33,9 @@ def test_seen_tokens_ignores_padding_and_images():
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores_once():
-    scores = torch.tensor([[1.0, -1.0, 2.0, 0.0], [3.0, -2.0, -4.0, 5.0]])
+    scores = torch.tensor([[0.5, -1.0, 2.0, 0.0], [3.0, -2.0, -4.0, 5.0]])
     tokens = torch.tensor([[0, 1, 1, 0], [-1, 3, 2, 2]])
-    want = torch.tensor([[0.5, -2.0, 2.0, 0.0], [3.0, -2.0, -8.0, 2.5]])
+    want = torch.tensor([[0.25, -2.0, 2.0, 0.0], [3.0, -2.0, -8.0, 2.5]])
     assert torch.equal(repetition_penalty(scores, tokens, 2.0), want)
 
 
@@ -119,13 +119,14 @@ def test_process_does_nothing_unless_asked():
 
 
 def test_process_applies_each_option():
-    assert torch.equal(applied(repetition_penalty=1.5), repetition_penalty(SCORES, TOKENS, 1.5))
+    assert torch.equal(applied(repetition_penalty=2.0), repetition_penalty(SCORES, TOKENS, 2.0))
     assert torch.equal(applied(repetition_penalty=0.5), repetition_penalty(SCORES, TOKENS, 0.5))
     assert torch.equal(applied(no_repeat_ngram_size=1), no_repeat_ngram(SCORES, TOKENS, 1))
-    assert torch.equal(applied(do_sample=True, temperature=0.5), SCORES / 0.5)
+    assert torch.equal(applied(do_sample=True, temperature=2.0), SCORES / 2.0)
     assert kept(applied(do_sample=True, top_k=1)) == [[0]]
     assert kept(applied(do_sample=True, top_p=0.01)) == [[0]]
     assert kept(applied(do_sample=True, min_p=0.99)) == [[0]]
+    assert kept(process(SCORES, TOKENS, 5, Decoding(do_sample=True, top_k=1))) == [[0]]
     for option in ({"top_k": 1}, {"top_p": 0.01}, {"min_p": 0.99}):
         assert kept(applied(do_sample=True, min_keep=3, **option)) == [[0, 1, 5]]
     assert torch.equal(applied(renormalize=True), SCORES.log_softmax(-1))

@@ -1,5 +1,7 @@
 """The equations as written against the routed form, forward and backward."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +71,8 @@ def test_route_finds_the_tokens():
     modality = torch.tensor([[0, 1, 1], [0, 0, 1]])
     routing = route(modality)
     assert routing.modality is modality
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        routing.text = None
     assert routing.text.tolist() == [0, 3, 4] and routing.vision.tolist() == [1, 2, 5]
     alone = route(torch.zeros(2, 3, dtype=torch.long))
     assert alone.text is None and alone.vision is None

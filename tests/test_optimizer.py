@@ -112,6 +112,7 @@ def test_muon_takes_the_matrices_at_its_own_rate():
     assert [(g["name"], g["lr"], g["momentum"], g["weight_decay"], g["nesterov"]) for g in muon.param_groups] == [
         ("vision/2/matrix", 4e-3, 0.8, 0.1, True), ("vision/1/matrix", 4e-3, 0.8, 0.1, True)]
     assert {(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in adamw.param_groups} == {(1e-3, (0.8, 0.9), 1e-5, 0.0)}
+    assert all(g["fused"] for g in adamw.param_groups), "one kernel for all parameters, several times faster on a CPU"
     assert sum(len(g["params"]) for one in (muon, adamw) for g in one.param_groups) == len(parts()["vision"])
 
 
@@ -173,3 +174,4 @@ def test_table():
         ["vision", "72", "yes", "0.000125", "to", "0.001"], ["bridge", "16", "frozen", "-"], ["adapters", "0", "frozen", "-"],
         ["all", "88", "72", "trained", "(82%)"]]
     assert optimizer.table(parts(), stage())[1].split() == ["vision", "72", "yes", "0.001"]
+    assert optimizer.table(parts(), stage(optimizer="muon", muon_factor=4.0))[1].split() == ["vision", "72", "yes", "0.001", "to", "0.004"]

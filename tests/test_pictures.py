@@ -54,7 +54,7 @@ def near(box, expected):
 def test_everything_on_the_sheet_lies_in_its_place(tmp_path):
     long = "is there really such a thing as a question that is far too long for the room it has?"
     samples = [
-        ("first", solid(MAGENTA), answer("right?", "yes", "yes")),
+        ("M" * 10, solid(MAGENTA), answer("right?", "yes", "yes")),
         ("second", solid(CYAN), answer(long, "no", "yes")),
         ("third", solid((255, 255, 0)), answer("where?", "left", "left")),
     ]
@@ -66,6 +66,8 @@ def test_everything_on_the_sheet_lies_in_its_place(tmp_path):
     assert near(box_of(page, (255, 255, 0)), (10, 394, 230, 614))
     for left, top in ((8, 72), (248, 72), (8, 392)):
         assert inked(page, left, top, left + 224, top + 224)  # the picture and its frame
+    columns = numpy.nonzero((page[52:72, 0:240] != 255).any(axis=(0, 2)))[0]
+    assert near((columns.min(), columns.max()), (67, 173))  # ten letters of nine points, in the middle
     for left, top in ((0, 52), (240, 52), (0, 372)):
         assert inked(page, left, top, left + 240, top + 20)  # the label
     first_answer = page[316:333, 0:240].copy()  # the second line
@@ -83,7 +85,7 @@ def test_everything_on_the_sheet_lies_in_its_place(tmp_path):
 def test_the_sheet_counts_the_right_answers_and_refuses_to_be_empty(tmp_path, monkeypatch):
     written = []
     page = pictures._page
-    monkeypatch.setattr(pictures, "_page", lambda width, height, title: written.append(title) or page(width, height, title))
+    monkeypatch.setattr(pictures, "_page", lambda *arguments: written.append(arguments[-1]) or page(*arguments))
     samples = [("a", solid(CYAN), answer("q?", "yes", word)) for word in ("yes", "no", "yes")]
     sample_sheet(samples, tmp_path / "samples.png", "nano, seed 7")
     assert written == ["nano, seed 7: 2 of 3 right"]
@@ -108,7 +110,7 @@ def test_samples_are_the_first_of_each_test_with_changing_questions():
         return Record(name, (Visual(name, (solid(color),)),), turns)
 
     tests = {
-        "one": [record("a", (1, 1, 1), 2), record("b", (2, 2, 2), 3), record("c", (3, 3, 3), 2), record("d", (4, 4, 4), 1)],
+        "one": [record(name, (n, n, n), 3 if n == 2 else 2) for n, name in enumerate("abcd", start=1)],
         "two": [record("e", (5, 5, 5), 1)],
         "unused": [],
     }
@@ -182,27 +184,34 @@ def test_questions_of_an_exam():
 
 
 def write(path, *entries):
-    path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in entries), encoding="utf-8")
+    lines = [entry if isinstance(entry, str) else json.dumps(entry) for entry in entries]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
+def exam_entry(stage, step, *answers):
+    return {"stage": stage, "step": step, "exam": [f"exam 1  what?  {answer} ✗" for answer in answers]}
+
+
 def test_moments_of_a_log(tmp_path):
-    log = write(
-        tmp_path / "log.jsonl",
-        {"stage": "tower", "step": 1, "loss": 2.0},
-        {"stage": "tower", "step": 2, "exam": ["é", "b"]},
-        {"stage": "align", "step": 1234, "exam": ["a", "b"]},
-    )
-    assert exam_moments(log) == [("tower\nstep 2", ["é", "b"]), ("align\nstep 1,234", ["a", "b"])]
-    many = write(tmp_path / "many.jsonl", *({"stage": "s", "step": n, "exam": [str(n)]} for n in range(11)))
+    first, last = exam_entry("tower", 2, "é", "b c"), exam_entry("align", 1234, "a", "b")
+    log = write(tmp_path / "log.jsonl", {"stage": "tower", "step": 1, "loss": 2.0}, first, last)
+    assert exam_moments(log) == [("tower\nstep 2", ["é", "b c"]), ("align\nstep 1,234", ["a", "b"])]
+    many = write(tmp_path / "many.jsonl", *(exam_entry("s", n, str(n)) for n in range(11)))
     assert [answers for _, answers in exam_moments(many)] == [[str(n)] for n in (0, 2, 4, 6, 8, 10)]
     assert [answers for _, answers in exam_moments(many, 3)] == [["0"], ["5"], ["10"]]
     assert len(exam_moments(many, 11)) == 11 and len(exam_moments(many, 12)) == 11
 
 
-@pytest.mark.parametrize("line", ['{"stage": "s", "step": 3, "ex', '{"exam": ["a"]}', "7", '{"stage": "s", "step": 1, "exam": 5}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"stage": "s", "step": 3, "ex', "7", '{"exam": ["q?  a ✓"]}', '{"stage": "s", "step": 1, "exam": 5}',
+        '{"stage": "s", "step": 1, "exam": [5]}', '{"stage": "s", "step": 1, "exam": ["a"]}',
+    ],
+)  # fmt: skip
 def test_a_damaged_log_names_file_and_line(tmp_path, line):
-    log = write(tmp_path / "log.jsonl", {"stage": "s", "step": 1, "exam": ["a"]}, line)
+    log = write(tmp_path / "log.jsonl", exam_entry("s", 1, "a"), line)
     with pytest.raises(ValueError, match=re.escape(f"{log}, line 2: no entry of a training log")):
         exam_moments(log)
     without = write(tmp_path / "none.jsonl", {"stage": "s", "step": 1, "loss": 1.0})

@@ -1,5 +1,6 @@
 """Records and the reader of LLaVA-style files: what a good file becomes."""
 
+import dataclasses
 import json
 
 import pytest
@@ -104,7 +105,8 @@ def test_every_epoch_holds_every_record_once_in_its_own_order(folder):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert epochs[0] != list(map(str, range(20)))
     # a pure function of (seed, n): any order of asking, another object
-    assert [again.record(n).id for n in reversed(range(60))] == [id for epoch in reversed(epochs) for id in reversed(epoch)]
+    backwards = [again.record(n).id for n in reversed(range(60))]
+    assert backwards[::-1] == epochs[0] + epochs[1] + epochs[2]
     assert [other.record(n).id for n in range(20)] != epochs[0]
 
 
@@ -121,6 +123,13 @@ def test_permutation_depends_on_each_argument():
     assert one != list(permutation(2, 2, 9)) and one != list(permutation(1, 1, 9))
 
 
+def test_records_cannot_change():
+    record = Record("r", (Visual("v", ("a.png",)),), ((Turn("assistant", ("a",)),),))
+    for part, field in ((record, "id"), (record.visuals[0], "key"), (record.conversations[0][0], "role")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, field, "other")
+
+
 def test_turn_text_leaves_pictures_out():
     assert Turn("user", ("a ", 0, "b", 1)).text == "a b"
 
@@ -134,6 +143,7 @@ def test_turn_text_leaves_pictures_out():
         (["user"], "assistant", "ends with the user; it must end with the assistant"),
         (["user", "assistant"], "user", "ends with the assistant; it must end with the user"),
         (["assistant", "user", "assistant"], "assistant", "begins with the assistant"),
+        (["assistant", "user"], "user", "begins with the assistant"),
     ],
 )
 def test_order_of_turns(roles, last, message):

@@ -15,7 +15,7 @@ from nanovlm.sampler import Decoding
 from tiny import random_vlm
 
 DECODINGS = {"default": Decoding(max_new_tokens=5), "describe": Decoding(max_new_tokens=3), "beams": Decoding(num_beams=2)}
-SIZE = 24
+SIZE = 48
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +158,17 @@ def test_dtype_and_device_reach_the_loader(run):
     assert done.calls[-1][1] == {"dtype": torch.bfloat16, "device": "cpu"}
 
 
+def test_the_question_may_stand_anywhere():
+    for words in (["folder", "--image", "a", "q"], ["folder", "q", "--image", "a"], ["--image", "a", "folder", "q"]):
+        wishes = sample.parse(words)
+        assert (wishes.folder, wishes.question, wishes.image) == ("folder", "q", ["a"])
+    assert sample.parse(["folder", "--image", "a"]).question is None
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (["--imag", "x.png", "q"], "unknown flag '--imag'. Did you mean '--image'?"),
         (["q", "--imag", "x.png"], "unknown flag '--imag'. Did you mean '--image'?"),
         (["q", "--top_k=3"], "unknown flag '--top_k'. Did you mean '--top-k'?"),
         (["what", "is", "this?"], "unexpected 'is'; put the whole question in quotes"),

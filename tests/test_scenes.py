@@ -9,7 +9,7 @@ import pytest
 
 from nanovlm.data import scenes
 from nanovlm.data.scenes import (
-    ALPHABET, COLORS, HELD_OUT, SHAPES, TRAIN_PAIRS, Scene, SceneObject, in_held_out_fifth, render, sample_scene,
+    ALPHABET, COLORS, HELD_OUT, SHAPES, SIZES, TRAIN_PAIRS, Scene, SceneObject, in_held_out_fifth, render, sample_scene,
 )
 
 
@@ -63,14 +63,19 @@ def test_things_lie_inside_and_apart(canvas):
     assert 1.5 <= min(edges) < 1.6 and 1.5 - 1e-6 <= min(gaps) < 1.6
 
 
+def test_big_is_clearly_bigger_than_small():
+    assert SIZES["big"][0] > 1.35 * SIZES["small"][1] and SIZES["small"][0] >= 5
+
+
 def test_sizes_do_not_depend_on_the_canvas_and_fill_their_range():
     for canvas in (48, 96):
         radii = {"small": [], "big": []}
         for thing in (thing for scene in sampled(500, canvas=canvas) for thing in scene.objects):
             radii[thing.size].append(thing.radius)
-        assert 5.0 <= min(radii["small"]) < 5.02 and 5.78 < max(radii["small"]) <= 5.8
-        assert 8.5 <= min(radii["big"]) < 8.52 and 9.48 < max(radii["big"]) <= 9.5
-        assert 0.75 < len(radii["big"]) / len(radii["small"]) < 1.1
+        for size, (low, high) in SIZES.items():
+            assert low <= min(radii[size]) < low + 0.02 and high - 0.02 < max(radii[size]) <= high
+        share = len(radii["big"]) / len(radii["big"] + radii["small"])
+        assert 0.46 < share < 0.54 if canvas == 96 else 0.3 < share < 0.5  # fewer fit on small ones
 
 
 def test_numbers_of_objects_are_equally_likely():
@@ -83,7 +88,7 @@ def test_objects_spread_over_the_whole_picture():
     things = [thing for scene in sampled(1500, max_objects=1) for thing in scene.objects]
     for values in ([thing.x for thing in things], [thing.y for thing in things]):
         assert np.histogram(values, bins=4, range=(0, 64))[0].min() > 0.12 * len(things)
-        assert min(values) < 7 and max(values) > 57
+        assert min(values) < SIZES["small"][0] + 2 and max(values) > 62 - SIZES["small"][0]
     boxes = [scene.string_box for scene in sampled(3000, with_string=True, max_objects=1)]
     assert min(box[0] for box in boxes) == min(box[1] for box in boxes) == 1
     assert max(box[2] for box in boxes) == max(box[3] for box in boxes) == 63

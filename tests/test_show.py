@@ -1,6 +1,7 @@
 """The batch printed: what is trained, read and seen, in colour on a terminal only."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def tokenizer():
 
 def batch_of(tokenizer, template, *conversations):
     visuals = tuple(Visual(f"v{n}", (Image.new("RGB", (4, 4)),)) for n in range(2))
-    return build_batch([Record("r", visuals, conversations)], template, tokenizer, lambda size, frames: 5, 4, "crop", 200)
+    record = Record("r", visuals, conversations)
+    return build_batch([record], template, tokenizer, lambda size, frames: 5, 4, "crop", 200)
 
 
 def talk(*parts, answer="a Cat"):
@@ -77,3 +79,71 @@ def test_colour_only_on_a_terminal_that_wants_it():
     assert use_color(terminal, {}) and use_color(terminal, {"NO_COLOR": ""})
     assert not use_color(terminal, {"NO_COLOR": "1"})
     assert not use_color(file, {})
+
+
+RECIPE = """
+import dataclasses
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.recipes import nano
+TEXTS = ["user: what is this?\\nbot: a cat"] * 20
+RECIPE = dataclasses.replace(nano.RECIPE, tokenizer=lambda: train_tokenizer(TEXTS, 290))
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The flags that show two records of a user's own file by the recipe nano with a quick tokenizer."""
+    Image.new("RGB", (9, 5)).save(tmp_path / "a.png")
+    talk = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "a Cat"}]
+    words = [{"from": "gpt", "value": "X" * 140}]
+    items = [{"id": "first", "image": "a.png", "conversations": talk}, {"id": "second", "conversations": words}]
+    (tmp_path / "own.json").write_text(json.dumps(items))
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    return ["show", "--recipe", str(tmp_path / "recipe.py"), "--data", str(tmp_path / "own.json")]
+
+
+def test_a_users_own_file(command, capsys):
+    main([*command, "-n", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "recipe nano, stage instruct: 2 records in 2 rows; 1 cut to 128 tokens"
+    assert sorted(lines[1].removeprefix("records: ").split(", ")) == ["first (data)", "second (data)"]
+    assert lines[2] == legend(False)
+    assert "<image x16><s>user: what is this?↵bot:[ a Cat</s>]" in lines[3:]
+    assert f"<s>[{'X' * 127}]" in lines[3:]
+    assert len(lines) == 7
+
+
+def test_another_stage_and_the_default_number(command, capsys, tmp_path):
+    main([*command, "--stage", "align", "--images", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "recipe nano, stage align: 4 records in 4 rows; 2 cut to 128 tokens"
+    assert lines.count("<image x9><s>user: what is this?↵bot:[ a Cat</s>]") == 2
+
+
+def test_the_recipes_own_data_by_seed(command, capsys):
+    recipe = command[:3]
+    shown = []
+    for seed in ([], ["--seed", "0"], ["--seed", "1"]):
+        main([*recipe, "-n", "1", *seed])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != shown[2]
+    assert "stage instruct: 1 records" in shown[0] and "cut to" not in shown[0] and "(scenes)" in shown[0]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["shw"], "unknown command 'shw'. Did you mean 'show'"),
+        (["show", "--recipe", "nan"], "there is no recipe 'nan'. Did you mean 'nano'"),
+        (["show", "-n", "0"], "-n 0: at least one record"),
+        (["show", "--stage", "instrct"], "there is no stage 'instrct'. Did you mean 'instruct'"),
+        (["show", "--stage", "tower"], "stage 'tower' compares pictures with captions"),
+        (["show", "--data", "nowhere.json"], "nowhere.json: no such file"),
+        (["show", "--stag", "align"], "unrecognized arguments: --stag"),
+    ],
+)
+def test_unusable_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(flags)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err

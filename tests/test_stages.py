@@ -9,6 +9,15 @@ from nanovlm.stages import PARTS, Stage, choose, override
 STAGE = Stage("align", "language", {"bridge": 1e-3}, {"scenes": 1.0}, steps=10, batch_size=8)
 
 
+def test_what_a_stage_is_unless_it_says_otherwise():
+    assert vars(STAGE) == {
+        "name": "align", "objective": "language", "learning_rates": {"bridge": 1e-3}, "mixture": {"scenes": 1.0}, "steps": 10,
+        "batch_size": 8, "micro_batch_size": None, "max_tokens": 256, "image_size": 64, "image_fit": "crop",
+        "copy_vision_branch": False, "optimizer": "adamw", "muon_factor": 5.0, "momentum": 0.95, "betas": (0.9, 0.95),
+        "eps": 1e-8, "weight_decay": 0.0, "layer_decay": {}, "clip": 1.0, "schedule": "trapezoid", "decay_share": 0.4,
+        "warmup_steps": 0, "start_lr_factor": 0.1, "end_lr_factor": 0.0, "precision": "float32", "summary": ""}
+
+
 def changed(**values):
     return dataclasses.replace(STAGE, **values)
 
@@ -67,7 +76,7 @@ def test_a_stage_cannot_be_changed_in_place():
 
 @pytest.mark.parametrize(("field", "text", "value"), [
     ("steps", "100", 100), ("weight_decay", "1e-2", 0.01), ("schedule", "cosine", "cosine"), ("betas", "0.9,0.98", (0.9, 0.98)),
-    ("micro_batch_size", "4", 4), ("micro_batch_size", "None", None), ("clip", "none", None), ("clip", "0.5", 0.5),
+    ("copy_vision_branch", "True", True), ("copy_vision_branch", "false", False), ("micro_batch_size", "4", 4), ("micro_batch_size", "None", None), ("clip", "none", None), ("clip", "0.5", 0.5),
 ])
 def test_override_takes_the_type_of_the_field(field, text, value):
     result = vars(override(changed(micro_batch_size=2), {field: text}))[field]
@@ -94,7 +103,7 @@ def test_override_changes_one_entry_of_a_table():
 @pytest.mark.parametrize(("field", "text", "words"), [
     ("stepps", "1", "no field 'stepps'. Did you mean 'steps'"), ("steps", "1.5", "align.steps=1.5: int expected"),
     ("steps", "0", "steps is 0"), ("clip", "x", "align.clip=x: float expected"), ("betas", "0.9", "2 values with commas"),
-    ("betas", "0.9,x", "float expected"), ("steps.x", "1", "one value, not a table"), ("mixture", "x", "align.mixture is a table; write align.mixture.KEY=x"),
+    ("betas", "0.9,x", "float expected"), ("copy_vision_branch", "1", "bool expected"), ("steps.x", "1", "one value, not a table"), ("mixture", "x", "align.mixture is a table; write align.mixture.KEY=x"),
     ("learning_rates.brigde", "1", "Did you mean 'bridge'"), ("mixture.other", "none", "align.mixture.other: there is no entry 'other' to remove. Known: 'scenes'"),
     ("learning_rates.bridge", "x", "align.learning_rates.bridge=x: float expected"),
 ])

@@ -1,5 +1,6 @@
 """Templates: what is written, what is trained, and that a prompt ends exactly where the reply begins."""
 
+import dataclasses
 import random
 
 import pytest
@@ -48,9 +49,15 @@ def shown(rendered):
     [
         ("nano", "<0><1><s>user: what is here?\nbot:[ A Cat][</s>]\nuser: and this?\nbot:[ No][</s>]"),
         ("lynx", "<0><1><s>user: what is here?\nbot:[ a cat][</s>]\nuser: and this?\nbot:[ no][</s>]"),
-        ("vicuna", f"<s>{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"),
+        (
+            "vicuna",
+            f"<s>{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]",
+        ),
         ("owl", "<s>USER: <0>What is here? ASSISTANT:[ A Cat][</s>]USER: <1>And this? ASSISTANT:[ No][</s>]"),
-        ("phi", f"{SYSTEM}USER: What is\n<0>\n here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"),
+        (
+            "phi",
+            f"{SYSTEM}USER: What is\n<0>\n here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]",
+        ),
         ("plain", "<0>What is here?[A Cat\n]<1>And this?[No\n]"),
     ],
 )
@@ -70,12 +77,20 @@ def test_prompts_end_where_the_assistant_speaks(name, expected):
     assert shown(prompt(CHAT[:3], TEMPLATES[name])) == expected
 
 
+def test_templates_cannot_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        NANO.system = "other"
+
+
 def test_defaults():
     rendered = segments((Turn("user", (0, "\nHi", 1)), Turn("assistant", ("Yo",))), Template())
     assert shown(rendered) == "<s>user: <0>\nHi<1>\nbot:[ Yo][</s>]"
 
 
-@pytest.mark.parametrize("name, expected", [("nano", "<s>[Once upon][</s>]"), ("plain", "[Once upon\n]"), ("vicuna", "<s>[Once upon][</s>]")])
+@pytest.mark.parametrize(
+    "name, expected",
+    [("nano", "<s>[Once upon][</s>]"), ("plain", "[Once upon\n]"), ("vicuna", "<s>[Once upon][</s>]")],
+)
 def test_one_reply_alone_is_plain_text(name, expected):
     assert shown(segments((Turn("assistant", ("Once upon",)),), TEMPLATES[name])) == expected
 
@@ -139,7 +154,8 @@ def random_chat(rng):
 
     def parts(most):
         texts = ["".join(rng.choices(words, k=rng.randrange(1, 5))) for _ in range(rng.randrange(most) + 1)]
-        return tuple(part for text in texts for part in rng.choice([(text,), (rng.randrange(3), text), (text, rng.randrange(3))]))
+        placed = [rng.choice([(text,), (rng.randrange(3), text), (text, rng.randrange(3))]) for text in texts]
+        return tuple(part for parts in placed for part in parts)
 
     turns = []
     for _ in range(rng.randrange(1, 4)):

@@ -7,7 +7,7 @@ import tokenizers
 
 from nanovlm.data.tokenizer import SPECIAL, Tokenizer, check_vocabulary, train_tokenizer
 
-TEXTS = ["user: what colour is the red circle?\nbot: red"] * 9 + ["user: how many?\nbot: 12 AB 99 AB </s> <pad> <s>"] * 9
+TEXTS = ["user: what colour is the red circle?\nbot: red", "user: how many?\nbot: 12 AB 99 AB </s> <pad> <s>"] * 9
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def random_text(rng):
 def test_any_text_comes_back_exactly_and_holds_no_special_id(tokenizer):
     rng = random.Random(0)
     special = {tokenizer.bos, tokenizer.eos, tokenizer.pad}
-    texts = [random_text(rng) for _ in range(300)] + ["", " ", "\n\n a\r\n", "user:", *SPECIAL, "a</s>b<s><pad>", "ſß İ"]
-    for text in texts:
+    odd = ["", " ", "\n\n a\r\n", "user:", *SPECIAL, "a</s>b<s><pad>", "ſß İ"]
+    for text in [random_text(rng) for _ in range(300)] + odd:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert special.isdisjoint(ids) and all(0 <= id < tokenizer.vocab_size for id in ids)
@@ -124,7 +124,8 @@ def test_padding_and_truncation_inside_a_file_are_ignored(tokenizer, tmp_path):
 
 def test_a_file_that_adds_special_tokens_by_itself(tokenizer):
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
-    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    special = [("<s>", 0), ("</s>", 1)]
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=special)
     assert Tokenizer(backend).encode("red") == tokenizer.encode("red")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train
+from nanovlm.recipes import RECIPES
 from nanovlm.recipes.start import DEFAULT_THREADS
 
 RECIPE = str(Path(__file__).parent / "tiny_recipe.py")
@@ -73,6 +75,12 @@ def test_an_output_folder_is_never_overwritten(capsys, trained):
     assert "stage_names was" in refuse(capsys, "--out", trained, *FAST[:4], "--stages", "tower", "--resume")
 
 
+def test_a_run_of_another_recipe_is_refused(capsys, tmp_path, trained):
+    shutil.copy(RECIPE, tmp_path / "other.py")
+    printed = refuse(capsys, "--out", trained, *FAST, "--resume", recipe=str(tmp_path / "other.py"))
+    assert f"recipe was {RECIPE!r}, is now" in printed
+
+
 def test_a_foreign_folder_is_no_run(capsys, tmp_path):
     (tmp_path / "holiday.jpg").write_text("")
     assert "holds holiday.jpg but no config.json" in refuse(capsys, "--out", tmp_path, "--resume")
@@ -123,6 +131,9 @@ def test_own_data_replaces_the_mixture_of_the_last_stage(tmp_path):
     assert run("--out", out, "--data", tmp_path / "own.json", "--images", tmp_path, *FAST) == 0
     stages = json.loads((out / "config.json").read_text())["stages"]
     assert stages["align"]["mixture"] == {"data": 1.0} and stages["tower"]["mixture"] == {"pictures": 1}
+    alone = tmp_path / "alone"
+    assert run("--out", alone, "--data", tmp_path / "own.json", "--stages", "align", *FAST[:2], *FAST[4:]) == 0
+    assert json.loads((alone / "config.json").read_text())["stage_names"] == ["align"]
     (tmp_path / "more.json").write_text(json.dumps({"own": {"reader": "llava", "path": "own.json", "images": "."}}))
     listed = ["--datasets", tmp_path / "more.json", "--set", "align.mixture.own=1"]
     assert run("--out", tmp_path / "other", *listed, *FAST) == 0
@@ -146,7 +157,9 @@ RECIPE = dataclasses.replace(tiny_recipe.RECIPE, sources={{"pictures": gone("p")
 
 def test_print_shows_stages_and_trains_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("--print", "--set", "align.steps=77") == 0
+    with pytest.raises(SystemExit) as exit:
+        run("--print", "--set", "align.steps=77")
+    assert exit.value.code == 0
     printed = capsys.readouterr().out
     assert "stage tower\n  objective = 'contrastive'" in printed and "  steps = 77\n" in printed
     assert "text_tower               7,241  yes     0.002" in printed
@@ -154,13 +167,21 @@ def test_print_shows_stages_and_trains_nothing(capsys, tmp_path, monkeypatch):
     assert "no multiple of patch_size" in refuse(capsys, "--print", "--set", "align.image_size=17")
 
 
-def test_defaults(tmp_path, monkeypatch):
+def test_defaults(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(1))
+    monkeypatch.setattr(os, "sched_getaffinity", {0: range(1)}.get)
+    torch.set_num_threads(3)
     assert run("--stages", "tower", "--set", "tower.steps=1") == 0
     config = json.loads((tmp_path / "out" / "tiny" / "config.json").read_text())
     assert config["threads"] == 1 == torch.get_num_threads() and config["size"] == "full" and config["seed"] == 0
-    assert DEFAULT_THREADS == 2
+    assert DEFAULT_THREADS == 2 and RECIPES["nano"].save_every == 100
+    assert "no checkpoint" not in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_first_step(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "find", lambda name: os.kill(os.getpid(), signal.SIGINT))
+    assert run("--out", tmp_path / "run") == 130
+    assert capsys.readouterr().out == f"stopped: SIGINT received. To go on:\n  python train.py {RECIPE} --out {tmp_path / 'run'} --resume\n"
 
 
 def test_a_failed_training_ends_with_one_line_and_the_command(capsys, tmp_path):

@@ -1,5 +1,6 @@
 """The ViT piece by piece: patches, positions, options, and a whole forward pass written again by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -48,6 +49,11 @@ def test_defaults_and_options():
 def test_bad_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         config(**options)
+
+
+def test_the_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config().width = 16
 
 
 def test_good_sizes_are_accepted():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovlm import shared_prefix
 from nanovlm.attention import causal
 from nanovlm.decoder import LayerOptions
 from nanovlm.projector import LinearProjector
@@ -44,7 +45,7 @@ def repeated_batch():
         ids=[
             [I, I, I, 4, 5, 6, 0],
             [7, 8, 9, 0, 0, 0, 0],
-            [I, I, I, 10, 11, 12, 13],
+            [I, I, I, 10, 0, 12, 13],
             [I, I, I, 14, 0, 0, 0],
             [I, I, I, 15, 16, 0, 0],
         ],
@@ -205,10 +206,24 @@ def sharing(model, batch):
     return calls
 
 
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([4, 4, 4], [{0, 1, 2}]),
+        ([9, 2, 2, 8], [{1, 2}, {0, 3}]),
+        ([3], [{0}]),
+        ([5, 1, 1, 1, 5, 4], [{1, 2, 3}, {0, 4, 5}]),
+    ],
+)
+def test_short_and_long_rows_are_split_where_padding_is_least(lengths, groups):
+    found = shared_prefix.two_lengths(torch.tensor(lengths))
+    assert [set(rows.tolist()) for rows in found] == groups
+
+
 def test_shared_prefix_runs_a_picture_once():
     model, batch = small_vlm(), repeated_batch()
     assert model.share_prefix
-    assert sharing(model, batch) == [(2, 3), (5, 4)]
+    assert sharing(model, batch) == [(2, 3), (2, 2), (3, 4)]  # pictures, then short and long rows
     shared, real = model(batch), batch.segments >= 0
     model.share_prefix = False
     assert sharing(model, batch) == [(5, 7)]
@@ -242,11 +257,22 @@ def test_rows_that_cannot_share_run_themselves(batch):
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+def test_pictures_of_one_token_share_as_well():
+    model = small_vlm(num_latents=1)
+    positions = [[0, 1, 2, 3], [0, 1, 2, 3], [9, 1, 2, 3]]
+    batch = image_batch([[I, 5, 6, 7], [I, 8, 9, 10], [11, 12, 13, 14]], [1], [0, 0], [0, 1], positions=positions)
+    assert sharing(model, batch) == [(1, 1), (2, 3), (1, 4)]
+    for found, expected in zip(model(batch), naive_logits(model, batch)):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    batch.positions[1] += 1
+    assert sharing(model, batch) == [(3, 4)]
+
+
 def test_shared_rows_of_any_positions():
     model = small_vlm()
     positions = torch.tensor([[3, 4, 6, 7, 9], [3, 4, 6, 8, 9], [0, 5, 6, 7, 20]])
     batch = image_batch([[I, I, I, 4, 5], [I, I, I, 5, 6], [3, 4, 5, 6, 7]], [1], [0, 0], [0, 1], positions=positions)
-    assert sharing(model, batch) == [(1, 3), (3, 5)]
+    assert sharing(model, batch) == [(1, 3), (2, 2), (1, 5)]
     for found, expected in zip(model(batch), naive_logits(model, batch)):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
@@ -298,6 +324,18 @@ def test_only_labelled_tokens_train():
         error[batch.labels[b, t + 1]] -= 1
         expected += error[:, None] * hidden[b, t]
     torch.testing.assert_close(head_grad, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_half_precision_keeps_a_float32_loss():
+    model = small_vlm()
+    model.decoder.bfloat16()  # the tower and the bridge stay in float32
+    for batch in (mixed_batch(), repeated_batch()):
+        logits, trained = model(batch), batch.labels[:, 1:] != IGNORE
+        assert logits.dtype == torch.bfloat16
+        loss, count = model.loss(batch)
+        expected = F.cross_entropy(logits[:, :-1][trained].float(), batch.labels[:, 1:][trained], reduction="sum")
+        assert loss.dtype == torch.float32 and count == int(trained.sum())
+        torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-4)
 
 
 def test_packed_documents_do_not_see_one_another():
@@ -374,6 +412,17 @@ def test_parts_hold_every_parameter_once():
     for name in shared:
         assert f"decoder.layers.0.{name}.weight" in parts["language_model"]
     assert "decoder.norm.weight" in parts["language_model"] and "decoder.layers.1.attention.k.weight" in parts["language_model"]
+
+
+def test_image_copies_are_made_anew_from_the_text_s():
+    model = small_vlm()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.copy_vision_branch()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == set(model.parts()["vision_branch"])
+    for name in moved:
+        assert torch.equal(model.get_parameter(name), model.get_parameter(name.replace(".vision.", ".text.")))
+        assert model.get_parameter(name) is not model.get_parameter(name.replace(".vision.", ".text."))
 
 
 def test_parts_of_plain_and_tied_models():

@@ -22,7 +22,10 @@ COMMANDS = ("show",)
 def make_parser():
     """The flags of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m nanovlm.data", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m nanovlm.data",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", help="show")
     parser.add_argument("--recipe", default="nano", help="a recipe's name, or a Python file that defines RECIPE")
@@ -55,7 +58,7 @@ def show(wishes, color):
     wishes = argparse.Namespace(**vars(wishes), size=None, smoke=False, stages=stages, without=[], set=[])
     stage = choose_stages(recipe, wishes)[-1]
     if stage.objective == "contrastive":
-        raise ValueError(f"stage {stage.name!r} compares pictures with captions and trains no token; name another with --stage")
+        raise ValueError(f"stage {stage.name!r} compares pictures with captions; --stage names one that trains tokens")
     mixture = Mixture(make_sources(recipe, (stage,), wishes), stage.mixture)
     drawn = [mixture.next() for _ in range(wishes.n)]
     tokenizer, report = recipe.tokenizer(), Report()

@@ -37,8 +37,8 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
       report: Report that counts the rows cut to max_tokens; None = a longer row is an error.
       pad_to: int, T is the longest row rounded up to a multiple of this (but max_tokens at most).
     Returns: Batch; pixels is None when no picture is shown.
-    Raises: ValueError without records; naming the record, for a conversation without trained token, or a row that is too long and
-      may not be cut, or whose cut would leave no trained token or a part of a picture.
+    Raises: ValueError without records; naming the record, for a conversation without trained token, or a row that is
+      too long and may not be cut, or whose cut would leave no trained token or a part of a picture.
     """
     if not records:
         raise ValueError("a batch needs at least one record")
@@ -82,7 +82,9 @@ def prompt_row(conversation, template, tokenizer, num_image_tokens, max_tokens):
     """
     row = templates.write(templates.prompt(conversation, template), tokenizer, num_image_tokens)
     if len(row.ids) > max_tokens:
-        raise ValueError(f"the prompt has {len(row.ids)} tokens, there is room for {max_tokens}; shorten it or drop earlier turns")
+        raise ValueError(
+            f"the prompt has {len(row.ids)} tokens, there is room for {max_tokens}; shorten it or drop earlier turns"
+        )
     return row
 
 
@@ -111,7 +113,9 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
     for record in records:
         where = f"record {record.id!r}"
         if [len(visual.frames) for visual in record.visuals] != [1]:
-            raise ValueError(f"{where} has {len(record.visuals)} visual inputs; a contrastive batch needs one picture each")
+            raise ValueError(
+                f"{where} has {len(record.visuals)} visual inputs; a contrastive batch needs one picture each"
+            )
         turn = record.conversations[0][-1]
         if turn.role != "assistant" or not turn.text.strip():
             raise ValueError(f"{where} has no caption; its first conversation must end with the assistant saying it")
@@ -138,12 +142,16 @@ def _checked(row, max_tokens, report, where):
     if len(row.ids) <= max_tokens:
         return row
     if report is None:
-        raise ValueError(f"{where} has {len(row.ids)} tokens, more than max_tokens {max_tokens}; raise max_tokens or shorten it")
+        raise ValueError(
+            f"{where} has {len(row.ids)} tokens, more than max_tokens {max_tokens}; raise max_tokens or shorten it"
+        )
     kept = templates.Row(
         row.ids[:max_tokens], row.labels[:max_tokens], [image for image in row.images if image[1] < max_tokens]
     )
     if any(stop > max_tokens for _, _, stop in kept.images):
-        raise ValueError(f"{where}: cutting it to max_tokens {max_tokens} would cut a picture's image tokens; raise max_tokens")
+        raise ValueError(
+            f"{where}: cutting it to max_tokens {max_tokens} would cut a picture's image tokens; raise max_tokens"
+        )
     if not kept.num_trained:
         raise ValueError(f"{where}: cut to max_tokens {max_tokens} it has no trained token left; raise max_tokens")
     report.truncated_rows += 1

@@ -1,9 +1,11 @@
 """Data sources from the command line: one LLaVA-style file, or a JSON file that lists several.
 
-    {"captions": {"reader": "llava", "path": "captions.json", "images": "pictures", "prompts": ["{question} Be brief."]},
+    {"captions": {"reader": "llava", "path": "captions.json", "images": "pictures",
+                  "prompts": ["{question} Be brief."]},
      "dialogues": {"reader": "llava", "path": "dialogues.jsonl"}}
 
-Relative paths start at the folder of that file. prompts (optional) are the ways to put a question; one is drawn per record.
+Relative paths start at the folder of that file. prompts (optional) are the ways to put a question; one is drawn per
+record.
 """
 
 import dataclasses
@@ -71,7 +73,7 @@ def read_datasets(path, seed=0):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
     if not isinstance(listed, dict) or not listed:
-        raise ValueError(f"{path}: an object of name -> {{reader, path, images}} with at least one dataset was expected")
+        raise ValueError(f"{path}: an object of name -> {{reader, path, images}}, with at least one, was expected")
     for name, entry in listed.items():
         _check_entry(entry, f"{path}, dataset {name!r}")
     sources, missing = {}, []
@@ -81,7 +83,8 @@ def read_datasets(path, seed=0):
         except FileNotFoundError as error:
             missing.append(f"dataset {name!r}: {error}")
     if missing:
-        raise FileNotFoundError("\n".join([f"{path}: {len(missing)} of {len(listed)} datasets are incomplete", *missing]))
+        summary = f"{path}: {len(missing)} of {len(listed)} datasets are incomplete"
+        raise FileNotFoundError("\n".join([summary, *missing]))
     return sources
 
 

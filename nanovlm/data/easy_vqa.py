@@ -74,13 +74,15 @@ class EasyVQA:
         Args:
           split: "train" or "test".
           kind: "questions", or "captions" such as "blue rectangle", made from what the split's own answers reveal;
-            `num_incomplete` counts those that do not reveal both.
+            `num_incomplete` counts those that do not reveal both; or "texts", the questions put to such a caption in
+            place of the picture, where it tells both.
           seed: int, 0 or more; gives the order of every epoch and the sample of questions.
           questions_per_picture: how many questions of each picture a record holds, drawn anew each epoch; None = all.
         Raises: ValueError for a name that does not exist; ImportError or FileNotFoundError, with what to install,
           if the package or its data is missing.
         """
-        for name, value, known in (("split", split, ("train", "test")), ("kind", kind, ("questions", "captions"))):
+        kinds = ("questions", "captions", "texts")
+        for name, value, known in (("split", split, ("train", "test")), ("kind", kind, kinds)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}.{nearest(value, known)}")
         if questions_per_picture is not None and questions_per_picture < 1:
@@ -93,9 +95,11 @@ class EasyVQA:
             self.asked[image_id].append((question, answer))
         self.image_ids = [image_id for image_id, asked in self.asked.items() if asked]
         self.pixels = {}  # image id -> uint8[64, 64, 3], filled as pictures are first asked for
-        revealed = [reveal(self.asked[image_id]) for image_id in self.image_ids] if kind == "captions" else []
+        revealed = [reveal(self.asked[image_id]) for image_id in self.image_ids] if kind != "questions" else []
         self.captions = {image_id: caption_of(*words) for image_id, words in zip(self.image_ids, revealed)}
         self.num_incomplete = sum(None in words for words in revealed)  # captions that lack colour or shape
+        if kind == "texts":
+            self.image_ids = [image_id for image_id, words in zip(self.image_ids, revealed) if None not in words]
 
     def __len__(self):
         return len(self.image_ids)
@@ -105,7 +109,6 @@ class EasyVQA:
         epoch, place = divmod(n, len(self))
         image_id = self.image_ids[permutation(self.seed, epoch, len(self))[place]]
         rng = np.random.default_rng((self.seed, epoch, image_id))
-        picture = Visual(f"{self.name}/{image_id}", (self._picture(image_id),))
         if self.kind == "captions":
             asked, kinds = [(pick(rng, SHORT_CAPTION_PROMPTS), self.captions[image_id])], ("short_caption",)
         else:
@@ -113,10 +116,12 @@ class EasyVQA:
             if self.questions_per_picture is not None and self.questions_per_picture < len(asked):
                 asked = [asked[i] for i in rng.permutation(len(asked))[: self.questions_per_picture]]
             kinds = tuple(kind_of(answer) for _, answer in asked)
+        shown = f"{self.captions[image_id]}. " if self.kind == "texts" else 0
         conversations = tuple(
-            (Turn("user", (0, question)), Turn("assistant", (answer,))) for question, answer in asked
+            (Turn("user", (shown, question)), Turn("assistant", (answer,))) for question, answer in asked
         )
-        return Record(picture.key, (picture,), conversations, kinds)
+        pictures = () if self.kind == "texts" else (Visual(f"{self.name}/{image_id}", (self._picture(image_id),)),)
+        return Record(f"{self.name}/{image_id}", pictures, conversations, kinds)
 
     def _picture(self, image_id):
         if image_id not in self.pixels:

@@ -50,9 +50,11 @@ def load(source, max_pixels=MAX_PIXELS):
         except Image.UnidentifiedImageError as error:
             raise ImageError(f"{source}: not an image, or of a format that PIL cannot read") from error
         except Image.DecompressionBombError as error:
-            raise ImageError(f"{source}: {error}; if you trust it, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS") from error
+            remedy = "if you trust it, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS"
+            raise ImageError(f"{source}: {error}; {remedy}") from error
         except (OSError, SyntaxError, EOFError, ValueError, struct.error) as error:  # all that PIL's readers raise
-            raise ImageError(f"{source}: the image is damaged or cut short ({error}); copy or download it again") from error
+            remedy = "copy or download it again"
+            raise ImageError(f"{source}: the image is damaged or cut short ({error}); {remedy}") from error
 
 
 def to_pixels(image, image_size, fit="crop"):
@@ -127,12 +129,13 @@ def _to_8_bits(image, source):
     """16-bit grey scaled to 8 bits; PIL's own conversion clips everything above 255 to white."""
     values = numpy.asarray(image).astype(numpy.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ImageError(f"{source}: pixel values {values.min()} to {values.max()} exceed 16 bits; save it with 8 or 16")
+        found = f"{values.min()} to {values.max()}"
+        raise ImageError(f"{source}: pixel values {found} exceed 16 bits; save it with 8 or 16")
     return Image.fromarray(((values * 255 + 32767) // 65535).astype(numpy.uint8))
 
 
 def _crop(image, size):
-    """Shorter side to `size`, then the centre; only the centre is computed, so that a very long picture costs no more."""
+    """Shorter side to `size`, then the centre; only the centre is computed: a very long picture costs no more."""
     shorter = min(image.size)
     box = []
     for side in image.size:

@@ -1,7 +1,7 @@
 """Mixture: several sources read together, each in an exact share.
 
-The next record comes from the source that is furthest behind its share, so that after n records every source has given its
-n * weight to within the number of sources, in every run, without a random draw.
+The next record comes from the source that is furthest behind its share, so that after n records every source has
+given its share of n to within a record or so, in every run, without a random draw.
 """
 
 import math
@@ -29,8 +29,8 @@ class Mixture:
             if name not in sources:
                 raise ValueError(f"no source is called {name!r}.{nearest(name, sources)}")
             if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"source {name!r} has weight {weight}; a weight is positive, leave the source out for none")
-        exact = {name: Fraction(str(float(weight))) for name, weight in weights.items()}  # 0.1 as written, not as stored
+                raise ValueError(f"source {name!r} has weight {weight}; it must be positive, or the source left out")
+        exact = {name: Fraction(str(float(weight))) for name, weight in weights.items()}  # as written, not as stored
         denominator = math.lcm(*(weight.denominator for weight in exact.values()))
         self.sources = {name: sources[name] for name in weights}
         self.shares = {name: int(weight * denominator) for name, weight in exact.items()}
@@ -55,7 +55,8 @@ class Mixture:
         Raises: ValueError if the names are not this mixture's or a count is no whole number >= 0.
         """
         if set(state) != set(self.drawn):
-            raise ValueError(f"the saved mixture reads {sorted(state)}, this one {sorted(self.drawn)}; resume with the same sources")
+            both = f"the saved mixture reads {sorted(state)}, this one {sorted(self.drawn)}"
+            raise ValueError(f"{both}; resume with the same sources")
         for name, drawn in state.items():
             if not isinstance(drawn, int) or drawn < 0:
                 raise ValueError(f"source {name!r}: {drawn!r} records drawn; a whole number >= 0 was expected")

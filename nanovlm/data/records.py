@@ -76,14 +76,15 @@ class Record:
         if not self.conversations:
             raise ValueError(f"record {self.id!r} has no conversation")
         if self.kinds and len(self.kinds) != len(self.conversations):
-            raise ValueError(f"record {self.id!r} has {len(self.kinds)} kinds for {len(self.conversations)} conversations")
+            counts = f"{len(self.kinds)} kinds for {len(self.conversations)} conversations"
+            raise ValueError(f"record {self.id!r} has {counts}")
         for part in (part for turns in self.conversations for turn in turns for part in turn.parts):
             if not isinstance(part, str) and not 0 <= part < len(self.visuals):
                 raise ValueError(f"record {self.id!r} mentions visual input {part}; it has {len(self.visuals)}")
 
 
 def check_order(roles, last="assistant"):
-    """Raise ValueError unless user and assistant take turns and `last` speaks last; one assistant turn alone is plain text.
+    """Raise ValueError unless user and assistant take turns and `last` speaks last; one assistant turn alone is fine.
 
     roles: sequence of "user" | "assistant".
     """
@@ -108,7 +109,7 @@ class LlavaJson:
     """Source over a LLaVA-style .json (a list) or .jsonl (one item a line) file.
 
     An item: {"id": …, "image": "a.jpg" or ["a.jpg", …] (absent in text-only items),
-    "conversations": [{"from": "human" | "gpt", "value": "<image>\\nWhat is this?"}, …], "kind": optional question type}.
+    "conversations": [{"from": "human" or "gpt", "value": "<image>\\nWhat?"}, …], "kind": optional question type}.
     The file and the presence of every image are checked when the source is made; images are decoded when used.
     """
 
@@ -130,7 +131,7 @@ class LlavaJson:
             raise FileNotFoundError(f"{folder}: no such image folder (wanted by {self.path})")
         self.records = [_read(item, folder, where) for where, item in _items(self.path)]
         if not self.records:
-            raise ValueError(f"{self.path}: holds no item; a list of items with id, image and conversations was expected")
+            raise ValueError(f"{self.path}: holds no item; items with id, image and conversations were expected")
         _check_images(self.path, self.records)
 
     def __len__(self):
@@ -172,7 +173,8 @@ def _parse(text, path, first_line):
 
 def _read(item, folder, where):
     if not isinstance(item, dict):
-        raise ValueError(f"{where}: an object with id, image and conversations was expected, found {type(item).__name__}")
+        found = type(item).__name__
+        raise ValueError(f"{where}: an object with id, image and conversations was expected, found {found}")
     for field, kinds in (("id", (str, int)), ("conversations", (list,))):
         _field(item, field, kinds, where)
     where = f"{where} (id {item['id']!r})"

@@ -37,9 +37,10 @@ def parse_scene(text, rng, canvas=64):
     for string in strings:
         if not 2 <= len(string) <= 3 or not set(string) <= set(ALPHABET):
             raise ValueError(f"the text {string!r} cannot be drawn; write two or three of the symbols {ALPHABET}")
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
+        sizes = tuple(SIZES) if attempt < ATTEMPTS // 2 else ("small",)  # where none is said
         box = place_string(rng, strings[0], canvas) if strings else None
-        objects = _pose(rng, described, box, canvas)
+        objects = _pose(rng, described, sizes, box, canvas)
         if objects:
             return Scene(canvas, tuple(objects), strings[0] if strings else None, box)
     raise ValueError(
@@ -83,12 +84,12 @@ def _read_object(phrase):
     return (sizes or [None])[0], colors[0], shapes[0]
 
 
-def _pose(rng, described, box, canvas):
+def _pose(rng, described, sizes, box, canvas):
     """The objects at places that fulfil every relation, or None if there was none for one of them."""
     objects = []
     for relation, size, color, shape in described:
         for _ in range(PLACES):
-            thing = place_object(rng, color, shape, size or pick(rng, tuple(SIZES)), objects, box, canvas)
+            thing = place_object(rng, color, shape, size or pick(rng, sizes), objects, box, canvas)
             if thing is None:
                 return None
             if relation is None or offset(objects[-1], relation, thing) >= RELATION_DISTANCE:

@@ -47,14 +47,19 @@ def caption(scene):
     return ", ".join(words + ([f'text "{scene.string}"'] if scene.string else []))
 
 
-def caption_words(scene, shapes_only=False):
-    """Every object from left to right by colour and shape alone, then the text: "red circle, blue star, text A7K".
-
-    shapes_only: bool, leave the colours out: "circle, star, text A7K".
-    """
-    things = sorted(scene.objects, key=lambda thing: thing.x)
-    words = [thing.shape if shapes_only else pair_words(thing) for thing in things]
+def _listed(scene, name):
+    words = [name(thing) for thing in sorted(scene.objects, key=lambda thing: thing.x)]
     return ", ".join(words + ([f"text {scene.string}"] if scene.string else []))
+
+
+def caption_words(scene):
+    """Every object from left to right by colour and shape alone, then the text: "red circle, blue star, text A7K"."""
+    return _listed(scene, pair_words)
+
+
+def shape_words(scene):
+    """Every object from left to right by shape alone, then the text: "circle, star, text A7K"."""
+    return _listed(scene, lambda thing: thing.shape)
 
 
 def _names(thing, scene):
@@ -160,7 +165,7 @@ def _short_caption(scene, rng, pairs):
 
 
 def _shape_caption(scene, rng, pairs):
-    return pick(rng, SHAPE_CAPTION_PROMPTS), caption_words(scene, shapes_only=True)
+    return pick(rng, SHAPE_CAPTION_PROMPTS), shape_words(scene)
 
 
 # Each: (scene, rng, pairs that may be named although absent) -> (question, answer), or None if this draw has none.

@@ -76,14 +76,19 @@ def _word_of_phrase(rng):
 # Each: rng -> (question, answer, text that decides whether it is held out; None = trained as a whole, never "new").
 FACTS = {"described_relation": _described_relation, "opposite": _opposite, "addition": _addition, "spelling": _spelling,
          "next_letter": _next_letter, "word_of_phrase": _word_of_phrase}
-TEXT_TYPES = ("described", *FACTS, "plain_caption")
+DESCRIPTIONS = {  # how a scene is told, and what can then be asked about it
+    "described": (caption, CAPTION_QUESTIONS),
+    "listed": (caption_words, {name: 1.0 for name in ("color", "shape", "count", "existence", "reading")}),
+}
+TEXT_TYPES = (*DESCRIPTIONS, *FACTS, "plain_caption")
 NOT_HELD_OUT = ("opposite", "next_letter")
 
 
 class SceneTexts:
     """Source of text-only records of one conversation each; endless, `length` is what counts as an epoch."""
 
-    def __init__(self, split="train", seed=0, max_objects=4, string_share=0.3, weights=None, length=10_000):
+    def __init__(self, split="train", seed=0, max_objects=4, string_share=0.3, weights=None, length=10_000,
+                 questions_per_text=1):
         """
         Args:
           split: "train" or "new" (only the held-out part; opposites and letters have none and are absent from it).
@@ -91,8 +96,9 @@ class SceneTexts:
           max_objects: at most this many objects in a described scene.
           string_share: share of described scenes with a text, 0 to 1.
           weights: {type: weight}, types as in TEXT_TYPES; one left out is never used. None = all equally often.
-            "described" gives records of the kinds "described_color", "described_count", …
+            "described" and "listed" give records of the kinds "described_color", "listed_count", …
           length: records per epoch; record(n) goes on beyond it with new texts.
+          questions_per_text: exchanges about a described scene at most, one after the other in one conversation.
         Raises: ValueError for a name that does not exist or a number out of range.
         """
         weights = dict.fromkeys(TEXT_TYPES, 1.0) if weights is None else weights
@@ -101,10 +107,13 @@ class SceneTexts:
         self.weights = {name: weight for name, weight in weights.items() if weight > 0 and name not in unused}
         if not self.weights:
             raise ValueError(f"no type of the split {split!r} has a weight above 0; known: {', '.join(TEXT_TYPES)}")
-        if max_objects < 1 or not 0 <= string_share <= 1:
-            raise ValueError(f"max_objects {max_objects} must be 1 or more, string_share {string_share} from 0 to 1")
+        if min(max_objects, questions_per_text) < 1 or not 0 <= string_share <= 1:
+            raise ValueError(
+                f"max_objects {max_objects} and questions_per_text {questions_per_text} must be 1 or more, "
+                f"string_share {string_share} from 0 to 1"
+            )
         self.name, self.split, self.seed, self.length = f"scene_texts_{split}", split, seed, length
-        self.max_objects, self.string_share = max_objects, string_share
+        self.max_objects, self.string_share, self.questions_per_text = max_objects, string_share, questions_per_text
 
     def __len__(self):
         return self.length
@@ -115,28 +124,29 @@ class SceneTexts:
         kind, made = pick_weighted(rng, self.weights), None
         while made is None:
             made = self._make(rng, kind)
-        kind, question, answer = made
-        turns = (Turn("assistant", (answer,)),)
-        if question:
-            turns = (Turn("user", (question,)), *turns)
+        kind, exchanges = made
+        spoken = (pair for exchange in exchanges for pair in zip(("user", "assistant"), exchange))
+        turns = tuple(Turn(role, (words,)) for role, words in spoken if words)
         return Record(f"{self.name}/{self.seed}/{n}", (), (turns,), (kind,))
 
     def _make(self, rng, kind):
-        """(kind, question or None, answer), or None if the scene gave no question or the text is of the other split."""
+        """(kind, exchanges of a question or None and its answer); None if no question was found or the split is wrong."""
         if kind in FACTS:
             question, answer, key = FACTS[kind](rng)
-            made = kind, question, answer
+            made = kind, [(question, answer)]
         else:
             with_string = rng.random() < self.string_share
             scene = sample_scene(rng, self.max_objects, self.split, with_string)
-            key = caption(scene)
-            if kind == "described":
-                asked = ask(scene, rng, 1, CAPTION_QUESTIONS)
+            if kind in DESCRIPTIONS:
+                tell, questions = DESCRIPTIONS[kind]
+                key = tell(scene)
+                asked = ask(scene, rng, self.questions_per_text, questions)
                 if not asked:
                     return None
-                about, question, answer = asked[0]
-                made = f"described_{about}", f"{key}. {question}", answer
+                exchanges = [(question, answer) for _, question, answer in asked]
+                exchanges[0] = f"{key}. {exchanges[0][0]}", exchanges[0][1]
+                made = f"{kind}_{asked[0][0]}", exchanges
             else:
-                key = pick(rng, (key, caption_words(scene), _sentence(*_related(rng))))
-                made = kind, None, key
+                key = pick(rng, (caption(scene), caption_words(scene), _sentence(*_related(rng))))
+                made = kind, [(None, key)]
         return made if key is None or in_held_out_fifth(key) == (self.split == "new") else None

@@ -12,7 +12,7 @@ COLORS = {"trained": GREEN, "read": GREY, "image": BLUE}
 
 
 def use_color(stream, environment):
-    """Whether to colour what is written to a stream: on a terminal, unless NO_COLOR (no-color.org) is set and not empty."""
+    """Whether to colour what is written to a stream: on a terminal, unless NO_COLOR (no-color.org) is set."""
     return stream.isatty() and not environment.get("NO_COLOR")
 
 
@@ -44,13 +44,20 @@ def paint(batch, tokenizer, color):
 
 
 def _paint_row(ids, labels, tokenizer, color):
-    kinds = ["image" if id == IMAGE_TOKEN else "read" if label == IGNORE else "trained" for id, label in zip(ids, labels)]
     painted = ""
-    for kind, run in itertools.groupby(zip(kinds, ids), key=lambda pair: pair[0]):
-        run = [id for _, id in run]
+    for kind, run in itertools.groupby(zip(ids, labels), key=_kind):
+        run = [id for id, _ in run]
         text = f"<image x{len(run)}>" if kind == "image" else _text(run, tokenizer)
         painted += _mark(text, kind, color)
     return painted
+
+
+def _kind(token):
+    """Of (id, label): "image", "read" or "trained"."""
+    id, label = token
+    if id == IMAGE_TOKEN:
+        return "image"
+    return "read" if label == IGNORE else "trained"
 
 
 def _mark(text, kind, color):
@@ -65,7 +72,10 @@ def _text(ids, tokenizer):
     text = ""
     for special, run in itertools.groupby(ids, key=names.get):
         text += special * len(list(run)) if special else tokenizer.decode(list(run))
-    return "".join(
-        "↵" if character == "\n" else character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
+    return "".join(map(_printable, text))
+
+
+def _printable(character):
+    if character == "\n":
+        return "↵"
+    return character if character.isprintable() else character.encode("unicode_escape").decode()

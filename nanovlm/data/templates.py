@@ -1,8 +1,9 @@
 """Chat templates: conversations become segments, segments become ids and labels in one pass.
 
-A template is data only. Rendering a conversation gives segments, each either text, one visual input or one special token, each
-trained or not; `write` then tokenises every segment once and appends ids and labels together, so the loss mask is never guessed
-from a second tokenisation. A visual input is written as many image-token ids as the bridge will produce for it.
+A template is data only. Rendering a conversation gives segments, each either text, one visual input or one special
+token, each trained or not; `write` then tokenises every segment once and appends ids and labels together, so the loss
+mask is never guessed from a second tokenisation. A visual input is written as many image-token ids as the bridge will
+produce for it.
 
 `prompt` renders the same conversation up to the place where the assistant speaks:
 ids of the prompt + ids of the reply = ids of the training row.
@@ -38,7 +39,7 @@ class Template:
     system: str = ""  # once, before the first turn
     begin_with_bos: bool = True
     end_with_eos: bool = True  # after every reply
-    image_place: str = "inline"  # "row": before everything, BOS too; "turn": before the words of their turn; "inline": as given
+    image_place: str = "inline"  # as given; "turn": before the words of its turn; "row": before everything, BOS too
     image_suffix: str = ""  # after every visual input
     lower_case: tuple[str, ...] = ()  # roles whose words are lower-cased
 
@@ -50,12 +51,13 @@ class Template:
                 raise ValueError(f"lower_case names an unknown role {role!r}.{nearest(role, ROLES)}")
 
 
-# Lynx's form, arXiv:2307.02469: image tokens first, then BOS and text. Questions alone are lower-cased: answers spell capitals.
+# Lynx's form, arXiv:2307.02469: image tokens first, then BOS and text. Only questions are lower-cased: answers may
+# spell capitals.
 NANO = Template(image_place="row", turn_prefix="\n", lower_case=("user",))
 
 
 class Segment(NamedTuple):
-    """A stretch of a row: text, or one visual input (its number in the record), or one special token ("bos" or "eos")."""
+    """A stretch of a row: text, or a visual input (its number in the record), or a special token ("bos" or "eos")."""
 
     text: str = ""
     trained: bool = False

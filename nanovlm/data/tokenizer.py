@@ -1,9 +1,9 @@
 """Byte-level BPE tokenizer, trained with the `tokenizers` library.
 
-Text becomes bytes and frequent neighbours become one token (Sennrich et al., arXiv:1508.07909, Sec. 3.2; over bytes as in
-GPT-2), so that any text can be written and comes back exactly. Text is cut first, by one expression: a lower-case word keeps one
-leading space or newline and a trailing colon ("user:" and "\\nbot:" can become single tokens); every upper-case letter and
-every digit stands alone, so that reading "B7" aloud is one token per symbol.
+Text becomes bytes and frequent neighbours become one token (Sennrich et al., arXiv:1508.07909, Sec. 3.2; over bytes
+as in GPT-2), so that any text can be written and comes back exactly. Text is cut first, by one expression: a
+lower-case word keeps one leading space or newline and a trailing colon ("user:" and "\\nbot:" can become single
+tokens); every upper-case letter and every digit stands alone, so that reading "B7" aloud is one token per symbol.
 
 Special tokens exist as ids only: `encode` never yields them, whatever the text looks like.
 """
@@ -100,13 +100,14 @@ def train_tokenizer(texts, vocab_size):
 
     Args:
       texts: iterable of str.
-      vocab_size: int, tokens wanted, special ones and the 256 bytes included; fewer where the texts hold no more merges.
+      vocab_size: int, tokens wanted, special ones and the 256 bytes included; fewer if the texts hold no more merges.
     Raises: ValueError if vocab_size has no room for the bytes.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size {vocab_size} has no room for 256 bytes and {len(SPECIAL)} special tokens; at least {smallest}")
+        needs = f"256 bytes and {len(SPECIAL)} special tokens; at least {smallest}"
+        raise ValueError(f"vocab_size {vocab_size} has no room for {needs}")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
@@ -121,7 +122,7 @@ def train_tokenizer(texts, vocab_size):
 
 
 def check_vocabulary(tokenizer, num_embeddings, spare_rows=0):
-    """Raise ValueError unless the model has a row for every token, and at most spare_rows beyond (published tables are padded)."""
+    """Raise ValueError unless the model has a row for every token and at most spare_rows more (published ones do)."""
     if not 0 <= num_embeddings - tokenizer.vocab_size <= spare_rows:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model {num_embeddings} embeddings; "

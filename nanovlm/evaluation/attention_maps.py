@@ -17,18 +17,19 @@ from nanovlm.attention import causal_rows
 from nanovlm.data.images import to_square
 from nanovlm.vlm import IMAGE_TOKEN
 
-PANEL = 2.2  # inches, side of one picture
+PANEL, MIN_WIDTH = 2.2, 5.0  # inches: side of one picture; of the figure, so that its title fits
 
 
 @torch.no_grad()
 def answer_heat(model, row, answer, visual_inputs):
-    """Attention of each answer token to each patch.
+    """Attention of each answer token to each place of the pictures.
 
     Args:
       model: vlm.VLM. row: data.templates.Row of the prompt. answer: list of n ids.
       visual_inputs: float32[1, 3, S, S] in the order of row.images.
-    Returns: list of one float32[n, side, side] per picture; the cells of a map add up to the share of the token's
-      attention that went to this picture (less what a class token, or latents among themselves, took).
+    Returns: list of one float32[n, side, side] per picture, a cell per patch or per square of merged patches; the
+      cells of a map add up to the share of the token's attention that went to this picture (less what a class token,
+      or latents among themselves, took).
     Raises: ValueError for an empty answer, no picture, or a clip.
     """
     if not answer:
@@ -44,17 +45,22 @@ def answer_heat(model, row, answer, visual_inputs):
     visible = causal_rows(1, ids.shape[1], weight.device)
     model.decoder(embeddings, positions, visible, (ids == IMAGE_TOKEN).long(), out=out)
     looks = torch.stack(out["attention"]).float().mean(dim=(0, 2))[0, len(row.ids) - 1 :]  # n T
-    num_patches = model.vision.num_patches(pixels.shape[-1])
-    first = model.vision.num_tokens(pixels.shape[-1]) - num_patches  # a class token stands in front
-    side, heat = math.isqrt(num_patches), []
-    for (_, start, stop), patches in zip(row.images, patch_attention(out, len(pixels), looks)):
-        seen = looks[:, start:stop] if patches is None else looks[:, start:stop] @ patches  # n N
-        heat.append(seen[:, first : first + num_patches].unflatten(1, (side, side)).cpu())
+    heat = []
+    for (_, start, stop), latents in zip(row.images, latent_attention(out, len(pixels), looks)):
+        seen = looks[:, start:stop]  # n L
+        if latents is None:  # an image token is a patch or a square of patches, behind a class token perhaps
+            side = math.isqrt(stop - start)
+            first = stop - start - side * side
+        else:
+            seen = seen @ latents  # n N
+            side = math.isqrt(model.vision.num_patches(pixels.shape[-1]))
+            first = model.vision.num_tokens(pixels.shape[-1]) - side * side
+        heat.append(seen[:, first : first + side * side].unflatten(1, (side, side)).cpu())
     return heat
 
 
-def patch_attention(out, num_pictures, like):
-    """Latents' attention to patches, averaged over heads and layers.
+def latent_attention(out, num_pictures, like):
+    """What the latents of a resampler looked at, averaged over heads and layers.
 
     Returns: list of M float32[L, N], or of None where image tokens are the patches themselves.
     """
@@ -71,21 +77,21 @@ def draw(path, pictures, heat, words, image_size, fit, title):
       words: text of each answer token. image_size, fit: how the pictures were shown to the model.
       title: what stands above all panels.
     """
-    figure = Figure(figsize=(PANEL * len(words) + 1, PANEL * len(pictures) + 1), layout="constrained")
+    figure = Figure(figsize=(max(PANEL * len(words) + 1, MIN_WIDTH), PANEL * len(pictures) + 1), layout="constrained")
     axes = figure.subplots(len(pictures), len(words), squeeze=False)
     hottest = max(float(maps.max()) for maps in heat)
     for line, picture, maps in zip(axes, pictures, heat):
         shown = to_square(picture, image_size, fit)
-        for panel, word, cells in zip(line, words, maps):
+        for panel, word, cells in zip(line, words, maps.numpy()):
             panel.imshow(shown, extent=(0, image_size, image_size, 0))
             drawn = panel.imshow(
-                cells, extent=(0, image_size, image_size, 0), cmap="inferno", alpha=0.6, vmin=0, vmax=hottest,
-                interpolation="bicubic",
+                cells, extent=(0, image_size, image_size, 0), cmap="inferno", vmin=0, vmax=hottest,
+                alpha=0.6 * cells / hottest,  # the picture stays visible where nothing was read
             )  # fmt: skip
             panel.set_title(f"{word.strip() or repr(word)}\n{cells.sum():.0%} on the picture", fontsize=8, parse_math=False)
             panel.set_xlabel("x, pixels", fontsize=7)
             panel.set_ylabel("y, pixels", fontsize=7)
             panel.tick_params(labelsize=6)
-    figure.colorbar(drawn, ax=axes, label="share of the token's attention, per patch")
+    figure.colorbar(drawn, ax=axes).set_label("share of the token's attention, per cell", fontsize=7)
     figure.suptitle(title, fontsize=9, parse_math=False)
     figure.savefig(path, format="png", dpi=120)

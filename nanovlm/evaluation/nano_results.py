@@ -21,6 +21,7 @@ NAMES = {
     "scenes_reading": "scenes, reading unseen strings",
     "text_only": "text only",
 }
+NUM_SCENES = 400  # pictures of each scene test
 BLANK = "blank_easy_vqa"
 BY_KIND = ("easy_vqa_test", "scenes_new", "scenes_unseen_pairs")  # tests whose question types the table shows
 
@@ -64,8 +65,8 @@ def majorities(tests, num_records=500):
     Args:
       tests: {name: list of Record}, names as in NAMES.
       num_records: records of the training source in which answers are counted.
-    Returns: {name: {"all": share, kind: share, …}}: the baseline per question type, see majority_baseline, and their mean
-      over the questions. The training records are needed for unseen pairs: among those, every star is red.
+    Returns: {name: {"all": share, kind: share, …}}, the baseline per question type, see majority_baseline, and their
+      mean over the questions. Training records are counted because among unseen pairs alone every star is red.
     """
     known, found = sources(), {}
     for name, records in tests.items():
@@ -82,18 +83,13 @@ def answer_tests(model, examiner, tests):
     Args:
       model: vlm.VLM. examiner: short_answer.Examiner.
       tests: {name: list of Record}.
-    Returns: {name: list of Answer}, and under "blank_easy_vqa" those to the questions of easy_vqa_test, if that is among the
-      tests, over grey pictures.
+    Returns: {name: list of Answer}; with easy_vqa_test among the tests also "blank_easy_vqa", the same questions over
+      grey pictures.
     """
     todo = [(name, name, False) for name in tests] + [(BLANK, name, True) for name in tests if name == "easy_vqa_test"]
     total = sum(len(record.conversations) for _, test, _ in todo for record in tests[test])
     with tqdm(total=total, desc="evaluating", unit="question", disable=None) as bar:
         return {name: examiner.answers(model, tests[test], blank, bar.update) for name, test, blank in todo}
-
-
-def quick_shares(model, examiner, tests):
-    """The shares of right answers alone, for a look before and after a stage: {name: share}; arguments as in `answer_tests`."""
-    return {name: shares(examiner.answers(model, records))["all"] for name, records in tests.items()}
 
 
 def nano_results(answers, majority):
@@ -103,8 +99,8 @@ def nano_results(answers, majority):
       answers: {name: list of Answer}, of `answer_tests`.
       majority: {name: {"all": share, kind: share, …}}, of `majorities`.
     Returns: dict of a share in [0, 1] per test and for "blank_easy_vqa", and nested by test "kinds" (share per question
-      type), "majority" (as given), "interval" (95%, low and high) and "questions" (their number). Parameters and seconds
-      are the trainer's to add.
+      type), "majority" (as given), "interval" (95%, low and high) and "questions" (their number). Parameters and
+      seconds are the trainer's to add.
     """
     found = {name: shares(given) for name, given in answers.items()}
     return {name: share["all"] for name, share in found.items()} | {

@@ -8,7 +8,7 @@ import json
 import textwrap
 
 from nanovlm.data import images
-from nanovlm.evaluation.exam import readable, said
+from nanovlm.evaluation.exam import answer_in, readable, said
 from nanovlm.evaluation.short_answer import exact_match
 
 INK = {True: "#1b6e2d", False: "#b2182b"}  # right, wrong
@@ -29,7 +29,8 @@ def pick_samples(tests, answers, numbers=SAMPLES):
     Args:
       tests: {name: list of Record}. answers: {name: list of Answer}, of the same records in the same order.
       numbers: {name: (how many pictures, label)}; a test that holds fewer gives what it has.
-    Returns: list of (label, PIL image, Answer); the n-th picture of a test comes with its n-th question, so that types differ.
+    Returns: list of (label, PIL image, Answer); the n-th picture of a test comes with its n-th question, so that types
+      differ.
     """
     chosen = []
     for name, (number, label) in numbers.items():
@@ -72,7 +73,7 @@ def exam_moments(path, most=6):
     """What the exam's answers were as training went on.
 
     Args:
-      path: log.jsonl; its entries with "exam": list of str are read, see Exam.ask.
+      path: log.jsonl; its entries with "exam" are read, one line of `Exam.changes` per question.
       most: moments at most, 2 or more; the first, the last, and some of those between at even distances.
     Returns: list of (label, answers), label "STAGE\\nstep N".
     Raises: ValueError, naming file and line, for what is no such entry, or if there is none at all.
@@ -83,18 +84,19 @@ def exam_moments(path, most=6):
             try:
                 entry = json.loads(line)
                 if "exam" in entry:
-                    found.append((f"{entry['stage']}\nstep {entry['step']:,}", list(entry["exam"])))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: no entry of a training log ({error!r}): {line[:60]!r}") from error
+                    answers = [answer_in(said) for said in entry["exam"]]
+                    found.append((f"{entry['stage']}\nstep {entry['step']:,}", answers))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                where = f"{path}, line {number}"
+                raise ValueError(f"{where}: no entry of a training log ({error!r}): {line[:60]!r}") from error
     if not found:
         raise ValueError(f"{path}: holds no exam; it is written while a recipe with an exam trains")
-    if len(found) <= most:
-        return found
-    return [found[round(place * (len(found) - 1) / (most - 1))] for place in range(most)]
+    places = dict.fromkeys(round(place * (len(found) - 1) / (most - 1)) for place in range(most))
+    return [found[place] for place in places]
 
 
 def exam_questions(records):
-    """Records as `answers_over_time` asks for them: list of (PIL image, question, truth), one image object per record."""
+    """Records as `answers_over_time` wants them: list of (PIL image, question, truth), one image object per record."""
     pictures = [images.load(record.visuals[0].frames[0]) for record in records]
     return [
         (picture, *(turn.text for turn in turns[-2:]))
@@ -165,7 +167,7 @@ def _write(page, x, y, text, ink, horizontalalignment="center", fontsize=9):
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont(FONT))
-    text = "".join(character if character == "\n" or font.get_char_index(ord(character)) else "·" for character in text)
+    text = "".join(letter if letter == "\n" or font.get_char_index(ord(letter)) else "·" for letter in text)
     page.text(
         x, y, text, color=ink, fontsize=fontsize, family=FONT, parse_math=False,
         horizontalalignment=horizontalalignment, verticalalignment="center",

@@ -74,8 +74,8 @@ def answer_questions(
 
     Args:
       model: vlm.VLM.
-      records: iterable of Record, read as the answers are made; every conversation is a question (earlier turns before it,
-        if any) and the true answer.
+      records: iterable of Record, read as the answers are made; every conversation ends with a question and the true
+        answer.
       tokenizer, template: Tokenizer and templates.Template.
       image_size, image_fit: pixels, and how a picture becomes square; as in images.to_pixels.
       decoding: sampler.Decoding, greedy or beams, one sequence; its eos_ids should hold the tokenizer's.
@@ -92,21 +92,20 @@ def answer_questions(
     asked = ((record, number) for record in records for number in range(len(record.conversations)))
     answers = []
     while chunk := list(itertools.islice(asked, CHUNK * batch_size)):
-        prompts, pixels = {}, {}  # (ids, keys of pictures) -> conversation places; key of a picture -> its tensor
-        for place, (record, number) in enumerate(chunk):
+        prompts, pixels = [], {}  # (ids, keys of the pictures in order of appearance), and key -> picture
+        for record, number in chunk:
             visuals = [_grey(visual, image_size) if blank else visual for visual in record.visuals]
-            prompts.setdefault(_prompt(model, record, number, visuals, tokenizer, template, image_size, room), []).append(place)
-            for visual in visuals:
+            counts = [model.num_image_tokens(image_size, len(visual.frames)) for visual in visuals]
+            row = _row(record, number, template, tokenizer, counts, room)
+            shown = [visuals[image[0]] for image in row.images]
+            prompts.append((tuple(row.ids), tuple(visual.key for visual in shown)))
+            for visual in shown:
                 if visual.key not in pixels:
                     pixels[visual.key] = pixels_of([visual], image_size, image_fit)
-        order = sorted(prompts, key=lambda prompt: len(prompt[0]))
-        inputs = [[pixels[key] for key in keys] for _, keys in order]
-        replies = generate(model, [list(ids) for ids, _ in order], decoding, inputs, batch_size=batch_size)
-        texts = [""] * len(chunk)
-        for prompt, ids in zip(order, replies):
-            for place in prompts[prompt]:
-                texts[place] = tokenizer.decode(ids).removesuffix(template.answer_suffix).strip()
-        answers += [_answer(record, number, text) for (record, number), text in zip(chunk, texts)]
+        replies = _replies(model, prompts, pixels, decoding, batch_size)
+        for (record, number), prompt in zip(chunk, prompts):
+            text = tokenizer.decode(replies[prompt]).removesuffix(template.answer_suffix).strip()
+            answers.append(_answer(record, number, text))
         if progress is not None:
             progress(len(chunk))
     return answers
@@ -118,18 +117,23 @@ def _grey(visual, image_size):
     return Visual(f"blank/{len(visual.frames)}", (frame,) * len(visual.frames))
 
 
-def _prompt(model, record, number, visuals, tokenizer, template, image_size, room):
-    """What the model is given: (ids, keys of the pictures in order of appearance), tuples both."""
+def _row(record, number, template, tokenizer, num_image_tokens, room):
+    """The prompt of a conversation: templates.Row."""
     where = f"record {record.id!r}, conversation {number}"
     conversation = record.conversations[number]
     if len(conversation) < 2:
         raise ValueError(f"{where} has no question; it needs a user turn and the true answer after it")
-    counts = [model.num_image_tokens(image_size, len(visual.frames)) for visual in visuals]
     try:
-        row = prompt_row(conversation[:-1], template, tokenizer, counts, room)
+        return prompt_row(conversation[:-1], template, tokenizer, num_image_tokens, room)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return tuple(row.ids), tuple(visuals[image[0]].key for image in row.images)
+
+
+def _replies(model, prompts, pixels, decoding, batch_size):
+    """Each different prompt run once, short ones first: {prompt: list of new ids}."""
+    order = sorted(dict.fromkeys(prompts), key=lambda prompt: len(prompt[0]))  # a set has another order in every run
+    inputs = [[pixels[key] for key in keys] for _, keys in order]
+    return dict(zip(order, generate(model, [list(ids) for ids, _ in order], decoding, inputs, batch_size=batch_size)))
 
 
 def _answer(record, number, text):
@@ -164,7 +168,7 @@ def wilson(right, total):
     Source: Wilson, JASA 22 (1927), 209-212; unlike the normal interval it stays sensible near 0 and 1.
     """
     if not 0 <= right <= total or total < 1:
-        raise ValueError(f"{right} right of {total}: there must be at least one answer, and no more right ones than answers")
+        raise ValueError(f"{right} right of {total}: give at least one answer, and no more right ones than answers")
     share = right / total
     middle = share + Z_95**2 / (2 * total)
     reach = Z_95 * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))

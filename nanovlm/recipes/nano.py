@@ -27,8 +27,8 @@ from nanovlm.vlm import VLM
 SIZES = {"full": (128, 2), "tiny": (32, 1)}  # width of vision and language, layers of each
 HEAD_WIDTH = 32  # channels
 VOCABULARY = 512  # tokens
-QUESTIONS = {"color": 1, "shape": 1, "count": 1.2, "existence": 1, "place": 1, "relation": 1.8, "size": 0.7, "reading": 1.5}
-CAPTIONS = {"caption": 0.4, "short_caption": 1.0}
+QUESTIONS = {"color": 1, "shape": 1, "count": 1.2, "existence": 1, "place": 1.5, "relation": 1.8, "size": 0.7, "reading": 1.5}
+CAPTIONS = {"caption": 1.0, "short_caption": 1.0}
 
 
 def build(size, vocab_size):
@@ -61,10 +61,15 @@ def sources():
             kind="captions", seed=seed, max_objects=1, string_share=0.1, weights={"short_caption": 1.0}
         ),
         "scenes_captions": lambda seed: Scenes(
-            kind="captions", seed=seed + 1, max_objects=3, string_share=0.2, weights={"short_caption": 1.0, "shape_caption": 1.0}
+            kind="captions", seed=seed + 1, max_objects=3, string_share=0.2, weights={"short_caption": 1.0, "shape_caption": 2.0}
         ),
         "easy_vqa_captions": lambda seed: EasyVQA(kind="captions", seed=seed),
-        "texts": lambda seed: SceneTexts(seed=seed, max_objects=3, weights=TEXTS),
+        "easy_vqa_texts": lambda seed: EasyVQA(kind="texts", seed=seed, questions_per_picture=4),
+        "texts_single": lambda seed: SceneTexts(seed=seed + 1, max_objects=1, weights=TEXTS, questions_per_text=4),
+        "texts": lambda seed: SceneTexts(seed=seed, max_objects=3, weights=TEXTS, questions_per_text=6),
+        "singles": lambda seed: Scenes(
+            kind="both", seed=seed + 5, max_objects=1, questions_per_picture=4, weights=both, canvas=48
+        ),
         "scenes_small": lambda seed: Scenes(
             kind="both", seed=seed + 2, max_objects=2, questions_per_picture=3, weights=both, canvas=48
         ),
@@ -77,8 +82,8 @@ def sources():
 
 
 TEXTS = {
-    "described": 4, "described_relation": 2, "opposite": 0.1, "addition": 0.3, "spelling": 0.4, "next_letter": 0.1,
-    "word_of_phrase": 0.3, "plain_caption": 0.6,
+    "described": 3, "listed": 3, "described_relation": 2, "opposite": 0.1, "addition": 0.3, "spelling": 0.4, "next_letter": 0.1,
+    "word_of_phrase": 0.3, "plain_caption": 0.4,
 }  # fmt: skip
 LANGUAGE_PARTS = ("embedding", "language_model")
 BRIDGE_PARTS = ("bridge", "adapters", "vision_branch")
@@ -98,26 +103,26 @@ def stages(size, smoke):
     return (
         Stage(
             "tower", "contrastive", rates(2e-3, "vision", "text_tower"),
-            {"singles_captions": 4, "scenes_captions": 4, "easy_vqa_captions": 2},
+            {"singles_captions": 3, "scenes_captions": 5, "easy_vqa_captions": 2},
             steps["tower"], batch_size=64,
             summary="tower: of the easy-VQA test, shapes told apart {shape}, colours {color}", **common,
         ),
         Stage(
-            "language", "language", rates(2e-3, *LANGUAGE_PARTS), {"texts": 1}, steps["language"], batch_size=64,
+            "language", "language", rates(1e-3, *LANGUAGE_PARTS), {"easy_vqa_texts": 1, "texts_single": 1, "texts": 2}, steps["language"], batch_size=64,
             summary="language: questions about texts {text_only}", **common,
         ),
         Stage(
-            "align", "language", rates(2e-3, *BRIDGE_PARTS), {"scenes_small": 7, "easy_vqa_captions": 1.5, "easy_vqa": 1.5},
+            "align", "language", rates(1e-3, *BRIDGE_PARTS), {"singles": 3, "scenes_small": 3, "easy_vqa_captions": 1, "easy_vqa": 3},
             steps["align"], batch_size=32, image_size=48, copy_vision_branch=True,
             summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
         ),
         Stage(
-            "resolution", "language", rates(2e-3, "vision", *BRIDGE_PARTS), {"scenes_both": 7, "easy_vqa": 3},
+            "resolution", "language", rates(1e-3, "vision", *BRIDGE_PARTS), {"scenes_both": 7, "easy_vqa": 3},
             steps["resolution"], batch_size=32,
             summary="resolution: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
         ),
         Stage(
-            "instruct", "language", rates(2e-3, "vision", *BRIDGE_PARTS, *LANGUAGE_PARTS),
+            "instruct", "language", rates(1e-3, "vision", *BRIDGE_PARTS, *LANGUAGE_PARTS),
             {"scenes": 6.5, "easy_vqa": 2.5, "texts": 1.5}, steps["instruct"], batch_size=32,
             summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}, reading {scenes_reading}", **common,
         ),

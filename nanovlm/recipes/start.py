@@ -160,8 +160,10 @@ def make_run(recipe, wishes, out):
     if wishes.init is not None and not checkpoint.complete(out):
         load_weights(Path(wishes.init), model, contrastive)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace(out / "config.json", lambda path: path.write_text(json.dumps(settings, indent=1)))
-    checkpoint.replace(out / "tokenizer.json", tokenizer.save)
+    if not saved:
+        checkpoint.replace_json(out / "config.json", settings)
+    if not (out / "tokenizer.json").exists():
+        checkpoint.replace(out / "tokenizer.json", tokenizer.save)
     device = torch.device(wishes.device)
     for one in (model, contrastive):
         if one is not None:

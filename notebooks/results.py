@@ -1,0 +1,174 @@
+"""Results of finished runs as files, and the README's tables, which are made from these files and from the code.
+
+    python notebooks/results.py collect nano out/seed0 out/seed1 out/seed2    writes notebooks/results/nano.json
+    python notebooks/results.py readme                                        rewrites the tables in README.md
+
+Collect where the runs were trained, before the code changes: machine and commit are written down with the numbers. What
+the tables are made of stands in readme_tables.py.
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+
+import torch
+from readme_tables import RESULTS, TESTS, fill
+
+from nanovlm.recipes import find
+from nanovlm.recipes.start import DEFAULT_THREADS
+
+README = ROOT / "README.md"
+FLAGS = ("init", "data", "images", "datasets")  # of train.py, kept in config.json under these names
+
+
+def collect(folders):
+    """What several runs of one command with different seeds have in common, and what each has found.
+
+    Args:
+      folders: list of Path, output folders of train.py.
+    Returns: dict, the content of a results file. Shares lie in [0, 1].
+    Raises: FileNotFoundError for a run that has not finished; ValueError for a smoke run, for runs that differ in more
+      than their seed, or for a seed that comes twice.
+    """
+    configs = [_config(folder) for folder in folders]
+    seeds = [config["seed"] for config in configs]
+    for folder, config in zip(folders, configs):
+        for key, value in config.items():
+            if key != "seed" and value != configs[0][key]:
+                raise ValueError(f"{folder} and {folders[0]} differ in {key}; collect runs that differ in their seed alone")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {seeds}: one comes twice")
+    runs = [_run(folder, config) for folder, config in sorted(zip(folders, configs), key=lambda pair: pair[1]["seed"])]
+    return {
+        "command": command(configs[0]),
+        "commit": commit(),
+        "hardware": f"{cpu()}, {len(os.sched_getaffinity(0))} cores",
+        "threads": configs[0]["threads"],
+        "torch": torch.__version__,
+        "date": max(run["date"] for run in runs),
+        "seeds": sorted(seeds),
+        "shares": {name: spread([run["results"][name] for run in runs]) for name in TESTS if name in runs[0]["results"]},
+        "runs": runs,
+    }
+
+
+def spread(values):
+    """Numbers, one per seed, and their least, mean and greatest."""
+    return {"seeds": values, "min": min(values), "mean": statistics.fmean(values), "max": max(values)}
+
+
+def _config(folder):
+    """config.json of a finished run."""
+    for name in ("config.json", "results.json", "log.jsonl"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}; give the output folder of a run that has finished")
+    config = json.loads((folder / "config.json").read_text())
+    if config["smoke"]:
+        raise ValueError(f"{folder} is a smoke run, which learns nothing; give runs without --smoke")
+    return config
+
+
+def _run(folder, config):
+    """One run: seed, day, results.json, and per stage the measures before and after it with its sentence about them."""
+    stages = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "measures" in entry:
+            stages.setdefault(entry["stage"], {})[entry["when"]] = entry["measures"]
+    for name, stage in stages.items():
+        change = {key: f"{stage['before'][key]:.1%} → {share:.1%}" for key, share in stage["after"].items()}
+        stage["summary"] = config["stages"][name]["summary"].format(**change)
+    day = date.fromtimestamp((folder / "results.json").stat().st_mtime)
+    results = json.loads((folder / "results.json").read_text())
+    return {"seed": config["seed"], "date": str(day), "results": results, "stages": stages}
+
+
+def command(config):
+    """The command line, but for seed and folder, whose settings are those of a config.json: str."""
+    recipe = find(config["recipe"])
+    words = ["python", "train.py", *([] if config["recipe"] == "nano" else [config["recipe"]])]
+    if config["size"] != recipe.sizes[0]:
+        words += ["--size", config["size"]]
+    if config["threads"] != DEFAULT_THREADS:
+        words += ["--threads", str(config["threads"])]
+    for name in FLAGS:
+        if config[name] is not None:
+            words += [f"--{name}", config[name]]
+    stages = json.loads(json.dumps({stage.name: vars(stage) for stage in recipe.stages(config["size"], config["smoke"])}))
+    for name in stages:
+        if name not in config["stages"]:
+            words += ["--without", name]
+    last = config["stage_names"][-1]
+    for name, chosen in config["stages"].items():
+        usual = stages[name]
+        if config["data"] is not None and name == last:
+            usual["mixture"] = chosen["mixture"]  # --data has already said it
+        for field, value in chosen.items():
+            for setting in _settings(usual[field], value):
+                words += ["--set", f"{name}.{field}{setting}"]
+    return shlex.join(words)
+
+
+def _settings(usual, value):
+    """What follows `--set stage.field` to turn one JSON value into another: list of str, empty if they are equal."""
+    if isinstance(value, dict):
+        keys = [key for key in {**usual, **value} if usual.get(key) != value.get(key)]
+        return [f".{key}={value.get(key, 'none')}" for key in keys]
+    text = ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+    return [] if value == usual else [f"={text}"]
+
+
+def commit():
+    """The commit that is checked out: str, with "+" behind it if the code has been changed since; "unknown" without git."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "train.py", "nanovlm")
+    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + "+" * bool(changed)
+
+
+def cpu():
+    """What the processor calls itself: str."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def write(path, text):
+    """Write a file whole or not at all."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main(arguments):
+    """Run the command line; returns the exit code."""
+    try:
+        if arguments == ["readme"]:
+            text = fill(README.read_text(encoding="utf-8"))
+            write(README, text)
+        elif len(arguments) > 2 and arguments[0] == "collect":
+            text = json.dumps(collect([Path(folder) for folder in arguments[2:]]), indent=1, ensure_ascii=False)
+            RESULTS.mkdir(exist_ok=True)
+            write(RESULTS / f"{arguments[1]}.json", text + "\n")
+        else:
+            print(__doc__, file=sys.stderr)
+            return 2
+    except (ValueError, OSError) as error:
+        print(f"results.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

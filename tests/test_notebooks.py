@@ -1,0 +1,437 @@
+"""Lessons: the executed notebooks show what sources and package say, and the exercises' checks judge rightly."""
+
+import ast
+import base64
+import importlib.util
+import io
+import json
+import os
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import jupytext
+import nbclient
+import nbformat
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "notebooks"
+MAX_BYTES = 200_000
+MAX_SECONDS = 60  # CPU-seconds of one lesson, on one core
+
+LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+every_lesson = pytest.mark.parametrize("source", LESSONS, ids=lambda path: path.stem)
+
+
+def load(name):
+    """A module of the notebooks' folder; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+build, checks, solutions, ablation = (load(name) for name in ("build", "checks", "solutions", "ablation_07"))
+
+
+def executed(source):
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+
+
+def outputs(source):
+    return [output for cell in executed(source).cells for output in cell.get("outputs", [])]
+
+
+def cells(source, kind):
+    return [cell.source for cell in jupytext.read(source).cells if cell.cell_type == kind]
+
+
+def imported(tree):
+    """Files of the package that a syntax tree imports from, as "nanovlm/…"."""
+    files = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "nanovlm":
+            path = node.module.replace(".", "/")
+            names = [alias.name for alias in node.names]
+            inside = [f"{path}/{name}.py" for name in names if (ROOT / path / f"{name}.py").is_file()]
+            files.update(inside or [f"{path}.py"])
+    return files
+
+
+def defined(nodes):
+    """Names of the classes and functions among syntax nodes."""
+    return {node.name for node in nodes if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+
+
+def png_outputs(notebook):
+    """The pictures of a notebook, base64."""
+    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [data["image/png"] for data in shown if "image/png" in data]
+
+
+# ---- what stands beside the sources
+
+def test_the_lessons_are_there():
+    assert [path.stem[:2] for path in LESSONS] == ["01", "03", "07"]
+
+
+@every_lesson
+def test_cells_equal_the_source(source):
+    wanted = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
+    found = [(cell.cell_type, cell.source) for cell in executed(source).cells]
+    assert found == wanted, f"run: python notebooks/build.py {source.stem[:2]}"
+
+
+@every_lesson
+def test_the_notebook_was_run_from_top_to_bottom(source):
+    counts = [cell.execution_count for cell in executed(source).cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not [output for output in outputs(source) if output.output_type == "error"]
+
+
+@every_lesson
+def test_the_notebook_is_small_and_was_quick(source):
+    assert source.with_suffix(".ipynb").stat().st_size < MAX_BYTES
+    assert 0 < executed(source).metadata["cpu_seconds"] <= MAX_SECONDS
+
+
+@every_lesson
+def test_the_notebook_shows_pictures(source):
+    sizes = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in png_outputs(executed(source))]
+    assert sizes and all(100 < width < 800 and 50 < height < 800 for width, height in sizes)
+
+
+@every_lesson
+def test_the_code_it_shows_is_the_code_of_today(source):
+    """Cells that print a module's source must not show an older one."""
+    shown = re.findall(r"^`([\w/.]+)`\n```python\n(.*?)\n```$", "\n".join(
+        output["data"]["text/markdown"] for output in outputs(source) if "text/markdown" in output.get("data", {})
+    ), re.DOTALL | re.MULTILINE)  # fmt: skip
+    assert len(shown) >= 3
+    for path, code in shown:
+        text = (ROOT / path).read_text()
+        assert code in text or textwrap.indent(code, "    ") in text, (
+            f"{path} has changed; run: python notebooks/build.py {source.stem[:2]}"
+        )
+
+
+# ---- what every lesson is made of
+
+@every_lesson
+def test_it_opens_with_its_question_time_and_modules(source):
+    opening = cells(source, "markdown")[0]
+    assert re.match(rf"# {source.stem[:2]} · .+\?\n", opening)
+    assert re.search(r"^\*\*Time\*\*: .*minutes to read", opening, re.MULTILINE)
+    assert "**Reads**: " in opening
+
+
+@every_lesson
+def test_it_names_exactly_the_modules_it_reads(source):
+    opening = cells(source, "markdown")[0]
+    named = re.findall(r"`(nanovlm/[\w/]+\.py)`", opening.split("**Reads**")[1])
+    assert len(named) == len(set(named))
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+    assert set(named) == imported(ast.parse(source.read_text()))
+
+
+@every_lesson
+def test_it_ends_with_what_it_did_not_show(source):
+    assert cells(source, "markdown")[-1].startswith("## What this lesson did not show\n")
+
+
+@every_lesson
+def test_it_never_redefines_what_a_module_owns(source):
+    owned = set()
+    for path in (ROOT / "nanovlm").rglob("*.py"):
+        owned |= defined(ast.parse(path.read_text()).body)
+    own = defined(ast.walk(ast.parse(source.read_text())))
+    assert own & owned == set()
+
+
+@every_lesson
+def test_its_exercise_is_judged_and_solved(source):
+    """Each lesson lets the reader try, and runs the check on the solution without forgiving anything."""
+    code = "\n".join(cells(source, "code"))
+    tried = re.findall(r"checks\.attempt\(checks\.(\w+), \w+\)", code)
+    solved = re.findall(r"^checks\.(\w+)\(solutions\.\w+\)", code, re.MULTILINE)
+    assert tried and tried == solved
+    assert set(tried) <= EXERCISES.keys()
+
+
+# ---- exercises: the solution passes, known wrong answers fail
+
+def patches_by_column(pixels, patch_size):
+    patches = pixels.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return patches.permute(0, 4, 2, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def colors_last(pixels, patch_size):
+    patches = pixels.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def plain_reshape(pixels, patch_size):
+    return pixels.reshape(len(pixels), -1, 3 * patch_size**2)
+
+
+def transposed(pixels, patch_size):
+    return solutions.patchify(pixels, patch_size).transpose(1, 2)
+
+
+def starts_again_in_every_row(embeddings, is_image, image_tokens):
+    placed = embeddings.clone()
+    for row, where in zip(placed, is_image):
+        row[where] = image_tokens[: int(where.sum())]
+    return placed
+
+
+def column_by_column(embeddings, is_image, image_tokens):
+    placed = embeddings.transpose(0, 1).clone()
+    placed[is_image.T] = image_tokens
+    return placed.transpose(0, 1)
+
+
+def adds_instead_of_replacing(embeddings, is_image, image_tokens):
+    placed = embeddings.clone()
+    placed[is_image] += image_tokens
+    return placed
+
+
+def at_the_front(embeddings, is_image, image_tokens):
+    placed = embeddings.clone().flatten(0, 1)
+    placed[: len(image_tokens)] = image_tokens
+    return placed.view_as(embeddings)
+
+
+def overwrites_its_input(embeddings, is_image, image_tokens):
+    embeddings[is_image] = image_tokens
+    return embeddings
+
+
+def numbered_as_in_the_paper(x, modality, text, vision):
+    return solutions.route_by_hand(x, 1 - modality, text, vision)
+
+
+def masks_before_the_layer(x, modality, text, vision):
+    is_vision = modality[..., None].float()
+    return vision(x * is_vision) + text(x * (1 - is_vision))
+
+
+def text_for_everything(x, modality, text, vision):
+    return text(x)
+
+
+def adds_both_branches(x, modality, text, vision):
+    return text(x) + vision(x)
+
+
+def unfinished(*arguments):
+    return None
+
+
+EXERCISES = {
+    "check_patchify": (solutions.patchify, (patches_by_column, colors_last, plain_reshape, transposed)),
+    "check_place": (solutions.place, (
+        starts_again_in_every_row, column_by_column, adds_instead_of_replacing, at_the_front, overwrites_its_input,
+    )),
+    "check_route": (solutions.route_by_hand, (
+        numbered_as_in_the_paper, masks_before_the_layer, text_for_everything, adds_both_branches,
+    )),
+}  # fmt: skip
+WRONG = [(check, wrong) for check, (_, answers) in EXERCISES.items() for wrong in (*answers, unfinished)]
+
+
+def test_every_check_is_tested():
+    assert EXERCISES.keys() == {name for name in vars(checks) if name.startswith("check_")}
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_solution_passes(check):
+    getattr(checks, check)(EXERCISES[check][0])
+
+
+@pytest.mark.parametrize("check, wrong", WRONG, ids=lambda value: value if isinstance(value, str) else value.__name__)
+def test_a_wrong_answer_fails(check, wrong):
+    with pytest.raises(AssertionError):
+        getattr(checks, check)(wrong)
+
+
+@pytest.mark.parametrize("check, wrong, hint", [
+    ("check_patchify", patches_by_column, "another order; go along the rows"),
+    ("check_patchify", colors_last, "channel, row, column"),
+    ("check_patchify", transposed, r"shape \(2, 48, 15\), expected \(2, 15, 48\)"),
+    ("check_place", starts_again_in_every_row, "without starting again"),
+    ("check_place", at_the_front, "a word's embedding changed"),
+    ("check_place", overwrites_its_input, "return a new tensor"),
+    ("check_route", numbered_as_in_the_paper, "the paper counts the other way round"),
+    ("check_route", masks_before_the_layer, "two LayerNorms it differs"),
+    ("check_route", text_for_everything, "two Linears it differs"),
+    ("check_route", unfinished, "returned None"),
+])  # fmt: skip
+def test_the_hint_names_the_mistake(check, wrong, hint):
+    with pytest.raises(AssertionError, match=hint):
+        getattr(checks, check)(wrong)
+
+
+def test_an_attempt_tells_and_goes_on(capsys):
+    checks.attempt(checks.check_place, unfinished)
+    checks.attempt(checks.check_place, solutions.place)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("Not yet: your function returned None") and second == "Right!"
+
+
+def test_a_check_refuses_what_is_no_tensor():
+    with pytest.raises(AssertionError, match="returned a list; a tensor was expected"):
+        checks.check_place(lambda embeddings, is_image, image_tokens: [embeddings])
+
+
+# ---- the ablation of lesson 07
+
+def test_the_table_says_how_it_came_about_and_is_complete():
+    note, results = ablation.read()
+    assert note.startswith("python notebooks/ablation_07.py, 20") and "CPU-seconds, seeds 0 to 2" in note
+    wanted = [(seed, arm.name) for seed in (0, 1, 2) for arm in ablation.ARMS]
+    assert [(result.seed, result.arm) for result in results] == wanted
+    assert len({result.text_loss_before for result in results}) == 3  # one language model per seed, in all its arms
+
+
+def test_the_table_holds_what_must_be_true():
+    """Words never meet the image copies, so training these alone cannot change an answer about words."""
+    for result in ablation.read()[1]:
+        if result.arm == "separate, only K/V and norms train":
+            assert result.text_loss_after == result.text_loss_before
+            assert result.text_right_after == result.text_right_before
+        for share in (result.text_right_before, result.text_right_after, result.picture_right):
+            assert 0 <= share <= 1
+
+
+def test_a_table_survives_writing_and_reading(tmp_path):
+    results = [ablation.Result("an arm, with a comma", 2, 1234, 0.5, 1.25, 1.0, 0.125, 0.75)]
+    ablation.write(results, tmp_path / "table.csv", "how it came about")
+    assert ablation.read(tmp_path / "table.csv") == ("how it came about", results)
+    assert list(tmp_path.iterdir()) == [tmp_path / "table.csv"]
+
+
+def test_a_separated_decoder_is_the_same_at_first():
+    found = ablation.sources(0)
+    tokenizer = ablation.make_tokenizer(found["words"])
+    model = ablation.make_model(tokenizer, 0)
+    batch = ablation.rows(ablation.records(found["pictures"], 0, 2), model, tokenizer)
+    before = model(batch)
+    model.decoder = ablation.separate(model.decoder)
+    assert torch.equal(before, model(batch))
+    assert len(model.parts()["vision_branch"]) == 4 * ablation.NUM_LAYERS
+
+
+def test_the_arms_train_what_they_say():
+    """Shared and separate train equally many numbers, so that neither has more room to learn."""
+    settings = ablation.Settings(language_steps=1, picture_steps=2, batch_size=2, exam=2)
+    model, tokenizer, found = ablation.learn_words(0, settings)
+    trained = {}
+    for arm in ablation.ARMS:
+        seeing, result = ablation.learn_to_see(model, arm, tokenizer, found, settings, 0)
+        trained[arm] = result.trained
+        started = ablation.separate(model.decoder) if arm.separate else model.decoder
+        now, then = seeing.decoder.state_dict(), started.state_dict()
+        changed = {name for name in then if not torch.equal(now[name], then[name])}
+        idle = {"layers.1.norm_2.vision.weight"} if arm.separate else set()  # no token reads what comes behind it
+        if arm.everything:
+            expected = set(then)
+        elif arm.separate:
+            expected = {name for name in then if ".vision." in name}
+        else:
+            expected = {name for name in then if re.search(r"\.(norm_1|norm_2|k|v)\.", name)}
+        assert changed == expected - idle
+    shared, separate, *_ = (trained[arm] for arm in ablation.ARMS)
+    assert shared == separate > 0
+
+
+# ---- building
+
+def test_build_finds_lessons_by_number():
+    assert build.lessons() == LESSONS
+    assert [path.stem for path in build.lessons(["07", "01"])] == ["07_modality_adaptive", "01_image_to_tokens"]
+    with pytest.raises(ValueError, match="no lesson '12'; lessons: 01, 03, 07"):
+        build.lessons(["12"])
+
+
+def test_shrinking_keeps_a_picture_and_makes_it_small():
+    picture = Image.effect_noise((60, 40), 40).convert("RGB")
+    large = io.BytesIO()
+    picture.save(large, "png")
+    output = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(large.getvalue()).decode()})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[output])])
+    build.shrink_pictures(notebook)
+    small = base64.b64decode(notebook.cells[0].outputs[0]["data"]["image/png"])
+    assert len(small) < len(large.getvalue())
+    shrunk = Image.open(io.BytesIO(small)).convert("RGB")
+    assert shrunk.size == (60, 40)
+    difference = torch.frombuffer(bytearray(shrunk.tobytes()), dtype=torch.uint8).float()
+    difference -= torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+    assert difference.abs().mean() < 3
+
+
+# ---- running: slow
+
+OFFLINE = '''
+import socket
+
+connect, LOCAL = socket.socket.connect, ("127.0.0.1", "::1", "localhost")
+
+def guarded(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOCAL:
+        raise OSError(f"the network is off; {address} was asked for")
+    return connect(self, address)
+
+def resolve(host, *arguments, resolve=socket.getaddrinfo, **options):
+    if host not in LOCAL:
+        raise OSError(f"the network is off; {host} was asked for")
+    return resolve(host, *arguments, **options)
+
+socket.socket.connect, socket.getaddrinfo = guarded, resolve
+'''
+
+
+@pytest.fixture
+def offline(tmp_path):
+    """Environment of a Python whose sockets reach this machine only."""
+    (tmp_path / "sitecustomize.py").write_text(OFFLINE)
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [
+    "urllib.request.urlopen('http://192.0.2.1/', timeout=1)",
+    "socket.create_connection(('example.org', 80))",
+])  # fmt: skip
+def test_offline_means_offline(offline, tmp_path, call):
+    source = tmp_path / "99_online.py"
+    source.write_text(f"# %%\nimport socket\nimport urllib.request\n{call}\n")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="the network is off"):
+        build.execute(source, offline)
+
+
+@pytest.mark.slow
+@every_lesson
+def test_it_runs_offline(source, offline):
+    notebook, cpu_seconds = build.execute(source, offline)
+    assert cpu_seconds > 0
+    assert len(png_outputs(notebook)) == len(png_outputs(executed(source)))
+
+
+@pytest.mark.slow
+def test_building_writes_the_notebook_whole(tmp_path, monkeypatch, capsys):
+    (tmp_path / "42_answer.py").write_text("# %% [markdown]\n# # Hello\n\n# %%\n6 * 7\n")
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    build.main(["42"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["42_answer.ipynb", "42_answer.py"]
+    notebook = json.loads((tmp_path / "42_answer.ipynb").read_text())
+    assert notebook["cells"][1]["outputs"][0]["data"]["text/plain"] in ("42", ["42"])
+    assert notebook["metadata"]["cpu_seconds"] > 0
+    assert [cell["id"] for cell in notebook["cells"]] == ["cell-0", "cell-1"]
+    assert capsys.readouterr().out.startswith("42_answer: ")

@@ -1,0 +1,395 @@
+"""The README says what is: its tables are those of the results and of the code, its commands and links work."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import sample
+import train
+from nanovlm.data import __main__ as data_command
+from nanovlm.evaluation.exam import Exam, exam_records
+from nanovlm.evaluation.pictures import exam_questions
+from nanovlm.recipes import find, start
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "notebooks"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAX_BYTES = 200_000
+
+
+def load(name):
+    """A module of the notebooks' folder; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that results finds this very readme_tables
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = load("readme_tables")
+results, figures = load("results"), load("figures")
+
+
+# ---- the README
+
+def test_its_tables_are_made_from_the_files():
+    """To mend it: python notebooks/results.py readme"""
+    assert tables.fill(README) == README
+
+
+def test_it_has_every_kind_of_block():
+    assert set(re.findall(r"<!-- (\w+)[: ]", README)) == {*tables.BLOCKS, "end"}
+    assert README.count("<!-- ") == 2 * README.count("<!-- end -->")
+
+
+def test_the_map_names_every_file():
+    mapped = [path for paths in tables.MAP.values() for path in paths]
+    code = [path.relative_to(ROOT).as_posix() for path in (ROOT / "nanovlm").rglob("*.py") if path.read_text().count("\n") > 3]
+    helpers = [path.relative_to(ROOT).as_posix() for path in FOLDER.glob("[a-z]*.py")]
+    silent = ["nanovlm/data/__init__.py"]  # one line
+    assert sorted(mapped) == sorted({*code, *helpers, "train.py", "sample.py"} - {*silent})
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https://)([^)]+)\)", README)
+    assert len(links) > 50
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_it_lists_the_lessons_there_are():
+    listed = re.findall(r"^\| \[(\d\d)\]\((\S+)\) \| (.+?) \|", README, re.MULTILINE)
+    lessons = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+    assert [path for _, path, _ in listed] == [path.with_suffix(".ipynb").relative_to(ROOT).as_posix() for path in lessons]
+    for (number, path, question), lesson in zip(listed, lessons):
+        assert f"# {number} · {question}" in lesson.read_text()
+
+
+def test_its_picture_is_small_and_readable():
+    path = ROOT / re.search(r"!\[.{40,}\]\((\S+)\)", README)[1]
+    assert path == figures.PICTURE
+    assert path.stat().st_size < MAX_BYTES
+    width, height = Image.open(path).size
+    assert 900 < width < 1400 and 400 < height < 700
+
+
+def commands(program):
+    """The arguments of every command of the README that runs a program."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [line[len(program) :] for line in lines if line[: len(program)] == program]
+
+
+@pytest.mark.parametrize("arguments", commands(["python", "train.py"]), ids=" ".join)
+def test_its_training_commands_are_understood(arguments):
+    wishes = train.make_parser().parse(arguments)
+    recipe = find(wishes.recipe)
+    assert start.choose_stages(recipe, wishes) != start.choose_stages(recipe, train.make_parser().parse([])) or not (
+        wishes.set or wishes.without or wishes.stages or wishes.smoke or wishes.data
+    )
+
+
+@pytest.mark.parametrize("arguments", commands(["python", "sample.py"]), ids=" ".join)
+def test_its_questions_are_understood(arguments):
+    wishes = sample.parse(arguments)
+    assert wishes.folder == "out/nano"
+    if wishes.draw:
+        sample.parse_scene(wishes.draw, sample.numpy.random.default_rng(0), 64)
+
+
+def test_it_shows_commands_of_each_kind():
+    assert len(commands(["python", "train.py"])) > 8 and len(commands(["python", "sample.py"])) > 4
+    for arguments in commands(["python", "-m", "nanovlm.data"]):
+        data_command.make_parser().parse_args(arguments)
+
+
+def test_its_flags_exist():
+    known = {word for parser in (train.make_parser(), sample.make_parser(), data_command.make_parser())
+             for word in parser._option_string_actions}
+    named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", re.sub(r"pip install .*", "", README)))
+    assert len(named) > 15 and named <= known
+
+
+def test_its_example_of_a_data_file_can_be_read(tmp_path):
+    (tmp_path / "my.json").write_text(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.jpg")
+    records = start.command_line_sources(tmp_path / "my.json", tmp_path)["data"]
+    assert len(records) == 2
+    assert {records.record(n).conversations[0][-1].text for n in (0, 1)} == {"a cat", "small"}
+
+
+# ---- collecting
+
+RESULTS = {
+    "easy_vqa_test": 0.5, "scenes_new": 0.25, "blank_easy_vqa": 0.125,
+    "kinds": {"easy_vqa_test": {"shape": 0.5, "yes_no": 0.75}, "scenes_new": {"shape": 0.25}, "blank_easy_vqa": {"shape": 0.125}},
+    "majority": {"easy_vqa_test": {"all": 0.6, "shape": 0.1, "yes_no": 0.2}, "scenes_new": {"all": 0.3, "shape": 0.4}},
+    "interval": {"easy_vqa_test": [0.4, 0.6], "scenes_new": [0.2, 0.3], "blank_easy_vqa": [0.1, 0.2]},
+    "questions": {"easy_vqa_test": 9673, "scenes_new": 20, "blank_easy_vqa": 9673}, "parameters": 1234567, "seconds": 100.4,
+}  # fmt: skip
+
+
+def make_run(folder, *arguments, **changed):
+    """An output folder as train.py leaves it, with the settings of a command line and made-up results."""
+    wishes = train.make_parser().parse(list(arguments))
+    recipe = find(wishes.recipe)
+    stages = start.choose_stages(recipe, wishes)
+    settings = start.identity(wishes, start.choose_size(recipe, wishes.size), stages, wishes.threads or 2)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings | {"image_size": 64}))
+    measures = {"color": 0.25, "shape": 0.5, "text_only": 0.125, "scenes_new": 0.5, "easy_vqa_test": 0.5, "scenes_reading": 0.0}
+    log = [{"stage": "tower", "step": 1, "loss": 1.0}]
+    for stage in stages:
+        log.append({"stage": stage.name, "step": 0, "when": "before", "measures": measures})
+        log.append({"stage": stage.name, "step": 9, "when": "after", "measures": measures | {"shape": 1.0}})
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    (folder / "results.json").write_text(json.dumps(RESULTS | changed))
+    noon = 1_699_963_200  # of 14 November 2023, UTC
+    os.utime(folder / "results.json", (0, noon + 86400 * wishes.seed))
+    return folder
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Runs of seeds 2, 0 and 1."""
+    return [
+        make_run(tmp_path / f"run{seed}", "--seed", str(seed), easy_vqa_test=share, seconds=seconds)
+        for seed, share, seconds in ((2, 0.75, 120.6), (0, 0.5, 100.4), (1, 0.625, 110.0))
+    ]  # fmt: skip
+
+
+def test_a_results_file_says_what_was_found_and_how(three):
+    found = results.collect(three)
+    assert found["seeds"] == [0, 1, 2] and [run["seed"] for run in found["runs"]] == [0, 1, 2]
+    assert found["shares"]["easy_vqa_test"] == {"seeds": [0.5, 0.625, 0.75], "min": 0.5, "mean": 0.625, "max": 0.75}
+    assert list(found["shares"]) == ["easy_vqa_test", "scenes_new", "blank_easy_vqa"]
+    assert found["runs"][0]["results"] == RESULTS
+    assert found["date"] == found["runs"][2]["date"] == "2023-11-16" and found["runs"][0]["date"] == "2023-11-14"
+    assert found["command"] == "python train.py" and found["threads"] == 2
+    assert re.fullmatch(r".+, \d+ cores", found["hardware"]) and found["torch"].startswith("2.")
+    tower = found["runs"][0]["stages"]["tower"]
+    assert tower["before"]["shape"] == 0.5 and tower["after"]["shape"] == 1.0
+    assert "50.0% → 100.0%" in tower["summary"] and "25.0% → 25.0%" in tower["summary"]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda runs: (runs[1] / "results.json").unlink(), "run0 holds no results.json; give .* finished"),
+    (lambda runs: (runs[1] / "log.jsonl").unlink(), "run0 holds no log.jsonl"),
+    (lambda runs: runs.append(runs[0]), r"seeds \[2, 0, 1, 2\]: one comes twice"),
+    (lambda runs: runs.append(make_run(runs[0].parent / "x", "--seed", "3", "--without", "tower")), "x and .*run2 differ in stage"),
+    (lambda runs: runs.append(make_run(runs[0].parent / "x", "--seed", "3", "--threads", "1")), "differ in threads"),
+    (lambda runs: runs.insert(0, make_run(runs[0].parent / "x", "--smoke")), "x is a smoke run"),
+])  # fmt: skip
+def test_runs_that_do_not_belong_together_are_refused(three, spoil, message):
+    spoil(three)
+    with pytest.raises((ValueError, OSError), match=message):
+        results.collect(three)
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["--without", "tower", "--without", "language"], ["--size", "tiny", "--threads", "1"],
+    ["--data", "my own.json", "--images", "folder", "--init", "out/nano", "--without", "tower"],
+    ["--set", "instruct.steps=777", "--set", "align.micro_batch_size=8", "--set", "align.clip=none"],
+    ["--set", "tower.betas=0.8,0.9", "--set", "tower.learning_rates.vision=0.5", "--set", "align.learning_rates.bridge=none",
+     "--set", "align.learning_rates.vision=0.125", "--set", "align.copy_vision_branch=False"],
+], ids=" ".join)  # fmt: skip
+def test_the_command_is_the_one_that_trained(tmp_path, arguments):
+    config = json.loads((make_run(tmp_path / "run", *arguments) / "config.json").read_text())
+    words = shlex.split(results.command(config))
+    assert words[:2] == ["python", "train.py"]
+    again = json.loads((make_run(tmp_path / "again", *words[2:]) / "config.json").read_text())
+    assert again == config
+    assert len(words) == 2 + len(arguments)  # nothing that goes without saying
+
+
+def test_a_recipe_file_is_named(tmp_path):
+    recipe = str(ROOT / "tests" / "tiny_recipe.py")
+    config = json.loads((make_run(tmp_path / "run", recipe) / "config.json").read_text())
+    assert results.command(config) == f"python train.py {recipe}"
+
+
+@pytest.mark.parametrize("head, status, commit", [
+    ("0123456789", "", "0123456789"), ("0123456789", " M nanovlm/vit.py", "0123456789+"), ("", "", "unknown"),
+])  # fmt: skip
+def test_the_commit_says_whether_the_code_is_its_own(monkeypatch, head, status, commit):
+    def run(words, **options):
+        assert words[:3] == ["git", "-C", str(ROOT)] and options["text"]
+        if words[3] == "rev-parse":
+            assert words[4:] == ["--short=10", "HEAD"]
+            return subprocess.CompletedProcess(words, 0, head + "\n")
+        assert words[3:] == ["status", "--porcelain", "--", "train.py", "nanovlm"]
+        return subprocess.CompletedProcess(words, 0, status + "\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert results.commit() == commit
+
+
+def test_collect_writes_a_file(three, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    assert results.main(["collect", "some_runs", *map(str, three)]) == 0
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["some_runs.json"]
+    assert json.loads((tmp_path / "results" / "some_runs.json").read_text()) == results.collect(three)
+    (three[0] / "results.json").unlink()
+    assert results.main(["collect", "some_runs", *map(str, three)]) == 1
+    assert capsys.readouterr().err.startswith(f"results.py: {three[0]} holds no results.json")
+    assert results.main(["collect", "some_runs"]) == results.main(["colect"]) == 2
+
+
+# ---- the tables
+
+@pytest.fixture
+def collected(three, tmp_path, monkeypatch):
+    """Results files "a" of three seeds and "b_c" of one."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    one = make_run(tmp_path / "one", "--without", "tower", easy_vqa_test=0.0625, cpu_seconds=77.7)
+    for name, runs in (("a", three), ("b_c", [one])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results.collect(runs)))
+
+
+def filled(block):
+    return tables.fill(f"before\n<!-- {block} -->\nold\n<!-- end -->\nafter <!-- end -->").splitlines()
+
+
+def test_a_block_replaces_what_stood_there(collected):
+    lines = filled("results:a")
+    assert lines[:2] == ["before", "<!-- results:a -->"] and lines[-2:] == ["<!-- end -->", "after <!-- end -->"]
+    assert lines[2:6] == [
+        "| held-out test | questions | seed 0 | seed 1 | seed 2 | mean | majority |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| easy-VQA, official test | 9,673 | 50.0% | 62.5% | 75.0% | 62.5% | 60.0% |",
+        "| scenes, new pictures | 20 | 25.0% | 25.0% | 25.0% | 25.0% | 30.0% |",
+    ]
+    assert lines[6].startswith("| easy-VQA over grey pictures |") and lines[6].endswith("| 12.5% | |")
+    assert lines[8].startswith("`python train.py --seed N`, N = 0, 1, 2; 1,234,567 parameters; 100 to 121 s on 2 threads of ")
+    assert lines[8].endswith(", 2023-11-16.") and "old" not in lines
+
+
+def test_two_blocks_do_not_swallow_what_is_between(collected):
+    text = "<!-- results:a -->\n<!-- end -->\nbetween\n<!-- kinds:a -->\n<!-- end -->"
+    assert "\nbetween\n" in tables.fill(text) and tables.fill(tables.fill(text)) == tables.fill(text)
+
+
+def test_the_kinds_of_question(collected):
+    assert filled("kinds:a")[2:-2] == [
+        "| question | easy-VQA, official test | scenes, new pictures |",
+        "| --- | ---: | ---: |",
+        "| shape | 50.0% (10.0%) | 25.0% (40.0%) |",
+        "| yes no | 75.0% (20.0%) | |",
+    ]
+
+
+def test_a_comparison(collected):
+    lines = filled("compare:a,b_c")
+    assert lines[2] == "| held-out test | a | b c |"
+    assert lines[4] == "| easy-VQA, official test | 62.5% (50.0 – 75.0) | 6.2% (6.2 – 6.2) |"
+    assert lines[6] == "| easy-VQA over grey pictures | 12.5% (12.5 – 12.5) | 12.5% (12.5 – 12.5) |"
+    assert lines[8].startswith("- a: `python train.py --seed N`, N = 0, 1, 2; ")
+    assert lines[9].startswith("- b c: `python train.py --without tower --seed N`, N = 0; 1,234,567 parameters; 100 s (78 CPU-seconds at most) on ")
+
+
+def test_what_is_printed(collected):
+    lines = filled("printed:b_c")
+    assert lines[2] == "```text" and lines[-3] == "```"
+    assert lines[3].startswith("language: ") and "12.5% → 12.5%" in lines[3] and "align: " in lines[4]
+    assert lines[9].split() == ["easy-VQA,", "official", "test", "9,673", "6.2%", "40.0", "-", "60.0%", "60.0%"]
+    assert lines[-4] == "1,234,567 parameters, 100 seconds" and not any(line.startswith(" ") for line in lines)
+
+
+def test_a_recipe_as_a_table():
+    lines = filled("recipe:nano")
+    stages = find("nano").stages("full", False)
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[4 : 4 + len(stages)]] == [stage.name for stage in stages]
+    tower, language = stages[:2]
+    assert lines[4] == f"| tower | pictures against captions | {tower.image_size} | {tower.steps:,} × {tower.batch_size} | vision, text tower |"
+    assert lines[5].startswith(f"| language | the next token |  | {language.steps:,} × ")
+    total, sizes = re.fullmatch(r"([\d,]+) parameters: (.+)\.", lines[-3]).groups()
+    assert int(total.replace(",", "")) == sum(int(size.replace(",", "")) for size in re.findall(r" ([\d,]+)(?:, |$)", sizes))
+    assert "lm head" not in sizes
+
+
+def test_the_map_counts_lines():
+    row = f"| [adapter.py](nanovlm/adapter.py) | {(ROOT / 'nanovlm/adapter.py').read_text().count(chr(10))} | Lynx's bottleneck adapter: "
+    assert any(line.startswith(row) for line in filled("files"))
+    numbers = [line.split(" | ")[:2] for line in filled("files")[4:-2]]
+    heads = [int(lines.strip("*").replace(",", "")) for name, lines in numbers if name.startswith("| **")]
+    assert sum(heads) == sum(int(lines) for name, lines in numbers if name.startswith("| ["))
+    assert not any(ast.get_docstring(ast.parse((ROOT / path).read_text())) is None for paths in tables.MAP.values() for path in paths)
+
+
+def test_what_cannot_be_filled_is_said(tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match="unknown block 'result'. Did you mean 'results'"):
+        filled("result:a")
+    with pytest.raises(FileNotFoundError, match=r"no_such\.json: no such results; .* collect no_such FOLDER"):
+        filled("results:no_such")
+    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("<!-- results:no_such -->\n<!-- end -->")
+    assert results.main(["readme"]) == 1
+    assert (tmp_path / "README.md").read_text() == "<!-- results:no_such -->\n<!-- end -->"
+    assert "no_such.json" in capsys.readouterr().err
+
+
+def test_the_readme_is_rewritten(collected, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("words\n<!-- kinds:a -->\n<!-- end -->\n")
+    assert results.main(["readme"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| shape | 50.0%" in text and text.startswith("words\n") and not list(tmp_path.glob("*.tmp"))
+
+
+# ---- the picture
+
+def exam_log(folder, change=lambda line: line):
+    """An output folder whose exam was wrong at step 50 and right at step 100."""
+    asked = Exam(None, exam_records())
+    truths = [truth for _, truth in asked.questions]
+    folder.mkdir()
+    (folder / "config.json").write_text('{"seed": 5}')
+    entries = [{"stage": "align", "step": 1, "loss": 2.0}] + [
+        {"stage": "align", "step": step, "exam": [change(line) for line in asked.changes([], answers)]}
+        for step, answers in ((50, ["none"] * len(truths)), (100, truths))
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return folder
+
+
+def test_the_picture_is_drawn_from_a_log(tmp_path, monkeypatch, capsys):
+    drawn = []
+    original = figures.answers_over_time
+    monkeypatch.setattr(figures, "answers_over_time", lambda *given: drawn.append(given) or original(*given))
+    monkeypatch.setattr(figures, "PICTURE", tmp_path / "figures" / "picture.png")
+    assert figures.main([str(exam_log(tmp_path / "run"))]) == 0
+    (asked, moments, _, title), = drawn
+    truths = [truth for _, _, truth in exam_questions(exam_records())]
+    assert [label for label, _ in moments] == ["align\nstep 50", "align\nstep 100"]
+    assert moments[1][1] == truths == [truth for _, _, truth in asked] and set(moments[0][1]) == {"none"}
+    assert "(seed 5)" in title
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["picture.png"]
+    picture = Image.open(tmp_path / "figures" / "picture.png")
+    colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20)}
+    assert picture.mode == "P" and {(217, 240, 211), (253, 224, 220)} <= colors  # right and wrong
+    assert "picture.png, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda line: line.replace("what is the", "which is the"), "its exam asks something else"),
+    (lambda line: "exam 1  what is this?  a star ✗", "its exam asks something else"),
+    (lambda line: line[:-1], "is no line of an exam"),
+])  # fmt: skip
+def test_the_log_of_another_exam_is_refused(tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.setattr(figures, "PICTURE", tmp_path / "figures" / "picture.png")
+    assert figures.main([str(exam_log(tmp_path / "run", change))]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_picture_needs_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "PICTURE", tmp_path / "figures" / "picture.png")
+    assert figures.main([str(tmp_path / "nowhere")]) == 1 and figures.main([]) == 2
+    assert "nowhere" in capsys.readouterr().err
