@@ -39,7 +39,6 @@ class Beams:
     ended_scores: Tensor  # float32[B, N], best first
     ended_lengths: Tensor  # int64[B, N], tokens
     is_ended: Tensor  # bool[B, N], False = the slot is still empty
-    can_improve: Tensor  # bool[B, 1], once False it stays False
 
     def select(self, prompts):
         """Keep some prompts, int64[n]: Beams."""
@@ -59,7 +58,6 @@ def start(num_prompts, decoding, device):
         ended_scores=torch.full(shape, EXCLUDED, device=device),
         ended_lengths=torch.zeros(shape, dtype=torch.long, device=device),
         is_ended=torch.zeros(shape, dtype=torch.bool, device=device),
-        can_improve=torch.ones(num_prompts, 1, dtype=torch.bool, device=device),
     )
 
 
@@ -79,9 +77,7 @@ def beam_search(rows, decoding, generator=None):
     for step in range(decoding.max_new_tokens):
         candidates = propose(rows, beams, decoding, active, num_prompts, generator)
         beams, source = advance(beams, candidates, step, decoding)
-        done = is_done(beams, decoding).tolist()  # the one wait for the device in a step
-        if step + 1 == decoding.max_new_tokens:
-            done = [True] * len(active)
+        done = is_done(beams, step + 1, decoding).tolist()  # the one wait for the device in a step
         for place in (place for place, stop in enumerate(done) if stop):
             found[active[place]] = hypotheses(beams, place, decoding)
         going = [place for place, stop in enumerate(done) if not stop]
@@ -137,7 +133,7 @@ def advance(beams, candidates, step, decoding):
     """
     scores, beam, token = candidates
     num_beams, length = decoding.num_beams, step + 1
-    texts = beams.running.gather(1, beam[..., None].expand(-1, -1, decoding.max_new_tokens)).clone()  # B K M
+    texts = pick(beams.running, beam)  # B K M
     texts[:, :, step] = token
     ends = torch.isin(token, torch.tensor(decoding.eos_ids, dtype=torch.long, device=token.device))
     if length == decoding.max_new_tokens:
@@ -147,17 +143,12 @@ def advance(beams, candidates, step, decoding):
     running, source = pick(texts, best), beam.gather(1, best)
 
     may_end = ends & (torch.arange(scores.shape[1], device=scores.device) < num_beams)
-    final_scores = scores / length**decoding.length_penalty
-    full = beams.is_ended.all(dim=1, keepdim=True) & (decoding.early_stopping is True)
-    final_scores = final_scores + (full * EXCLUDED + ~beams.can_improve * EXCLUDED + ~may_end * EXCLUDED)
+    final_scores = scores / length**decoding.length_penalty + ~may_end * EXCLUDED
     ended_scores, best = torch.cat([beams.ended_scores, final_scores], dim=1).topk(num_beams)
     is_ended = torch.cat([beams.is_ended, may_end], dim=1).gather(1, best)
     lengths = torch.cat([beams.ended_lengths, torch.full_like(token, length)], dim=1).gather(1, best)
     ended = pick(torch.cat([beams.ended, texts], dim=1), best)
-
-    hopeful = can_improve(running_scores, ended_scores, is_ended, length, decoding)
-    new = Beams(running, running_scores, ended, ended_scores, lengths, is_ended, beams.can_improve & hopeful)
-    return new, source
+    return Beams(running, running_scores, ended, ended_scores, lengths, is_ended), source
 
 
 def pick(texts, places):
@@ -165,19 +156,20 @@ def pick(texts, places):
     return texts.gather(1, places[..., None].expand(-1, -1, texts.shape[2]))
 
 
-def can_improve(running_scores, ended_scores, is_ended, length, decoding):
-    """Whether the best running beam, at its hoped-for length, would still enter the hypotheses: bool[B, 1]."""
+def is_done(beams, length, decoding):
+    """Prompts whose hypotheses are final, now that beams have `length` new tokens: bool[B].
+
+    Some beam must be able to improve on the worst hypothesis, at the length that is assumed for it; an empty place
+    takes anything. With early_stopping as many hypotheses as beams are enough.
+    """
+    if length == decoding.max_new_tokens:
+        return torch.ones_like(beams.is_ended[:, 0])
     if decoding.early_stopping == "never" and decoding.length_penalty > 0:
-        length = decoding.max_new_tokens  # where a positive penalty treats it best
-    best = running_scores[:, :1] / length**decoding.length_penalty
-    worst = ended_scores.amin(dim=1, keepdim=True).where(is_ended, EXCLUDED)  # an empty slot takes anything
-    return (best > worst).any(dim=1, keepdim=True)
-
-
-def is_done(beams, decoding):
-    """Prompts whose hypotheses cannot change any more: bool[B]."""
+        length = decoding.max_new_tokens  # where a positive penalty treats a beam best
+    best = beams.running_scores[:, :1] / length**decoding.length_penalty
+    worst = beams.ended_scores.amin(dim=1, keepdim=True).where(beams.is_ended, EXCLUDED)
     full = beams.is_ended.all(dim=1) & (decoding.early_stopping is True)
-    return full | ~beams.can_improve[:, 0]
+    return full | (best <= worst).all(dim=1)
 
 
 def hypotheses(beams, place, decoding):

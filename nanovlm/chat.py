@@ -119,7 +119,7 @@ class Chat:
         for piece in without_prefix(decoded(ids, answer, decoder), self.template.answer_prefix):
             pieces.append(piece)
             yield piece
-        self.forgotten += (len(self.turns) + 1 - len(turns)) // 2
+        self.forgotten += len(self.turns) // 2 - len(turns) // 2
         self.turns = [*turns, Turn("assistant", ("".join(pieces),))]
         self.pictures, self.last = shown, Exchange(row, answer, visual_inputs)
 

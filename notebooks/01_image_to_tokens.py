@@ -262,20 +262,23 @@ def similarity(table, row, column):
 
 
 places = [(1, 1), (4, 4), (6, 2)]
-figure, axes = plt.subplots(len(tables), 6, figsize=(8.4, 4.9), sharex=True, sharey=True)
+figure, axes = plt.subplots(
+    len(tables), 7, figsize=(8.8, 4.6), sharex=True, sharey=True, layout="constrained", width_ratios=[1, 1, 1, 0.2, 1, 1, 1]
+)
 for line, (name, both) in zip(axes, tables.items()):
+    line[3].axis("off")
+    line[0].set_ylabel(name, fontsize=10)
     for half, table in enumerate(both):
-        for axis, (row, column) in zip(line[3 * half :], places):
+        for axis, (row, column) in zip(line[4 * half :], places):
             shown = axis.imshow(similarity(table, row, column), cmap="RdBu_r", vmin=-1, vmax=1)
             axis.plot(column, row, "k+", markersize=7)
             axis.set(xticks=(0, 7), yticks=(0, 7))
-    line[0].set_ylabel(name, fontsize=10)
 axes[0, 1].set_title("at the start")
-axes[0, 4].set_title(f"after {STEPS} steps")
+axes[0, 5].set_title(f"after {STEPS} steps")
 figure.supxlabel("column (patches)", fontsize=11)
 figure.supylabel("row (patches)", fontsize=11)
 figure.colorbar(shown, ax=axes, label="cosine with position +", shrink=0.8)
-figure.suptitle(f"similarity of positions (seed {SEED})")
+figure.suptitle(f"similarity of positions (seed {SEED})", fontsize=12)
 plt.show()
 
 # %% [markdown]

@@ -44,7 +44,7 @@ def execute(source, environment=None):
         cell["id"] = f"cell-{place}"  # the random ones would differ after every run
     environment = {**(environment or os.environ), "OMP_NUM_THREADS": "1"}
     client = NotebookClient(
-        notebook, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False,
+        notebook, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False, coalesce_streams=True,
         resources={"metadata": {"path": str(FOLDER)}},
     )  # fmt: skip
     before = os.times()

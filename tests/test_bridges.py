@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovlm.projector import LinearProjector, MLPProjector
+from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
 from nanovlm.resampler import Resampler
 from random_models import randomise
 
@@ -133,3 +133,24 @@ def test_number_of_image_tokens_and_the_start():
     assert resampler.latents.shape == (32, 96) and 0.95 < resampler.latents.std() < 1.05
     assert resampler.frame_embedding.shape == (20, 64) and 0.018 < resampler.frame_embedding.std() < 0.022
     assert len(make(num_layers=4).layers) == 4
+
+
+@pytest.mark.parametrize("num_frames", [1, 2])
+def test_pixel_shuffle_lays_each_square_behind_one_another(num_frames):
+    torch.manual_seed(3)
+    bridge = PixelShuffleProjector(5, 7, merge=2)
+    patches = torch.randn(2, num_frames * 24 * 24 // 16, 5)  # frames of 6 x 6 patches
+    side, tokens = 6, []
+    for frame in patches.unflatten(1, (num_frames, side, side)).unbind(1):
+        for row in range(0, side, 2):
+            for column in range(0, side, 2):
+                square = [frame[:, row + i, column + j] for i in range(2) for j in range(2)]
+                tokens.append(bridge.mlp(torch.cat(square, dim=-1)))
+    torch.testing.assert_close(bridge(patches, num_frames), torch.stack(tokens, dim=1))
+    assert bridge.num_image_tokens(36, num_frames) == 9 * num_frames == len(tokens)
+
+
+@pytest.mark.parametrize("num_patches", [35, 25, 37])
+def test_pixel_shuffle_refuses_a_grid_that_does_not_divide(num_patches):
+    with pytest.raises(ValueError, match=f"{num_patches} patches are no square grid of 2 x 2 squares"):
+        PixelShuffleProjector(4, 4, merge=2).num_image_tokens(num_patches)

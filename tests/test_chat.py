@@ -206,7 +206,7 @@ def test_a_character_that_the_answer_breaks_off_is_given_last(model, tokenizer, 
 
 
 def test_beams_give_one_piece(model, tokenizer):
-    chat = chat_with(model, tokenizer, num_beams=3)
+    chat = chat_with(model, tokenizer, num_beams=2)
     text = "".join(chat.ask("a", [RED]))
     decoding = dataclasses.replace(chat.decoding, eos_ids=(tokenizer.eos,))
     want = generate(model, [chat.last.row.ids], decoding, [chat.last.visual_inputs])[0]

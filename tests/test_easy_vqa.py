@@ -173,3 +173,19 @@ def test_missing_data_says_what_to_install(monkeypatch, tmp_path, split):
     with pytest.raises(FileNotFoundError, match="data of the package easy-vqa is missing.*pip install --force-rein"):
         EasyVQA(split)
     assert easy_vqa.SHAPES == SHAPES
+
+
+def test_texts_put_the_questions_to_a_caption_that_tells_colour_and_shape():
+    texts, captions = EasyVQA(kind="texts"), EasyVQA(kind="captions")
+    complete = {captions.image_ids[n]: captions.captions[captions.image_ids[n]] for n in range(len(captions))}
+    complete = {image_id: words for image_id, words in complete.items() if set(words.split()) & set(COLORS) and set(words.split()) & set(SHAPES)}
+    assert len(texts) == len(complete) == len(captions) - captions.num_incomplete
+    for n in range(50):
+        record = texts.record(n)
+        image_id = int(record.id.split("/")[-1])
+        assert record.visuals == ()
+        asked = {(question, answer) for question, answer in texts.asked[image_id]}
+        for question, answer in record.conversations:
+            told, words = question.parts
+            assert told == f"{complete[image_id]}. "
+            assert (words, answer.text) in asked

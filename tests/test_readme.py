@@ -249,7 +249,7 @@ def test_collect_writes_a_file(three, tmp_path, monkeypatch, capsys):
 def collected(three, tmp_path, monkeypatch):
     """Results files "a" of three seeds and "b_c" of one."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    one = make_run(tmp_path / "one", "--without", "tower", easy_vqa_test=0.0625, cpu_seconds=77.7)
+    one = make_run(tmp_path / "one", "--without", "tower", "--threads", "1", easy_vqa_test=0.0625, cpu_seconds=77.7)
     for name, runs in (("a", three), ("b_c", [one])):
         (tmp_path / f"{name}.json").write_text(json.dumps(results.collect(runs)))
 
@@ -286,13 +286,18 @@ def test_the_kinds_of_question(collected):
     ]
 
 
+def test_one_seed_is_enough(collected):
+    assert filled("results:b_c")[4] == "| easy-VQA, official test | 9,673 | 6.2% | 6.2% | 60.0% |"
+    assert filled("kinds:b_c")[4] == "| shape | 50.0% (10.0%) | 25.0% (40.0%) |"
+
+
 def test_a_comparison(collected):
     lines = filled("compare:a,b_c")
     assert lines[2] == "| held-out test | a | b c |"
     assert lines[4] == "| easy-VQA, official test | 62.5% (50.0 – 75.0) | 6.2% (6.2 – 6.2) |"
     assert lines[6] == "| easy-VQA over grey pictures | 12.5% (12.5 – 12.5) | 12.5% (12.5 – 12.5) |"
     assert lines[8].startswith("- a: `python train.py --seed N`, N = 0, 1, 2; ")
-    assert lines[9].startswith("- b c: `python train.py --without tower --seed N`, N = 0; 1,234,567 parameters; 100 s (78 CPU-seconds at most) on ")
+    assert lines[9].startswith("- b c: `python train.py --threads 1 --without tower --seed N`, N = 0; 1,234,567 parameters; 100 s (78 CPU-seconds at most) on 1 thread of ")
 
 
 def test_what_is_printed(collected):

@@ -85,6 +85,7 @@ def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError) as error:
         Scenes(**options)
     assert message in str(error.value)
+    assert len(Scenes()) == 10_000
     assert len(Scenes(length=1, questions_per_picture=1, string_share=1)) == 1
 
 

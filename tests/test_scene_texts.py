@@ -207,4 +207,23 @@ def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError) as error:
         SceneTexts(**options)
     assert message in str(error.value)
+    assert len(SceneTexts()) == 10_000
     assert len(SceneTexts(max_objects=1, string_share=0, length=1)) == len(SceneTexts(string_share=1, length=1)) == 1
+
+
+def test_several_questions_about_one_text_follow_one_another():
+    source = SceneTexts(weights={"described": 1.0, "listed": 1.0}, questions_per_text=4, max_objects=3)
+    lengths = set()
+    for n in range(60):
+        (turns,) = source.record(n).conversations
+        lengths.add(len(turns) // 2)
+        assert [turn.role for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+        assert all(". " not in turn.text for turn in turns[2::2])  # the text is told once
+        questions = [turns[0].text.split(". ")[-1]] + [turn.text for turn in turns[2::2]]
+        assert len(set(questions)) == len(questions)
+    assert max(lengths) == 4
+
+
+def test_at_least_one_question_per_text():
+    with pytest.raises(ValueError, match="1 or more"):
+        SceneTexts(questions_per_text=0)

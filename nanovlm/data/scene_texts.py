@@ -130,7 +130,7 @@ class SceneTexts:
         return Record(f"{self.name}/{self.seed}/{n}", (), (turns,), (kind,))
 
     def _make(self, rng, kind):
-        """(kind, exchanges of a question or None and its answer); None if no question was found or the split is wrong."""
+        """(kind, exchanges of a question or None and its answer); None if there is none or it is of the other split."""
         if kind in FACTS:
             question, answer, key = FACTS[kind](rng)
             made = kind, [(question, answer)]

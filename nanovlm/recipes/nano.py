@@ -75,7 +75,7 @@ def sources():
         ),
         "scenes_both": lambda seed: Scenes(kind="both", seed=seed + 3, max_objects=3, questions_per_picture=4, weights=both),
         "scenes": lambda seed: Scenes(
-            seed=seed + 4, max_objects=4, questions_per_picture=6, string_share=0.35, weights=QUESTIONS
+            seed=seed + 4, max_objects=4, questions_per_picture=5, string_share=0.35, weights=QUESTIONS
         ),
         "easy_vqa": lambda seed: EasyVQA(seed=seed + 1, questions_per_picture=6),
     }
@@ -85,18 +85,16 @@ TEXTS = {
     "described": 3, "listed": 3, "described_relation": 2, "opposite": 0.1, "addition": 0.3, "spelling": 0.4, "next_letter": 0.1,
     "word_of_phrase": 0.3, "plain_caption": 0.4,
 }  # fmt: skip
-LANGUAGE_PARTS = ("embedding", "language_model")
-BRIDGE_PARTS = ("bridge", "adapters", "vision_branch")
 
 
-def rates(rate, *parts):
-    """{part: peak learning rate}, the same for all."""
-    return dict.fromkeys(parts, rate)
+def rates(rate, *parts, **others):
+    """{part: peak learning rate}: one for all named parts, and others by name."""
+    return dict.fromkeys(parts, rate) | others
 
 
 def stages(size, smoke):
     """The five stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
-    steps = dict(tower=250, language=500, align=150, resolution=150, instruct=500)
+    steps = dict(tower=260, language=560, align=180, resolution=120, instruct=400)
     common = dict(optimizer="muon", warmup_steps=20, precision="bfloat16", max_tokens=128)
     if smoke:
         steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
@@ -108,22 +106,25 @@ def stages(size, smoke):
             summary="tower: of the easy-VQA test, shapes told apart {shape}, colours {color}", **common,
         ),
         Stage(
-            "language", "language", rates(1e-3, *LANGUAGE_PARTS), {"easy_vqa_texts": 1, "texts_single": 1, "texts": 2}, steps["language"], batch_size=64,
+            "language", "language", rates(1e-3, "language_model", embedding=4e-3),
+            {"easy_vqa_texts": 3, "texts_single": 1.5, "texts": 2}, steps["language"], batch_size=32,
             summary="language: questions about texts {text_only}", **common,
         ),
         Stage(
-            "align", "language", rates(1e-3, *BRIDGE_PARTS), {"singles": 3, "scenes_small": 3, "easy_vqa_captions": 1, "easy_vqa": 3},
+            "align", "language", rates(1e-3, "adapters", "vision_branch", bridge=4e-3),
+            {"singles": 3, "scenes_small": 3, "easy_vqa_captions": 1, "easy_vqa": 3},
             steps["align"], batch_size=32, image_size=48, copy_vision_branch=True,
             summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
         ),
         Stage(
-            "resolution", "language", rates(1e-3, "vision", *BRIDGE_PARTS), {"scenes_both": 7, "easy_vqa": 3},
-            steps["resolution"], batch_size=32,
+            "resolution", "language", rates(1.5e-3, "vision", "bridge", "adapters", "vision_branch"),
+            {"scenes_both": 6, "easy_vqa": 4}, steps["resolution"], batch_size=32,
             summary="resolution: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
         ),
         Stage(
-            "instruct", "language", rates(1e-3, "vision", *BRIDGE_PARTS, *LANGUAGE_PARTS),
-            {"scenes": 6.5, "easy_vqa": 2.5, "texts": 1.5}, steps["instruct"], batch_size=32,
+            "instruct", "language",
+            rates(1.5e-3, "vision", "bridge", "embedding", "language_model", "adapters", "vision_branch"),
+            {"scenes": 7, "easy_vqa": 2, "texts": 1}, steps["instruct"], batch_size=32,
             summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}, reading {scenes_reading}", **common,
         ),
     )  # fmt: skip

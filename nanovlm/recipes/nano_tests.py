@@ -10,7 +10,7 @@ from nanovlm.evaluation.pictures import pick_samples, sample_sheet
 from nanovlm.evaluation.short_answer import Examiner, shares
 from nanovlm.evaluation.zero_shot import easy_vqa_zero_shot
 
-QUICK_PICTURES = 60  # of each test
+QUICK_PICTURES = 40  # of each test
 SMOKE_PICTURES = 4  # the same in a smoke run
 TRY = (
     'python sample.py {folder} --draw "red circle left of blue star" "how many objects are there?"',
