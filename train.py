@@ -126,7 +126,8 @@ def main(arguments):
             print(f"stopped: {stopped.reason}. To go on:\n  {resume_command(arguments)}", flush=True)
             return stopped.exit_code
         except (TrainingError, CheckpointError) as error:
-            print(f"train.py: {error}\nTo go on after the last checkpoint:\n  {resume_command(arguments)}", file=sys.stderr)
+            going_on = f"To go on after the last checkpoint:\n  {resume_command(arguments)}"
+            print(f"train.py: {error}\n{going_on}", file=sys.stderr)
             return 1
     return 0
 

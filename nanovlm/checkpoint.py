@@ -168,12 +168,17 @@ def replace(path, write):
         os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} could not be written ({error}); make room, then continue with --resume") from error
+        raise CheckpointError(f"{path} could not be written ({error}); make room, then use --resume") from error
 
 
 def replace_json(path, value):
     """`replace` with a JSON value."""
     replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+
+
+def replace_tensors(path, tensors):
+    """`replace` with a safetensors file of dict name -> Tensor."""
+    replace(path, lambda temporary: write_tensors(temporary, tensors))
 
 
 def copy_into(targets, tensors, where):

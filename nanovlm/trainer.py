@@ -122,7 +122,7 @@ class Trainer:
         return tensors, state
 
     def begin(self, index, saved):
-        """Make a stage ready: picture size, frozen parts, optimizers, data; then all that was saved of it, if it was."""
+        """Make a stage ready: picture size, frozen parts, optimizers, data; then restore what was saved, if it was."""
         run, stage = self.run, self.run.stages[index]
         run.model.vision.resize(stage.image_size)  # first: the position table may become a new parameter
         if stage.copy_vision_branch:
@@ -265,8 +265,8 @@ class Trainer:
         run, out = self.run, self.run.out
         checkpoint.replace_json(out / "config.json", run.identity | {"image_size": run.model.vision.image_size})
         if run.contrastive is not None:
-            checkpoint.replace(out / "text_tower.safetensors", lambda path: checkpoint.write_tensors(path, text_side(run.contrastive)))
-        checkpoint.replace(out / "model.safetensors", lambda path: checkpoint.write_tensors(path, run.model.state_dict()))
+            checkpoint.replace_tensors(out / "text_tower.safetensors", text_side(run.contrastive))
+        checkpoint.replace_tensors(out / "model.safetensors", run.model.state_dict())
         checkpoint.replace(out / "curves.png", lambda path: plot_curves(self.log.read(), path, run.seed))
         with self.stop.anywhere(), self.looking():
             results = run.finish(run)

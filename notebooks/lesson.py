@@ -40,13 +40,14 @@ def show_pictures(pictures, titles, columns, size=1.6):
       size: inches of one picture.
     """
     lines = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(size * columns, (size + 0.35) * lines), squeeze=False)
+    rows_of_title = 1 + max(title.count("\n") for title in titles)
+    height = (size + 0.2 * rows_of_title) * lines  # inches
+    figure, axes = plt.subplots(lines, columns, figsize=(size * columns, height), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, picture, title in zip(axes.flat, pictures, titles):
         axis.imshow(picture)
         axis.set_title(title)
-    figure.tight_layout()
     plt.show()
 
 

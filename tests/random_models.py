@@ -19,8 +19,8 @@ def randomise(module, spread=0.2):
 
 def small_vit(**options):
     """A ViT for pictures of 12 pixels: 9 patches of 4 pixels, width 12."""
-    config = ViTConfig(image_size=12, patch_size=4, width=12, num_layers=2, num_heads=3, mlp_width=20, **options)
-    return randomise(ViT(config))
+    sizes = dict(image_size=12, patch_size=4, width=12, num_layers=2, num_heads=3, mlp_width=20)
+    return randomise(ViT(ViTConfig(**(sizes | options))))
 
 
 def small_decoder(layers=(LayerOptions(3, modality_adaptive=True), LayerOptions()), **options):

@@ -136,18 +136,22 @@ def test_number_of_image_tokens_and_the_start():
 
 
 @pytest.mark.parametrize("num_frames", [1, 2])
-def test_pixel_shuffle_lays_each_square_behind_one_another(num_frames):
-    torch.manual_seed(3)
-    bridge = PixelShuffleProjector(5, 7, merge=2)
-    patches = torch.randn(2, num_frames * 24 * 24 // 16, 5)  # frames of 6 x 6 patches
-    side, tokens = 6, []
-    for frame in patches.unflatten(1, (num_frames, side, side)).unbind(1):
-        for row in range(0, side, 2):
-            for column in range(0, side, 2):
-                square = [frame[:, row + i, column + j] for i in range(2) for j in range(2)]
+@pytest.mark.parametrize("merge", [2, 3])
+def test_pixel_shuffle_lays_each_square_behind_one_another(num_frames, merge):
+    bridge = randomise(PixelShuffleProjector(5, 7, merge))
+    patches = torch.randn(2, num_frames * 36, 5)  # frames of 6 x 6 patches
+    tokens = []
+    for frame in patches.unflatten(1, (num_frames, 6, 6)).unbind(1):
+        for row in range(0, 6, merge):
+            for column in range(0, 6, merge):
+                square = [frame[:, row + i, column + j] for i in range(merge) for j in range(merge)]
                 tokens.append(bridge.mlp(torch.cat(square, dim=-1)))
     torch.testing.assert_close(bridge(patches, num_frames), torch.stack(tokens, dim=1))
-    assert bridge.num_image_tokens(36, num_frames) == 9 * num_frames == len(tokens)
+    count = bridge.num_image_tokens(36, num_frames)
+    assert isinstance(count, int) and count == len(tokens) == 36 * num_frames // merge**2
+    assert bridge.output_width == 7
+    if num_frames == 1:
+        assert torch.equal(bridge(patches), bridge(patches, 1)) and bridge.num_image_tokens(36) == count
 
 
 @pytest.mark.parametrize("num_patches", [35, 25, 37])

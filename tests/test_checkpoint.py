@@ -67,7 +67,8 @@ def fail(at, error):
 
 def test_everything_is_forced_to_the_disk_before_the_rename(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    path = "/proc/self/fd/{}"
+    monkeypatch.setattr(os, "fsync", lambda number: seen.append(os.path.basename(os.readlink(path.format(number)))))
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda old, new: (seen.append("rename"), rename(old, new)))
     checkpoint.save(tmp_path, 1, tensors(1), {})
@@ -189,7 +190,8 @@ def test_copy_into_names_everything_that_does_not_fit():
     before = model.weight.clone()
     with pytest.raises(CheckpointError) as error:
         checkpoint.copy_into(model.state_dict(), {"weight": torch.ones(2, 3), "scale": torch.ones(1)}, "a.safetensors")
-    for words in ("a.safetensors", "bias is missing", "scale is not part of this model", "weight has shape (2, 3), this model's has (2, 2)"):
+    for words in ("a.safetensors", "bias is missing", "scale is not part of this model",
+                  "weight has shape (2, 3), this model's has (2, 2)"):
         assert words in str(error.value)
     assert torch.equal(model.weight, before)
 
@@ -235,7 +237,8 @@ def test_optimizers_go_on_as_if_nothing_had_happened():
     assert len(optimizers) == 2
     train(model, optimizers, 3, seed=1)
     state = {name: tensor.clone() for name, tensor in checkpoint.optimizer_tensors(optimizers).items()}
-    assert set(state) == {"momentum_buffer/layers.0.weight", "step/layers.0.bias", "exp_avg/layers.0.bias", "exp_avg_sq/layers.0.bias"}
+    assert set(state) == {"momentum_buffer/layers.0.weight",
+                          "step/layers.0.bias", "exp_avg/layers.0.bias", "exp_avg_sq/layers.0.bias"}
     second = copy.deepcopy(model)
     fresh = optimizer.build(second.parts(), STAGE)
     checkpoint.load_optimizer(fresh, state)

@@ -158,11 +158,11 @@ def test_a_toy_matching_is_learned():
     lengths = torch.full((6,), 2)
     make = lambda: colours[:, :, None, None] + 0.1 * torch.randn(6, 3, 8, 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    before = float(model.loss(make(), ids, lengths))
+    before = model.loss(make(), ids, lengths).item()
     for _ in range(60):
         optimizer.zero_grad()
         model.loss(make(), ids, lengths).backward()
         optimizer.step()
-    after = float(model.loss(make(), ids, lengths))
+    after = model.loss(make(), ids, lengths).item()
     chosen = (model.embed_images(make()) @ model.embed_texts(ids, lengths).T).argmax(1)
     assert before > 1.0 and after < 0.1 and chosen.tolist() == list(range(6))

@@ -70,9 +70,12 @@ def test_depths_count_from_the_top_as_in_beit():
 
 
 @pytest.mark.parametrize(("name", "shape", "expected"), [
-    ("vision.blocks.0.q.weight", (4, 4), True), ("layers.11.q.weight", (4, 3), True), ("vision.blocks.0.q.bias", (4,), False),
-    ("vision.blocks.0.latents", (4, 4), False), ("vision.patch.weight", (4, 4), False), ("blocks.0.conv.weight", (4, 4, 1, 1), False),
-    ("blocks.0.norm.weight", (4,), False), ("superblocks.0.q.weight", (4, 4), False), ("blocks.x.q.weight", (4, 4), False),
+    ("vision.blocks.0.q.weight", (4, 4), True), ("layers.11.q.weight", (4, 3), True),
+    ("vision.blocks.0.q.bias", (4,), False),
+    ("vision.blocks.0.latents", (4, 4), False), ("vision.patch.weight", (4, 4), False),
+    ("blocks.0.conv.weight", (4, 4, 1, 1), False),
+    ("blocks.0.norm.weight", (4,), False), ("superblocks.0.q.weight", (4, 4), False),
+    ("blocks.x.q.weight", (4, 4), False),
 ])
 def test_matrices_are_two_dimensional_weights_inside_blocks(name, shape, expected):
     assert optimizer.is_matrix(name, nn.Parameter(torch.ones(shape))) is expected
@@ -174,4 +177,5 @@ def test_table():
         ["vision", "72", "yes", "0.000125", "to", "0.001"], ["bridge", "16", "frozen", "-"], ["adapters", "0", "frozen", "-"],
         ["all", "88", "72", "trained", "(82%)"]]
     assert optimizer.table(parts(), stage())[1].split() == ["vision", "72", "yes", "0.001"]
-    assert optimizer.table(parts(), stage(optimizer="muon", muon_factor=4.0))[1].split() == ["vision", "72", "yes", "0.001", "to", "0.004"]
+    with_muon = optimizer.table(parts(), stage(optimizer="muon", muon_factor=4.0))
+    assert with_muon[1].split() == ["vision", "72", "yes", "0.001", "to", "0.004"]

@@ -130,3 +130,14 @@ def test_load_refuses_what_is_incomplete(smoke, tmp_path, spoil, error, words):
     spoil(tmp_path)
     with pytest.raises(error, match=words):
         recipes.load(tmp_path)
+
+
+def test_the_two_nano_recipes_differ_by_the_bridge_alone():
+    with torch.device("meta"):
+        one, other = (RECIPES[name].build("full", nano.VOCABULARY) for name in ("nano", "nano_resampler"))
+    shapes = [
+        {name: p.shape for name, p in model.named_parameters() if not name.startswith("bridge.")} for model in (one, other)
+    ]
+    assert shapes[0] == shapes[1]
+    assert one.num_image_tokens(64) == other.num_image_tokens(64) == 16
+    assert RECIPES["nano"].stages("full", False) == RECIPES["nano_resampler"].stages("full", False)

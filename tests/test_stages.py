@@ -75,8 +75,10 @@ def test_a_stage_cannot_be_changed_in_place():
 
 
 @pytest.mark.parametrize(("field", "text", "value"), [
-    ("steps", "100", 100), ("weight_decay", "1e-2", 0.01), ("schedule", "cosine", "cosine"), ("betas", "0.9,0.98", (0.9, 0.98)),
-    ("copy_vision_branch", "True", True), ("copy_vision_branch", "false", False), ("micro_batch_size", "4", 4), ("micro_batch_size", "None", None), ("clip", "none", None), ("clip", "0.5", 0.5),
+    ("steps", "100", 100), ("weight_decay", "1e-2", 0.01), ("schedule", "cosine", "cosine"),
+    ("betas", "0.9,0.98", (0.9, 0.98)),
+    ("copy_vision_branch", "True", True), ("copy_vision_branch", "false", False), ("micro_batch_size", "4", 4),
+    ("micro_batch_size", "None", None), ("clip", "none", None), ("clip", "0.5", 0.5),
 ])
 def test_override_takes_the_type_of_the_field(field, text, value):
     result = vars(override(changed(micro_batch_size=2), {field: text}))[field]
@@ -102,9 +104,12 @@ def test_override_changes_one_entry_of_a_table():
 
 @pytest.mark.parametrize(("field", "text", "words"), [
     ("stepps", "1", "no field 'stepps'. Did you mean 'steps'"), ("steps", "1.5", "align.steps=1.5: int expected"),
-    ("steps", "0", "steps is 0"), ("clip", "x", "align.clip=x: float expected"), ("betas", "0.9", "2 values with commas"),
-    ("betas", "0.9,x", "float expected"), ("copy_vision_branch", "1", "bool expected"), ("steps.x", "1", "one value, not a table"), ("mixture", "x", "align.mixture is a table; write align.mixture.KEY=x"),
-    ("learning_rates.brigde", "1", "Did you mean 'bridge'"), ("mixture.other", "none", "align.mixture.other: there is no entry 'other' to remove. Known: 'scenes'"),
+    ("steps", "0", "steps is 0"), ("clip", "x", "align.clip=x: float expected"),
+    ("betas", "0.9", "2 values with commas"),
+    ("betas", "0.9,x", "float expected"), ("copy_vision_branch", "1", "bool expected"),
+    ("steps.x", "1", "one value, not a table"), ("mixture", "x", "align.mixture is a table; write align.mixture.KEY=x"),
+    ("learning_rates.brigde", "1", "Did you mean 'bridge'"),
+    ("mixture.other", "none", "align.mixture.other: there is no entry 'other' to remove. Known: 'scenes'"),
     ("learning_rates.bridge", "x", "align.learning_rates.bridge=x: float expected"),
 ])
 def test_override_explains_mistakes(field, text, words):
@@ -136,7 +141,8 @@ def test_choose_applies_settings_in_order():
 @pytest.mark.parametrize(("arguments", "words"), [
     ((["allign"],), "no stage 'allign'. Did you mean 'align'"), ((None, ["towr"]), "Did you mean 'tower'"),
     ((["align"], ["align"]), "no stage is left to run of: tower, align, instruct"),
-    ((None, (), ["align.steps"]), "expected stage.field=value"), ((None, (), ["steps=3"]), "for example tower.steps=100"),
+    ((None, (), ["align.steps"]), "expected stage.field=value"), ((None, (), ["steps=3"]),
+    "for example tower.steps=100"),
     ((["tower"], (), ["align.steps=3"]), "no stage 'align' runs. Known: 'tower'"),
 ])
 def test_choose_explains_mistakes(arguments, words):

@@ -41,17 +41,21 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--resum"], "unknown argument '--resum'. Did you mean '--resume'"), (["--thread", "1"], "Did you mean '--threads'"),
+    (["--resum"], "unknown argument '--resum'. Did you mean '--resume'"),
+    (["--thread", "1"], "Did you mean '--threads'"),
     (["--parallel", "ddp"], "--parallel 'ddp' is unknown. Known: 'none'"), (["--threads", "0"], "0 is less than 1"),
     (["--threads", "two"], "--threads"), (["--size", "ful"], "no size 'ful'. Did you mean 'full'"),
     (["--stages", "towr"], "no stage 'towr'. Did you mean 'tower'"), (["--without", "alig"], "Did you mean 'align'"),
-    (["--without", "align,tower"], "no stage is left"), (["--set", "align.step=3"], "no field 'step'. Did you mean 'steps'"),
-    (["--set", "align.learning_rates.brigde=1"], "Did you mean 'bridge'"), (["--set", "align.learning_rates.lora=1"], "'lora', which this model does not have"),
+    (["--without", "align,tower"], "no stage is left"),
+    (["--set", "align.step=3"], "no field 'step'. Did you mean 'steps'"),
+    (["--set", "align.learning_rates.brigde=1"], "Did you mean 'bridge'"),
+    (["--set", "align.learning_rates.lora=1"], "'lora', which this model does not have"),
     (["--set", "align.mixture.word=1"], "reads 'word', which neither the recipe nor --datasets provides. Did you mean 'words'"),
     (["--set", "align.image_size=17"], "no multiple of patch_size 4; try 16"),
     (["--set", "align.max_tokens=65"], "stage 'align': max_tokens is 65, but the context is 64"),
     (["--set", "tower.max_tokens=25"], "stage 'tower': max_tokens is 25, but the context is 24"),
-    (["--data", "nowhere.json"], "nowhere.json: no such file"), (["--images", "."], "--images is the image folder of --data"),
+    (["--data", "nowhere.json"], "nowhere.json: no such file"),
+    (["--images", "."], "--images is the image folder of --data"),
     (["--datasets", "nowhere.json"], "no such datasets file"), (["--init", "nowhere"], "nowhere"),
 ])
 def test_mistakes_are_answered_in_one_line(capsys, tmp_path, arguments, words):
@@ -93,8 +97,8 @@ def test_resume_without_a_checkpoint_begins_at_the_start(capsys, tmp_path, train
     (out / "log.jsonl").write_text('{"stage": "tower", "step": 1, "loss": 1')
     assert run("--out", out, *FAST, "--resume") == 0
     assert "no checkpoint in" in capsys.readouterr().out
-    assert torch.equal(load_file(out / "model.safetensors")["bridge.linear.weight"], load_file(trained / "model.safetensors")["bridge.linear.weight"])
-    assert [entry.get("loss") is not None for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines())].count(True) == 2
+    assert (out / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    assert ["loss" in json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()].count(True) == 2
 
 
 def test_stages_can_be_left_out_and_start_from_a_model(tmp_path, trained):
@@ -181,7 +185,8 @@ def test_defaults(tmp_path, monkeypatch, capsys):
 def test_ctrl_c_before_the_first_step(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "find", lambda name: os.kill(os.getpid(), signal.SIGINT))
     assert run("--out", tmp_path / "run") == 130
-    assert capsys.readouterr().out == f"stopped: SIGINT received. To go on:\n  python train.py {RECIPE} --out {tmp_path / 'run'} --resume\n"
+    command = f"python train.py {RECIPE} --out {tmp_path / 'run'} --resume"
+    assert capsys.readouterr().out == f"stopped: SIGINT received. To go on:\n  {command}\n"
 
 
 def test_a_failed_training_ends_with_one_line_and_the_command(capsys, tmp_path):

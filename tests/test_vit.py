@@ -60,7 +60,8 @@ def test_good_sizes_are_accepted():
     for size in (4, 8, 12):
         check_image_size(size, 4)
     assert config(patch_size=6).patch_size == 6  # a power of 2 only matters to the convolutional stem
-    assert config(conv_stem=True, image_size=16, patch_size=8).conv_stem
+    for patch_size in (2, 8):
+        assert config(conv_stem=True, image_size=16, patch_size=patch_size).conv_stem
 
 
 def test_patch_convolution_is_cutting_and_a_matrix():
@@ -101,10 +102,12 @@ def naive_vit(vit, pixels, activation, eps):
         dict(class_token=False, patch_bias=False),
         dict(pre_norm=True, activation="quick_gelu", norm_eps=1e-2),
         dict(post_norm=False, qkv_bias="qv", activation="gelu_tanh"),
+        dict(image_size=16),  # more tokens than channels
     ],
 )
 def test_forward_by_hand(options, backend):
-    vit, pixels = small_vit(**options), torch.randn(2, 3, 12, 12)
+    vit = small_vit(**options)
+    pixels = torch.randn(2, 3, vit.image_size, vit.image_size)
     vit.backend = backend
     activation = {
         "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
@@ -112,8 +115,9 @@ def test_forward_by_hand(options, backend):
         "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     }[vit.config.activation]
     found = vit(pixels)
-    assert found.shape == (2, 9 + vit.config.class_token, 12)
-    assert vit.num_tokens(12) == found.shape[1]
+    num_patches = (vit.image_size // 4) ** 2
+    assert found.shape == (2, num_patches + vit.config.class_token, 12)
+    assert vit.num_tokens(vit.image_size) == found.shape[1]
     torch.testing.assert_close(found, naive_vit(vit, pixels, activation, vit.config.norm_eps), atol=1e-5, rtol=1e-4)
 
 

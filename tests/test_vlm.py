@@ -458,15 +458,3 @@ def test_batch_moves_as_a_whole():
         value = getattr(moved, field.name)
         assert value.device.type == "meta" and value.shape == getattr(batch, field.name).shape
     assert text_batch([[1, 2]]).to("meta").pixels is None
-
-
-def test_vision_branch_starts_as_a_copy_of_the_text():
-    model = small_vlm()
-    branch = model.parts()["vision_branch"]
-    parameters = dict(model.named_parameters())
-    assert branch and any(not torch.equal(p, parameters[name.replace(".vision.", ".text.")]) for name, p in branch.items())
-    texts = {name: p.clone() for name, p in parameters.items() if ".text." in name}
-    model.copy_vision_branch()
-    for name, parameter in branch.items():
-        assert torch.equal(parameter, texts[name.replace(".vision.", ".text.")])
-        assert torch.equal(parameters[name.replace(".vision.", ".text.")], texts[name.replace(".vision.", ".text.")])

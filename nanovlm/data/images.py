@@ -107,7 +107,6 @@ def _decode(file, source, max_pixels):
             f"{source}: {width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}; "
             "scale it down, or pass a larger max_pixels to images.load if you trust it"
         )
-    image.load()
     return _upright_rgb(image, source)
 
 

@@ -28,7 +28,7 @@ COLORS = {
     "pink": (250, 130, 200),
 }
 SHAPES = ("circle", "triangle", "square", "star", "cross", "ring")
-SIZES = {"small": (5.8, 6.8), "big": (9.5, 10.8)}  # range of the radius, pixels, on any canvas
+SIZES = {"small": (6.6, 7.6), "big": (10.6, 12.0)}  # range of the radius, pixels, on any canvas
 # One colour and one shape each, and none is a pair that easy-VQA shows (its shapes: circle, rectangle, triangle).
 HELD_OUT = (("red", "star"), ("green", "cross"), ("purple", "circle"), ("pink", "square"))
 TRAIN_PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT)

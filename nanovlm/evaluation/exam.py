@@ -11,7 +11,7 @@ from nanovlm.data.scene_source import Scenes
 from nanovlm.evaluation.short_answer import exact_match
 
 RIGHT, WRONG = "✓", "✗"
-SEED = 2003  # of the scenes; chosen by eye for pictures that are easy to judge
+SEED = 2005  # of the scenes; chosen by eye for pictures that are easy to judge
 LONGEST = 40  # characters of an answer that are shown
 
 
@@ -28,8 +28,8 @@ def exam_records():
 
     Returns: list of Record, always the same.
     """
-    words = Scenes("new", seed=SEED, min_objects=3, string_share=0.0, questions_per_picture=12)
-    strings = Scenes("new", seed=SEED, min_objects=2, string_share=1.0, questions_per_picture=12)
+    words = Scenes("new", seed=SEED, min_objects=3, string_share=0.0)
+    strings = Scenes("new", seed=SEED, min_objects=2, string_share=1.0)
     return [
         _first(EasyVQA("test"), ("color", "shape")),
         _first(words, ("relation", "count")),

@@ -13,6 +13,7 @@ from nanovlm.data.scene_texts import TEXT_TYPES, SceneTexts
 from nanovlm.evaluation.short_answer import shares, wilson
 
 NUM_SCENES = 400  # pictures of each scene test
+NUM_TRAINING = 500  # training records in which the most frequent answers are counted
 SEED = 1000  # of the drawn tests; splits differ from "train" whatever the seed
 NAMES = {
     "easy_vqa_test": "easy-VQA, official test",
@@ -21,7 +22,6 @@ NAMES = {
     "scenes_reading": "scenes, reading unseen strings",
     "text_only": "text only",
 }
-NUM_SCENES = 400  # pictures of each scene test
 BLANK = "blank_easy_vqa"
 BY_KIND = ("easy_vqa_test", "scenes_new", "scenes_unseen_pairs")  # tests whose question types the table shows
 
@@ -59,7 +59,7 @@ def held_out_tests(num_pictures=None, num_scenes=NUM_SCENES):
     return tests
 
 
-def majorities(tests, num_records=500):
+def majorities(tests, num_records=NUM_TRAINING):
     """What is right without looking, if the most frequent answers of training records are given.
 
     Args:
@@ -127,7 +127,7 @@ def results_table(results):
             f"{words:<36}{results['questions'][name]:>10,}{results[name]:>9.1%}"
             f"{f'{100 * low:.1f} - {high:.1%}':>17}{_percent(majority, 'all'):>11}"
         )
-        for kind, share in results["kinds"][name].items() if name in BY_KIND else ():
+        for kind, share in sorted(results["kinds"][name].items()) if name in BY_KIND else ():
             lines.append(f"  {kind.replace('_', ' '):<44}{share:>9.1%}{'':>17}{_percent(majority, kind):>11}")
     if "parameters" in results:
         lines.append(f"{results['parameters']:,} parameters, {results['seconds']:.0f} seconds")

@@ -68,7 +68,7 @@ class Examiner:
 
 
 def answer_questions(
-    model, records, tokenizer, template, image_size, image_fit, decoding, batch_size=256, blank=False, progress=None
+    model, records, tokenizer, template, image_size, image_fit, decoding, batch_size, blank=False, progress=None
 ):
     """Let a model answer the last question of every conversation.
 

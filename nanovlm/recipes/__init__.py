@@ -10,11 +10,11 @@ from nanovlm import checkpoint
 from nanovlm.data.templates import Template
 from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
 from nanovlm.names import nearest
-from nanovlm.recipes import nano
+from nanovlm.recipes import nano, nano_resampler
 from nanovlm.recipes.recipe import from_file
 from nanovlm.vlm import VLM
 
-RECIPES = {"nano": nano.RECIPE}
+RECIPES = {"nano": nano.RECIPE, "nano_resampler": nano_resampler.RECIPE}
 
 
 def find(name):

@@ -27,23 +27,27 @@ from nanovlm.vlm import VLM
 SIZES = {"full": (128, 2), "tiny": (32, 1)}  # width of vision and language, layers of each
 HEAD_WIDTH = 32  # channels
 VOCABULARY = 512  # tokens
-QUESTIONS = {"color": 1, "shape": 1, "count": 1.2, "existence": 1, "place": 1.5, "relation": 1.8, "size": 0.7, "reading": 1.5}
+QUESTIONS = {"color": 1.5, "shape": 1.5, "count": 1.2, "existence": 1, "place": 1.5, "relation": 1.8, "size": 0.7, "reading": 1.5}
 CAPTIONS = {"caption": 1.0, "short_caption": 1.0}
 
 
-def build(size, vocab_size):
-    """The vision-language model: vlm.VLM."""
+def projector(width):
+    """The bridge: squares of 2 x 2 patches become one image token each."""
+    return PixelShuffleProjector(width, width, merge=2)
+
+
+def build(size, vocab_size, bridge=projector):
+    """The vision-language model: vlm.VLM. bridge: width -> the bridge between vision and language of this width."""
     width, num_layers = SIZES[size]
     heads = width // HEAD_WIDTH
     vision = ViT(ViTConfig(64, 8, width, num_layers, heads, 4 * width, conv_stem=True, class_token=False))
-    bridge = PixelShuffleProjector(width, width, merge=2)
     layers = (LayerOptions(adapter_width=32, modality_adaptive=True),) * num_layers
     decoder = Decoder(
         DecoderConfig(
             vocab_size, width, heads, heads, ffn_width=width * 5 // 2, context_length=256, layers=layers, tied_head=True
         )
     )
-    return VLM(vision, bridge, decoder)
+    return VLM(vision, bridge(width), decoder)
 
 
 def contrastive(size, model):
@@ -58,7 +62,7 @@ def sources():
     both = QUESTIONS | CAPTIONS
     return {
         "singles_captions": lambda seed: Scenes(
-            kind="captions", seed=seed, max_objects=1, string_share=0.1, weights={"short_caption": 1.0}
+            kind="captions", seed=seed, max_objects=1, string_share=0.1, weights={"short_caption": 1.0, "shape_caption": 1.5}
         ),
         "scenes_captions": lambda seed: Scenes(
             kind="captions", seed=seed + 1, max_objects=3, string_share=0.2, weights={"short_caption": 1.0, "shape_caption": 2.0}
@@ -73,7 +77,7 @@ def sources():
         "scenes_small": lambda seed: Scenes(
             kind="both", seed=seed + 2, max_objects=2, questions_per_picture=3, weights=both, canvas=48
         ),
-        "scenes_both": lambda seed: Scenes(kind="both", seed=seed + 3, max_objects=3, questions_per_picture=4, weights=both),
+        "scenes_both": lambda seed: Scenes(kind="both", seed=seed + 3, max_objects=2, questions_per_picture=4, weights=both),
         "scenes": lambda seed: Scenes(
             seed=seed + 4, max_objects=4, questions_per_picture=5, string_share=0.35, weights=QUESTIONS
         ),
@@ -94,14 +98,14 @@ def rates(rate, *parts, **others):
 
 def stages(size, smoke):
     """The five stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
-    steps = dict(tower=260, language=560, align=180, resolution=120, instruct=400)
+    steps = dict(tower=320, language=520, align=180, resolution=140, instruct=400)
     common = dict(optimizer="muon", warmup_steps=20, precision="bfloat16", max_tokens=128)
     if smoke:
         steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
     return (
         Stage(
             "tower", "contrastive", rates(2e-3, "vision", "text_tower"),
-            {"singles_captions": 3, "scenes_captions": 5, "easy_vqa_captions": 2},
+            {"singles_captions": 7, "scenes_captions": 1, "easy_vqa_captions": 2},
             steps["tower"], batch_size=64,
             summary="tower: of the easy-VQA test, shapes told apart {shape}, colours {color}", **common,
         ),

@@ -54,8 +54,8 @@ def make_sources(recipe, stages, wishes):
             if name in sources:
                 continue
             if name not in recipe.sources:
-                raise ValueError(f"stage {stage.name!r} reads {name!r}, which neither the recipe nor --datasets provides."
-                                 f"{nearest(name, recipe.sources.keys() | sources.keys())}")
+                raise ValueError(f"stage {stage.name!r} reads {name!r}, which neither the recipe nor --datasets "
+                                 f"provides.{nearest(name, recipe.sources.keys() | sources.keys())}")
             try:
                 sources[name] = recipe.sources[name](wishes.seed)
             except FileNotFoundError as error:
@@ -66,7 +66,7 @@ def make_sources(recipe, stages, wishes):
 
 
 def check_stages(stages, model, contrastive):
-    """Raise ValueError if a stage asks for what the models cannot do, before hours are spent on the stages ahead of it."""
+    """Raise ValueError if a stage asks for what the models cannot do, before the stages ahead of it cost hours."""
     for stage in stages:
         check_image_size(stage.image_size, model.vision.config.patch_size)
         parts = model.parts()
@@ -77,7 +77,8 @@ def check_stages(stages, model, contrastive):
             parts, context_length = contrastive.parts(), contrastive.text.context_length
         optimizer.groups(parts, stage)
         if stage.max_tokens > context_length:
-            raise ValueError(f"stage {stage.name!r}: max_tokens is {stage.max_tokens}, but the context is {context_length}")
+            raise ValueError(f"stage {stage.name!r}: max_tokens is {stage.max_tokens}, "
+                             f"but the context is {context_length}")
 
 
 def identity(wishes, size, stages, threads):
