@@ -27,7 +27,7 @@ RANGES = {
     "repetition_penalty": (lambda x: x > 0, "above 0"),
     "min_new_tokens": (lambda x: x >= 0, "0 or more"),
     "num_return_sequences": (lambda x: x >= 1, "1 or more"),
-    "early_stopping": (lambda x: x in (False, True, "never"), 'False, True or "never"'),
+    "early_stopping": (lambda x: isinstance(x, bool) or x == "never", 'False, True or "never"'),
 }
 
 

@@ -87,11 +87,16 @@ class Trainer:
         self.measures = {}  # stage name -> "before" | "after" -> measure -> share
         self.answers = []  # of the last exam
         self.seconds_before = 0.0  # in earlier processes of this run
+        self.cpu_seconds_before = 0.0
         self.began = time.monotonic()
 
     def seconds(self):
         """Seconds of training so far, without the time between two processes."""
         return self.seconds_before + time.monotonic() - self.began
+
+    def cpu_seconds(self):
+        """CPU-seconds of all threads so far, which other work on the machine hardly changes."""
+        return self.cpu_seconds_before + time.process_time()
 
     def train(self):
         """Train all stages, or what the last checkpoint leaves of them, and write the results.
@@ -116,7 +121,8 @@ class Trainer:
         if changed:
             raise checkpoint.CheckpointError(f"{folders[-1]} belongs to another run: {changed}")
         self.step, self.starts, self.measures = state["step"], state["starts"], state["measures"]
-        self.answers, self.seconds_before = state["answers"], state["seconds"]
+        self.answers = state["answers"]
+        self.seconds_before, self.cpu_seconds_before = state["seconds"], state["cpu_seconds"]
         self.log.cut(state["log_bytes"])
         say(f"continuing after step {self.step}, in stage {self.run.stages[state['stage']].name}")
         return tensors, state
@@ -206,7 +212,7 @@ class Trainer:
         state = {"identity": run.identity, "stage": current.index, "stage_step": current.step, "step": self.step,
                  "starts": self.starts, "mixture": mixture, "report": asdict(current.report),
                  "frozen": current.frozen, "measures": self.measures, "answers": self.answers,
-                 "seconds": self.seconds(), "log_bytes": self.log.size()}
+                 "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(), "log_bytes": self.log.size()}
         checkpoint.save(run.out, self.step, tensors, state)
 
     def restore(self, current, tensors, state):
@@ -270,6 +276,7 @@ class Trainer:
         checkpoint.replace(out / "curves.png", lambda path: plot_curves(self.log.read(), path, run.seed))
         with self.stop.anywhere(), self.looking():
             results = run.finish(run)
-        results |= {"parameters": sum(p.numel() for p in run.model.parameters()), "seconds": round(self.seconds(), 1)}
+        results |= {"parameters": sum(p.numel() for p in run.model.parameters()), "seconds": round(self.seconds(), 1),
+                    "cpu_seconds": round(self.cpu_seconds(), 1)}
         checkpoint.replace_json(out / "results.json", results)
         say("\n".join(["", *measures_table(self.measures), "", *run.report(run, results)]))

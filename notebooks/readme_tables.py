@@ -29,7 +29,7 @@ MAP = {  # heading -> files in reading order
         "stages", "optimizer", "trainer", "update", "run", "checkpoint", "interrupts", "progress")),
     "Answers": tuple(f"nanovlm/{name}.py" for name in (
         "sampler", "prefill", "cache", "logits_processors", "beam_search", "chat")),
-    "Recipes": tuple(f"nanovlm/recipes/{name}.py" for name in ("nano", "nano_tests", "recipe", "start", "__init__")),
+    "Recipes": tuple(f"nanovlm/recipes/{name}.py" for name in ("nano", "nano_resampler", "nano_tests", "recipe", "start", "__init__")),
     "Data": tuple(f"nanovlm/data/{name}.py" for name in (
         "records", "easy_vqa", "scenes", "scene_questions", "scene_source", "scene_texts", "scene_parsing", "datasets",
         "images", "tokenizer", "templates", "batching", "mixture", "show", "__main__")),

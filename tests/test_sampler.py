@@ -273,6 +273,13 @@ def test_nothing_is_recorded_for_gradients(model):
     assert rows and not any(row.logits.requires_grad for row in rows)
 
 
+def test_other_number_formats(visual_inputs):
+    model = random_vlm().to(torch.bfloat16)
+    for decoding in DECODINGS.values():
+        rows = generate(model, PROMPTS, decoding, visual_inputs, torch.Generator().manual_seed(0))
+        assert len(rows) == 4 * decoding.num_return_sequences
+
+
 def test_no_prompt_no_answer(model):
     assert generate(model, [], DECODINGS["greedy"]) == []
 
@@ -337,7 +344,7 @@ EDGES = [
     ("repetition_penalty", [0.1, 2.0], [0.0]),
     ("min_new_tokens", [0, 20], [-1]),
     ("num_return_sequences", [1], [0]),
-    ("early_stopping", [False, True, "never"], ["always", None]),
+    ("early_stopping", [False, True, "never"], ["always", None, 1]),
     ("eos_ids", [(), (0,), (3, 4)], [(3, 3), (-1,)]),
 ]
 

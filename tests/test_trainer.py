@@ -70,7 +70,7 @@ def test_what_a_run_leaves_behind(whole):
     assert [path.name for path in complete(whole.out)] == ["step-00000012"]
     results = json.loads((whole.out / "results.json").read_text())
     assert results["parameters"] == sum(p.numel() for p in whole.model.parameters()) and results["seconds"] > 0
-    assert set(results) == {"color", "parameters", "seconds"}
+    assert set(results) == {"color", "parameters", "seconds", "cpu_seconds"} and results["cpu_seconds"] > 0
     config = json.loads((whole.out / "config.json").read_text())
     assert config["image_size"] == 16 and config["recipe"] == "tiny" and config["threads"] == 1
     assert (whole.out / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -263,6 +263,8 @@ def test_sines_and_cosines_tell_row_and_column():
             for place in (row, column):  # two speeds: 1 and 1/100 radians per patch
                 expected += [math.sin(place), math.sin(place / 100), math.cos(place), math.cos(place / 100)]
             torch.testing.assert_close(table[3 * row + column], torch.tensor(expected))
+    far = sincos_positions(64 * 64, 8)[-1]
+    assert float(far[1]) == pytest.approx(math.sin(0.63), abs=1e-6)
     assert sincos_positions(1, 12).shape == (1, 12)
 
 

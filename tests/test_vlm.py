@@ -63,6 +63,19 @@ def repeated_batch():
     )
 
 
+def uneven_batch():
+    """One picture; two long rows, of which only one shows it, and three short ones."""
+    pad, short = [IGNORE] * 4, [[I, I, I, 4, 0, 0, 0, 0]] * 3
+    return image_batch(
+        ids=[[I, I, I, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 0, 0], *short],
+        segments=[[0] * 8, [0] * 6 + [-1] * 2, *[[0] * 4 + [-1] * 4] * 3],
+        labels=[[I, I, I, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, *pad[:2]], *[[I, I, I, 4, *pad]] * 3],
+        frames=[1],
+        shown=[0, 0, 0, 0],
+        owner=[0, 2, 3, 4],
+    )
+
+
 def test_constants():
     assert IMAGE_TOKEN == -1 and IGNORE == -100
 
@@ -159,7 +172,7 @@ def naive_logits(model, batch):
     return rows
 
 
-@pytest.mark.parametrize("make_batch", [mixed_batch, repeated_batch])
+@pytest.mark.parametrize("make_batch", [mixed_batch, repeated_batch, uneven_batch])
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_forward_and_loss_equal_rows_run_one_by_one(make_batch, backend):
     model, batch = small_vlm(), make_batch()
@@ -225,6 +238,7 @@ def test_shared_prefix_runs_a_picture_once():
     assert model.share_prefix
     assert sharing(model, batch) == [(2, 3), (2, 2), (3, 4)]  # pictures, then short and long rows
     shared, real = model(batch), batch.segments >= 0
+    assert sharing(model, uneven_batch()) == [(1, 3), (3, 1), (2, 6)]
     model.share_prefix = False
     assert sharing(model, batch) == [(5, 7)]
     torch.testing.assert_close(shared[real], model(batch)[real], atol=1e-5, rtol=1e-4)

@@ -46,6 +46,8 @@ SPLITS = ("train", "new", "unseen_pairs", "reading")
 
 @dataclass(frozen=True)
 class SceneObject:
+    """One coloured shape of a scene."""
+
     color: str  # one of COLORS
     shape: str  # one of SHAPES
     size: str  # one of SIZES
@@ -56,6 +58,8 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
+    """What stands where in a picture."""
+
     canvas: int  # width and height, pixels
     objects: tuple[SceneObject, ...]  # in order of placing
     string: str | None = None  # two or three symbols of ALPHABET
