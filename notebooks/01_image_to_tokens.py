@@ -282,10 +282,10 @@ figure.suptitle(f"similarity of positions (seed {SEED})", fontsize=12)
 plt.show()
 
 # %% [markdown]
-# Red means alike. Sines and cosines know their neighbours before any training; the random tables begin as noise. In
-# published ViTs, learned tables end up with rows and columns too (arXiv:2010.11929, Fig. 7), after millions of pictures;
-# ours had a few thousand. But what does the table do for the task? That is a number, and we can measure it: name the
-# nearest of all 72 captions for 200 new pictures.
+# Red means alike. Sines and cosines know their neighbours before any training; the random tables begin as noise.
+# In published ViTs, learned tables end up with rows and columns too (arXiv:2010.11929, Fig. 7), after millions of
+# pictures; ours had a few thousand. But what does the table do for the task? That is a number, and we can measure
+# it: name the nearest of all 72 captions for 200 new pictures.
 
 # %%
 exam = batch(described("new", seed=1), 200)

@@ -253,7 +253,7 @@ STEPS, MOMENTS = 200, (0, 5, 10, 20, 30, 40, 60, 80, 100, 120, 140, 160, 180, 20
 history, last_words = {}, None
 
 
-def readable(word):
+def in_print(word):
     """A word, or what to call it if it is none."""
     return "(nothing)" if not word else word if word.isascii() and word.isprintable() else "(noise)"
 
@@ -267,7 +267,7 @@ def look(step):
     history[step] = shares_right(answers, exam_records)
     if answers[:6] != last_words:
         last_words = answers[:6]
-        print(f"step {step:<4}: " + " · ".join(map(readable, last_words)))
+        print(f"step {step:<4}: " + " · ".join(map(in_print, last_words)))
 
 
 print("asked for: " + " · ".join(record.kinds[0] for record in exam_records[:6]))
@@ -283,7 +283,7 @@ for kind, color in (("color", lesson.VISION_COLOR), ("shape", lesson.TEXT_COLOR)
     axis.axhline(100 * guessing[kind], color=color, linestyle=":", label=f"{kind}, guessing")
 axis.set(xlabel="training (steps of 64 questions)", ylabel="right (% of the exam)", ylim=(0, 105))
 axis.set_title(f"200 held-out pictures, seed {SEED}")
-axis.legend(fontsize=9)
+axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 plt.show()
 
 # %% [markdown]
@@ -358,10 +358,10 @@ for kind in ("color", "shape"):
     print(f"{kind}: {right:.0%} of {len(fitting)} answers are right for the picture shown")
 
 # %% [markdown]
-# With its own picture the model stands far above everything else; without, it falls to about guessing, 1 colour of 8
-# and 1 shape of 6. (*Constant* is a little better than guessing because it picks its answer with hindsight.) And the
-# exchanged pictures show that the model is not confused by them: it says what it sees. All this is one seed, and a
-# 200-question exam moves by several points from one set of pictures to another.
+# With its own picture the model stands far above everything else; without, it falls to about guessing, 1 colour
+# of 8 and 1 shape of 6. (*Constant* is a little better than guessing because it picks its answer with hindsight.)
+# And the exchanged pictures show that the model is not confused by them: it says what it sees. All this is one
+# seed, and a 200-question exam moves by several points from one set of pictures to another.
 
 # %% [markdown]
 # ## Solution of the exercise

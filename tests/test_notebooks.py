@@ -310,6 +310,16 @@ def test_the_table_holds_what_must_be_true():
             assert 0 <= share <= 1
 
 
+def test_the_table_bears_out_the_lesson():
+    """What the lesson concludes from it holds in every seed."""
+    by_arm = {arm.name: [result for result in ablation.read()[1] if result.arm == arm.name] for arm in ablation.ARMS}
+    shared, separate, *whole = by_arm.values()
+    assert all(result.text_right_after < result.text_right_before - 0.1 for result in shared)
+    assert all(result.text_right_after < result.text_right_before / 2 for result in (*whole[0], *whole[1]))
+    one, other = ([result.picture_right for result in results] for results in (shared, separate))
+    assert max(min(one), min(other)) <= min(max(one), max(other))  # the ranges overlap
+
+
 def test_a_table_survives_writing_and_reading(tmp_path):
     results = [ablation.Result("an arm, with a comma", 2, 1234, 0.5, 1.25, 1.0, 0.125, 0.75)]
     ablation.write(results, tmp_path / "table.csv", "how it came about")

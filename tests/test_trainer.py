@@ -189,12 +189,14 @@ class Clock:
     """Time that passes only when told to."""
 
     def __init__(self, monkeypatch, step):
-        self.now = 1000.0
+        self.now, self.cpu = 1000.0, 0.0
         monkeypatch.setattr(trainer.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(trainer.time, "process_time", lambda: self.cpu)
         self.tokens, real = [], trainer.gradient
 
         def gradient(*arguments):
             self.now += step
+            self.cpu += 2 * step
             self.tokens.append(real(*arguments)[2])
             return 1.5, 2.5, self.tokens[-1]
 
@@ -209,10 +211,11 @@ def test_time_is_told_right(tmp_path, monkeypatch):
     assert [entry["seconds"] for entry in log(out)] == [2.0, 4.0, 6.0]
     assert [entry["tokens_per_second"] for entry in log(out)] == [round(tokens / 2) for tokens in clock.tokens]
     assert {(entry["loss"], entry["gradient_norm"]) for entry in log(out)} == {(1.5, 2.5)}
-    clock.now = 0.0  # another process, another clock
+    clock.now = clock.cpu = 0.0  # another process, other clocks
     train(make(out))
     assert [entry["seconds"] for entry in log(out)] == [2.0 * step for step in range(1, 13)]
-    assert json.loads((out / "results.json").read_text())["seconds"] == 24.0
+    results = json.loads((out / "results.json").read_text())
+    assert (results["seconds"], results["cpu_seconds"]) == (24.0, 48.0)
 
 
 def test_checkpoints_come_when_due(tmp_path, monkeypatch):
