@@ -178,7 +178,8 @@ def test_missing_data_says_what_to_install(monkeypatch, tmp_path, split):
 def test_texts_put_the_questions_to_a_caption_that_tells_colour_and_shape():
     texts, captions = EasyVQA(kind="texts"), EasyVQA(kind="captions")
     complete = {captions.image_ids[n]: captions.captions[captions.image_ids[n]] for n in range(len(captions))}
-    complete = {image_id: words for image_id, words in complete.items() if set(words.split()) & set(COLORS) and set(words.split()) & set(SHAPES)}
+    both = (set(COLORS), set(SHAPES))
+    complete = {id: words for id, words in complete.items() if all(known & set(words.split()) for known in both)}
     assert len(texts) == len(complete) == len(captions) - captions.num_incomplete
     for n in range(50):
         record = texts.record(n)
