@@ -3,6 +3,10 @@
 import re
 
 
+class WeightsError(ValueError):
+    """Weights that do not fit, cannot be read or cannot be written; the message says which, and what to do."""
+
+
 def grouped(names):
     """Names with their first number drawn together: ["h.0.w", "h.1.w"] -> ["h.{0-1}.w (2)"]."""
     groups = {}
