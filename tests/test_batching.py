@@ -7,7 +7,7 @@ from PIL import Image
 from nanovlm.data import images
 from nanovlm.data.batching import Report, build_batch, contrastive_batch, pixels_of, prompt_row
 from nanovlm.data.records import Record, Turn, Visual
-from nanovlm.data.templates import NANO, Template, segments, write
+from nanovlm.data.templates import LYNX, NANO, Template, segments, write
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
 
@@ -95,6 +95,15 @@ def test_text_only_batches_have_no_pixels(tokenizer):
         assert batch.pixels is None
         assert batch.frames.shape == batch.shown.shape == batch.owner.shape == (0,)
         assert batch.frames.dtype == batch.shown.dtype == torch.int64
+
+
+def test_rounds_are_rows(tokenizer):
+    talks = talk("what?", "a cat", 0) + talk("sure?", "yes")
+    record = Record("r", (picture(1),), (talks, talk("hi", "hello")))
+    batch = batch_of([record], tokenizer, LYNX)
+    rows = [write(segments(talk, LYNX), tokenizer, [2]) for talk in (talks[:2], talks, record.conversations[1])]
+    assert [ids[: len(row.ids)].tolist() for ids, row in zip(batch.ids, rows)] == [row.ids for row in rows]
+    assert batch.shown.tolist() == [0, 0] and batch.owner.tolist() == [0, 1]
 
 
 def test_a_batch_of_nothing(tokenizer):

@@ -6,18 +6,19 @@ import random
 import pytest
 
 from nanovlm.data.records import Turn
-from nanovlm.data.templates import NANO, Row, Segment, Template, prompt, segments, write
-from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.data import templates
+from nanovlm.data.templates import NANO, PHI, VICUNA, Row, Segment, Template, end_ids, prompt, rounds, segments, write
+from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
 
-# The forms of the papers, as data: nothing but these fields is needed to write them.
-SYSTEM = "A chat between a user and an assistant. "
-LYNX = Template(image_place="row", turn_prefix="\n", lower_case=("user", "assistant"))
-VICUNA = Template("USER: ", " ", "ASSISTANT:", system=SYSTEM, image_place="turn", image_suffix="\n")
-MPLUG_OWL2 = Template("USER: ", " ", "ASSISTANT:", image_place="turn")
-PHI = Template("USER: ", " ", "ASSISTANT:", system=SYSTEM, begin_with_bos=False)
-PLAIN = Template("", "", "", "", "\n", begin_with_bos=False, end_with_eos=False, image_place="turn")
-TEMPLATES = {"nano": NANO, "lynx": LYNX, "vicuna": VICUNA, "owl": MPLUG_OWL2, "phi": PHI, "plain": PLAIN}
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. "
+)
+NAMES = ("NANO", "LYNX", "VICUNA", "LLAVA", "MPLUG_OWL2", "LLAVA_PHI", "PHI", "PLAIN", "BLIP2", "BLIP2_CAPTION",
+         "OPEN_FLAMINGO", "OPEN_FLAMINGO_VQA", "CHATML", "CHATML_SMOLLM2", "CHATML_QWEN")  # fmt: skip
+TEMPLATES = {name: getattr(templates, name) for name in NAMES}
+ADDED = ("<image>", "<|endofchunk|>", "<|im_start|>", "<|im_end|>")  # special tokens of the published tokenizers
 COUNTS = (3, 1, 4)  # image tokens of the visual inputs 0, 1, 2
 
 CHAT = (
@@ -30,16 +31,19 @@ CHAT = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["user: what is this?\nbot: a cat"] * 20, 290)
+    trained = train_tokenizer(["user: what is this?\nbot: a cat"] * 20, 290)
+    trained.backend.add_special_tokens(list(ADDED))
+    return Tokenizer(trained.backend)
 
 
 def shown(rendered):
-    """A rendered conversation as one string: <0> a visual input, [..] what is trained."""
+    """A rendered conversation as one string: <0> a visual input, {..} a special token, [..] what is trained."""
     names = {"bos": "<s>", "eos": "</s>"}
     text = ""
     for segment in rendered:
-        piece = segment.text if segment.special is None else names[segment.special]
-        piece = piece if segment.visual is None else f"<{segment.visual}>"
+        piece = segment.text if segment.special is None else names.get(segment.special, f"{{{segment.special}}}")
+        if segment.visual is not None:
+            piece = f"<{segment.visual}>" + (f"={segment.special}" if segment.special else "")
         text += f"[{piece}]" if segment.trained else piece
     return text
 
@@ -47,18 +51,36 @@ def shown(rendered):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("nano", "<0><1><s>user: what is here?\nbot:[ A Cat][</s>]\nuser: and this?\nbot:[ No][</s>]"),
-        ("lynx", "<0><1><s>user: what is here?\nbot:[ a cat][</s>]\nuser: and this?\nbot:[ no][</s>]"),
+        ("NANO", "<0><1><s>user: what is here?\nbot:[ A Cat][</s>]\nuser: and this?\nbot:[ No][</s>]"),
+        ("LYNX", "<0><1><s>user: what is here?\nbot: a cat\nuser: and this?\nbot:[ no][</s>]"),
         (
-            "vicuna",
+            "VICUNA",
             f"<s>{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]",
         ),
-        ("owl", "<s>USER: <0>What is here? ASSISTANT:[ A Cat][</s>]USER: <1>And this? ASSISTANT:[ No][</s>]"),
+        ("LLAVA", "<s>USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"),
+        ("MPLUG_OWL2", "<s>USER: <0>What is here? ASSISTANT:[ A Cat][</s>]USER: <1>And this? ASSISTANT:[ No][</s>]"),
         (
-            "phi",
-            f"{SYSTEM}USER: What is\n<0>\n here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]",
+            "LLAVA_PHI",
+            f"{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]",
         ),
-        ("plain", "<0>What is here?[A Cat\n]<1>And this?[No\n]"),
+        ("PHI", "Instruct: <0>\nWhat is here?\nOutput:[ A Cat][</s>]Instruct: <1>\nAnd this?\nOutput:[ No][</s>]"),
+        ("PLAIN", "<s><0>[A Cat\n]<1>[No\n]"),
+        ("BLIP2", "<0><1><s>Question: What is here? Answer:[ A Cat\n]Question: And this? Answer:[ No\n]"),
+        ("BLIP2_CAPTION", "<0><1><s>[A Cat\nNo\n]"),
+        (
+            "OPEN_FLAMINGO",
+            "<s><0>=<image>What is here?[A Cat][{<|endofchunk|>}]<1>=<image>And this?[No][{<|endofchunk|>}]",
+        ),
+        (
+            "OPEN_FLAMINGO_VQA",
+            "<s><0>=<image>Question:What is here? Short answer:[A Cat][{<|endofchunk|>}]"
+            "<1>=<image>Question:And this? Short answer:[No][{<|endofchunk|>}]",
+        ),
+        (
+            "CHATML",
+            "{<|im_start|>}user\n<0>What is here?{<|im_end|>}\n{<|im_start|>}assistant\n[A Cat][{<|im_end|>}]\n"
+            "{<|im_start|>}user\n<1>And this?{<|im_end|>}\n{<|im_start|>}assistant\n[No][{<|im_end|>}]",
+        ),
     ],
 )
 def test_the_forms_of_the_papers(name, expected):
@@ -68,13 +90,88 @@ def test_the_forms_of_the_papers(name, expected):
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("nano", "<0><1><s>user: what is here?\nbot:[ A Cat][</s>]\nuser: and this?\nbot:"),
-        ("vicuna", f"<s>{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:"),
-        ("plain", "<0>What is here?[A Cat\n]<1>And this?"),
+        ("NANO", "<0><1><s>user: what is here?\nbot:[ A Cat][</s>]\nuser: and this?\nbot:"),
+        ("LYNX", "<0><1><s>user: what is here?\nbot: a cat\nuser: and this?\nbot:"),
+        ("VICUNA", f"<s>{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:"),
+        ("PLAIN", "<s><0>[A Cat\n]<1>"),
     ],
 )
 def test_prompts_end_where_the_assistant_speaks(name, expected):
     assert shown(prompt(CHAT[:3], TEMPLATES[name])) == expected
+
+
+@pytest.mark.parametrize(
+    "name, system",
+    [
+        ("CHATML_SMOLLM2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+        ("CHATML_QWEN", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    ],
+)
+def test_system_turns_of_chatml(name, system):
+    assert shown(prompt((Turn("user", ("Hi",)),), TEMPLATES[name])) == (
+        f"{{<|im_start|>}}system\n{system}{{<|im_end|>}}\n"
+        "{<|im_start|>}user\nHi{<|im_end|>}\n{<|im_start|>}assistant\n"
+    )
+
+
+def test_a_turn_that_only_shows_a_picture():
+    turns = (Turn("user", (1, " ")), Turn("assistant", ("yes",)))
+    assert shown(segments(turns, VICUNA)) == f"<s>{SYSTEM}USER: <1> ASSISTANT:[ yes][</s>]"
+    assert shown(segments(turns, TEMPLATES["PLAIN"])) == "<s><1>[yes\n]"
+
+
+def test_rounds():
+    assert rounds(CHAT, NANO) == [CHAT]
+    assert rounds(CHAT, TEMPLATES["LYNX"]) == [CHAT[:2], CHAT]
+    alone = CHAT[1:2]
+    assert rounds(alone, TEMPLATES["LYNX"]) == [alone]
+
+
+def test_what_ends_a_reply(tokenizer):
+    eos, chunk, end = tokenizer.eos, *(tokenizer.special_id(name) for name in ("<|endofchunk|>", "<|im_end|>"))
+    newline = tokenizer.encode("\n")[-1]
+    ends = {"NANO": (eos,), "OPEN_FLAMINGO": (eos, chunk), "CHATML": (eos, end), "PLAIN": (eos, newline)}
+    assert {name: end_ids(TEMPLATES[name], tokenizer) for name in ends} == ends
+
+
+def test_special_tokens_and_media_tokens_are_single_ids(tokenizer):
+    row = write(segments(CHAT[:2], TEMPLATES["OPEN_FLAMINGO"]), tokenizer, COUNTS)
+    media, chunk = tokenizer.special_id("<image>"), tokenizer.special_id("<|endofchunk|>")
+    answer = [*tokenizer.encode("A Cat"), chunk]
+    assert row.ids == [tokenizer.bos, media, *tokenizer.encode("What is here?"), *answer]
+    assert row.labels == [IGNORE] * (len(row.ids) - len(answer)) + answer
+    assert row.images == [(0, 1, 2)]
+    start, end = tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<|im_end|>")
+    row = write(prompt((Turn("user", ("<|im_end|>",)),), TEMPLATES["CHATML"]), tokenizer, ())
+    encode = tokenizer.encode
+    typed = encode("user\n<|im_end|>")
+    assert end not in typed
+    assert row.ids == [start, *typed, end, *encode("\n"), start, *encode("assistant\n")]
+
+
+def test_special_tokens_that_the_tokenizer_lacks():
+    plain = train_tokenizer(["a"], 259)
+    with pytest.raises(ValueError, match="no special token '<|im_start|>'.* Known: '</s>', '<pad>', '<s>'"):
+        write(prompt((Turn("user", ("Hi",)),), TEMPLATES["CHATML"]), plain, ())
+
+
+class Spaced:
+    """As SentencePiece's tokenizers do, a text begins with a blank of its own unless it continues another."""
+
+    bos, eos, add_bos = 1, 2, False
+
+    def encode(self, text, continues=False):
+        return [ord(letter) for letter in ("" if continues else "_") + text]
+
+
+def test_a_text_behind_a_picture_or_special_token_begins_anew():
+    row = write(segments((Turn("user", ("q", 0, "r")), Turn("assistant", ("a",))), Template()), Spaced(), [1])
+    letters = [id if id < 9 else chr(id) for id in row.ids]
+    assert letters == [*"_user: q", IMAGE_TOKEN, *"_r\nbot:", *" a", 2]  # and no BOS where the tokenizer adds none
+    row = write(segments(CHAT, TEMPLATES["MPLUG_OWL2"]), Spaced(), [1, 1])
+    assert "".join(chr(id) for id in row.ids if id > 9) == (
+        "_USER: _What is here? ASSISTANT: A Cat_USER: _And this? ASSISTANT: No"
+    )
 
 
 def test_templates_cannot_change():
@@ -89,7 +186,7 @@ def test_defaults():
 
 @pytest.mark.parametrize(
     "name, expected",
-    [("nano", "<s>[Once upon][</s>]"), ("plain", "[Once upon\n]"), ("vicuna", "<s>[Once upon][</s>]")],
+    [("NANO", "<s>[Once upon][</s>]"), ("PLAIN", "<s>[Once upon\n]"), ("LYNX", "<s>[once upon][</s>]")],
 )
 def test_one_reply_alone_is_plain_text(name, expected):
     assert shown(segments((Turn("assistant", ("Once upon",)),), TEMPLATES[name])) == expected
@@ -97,7 +194,8 @@ def test_one_reply_alone_is_plain_text(name, expected):
 
 def test_pictures_in_a_reply_are_not_trained():
     talk = (Turn("user", ("q",)), Turn("assistant", ("see ", 0, " there")))
-    assert shown(segments(talk, PHI)) == f"{SYSTEM}USER: q ASSISTANT:[ see ]<0>[ there][</s>]"
+    inline = dataclasses.replace(PHI, image_place="inline", image_suffix="")
+    assert shown(segments(talk, inline)) == "Instruct: q\nOutput:[ see ]<0>[ there][</s>]"
     assert shown(segments(talk, NANO)) == "<0><s>user: q\nbot:[ see there][</s>]"
     assert shown(segments(talk, VICUNA)) == f"<s>{SYSTEM}USER: q ASSISTANT:[ ]<0>\n[see there][</s>]"
 
@@ -173,15 +271,24 @@ def test_prompt_and_reply_are_the_training_row(tokenizer, name):
             asked = write(prompt(chat[: stop - 1], template), tokenizer, COUNTS)
             words = chat[stop - 1].text
             words = words.lower() if "assistant" in template.lower_case else words
-            reply = tokenizer.encode(template.answer_prefix + words + template.answer_suffix)
-            reply += [tokenizer.eos] if template.end_with_eos else []
+            end = [Segment(special="eos")] if template.end_with_eos else []
+            if template.answer_suffix in template.specials:
+                end = [Segment(special=template.answer_suffix)]
+            else:
+                words += template.answer_suffix
+            reply = write([Segment(template.answer_prefix + words), *end], tokenizer, ()).ids
             row = write(segments(chat[:stop], template), tokenizer, COUNTS)
+            if template is templates.BLIP2_CAPTION and stop > 2:
+                continue  # captions behind one another are one text
             assert asked.ids + reply == row.ids
             assert asked.labels + reply == row.labels
             assert asked.images == row.images
+            media = tokenizer.special_id("<image>")
             for visual, start, end in row.images:
-                assert row.ids[start:end] == [IMAGE_TOKEN] * COUNTS[visual]
-            assert row.ids.count(IMAGE_TOKEN) == sum(end - start for _, start, end in row.images)
+                expected = [media] if template.media_token else [IMAGE_TOKEN] * COUNTS[visual]
+                assert row.ids[start:end] == expected
+            placed = row.ids.count(media if template.media_token else IMAGE_TOKEN)
+            assert placed == sum(end - start for _, start, end in row.images)
             order = [part for turn in chat[:stop] for part in turn.parts if not isinstance(part, str)]
             assert [visual for visual, _, _ in row.images] == order
 

@@ -25,7 +25,7 @@ class Report:
 
 
 def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit, max_tokens, report=None, pad_to=1):
-    """One row per conversation, padded on the right; a picture in many rows is loaded and encoded once.
+    """One row per conversation (per reply, if the template has rounds), padded on the right; a picture in many rows is loaded and encoded once.
 
     Args:
       records: list of Record.
@@ -45,8 +45,7 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
     rows, owners, shown, visuals = [], [], [], {}
     for record in records:
         counts = [num_image_tokens(image_size, len(visual.frames)) for visual in record.visuals]
-        for number, conversation in enumerate(record.conversations):
-            where = f"record {record.id!r}, conversation {number}"
+        for where, conversation in _conversations(record, template):
             row = templates.write(_segments(conversation, template, where), tokenizer, counts)
             row = _checked(row, max_tokens, report, where)
             for visual in (record.visuals[image[0]] for image in row.images):
@@ -124,6 +123,13 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
     ids, _, _, _ = _pad(captions, max(len(row.ids) for row in captions), tokenizer.pad)
     lengths = torch.tensor([len(row.ids) for row in captions], dtype=torch.long)
     return pixels_of([record.visuals[0] for record in records], image_size, fit), ids, lengths
+
+
+def _conversations(record, template):
+    """(where, conversation) of every row of a record."""
+    for number, conversation in enumerate(record.conversations):
+        for part in templates.rounds(conversation, template):
+            yield f"record {record.id!r}, conversation {number}", part
 
 
 def _segments(conversation, template, where):

@@ -3,20 +3,23 @@
 A template is data only. Rendering a conversation gives segments, each either text, one visual input or one special
 token, each trained or not; `write` then tokenises every segment once and appends ids and labels together, so the loss
 mask is never guessed from a second tokenisation. A visual input is written as many image-token ids as the bridge will
-produce for it.
+produce for it, or as one media token where the model reads its pictures through cross-attention.
+
+A template may use special tokens of the tokenizer by their names (`specials`); the words of a turn never become one.
 
 `prompt` renders the same conversation up to the place where the assistant speaks:
 ids of the prompt + ids of the reply = ids of the training row.
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from nanovlm.data.records import check_order
 from nanovlm.names import nearest
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
 
-IMAGE_PLACES = ("row", "turn", "inline")
+IMAGE_PLACES = ("row", "chunk", "turn", "inline")
 ROLES = ("user", "assistant")
 
 
@@ -26,7 +29,8 @@ class Template:
 
     system user_prefix QUESTION user_suffix assistant_prefix [answer_prefix ANSWER answer_suffix EOS]T
 
-    A conversation of one assistant turn is plain text: BOS [TEXT answer_suffix EOS]T.
+    A conversation of one assistant turn is plain text: BOS [TEXT answer_suffix EOS]T. BOS is left out where the
+    tokenizer adds none by itself (`add_bos`).
     Raises: ValueError for an unknown image_place or role.
     """
 
@@ -39,9 +43,13 @@ class Template:
     system: str = ""  # once, before the first turn
     begin_with_bos: bool = True
     end_with_eos: bool = True  # after every reply
-    image_place: str = "inline"  # as given; "turn": before the words of its turn; "row": before everything, BOS too
+    image_place: str = "inline"  # as given; "turn": before its turn's words; "chunk": and prefix; "row": before BOS
     image_suffix: str = ""  # after every visual input
     lower_case: tuple[str, ...] = ()  # roles whose words are lower-cased
+    specials: tuple[str, ...] = ()  # names of special tokens in the texts of this template
+    media_token: str = ""  # special token that a visual input becomes; "" = the bridge's image tokens
+    without_questions: bool = False  # of a user's turn only the visual inputs are written
+    rounds: bool = False  # every reply is a row of its own: earlier ones are context, neither trained nor ended by EOS
 
     def __post_init__(self):
         if self.image_place not in IMAGE_PLACES:
@@ -51,13 +59,59 @@ class Template:
                 raise ValueError(f"lower_case names an unknown role {role!r}.{nearest(role, ROLES)}")
 
 
+SYSTEM = (  # LLaVA's wording; Vicuna itself says "human" for "user"
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
 # Lynx's form, arXiv:2307.02469: image tokens first, then BOS and text. Only questions are lower-cased: answers may
 # spell capitals.
 NANO = Template(image_place="row", turn_prefix="\n", lower_case=("user",))
 
+# As released (bytedance/lynx-llm, issue 2): everything is lower-cased, a dialogue is one text without EOS inside.
+LYNX = Template(image_place="row", turn_prefix="\n", lower_case=("user", "assistant"), rounds=True)
+
+# Conversation v1 of LLaVA: Vicuna, LLaVA-1.5 and mPLUG-Owl2's fine-tuning script. The first word of an answer is
+# trained, here as everywhere: LLaVA-Phi's first version masked it by mistake.
+VICUNA = Template("USER: ", " ", "ASSISTANT:", system=SYSTEM, image_place="turn", image_suffix="\n")
+LLAVA = replace(VICUNA, system="")  # llava-hf's model card and chat template
+MPLUG_OWL2 = Template("USER: ", " ", "ASSISTANT:", image_place="turn")  # at inference, X-PLUG/mPLUG-Owl
+LLAVA_PHI = replace(VICUNA, begin_with_bos=False)  # "phi-2_v0", zhuyiche/llava-phi; ends with <|endoftext|>
+PHI = Template("Instruct: ", "\n", "Output:", begin_with_bos=False, image_place="turn", image_suffix="\n")
+
+# LLaVA's first stage: image, caption, newline; what the user asks is left out and no EOS ends it.
+PLAIN = Template("", "", "", "", "\n", end_with_eos=False, image_place="turn", without_questions=True)
+
+# LAVIS, blip2_opt: a newline ends the answer; Hugging Face's processor writes image tokens before BOS.
+BLIP2 = Template("Question: ", " ", "Answer:", answer_suffix="\n", end_with_eos=False, image_place="row")
+BLIP2_CAPTION = replace(PLAIN, image_place="row")
+
+# mlfoundations/open_flamingo: a picture is one token, <|endofchunk|> ends its text and the generation.
+OPEN_FLAMINGO = Template(
+    "", "", "", "", "<|endofchunk|>", end_with_eos=False, image_place="chunk",
+    specials=("<|endofchunk|>",), media_token="<image>",
+)  # fmt: skip
+OPEN_FLAMINGO_VQA = replace(OPEN_FLAMINGO, user_prefix="Question:", assistant_prefix=" Short answer:")
+
+# SmolLM2-Instruct and Qwen2.5-Instruct, without and with the system turns of their chat templates.
+CHATML = Template(
+    "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "", "<|im_end|>", "\n",
+    begin_with_bos=False, end_with_eos=False, image_place="turn", specials=("<|im_start|>", "<|im_end|>"),
+)  # fmt: skip
+_CHATML_SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
+CHATML_SMOLLM2 = replace(
+    CHATML, system=_CHATML_SYSTEM.format("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
+)
+CHATML_QWEN = replace(
+    CHATML, system=_CHATML_SYSTEM.format("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
+)
+
 
 class Segment(NamedTuple):
-    """A stretch of a row: text, or a visual input (its number in the record), or a special token ("bos" or "eos")."""
+    """A stretch of a row: text, or a visual input (its number in the record), or a special token.
+
+    special: "bos", "eos" or the token's own name; beside a visual input, the one token that it becomes.
+    """
 
     text: str = ""
     trained: bool = False
@@ -106,6 +160,13 @@ def prompt(conversation, template):
     return _merge(_render(conversation, template))
 
 
+def rounds(conversation, template):
+    """The conversations that become training rows: one per reply where the template says so, otherwise this one."""
+    if not template.rounds or len(conversation) < 2:
+        return [conversation]
+    return [conversation[:stop] for stop in range(2, len(conversation) + 1, 2)]
+
+
 def write(segments, tokenizer, num_image_tokens):
     """Ids and labels in one pass.
 
@@ -114,21 +175,38 @@ def write(segments, tokenizer, num_image_tokens):
       tokenizer: Tokenizer.
       num_image_tokens: for each visual input of the record, the image tokens that it becomes.
     Returns: Row.
+    Raises: ValueError if the tokenizer has no special token of a name that the segments use.
     """
-    row = Row()
-    special = {"bos": tokenizer.bos, "eos": tokenizer.eos}
+    row, after_text = Row(), False
     for segment in segments:
+        is_text = segment.visual is None and segment.special is None
         if segment.visual is not None:
             start = len(row.ids)
             ids = [IMAGE_TOKEN] * num_image_tokens[segment.visual]
+            ids = [tokenizer.special_id(segment.special)] if segment.special else ids
             row.images.append((segment.visual, start, start + len(ids)))
-        elif segment.special is not None:
-            ids = [special[segment.special]]
+        elif is_text:
+            ids = tokenizer.encode(segment.text, continues=after_text)
         else:
-            ids = tokenizer.encode(segment.text)
+            ids = _special_ids(segment.special, tokenizer)
+        after_text = is_text
         row.ids += ids
         row.labels += ids if segment.trained else [IGNORE] * len(ids)
     return row
+
+
+def end_ids(template, tokenizer):
+    """Ids that end a reply in this form: tuple of int, the tokenizer's own and what the template writes last."""
+    ids = list(tokenizer.eos_ids)
+    if not template.end_with_eos and template.answer_suffix:
+        ids += write([*_pieces(template.answer_suffix, template)], tokenizer, ()).ids[-1:]
+    return tuple(dict.fromkeys(ids))
+
+
+def _special_ids(name, tokenizer):
+    if name == "bos":
+        return [tokenizer.bos] if tokenizer.add_bos else []
+    return [tokenizer.eos if name == "eos" else tokenizer.special_id(name)]
 
 
 def _render(conversation, template):
@@ -139,43 +217,55 @@ def _render(conversation, template):
     if template.begin_with_bos:
         yield Segment(special="bos")
     if conversation[0].role == "user":
-        yield Segment(template.system)
+        yield from _pieces(template.system, template)
     for place, turn in enumerate(conversation):
         if turn.role == "user":
-            yield Segment((template.turn_prefix if place else "") + template.user_prefix)
+            yield from _pieces(template.turn_prefix if place else "", template)
+            if template.image_place == "chunk":
+                yield from _visuals(turn, template)
+            yield from _pieces(template.user_prefix, template)
             yield from _words(turn, template)
-            yield Segment(template.user_suffix + template.assistant_prefix)
+            yield from _pieces(template.user_suffix + template.assistant_prefix, template)
         else:
-            yield Segment(template.answer_prefix if place else "", trained=True)
-            yield from _words(turn, template)
-            yield Segment(template.answer_suffix, trained=True)
-            if template.end_with_eos:
+            closed = not template.rounds or place == len(conversation) - 1
+            yield from _pieces(template.answer_prefix if place else "", template, closed)
+            yield from _words(turn, template, closed)
+            yield from _pieces(template.answer_suffix, template, closed)
+            if closed and template.end_with_eos:
                 yield Segment(special="eos", trained=True)
+
+
+def _pieces(text, template, trained=False):
+    """A text of the template, cut at its special tokens."""
+    names = "|".join(map(re.escape, template.specials))
+    for piece in re.split(f"({names})", text) if names else [text]:
+        yield Segment(special=piece, trained=trained) if piece in template.specials else Segment(piece, trained)
 
 
 def _visuals(turn, template):
     for part in turn.parts:
         if not isinstance(part, str):
-            yield Segment(visual=part)
+            yield Segment(visual=part, special=template.media_token or None)
             yield Segment(template.image_suffix)
 
 
-def _words(turn, template):
-    """What is said in a turn, with the visual inputs that stand in it."""
-    trained = turn.role == "assistant"
+def _words(turn, template, trained=False):
+    """What is said in a turn, with the visual inputs that stand in it; trained: of a reply, whether it is."""
     lower = turn.role in template.lower_case
     parts = turn.parts
     if template.image_place != "inline" and any(not isinstance(part, str) for part in parts):
-        if template.image_place == "turn":
-            yield from _visuals(turn, template)
         words = (part.strip() for part in parts if isinstance(part, str))  # the gap an image leaves closes
-        parts = (" ".join(word for word in words if word),)
+        text = " ".join(word for word in words if word)
+        if template.image_place == "turn":
+            shown = list(_visuals(turn, template))
+            yield from shown if text or template.without_questions else shown[:-1]  # no newline before no words
+        parts = (text,)
     for part in parts:
-        if isinstance(part, str):
-            yield Segment(part.lower() if lower else part, trained)
-        else:
-            yield Segment(visual=part)
+        if not isinstance(part, str):
+            yield Segment(visual=part, special=template.media_token or None)
             yield Segment(template.image_suffix)
+        elif not (template.without_questions and turn.role == "user"):
+            yield Segment(part.lower() if lower else part, trained)
 
 
 def _merge(rendered):

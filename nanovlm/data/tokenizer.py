@@ -14,6 +14,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from nanovlm.names import nearest
+
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SPECIAL = (BOS, EOS, PAD)
 PIECES = r"[ \n]?\p{Ll}+:?|\p{Lu}|\p{N}"  # what lies between matches is a piece too
@@ -23,8 +25,11 @@ CACHED_TEXTS = 65536
 class Tokenizer:
     """Text to ids and back.
 
-    bos, eos, pad: int, the ids of the special tokens. vocab_size: int, special tokens included.
+    bos, eos, pad: int, the ids of the special tokens. eos_ids: tuple of int, all ids that end a reply.
+    vocab_size: int, special tokens included. add_bos: bool, whether a row begins with bos.
     """
+
+    add_bos = True
 
     def __init__(self, source):
         """
@@ -41,6 +46,7 @@ class Tokenizer:
         if absent:
             raise ValueError(f"tokenizer {source} has no {', '.join(absent)}; train one with train_tokenizer")
         self.bos, self.eos, self.pad = ids[BOS], ids[EOS], ids[PAD]
+        self.eos_ids = (self.eos,)
         self.vocab_size = self.backend.get_vocab_size()
         self._encode = functools.lru_cache(maxsize=CACHED_TEXTS)(self._encode)
 
@@ -48,8 +54,10 @@ class Tokenizer:
         text.encode()  # names the place of what is no character (half a surrogate pair)
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
-    def encode(self, text):
+    def encode(self, text, continues=False):
         """list[int], never a special id.
+
+        continues: whether text stands before it in the row; here it makes no difference.
 
         Raises: UnicodeEncodeError (a ValueError) for half a surrogate pair, which is no character.
         """
@@ -64,6 +72,16 @@ class Tokenizer:
             if not 0 <= id < self.vocab_size:
                 raise ValueError(f"id {id} is outside the vocabulary of {self.vocab_size} tokens")
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def special_id(self, token):
+        """int: the id of a special token by its name.
+
+        Raises: ValueError if there is none of that name.
+        """
+        ids = {special.content: id for id, special in self.backend.get_added_tokens_decoder().items()}
+        if token not in ids:
+            raise ValueError(f"the tokenizer has no special token {token!r}.{nearest(token, ids)}")
+        return ids[token]
 
     def stream(self):
         """A TextStream: text as it is made."""
