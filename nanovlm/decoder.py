@@ -1,11 +1,16 @@
-"""The language model: a causal decoder whose layers may carry adapters and modality-adaptive parts.
+"""The language model: a causal decoder whose layers may carry adapters, modality-adaptive parts and cross-attention.
 
-LLaMA's layer (RMSNorm, rotary positions, grouped queries, gated feed-forward), stacked. What the papers add to a
-layer is an explicit list of LayerOptions, one per layer, so that "adapters after layers 0, 2, 4" is written down and
-not computed. It eats embeddings, not ids: image tokens are just embeddings that come from a bridge.
+LLaMA's layer (RMSNorm, rotary positions, grouped queries, gated feed-forward), stacked; SmolLM2, Qwen2, Phi-2 and OPT
+are other values of DecoderConfig. What the papers add to a layer is an explicit list of LayerOptions, one per layer,
+so that "adapters after layers 0, 2, 4" is written down and not computed. It eats embeddings, not ids: image tokens
+are just embeddings that come from a bridge.
 
 LLaMA, arXiv:2302.13971, Sec. 2.2. Differs from the paper: grouped queries (arXiv:2305.13245), an optional tied
-head, and the options, all of them off in a plain LLaMA.
+head, and the options, all of them off in a plain LLaMA. The others differ from LLaMA in
+  SmolLM2  rope_base, tied_head, three query heads to a key head
+  Qwen2    qkv_bias="qkv", arXiv:2407.10671, Sec. 2.2.1
+  Phi-2    norm="layer", parallel, rotary_width=32 of 80 channels, ffn="plain" with "gelu_tanh", a bias everywhere
+  OPT      norm="layer", position_offset=2 and rotary_width=0, ffn="plain" with "relu", biases, arXiv:2205.01068
 
 B batch, T tokens, H heads, K key/value heads, D head width, W width, V vocabulary
 """
@@ -18,7 +23,10 @@ from torch import nn
 
 from nanovlm.adapter import Adapter
 from nanovlm.attention import apply_rope, attention, attention_weights, rope_tables
+from nanovlm.cross_attention import GatedCrossAttention
+from nanovlm.feed_forward import ACTIVATIONS, GatedFeedForward, PlainFeedForward
 from nanovlm.modality_adaptive import ModalityAdaptive, route, split
+from nanovlm.names import nearest
 
 
 @dataclass(frozen=True)
@@ -27,35 +35,78 @@ class LayerOptions:
 
     adapter_width: int = 0  # hidden channels of Lynx's adapter behind the layer; 0 = none
     modality_adaptive: bool = False  # mPLUG-Owl2: separate norms, keys and values for image tokens
+    cross_attention: bool = False  # Flamingo's gated cross-attention in front of the layer
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder."""
+    """Sizes and kind of a decoder; the defaults are LLaMA's."""
 
     vocab_size: int
     width: int  # channels
     num_heads: int
     num_kv_heads: int  # fewer than num_heads: grouped queries
-    ffn_width: int  # hidden channels of the gated feed-forward
+    ffn_width: int  # hidden channels of the feed-forward
     context_length: int  # tokens
     layers: tuple[LayerOptions, ...]  # one entry per layer
     rope_base: float = 10000.0
     norm_eps: float = 1e-6
     tied_head: bool = False  # the output head is the embedding table
+    norm: str = "rms"  # "rms", or "layer": LayerNorm with bias
+    ffn: str = "gated"  # "gated" (gate, up, down), or "plain" (fc_1, fc_2)
+    activation: str = "silu"  # of the feed-forward: "silu", "gelu_tanh" or "relu"
+    qkv_bias: str = ""  # "qkv" = queries, keys and values have a bias, "" = none has
+    output_bias: bool = False  # on the attention's output projection
+    ffn_bias: bool = False
+    head_bias: bool = False  # on the output head; an untied one only
+    parallel: bool = False  # Phi: attention and feed-forward read one norm, and both are added at once
+    rotary_width: int | None = None  # leading channels of a head that turn; None = all, 0 = no rotary positions
+    position_offset: int | None = None  # not None: learned positions, this many rows in front of position 0's
+    cross_attention_width: int | None = None  # channels of the media that the cross-attention layers read
 
     def __post_init__(self):
+        for field, known in (("norm", NORMS), ("ffn", ("gated", "plain")), ("activation", ACTIVATIONS),
+                             ("qkv_bias", ("", "qkv"))):  # fmt: skip
+            value = getattr(self, field)
+            if value not in known:
+                raise ValueError(f"{field} {value!r} is unknown.{nearest(value, known)}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} does not divide into {self.num_heads} heads")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads: no multiple")
-        if self.width // self.num_heads % 2:
-            raise ValueError(f"head width {self.width // self.num_heads} is odd: rotary positions turn pairs")
+        if self.num_rotary % 2:
+            what = "head width" if self.rotary_width is None else "rotary_width"
+            raise ValueError(f"{what} {self.num_rotary} is odd: rotary positions turn pairs")
+        if not 0 <= self.num_rotary <= self.head_width:
+            raise ValueError(f"rotary_width {self.num_rotary} lies outside the head's {self.head_width} channels")
+        if self.head_bias and self.tied_head:
+            raise ValueError("head_bias with tied_head: an embedding table has no bias; leave one of them out")
+        if any(options.cross_attention for options in self.layers) != (self.cross_attention_width is not None):
+            raise ValueError(
+                f"cross_attention_width is {self.cross_attention_width}: it says how wide the media are that the layers "
+                "with cross_attention=True read; give both or neither"
+            )
 
     @property
     def head_width(self):
         """Channels of one head."""
         return self.width // self.num_heads
+
+    @property
+    def num_rotary(self):
+        """Channels of a head that turn by the token's position."""
+        return self.head_width if self.rotary_width is None else self.rotary_width
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in float32 whatever the input's type, as LLaMA's: cast back before the weight, not behind it."""
+
+    def forward(self, x):
+        """x float[..., W] -> the same shape."""
+        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
 
 def per_modality(make, modality_adaptive):
@@ -74,12 +125,12 @@ class DecoderAttention(nn.Module):
     def __init__(self, config, modality_adaptive):
         super().__init__()
         self.num_heads = config.num_heads
-        kv_width = config.num_kv_heads * config.head_width
         self.num_kv_heads = config.num_kv_heads
-        self.q = nn.Linear(config.width, config.width, bias=False)
-        self.k = per_modality(lambda: nn.Linear(config.width, kv_width, bias=False), modality_adaptive)  # Eq. 6
-        self.v = per_modality(lambda: nn.Linear(config.width, kv_width, bias=False), modality_adaptive)  # Eq. 7
-        self.o = nn.Linear(config.width, config.width, bias=False)
+        kv_width, bias = config.num_kv_heads * config.head_width, config.qkv_bias == "qkv"
+        self.q = nn.Linear(config.width, config.width, bias)
+        self.k = per_modality(lambda: nn.Linear(config.width, kv_width, bias), modality_adaptive)  # Eq. 6
+        self.v = per_modality(lambda: nn.Linear(config.width, kv_width, bias), modality_adaptive)  # Eq. 7
+        self.o = nn.Linear(config.width, config.width, config.output_bias)
 
     def forward(self, x, context, index):
         """x float[B, T, W], the normalised input of layer `index` -> float[B, T, W]."""
@@ -95,36 +146,34 @@ class DecoderAttention(nn.Module):
         return self.o(seen.transpose(1, 2).flatten(-2))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: one projection gates the other."""
-
-    def __init__(self, width, ffn_width):
-        super().__init__()
-        self.gate = nn.Linear(width, ffn_width, bias=False)
-        self.up = nn.Linear(width, ffn_width, bias=False)
-        self.down = nn.Linear(ffn_width, width, bias=False)
-
-    def forward(self, x):
-        """x float[..., W] -> the same shape."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm and a residual, then the adapter if there is one."""
+    """Attention and feed-forward, each behind a norm and a residual; cross-attention before them, an adapter behind."""
 
     def __init__(self, config, options):
         super().__init__()
+        make_norm = lambda: NORMS[config.norm](config.width, eps=config.norm_eps)
+        make_ffn = GatedFeedForward if config.ffn == "gated" else PlainFeedForward
         adaptive = options.modality_adaptive
-        self.norm_1 = per_modality(lambda: nn.RMSNorm(config.width, eps=config.norm_eps), adaptive)  # Eq. 4
+        self.cross_attention = None
+        if options.cross_attention:
+            self.cross_attention = GatedCrossAttention(config.width, config.cross_attention_width)
+        self.norm_1 = per_modality(make_norm, adaptive)  # Eq. 4
         self.attention = DecoderAttention(config, adaptive)
-        self.norm_2 = per_modality(lambda: nn.RMSNorm(config.width, eps=config.norm_eps), adaptive)
-        self.ffn = FeedForward(config.width, config.ffn_width)
+        self.norm_2 = None if config.parallel else per_modality(make_norm, adaptive)
+        self.ffn = make_ffn(config.width, config.ffn_width, config.activation, config.ffn_bias)
         self.adapter = Adapter(config.width, options.adapter_width) if options.adapter_width else nn.Identity()
 
     def forward(self, x, context, index):
         """x float[B, T, W], the hidden states -> the same shape."""
-        x = x + self.attention(split(self.norm_1, context.routing)(x), context, index)
-        x = x + self.ffn(split(self.norm_2, context.routing)(x))
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, context.media, context.backend, context.out)
+        normed = split(self.norm_1, context.routing)(x)
+        seen = self.attention(normed, context, index)
+        if self.norm_2 is None:  # Phi: the feed-forward does not wait for the attention
+            x = x + seen + self.ffn(normed)
+        else:
+            x = x + seen
+            x = x + self.ffn(split(self.norm_2, context.routing)(x))
         return self.adapter(x)
 
 
@@ -132,17 +181,18 @@ class DecoderLayer(nn.Module):
 class Context:
     """What every layer of one forward pass shares: positions, masks, routing, cache, and where to leave plots."""
 
-    cos: torch.Tensor  # float[B, 1, T, D / 2]
+    cos: torch.Tensor  # float[B, 1, T, half of the channels that turn]
     sin: torch.Tensor
     visible: object  # attention.Visible over the keys
     routing: object  # modality_adaptive.Routing
     cache: object  # cache.KeyValueCache or None
+    media: object  # cross_attention.Media or None
     backend: str
     out: dict | None
 
 
 class Decoder(nn.Module):
-    """LLaMA-shaped decoder with LayerOptions."""
+    """A decoder of one family, with LayerOptions."""
 
     def __init__(self, config):
         super().__init__()
@@ -150,37 +200,45 @@ class Decoder(nn.Module):
         self.backend = "sdpa"
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(DecoderLayer(config, options) for options in config.layers)
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.lm_head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.norm = NORMS[config.norm](config.width, eps=config.norm_eps)
+        self.lm_head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, config.head_bias)
+        self.positions = None
+        if config.position_offset is not None:
+            self.positions = nn.Parameter(torch.empty(config.context_length + config.position_offset, config.width))
         self.initialise()
 
     @torch.no_grad()
     def initialise(self):
         """As GPT-2: words N(0, 0.02^2), and what writes into the residual stream smaller by the root of its depth."""
         nn.init.normal_(self.embedding.weight, std=0.02)
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=0.02)
         for layer in self.layers:
-            for linear in (layer.attention.o, layer.ffn.down):
+            for linear in (layer.attention.o, layer.ffn.output):
                 linear.weight.mul_((2 * len(self.layers)) ** -0.5)
 
-    def forward(self, embeddings, positions, visible, modality, cache=None, out=None):
+    def forward(self, embeddings, positions, visible, modality, cache=None, out=None, media=None):
         """Run the layers.
 
         Args:
-          embeddings: float[B, T, W]. positions: int[B, T], for the rotary angles.
+          embeddings: float[B, T, W]. positions: int[B, T], for rotary angles or the learned table.
           visible: attention.Visible, over T keys or, with a cache, over the cache's columns.
           modality: int[B, T], 0 = text, 1 = vision.
           cache: cache.KeyValueCache, which receives the new keys and values and hands back all of them.
-          out: dict; when given, out["attention"] becomes a list over layers of float[B, H, T, S].
+          out: dict; when given, out["attention"] becomes a list over layers of float[B, H, T, S], and, with media,
+            out["cross_attention"] one over the layers that have it.
+          media: cross_attention.Media, what the cross-attention layers read; None = no picture.
         Returns: float[B, T, W], normalised hidden states; `logits` turns them into scores.
         """
-        cos, sin = rope_tables(positions, self.config.head_width, self.config.rope_base)
-        context = Context(cos, sin, visible, route(modality), cache, self.backend, out)
+        cos, sin = rope_tables(positions, self.config.num_rotary, self.config.rope_base)
+        context = Context(cos, sin, visible, route(modality), cache, media, self.backend, out)
         x = embeddings
+        if self.positions is not None:
+            x = x + F.embedding(positions + self.config.position_offset, self.positions)
         for index, layer in enumerate(self.layers):
             x = layer(x, context, index)
         return self.norm(x)
 
     def logits(self, hidden):
         """Scores of the next token: float[..., W] -> float[..., V]."""
-        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight)
+        return F.linear(hidden, self.embedding.weight) if self.lm_head is None else self.lm_head(hidden)

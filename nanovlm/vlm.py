@@ -2,7 +2,8 @@
 
 Pictures go through the ViT and the bridge and come out as image tokens, embeddings of the decoder's width. The
 tokeniser has already written as many image-token ids (-1) into the row as the bridge will produce, so putting them
-in place is one copy: the k-th image-token id of the batch receives the k-th image token.
+in place is one copy: the k-th image-token id of the batch receives the k-th image token. A decoder with
+cross-attention gets them beside the row instead, and one media token stands in the row for each.
 
 This file names no paper's choices: the recipes build `VLM(vision, bridge, decoder)` from plain modules.
 
@@ -18,20 +19,23 @@ from torch import Tensor, nn
 
 from nanovlm import shared_prefix
 from nanovlm.attention import BACKENDS, causal, causal_rows
+from nanovlm.cross_attention import gather_media
 from nanovlm.modality_adaptive import ModalityAdaptive
 from nanovlm.names import nearest
 
 IMAGE_TOKEN = -1  # outside every vocabulary: no row is ever added to the embedding
 IGNORE = -100  # label of a token without loss
 
-PARTS = ("vision", "bridge", "embedding", "language_model", "adapters", "vision_branch", "lm_head")
+PARTS = (
+    "vision", "bridge", "embedding", "language_model", "adapters", "cross_attention", "vision_branch", "lora", "lm_head",
+)  # fmt: skip
 
 
 @dataclass
 class Batch:
     """Rows of tokens and the pictures that stand in them."""
 
-    ids: Tensor  # int[B, T], IMAGE_TOKEN where an image token stands
+    ids: Tensor  # int[B, T], IMAGE_TOKEN where an image token stands, or the media token where a picture does
     labels: Tensor  # int[B, T], aligned with ids (the loss shifts), IGNORE = not trained
     segments: Tensor  # int[B, T], number of the packed document, -1 = padding
     positions: Tensor  # int[B, T], of the token within its document
@@ -54,17 +58,26 @@ class VLM(nn.Module):
       bridge: float[M, frames * T, vision_width] -> float[M, num_image_tokens, W], with `num_image_tokens` and
         `output_width`; see projector.MLPProjector, resampler.Resampler.
       decoder: decoder.Decoder of width W.
+      media_token: with cross-attention layers, the id in the vocabulary that stands where a picture is shown.
     """
 
-    def __init__(self, vision, bridge, decoder):
+    def __init__(self, vision, bridge, decoder, media_token=None):
         super().__init__()
-        if bridge.output_width != decoder.config.width:
+        config = decoder.config
+        if (media_token is None) != (config.cross_attention_width is None):
             raise ValueError(
-                f"the bridge produces width {bridge.output_width}, the decoder reads {decoder.config.width}"
+                f"media_token is {media_token} and the decoder's cross_attention_width {config.cross_attention_width}: "
+                "a model whose layers cross-attend to pictures has both, any other neither"
             )
+        if media_token is not None and not 0 <= media_token < config.vocab_size:
+            raise ValueError(f"media_token {media_token} lies outside the vocabulary of {config.vocab_size}")
+        width = config.width if media_token is None else config.cross_attention_width
+        if bridge.output_width != width:
+            raise ValueError(f"the bridge produces width {bridge.output_width}, the decoder reads {width}")
         self.vision = vision
         self.bridge = bridge
         self.decoder = decoder
+        self.media_token = media_token
         self.share_prefix = True  # False: every row runs its image tokens itself
 
     def set_backend(self, backend):
@@ -76,7 +89,12 @@ class VLM(nn.Module):
                 module.backend = backend
 
     def num_image_tokens(self, image_size, num_frames=1):
-        """Image tokens that one visual input of `num_frames` pictures of `image_size` pixels becomes."""
+        """Image-token ids in the row for one visual input of `num_frames` pictures of `image_size` pixels.
+
+        With cross-attention there are none: the template writes the media token, and the image tokens stand aside.
+        """
+        if self.media_token is not None:
+            return 0
         return self.bridge.num_image_tokens(self.vision.num_tokens(image_size), num_frames)
 
     def encode(self, pixels, frames, out=None):
@@ -88,10 +106,14 @@ class VLM(nn.Module):
           out: dict for the bridge's attention maps.
         Returns: list of M float[num_image_tokens, W].
         """
+        return self.encode_features(self.vision(pixels), frames, out)
+
+    def encode_features(self, features, frames, out=None):
+        """Image tokens from what the ViT makes of the frames: float[F, T, vision_width]; else as `encode`."""
         counts = frames.tolist()
-        if sum(counts) != len(pixels):
-            raise ValueError(f"visual inputs of {sum(counts)} frames in all, but pixels hold {len(pixels)}")
-        features = self.vision(pixels).split(counts)  # M of [f, T, vision_width]
+        if sum(counts) != len(features):
+            raise ValueError(f"visual inputs of {sum(counts)} frames in all, but pixels hold {len(features)}")
+        features = features.split(counts)  # M of [f, T, vision_width]
         tokens = [None] * len(counts)
         for count in sorted(set(counts)):  # one call of the bridge for all visual inputs of equal length
             chosen = [m for m, f in enumerate(counts) if f == count]
@@ -119,18 +141,47 @@ class VLM(nn.Module):
         tokens = torch.cat(placed).to(embeddings.dtype)
         return embeddings.masked_scatter(is_image[..., None], tokens)
 
+    def media(self, ids, segments, image_tokens, shown, owner=None):
+        """What the cross-attention layers read.
+
+        Args:
+          ids: int[B, T], media_token where a picture stands. segments: int[B, T], -1 = padding.
+          image_tokens, shown: as in `embed`.
+          owner: int[S], row of each appearance; None = as the media tokens say.
+        Returns: cross_attention.Media; None where no picture is shown, or without cross-attention.
+        Raises: ValueError when a row's media tokens are not as many as its pictures.
+        """
+        if self.media_token is None:
+            return None
+        is_media = (ids == self.media_token) & (segments >= 0)
+        found = is_media.sum(1)
+        needed = found if owner is None else torch.bincount(owner, minlength=len(ids))
+        if int(found.sum()) != len(shown) or not torch.equal(found, needed):
+            row = int((found != needed).long().argmax())
+            raise ValueError(
+                f"row {row} has {int(found[row])} media tokens (id {self.media_token}) for {int(needed[row])} visual "
+                f"inputs; in all rows there are {int(found.sum())} for {len(shown)}"
+            )
+        dtype = self.decoder.embedding.weight.dtype
+        return gather_media([tokens.to(dtype) for tokens in image_tokens], list(shown), is_media, segments)
+
     def hidden(self, batch, out=None):
         """Hidden states of a batch: float[B, T, W], for `decoder.logits`; out: dict for attention maps."""
         image_tokens = []
         if batch.pixels is not None:
             image_tokens = self.encode(batch.pixels, batch.frames, out)
         is_image = batch.ids == IMAGE_TOKEN
-        if self.share_prefix and out is None and shared_prefix.can_share(batch, is_image):
-            check_counts(is_image, [image_tokens[m] for m in batch.shown.tolist()])
+        shown = batch.shown.tolist()
+        media = self.media(batch.ids, batch.segments, image_tokens, shown, batch.owner)
+        if self.media_token is not None:
+            shown = []  # nothing is put in the row
+        elif self.share_prefix and out is None and shared_prefix.can_share(batch, is_image):
+            check_counts(is_image, [image_tokens[m] for m in shown])
             tokens = torch.stack(image_tokens).to(self.decoder.embedding.weight.dtype)
             return shared_prefix.hidden(self.decoder, batch, tokens, is_image)
-        embeddings = self.embed(batch.ids, image_tokens, batch.shown.tolist())
-        return self.decoder(embeddings, batch.positions, visible_rows(batch.segments), is_image.long(), out=out)
+        embeddings = self.embed(batch.ids, image_tokens, shown)
+        visible = visible_rows(batch.segments)
+        return self.decoder(embeddings, batch.positions, visible, is_image.long(), out=out, media=media)
 
     def forward(self, batch, out=None):
         """Scores of the next token everywhere: Batch -> float[B, T, V]."""
@@ -185,6 +236,8 @@ def visible_rows(segments):
 
 def part_of(name, vision_branch):
     """The part that a parameter of the VLM belongs to, by its dotted name; vision_branch: prefixes of image copies."""
+    if name.endswith((".lora_a", ".lora_b")):
+        return "lora"
     if name.startswith("vision."):
         return "vision"
     if name.startswith("bridge."):
@@ -195,6 +248,8 @@ def part_of(name, vision_branch):
         return "lm_head"
     if ".adapter." in name:
         return "adapters"
+    if name.startswith("decoder.") and ".cross_attention." in name:
+        return "cross_attention"
     if name.startswith(vision_branch):
         return "vision_branch"
     return "language_model"
