@@ -11,6 +11,14 @@ ViT, arXiv:2010.11929; CLIP's variant arXiv:2103.00020. Differs from the paper:
   (Early Convolutions Help Transformers See Better, arXiv:2106.14881);
 - the position table is resizable, since training raises the resolution between its stages.
 
+Siblings differ in what they hand to the bridge, and each has its reason:
+- CLIP in LLaVA and LLaVA-Phi (`feature_layer=23`, `drop_class_token`): before the last block, which serves CLIP's own
+  loss, patches keep more of their place (LLaVA, arXiv:2304.08485, Sec. 5.2);
+- CLIP in mPLUG-Owl2 (all blocks, `post_norm`, class token kept): the abstractor picks out what it needs;
+- EVA-g in Lynx (39 blocks, `qkv_bias="qv"`, no `post_norm`): the public tower's 40th block and its norm are not built;
+- EVA-g in BLIP-2: the same 39 blocks, but BLIP-2 puts a norm of its own behind them for the Q-Former;
+- SigLIP (no class token, `gelu_tanh`, `post_norm`): it pools by attention, so every token is a patch.
+
 F frames (images), N patches, T tokens (N, or N + 1 with a class token), H heads, D head width, W width
 """
 
@@ -44,11 +52,15 @@ class ViTConfig:
     conv_stem: bool = False  # stride-2 convolutions instead of one patch convolution; patch_size is a power of 2
     class_token: bool = True
     pre_norm: bool = False  # a norm before the first block (CLIP)
-    post_norm: bool = True  # a norm after the last block
+    post_norm: bool = True  # a norm after the last block; features of an earlier one do not pass it
     qkv_bias: str = "qkv"  # which of the three projections carry a bias; "qv" in EVA
     patch_bias: bool = True
     activation: str = "gelu"
     norm_eps: float = 1e-6
+    # features are the plain output of so many blocks; the blocks and the norm behind exist because the checkpoint has
+    # them, are not computed and get no gradient; None = all blocks, then post_norm
+    feature_layer: int | None = None
+    drop_class_token: bool = False  # it takes part in attention, but is no feature (LLaVA)
 
     def __post_init__(self):
         check_image_size(self.image_size, self.patch_size)
@@ -62,6 +74,13 @@ class ViTConfig:
             raise ValueError(f"qkv_bias {self.qkv_bias!r} names projections other than q, k, v; write e.g. 'qv'")
         if self.conv_stem and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(f"a convolutional stem halves the picture: patch_size {self.patch_size} is not 2, 4, 8, 16 ...")
+        if self.feature_layer is not None and not 1 <= self.feature_layer <= self.num_layers:
+            raise ValueError(
+                f"feature_layer {self.feature_layer}, but there are blocks 1 to {self.num_layers}; "
+                f"the second to last is {self.num_layers - 1}, None = all and the norm behind"
+            )
+        if self.drop_class_token and not self.class_token:
+            raise ValueError("drop_class_token, but there is no class token; set class_token=True or drop_class_token=False")
 
 
 def check_image_size(image_size, patch_size):
@@ -78,9 +97,14 @@ def resize_positions(table, num_patches):
       table: float[T, W], a square grid in row-major order, behind the class token's row if there is one.
       num_patches: patches of the new picture, a square number.
     Returns: float[T', W]; bicubic in float32, the class token's row copied.
+    Raises: ValueError where either is no square grid.
     Source: Lynx's and EVA's loaders; align_corners=False.
     """
     old, new = math.isqrt(len(table)), math.isqrt(num_patches)
+    if new * new != num_patches:
+        raise ValueError(f"{num_patches} patches are no square grid; try {new * new}")
+    if len(table) - old * old > 1:
+        raise ValueError(f"a table of {len(table)} rows is no square grid, with or without a class token's row")
     num_class_rows = len(table) - old * old  # 0 or 1
     class_rows, grid = table[:num_class_rows], table[num_class_rows:]
     grid = grid.float().T.reshape(1, -1, old, old)  # 1 W rows columns
@@ -88,7 +112,14 @@ def resize_positions(table, num_patches):
     return torch.cat([class_rows, grid.flatten(2)[0].T.to(table.dtype)])
 
 
-def sincos_positions(num_patches, width):
+def sincos(num_places, width, device=None):
+    """Places 0, 1, 2 ... on a line as float[num_places, width]: sines, then cosines, ever slower along the channels."""
+    speeds = 10000.0 ** (-torch.arange(width // 2, device=device) / (width // 2))  # radians per place
+    angles = torch.arange(num_places, device=device)[:, None] * speeds  # places W/2
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_positions(num_patches, width, device=None):
     """The start of a position table: rows and columns of a square grid as sines and cosines.
 
     Args:
@@ -97,9 +128,7 @@ def sincos_positions(num_patches, width):
     Source: Better plain ViT baselines, arXiv:2205.01580, Sec. 3.
     """
     side = math.isqrt(num_patches)
-    speeds = 10000.0 ** (-torch.arange(width // 4) / (width // 4))  # radians per patch
-    angles = torch.arange(side)[:, None] * speeds  # side W/4
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # side W/2
+    axis = sincos(side, width // 2, device)
     rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
@@ -196,8 +225,8 @@ class ViT(nn.Module):
         return (image_size // self.config.patch_size) ** 2
 
     def num_tokens(self, image_size):
-        """Features per picture: its patches, and the class token if there is one."""
-        return self.num_patches(image_size) + (self.class_token is not None)
+        """Features per picture: its patches, and the class token if there is one that is not dropped."""
+        return self.num_patches(image_size) + (self.config.class_token and not self.config.drop_class_token)
 
     def resize(self, image_size):
         """Accept pictures of another size from now on: the position table is replaced, a new parameter."""
@@ -213,7 +242,7 @@ class ViT(nn.Module):
 
         Args:
           pixels: float[F, 3, image_size, image_size], normalised as the tower was trained.
-        Returns: float[F, T, width], the class token first if there is one, then the patches in row-major order.
+        Returns: float[F, T, width], the class token first if it is kept, then the patches in row-major order.
         Raises: ValueError for pictures of another size than the position table's.
         """
         if tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
@@ -226,6 +255,8 @@ class ViT(nn.Module):
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # F 1+N W
         x = self.pre_norm(x + self.positions)
         visible = full(x.shape[1], x.shape[1], x.device)
-        for block in self.blocks:
+        for block in self.blocks[: self.config.feature_layer]:  # [:None] = all of them
             x = block(x, visible, self.backend)
-        return self.post_norm(x)
+        if self.config.drop_class_token:
+            x = x[:, 1:]
+        return self.post_norm(x) if self.config.feature_layer is None else x

@@ -1,0 +1,61 @@
+"""Comparing a module of ours with one of transformers: weights and gradients under our names."""
+
+import re
+
+import torch
+
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+
+
+def perturb(module, spread=0.05):
+    """Move every parameter off its start, so that biases, norms and gates count; returns the module, evaluating."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return module.eval()
+
+
+def translate(tensors, rules):
+    """Rename {their name: tensor} to ours.
+
+    rules: list of (regular expression, replacement), all applied in order; `{q,k,v}` in what comes out splits a tensor
+      into thirds; None as the replacement drops the name.
+    """
+    ours = {}
+    for name, tensor in tensors.items():
+        dropped = False
+        for pattern, replacement in rules:
+            if replacement is None:
+                dropped = dropped or re.search(pattern, name)
+            else:
+                name = re.sub(pattern, replacement, name)
+        if "{q,k,v}" in name:
+            for letter, third in zip("qkv", tensor.chunk(3)):
+                ours[name.replace("{q,k,v}", letter)] = third
+        elif not dropped:
+            ours[name] = tensor
+    return ours
+
+
+def copy_weights(ours, theirs, rules):
+    """Load their parameters into ours; a name or shape left over on either side raises."""
+    parameters = translate(dict(theirs.named_parameters()), rules)
+    shapes = {name: parameter.shape for name, parameter in ours.named_parameters()}
+    ours.load_state_dict(
+        {name: tensor.detach().reshape(shapes.get(name, tensor.shape)) for name, tensor in parameters.items()}
+    )
+    return ours.eval()
+
+
+def same_gradients(ours, theirs, rules, unused=()):
+    """Every parameter of ours got the gradient of theirs; those named in `unused` got none."""
+    gradients = translate({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theirs.named_parameters()}, rules)
+    for name, parameter in ours.named_parameters():
+        if name.startswith(tuple(unused)):
+            assert parameter.grad is None, name
+            continue
+        assert parameter.grad is not None, name
+        expected = gradients.pop(name).reshape(parameter.shape)
+        tolerance = dict(atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=1e-4)
+        torch.testing.assert_close(parameter.grad, expected, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+    assert all(name.startswith(tuple(unused)) for name in gradients), list(gradients)

@@ -1,0 +1,141 @@
+"""The Q-Former against transformers: forward, gradients of inputs and of every parameter; then frames, maps, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovlm.qformer import QFormer
+from parity import CLOSE, copy_weights, perturb, same_gradients
+
+RULES = [
+    (r"^layernorm\.", "norm."),
+    (r"^encoder\.layer\.", "layers."),
+    (r"(cross)?attention\.attention\.(q|k|v)(uery|ey|alue)\.", lambda m: f"{'cross_' * bool(m[1])}attention.{m[2]}."),
+    (r"(cross)?attention\.output\.dense\.", lambda m: f"{'cross_' * bool(m[1])}attention.o."),
+    (r"(cross)?attention\.output\.LayerNorm\.", lambda m: f"{'cross_' * bool(m[1])}attention.norm."),
+    (r"intermediate_query\.dense\.", "fc_1."),
+    (r"output_query\.dense\.", "fc_2."),
+    (r"output_query\.LayerNorm\.", "ffn_norm."),
+]
+
+
+def make(cross_attention=(True, False, True), **options):
+    sizes = dict(vision_width=20, output_width=10, width=12, num_queries=5, num_heads=3, ffn_width=18)
+    return perturb(QFormer(**(sizes | options), cross_attention=cross_attention))
+
+
+class Published(torch.nn.Module):
+    """BLIP-2's Q-Former of transformers with the queries and the linear map that stand around it."""
+
+    def __init__(self, transformers, frequency, num_layers):
+        super().__init__()
+        config = transformers.Blip2QFormerConfig(
+            hidden_size=12, num_hidden_layers=num_layers, num_attention_heads=3, intermediate_size=18,
+            cross_attention_frequency=frequency, encoder_hidden_size=20,
+        )  # fmt: skip
+        self.queries = torch.nn.Parameter(torch.zeros(1, 5, 12))
+        self.qformer = transformers.Blip2QFormerModel(config)
+        self.project = torch.nn.Linear(12, 10)
+
+    def forward(self, features):
+        hidden = self.qformer(query_embeds=self.queries.expand(len(features), -1, -1), encoder_hidden_states=features)
+        return self.project(hidden.last_hidden_state)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("frequency, looks", [(2, (True, False, True)), (1, (True, True)), (3, (True, False, False, True))])
+def test_blip2(frequency, looks, backend):
+    transformers = pytest.importorskip("transformers")
+    theirs = perturb(Published(transformers, frequency, len(looks)))
+    rules = [(r"^qformer\.", ""), *RULES]
+    ours = copy_weights(make(looks), theirs, rules)
+    ours.backend = backend
+    features = torch.randn(2, 7, 20, requires_grad=True)
+    same_features = features.detach().clone().requires_grad_()
+    found, expected = ours(features), theirs(same_features)
+    assert found.shape == (2, 5, 10)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    weights = torch.randn_like(found)
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(features.grad, same_features.grad, **CLOSE)
+    same_gradients(ours, theirs, rules)
+
+
+def test_eps_is_bert_s():
+    """With features this small BERT's 1e-12 and torch's 1e-5 are far apart."""
+    bridge = make()
+    with torch.no_grad():
+        bridge.queries.mul_(1e-3)
+    first = bridge.norm(bridge.queries)
+    expected = F.layer_norm(bridge.queries, (12,), bridge.norm.weight, bridge.norm.bias, 1e-12)
+    torch.testing.assert_close(first, expected, **CLOSE)
+    norms = [module for module in bridge.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 1 + 3 + 2 + 3 and {norm.eps for norm in norms} == {1e-12}
+
+
+def test_only_the_listed_layers_look_at_the_picture():
+    bridge = make((False, True, False, False))
+    assert [layer.cross_attention is not None for layer in bridge.layers] == [False, True, False, False]
+    out, features = {}, torch.randn(2, 7, 20)
+    torch.testing.assert_close(bridge(features, out=out), bridge(features))
+    assert len(out["latents"]) == 1 and out["latents"][0].shape == (2, 3, 5, 7)
+    torch.testing.assert_close(out["latents"][0].sum(-1), torch.ones(2, 3, 5))
+    out = {}
+    make((True, False, True, True))(features, out=out)
+    assert len(out["latents"]) == 3
+    with pytest.raises(ValueError, match="no layer looks at the picture"):
+        make((False, False))
+
+
+def test_attention_maps_are_those_of_the_cross_attention():
+    bridge, features, out = make((True,)), torch.randn(1, 7, 20), {}
+    bridge(features, out=out)
+    layer = bridge.layers[0]
+    queries = layer.attention(bridge.norm(bridge.queries)[None], bridge.norm(bridge.queries)[None], "reference")[0]
+    q, k = layer.cross_attention.q(queries), layer.cross_attention.k(features[0])
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        expected = (q[:, part] @ k[:, part].T / 2).softmax(-1)
+        torch.testing.assert_close(out["latents"][0][0, head], expected, **CLOSE)
+
+
+def test_each_frame_of_a_clip_is_seen_on_its_own():
+    bridge, clips = make(), torch.randn(2, 3, 7, 20)  # M frames N width
+    found = bridge(clips.flatten(1, 2), 3)
+    expected = torch.stack([torch.cat([bridge(clips[m, f][None])[0] for f in range(3)]) for m in range(2)])
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert found.shape == (2, bridge.num_image_tokens(7, 3), 10) == (2, 15, 10)
+    assert bridge.num_image_tokens(900) == 5 and bridge.output_width == 10 and bridge.backend == "sdpa"
+
+
+def test_names_and_start():
+    bridge = QFormer(20, 96, 64, num_queries=32, num_heads=4, ffn_width=128, cross_attention=(True, False))
+    names = {name.rsplit(".", 1)[0] for name in bridge.state_dict() if name.startswith("layers.")}
+    attention = [f"attention.{part}" for part in ("q", "k", "v", "o", "norm")]
+    plain = [*attention, "fc_1", "fc_2", "ffn_norm"]
+    assert names == {f"layers.{i}.{name}" for i in (0, 1) for name in plain} | {f"layers.0.cross_{n}" for n in attention}
+    others = {name for name in bridge.state_dict() if not name.startswith("layers.")}
+    assert others == {"queries", "norm.weight", "norm.bias", "project.weight", "project.bias"}
+    assert 0.018 < bridge.queries.std() < 0.022 and 0.018 < bridge.project.weight.std() < 0.022
+    assert (bridge.project.bias == 0).all() and (bridge.layers[1].fc_1.bias == 0).all()
+    assert 0.018 < bridge.layers[0].cross_attention.k.weight.std() < 0.022
+    assert bridge.layers[0].cross_attention.k.in_features == 20 and bridge.layers[0].attention.k.in_features == 64
+
+
+def test_full_size_is_blip2_s():
+    """The counts of the published Q-Former: 32 queries, six cross-attentions, no text side."""
+    with torch.device("meta"):
+        bridge = QFormer(1408, 2560, 768, num_queries=32, num_heads=12, ffn_width=3072, cross_attention=(True, False) * 6)
+    width, linear = 768, lambda a, b: a * b + b
+    per_layer = 4 * linear(width, width) + 2 * width + linear(width, 3072) + linear(3072, width) + 2 * width
+    looks = 2 * linear(width, width) + 2 * linear(1408, width) + 2 * width
+    expected = 32 * width + 2 * width + 12 * per_layer + 6 * looks + linear(width, 2560)
+    assert sum(parameter.numel() for parameter in bridge.parameters()) == expected
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="width 12 does not divide into 5 heads"):
+        make(num_heads=5)
+    with pytest.raises(ValueError, match="features of width 21, but this Q-Former reads 20"):
+        make()(torch.randn(1, 7, 21))
