@@ -43,6 +43,11 @@ def check_prompts(model, prompts, visual_inputs, decoding):
             raise ValueError(
                 f"prompt {place} has {found} image-token ids, but its {len(inputs)} visual inputs become {needed} image tokens"
             )
+        if model.media_token is not None and prompt.count(model.media_token) != len(inputs):
+            raise ValueError(
+                f"prompt {place} has {prompt.count(model.media_token)} media tokens (id {model.media_token}) for "
+                f"{len(inputs)} visual inputs; write one where each picture stands"
+            )
 
 
 def encode(model, visual_inputs, known):
@@ -89,10 +94,13 @@ class Rows:
         self.cache = KeyValueCache(model.decoder.config, *self.history.shape, weight.dtype, weight.device)
         visible = causal((ids != PADDING).long() - 1) if self.padded else causal_rows(*ids.shape, weight.device)
         positions = (torch.arange(self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
-        self._forward(model.embed(ids, image_tokens, shown), positions, visible, (ids == IMAGE_TOKEN).long())
+        self.media = model.media(ids, (ids != PADDING).long() - 1, image_tokens, shown)
+        embeddings = model.embed(ids, *(() if model.media_token is not None else (image_tokens, shown)))
+        self._forward(embeddings, positions, visible, (ids == IMAGE_TOKEN).long())
+        self.media = None if self.media is None else self.media.step()
 
     def _forward(self, embeddings, positions, visible, modality):
-        hidden = self.model.decoder(embeddings, positions, visible, modality, cache=self.cache)
+        hidden = self.model.decoder(embeddings, positions, visible, modality, cache=self.cache, media=self.media)
         self.cache.advance(embeddings.shape[1])
         self.logits = self.model.decoder.logits(hidden[:, -1]).float()  # only the last position is asked for
 
@@ -117,6 +125,7 @@ class Rows:
         """Go on with other rows: int64[N], new row n continues old row rows[n]."""
         self.history, self.pads, self.logits = self.history[rows], self.pads[rows], self.logits[rows]
         self.cache.select_rows(rows)
+        self.media = None if self.media is None else self.media.select(rows)
 
     def reorder(self, rows):
         """Exchange histories among the rows of one prompt: int64[R]; the prompts' own columns stay where they are."""
