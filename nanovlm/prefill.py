@@ -94,8 +94,7 @@ class Rows:
         self.cache = KeyValueCache(model.decoder.config, *self.history.shape, weight.dtype, weight.device)
         visible = causal((ids != PADDING).long() - 1) if self.padded else causal_rows(*ids.shape, weight.device)
         positions = (torch.arange(self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
-        self.media = model.media(ids, (ids != PADDING).long() - 1, image_tokens, shown)
-        embeddings = model.embed(ids, *(() if model.media_token is not None else (image_tokens, shown)))
+        embeddings, self.media = model.place(ids, (ids != PADDING).long() - 1, image_tokens, shown)
         self._forward(embeddings, positions, visible, (ids == IMAGE_TOKEN).long())
         self.media = None if self.media is None else self.media.step()
 

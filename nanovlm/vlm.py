@@ -148,11 +148,9 @@ class VLM(nn.Module):
           ids: int[B, T], media_token where a picture stands. segments: int[B, T], -1 = padding.
           image_tokens, shown: as in `embed`.
           owner: int[S], row of each appearance; None = as the media tokens say.
-        Returns: cross_attention.Media; None where no picture is shown, or without cross-attention.
+        Returns: cross_attention.Media; None where no picture is shown.
         Raises: ValueError when a row's media tokens are not as many as its pictures.
         """
-        if self.media_token is None:
-            return None
         is_media = (ids == self.media_token) & (segments >= 0)
         found = is_media.sum(1)
         needed = found if owner is None else torch.bincount(owner, minlength=len(ids))
@@ -165,6 +163,16 @@ class VLM(nn.Module):
         dtype = self.decoder.embedding.weight.dtype
         return gather_media([tokens.to(dtype) for tokens in image_tokens], list(shown), is_media, segments)
 
+    def place(self, ids, segments, image_tokens, shown, owner=None):
+        """Image tokens into the row (`embed`), or beside it where the layers cross-attend (`media`).
+
+        Args: as in `embed` and `media`.
+        Returns: (float[B, T, W], cross_attention.Media or None), for the decoder.
+        """
+        if self.media_token is None:
+            return self.embed(ids, image_tokens, shown), None
+        return self.embed(ids), self.media(ids, segments, image_tokens, shown, owner)
+
     def hidden(self, batch, out=None):
         """Hidden states of a batch: float[B, T, W], for `decoder.logits`; out: dict for attention maps."""
         image_tokens = []
@@ -172,14 +180,12 @@ class VLM(nn.Module):
             image_tokens = self.encode(batch.pixels, batch.frames, out)
         is_image = batch.ids == IMAGE_TOKEN
         shown = batch.shown.tolist()
-        media = self.media(batch.ids, batch.segments, image_tokens, shown, batch.owner)
-        if self.media_token is not None:
-            shown = []  # nothing is put in the row
-        elif self.share_prefix and out is None and shared_prefix.can_share(batch, is_image):
+        can_share = self.share_prefix and out is None and self.media_token is None
+        if can_share and shared_prefix.can_share(batch, is_image):
             check_counts(is_image, [image_tokens[m] for m in shown])
             tokens = torch.stack(image_tokens).to(self.decoder.embedding.weight.dtype)
             return shared_prefix.hidden(self.decoder, batch, tokens, is_image)
-        embeddings = self.embed(batch.ids, image_tokens, shown)
+        embeddings, media = self.place(batch.ids, batch.segments, image_tokens, shown, batch.owner)
         visible = visible_rows(batch.segments)
         return self.decoder(embeddings, batch.positions, visible, is_image.long(), out=out, media=media)
 
