@@ -59,12 +59,13 @@ class KeyValueCache:
             self.layers[index] = new = old.new_zeros(old.shape[0], len(rows), *old.shape[2:])
             new[:, :, :, : self.length] = old[:, :, :, : self.length].index_select(1, rows)
 
-    def reorder(self, rows, first_column=0):
-        """Exchange the histories of rows, as beams do after every step.
+    def copy_rows(self, rows, sources, first_column=0):
+        """Give some rows the histories of others, as beams do after a step; all other rows stay as they are.
 
         Args:
-          rows: int64[B], row r goes on with the history of rows[r].
+          rows, sources: int64[N], row rows[n] goes on with what row sources[n] holds now.
           first_column: columns before it stay: beams of one prompt share its keys and values.
         """
         for buffer in self.layers:
-            buffer[:, :, :, first_column : self.length] = buffer[:, :, :, first_column : self.length].index_select(1, rows)
+            written = buffer[:, :, :, first_column : self.length]
+            written[:, rows] = written[:, sources]

@@ -88,6 +88,36 @@ def min_p(scores, share, min_keep=1):
     return scores.masked_fill(drop.scatter(1, best, False), NEVER)
 
 
+def penalise(scores, tokens, num_new, decoding):
+    """What every decoding may ask for: repetition penalty, no-repeat n-gram, minimum length.
+
+    Args: as in `process`. Returns: float32[R, V].
+    """
+    if decoding.repetition_penalty != 1:
+        scores = repetition_penalty(scores, tokens, decoding.repetition_penalty)
+    if decoding.no_repeat_ngram_size > 0:
+        scores = no_repeat_ngram(scores, tokens, decoding.no_repeat_ngram_size)
+    if num_new < decoding.min_new_tokens:
+        scores = forbid(scores, decoding.eos_ids)
+    return scores
+
+
+def truncate(scores, decoding, min_keep=1):
+    """What only sampling asks for: temperature, top-k, top-p, min-p.
+
+    Args: as in `process`. Returns: float32[R, V].
+    """
+    if decoding.temperature != 1:
+        scores = temperature(scores, decoding.temperature)
+    if decoding.top_k > 0:
+        scores = top_k(scores, decoding.top_k, min_keep)
+    if decoding.top_p < 1:
+        scores = top_p(scores, decoding.top_p, min_keep)
+    if decoding.min_p > 0:
+        scores = min_p(scores, decoding.min_p, min_keep)
+    return scores
+
+
 def process(scores, tokens, num_new, decoding, min_keep=1):
     """Apply everything that a Decoding asks for.
 
@@ -99,21 +129,9 @@ def process(scores, tokens, num_new, decoding, min_keep=1):
       min_keep: ids that truncation leaves at least.
     Returns: float32[R, V].
     """
-    if decoding.repetition_penalty != 1:
-        scores = repetition_penalty(scores, tokens, decoding.repetition_penalty)
-    if decoding.no_repeat_ngram_size > 0:
-        scores = no_repeat_ngram(scores, tokens, decoding.no_repeat_ngram_size)
-    if num_new < decoding.min_new_tokens:
-        scores = forbid(scores, decoding.eos_ids)
+    scores = penalise(scores, tokens, num_new, decoding)
     if decoding.do_sample:
-        if decoding.temperature != 1:
-            scores = temperature(scores, decoding.temperature)
-        if decoding.top_k > 0:
-            scores = top_k(scores, decoding.top_k, min_keep)
-        if decoding.top_p < 1:
-            scores = top_p(scores, decoding.top_p, min_keep)
-        if decoding.min_p > 0:
-            scores = min_p(scores, decoding.min_p, min_keep)
+        scores = truncate(scores, decoding, min_keep)
     if decoding.renormalize:
         scores = scores.log_softmax(dim=-1)
     return scores

@@ -108,6 +108,11 @@ class Rows:
         """int64[R, P + num_new], all ids so far; padding and image tokens below 0."""
         return self.history[:, : self.num_columns + self.num_new]
 
+    @property
+    def new_tokens(self):
+        """int64[R, num_new], the new ids so far."""
+        return self.history[:, self.num_columns : self.num_columns + self.num_new]
+
     def step(self, tokens):
         """Append one token to every row and score the next: tokens int64[R]."""
         self.history[:, self.num_columns + self.num_new] = tokens
@@ -127,6 +132,13 @@ class Rows:
         self.media = None if self.media is None else self.media.select(rows)
 
     def reorder(self, rows):
-        """Exchange histories among the rows of one prompt: int64[R]; the prompts' own columns stay where they are."""
-        self.history = self.history[rows]
-        self.cache.reorder(rows, self.num_columns)
+        """Exchange histories among the rows of one prompt; the prompts' own columns stay where they are.
+
+        Args:
+          rows: list of int, row r goes on with the history of rows[r].
+        """
+        moved = [row for row, source in enumerate(rows) if row != source]
+        if moved:  # where every beam goes on by itself there is nothing to copy
+            moved = torch.tensor([moved, [rows[row] for row in moved]], device=self.history.device)
+            self.history[moved[0]] = self.history[moved[1]]
+            self.cache.copy_rows(*moved, self.num_columns)

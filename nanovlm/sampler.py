@@ -54,6 +54,7 @@ class Decoding:
     num_return_sequences: int = 1  # rows per prompt
     eos_ids: tuple[int, ...] = ()  # ids that end a row
     renormalize: bool = False  # make log-probabilities of the scores again after truncation
+    counts_dummy_token: bool = False  # as transformers 4.28 behind prompts of embeddings, so Lynx: beam_search_4_28.py
 
     def __post_init__(self):
         for name, (allowed, words) in RANGES.items():
@@ -176,7 +177,8 @@ def sample_steps(rows, decoding, generator):
     num_rows = len(rows.logits)
     active = list(range(num_rows))
     for step in range(decoding.max_new_tokens):
-        scores = process(rows.logits, rows.tokens, step, decoding)
+        seen = rows.new_tokens if decoding.counts_dummy_token else rows.tokens
+        scores = process(rows.logits, seen, step, decoding)
         chosen = draw(scores, active, num_rows, generator) if decoding.do_sample else scores.argmax(dim=-1)
         values = chosen.tolist()  # the one wait for the device in a step: the stop test
         going = [place for place, value in enumerate(values) if value not in decoding.eos_ids]

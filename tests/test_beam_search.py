@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nanovlm.attention import causal_rows
-from nanovlm.beam_search import EXCLUDED, Hypothesis, beam_search
+from nanovlm.beam_search import beam_search
+from nanovlm.beams import EXCLUDED, Hypothesis
 from nanovlm.decoder import DecoderConfig, LayerOptions
 from nanovlm.prefill import Rows
 from nanovlm.sampler import Decoding, generate

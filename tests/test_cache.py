@@ -69,16 +69,16 @@ def test_select_rows_drops_and_repeats():
             assert torch.equal(got_v[row], torch.cat([written[layer][1][old], v[row]], dim=1))
 
 
-def test_reorder_leaves_the_prompt_where_it_is():
+def test_copied_rows_leave_the_prompt_where_it_is():
     cache, written = filled()
     buffers = [buffer.data_ptr() for buffer in cache.layers]
-    cache.reorder(torch.tensor([1, 1, 0]), first_column=3)
+    cache.copy_rows(torch.tensor([0, 2]), torch.tensor([1, 0]), first_column=3)  # row 2 gets what row 0 held before
     assert [buffer.data_ptr() for buffer in cache.layers] == buffers
     for layer in range(3):
         for got, old in zip(cache.update(layer, keys(3, 1), keys(3, 1)), written[layer]):
             assert torch.equal(got[:, :, :3], old[:, :, :3])
             assert torch.equal(got[:, :, 3], old[[1, 1, 0], :, 3])
-    cache.reorder(torch.tensor([0, 0, 0]))
+    cache.copy_rows(torch.tensor([2]), torch.tensor([0]))
     assert torch.equal(cache.update(0, keys(3, 1), keys(3, 1))[0][2, :, :3], written[0][0][0, :, :3])
 
 

@@ -375,5 +375,5 @@ def test_the_defaults_are_greedy_and_plain():
     assert Decoding() == Decoding(
         max_new_tokens=20, num_beams=1, temperature=1.0, top_k=0, top_p=1.0, length_penalty=1.0, no_repeat_ngram_size=0,
         repetition_penalty=1.0, min_new_tokens=0, do_sample=False, early_stopping=False, min_p=0.0, num_return_sequences=1,
-        eos_ids=(), renormalize=False,
+        eos_ids=(), renormalize=False, counts_dummy_token=False,
     )  # fmt: skip
