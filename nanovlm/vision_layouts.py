@@ -19,7 +19,6 @@ BLOCKS = (
     ("encoder.layers.{i}.mlp.fc2.{p}", "blocks.{i}.fc_2.{p}"),
 )
 PREFIX = Alias("{rest}", "vision_model.{rest}")  # a tower saved alone by transformers 5 has no prefix
-OTHER_SIDE = "the text side of a dual file; only the vision side is wanted"
 
 CLIP = (
     *prefixed(
@@ -50,11 +49,17 @@ SIGLIP = (
     ),
     PREFIX,
 )
-SIGLIP_POOLING = tuple(
-    Unused(f"vision_model.head.{name}", "attention pooling, which serves SigLIP's own loss")
-    for name in ("probe", "attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.{p}",
-                 "layernorm.{p}", "mlp.fc1.{p}", "mlp.fc2.{p}")
-)  # fmt: skip
+OTHER_SIDE = tuple(  # what a dual file holds beside the tower
+    Unused(name, reason)
+    for name, reason in (
+        ("text_model.{rest}", "the text side of a dual file"),
+        ("text_projection.weight", "the text side of a dual file"),
+        ("visual_projection.weight", "leads to the space shared with the text side"),
+        ("logit_scale", "belongs to the pair's own loss"),
+        ("logit_bias", "belongs to the pair's own loss"),
+        ("vision_model.head.{rest}", "attention pooling, which serves SigLIP's own loss"),
+    )
+)
 
 # EVA-g inside BLIP-2's file; the third of the bias that belongs to the keys is zero and has no effect on a softmax
 EVA = (
