@@ -81,7 +81,7 @@ def make_parser():
 def print_stages(recipe, wishes):
     """Show every stage's values and the sizes and learning rates of the parts; no weight is made."""
     stages = choose_stages(recipe, wishes)
-    vocab_size = recipe.tokenizer().vocab_size
+    vocab_size = recipe.tokenizer().vocab_size if recipe.published is None else 0  # 0: as published
     with torch.device("meta"):
         model, contrastive = build_models(recipe, choose_size(recipe, wishes.size), vocab_size, wishes.seed)
     check_stages(stages, model, contrastive)

@@ -50,7 +50,7 @@ def patch_positions(num_features, width, device=None):
 class AbstractorLayer(nn.Module):
     """Queries look at picture and queries, then think: attention and gated feed-forward, each with a residual."""
 
-    def __init__(self, width, num_heads, ffn_width):
+    def __init__(self, width, num_heads, ffn_width, ffn_norm_eps):
         super().__init__()
         self.num_heads = num_heads
         self.norm_queries = nn.LayerNorm(width)
@@ -97,9 +97,10 @@ class Abstractor(nn.Module):
       output_width: channels of the language model.
       num_queries: image tokens per frame, but for the end token. num_layers: depth.
       num_heads: of the attention. ffn_width: hidden channels of the feed-forward.
+      ffn_norm_eps: of the norm inside the feed-forward; all other norms have torch's 1e-5, as in the released code.
     """
 
-    def __init__(self, vision_width, output_width, num_queries, num_layers, num_heads, ffn_width):
+    def __init__(self, vision_width, output_width, num_queries, num_layers, num_heads, ffn_width, ffn_norm_eps=1e-6):
         super().__init__()
         if vision_width % num_heads:
             raise ValueError(f"width {vision_width} does not divide into {num_heads} heads")
@@ -109,7 +110,9 @@ class Abstractor(nn.Module):
         self.num_queries = num_queries
         self.backend = "sdpa"
         self.queries = nn.Parameter(torch.randn(num_queries, vision_width))
-        self.layers = nn.ModuleList(AbstractorLayer(vision_width, num_heads, ffn_width) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            AbstractorLayer(vision_width, num_heads, ffn_width, ffn_norm_eps) for _ in range(num_layers)
+        )
         self.project = nn.Linear(vision_width, output_width)
         self.end = nn.Parameter(torch.randn(output_width))
         for module in self.modules():

@@ -10,11 +10,17 @@ from nanovlm import checkpoint
 from nanovlm.data.templates import Template
 from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
 from nanovlm.names import nearest
-from nanovlm.recipes import nano, nano_resampler
+from nanovlm.recipes import llava_phi, lynx, mplug_owl2, nano, nano_resampler
 from nanovlm.recipes.recipe import from_file
 from nanovlm.vlm import VLM
 
-RECIPES = {"nano": nano.RECIPE, "nano_resampler": nano_resampler.RECIPE}
+RECIPES = {
+    "nano": nano.RECIPE,
+    "nano_resampler": nano_resampler.RECIPE,
+    "lynx": lynx.RECIPE,
+    "mplug_owl2": mplug_owl2.RECIPE,
+    "llava_phi": llava_phi.RECIPE,
+}
 
 
 def find(name):

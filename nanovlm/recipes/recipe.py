@@ -1,11 +1,31 @@
-"""What a recipe is: one model, its stages, its data and how it is judged, as functions and data."""
+"""What a recipe is: one model, its stages, its data and how it is judged, as functions and data.
 
+A recipe of a published model brings no data and no tokenizer of its own: the stages name the paper's datasets, which
+`--datasets FILE.json` lists, and `--init FOLDER` holds tokenizer and weights. Such a run reports its losses.
+"""
+
+import dataclasses
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanovlm.data.templates import Template
+
+
+SMOKE_STEPS, TINY_STEPS = 4, 100  # optimizer steps of a stage in a smoke run, and at the tiny size
+TINY_BATCH = 4  # examples
+
+
+@dataclass(frozen=True)
+class Published:
+    """How a published checkpoint becomes our model and back."""
+
+    family: str                         # what --family calls it
+    build: Callable                     # (config: dict of a config.json, manifest or golden file) -> vlm.VLM
+    layout: Callable                    # (config) -> rename table, see weight_tables.py
+    configs: dict[str, dict]            # size -> config; "full" is as published
+    contents: str = ""                  # what the released files hold, where they are not the whole model
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,8 @@ class Recipe:
     remark: str = ""                    # said beside an answer about a picture unlike the training's; "" = nothing
     save_every: int = 100               # optimizer steps between checkpoints
     exam_every: int = 50                # optimizer steps between exams
+    published: Published | None = None  # of a model whose weights others have published
+    stage_templates: dict[str, Template] = field(default_factory=dict)  # stage -> its own template instead
 
 
 def from_file(path):
@@ -44,3 +66,82 @@ def from_file(path):
     if not isinstance(vars(module).get("RECIPE"), Recipe):
         raise ValueError(f"{path} defines no RECIPE; write RECIPE = Recipe(...), see nanovlm/recipes/nano.py")
     return module.RECIPE
+
+
+def complete(config, defaults):
+    """A config with what it leaves out: dict; nested parts are completed one by one, other keys are kept."""
+    filled = dict(config)
+    for key, default in defaults.items():
+        given = config.get(key)
+        if isinstance(default, dict):
+            if given is not None and not isinstance(given, dict):
+                raise ValueError(f"config: {key} is {given!r}, expected an object with {', '.join(default)}")
+            filled[key] = complete(given or {}, default)
+        elif given is None:
+            filled[key] = default
+    return filled
+
+
+def with_vocabulary(config, vocab_size):
+    """A config whose language model has at least `vocab_size` rows; published tables are often longer than that."""
+    for part in ("llm", "text_config"):
+        if part in config:
+            return config | {part: with_vocabulary(config[part], vocab_size)}
+    return config | {"vocab_size": max(config["vocab_size"], vocab_size)}
+
+
+def at_size(stages, size, smoke, tiny_images):
+    """The paper's stages as they stand, or shrunk to what a laptop rehearses.
+
+    Args:
+      stages: tuple of Stage. size: str; "tiny" shrinks pictures, rows and steps.
+      smoke: bool, a few steps of a few examples.
+      tiny_images: {pixels in the paper: pixels at the tiny size}.
+    Returns: tuple of Stage; parts, rates and mixtures are never touched.
+    """
+    if size == "tiny":
+        stages = [
+            dataclasses.replace(
+                stage, image_size=tiny_images[stage.image_size], steps=TINY_STEPS, batch_size=TINY_BATCH,
+                warmup_steps=TINY_STEPS // 20, max_tokens=min(stage.max_tokens, 256), precision="float32",
+            )
+            for stage in stages
+        ]  # fmt: skip
+    if smoke:
+        stages = [
+            dataclasses.replace(stage, steps=SMOKE_STEPS, warmup_steps=1, batch_size=min(stage.batch_size, TINY_BATCH))
+            for stage in stages
+        ]
+    return tuple(stages)
+
+
+def published_recipe(name, published, stages, template, decodings, stage_templates=None, remark=""):
+    """The recipe of a published model; its runs are judged by their losses alone.
+
+    Args:
+      name: str. published: Published. stages: (size, smoke) -> tuple of Stage, over the paper's datasets.
+      template, decodings, remark: as in Recipe. stage_templates: {stage: Template} where one has its own.
+    Returns: Recipe.
+    """
+
+    def no_tokenizer():
+        raise ValueError(f"recipe {name!r} has no tokenizer of its own: give --init FOLDER with the model's tokenizer.json")
+
+    return Recipe(
+        name=name,
+        sizes=tuple(published.configs),
+        build=lambda size, vocab_size: published.build(with_vocabulary(published.configs[size], vocab_size)),
+        contrastive=None,
+        stages=stages,
+        sources={},
+        tokenizer=no_tokenizer,
+        template=template,
+        decodings=decodings,
+        evaluate=lambda run, stage: {},
+        exam=lambda run: [],
+        finish=lambda run: {},
+        report=lambda run, results: [f"the losses are in {run.out / 'log.jsonl'}, their curves in curves.png"],
+        remark=remark,
+        published=published,
+        stage_templates=stage_templates or {},
+    )

@@ -48,14 +48,15 @@ def make_sources(recipe, stages, wishes):
     Raises: ValueError for a name that nothing provides; FileNotFoundError with everything that is missing, at once.
     """
     sources = command_line_sources(wishes.data, wishes.images, wishes.datasets, wishes.seed)
+    unknown = {name: stage.name for stage in reversed(stages) for name in stage.mixture
+               if name not in recipe.sources.keys() | sources.keys()}
+    if unknown:
+        raise ValueError(unprovided(unknown, recipe.sources.keys() | sources.keys()))
     missing = []
     for stage in stages:
         for name in stage.mixture:
             if name in sources:
                 continue
-            if name not in recipe.sources:
-                raise ValueError(f"stage {stage.name!r} reads {name!r}, which neither the recipe nor --datasets "
-                                 f"provides.{nearest(name, recipe.sources.keys() | sources.keys())}")
             try:
                 sources[name] = recipe.sources[name](wishes.seed)
             except FileNotFoundError as error:
@@ -63,6 +64,18 @@ def make_sources(recipe, stages, wishes):
     if missing:
         raise FileNotFoundError("data is missing:\n" + "\n".join(dict.fromkeys(missing)))
     return sources
+
+
+def unprovided(unknown, known):
+    """The message for names that nothing provides: {name: the first stage that reads it}; known: names that exist."""
+    if len(unknown) == 1:
+        (name, stage), = unknown.items()
+        return (f"stage {stage!r} reads {name!r}, which neither the recipe nor --datasets provides."
+                f"{nearest(name, known) if known else ' List it there.'}")
+    lines = [f"  {stage}: {', '.join(name for name, first in unknown.items() if first == stage)}"
+             for stage in dict.fromkeys(reversed(unknown.values()))]
+    return "\n".join([f"the stages read {len(unknown)} data sets that neither the recipe nor --datasets FILE.json provides "
+                      "(see nanovlm/data/datasets.py; --set STAGE.mixture.NAME=none leaves one out):", *lines])
 
 
 def check_stages(stages, model, contrastive):

@@ -1,0 +1,137 @@
+"""LLaVA-Phi: LLaVA-1.5 with a language model of 2.7 billion parameters, Phi-2.
+
+  vision   CLIP ViT-L/14 at 336 pixels: output of the 23rd of 24 blocks, class token dropped, 576 features   Sec. 3.1
+  bridge   linear, GELU, linear: every patch a token                                                        Sec. 3.1
+  decoder  Phi-2                                                                                            Sec. 3.2
+  stages   (tune Phi-2 on ShareGPT,) align the projector, instruct                                          Sec. 3.2
+
+"LLaVA-Phi: Efficient Multi-Modal Assistant with Small Language Model", arXiv:2401.02330; code zhuyiche/llava-phi
+2b42029. The released code decides what loads and, here, most of what trains. Where paper and code differ:
+- the second stage trains the tower too, with 128 examples a step and no weight decay (the code); the paper has it
+  frozen, 256 and 0.1;
+- the first stage trains the projector alone (the paper); the code's freezing misses the output head;
+- the data are LLaVA-1.5's, 558K and 665K (the code, and the paper elsewhere), not 595K and 150K;
+- the first tuning of Phi-2 is the paper's; it is optional, and the released model starts from plain Phi-2:
+  `--without tune_phi`;
+- Phi-2's residual dropout of 0.1 is left out;
+- the code masked the first token of every answer until 2024-03-23, and end tokens as keys: neither is repeated.
+End and padding are <|endoftext|>, 50256; the released config.json says 1 and 2, which are other words.
+"""
+
+import dataclasses
+
+from nanovlm.data.templates import LLAVA_PHI, PLAIN
+from nanovlm.decoder import Decoder
+from nanovlm.layouts import expect, phi_config, phi_fused
+from nanovlm.projector import MLPProjector
+from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.sampler import Decoding
+from nanovlm.stages import Stage
+from nanovlm.vision_layouts import CLIP, clip_config
+from nanovlm.vit import ViT
+from nanovlm.vlm import VLM
+from nanovlm.weight_tables import prefixed
+
+CONFIGS = {
+    "full": {
+        "vision": {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "image_size": 336, "patch_size": 14, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+        },
+        "llm": {
+            "vocab_size": 51200, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "max_position_embeddings": 2048, "partial_rotary_factor": 0.4,
+        },
+    },
+    "tiny": {
+        "vision": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56,
+        },
+        "llm": {
+            "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 256,
+        },
+    },
+}  # fmt: skip
+
+
+def sizes(config):
+    """A config in one form, completed: dict with vision and llm; config.json nests the first and lays the second out."""
+    if "vision_config" in config:
+        parts = config["vision_config"]
+        expect(parts.get("mm_projector") or {}, "mm_projector_type", "mlp2x_gelu", "another projector")
+        config = {"vision": parts.get("vision_tower", {}), "llm": config}
+    # what a Phi config leaves out is not Phi-2's, but the default of its class: half of every head turns, not 0.4
+    defaults = {"vision": CONFIGS["full"]["vision"], "llm": {"partial_rotary_factor": 0.5}}
+    config = complete(config, defaults)
+    if "select_layer" in config["vision"]:
+        config["vision"]["mm_vision_select_layer"] = config["vision"]["select_layer"]
+    return config
+
+
+def build(config):
+    """LLaVA-Phi.
+
+    Args:
+      config: dict with vision and llm, or the released config.json; what it leaves out of `vision` is as released.
+    Returns: vlm.VLM.
+    Raises: ValueError for sizes that do not go together.
+    """
+    config = sizes(config)
+    tower, llm = clip_config(config["vision"]), phi_config(config["llm"])
+    layer, feature = config["vision"]["mm_vision_select_layer"], config["vision"]["mm_vision_select_feature"]
+    if feature not in ("patch", "cls_patch"):
+        raise ValueError(f"config: mm_vision_select_feature is {feature!r}; 'patch' or 'cls_patch' was expected")
+    if not isinstance(layer, int):
+        raise ValueError(f"config: mm_vision_select_layer is {layer!r}; one layer, like -2, can be built")
+    layer = layer if layer >= 0 else tower.num_layers + 1 + layer  # -1 is the last block's output
+    tower = dataclasses.replace(tower, feature_layer=layer, drop_class_token=feature == "patch")
+    return VLM(ViT(tower), MLPProjector(tower.width, llm.width), Decoder(llm))
+
+
+def LAYOUT(config):
+    """Published names on the left, ours on the right: the layout of zxmonent/llava-phi."""
+    return (
+        *prefixed(CLIP, "model.vision_tower.", "vision."),
+        ("model.mm_projector.0.{p}", "bridge.linear.{p}"),
+        ("model.mm_projector.2.{p}", "bridge.linear_2.{p}"),
+        *prefixed(phi_fused(phi_config(sizes(config)["llm"]).num_heads), "", "decoder."),
+    )
+
+
+ADAM = dict(optimizer="adamw", betas=(0.9, 0.98), eps=1e-7, weight_decay=0.0, clip=None, start_lr_factor=0.0)
+SETTINGS = dict(objective="language", precision="bfloat16", max_tokens=2048, **ADAM)
+STAGES = (
+    Stage(  # two epochs of about 80,000 dialogues; the batch size is not stated
+        "tune_phi", learning_rates=dict.fromkeys(("embedding", "language_model", "lm_head"), 3e-5),
+        mixture={"ShareGPT": 1.0}, steps=1_250, batch_size=128, schedule="linear", image_size=336, **SETTINGS,
+    ),
+    Stage(  # one epoch
+        "align", learning_rates={"bridge": 1e-3}, mixture={"blip_laion_cc_sbu_558k": 1.0},
+        steps=2_180, warmup_steps=66, batch_size=256, schedule="cosine", image_size=336, image_fit="crop", **SETTINGS,
+    ),
+    Stage(  # one epoch
+        "instruct", learning_rates=dict.fromkeys(("vision", "bridge", "embedding", "language_model", "lm_head"), 2e-5),
+        mixture={"llava_v1_5_mix665k": 1.0},
+        steps=5_198, warmup_steps=156, batch_size=128, schedule="cosine", image_size=336, image_fit="pad", **SETTINGS,
+    ),
+)  # fmt: skip
+
+
+def stages(size, smoke):
+    """The three stages; `size` "tiny" and `smoke` shrink them, see recipe.at_size."""
+    return at_size(STAGES, size, smoke, {336: 56})
+
+
+END = (50256,)  # <|endoftext|>
+DECODINGS = {
+    "default": Decoding(max_new_tokens=1024, eos_ids=END),  # greedy, as in all its evaluations
+    "short": Decoding(max_new_tokens=128, eos_ids=END),  # VQAv2, MME, POPE, TextVQA, VizWiz
+    "sample": Decoding(max_new_tokens=1024, do_sample=True, temperature=0.2, eos_ids=END),  # its demonstration
+}
+
+CONTENTS = "the released files hold the whole model, the tower too; q, k and v are one matrix, interleaved head by head"
+RECIPE = published_recipe(
+    "llava_phi", Published("llava_phi", build, LAYOUT, CONFIGS, CONTENTS), stages, LLAVA_PHI, DECODINGS,
+    stage_templates={"align": PLAIN},
+)  # fmt: skip

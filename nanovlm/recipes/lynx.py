@@ -1,0 +1,187 @@
+"""Lynx: EVA's tower, a Perceiver resampler, and Vicuna-7B, frozen, with adapters that learn to read the pictures.
+
+  vision   EVA-CLIP ViT-g, 39 of its 40 blocks and no norm behind them, 420 pixels, 901 features   Sec. 2.1
+  bridge   resampler of 3 layers: 32 tokens for a picture or for a clip of 5 frames               Sec. 2.1
+  decoder  Vicuna-7B v1.1 with an adapter after layers 0, 2, ... 30                               Sec. 2.1
+  rows     the 32 image tokens, then BOS and the text, all of it in lower case                    Table 13
+  stages   align at 224 pixels, raise the resolution, instruct                                    Table 8
+
+"What Matters in Training a GPT4-Style Language Model with Multimodal Inputs?", arXiv:2307.02469; code
+bytedance/lynx-llm 24680d1, which does not train. The released code decides what loads, the paper what trains.
+Where the two differ:
+- "after every 2 blocks" is after layers 0, 2, 4 ... (the code), not 1, 3, 5;
+- the second stage trains the tower (the paper); the released config freezes it, and the released file probably holds
+  no tower but only the resampler, the adapters and the frame embedding: the rest is EVA's and Vicuna's own;
+- the code keeps the last 40 tokens of a prompt, which cuts dialogues: no such limit here;
+- the code pads between image tokens and text; here padding stands at an end of a row, its positions are explicit.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from nanovlm.data.templates import LYNX
+from nanovlm.decoder import Decoder, LayerOptions
+from nanovlm.layouts import LLAMA, llama_config
+from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.resampler import Resampler
+from nanovlm.sampler import Decoding
+from nanovlm.stages import Stage
+from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vlm import VLM
+from nanovlm.weight_tables import Alias, Fused, Reshaped, prefixed
+
+CONFIGS = {
+    "full": {
+        "vision": {"image_size": 420, "patch_size": 14, "width": 1408, "depth": 39, "heads": 16, "mlp_ratio": 4.3637, "eps": 1e-6},
+        "bridge": {"depth": 3, "num_latents": 32, "heads": 8, "head_width": 64},
+        "llm": {
+            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+        },
+        "adapter_freq": 2,
+        "num_frames": 5,
+    },
+    "tiny": {
+        "vision": {"image_size": 56, "width": 32, "depth": 2, "heads": 2},
+        "bridge": {"depth": 1, "num_latents": 4, "heads": 2, "head_width": 16},
+        "llm": {
+            "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+            "num_attention_heads": 2, "max_position_embeddings": 256,
+        },
+    },
+}  # fmt: skip
+
+
+def adapter_layers(config):
+    """Which layers carry an adapter: list of int, 0, adapter_freq, 2 * adapter_freq ..."""
+    return list(range(0, config["llm"]["num_hidden_layers"], config["adapter_freq"]))
+
+
+def build(config):
+    """Lynx.
+
+    Args:
+      config: dict with vision, bridge, llm (Vicuna's own config.json), adapter_freq, num_frames and, unless the
+        adapters are half as wide as the model, adapter_width; what it leaves out is as released.
+    Returns: vlm.VLM.
+    Raises: ValueError for sizes that do not go together.
+    """
+    config = complete(config, CONFIGS["full"])
+    eva, bridge, llm = config["vision"], config["bridge"], llama_config(config["llm"])
+    mlp_width = eva.get("mlp_width", int(eva["width"] * eva["mlp_ratio"]))
+    vision = ViT(
+        ViTConfig(
+            eva["image_size"], eva["patch_size"], eva["width"], eva["depth"], eva["heads"], mlp_width,
+            post_norm=False, qkv_bias="qv", norm_eps=eva["eps"],
+        )
+    )  # fmt: skip
+    resampler = Resampler(
+        eva["width"], llm.width, bridge["num_latents"], bridge["depth"], bridge["heads"], bridge["head_width"],
+        ffn_width=bridge.get("ffn_width", 4 * llm.width), max_frames=config["num_frames"],
+    )  # fmt: skip
+    adapter = LayerOptions(adapter_width=config.get("adapter_width", llm.width // 2))
+    chosen = adapter_layers(config)
+    layers = tuple(adapter if i in chosen else LayerOptions() for i in range(len(llm.layers)))
+    return VLM(vision, resampler, Decoder(dataclasses.replace(llm, layers=layers)))
+
+
+VISION = (
+    Reshaped("cls_token", "class_token", unit_axes=(0, 1)),
+    Reshaped("pos_embed", "positions", unit_axes=(0,)),
+    ("patch_embed.proj.{p}", "patch_embedding.{p}"),
+    ("blocks.{i}.norm{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
+    ("blocks.{i}.attn.q_proj.{p}", "blocks.{i}.attention.q.{p}"),
+    ("blocks.{i}.attn.k_proj.weight", "blocks.{i}.attention.k.weight"),  # the keys have no bias
+    ("blocks.{i}.attn.v_proj.{p}", "blocks.{i}.attention.v.{p}"),
+    ("blocks.{i}.attn.proj.{p}", "blocks.{i}.attention.o.{p}"),
+    ("blocks.{i}.mlp.fc{j}.{p}", "blocks.{i}.fc_{j}.{p}"),
+)
+RESAMPLER = (  # OpenFlamingo's too
+    ("latents", "latents"),
+    ("layers.{i}.0.norm_media.{p}", "layers.{i}.norm_patches.{p}"),
+    ("layers.{i}.0.norm_latents.{p}", "layers.{i}.norm_latents.{p}"),
+    ("layers.{i}.0.to_q.weight", "layers.{i}.q.weight"),
+    Fused("layers.{i}.0.to_kv.weight", ("layers.{i}.k.weight", "layers.{i}.v.weight")),  # keys first
+    ("layers.{i}.0.to_out.weight", "layers.{i}.o.weight"),
+    ("layers.{i}.1.{j}.{p}", "layers.{i}.ffn.{j}.{p}"),
+    ("norm.{p}", "norm.{p}"),
+)
+ADAPTERS = (
+    ("model.layers.{i}.output_adapter.adapter_norm_before.{p}", "layers.{i}.adapter.norm.{p}"),
+    ("model.layers.{i}.output_adapter.adapter_down.{p}", "layers.{i}.adapter.down.{p}"),
+    ("model.layers.{i}.output_adapter.adapter_up.{p}", "layers.{i}.adapter.up.{p}"),
+    ("model.layers.{i}.output_adapter.scaling", "layers.{i}.adapter.scale"),
+)
+
+
+def LAYOUT(config):
+    """Published names on the left, ours on the right: the layout of `pretrain_lynx.pt` and `finetune_lynx.pt`."""
+    return (
+        *prefixed(VISION, "vision_encoder.", "vision."),
+        *prefixed(RESAMPLER, "bridge.", "bridge."),
+        Reshaped("absolute_frame_pos_embed", "bridge.frame_embedding", unit_axes=(0, 2)),
+        *prefixed((*ADAPTERS, *LLAMA), "LLM.", "decoder."),
+        Alias("model.{rest}", "{rest}"),  # files that were saved from a wrapper
+    )
+
+
+DATASETS = json.loads((Path(__file__).parent / "lynx_mixture.json").read_text())["datasets"]
+
+
+def mixture(column, *without):
+    """Shares of Table 12 in percent: {dataset: share}; `without`: kinds of datasets to leave out."""
+    return {data["name"]: data[column] for data in DATASETS if data[column] and data["kind"] not in without}
+
+
+ALIGNED = {"bridge", "adapters"}  # the frame embedding belongs to the bridge
+TABLE_8 = dict(  # "warmup lr end" is a tenth of each rate: where the warm-up starts and the decay stops
+    objective="language", optimizer="adamw", betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, schedule="linear",
+    start_lr_factor=0.1, end_lr_factor=0.1, clip=None, precision="bfloat16", image_fit="crop",
+    max_tokens=1024,  # not stated
+)  # fmt: skip
+STAGES = (
+    Stage(
+        "align", learning_rates=dict.fromkeys(sorted(ALIGNED), 1e-4), mixture=mixture("pretrain_percent"), image_size=224,
+        steps=100_000, warmup_steps=5_000, batch_size=1536, **TABLE_8,
+    ),
+    Stage(  # the paper gives no shares: the first stage's without its "large-scale noise image-text pairs"
+        "resolution", learning_rates=dict.fromkeys(sorted(ALIGNED | {"vision"}), 1e-5), image_size=420,
+        mixture=mixture("pretrain_percent", "image-text pair"),
+        steps=10_000, warmup_steps=500, batch_size=448, **TABLE_8,
+    ),
+    Stage(
+        "instruct", learning_rates=dict.fromkeys(sorted(ALIGNED), 2e-5), mixture=mixture("finetune_percent"),
+        image_size=420, steps=20_000, warmup_steps=1_000, batch_size=480, **TABLE_8,
+    ),
+)  # fmt: skip
+
+
+def stages(size, smoke):
+    """Table 8: three stages; `size` "tiny" and `smoke` shrink them, see recipe.at_size."""
+    return at_size(STAGES, size, smoke, {224: 28, 420: 56})
+
+
+def table_9(tokens, beams, top_p, top_k, length_penalty, ngram, do_sample):
+    """One row of Table 9; at least one token before the end, and lengths counted as its transformers 4.28 does."""
+    return Decoding(
+        max_new_tokens=tokens, num_beams=beams, top_p=top_p, top_k=top_k, length_penalty=length_penalty,
+        no_repeat_ngram_size=ngram, do_sample=do_sample, min_new_tokens=1, counts_dummy_token=True,
+    )  # fmt: skip
+
+
+SHORT = table_9(64, 5, 1.0, 1, -2.0, 2, False)
+DESCRIBE = table_9(128, 1, 0.9, 3, 1.0, 3, True)  # the first round of describe-first
+OPEN = table_9(256, 3, 0.9, 3, 1.0, 3, True)
+DECODINGS = {
+    "default": OPEN, "image_description": SHORT, "open_vqa_image": SHORT, "video_description": DESCRIBE,
+    "open_vqa_video": table_9(128, 3, 1.0, 1, -1.0, 3, False), "owleval_description": DESCRIBE, "owleval": OPEN,
+    "visit_bench_description": DESCRIBE, "visit_bench": OPEN, "mme": SHORT, "demo": OPEN, "describe": DESCRIBE,
+    "released": table_9(64, 5, 0.9, 3, -2.0, 2, True),  # the repository's own default, which no table of the paper uses
+}  # fmt: skip
+
+CONTENTS = (
+    "the released files probably hold bridge.*, the adapters and absolute_frame_pos_embed alone; EVA's tower and Vicuna-7B "
+    "v1.1 come from their own files"
+)
+RECIPE = published_recipe("lynx", Published("lynx", build, LAYOUT, CONFIGS, CONTENTS), stages, LYNX, DECODINGS)

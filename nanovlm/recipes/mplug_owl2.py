@@ -1,0 +1,194 @@
+"""mPLUG-Owl2: pictures and words share one language model, but not its norms, keys and values.
+
+  vision   CLIP ViT-L/14 at 448 pixels: last layer, its norm, class token kept, 1025 features     Sec. 3.2
+  bridge   visual abstractor of 6 layers: 64 queries and a learned end, 65 tokens a picture       Sec. 3.2
+  decoder  LLaMA-2-7B, every layer modality-adaptive                                              Sec. 3.3
+  stages   align tower, abstractor and image copies at 224 pixels; then everything at 448         Sec. 3.4, 4.1
+
+"mPLUG-Owl2: Revolutionizing Multi-modal Large Language Model with Modality Collaboration", arXiv:2311.04257; code
+X-PLUG/mPLUG-Owl 0f3068f. The released code decides what loads, the paper what trains. Where the two differ:
+- modality 0 is text and 1 vision, and both norms of a layer are split (the code);
+- every norm has eps 1e-6 and the context is 2048, although CLIP has 1e-5 and LLaMA-2 1e-5 and 4096 (the code);
+- both stages train the tower, with layer-wise decay 0.9, and AdamW has betas 0.9, 0.98 and eps 1e-6 (the paper); the
+  released fine-tuning script freezes the tower and takes AdamW's defaults;
+- no system sentence (the code, at inference; its fine-tuning script writes Vicuna's);
+- pictures are stretched to a square (the code, for the reported results; its other scripts pad or crop).
+The paper trains "a part of" the modality-adaptive module in its first stage: the image copies, which are what is new.
+"""
+
+import dataclasses
+
+from nanovlm.abstractor import Abstractor
+from nanovlm.data.templates import MPLUG_OWL2
+from nanovlm.decoder import Decoder, LayerOptions
+from nanovlm.layouts import LLAMA, activation, llama_config
+from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.sampler import Decoding
+from nanovlm.stages import Stage
+from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vlm import VLM
+from nanovlm.weight_tables import Computed, Fused, Reshaped, prefixed
+
+CONFIGS = {
+    "full": {
+        "vision": {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "image_size": 448, "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-6,
+        },
+        "abstractor": {
+            "num_learnable_queries": 64, "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16,
+            "intermediate_size": 2816, "layer_norm_eps": 1e-6,
+        },
+        "llm": {
+            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+        },
+    },
+    "tiny": {
+        "vision": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
+        },
+        "abstractor": {
+            "num_learnable_queries": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
+        "llm": {
+            "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "max_position_embeddings": 256,
+        },
+    },
+}  # fmt: skip
+
+
+def sizes(config):
+    """A config in one form, completed: dict with vision, abstractor and llm; config.json nests the first two."""
+    if "visual_config" in config:
+        visual = config["visual_config"]
+        config = {"llm": config, "vision": visual.get("visual_model"), "abstractor": visual.get("visual_abstractor")}
+    config = complete(config, CONFIGS["full"])
+    if "eps" in config["vision"]:
+        config["vision"]["layer_norm_eps"] = config["vision"]["eps"]
+    return config
+
+
+def build(config):
+    """mPLUG-Owl2.
+
+    Args:
+      config: dict with vision, abstractor and llm, or the released config.json; what it leaves out is as released.
+    Returns: vlm.VLM.
+    Raises: ValueError for sizes that do not go together.
+    """
+    config = sizes(config)
+    clip, queries, llm = config["vision"], config["abstractor"], llama_config(config["llm"])
+    width, side = clip["hidden_size"], clip["image_size"] // clip["patch_size"]
+    for key, needed in (("hidden_size", width), ("encoder_hidden_size", width), ("grid_size", side)):
+        if queries.get(key, needed) != needed:
+            raise ValueError(
+                f"config: abstractor.{key} is {queries[key]}, but the tower gives {side} x {side} patches of width {width}"
+            )
+    vision = ViT(
+        ViTConfig(
+            clip["image_size"], clip["patch_size"], width, clip["num_hidden_layers"], clip["num_attention_heads"],
+            clip["intermediate_size"], pre_norm=True, patch_bias=False,
+            activation=activation(clip, "hidden_act", "quick_gelu"), norm_eps=clip["layer_norm_eps"],
+        )
+    )  # fmt: skip
+    abstractor = Abstractor(
+        width, llm.width, queries["num_learnable_queries"], queries["num_hidden_layers"],
+        queries["num_attention_heads"], queries["intermediate_size"], ffn_norm_eps=queries["layer_norm_eps"],
+    )  # fmt: skip
+    layers = (LayerOptions(modality_adaptive=True),) * len(llm.layers)
+    return VLM(vision, abstractor, Decoder(dataclasses.replace(llm, layers=layers)))
+
+
+def vision_layout(num_heads):
+    """The tower's table: CLIP's, rewritten, with q, k and v in one matrix, interleaved head by head."""
+    qkv = tuple(f"blocks.{{i}}.attention.{name}.{{p}}" for name in "qkv")
+    return (
+        Reshaped("embeddings.cls_token", "class_token", unit_axes=(0, 1)),
+        Reshaped("embeddings.position_embedding", "positions", unit_axes=(0,)),
+        ("embeddings.patch_embed.weight", "patch_embedding.weight"),
+        ("embeddings.pre_layernorm.{p}", "pre_norm.{p}"),
+        ("encoder.layers.{i}.input_layernorm.{p}", "blocks.{i}.norm_1.{p}"),
+        Fused("encoder.layers.{i}.self_attn.query_key_value.{p}", qkv, "heads", num_heads),
+        ("encoder.layers.{i}.self_attn.dense.{p}", "blocks.{i}.attention.o.{p}"),
+        ("encoder.layers.{i}.post_attention_layernorm.{p}", "blocks.{i}.norm_2.{p}"),
+        ("encoder.layers.{i}.mlp.fc{j}.{p}", "blocks.{i}.fc_{j}.{p}"),
+        ("post_layernorm.{p}", "post_norm.{p}"),
+    )
+
+
+ABSTRACTOR = (
+    Reshaped("query_embeds", "queries", unit_axes=(0,)),
+    ("encoder.layers.{i}.crossattention.norm1.{p}", "layers.{i}.norm_queries.{p}"),
+    ("encoder.layers.{i}.crossattention.normk.{p}", "layers.{i}.norm_patches.{p}"),
+    ("encoder.layers.{i}.crossattention.attention.query.{p}", "layers.{i}.q.{p}"),
+    ("encoder.layers.{i}.crossattention.attention.key.{p}", "layers.{i}.k.{p}"),
+    ("encoder.layers.{i}.crossattention.attention.value.{p}", "layers.{i}.v.{p}"),
+    ("encoder.layers.{i}.crossattention.output.out_proj.{p}", "layers.{i}.o.{p}"),
+    ("encoder.layers.{i}.crossattention.output.norm2.{p}", "layers.{i}.norm_ffn.{p}"),
+    ("encoder.layers.{i}.crossattention.output.mlp.w{j}.{p}", "layers.{i}.w{j}.{p}"),
+    ("encoder.layers.{i}.crossattention.output.mlp.ffn_ln.{p}", "layers.{i}.ffn_norm.{p}"),
+    ("visual_fc.{p}", "project.{p}"),
+    Reshaped("vit_eos", "end", unit_axes=(0, 1)),
+    Computed("encoder.layers.{i}.crossattention.attention.q_pos_embed", "sines and cosines of the queries"),
+    Computed("encoder.layers.{i}.crossattention.attention.k_pos_embed", "sines and cosines of rows and columns"),
+)
+COPIES = tuple(
+    (f"model.layers.{{i}}.{theirs}.multiway.{number}.weight", f"layers.{{i}}.{ours}.{modality}.weight")
+    for theirs, ours in (
+        ("input_layernorm", "norm_1"), ("self_attn.k_proj", "attention.k"), ("self_attn.v_proj", "attention.v"),
+        ("post_attention_layernorm", "norm_2"),
+    )
+    for number, modality in enumerate(("text", "vision"))  # the paper numbers them the other way round
+)  # fmt: skip
+
+
+def LAYOUT(config):
+    """Published names on the left, ours on the right: the layout of MAGAer13/mplug-owl2-llama2-7b."""
+    return (
+        *prefixed(vision_layout(sizes(config)["vision"]["num_attention_heads"]), "model.vision_model.", "vision."),
+        *prefixed(ABSTRACTOR, "model.visual_abstractor.", "bridge."),
+        *prefixed((*COPIES, *LLAMA), "", "decoder."),
+    )
+
+
+SETTINGS = dict(  # Sec. 4.1
+    objective="language", optimizer="adamw", betas=(0.9, 0.98), eps=1e-6, schedule="cosine", layer_decay={"vision": 0.9},
+    start_lr_factor=0.0, precision="bfloat16", image_fit="stretch",
+)  # fmt: skip
+STAGES = (
+    Stage(  # 348 million pairs; the paper names the sets without their shares, and two decays come from the authors' tracker
+        "align", learning_rates=dict.fromkeys(("vision", "bridge", "vision_branch"), 1e-4),
+        mixture=dict.fromkeys(("CC3M", "CC12M", "COCO", "LAION-en", "COYO", "DataComp"), 1.0),
+        steps=42_500, warmup_steps=1_000, batch_size=8192, weight_decay=0.05, image_size=224, max_tokens=256,
+        copy_vision_branch=True, **SETTINGS,
+    ),
+    Stage(  # one epoch over about 1.23 million examples; warm-up as in the fine-tuning script
+        "instruct", learning_rates=dict.fromkeys(("vision", "bridge", "embedding", "language_model", "vision_branch", "lm_head"), 2e-5),
+        mixture=dict.fromkeys(
+            ("TextCaps", "COCO", "VQAv2", "OKVQA", "OCR-VQA", "GQA", "A-OKVQA", "RefCOCO", "VisualGenome",
+             "LLaVA-instruct-150K", "ShareGPT-80K", "SlimOrca"), 1.0,
+        ),
+        steps=4_800, warmup_steps=144, batch_size=256, weight_decay=0.0, image_size=448, max_tokens=2048, **SETTINGS,
+    ),
+)  # fmt: skip
+
+
+def stages(size, smoke):
+    """The two stages; `size` "tiny" and `smoke` shrink them, see recipe.at_size."""
+    return at_size(STAGES, size, smoke, {224: 28, 448: 56})
+
+
+DECODINGS = {
+    "default": Decoding(max_new_tokens=512, do_sample=True, temperature=0.2),  # the released command line
+    "sample": Decoding(max_new_tokens=512, do_sample=True, temperature=0.7),  # its README
+    "vqa": Decoding(max_new_tokens=10, min_new_tokens=1),  # VQA, MME, MMBench, MMMU
+    "caption": Decoding(max_new_tokens=60, min_new_tokens=8),  # Flickr30k
+}
+
+CONTENTS = "the released files hold the whole model; the abstractor's position tables are computed"
+RECIPE = published_recipe(
+    "mplug_owl2", Published("mplug_owl2", build, LAYOUT, CONFIGS, CONTENTS), stages, MPLUG_OWL2, DECODINGS
+)
