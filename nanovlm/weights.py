@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from nanovlm.weight_errors import WeightsError, explain, grouped
-from nanovlm.weight_tables import Alias, Computed, Fused, Reshaped, Same, Tied, Unused, as_entry, expression, prefixed
+from nanovlm.weight_tables import (
+    Alias, Computed, Fused, Reshaped, Same, Tied, Unused, as_entry, expression, prefixed,
+)  # fmt: skip
 
 __all__ = ["Alias", "Computed", "Fused", "Plan", "Reshaped", "Same", "Tied", "Unused", "WeightsError", "placed", "plan",
            "prefixed", "published_name", "to_ours", "to_published"]
@@ -58,14 +60,23 @@ def find_entry(table, name, ours):
     return None
 
 
-def find_renamed(table, name, ours):
-    """`find_entry`, then once more under every alias of the name."""
-    found = find_entry(table, name, ours)
-    for alias in table if found is None else ():
-        spelled = expression(alias.published).fullmatch(name) if isinstance(alias, Alias) else None
-        if spelled and (found := find_entry(table, alias.canonical.format(**spelled.groupdict()), ours)):
-            break
-    return found
+def match(table, names, ours):
+    """The entry of every published name: {name: (entry, our names)}, (None, ()) where there is none.
+
+    Args:
+      table: list of entries. names: iterable of str. ours: container of the model's tensor names.
+    """
+    found = {name: find_entry(table, name, ours) for name in names}
+    direct = [name for name, match in found.items() if match and not isinstance(match[0], Computed)]
+    for alias in table:
+        # a file spells all its names one way: one that is spelled the other way was renamed by mistake
+        if not isinstance(alias, Alias) or any(expression(alias.canonical).fullmatch(name) for name in direct):
+            continue
+        for name in [name for name, match in found.items() if match is None]:
+            spelled = expression(alias.published).fullmatch(name)
+            if spelled:
+                found[name] = find_entry(table, alias.canonical.format(**spelled.groupdict()), ours)
+    return {name: match or (None, ()) for name, match in found.items()}
 
 
 def published_name(table, name, ours):
@@ -96,9 +107,9 @@ def plan(table, found, ours, resizable=()):
     Returns: Plan.
     """
     table, result, filled = [as_entry(entry) for entry in table], Plan(), set()
-    tied_last = sorted(found, key=lambda name: isinstance((find_renamed(table, name, ours) or (None,))[0], Tied))
-    for name in tied_last:
-        entry, names = find_renamed(table, name, ours) or (None, ())
+    matches = match(table, found, ours)
+    for name in sorted(found, key=lambda name: isinstance(matches[name][0], Tied)):  # the second names behind the first
+        entry, names = matches[name]
         if entry is None:
             result.unexpected.append(name)
         elif isinstance(entry, Computed):
