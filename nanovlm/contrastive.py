@@ -4,10 +4,14 @@ A text tower reads the caption, the ViT sees the picture, both are projected to 
 picture must pick its caption and every caption its picture. The papers all start from a ViT trained like that;
 without it, a model that learns from answers alone finds colours early and shapes hardly ever.
 
-CLIP, arXiv:2103.00020, Sec. 2.3 and Fig. 3. Differs from the paper:
+CLIP, arXiv:2103.00020, Sec. 2.3 and Fig. 3. `ContrastiveModel` trains the small towers here; differs from the paper:
 - the picture's feature is the mean over its patches, so that every patch learns directly, not a class token's;
 - several equal captions in a batch are all right answers (in small worlds captions repeat): the target is spread
   evenly over them (UniCL, arXiv:2204.03610, Eq. 3).
+`CLIP` is the published pair of towers; beside the small one:
+- its picture is the class token behind the last norm: the one token whose only task is to sum up;
+- its blocks use a sigmoid approximation of GELU and norms of eps 1e-5, by the arguments of ViT and TextTower.
+SigLIP (siglip.py) differs in more: how it pools, reads and judges.
 
 B pairs, T tokens, W width, E width of the joint space
 """
@@ -25,16 +29,38 @@ MAX_SCALE = 100.0  # CLIP, Sec. 2.5: the temperature never falls below 0.01
 
 
 class TextTower(nn.Module):
-    """CLIP's text side: a causal transformer whose feature stands at the last token."""
+    """CLIP's text side: a causal transformer whose feature stands at the last token.
 
-    def __init__(self, vocab_size, width, num_layers, num_heads, mlp_width, context_length):
+    Args:
+      vocab_size, width, num_layers, num_heads, mlp_width: sizes. context_length: longest caption, tokens.
+      activation: one of vit.ACTIVATIONS. norm_eps, last_norm_eps: of the blocks, of the norm behind them.
+    """
+
+    def __init__(
+        self, vocab_size, width, num_layers, num_heads, mlp_width, context_length,
+        activation="gelu", norm_eps=1e-6, last_norm_eps=1e-5,
+    ):  # fmt: skip
         super().__init__()
         self.context_length = context_length
         self.embedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(context_length, width) * 0.01)
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_width) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, mlp_width, activation, norm_eps) for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=last_norm_eps)
         nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def check_length(self, num_tokens):
+        """Raise ValueError for captions longer than the context."""
+        if num_tokens > self.context_length:
+            raise ValueError(f"a caption of {num_tokens} tokens, but the text tower reads {self.context_length}")
+
+    def encode(self, ids, visible):
+        """int[B, T] and who sees whom -> float[B, T, W] behind the last block."""
+        x = self.embedding(ids) + self.positions[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, visible, "sdpa")
+        return x
 
     def forward(self, ids, lengths):
         """Features of captions.
@@ -44,16 +70,26 @@ class TextTower(nn.Module):
         Returns: float[B, W].
         Raises: ValueError for captions longer than the context.
         """
-        num_tokens = ids.shape[1]
-        if num_tokens > self.context_length:
-            raise ValueError(f"a caption of {num_tokens} tokens, but the text tower reads {self.context_length}")
-        index = torch.arange(num_tokens, device=ids.device)
-        visible = causal(torch.where(index < lengths[:, None], 0, -1))
-        x = self.embedding(ids) + self.positions[:num_tokens]
-        for block in self.blocks:
-            x = block(x, visible, "sdpa")
+        self.check_length(ids.shape[1])
+        index = torch.arange(ids.shape[1], device=ids.device)
+        x = self.encode(ids, causal(torch.where(index < lengths[:, None], 0, -1)))
         last = x[torch.arange(len(x), device=ids.device), lengths - 1]  # the only token that has read it all
         return self.norm(last)
+
+
+def caption_lengths(ids, end):
+    """Tokens of captions up to their end-of-text token, it included: CLIP's feature stands there.
+
+    Args:
+      ids: int[B, T]. end: id of the end-of-text token, which may also pad the rows.
+    Returns: int[B].
+    Raises: ValueError for a caption without one (it reads values).
+    """
+    ends = ids == end
+    if not bool(ends.any(dim=1).all()):
+        rows = (~ends.any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"captions {rows} have no end-of-text token {end}; close every caption with it")
+    return ends.int().argmax(dim=1) + 1  # argmax: the first of several
 
 
 def info_nce(images, texts, scale, same):
@@ -72,7 +108,59 @@ def info_nce(images, texts, scale, same):
     return (to_texts.mean() + to_images.mean()) / 2
 
 
-class ContrastiveModel(nn.Module):
+def same_captions(ids, lengths):
+    """int[B, T], right padded with one id, and int[B] -> bool[B, B], True where two captions are equal."""
+    return (ids[:, None] == ids[None]).all(-1) & (lengths[:, None] == lengths[None])
+
+
+def check_whole(vision):
+    """Raise ValueError unless a ViT's features are those behind all its blocks and its norm, no token dropped."""
+    config = vision.config
+    if config.feature_layer is not None or config.drop_class_token or not config.post_norm:
+        raise ValueError(
+            f"the towers meet behind the ViT's last norm, but this one has feature_layer={config.feature_layer}, "
+            f"drop_class_token={config.drop_class_token}, post_norm={config.post_norm}; "
+            "expected None, False, True: those options are for a bridge"
+        )
+
+
+class TwoTowers(nn.Module):
+    """What all pairs of towers share; the heirs give `image_features`, `text_features` and `loss`.
+
+    Args:
+      vision: vit.ViT. text: TextTower.
+    """
+
+    def __init__(self, vision, text):
+        super().__init__()
+        self.vision = vision
+        self.text = text
+
+    def embed_images(self, pixels):
+        """float[B, 3, H, W] -> float[B, E] of length 1."""
+        return F.normalize(self.image_features(pixels), dim=-1)
+
+    def embed_texts(self, ids, lengths):
+        """int[B, T], int[B] -> float[B, E] of length 1."""
+        return F.normalize(self.text_features(ids, lengths), dim=-1)
+
+    def scale(self):
+        """Inverse temperature, float[]."""
+        return self.log_scale.exp()
+
+    def similarity(self, images, texts):
+        """How well pictures and captions match: float[I, E], float[C, E] of length 1 -> logits float[I, C]."""
+        return self.scale() * images @ texts.T
+
+    def parts(self):
+        """{"vision": the ViT's, "text_tower": all other parameters}, by name."""
+        parts = {"vision": {}, "text_tower": {}}
+        for name, parameter in self.named_parameters():
+            parts["vision" if name.startswith("vision.") else "text_tower"][name] = parameter
+        return parts
+
+
+class ContrastiveModel(TwoTowers):
     """A ViT and a text tower in one space.
 
     Args:
@@ -81,20 +169,26 @@ class ContrastiveModel(nn.Module):
     """
 
     def __init__(self, vision, vision_width, text, text_width, joint_width):
-        super().__init__()
-        self.vision = vision
-        self.text = text
+        super().__init__(vision, text)
         self.project_image = nn.Linear(vision_width, joint_width, bias=False)
         self.project_text = nn.Linear(text_width, joint_width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP, Sec. 2.5
 
-    def embed_images(self, pixels):
-        """float[B, 3, H, W] -> float[B, E] of length 1."""
-        return F.normalize(self.project_image(self.vision(pixels).mean(dim=1)), dim=-1)
+    def pool(self, features):
+        """float[B, T, vision_width] of the ViT -> float[B, vision_width], one feature per picture."""
+        return features.mean(dim=1)
 
-    def embed_texts(self, ids, lengths):
-        """int[B, T], int[B] -> float[B, E] of length 1."""
-        return F.normalize(self.project_text(self.text(ids, lengths)), dim=-1)
+    def image_features(self, pixels):
+        """float[B, 3, H, W] -> float[B, E] of any length."""
+        return self.project_image(self.pool(self.vision(pixels)))
+
+    def text_features(self, ids, lengths):
+        """int[B, T], int[B] -> float[B, E] of any length."""
+        return self.project_text(self.text(ids, lengths))
+
+    def scale(self):
+        """Inverse temperature, float[]."""
+        return self.log_scale.exp().clamp(max=MAX_SCALE)
 
     def loss(self, pixels, ids, lengths):
         """InfoNCE of a batch of pairs; equal captions are equally right.
@@ -103,13 +197,22 @@ class ContrastiveModel(nn.Module):
           pixels: float[B, 3, H, W]. ids: int[B, T], right padded with one id. lengths: int[B].
         Returns: float[], nats.
         """
-        same = (ids[:, None] == ids[None]).all(-1) & (lengths[:, None] == lengths[None])
-        scale = self.log_scale.exp().clamp(max=MAX_SCALE)
-        return info_nce(self.embed_images(pixels), self.embed_texts(ids, lengths), scale, same)
+        same = same_captions(ids, lengths)
+        return info_nce(self.embed_images(pixels), self.embed_texts(ids, lengths), self.scale(), same)
 
-    def parts(self):
-        """{"vision": the ViT's, "text_tower": all other parameters}, by name."""
-        parts = {"vision": {}, "text_tower": {}}
-        for name, parameter in self.named_parameters():
-            parts["vision" if name.startswith("vision.") else "text_tower"][name] = parameter
-        return parts
+
+class CLIP(ContrastiveModel):
+    """OpenAI's pair of towers: as above, but the picture's feature is the class token's, behind the ViT's last norm.
+
+    Raises: ValueError for a ViT whose features are an earlier block's or lack the class token.
+    """
+
+    def __init__(self, vision, vision_width, text, text_width, joint_width):
+        check_whole(vision)
+        if not vision.config.class_token:
+            raise ValueError("CLIP's picture is its class token, but this ViT has none; set class_token=True")
+        super().__init__(vision, vision_width, text, text_width, joint_width)
+
+    def pool(self, features):
+        """float[B, T, vision_width] of the ViT -> float[B, vision_width], the class token's."""
+        return features[:, 0]

@@ -18,23 +18,17 @@ def perturb(module, spread=0.05):
 def translate(tensors, rules):
     """Rename {their name: tensor} to ours.
 
-    rules: list of (regular expression, replacement), all applied in order; `{q,k,v}` in what comes out splits a tensor
-      into thirds; None as the replacement drops the name.
+    rules: list of (regular expression, replacement), applied in order; `{q,k,v}` in what comes out splits a tensor into
+      thirds; a replacement of None leaves those out whose name, then ours, matches.
     """
     ours = {}
     for name, tensor in tensors.items():
-        dropped = False
         for pattern, replacement in rules:
-            if replacement is None:
-                dropped = dropped or re.search(pattern, name)
-            else:
-                name = re.sub(pattern, replacement, name)
-        if "{q,k,v}" in name:
-            for letter, third in zip("qkv", tensor.chunk(3)):
-                ours[name.replace("{q,k,v}", letter)] = third
-        elif not dropped:
-            ours[name] = tensor
-    return ours
+            name = name if replacement is None else re.sub(pattern, replacement, name)
+        thirds = zip("qkv", tensor.chunk(3)) if "{q,k,v}" in name else [("", tensor)]
+        ours |= {name.replace("{q,k,v}", letter): part for letter, part in thirds}
+    unwanted = [pattern for pattern, replacement in rules if replacement is None]
+    return {name: tensor for name, tensor in ours.items() if not any(re.search(pattern, name) for pattern in unwanted)}
 
 
 def copy_weights(ours, theirs, rules):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovlm.vit import ACTIVATIONS, Block, ConvStem, ViT, ViTConfig, check_image_size, resize_positions, sincos_positions
+from nanovlm.vit import ACTIVATIONS, Block, ConvStem, ViT, ViTConfig, check_image_size, resize_positions, sincos, sincos_positions
 from random_models import randomise, small_vit
 
 
@@ -280,3 +280,88 @@ def test_start_of_the_stem():
     for layer in convolutions[:-1]:
         he = (2 / (9 * layer.in_channels)) ** 0.5  # keeps the signal's size through a rectifier
         assert 0.85 * he < layer.weight.std() < 1.15 * he and (layer.bias == 0).all()
+
+
+@pytest.mark.parametrize("feature_layer", [1, 2, 3])
+def test_features_of_an_earlier_block(feature_layer):
+    """What stands behind exists, is not computed and does not train; the features pass no norm."""
+    options = dict(num_layers=3, feature_layer=feature_layer)
+    vit, pixels = small_vit(**options), torch.randn(2, 3, 12, 12)
+    assert len(vit.blocks) == 3 and isinstance(vit.post_norm, nn.LayerNorm)
+    shorter = small_vit(num_layers=feature_layer, post_norm=False)
+    shorter.load_state_dict({name: vit.state_dict()[name] for name in shorter.state_dict()})
+    torch.testing.assert_close(vit(pixels), shorter(pixels), rtol=0, atol=0)
+    start = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    optimizer = torch.optim.SGD(vit.parameters(), lr=1.0, weight_decay=0.5)
+    (vit(pixels) * torch.randn(2, 10, 12)).sum().backward()
+    optimizer.step()
+    behind = ("post_norm.", *(f"blocks.{i}." for i in range(feature_layer, 3)))
+    for name, tensor in vit.named_parameters():
+        assert (tensor.grad is None) == name.startswith(behind) == torch.equal(tensor, start[name]), name
+    for i in range(feature_layer, 3):
+        vit.blocks[i] = nn.Linear(1, 1)  # calling it would raise
+    vit(pixels)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(feature_layer=1), dict(post_norm=False)])
+def test_a_dropped_class_token_still_takes_part(options):
+    vit, pixels = small_vit(**options), torch.randn(2, 3, 12, 12)
+    dropping = small_vit(**options, drop_class_token=True)
+    dropping.load_state_dict(vit.state_dict())
+    torch.testing.assert_close(dropping(pixels), vit(pixels)[:, 1:], rtol=0, atol=0)
+    assert (vit.num_tokens(12), dropping.num_tokens(12), dropping.num_tokens(20)) == (10, 9, 25)
+    assert type(dropping.num_tokens(12)) is int
+    before = dropping(pixels)
+    with torch.no_grad():
+        dropping.class_token.copy_(torch.randn(12))
+    assert (dropping(pixels) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(feature_layer=3), "feature_layer 3, but there are blocks 1 to 2"),
+        (dict(feature_layer=0), "feature_layer 0, but there are blocks 1 to 2; the second to last is 1"),
+        (dict(feature_layer=-2), "feature_layer -2, but there are blocks 1 to 2"),
+        (dict(class_token=False, drop_class_token=True), "drop_class_token, but there is no class token"),
+    ],
+)
+def test_features_that_do_not_exist(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
+def test_resize_positions_wants_square_grids():
+    with pytest.raises(ValueError, match="12 patches are no square grid; try 9"):
+        resize_positions(torch.randn(17, 5), 12)
+    with pytest.raises(ValueError, match="a table of 12 rows is no square grid"):
+        resize_positions(torch.randn(12, 5), 9)
+
+
+def test_places_on_a_line():
+    table = sincos(5, 6)
+    for place in range(5):
+        angles = [place, place / 10000 ** (1 / 3), place / 10000 ** (2 / 3)]
+        expected = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)])
+        torch.testing.assert_close(table[place], expected)
+
+
+@pytest.mark.parametrize(
+    "parameters, options",  # counted by architectures of the published towers, not by this code
+    [
+        (303_507_456, dict(image_size=336, patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096,
+                           pre_norm=True, patch_bias=False, feature_layer=23, drop_class_token=True)),  # CLIP-L of LLaVA
+        (303_966_208, dict(image_size=448, patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096,
+                           pre_norm=True, patch_bias=False)),  # CLIP-L of mPLUG-Owl2
+        (986_801_280, dict(image_size=420, patch_size=14, width=1408, num_layers=39, num_heads=16, mlp_width=6144,
+                           qkv_bias="qv", post_norm=False)),  # EVA-g of Lynx
+        (985_952_256 - 39 * 1408, dict(image_size=224, patch_size=14, width=1408, num_layers=39, num_heads=16,
+                                       mlp_width=6144, qkv_bias="qv")),  # EVA-g of BLIP-2, keys' zeros apart
+        (92_884_224 - 7_087_104, dict(image_size=224, patch_size=16, width=768, num_layers=12, num_heads=12, mlp_width=3072,
+                                      class_token=False, activation="gelu_tanh")),  # SigLIP-base, head apart
+    ],
+)  # fmt: skip
+def test_published_sizes(parameters, options):
+    with torch.device("meta"):
+        vit = ViT(ViTConfig(**options))
+    assert sum(parameter.numel() for parameter in vit.parameters()) == parameters
