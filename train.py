@@ -18,7 +18,7 @@ from nanovlm.checkpoint import CheckpointError, complete
 from nanovlm.interrupts import Stopped, StopRequests
 from nanovlm.names import nearest
 from nanovlm.recipes import find
-from nanovlm.recipes.start import build_models, check_stages, choose_size, choose_stages, make_run
+from nanovlm.recipes.start import add_lora, build_models, check_stages, choose_size, choose_stages, make_run
 from nanovlm.run import all_parts
 from nanovlm.trainer import Trainer
 from nanovlm.update import TrainingError
@@ -53,6 +53,12 @@ def at_least_one(text):
     return int(text)
 
 
+def low_rank(text):
+    """RANK or RANK:ALPHA, as keyword arguments of lora.add; without ALPHA the update counts once, as in the paper."""
+    rank, _, alpha = text.partition(":")
+    return {"rank": at_least_one(rank), "alpha": float(alpha or rank)}
+
+
 def make_parser():
     """All flags."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,6 +69,7 @@ def make_parser():
     add("--without", type=names, action="extend", default=[], metavar="STAGE", help="leave out a stage")
     add("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a value of a stage")
     add("--init", metavar="FOLDER", help="start from the model in this folder instead of from nothing")
+    add("--lora", type=low_rank, metavar="RANK[:ALPHA]", help="low-rank updates in the decoder, for stages that train lora")
     add("--out", metavar="FOLDER", type=Path, help="output folder; default: out/RECIPE")
     add("--resume", action="store_true", help="continue after the last checkpoint in the output folder")
     add("--data", metavar="FILE.json", help="LLaVA-style JSON that the last stage trains on instead of its mixture")
@@ -84,6 +91,7 @@ def print_stages(recipe, wishes):
     vocab_size = recipe.tokenizer().vocab_size if recipe.published is None else 0  # 0: as published
     with torch.device("meta"):
         model, contrastive = build_models(recipe, choose_size(recipe, wishes.size), vocab_size, wishes.seed)
+        add_lora(model, stages, wishes.lora)
     check_stages(stages, model, contrastive)
     for stage in stages:
         values = "".join(f"\n  {name} = {value!r}" for name, value in vars(stage).items() if name != "name")

@@ -19,7 +19,7 @@ from nanovlm.recipes.start import make_run
 from nanovlm.update import micro_batches, TrainingError
 from tiny_recipe import RECIPE, Squares
 
-WISHES = {"recipe": "tiny", "size": None, "stages": None, "without": [], "set": [], "init": None, "resume": False,
+WISHES = {"recipe": "tiny", "size": None, "stages": None, "without": [], "set": [], "init": None, "lora": None, "resume": False,
           "data": None, "images": None, "datasets": None, "device": "cpu", "threads": 1, "seed": 0, "max_minutes": None,
           "smoke": False}
 

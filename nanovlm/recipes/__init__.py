@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nanovlm import checkpoint
+from nanovlm import checkpoint, lora
 from nanovlm.data.templates import Template
 from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
 from nanovlm.names import nearest
@@ -73,10 +73,13 @@ def load(folder, dtype=torch.float32, device="cpu"):
     tokenizer = Tokenizer(folder / "tokenizer.json")
     model = recipe.build(config["size"], tokenizer.vocab_size)
     model.vision.resize(config["image_size"])
+    if "lora" in config:
+        lora.add(model, **config["lora"])
     try:
         checkpoint.load_file_into(model.state_dict(), folder / "model.safetensors")
     except checkpoint.CheckpointError as error:
         raise ValueError(f"{folder} does not fit recipe {recipe.name!r}: {error}") from error
+    lora.merge(model)
     check_vocabulary(tokenizer, model.decoder.config.vocab_size)
     return Loaded(
         model=model.to(device, dtype).eval(),

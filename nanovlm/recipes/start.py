@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nanovlm import checkpoint, optimizer
+from nanovlm import checkpoint, lora, optimizer
 from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.names import nearest
@@ -89,6 +89,10 @@ def check_stages(stages, model, contrastive):
                 raise ValueError(f"stage {stage.name!r} is contrastive, but the recipe has no contrastive model")
             parts, context_length = contrastive.parts(), contrastive.text.context_length
         optimizer.groups(parts, stage)
+        for part in ("cross_attention", "lora"):
+            if part in stage.learning_rates and not parts[part]:
+                raise ValueError(f"stage {stage.name!r} names the part {part!r}, which this model does not have"
+                                 f"{'; give it one with --lora RANK' if part == 'lora' else ''}")
         if stage.max_tokens > context_length:
             raise ValueError(f"stage {stage.name!r}: max_tokens is {stage.max_tokens}, "
                              f"but the context is {context_length}")
@@ -99,6 +103,8 @@ def identity(wishes, size, stages, threads):
     kept = {name: vars(wishes)[name] for name in ("recipe", "seed", "smoke", "init", "data", "images", "datasets")}
     settings = {"size": size, "threads": threads, "stage_names": [stage.name for stage in stages],
                 "stages": {stage.name: dataclasses.asdict(stage) for stage in stages}}
+    if wishes.lora is not None:
+        settings["lora"] = wishes.lora
     return json.loads(json.dumps(kept | settings))  # tuples become lists, as they will be when read back
 
 
@@ -145,10 +151,27 @@ def load_weights(folder, model, contrastive):
     """
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no config.json; --init takes the output folder of a finished run")
-    model.vision.resize(json.loads((folder / "config.json").read_text())["image_size"])
+    config = json.loads((folder / "config.json").read_text())
+    model.vision.resize(config["image_size"])
+    if "lora" in config:  # its low-rank updates become part of the weights
+        lora.add(model, **config["lora"])
     checkpoint.load_file_into(model.state_dict(), folder / "model.safetensors")
+    lora.merge(model)
     if contrastive is not None and (folder / "text_tower.safetensors").exists():
         checkpoint.load_file_into(text_side(contrastive), folder / "text_tower.safetensors")
+
+
+def add_lora(model, stages, wish):
+    """Give the decoder low-rank updates: wish = {"rank", "alpha"} of --lora, or None.
+
+    Raises: ValueError if no stage trains them.
+    """
+    if wish is None:
+        return
+    if not any("lora" in stage.learning_rates for stage in stages):
+        raise ValueError(f"--lora {wish['rank']}: no stage trains the part 'lora'; "
+                         f"try --set {stages[-1].name}.learning_rates.lora=1e-3")
+    lora.add(model, **wish)
 
 
 def make_run(recipe, wishes, out):
@@ -170,9 +193,10 @@ def make_run(recipe, wishes, out):
     torch.set_num_threads(settings["threads"])
     tokenizer = find_tokenizer(recipe, out, wishes.init)
     model, contrastive = build_models(recipe, size, tokenizer.vocab_size, wishes.seed)
-    check_stages(stages, model, contrastive)
     if wishes.init is not None and not checkpoint.complete(out):
         load_weights(Path(wishes.init), model, contrastive)
+    add_lora(model, stages, wishes.lora)
+    check_stages(stages, model, contrastive)
     out.mkdir(parents=True, exist_ok=True)
     if not saved:
         checkpoint.replace_json(out / "config.json", settings)

@@ -1,0 +1,248 @@
+"""Low-rank updates: nothing changes at the start, only they train, merged they are gone; and a run with --lora."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from nanovlm import lora, recipes
+from nanovlm.decoder import LayerOptions
+from nanovlm.lora import LoRALinear
+from nanovlm.vlm import PARTS
+from random_models import image_batch, randomise, small_decoder, small_vlm
+from test_train_cli import refuse, run
+
+I = -1
+LAYERS = (LayerOptions(3, modality_adaptive=True), LayerOptions())
+DECODER = {f"decoder.layers.0.{name}" for name in (
+    "attention.q", "attention.k.text", "attention.k.vision", "attention.v.text", "attention.v.vision", "attention.o",
+    "ffn.gate", "ffn.up", "ffn.down",
+)} | {f"decoder.layers.1.{name}" for name in (
+    "attention.q", "attention.k", "attention.v", "attention.o", "ffn.gate", "ffn.up", "ffn.down",
+)}  # fmt: skip
+EVERYWHERE = ("vision", "bridge", "decoder")
+
+
+def batch():
+    return image_batch([[I, I, I, 4, 5], [6, 7, I, I, I]], [1, 1], [0, 1], [0, 1])
+
+
+def test_equation_3():
+    linear = randomise(torch.nn.Linear(5, 7))
+    adapted, x = randomise(LoRALinear(linear, rank=2, alpha=6)), torch.randn(3, 5)
+    weight = linear.weight + 6 / 2 * adapted.lora_b @ adapted.lora_a
+    torch.testing.assert_close(adapted(x), x @ weight.T + linear.bias)
+    assert adapted.lora_a.shape == (2, 5) and adapted.lora_b.shape == (7, 2)
+
+
+def test_nothing_changes_at_the_start():
+    model = small_vlm(layers=LAYERS)
+    given, names = batch(), dict(model.named_parameters())
+    before = model(given)
+    assert set(lora.add(model, 2, 4.0)) == DECODER
+    assert torch.equal(model(given), before)
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in names.items())  # the same weights under the same names
+    assert set(after) - set(names) == {f"{name}.lora_{letter}" for name in DECODER for letter in "ab"}
+    for name in DECODER:
+        adapted = model.get_submodule(name)
+        assert not adapted.weight.requires_grad and adapted.lora_a.requires_grad and (adapted.lora_b == 0).all()
+        bound = adapted.in_features**-0.5  # torch's own start of a linear layer
+        assert 0.5 * bound < adapted.lora_a.abs().max() <= bound
+
+
+@pytest.mark.parametrize("where", [EVERYWHERE, lora.in_decoder_layers, ("lm_head",), "attention.k"])
+def test_merged_is_the_same_function_without_a_trace(where):
+    model = small_vlm(layers=LAYERS).double()
+    given, names = batch(), set(model.state_dict())
+    given.pixels = given.pixels.double()
+    plain, chosen = model(given), lora.add(model, 3, 2.0, where)
+    for name in chosen:
+        randomise(model.get_submodule(name))
+    expected = model.eval()(given)
+    assert (expected - plain).abs().max() > 1e-3
+    assert lora.merge(model) == chosen and lora.merge(model) == []
+    torch.testing.assert_close(model(given), expected, atol=1e-6, rtol=1e-6)
+    assert set(model.state_dict()) == names
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    merged = model.get_submodule(chosen[0])
+    assert type(merged) is torch.nn.Linear and not merged.training and merged.weight.requires_grad
+    assert (merged.out_features, merged.in_features) == tuple(merged.weight.shape)
+
+
+def test_names_choose():
+    model = small_vlm(layers=LAYERS)
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert lora.choose(linears, EVERYWHERE) == linears
+    assert lora.choose(linears, ["attention.k"]) == [name for name in linears if ".attention.k" in name]
+    assert lora.choose(linears, ["k.vision", "lm_head"]) == ["decoder.layers.0.attention.k.vision", "decoder.lm_head"]
+    assert lora.choose(linears, ["bridge", "decoder.layers.1.ffn"]) == [
+        name for name in linears if name.startswith(("bridge.", "decoder.layers.1.ffn."))
+    ]
+    assert lora.choose(linears, "down") == [name for name in linears if name.endswith(".down")]
+    assert lora.choose(linears, lambda name: name == "decoder.lm_head") == ["decoder.lm_head"]
+
+
+def test_cross_attention_of_the_decoder_is_not_its_own_attention():
+    decoder = small_decoder((LayerOptions(cross_attention=True),), cross_attention_width=5)
+    names = [f"decoder.{name}" for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert not any("cross" in name for name in lora.choose(names, lora.in_decoder_layers))
+    assert any("cross_attention.ffn" in name for name in names)
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (dict(rank=0), "rank is 0; it is a whole number from 1"), (dict(rank=1.5), "rank is 1.5"),
+    (dict(alpha=0), "alpha is 0; it is above 0"),
+    (dict(where=("attention.qq",)), "no linear layer is called 'attention.qq'. Did you mean 'attention.q'?"),
+    (dict(where="brigde"), "Did you mean 'bridge'"), (dict(where="decoder.layer.0"), "Did you mean 'decoder.layers.0'"),
+    (dict(where="norm_1"), "no linear layer is called 'norm_1'"), (dict(where=()), "no linear layer is named"),
+    (dict(where=lambda name: False), "no linear layer is chosen of: .*decoder.lm_head"),
+])  # fmt: skip
+def test_mistakes(options, words):
+    model = small_vlm(layers=LAYERS)
+    with pytest.raises(ValueError, match=words):
+        lora.add(model, **dict(rank=2, alpha=2) | options)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def test_not_twice():
+    model = small_vlm(layers=LAYERS)
+    lora.add(model, 2, 2, "q")
+    with pytest.raises(ValueError, match="attention.q already has a low-rank update; merge it"):
+        lora.add(model, 2, 2)
+    assert not isinstance(model.decoder.layers[0].attention.o, LoRALinear)  # nothing is half done
+    lora.merge(model)
+    lora.add(model, 2, 2)
+
+
+def test_parts():
+    model = small_vlm(layers=LAYERS)
+    plain = model.parts()
+    lora.add(model, 2, 2, EVERYWHERE)
+    parts = model.parts()
+    assert tuple(parts) == PARTS
+    for part in PARTS:
+        if part == "lora":
+            assert parts[part] and all(name.endswith(("lora_a", "lora_b")) for name in parts[part])
+        else:
+            assert parts[part].keys() == plain[part].keys()
+    names = [name for part in parts.values() for name in part]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_only_the_updates_learn():
+    model = small_vlm(layers=LAYERS).requires_grad_(False)
+    lora.add(model, 2, 2, EVERYWHERE)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora" not in name}
+    optimizer = torch.optim.AdamW(model.parts()["lora"].values(), lr=1e-2)
+    for _ in range(2):
+        loss, _ = model.loss(batch())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    now = model.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in base.items())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parts()["lora"].values())
+
+
+def test_number_format_and_meta():
+    linear = torch.nn.Linear(4, 6, bias=False).to(torch.bfloat16)
+    adapted = randomise(LoRALinear(linear, 2, 2))
+    assert adapted.lora_a.dtype == adapted.lora_b.dtype == torch.bfloat16
+    expected = (linear.weight.float() + adapted.lora_b.float() @ adapted.lora_a.float()).bfloat16()  # rounded once
+    merged = adapted.merged()
+    assert torch.equal(merged.weight, expected) and merged.bias is None
+    with torch.device("meta"):
+        decoder = small_decoder()
+    lora.add(decoder, 2, 2, "attention")
+    assert decoder.layers[0].attention.q.lora_a.device.type == "meta"
+
+
+FLAGS = ["--threads", "1", "--stages", "align", "--lora", "2:6", "--set", "align.learning_rates.lora=1e-2",
+         *[word for part in ("bridge", "adapters", "vision_branch") for word in ("--set", f"align.learning_rates.{part}=none")]]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A model, and the run that goes on from it with low-rank updates alone: (folder of the first, of the second)."""
+    folder = tmp_path_factory.mktemp("tuned")
+    assert run("--out", folder / "base", "--threads", "1", "--set", "tower.steps=1") == 0
+    assert run("--out", folder / "tuned", "--init", folder / "base", *FLAGS) == 0
+    return folder / "base", folder / "tuned"
+
+
+def test_a_run_leaves_the_base_bit_for_bit(tuned):
+    base, found = (load_file(out / "model.safetensors") for out in tuned)
+    updates = {name for name in found if ".lora_" in name}
+    assert found.keys() - updates == base.keys() and len(updates) == 2 * 16
+    assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
+    assert all(found[name].abs().sum() > 0 for name in updates)  # B has left zero
+    assert json.loads((tuned[1] / "config.json").read_text())["lora"] == {"rank": 2, "alpha": 6.0}
+
+
+def test_loaded_the_updates_are_merged(tuned):
+    base, loaded = recipes.load(tuned[0]).model, recipes.load(tuned[1]).model
+    found, plain = load_file(tuned[1] / "model.safetensors"), base.state_dict()
+    assert loaded.state_dict().keys() == plain.keys()
+    name = "decoder.layers.1.attention.q"
+    update = 6 / 2 * found[f"{name}.lora_b"] @ found[f"{name}.lora_a"]
+    assert update.abs().max() > 1e-3
+    torch.testing.assert_close(loaded.state_dict()[f"{name}.weight"], plain[f"{name}.weight"] + update)
+    assert torch.equal(loaded.decoder.embedding.weight, base.decoder.embedding.weight)
+
+
+def test_the_next_run_starts_from_the_merged_model(tuned, tmp_path):
+    merged = recipes.load(tuned[1]).model.state_dict()
+    again = ["--threads", "1", "--stages", "align", "--set", "align.steps=1", "--set", "align.warmup_steps=0"]
+    assert run("--out", tmp_path / "plain", "--init", tuned[1], *again) == 0
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    assert plain.keys() == merged.keys()
+    for name in plain:
+        if name.startswith("decoder.layers") and ".adapter." not in name and ".vision." not in name:
+            assert torch.equal(plain[name], merged[name]), name
+    assert run("--out", tmp_path / "lora", "--init", tuned[1], *FLAGS[:-6], "--set", "align.steps=1",
+               "--set", "align.warmup_steps=0") == 0
+    second = load_file(tmp_path / "lora" / "model.safetensors")
+    name = "decoder.layers.1.attention.q.weight"
+    assert torch.equal(second[name], merged[name])
+
+
+def test_resumed_bit_for_bit(tuned, tmp_path):
+    out = tmp_path / "run"
+    assert run("--out", out, "--init", tuned[0], *FLAGS, "--max-minutes", "0") == 0  # stops after every step
+    for _ in range(5):
+        assert not (out / "model.safetensors").exists()
+        assert run("--out", out, "--init", tuned[0], *FLAGS, "--max-minutes", "0", "--resume") == 0
+    assert run("--out", out, "--init", tuned[0], *FLAGS, "--resume") == 0
+    assert (out / "model.safetensors").read_bytes() == (tuned[1] / "model.safetensors").read_bytes()
+
+
+def test_another_rank_is_another_run(tuned, capsys, tmp_path):
+    out = tmp_path / "run"
+    assert run("--out", out, "--init", tuned[0], *FLAGS, "--max-minutes", "0") == 0
+    flags = [flag if flag != "2:6" else "2:4" for flag in FLAGS]
+    assert "lora.alpha was 6.0, is now 4.0" in refuse(capsys, "--out", out, "--init", tuned[0], *flags, "--resume")
+    flags = [flag for flag in FLAGS if flag not in ("--lora", "2:6")]
+    assert "lora was" in refuse(capsys, "--out", out, "--init", tuned[0], *flags, "--resume")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--lora", "0"], "0 is less than 1"), (["--lora", "two"], "--lora"), (["--lora", "2:x"], "--lora"),
+    (["--lora", "2:0", "--set", "align.learning_rates.lora=1"], "alpha is 0.0; it is above 0"),
+    (["--lora", "2"], "no stage trains the part 'lora'; try --set align.learning_rates.lora=1e-3"),
+    (["--set", "align.learning_rates.lora=1"], "'lora', which this model does not have; give it one with --lora RANK"),
+    (["--set", "align.learning_rates.cross_attention=1"], "'cross_attention', which this model does not have"),
+])  # fmt: skip
+def test_mistakes_on_the_command_line(capsys, tmp_path, arguments, words):
+    assert words in refuse(capsys, "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_print_shows_the_part(capsys):
+    with pytest.raises(SystemExit):
+        run("--print", "--lora", "2", "--set", "align.learning_rates.lora=1e-3")
+    line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lora ")][-1]
+    assert line.split()[2:] == ["yes", "0.001"]
+    assert train.low_rank("8") == {"rank": 8, "alpha": 8.0}
