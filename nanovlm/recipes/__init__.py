@@ -1,18 +1,16 @@
-"""The recipes: one file per paper, and `load`, which opens what training wrote."""
+"""The recipes: one file per paper, and `load`, which opens what training wrote and what others have published."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nanovlm import checkpoint, lora
-from nanovlm.data.templates import Template
-from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
 from nanovlm.names import nearest
-from nanovlm.recipes import llava_phi, lynx, mplug_owl2, nano, nano_resampler
+from nanovlm.recipes import blip2, llava, llava_phi, lynx, mplug_owl2, nano, nano_resampler, open_flamingo, small
+from nanovlm.recipes.bare import BARE
+from nanovlm.recipes.opening import Loaded, family_of, open_published, open_trained, read_config
 from nanovlm.recipes.recipe import from_file
-from nanovlm.vlm import VLM
+
+__all__ = ["FAMILIES", "OF_FAMILY", "RECIPES", "Loaded", "find", "load"]
 
 RECIPES = {
     "nano": nano.RECIPE,
@@ -20,7 +18,15 @@ RECIPES = {
     "lynx": lynx.RECIPE,
     "mplug_owl2": mplug_owl2.RECIPE,
     "llava_phi": llava_phi.RECIPE,
+    "llava": llava.RECIPE,
+    "blip2": blip2.RECIPE,
+    "open_flamingo": open_flamingo.RECIPE,
+    "small": small.RECIPE,
 }
+
+OF_FAMILY = {recipe.published.family: recipe for recipe in RECIPES.values() if recipe.published}
+FAMILIES = BARE | {family: recipe.published for family, recipe in OF_FAMILY.items()}  # whose weights can be read
+
 
 
 def find(name):
@@ -35,58 +41,19 @@ def find(name):
     return RECIPES[name]
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A trained model and all that is needed to talk to it."""
-
-    model: VLM
-    tokenizer: Tokenizer
-    template: Template
-    decodings: dict  # preset name -> sampler.Decoding
-    image_size: int  # pixels
-    image_fit: str  # how a picture becomes square, as in images.to_pixels
-    remark: str  # what to say beside an answer about a picture unlike the training's; "" = nothing
-
-
-def load(folder, dtype=torch.float32, device="cpu"):
-    """Open a trained model.
+def load(folder, dtype=torch.float32, device="cpu", image_size=None):
+    """Open a model.
 
     Args:
-      folder: str or Path, the output folder of train.py.
+      folder: str or Path, the output folder of train.py or of `convert`, or a published model's.
       dtype: of the weights. device: where they go.
+      image_size: pixels, of a published model: another size than its own; the position table is resized.
     Returns: Loaded, in evaluation mode.
     Raises: FileNotFoundError or ValueError, in words for the user; nothing half-loaded is returned.
     """
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} holds no config.json; give the output folder of train.py, for example out/nano")
-    if not (folder / "model.safetensors").exists():
-        raise FileNotFoundError(f"{folder} holds no model.safetensors: its training has not finished; go on with --resume")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: not JSON ({error}); train again or restore the file") from error
-    missing = [key for key in ("recipe", "size", "image_size", "stages") if key not in config]
-    if missing:
-        raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}; it is not what train.py wrote")
-    recipe = find(config["recipe"])
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    model = recipe.build(config["size"], tokenizer.vocab_size)
-    model.vision.resize(config["image_size"])
-    if "lora" in config:
-        lora.add(model, **config["lora"])
-    try:
-        checkpoint.load_file_into(model.state_dict(), folder / "model.safetensors")
-    except checkpoint.CheckpointError as error:
-        raise ValueError(f"{folder} does not fit recipe {recipe.name!r}: {error}") from error
-    lora.merge(model)
-    check_vocabulary(tokenizer, model.decoder.config.vocab_size)
-    return Loaded(
-        model=model.to(device, dtype).eval(),
-        tokenizer=tokenizer,
-        template=recipe.template,
-        decodings=recipe.decodings,
-        image_size=config["image_size"],
-        image_fit=list(config["stages"].values())[-1]["image_fit"],
-        remark=recipe.remark,
-    )
+    config = read_config(folder)
+    if "recipe" in config:
+        return open_trained(folder, config, find(config["recipe"]), dtype, device)
+    family = family_of(config, str(folder / "config.json"), FAMILIES)
+    return open_published(folder, config, FAMILIES[family], OF_FAMILY.get(family), dtype, device, image_size)

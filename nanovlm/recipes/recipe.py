@@ -104,14 +104,17 @@ def at_size(stages, size, smoke, tiny_images):
             dataclasses.replace(
                 stage, image_size=tiny_images[stage.image_size], steps=TINY_STEPS, batch_size=TINY_BATCH,
                 warmup_steps=TINY_STEPS // 20, max_tokens=min(stage.max_tokens, 256), precision="float32",
+                micro_batch_size=None,
             )
             for stage in stages
         ]  # fmt: skip
     if smoke:
         stages = [
-            dataclasses.replace(stage, steps=SMOKE_STEPS, warmup_steps=1, batch_size=min(stage.batch_size, TINY_BATCH))
+            dataclasses.replace(
+                stage, steps=SMOKE_STEPS, warmup_steps=1, batch_size=min(stage.batch_size, TINY_BATCH), micro_batch_size=None,
+            )
             for stage in stages
-        ]
+        ]  # fmt: skip
     return tuple(stages)
 
 

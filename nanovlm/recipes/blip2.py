@@ -1,0 +1,147 @@
+"""BLIP-2: EVA's tower and OPT, both ready-made, and between them a Q-Former of 107 million parameters.
+
+  vision   EVA-CLIP ViT-g, 39 of its 40 blocks and a norm of BLIP-2's own, 257 features at 224 pixels   Sec. 3.4
+  bridge   Q-Former: BERT-base with 32 queries that read the picture in layers 0, 2, ... 10, linear map  Sec. 3.1
+  decoder  OPT-2.7B, 50304 words (its 50272, then <image> and padding)                                   Sec. 3.3
+  rows     32 image tokens, then BOS and the text
+  layout   blip2-opt-2.7b's: 3,744,761,856 numbers, 54,912 of them the zeros that stand where the keys' bias would
+
+BLIP-2, arXiv:2301.12597. Its first stage teaches the Q-Former to look, against text that passes through a second half
+of it (contrast, matching, captions): that half is not built, its result is in every published file. The second,
+`align`, is the paper's; `instruct` is Table 7 of "Vision-Language Instruction Tuning: A Review and Analysis", which
+begins with a model tuned on COCO captions at 364 pixels: size "full_364", the same weights with the position table
+resized from 16 x 16 to 26 x 26 patches.
+Differs from Table 7: answers are generated, not ranked among 128 candidates.
+"""
+
+from nanovlm.data.templates import BLIP2, BLIP2_CAPTION
+from nanovlm.decoder import Decoder
+from nanovlm.layouts import OPT, expect, number, opt_config, section, size
+from nanovlm.qformer import QFormer
+from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.sampler import Decoding
+from nanovlm.stages import Stage
+from nanovlm.vision_layouts import EVA, eva_config
+from nanovlm.vit import ViT
+from nanovlm.vlm import VLM
+from nanovlm.weight_tables import Computed, Reshaped, prefixed
+
+FULL = {
+    "vision_config": {
+        "hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16,
+        "image_size": 224, "patch_size": 14,
+    },
+    "qformer_config": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "cross_attention_frequency": 2,
+    },
+    "text_config": {
+        "vocab_size": 50304, "hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    "num_query_tokens": 32,
+}  # fmt: skip
+CONFIGS = {
+    "full": FULL,
+    "full_364": FULL | {"vision_config": FULL["vision_config"] | {"image_size": 364}},
+    "tiny": {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+        },
+        "qformer_config": {
+            "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+        },
+        "text_config": {
+            "vocab_size": 512, "hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+        "num_query_tokens": 4,
+    },
+}  # fmt: skip
+
+
+def looking_layers(config):
+    """Which layers of the Q-Former look at the picture: tuple of bool; every 2 means 0, 2, 4 ..."""
+    every = size(config, "cross_attention_frequency")
+    return tuple(i % every == 0 for i in range(size(config, "num_hidden_layers")))
+
+
+def build(config):
+    """BLIP-2 on OPT.
+
+    Args:
+      config: dict, Hugging Face's config.json; what it leaves out is as transformers' classes have it: tower and
+        Q-Former of blip2-opt-2.7b, but OPT-125m.
+    Returns: vlm.VLM.
+    Raises: ValueError for what cannot be built, such as the versions on Flan-T5.
+    """
+    expect(section(config, "text_config"), "model_type", "opt", "another language model")
+    config = complete(config, {key: FULL[key] for key in ("vision_config", "qformer_config", "num_query_tokens")})
+    former = section(config, "qformer_config")
+    expect(former, "hidden_act", "gelu", "another activation in the Q-Former")
+    expect(former, "use_qformer_text_input", False, "a Q-Former that reads the instruction (InstructBLIP)")
+    if number(former, "layer_norm_eps", 1e-12) != 1e-12:
+        raise ValueError(f"config: the Q-Former's layer_norm_eps is {former['layer_norm_eps']}; only 1e-12 can be built")
+    vision, llm = eva_config(section(config, "vision_config")), opt_config(section(config, "text_config"))
+    bridge = QFormer(
+        vision.width, llm.width, size(former, "hidden_size"), size(config, "num_query_tokens"),
+        size(former, "num_attention_heads"), size(former, "intermediate_size"), looking_layers(former),
+    )  # fmt: skip
+    return VLM(ViT(vision), bridge, Decoder(llm))
+
+
+ATTENTION = (
+    ("attention.query.{p}", "q.{p}"),
+    ("attention.key.{p}", "k.{p}"),
+    ("attention.value.{p}", "v.{p}"),
+    ("output.dense.{p}", "o.{p}"),
+    ("output.LayerNorm.{p}", "norm.{p}"),
+)
+QFORMER = (
+    Reshaped("query_tokens", "queries", unit_axes=(0,)),
+    ("qformer.layernorm.{p}", "norm.{p}"),
+    *prefixed(ATTENTION, "qformer.encoder.layer.{i}.attention.", "layers.{i}.attention."),
+    *prefixed(ATTENTION, "qformer.encoder.layer.{i}.crossattention.", "layers.{i}.cross_attention."),
+    ("qformer.encoder.layer.{i}.intermediate_query.dense.{p}", "layers.{i}.fc_1.{p}"),
+    ("qformer.encoder.layer.{i}.output_query.dense.{p}", "layers.{i}.fc_2.{p}"),
+    ("qformer.encoder.layer.{i}.output_query.LayerNorm.{p}", "layers.{i}.ffn_norm.{p}"),
+    Computed("qformer.embeddings.position_ids", "0, 1, 2 ..."),
+    ("language_projection.{p}", "project.{p}"),
+)
+
+
+def LAYOUT(config):
+    """Published names on the left, ours on the right: the layout of blip2-opt-2.7b and its siblings on OPT."""
+    return (*prefixed(EVA, "", "vision."), *prefixed(QFORMER, "", "bridge."), *prefixed(OPT, "language_model.", "decoder."))
+
+
+STAGES = (
+    Stage(  # Sec. 3.4: the second stage, whose learning rate does not fall below 5e-5
+        "align", "language", {"bridge": 1e-4}, {"blip2_captions_129m": 1.0}, steps=80_000, batch_size=1920, image_size=224,
+        image_fit="crop", betas=(0.9, 0.98), weight_decay=0.05, schedule="cosine", warmup_steps=2_000, end_lr_factor=0.5,
+        start_lr_factor=0.0, max_tokens=64, precision="bfloat16", clip=None,
+    ),
+    Stage(  # Table 7: freeze_vit is False; OPT is frozen in all of BLIP-2; 4 examples on each of 8 GPUs, one epoch
+        "instruct", "language", {"vision": 1e-5, "bridge": 1e-5}, {"vlit_158k": 1.0}, steps=158_000 // 32, batch_size=32,
+        image_size=364, image_fit="stretch", weight_decay=0.05, schedule="cosine", warmup_steps=1_000, start_lr_factor=1e-3,
+        betas=(0.9, 0.999), max_tokens=128, precision="bfloat16", clip=None,
+    ),
+)  # fmt: skip
+
+
+def stages(size, smoke):
+    """The paper's second stage and the review's tuning; "tiny" and `smoke` shrink them, see recipe.at_size."""
+    return at_size(STAGES, size, smoke, {224: 28, 364: 42})
+
+
+END = 50118  # a newline
+DECODINGS = {
+    "default": Decoding(max_new_tokens=30, num_beams=5, min_new_tokens=1, eos_ids=(END,)),  # LAVIS's for captions
+    "table_7": Decoding(max_new_tokens=50, num_beams=3, min_new_tokens=1, eos_ids=(END,)),
+    "vqa": Decoding(max_new_tokens=10, num_beams=5, length_penalty=-1.0, eos_ids=(END,)),  # Sec. 4.1
+    "greedy": Decoding(max_new_tokens=30, eos_ids=(END,)),
+}
+
+RECIPE = published_recipe(
+    "blip2", Published("blip2", build, LAYOUT, CONFIGS), stages, BLIP2, DECODINGS, stage_templates={"align": BLIP2_CAPTION},
+)  # fmt: skip

@@ -1,0 +1,182 @@
+"""LLaVA: a CLIP tower, one projector, a Vicuna. Every later composition is measured against this simplest one.
+
+            LLaVA, arXiv:2304.08485, size "linear"    LLaVA-1.5, arXiv:2310.03744, size "full"
+  vision    CLIP ViT-L/14, 224 pixels                 CLIP ViT-L/14, 336 pixels
+            output of block 23 of 24, without the class token, without CLIP's last norm
+  bridge    one linear layer, 256 tokens              linear, GELU, linear, 576 tokens
+  decoder   Vicuna-7B v1.1, 32000 words               Vicuna-7B v1.5, 32064 words (2 added, then padded)
+  stages    align (bridge), then instruct (bridge and language model); the tower stays frozen
+  layout    the original's                            llava-1.5-7b-hf's: 7,063,427,072 parameters
+
+LLaVA-1.5's stages are those of its released scripts (haotian-liu/LLaVA c121f04), LLaVA's `align` is its paper's, its
+`instruct` Table 6 of "Vision-Language Instruction Tuning: A Review and Analysis", which tunes LLaVA-7B on eight GPUs.
+Differs from them: bfloat16 for float16, which would need its loss scaled.
+"""
+
+import dataclasses
+import math
+
+from nanovlm.data.templates import LLAVA, PLAIN
+from nanovlm.decoder import Decoder
+from nanovlm.layouts import LLAMA, expect, llama_config, section
+from nanovlm.projector import LinearProjector, MLPProjector
+from nanovlm.recipes.recipe import Published, at_size, published_recipe
+from nanovlm.sampler import Decoding
+from nanovlm.stages import Stage
+from nanovlm.vision_layouts import CLIP, clip_config
+from nanovlm.vit import ViT
+from nanovlm.vlm import VLM
+from nanovlm.weight_tables import Alias, prefixed
+
+CLIP_L = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
+    "image_size": 336,
+}  # fmt: skip
+TINY = {
+    "vision_config": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14,
+        "image_size": 28,
+    },
+    "text_config": {
+        "vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    },
+}  # fmt: skip
+CONFIGS = {  # a language model's missing sizes are LLaMA-7B's
+    "full": {
+        "vision_config": CLIP_L,
+        "text_config": {"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    },
+    "linear": {
+        "vision_config": CLIP_L | {"image_size": 224},
+        "text_config": {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+        "mm_projector_type": "linear",
+    },
+    "tiny": TINY,
+    "tiny_linear": TINY | {"mm_projector_type": "linear"},
+}
+PROJECTORS = {"linear": LinearProjector, "mlp2x_gelu": MLPProjector}
+
+
+def nested(config):
+    """Either form of config.json, Hugging Face's or the original's, which is Vicuna's with `mm_...` added, as the first.
+
+    Raises: ValueError for a projector that no recipe has.
+    """
+    if "mm_hidden_size" in config or "mm_vision_tower" in config:
+        tower = str(config.get("mm_vision_tower", "openai/clip-vit-large-patch14"))
+        config = {
+            "vision_config": CLIP_L | {"image_size": 336 if tower.endswith("336") else 224},
+            "text_config": config,
+            "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+            "vision_feature_select_strategy": "full" if config.get("mm_vision_select_feature") == "cls_patch" else "default",
+            "mm_projector_type": config.get("mm_projector_type", "linear"),
+        }
+    kind = config.get("mm_projector_type", "mlp2x_gelu")
+    if kind not in PROJECTORS:
+        raise ValueError(f"config: mm_projector_type is {kind!r}; only {' and '.join(PROJECTORS)} can be built")
+    return {"vision_config": CLIP_L, "mm_projector_type": kind} | config
+
+
+def build(config):
+    """LLaVA or LLaVA-1.5.
+
+    Args:
+      config: dict, Hugging Face's config.json of a LLaVA or the original's; in the first, `mm_projector_type` "linear"
+        asks for one layer. What it leaves out is LLaVA-1.5-7B's.
+    Returns: vlm.VLM.
+    Raises: ValueError for what cannot be built.
+    """
+    config = nested(config)
+    expect(config, "projector_hidden_act", "gelu", "another activation in the projector")
+    expect(config, "multimodal_projector_bias", True, "a projector without biases")
+    clip, llm = clip_config(section(config, "vision_config")), llama_config(section(config, "text_config"))
+    layer, features = config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy", "default")
+    if not isinstance(layer, int) or features not in ("default", "full"):
+        raise ValueError(
+            f"config: vision_feature_layer is {layer!r} with vision_feature_select_strategy {features!r}; "
+            "one layer, and 'default' (without the class token) or 'full', can be built"
+        )
+    vision = dataclasses.replace(
+        clip,
+        feature_layer=layer if layer >= 0 else clip.num_layers + 1 + layer,  # -2: the last block is left out
+        drop_class_token=features == "default",
+    )
+    projector = PROJECTORS[config["mm_projector_type"]](vision.width, llm.width)
+    return VLM(ViT(vision), projector, Decoder(llm))
+
+
+HUGGING_FACE = (
+    *prefixed(CLIP, "vision_tower.", "vision."),
+    ("multi_modal_projector.linear_1.{p}", "bridge.linear.{p}"),
+    ("multi_modal_projector.linear_2.{p}", "bridge.linear_2.{p}"),
+    *prefixed(LLAMA, "language_model.", "decoder."),
+    # transformers 4.52 and later, in memory
+    Alias("model.vision_tower.vision_model.{rest}", "vision_tower.vision_model.{rest}"),
+    Alias("model.vision_tower.{rest}", "vision_tower.vision_model.{rest}"),
+    Alias("model.multi_modal_projector.{rest}", "multi_modal_projector.{rest}"),
+    Alias("model.language_model.{rest}", "language_model.model.{rest}"),
+    Alias("lm_head.weight", "language_model.lm_head.weight"),
+    # the original
+    Alias("model.vision_tower.vision_tower.{rest}", "vision_tower.{rest}"),
+    Alias("model.mm_projector.0.{p}", "multi_modal_projector.linear_1.{p}"),
+    Alias("model.mm_projector.2.{p}", "multi_modal_projector.linear_2.{p}"),
+    Alias("model.mm_projector.{p}", "multi_modal_projector.linear_1.{p}"),
+    Alias("model.{rest}", "language_model.model.{rest}"),
+)
+ORIGINAL = (
+    *prefixed(CLIP, "model.vision_tower.vision_tower.", "vision."),
+    ("model.mm_projector.{p}", "bridge.linear.{p}"),
+    *prefixed(LLAMA, "", "decoder."),
+)
+
+
+def LAYOUT(config):
+    """Published names on the left, ours on the right.
+
+    Hugging Face's layout, which also reads the original's names; one linear layer has no place in it, so that LLaVA is
+    written as the original.
+    """
+    return ORIGINAL if nested(config)["mm_projector_type"] == "linear" else HUGGING_FACE
+
+
+def stage(name, learning_rate, parts, source, examples, batch_size, **others):
+    """One epoch of a data set: AdamW at a cosine after 3% of warm-up, as in all of LLaVA's scripts."""
+    steps = math.ceil(examples / batch_size)
+    values = dict(
+        objective="language", learning_rates=dict.fromkeys(parts, learning_rate), mixture={source: 1.0}, steps=steps,
+        batch_size=batch_size, betas=(0.9, 0.999), weight_decay=0.0, schedule="cosine", warmup_steps=math.ceil(0.03 * steps),
+        start_lr_factor=0.0, max_tokens=2048, precision="bfloat16",
+    )  # fmt: skip
+    return Stage(name, **(values | others))
+
+
+CAPTIONS, LLAVA_INSTRUCT, MIX = ("llava_pretrain_558k", 558_128), ("llava_instruct_158k", 158_000), ("llava_mix_665k", 665_298)
+BRIDGE, BOTH = ("bridge",), ("bridge", "embedding", "language_model", "lm_head")
+STAGES = {
+    "full": (
+        stage("align", 1e-3, BRIDGE, *CAPTIONS, 256, image_size=336, clip=None),
+        stage("instruct", 2e-5, BOTH, *MIX, 128, image_size=336, image_fit="pad", clip=None),
+    ),
+    "linear": (
+        stage("align", 2e-3, BRIDGE, *CAPTIONS, 128, image_size=224),
+        stage("instruct", 2e-5, BOTH, *LLAVA_INSTRUCT, 64, image_size=224),  # Table 6: 4 examples, twice, on 8 GPUs
+    ),
+}
+
+
+def stages(size, smoke):
+    """The two stages of LLaVA or LLaVA-1.5; tiny sizes and `smoke` shrink them, see recipe.at_size."""
+    kind, tiny = "linear" if "linear" in size else "full", "tiny" if size.startswith("tiny") else size
+    return at_size(STAGES[kind], tiny, smoke, {224: 28, 336: 28})
+
+
+DECODINGS = {
+    "default": Decoding(max_new_tokens=128, eos_ids=(2,)),  # all of its evaluations are greedy
+    "long": Decoding(max_new_tokens=1024, eos_ids=(2,)),
+    "demo": Decoding(max_new_tokens=1024, do_sample=True, temperature=0.2, eos_ids=(2,)),
+}
+
+RECIPE = published_recipe(
+    "llava", Published("llava", build, LAYOUT, CONFIGS), stages, LLAVA, DECODINGS, stage_templates={"align": PLAIN},
+)  # fmt: skip

@@ -1,0 +1,166 @@
+"""OpenFlamingo: pictures are not put into the row; a frozen language model looks at them through gated cross-attention.
+
+  vision   CLIP ViT-L/14, 224 pixels: the patches as they leave the last block, without CLIP's last norm, 256 features
+  bridge   resampler of 6 layers whose latents also attend to one another; 64 tokens that keep the tower's width
+  decoder  OPT-1.3B, 50267 words (<|endofchunk|> and <image> added), gated cross-attention before every n-th layer
+  rows     <image> is one word of the row; the text behind it sees that picture and no other
+  layout   the resampler under `perceiver.`, each layer with its cross-attention, and both listed once more
+
+OpenFlamingo, arXiv:2308.01390; Flamingo, arXiv:2204.14198; code mlfoundations/open_flamingo 655f693. `instruct` is
+Table 8 of "Vision-Language Instruction Tuning: A Review and Analysis" with the rates of OpenFlamingo's training script.
+Differs:
+- the review's text names OPT-1.3B, its checkpoint OpenFlamingo-3B-vitl-mpt1b. That one's language model, MPT-1B, is out
+  of scope: ALiBi in place of positions and norms on queries and keys are nowhere else in these papers, and there is
+  nothing at hand to check them against;
+- "every n" counts layers n-1, 2n-1 ...: 1, 3, 5 for n = 2, where Lynx's adapters stand at 0, 2, 4.
+"""
+
+import dataclasses
+
+from nanovlm.data.templates import OPEN_FLAMINGO
+from nanovlm.decoder import Decoder, LayerOptions
+from nanovlm.layouts import OPT, expect, opt_config, size
+from nanovlm.recipes.lynx import RESAMPLER
+from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.resampler import Resampler
+from nanovlm.sampler import Decoding
+from nanovlm.stages import Stage
+from nanovlm.vision_layouts import clip_config
+from nanovlm.vit import ViT
+from nanovlm.vlm import VLM
+from nanovlm.weight_tables import Alias, Fused, Unused, as_entry, prefixed
+
+CLIP_L = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
+    "image_size": 224,
+}  # fmt: skip
+CONFIGS = {
+    "full": {
+        "vision": CLIP_L,
+        "vision_width": 1024,
+        "resampler": {"depth": 6, "num_latents": 64},
+        "cross_attn_every_n_layers": 1,
+        "media_token_id": 50266,
+        "llm": {
+            "vocab_size": 50267, "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+        },
+    },
+    "tiny": {
+        "vision": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14,
+            "image_size": 28,
+        },
+        "vision_width": 32,
+        "resampler": {"depth": 2, "num_latents": 4},
+        "cross_attn_every_n_layers": 2,
+        "media_token_id": 511,
+        "llm": {
+            "vocab_size": 512, "hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+    },
+}  # fmt: skip
+
+
+def build(config):
+    """OpenFlamingo on OPT.
+
+    Args:
+      config: dict with vision (CLIP's config.json; absent: no tower is built, and the model starts from features of
+        vision_width channels), resampler, cross_attn_every_n_layers, media_token_id and llm (OPT's config.json).
+        What it leaves out is as released.
+    Returns: vlm.VLM; its vision is None without a tower.
+    Raises: ValueError for what cannot be built, such as MPT as the language model.
+    """
+    expect(config.get("llm", {}), "model_type", "opt", "a language model that is out of scope (MPT: ALiBi, norms on q and k)")
+    defaults = {key: value for key, value in CONFIGS["full"].items() if key != "vision"}
+    config = complete(config, defaults)
+    vision, width = None, size(config, "vision_width")
+    if config.get("vision") is not None:
+        vision = ViT(dataclasses.replace(clip_config(config["vision"]), post_norm=False, drop_class_token=True))
+        expect(config, "vision_width", vision.config.width, "features of another width than the tower's")
+    latents, every = config["resampler"], size(config, "cross_attn_every_n_layers")
+    bridge = Resampler(
+        width, width, size(latents, "num_latents"), size(latents, "depth"), num_heads=8, head_width=64, ffn_width=4 * width,
+        attend_to_latents=True,
+    )  # fmt: skip
+    llm = opt_config(config["llm"])
+    layers = tuple(LayerOptions(cross_attention=(i + 1) % every == 0) for i in range(len(llm.layers)))
+    decoder = Decoder(dataclasses.replace(llm, layers=layers, cross_attention_width=width))
+    return VLM(vision, bridge, decoder, media_token=config["media_token_id"])
+
+
+OPEN_CLIP = (  # the tower as open_clip and OpenAI spell it
+    ("class_embedding", "class_token"),
+    ("positional_embedding", "positions"),
+    ("conv1.weight", "patch_embedding.weight"),
+    ("ln_pre.{p}", "pre_norm.{p}"),
+    ("transformer.resblocks.{i}.ln_{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
+    *(
+        Fused(f"transformer.resblocks.{{i}}.attn.in_proj_{p}", tuple(f"blocks.{{i}}.attention.{name}.{p}" for name in "qkv"))
+        for p in ("weight", "bias")
+    ),
+    ("transformer.resblocks.{i}.attn.out_proj.{p}", "blocks.{i}.attention.o.{p}"),
+    ("transformer.resblocks.{i}.mlp.c_fc.{p}", "blocks.{i}.fc_1.{p}"),
+    ("transformer.resblocks.{i}.mlp.c_proj.{p}", "blocks.{i}.fc_2.{p}"),
+    Unused("ln_post.{p}", "serves CLIP's own loss"),
+    Unused("proj", "serves CLIP's own loss"),
+)
+CROSS_ATTENTION = (
+    ("attn_gate", "attention_gate"),
+    ("attn.norm.{p}", "norm.{p}"),
+    ("attn.to_q.weight", "q.weight"),
+    Fused("attn.to_kv.weight", ("k.weight", "v.weight")),  # keys first
+    ("attn.to_out.weight", "o.weight"),
+    ("ff_gate", "ffn_gate"),
+    ("ff.{j}.{p}", "ffn.{j}.{p}"),
+)
+
+
+def at(place):
+    """OPT's table with its layers at `place`: OpenFlamingo wraps each beside its cross-attention."""
+    entries = [entry for entry in map(as_entry, OPT) if not isinstance(entry, Alias)]
+    layer = "model.decoder.layers.{i}."
+    return tuple(dataclasses.replace(entry, published=entry.published.replace(layer, place)) for entry in entries)
+
+
+def LAYOUT(config):
+    """Published names on the left, ours on the right; the second places of layers and cross-attention are only read."""
+    layer, ours = "lang_encoder.model.decoder.layers.{i}.", "decoder.layers.{i}.cross_attention."
+    return (
+        *prefixed(OPEN_CLIP, "vision_encoder.", "vision."),
+        *prefixed(RESAMPLER, "perceiver.", "bridge."),
+        *prefixed(CROSS_ATTENTION, f"{layer}gated_cross_attn_layer.", ours),
+        *prefixed(at("model.decoder.layers.{i}.decoder_layer."), "lang_encoder.", "decoder."),
+        *prefixed(CROSS_ATTENTION, "lang_encoder.gated_cross_attn_layers.{i}.", ours),
+        *prefixed(at("old_decoder_blocks.{i}."), "lang_encoder.", "decoder."),
+    )
+
+
+EXAMPLES, EPOCHS, GPUS = 158_000, 6, 8
+STAGES = (
+    Stage(  # the loss multiplier of 0.2 scales all gradients alike, which AdamW does not notice; embeddings are frozen
+        "instruct", "language", dict.fromkeys(("bridge", "cross_attention"), 1e-4), {"vlit_158k": 1.0},
+        steps=EXAMPLES * EPOCHS // GPUS, batch_size=GPUS, warmup_steps=1_000, schedule="constant", start_lr_factor=0.0,
+        image_size=224, image_fit="crop", betas=(0.9, 0.999), weight_decay=0.1, clip=1.0, max_tokens=256, precision="bfloat16",
+    ),
+)  # fmt: skip
+
+
+def stages(size, smoke):
+    """The review's tuning; "tiny" and `smoke` shrink it, see recipe.at_size."""
+    return at_size(STAGES, size, smoke, {224: 28})
+
+
+END_OF_CHUNK = 50265
+DECODINGS = {  # OpenFlamingo's evaluations, arXiv:2308.01390, Sec. 4
+    "default": Decoding(max_new_tokens=64, eos_ids=(END_OF_CHUNK, 2)),
+    "caption": Decoding(max_new_tokens=20, num_beams=3, length_penalty=1.0, eos_ids=(END_OF_CHUNK, 2)),
+    "vqa": Decoding(max_new_tokens=5, num_beams=3, length_penalty=0.0, eos_ids=(END_OF_CHUNK, 2)),
+}
+
+CONTENTS = "released files hold the resampler and the cross-attention; CLIP's tower and OPT come from their own files"
+RECIPE = published_recipe(
+    "open_flamingo", Published("open_flamingo", build, LAYOUT, CONFIGS, CONTENTS), stages, OPEN_FLAMINGO, DECODINGS
+)

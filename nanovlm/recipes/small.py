@@ -1,0 +1,126 @@
+"""small: a composition of this project's own, the largest model that one GPU of 24 GB trains in every part.
+
+  vision   SigLIP-B/16: 512 pixels, 1024 patches (size "full_224": 224 pixels, 196 patches)
+  bridge   squares of 4 x 4 patches, then linear, GELU, linear: 64 image tokens (2 x 2 and 49)
+  decoder  SmolLM2-135M: 30 layers of width 576, 49152 words
+  stages   align (bridge), then instruct (everything)
+
+It is no paper's model; every choice has one reason:
+- SigLIP: every patch is a feature of its own, since the tower has no class token to which it could leave the work; 512
+  pixels show text and small things that 224 do not;
+- the squares: a language model of width 576 would spend nearly all its time on 1024 image tokens. 4 x 4 patches behind
+  one another are 12288 channels, from which the MLP picks 576; nothing is averaged (arXiv:2408.12637 and
+  arXiv:2504.05299 do so too);
+- SmolLM2-135M: the smallest language model that was trained to talk, so that tower (86 million parameters) and language
+  model (135) are of one size. Its context of 8192 holds a hundred pictures;
+- memory: 228 million parameters take 16 bytes each with gradient, float32 copy and AdamW, 3.4 GiB; some 20 GiB are left
+  for activations, about 32 rows of 512 tokens at a time.
+The stages take LLaVA-1.5's data, batches and steps, for a beginning that can be compared. Their rates are higher, as
+small models want them: a guess, not tried at this size here.
+"""
+
+import dataclasses
+import math
+
+from nanovlm.data.templates import CHATML, PLAIN
+from nanovlm.decoder import Decoder
+from nanovlm.layouts import LLAMA, llama_config, section, size
+from nanovlm.projector import PixelShuffleProjector
+from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.sampler import Decoding
+from nanovlm.stages import Stage
+from nanovlm.vision_layouts import SIGLIP, siglip_config
+from nanovlm.vit import ViT
+from nanovlm.vlm import VLM
+from nanovlm.weight_tables import prefixed
+
+FULL = {
+    "vision_config": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "image_size": 512, "patch_size": 16,
+    },
+    "text_config": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0, "tie_word_embeddings": True,
+    },
+    "merge": 4,  # side of the squares, patches
+}  # fmt: skip
+CONFIGS = {
+    "full": FULL,
+    "full_224": FULL | {"vision_config": FULL["vision_config"] | {"image_size": 224}, "merge": 2},
+    "tiny": {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
+        },
+        "text_config": {
+            "vocab_size": 512, "hidden_size": 36, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
+            "num_key_value_heads": 1, "max_position_embeddings": 256,
+        },
+        "merge": 2,
+    },
+}  # fmt: skip
+
+
+def build(config):
+    """SigLIP, pixel shuffle, SmolLM2.
+
+    Args:
+      config: dict with vision_config and text_config, the config.json of tower and language model, and merge, the side of
+        the squares in patches; what it leaves out is the "full" size's.
+    Returns: vlm.VLM.
+    Raises: ValueError for patches that do not divide into such squares, or for what cannot be built.
+    """
+    config = complete(config, FULL)
+    vision, llm = ViT(siglip_config(section(config, "vision_config"))), llama_config(section(config, "text_config"))
+    bridge = PixelShuffleProjector(vision.config.width, llm.width, size(config, "merge"))
+    bridge.num_image_tokens(vision.num_tokens(vision.image_size))  # raises before the first picture does
+    return VLM(vision, bridge, Decoder(llm))
+
+
+def LAYOUT(config):
+    """Our own names for the bridge; tower and language model keep the names of their own files behind a prefix."""
+    return (
+        *prefixed(SIGLIP, "vision_tower.", "vision."),
+        ("multi_modal_projector.linear_1.{p}", "bridge.mlp.linear.{p}"),
+        ("multi_modal_projector.linear_2.{p}", "bridge.mlp.linear_2.{p}"),
+        *prefixed(LLAMA, "language_model.", "decoder."),
+    )
+
+
+SETTINGS = dict(
+    objective="language", betas=(0.9, 0.95), weight_decay=0.01, clip=1.0, schedule="cosine", start_lr_factor=0.0,
+    image_size=512, image_fit="stretch", max_tokens=512, precision="bfloat16",
+)  # fmt: skip
+ALIGN, INSTRUCT = math.ceil(558_128 / 256), math.ceil(665_298 / 128)  # steps of one epoch each
+STAGES = (
+    Stage(
+        "align", learning_rates={"bridge": 2e-3}, mixture={"llava_pretrain_558k": 1.0}, steps=ALIGN, batch_size=256,
+        warmup_steps=ALIGN // 33, **SETTINGS,
+    ),
+    Stage(  # the tower has the most to lose, the bridge the most to learn
+        "instruct", learning_rates={"vision": 2e-5, "bridge": 5e-4, "embedding": 1e-4, "language_model": 1e-4},
+        mixture={"llava_mix_665k": 1.0}, steps=INSTRUCT, batch_size=128, micro_batch_size=32, warmup_steps=INSTRUCT // 33,
+        **SETTINGS,
+    ),
+)  # fmt: skip
+
+
+def stages(size, smoke):
+    """The two stages; "full_224" shows smaller pictures, "tiny" and `smoke` shrink them, see recipe.at_size."""
+    chosen = STAGES
+    if size == "full_224":
+        chosen = tuple(dataclasses.replace(stage, image_size=224) for stage in STAGES)
+    return at_size(chosen, size, smoke, {512: 64})
+
+
+END = 2  # <|im_end|>
+DECODINGS = {
+    "default": Decoding(max_new_tokens=256, eos_ids=(END,)),
+    "sample": Decoding(max_new_tokens=256, do_sample=True, temperature=0.6, top_p=0.9, eos_ids=(END,)),
+}
+
+RECIPE = published_recipe(
+    "small", Published("small", build, LAYOUT, CONFIGS, "nobody has published it: it starts from the files of its two halves"),
+    stages, CHATML, DECODINGS, stage_templates={"align": PLAIN},
+)  # fmt: skip
