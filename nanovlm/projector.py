@@ -1,7 +1,8 @@
 """The simplest bridge: every patch becomes one image token, by a linear map or a small MLP.
 
 LLaVA (arXiv:2304.08485) uses one linear layer, LLaVA-1.5 and LLaVA-Phi (arXiv:2401.02330, Sec. 3.1) two with a GELU
-between. Nothing is summarised: as many image tokens as patches, in the same order.
+between. Nothing is summarised: as many image tokens as patches, in the same order (576 a picture in LLaVA-Phi, where
+the resampler leaves 32 and the abstractor 65).
 
 M visual inputs, N patches over all frames, D width
 """

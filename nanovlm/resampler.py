@@ -5,7 +5,9 @@ then pays for 32 tokens instead of 900, whatever the resolution or the number of
 
 Flamingo, arXiv:2204.14198, Sec. 2.1; Perceiver, arXiv:2103.03206; as used in Lynx, arXiv:2307.02469, Sec. 2.1.
 Differs from Flamingo, as Lynx's released code does:
-- keys and values come from the patches alone: `attend_to_latents` adds the latents, which is Flamingo's form;
+- keys and values come from the patches alone: latents of the language model's width cannot stand among patches of the
+  ViT's. With `attend_to_latents`, Flamingo's form, they can, as both have the ViT's width: it keeps that width, since
+  its cross-attention reads the latents and no image token enters the text;
 - no linear map before it: the latents have the language model's width and look at patches of the ViT's width;
 - a clip gets a learned embedding per frame, a still image none.
 
@@ -40,7 +42,7 @@ class ResamplerLayer(nn.Module):
         """latents float[M, L, W], patches float[M, N, vision_width] -> float[M, L, W]."""
         patches, queries = self.norm_patches(patches), self.norm_latents(latents)
         if self.attend_to_latents:
-            patches = torch.cat([patches, queries], dim=1)  # Flamingo: the latents see one another too
+            patches = torch.cat([patches, queries], dim=1)  # Flamingo: [media ; latents], so latents see one another
         q, k, v = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # M H L|N D
             for linear, x in ((self.q, queries), (self.k, patches), (self.v, patches))
@@ -74,6 +76,7 @@ class Resampler(nn.Module):
                 f"latents of width {output_width} cannot stand among patches of width {vision_width}; "
                 "make the widths equal or set attend_to_latents=False"
             )
+        self.vision_width = vision_width
         self.output_width = output_width
         self.num_latents = num_latents
         self.backend = "sdpa"
@@ -98,10 +101,16 @@ class Resampler(nn.Module):
         Args:
           patches: float[M, num_frames * N, vision_width], the frames of a clip behind one another.
           num_frames: frames per visual input.
-          out: dict; when given, out["latents"] becomes a list over layers of float[M, H, L, N].
+          out: dict; when given, out["latents"] becomes a list over layers of float[M, H, L, N], or with
+            attend_to_latents float[M, H, L, N + L].
         Returns: float[M, num_latents, output_width].
-        Raises: ValueError for a clip when there is no frame embedding, or one too short.
+        Raises: ValueError for patches of another width; for a clip when there is no frame embedding, or one too short.
         """
+        if patches.shape[-1] != self.vision_width:
+            raise ValueError(
+                f"patches of width {patches.shape[-1]}, but this resampler reads {self.vision_width}; "
+                "build it with the ViT's width"
+            )
         if num_frames > 1:
             patches = self.mark_frames(patches, num_frames)
         latents = self.latents.expand(patches.shape[0], -1, -1)

@@ -1,4 +1,4 @@
-"""Projector and resampler: formulas, permutations, frames, attention maps."""
+"""Projector and resampler: formulas, permutations, frames, attention maps, LLaVA-Phi's and OpenFlamingo's outputs."""
 
 import math
 
@@ -8,7 +8,9 @@ import torch.nn.functional as F
 
 from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
 from nanovlm.resampler import Resampler
+from nanovlm.vit import ViT, ViTConfig
 from random_models import randomise
+from test_official import CLOSE, RESAMPLER, Golden, load
 
 
 def make(vision_width=7, output_width=10, **options):
@@ -158,3 +160,65 @@ def test_pixel_shuffle_lays_each_square_behind_one_another(num_frames, merge):
 def test_pixel_shuffle_refuses_a_grid_that_does_not_divide(num_patches):
     with pytest.raises(ValueError, match=f"{num_patches} patches are no square grid of 2 x 2 squares"):
         PixelShuffleProjector(4, 4, merge=2).num_image_tokens(num_patches)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_openflamingo_s_resampler(backend):
+    """The latents stand among the keys, behind the picture's tokens; the width stays the ViT's."""
+    golden = Golden("openflamingo_tiny")
+    width, sizes = golden.config["vision_width"], golden.config["resampler"]
+    weights = golden.under("perceiver.")
+    for name in [name for name in weights if name.endswith("to_kv.weight")]:
+        k, v = weights.pop(name).chunk(2)
+        weights |= {name.replace("to_kv", "to_k"): k, name.replace("to_kv", "to_v"): v}
+    bridge = Resampler(
+        width, width, sizes["num_latents"], sizes["depth"], num_heads=8, head_width=64, ffn_width=4 * width,
+        attend_to_latents=True,
+    )  # fmt: skip
+    load(bridge, weights, RESAMPLER)
+    bridge.backend = backend
+    features, expected = golden.inputs["vision_features"], golden.outputs["visual_tokens"]  # 2 samples, 2 images
+    found = bridge(features.flatten(0, 2)).unflatten(0, expected.shape[:2])  # one frame an image
+    torch.testing.assert_close(found, expected, **CLOSE)
+    for layer in bridge.layers:
+        layer.attend_to_latents = False
+    assert (bridge(features.flatten(0, 2)).unflatten(0, expected.shape[:2]) - expected).abs().max() > 1e-2
+
+
+CLIP = [
+    (r"vision_model\.embeddings\.class_embedding", "class_token"),
+    (r"vision_model\.embeddings\.position_embedding\.weight", "positions"),
+    (r"vision_model\.embeddings\.patch_embedding\.", "patch_embedding."),
+    (r"vision_model\.pre_layrnorm\.", "pre_norm."),
+    (r"vision_model\.post_layernorm\.", "post_norm."),
+    (r"vision_model\.encoder\.layers\.", "blocks."),
+    (r"layer_norm([12])\.", r"norm_\1."),
+    (r"self_attn\.([qkv])_proj\.", r"attention.\1."),
+    (r"self_attn\.out_proj\.", "attention.o."),
+    (r"mlp\.fc([12])\.", r"fc_\1."),
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_llava_phi_s_image_tokens(backend):
+    """CLIP's second to last hidden state without the class token, through the MLP."""
+    golden = Golden("llava_phi_tiny")
+    sizes = golden.config["vision"]
+    config = ViTConfig(
+        sizes["image_size"], sizes["patch_size"], sizes["hidden_size"], sizes["num_hidden_layers"],
+        sizes["num_attention_heads"], sizes["intermediate_size"], pre_norm=True, patch_bias=False,
+        activation="quick_gelu", norm_eps=1e-5, feature_layer=sizes["num_hidden_layers"] - 1, drop_class_token=True,
+    )  # fmt: skip
+    weights = {n: w for n, w in golden.under("model.vision_tower.").items() if "position_ids" not in n}
+    vision = load(ViT(config), weights, CLIP)
+    vision.backend = backend
+    bridge = MLPProjector(sizes["hidden_size"], golden.config["llm"]["hidden_size"])
+    load(bridge, golden.under("model.mm_projector."), [(r"^0\.", "linear."), (r"^2\.", "linear_2.")])
+    pixels, expected = golden.inputs["pixel_values"], golden.outputs["visual_tokens"]
+    assert bridge.num_image_tokens(vision.num_tokens(sizes["image_size"])) == expected.shape[1] == 16
+    torch.testing.assert_close(bridge(vision(pixels)), expected, **CLOSE)
+
+
+def test_patches_of_another_width():
+    with pytest.raises(ValueError, match="patches of width 8, but this resampler reads 7"):
+        make()(torch.randn(1, 5, 8))

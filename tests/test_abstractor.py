@@ -1,0 +1,205 @@
+"""The visual abstractor: the official outputs, the equations by hand, grids, frames, maps, errors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovlm.abstractor import Abstractor, patch_positions
+from nanovlm.vit import sincos
+from random_models import randomise
+from test_official import CLOSE, Golden, load
+
+ABSTRACTOR = [
+    (r"query_embeds", "queries"),
+    (r"vit_eos", "end"),
+    (r"visual_fc\.", "project."),
+    (r"encoder\.layers\.(\d+)\.crossattention\.", r"layers.\1."),
+    (r"attention\.(q|k|v)(uery|ey|alue)\.", r"\1."),
+    (r"\.norm1\.", ".norm_queries."),
+    (r"\.normk\.", ".norm_patches."),
+    (r"output\.norm2\.", "norm_ffn."),
+    (r"output\.out_proj\.", "o."),
+    (r"output\.mlp\.ffn_ln\.", "ffn_norm."),
+    (r"output\.mlp\.(w[123])\.", r"\1."),
+]
+
+
+def make(vision_width=16, output_width=10, **options):
+    sizes = dict(num_queries=3, num_layers=2, num_heads=2, ffn_width=11)
+    return randomise(Abstractor(vision_width, output_width, **(sizes | options)))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """The golden file of mPLUG-Owl2 and our abstractor with its weights."""
+    golden = Golden("mplug_owl2_tiny")
+    sizes, width = golden.config["abstractor"], golden.config["llm"]["hidden_size"]
+    bridge = Abstractor(
+        sizes["hidden_size"], width, sizes["num_learnable_queries"], sizes["num_hidden_layers"],
+        sizes["num_attention_heads"], sizes["intermediate_size"],
+    )  # fmt: skip
+    weights = {n: w.squeeze() for n, w in golden.under("model.visual_abstractor.").items() if "pos_embed" not in n}
+    return golden, load(bridge, weights, ABSTRACTOR)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_mplug_owl2(golden, backend):
+    golden, bridge = golden
+    bridge.backend = backend
+    features, expected = golden.outputs["vision_features"], golden.outputs["visual_tokens"]
+    assert bridge.num_image_tokens(features.shape[1]) == expected.shape[1] == 6
+    torch.testing.assert_close(bridge(features), expected, **CLOSE)
+    clip = bridge(features.flatten(0, 1)[None], 2)  # the same two pictures as frames of one clip
+    torch.testing.assert_close(clip, expected.flatten(0, 1)[None], **CLOSE)
+
+
+def test_the_computed_tables_are_the_stored_ones(golden):
+    """Released checkpoints lack these buffers; the golden file has them."""
+    golden, bridge = golden
+    tables = {name: table for name, table in golden.weights.items() if name.endswith("pos_embed")}
+    assert len(tables) == 4
+    for name, table in tables.items():
+        computed = sincos(*table.shape) if "q_pos" in name else patch_positions(*table.shape)
+        torch.testing.assert_close(computed, table, **CLOSE)
+    assert not any("pos" in name for name in bridge.state_dict())
+
+
+def naive(bridge, patches):
+    """Steps 1 to 6 for one frame of 4 x 4 patches and a class token, one head at a time."""
+    norm = lambda layer, x, eps=1e-5: F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, eps)
+    linear = lambda layer, x: x @ layer.weight.T + layer.bias
+    at = lambda place, width: [f(place * 10000 ** (-2 * k / width)) for f in (math.sin, math.cos) for k in range(width // 2)]
+    query_places = torch.tensor([at(k, 16) for k in range(3)])
+    grid = [at(column, 8) + at(row, 8) for row in range(4) for column in range(4)]
+    places = torch.cat([query_places, torch.zeros(1, 16), torch.tensor(grid)])
+    q = bridge.queries
+    for layer in bridge.layers:
+        q_hat = norm(layer.norm_queries, q)
+        both = torch.cat([q_hat, norm(layer.norm_patches, patches)])
+        asked, keys, values = linear(layer.q, q_hat + query_places), linear(layer.k, both + places), linear(layer.v, both)
+        heads = []
+        for head in (slice(0, 8), slice(8, 16)):
+            shares = torch.softmax(asked[:, head] @ keys[:, head].T / math.sqrt(8), dim=-1)
+            heads.append(shares @ values[:, head])
+        c = q_hat + linear(layer.o, torch.cat(heads, dim=-1))
+        u = norm(layer.norm_ffn, c)
+        gate = linear(layer.w1, u)
+        hidden = gate * torch.sigmoid(gate) * linear(layer.w3, u)
+        q = c + linear(layer.w2, norm(layer.ffn_norm, hidden, eps=1e-6))
+    return torch.cat([linear(bridge.project, q), bridge.end[None]])
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_the_equations_and_their_gradients(backend):
+    bridge, patches = make(), torch.randn(2, 17, 16, requires_grad=True)
+    bridge.backend = backend
+    wanted = [patches, *bridge.parameters()]
+    found, expected = bridge(patches), torch.stack([naive(bridge, picture) for picture in patches])
+    assert found.shape == (2, 4, 10)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    weights = torch.randn_like(found)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weights).sum(), wanted), torch.autograd.grad((expected * weights).sum(), wanted)
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_norms_inside_have_the_released_eps():
+    layer = make().layers[1]
+    assert [layer.norm_queries.eps, layer.norm_patches.eps, layer.norm_ffn.eps, layer.ffn_norm.eps] == [1e-5] * 3 + [1e-6]
+
+
+@pytest.mark.parametrize("side, class_token", [(1, 0), (1, 1), (3, 1), (5, 0), (5, 1), (16, 1), (32, 1)])
+def test_places_of_any_grid(side, class_token):
+    table = patch_positions(side * side + class_token, 16)
+    assert table.shape == (side * side + class_token, 16)
+    assert (table[:class_token] == 0).all()
+    for row, column in {(0, 0), (0, side - 1), (side - 1, 0), (side // 2, side - 1)}:
+        place = table[class_token + row * side + column]
+        torch.testing.assert_close(place[:8], sincos(side, 8)[column], rtol=0, atol=0)  # x first
+        torch.testing.assert_close(place[8:], sincos(side, 8)[row], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_features", [3, 8, 11, 18])
+def test_features_that_are_no_grid(num_features):
+    with pytest.raises(ValueError, match=f"{num_features} features a frame are no square grid of patches"):
+        make()(torch.randn(1, num_features, 16))
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="features of width 12, but the queries have 16"):
+        make()(torch.randn(1, 17, 12))
+    with pytest.raises(ValueError, match="width 16 does not divide into 3 heads"):
+        make(num_heads=3)
+    with pytest.raises(ValueError, match="width 18 is no multiple of 4"):
+        make(vision_width=18)
+
+
+def test_place_matters_but_only_within_a_frame():
+    bridge, clip = make(), torch.randn(1, 2, 10, 16)
+    found = bridge(clip.flatten(1, 2), 2)
+    swapped = bridge(clip.flip(1).flatten(1, 2), 2)
+    torch.testing.assert_close(found, torch.cat([swapped[:, 4:], swapped[:, :4]], dim=1), **CLOSE)
+    moved = clip[:, :, [0, 2, 1, *range(3, 10)]]  # two patches change places
+    assert (bridge(moved.flatten(1, 2), 2) - found).abs().max() > 1e-3
+
+
+def test_frames():
+    bridge, clips = make(), torch.randn(2, 3, 10, 16)  # M frames N width
+    found = bridge(clips.flatten(1, 2), 3)
+    expected = torch.stack([torch.cat([bridge(clips[m, f][None])[0] for f in range(3)]) for m in range(2)])
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert found.shape == (2, bridge.num_image_tokens(10, 3), 10) == (2, 12, 10)
+    for token in (3, 7, 11):
+        assert (found[:, token] == bridge.end).all()
+    assert Abstractor(16, 10, 64, 1, 2, 8).num_image_tokens(1025) == 65
+    assert Abstractor(16, 10, 64, 1, 2, 8).num_image_tokens(1025, 8) == 520
+
+
+def test_attention_maps():
+    """Rows are the image tokens, columns the features first; what the queries took of one another stands behind."""
+    bridge, patches, out = make(), torch.randn(2, 10, 16), {}
+    torch.testing.assert_close(bridge(patches, out=out), bridge(patches))
+    assert len(out["latents"]) == 2
+    for weights in out["latents"]:
+        assert weights.shape == (2, 2, 4, 10 + 3)
+        torch.testing.assert_close(weights[:, :, :3].sum(-1), torch.ones(2, 2, 3))
+        assert (weights[:, :, 3] == 0).all()  # the end token
+    layer = bridge.layers[0]
+    queries = layer.norm_queries(bridge.queries)
+    q = layer.q(queries + sincos(3, 16))[:, :8]
+    k = layer.k(torch.cat([layer.norm_patches(patches[0]) + patch_positions(10, 16), queries + sincos(3, 16)]))[:, :8]
+    torch.testing.assert_close(out["latents"][0][0, 0, :3], (q @ k.T / 8**0.5).softmax(-1), **CLOSE)
+
+
+def test_start_and_names():
+    bridge = Abstractor(64, 96, num_queries=50, num_layers=1, num_heads=4, ffn_width=128)
+    assert bridge.output_width == 96 and bridge.backend == "sdpa"
+    assert bridge.queries.shape == (50, 64) and 0.95 < bridge.queries.std() < 1.05
+    assert bridge.end.shape == (96,) and 0.7 < bridge.end.std() < 1.3
+    for name, parameter in bridge.named_parameters():
+        if parameter.ndim == 2 and name != "queries":
+            assert 0.018 < parameter.std() < 0.022, name
+    assert (bridge.layers[0].k.bias == 0).all() and (bridge.project.bias == 0).all()
+    layer = {"norm_queries", "norm_patches", "norm_ffn", "q", "k", "v", "o", "w1", "w2", "w3", "ffn_norm"}
+    names = {f"layers.0.{part}.{kind}" for part in layer for kind in ("weight", "bias")}
+    assert set(bridge.state_dict()) == names | {"queries", "end", "project.weight", "project.bias"}
+
+
+def test_full_size_is_the_published_one():
+    with torch.device("meta"):
+        bridge = Abstractor(1024, 4096, num_queries=64, num_layers=6, num_heads=16, ffn_width=2816)
+    assert sum(parameter.numel() for parameter in bridge.parameters()) == 81_473_536
+    with torch.device("meta"):
+        assert bridge(torch.empty(2, 3 * 1025, 1024), 3).shape == (2, 195, 4096)
+        assert bridge(torch.empty(1, 257, 1024)).shape == (1, 65, 4096)  # 224 pixels
+
+
+def test_half_precision_keeps_its_type():
+    bridge, patches = make(), torch.randn(1, 10, 16)
+    expected = bridge(patches)
+    found = bridge.bfloat16()(patches.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)
