@@ -22,7 +22,7 @@ import dataclasses
 
 from nanovlm.data.templates import LLAVA_PHI, PLAIN
 from nanovlm.decoder import Decoder
-from nanovlm.layouts import expect, phi_config, phi_fused
+from nanovlm.layouts import expect, phi_config, phi_fused, section
 from nanovlm.projector import MLPProjector
 from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
 from nanovlm.sampler import Decoding
@@ -55,18 +55,19 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def sizes(config):
-    """A config in one form, completed: dict with vision and llm; config.json nests the first and lays the second out."""
+def nested(config):
+    """A config in one form: dict with vision and llm; the released config.json lays out the second."""
     if "vision_config" in config:
-        parts = config["vision_config"]
-        expect(parts.get("mm_projector") or {}, "mm_projector_type", "mlp2x_gelu", "another projector")
-        config = {"vision": parts.get("vision_tower", {}), "llm": config}
-    # what a Phi config leaves out is not Phi-2's, but the default of its class: half of every head turns, not 0.4
-    defaults = {"vision": CONFIGS["full"]["vision"], "llm": {"partial_rotary_factor": 0.5}}
-    config = complete(config, defaults)
-    if "select_layer" in config["vision"]:
-        config["vision"]["mm_vision_select_layer"] = config["vision"]["select_layer"]
-    return config
+        parts = section(config, "vision_config")
+        expect(section(parts, "mm_projector"), "mm_projector_type", "mlp2x_gelu", "another projector")
+        config = {"vision": parts.get("vision_tower"), "llm": config}
+    vision = section(config, "vision")
+    return config | {"vision": {"mm_vision_select_layer": vision.get("select_layer")} | vision}
+
+
+def sizes(config):
+    """A config in one form, completed: the tower as released, Phi as its class has it (half of a head turns, not 0.4)."""
+    return complete(nested(config), {"vision": CONFIGS["full"]["vision"], "llm": {}})
 
 
 def build(config):

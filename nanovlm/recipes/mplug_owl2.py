@@ -21,7 +21,7 @@ import dataclasses
 from nanovlm.abstractor import Abstractor
 from nanovlm.data.templates import MPLUG_OWL2
 from nanovlm.decoder import Decoder, LayerOptions
-from nanovlm.layouts import LLAMA, activation, llama_config
+from nanovlm.layouts import LLAMA, activation, llama_config, section
 from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
 from nanovlm.sampler import Decoding
 from nanovlm.stages import Stage
@@ -60,15 +60,18 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def sizes(config):
-    """A config in one form, completed: dict with vision, abstractor and llm; config.json nests the first two."""
+def nested(config):
+    """A config in one form: dict with vision, abstractor and llm; the released config.json lays out the last."""
     if "visual_config" in config:
-        visual = config["visual_config"]
+        visual = section(config, "visual_config")
         config = {"llm": config, "vision": visual.get("visual_model"), "abstractor": visual.get("visual_abstractor")}
-    config = complete(config, CONFIGS["full"])
-    if "eps" in config["vision"]:
-        config["vision"]["layer_norm_eps"] = config["vision"]["eps"]
-    return config
+    vision = section(config, "vision")
+    return config | {"vision": {"layer_norm_eps": vision["eps"]} | vision if "eps" in vision else vision}
+
+
+def sizes(config):
+    """A config in one form, completed with the released values."""
+    return complete(nested(config), CONFIGS["full"])
 
 
 def build(config):
