@@ -25,7 +25,7 @@ class Report:
 
 
 def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit, max_tokens, report=None, pad_to=1):
-    """One row per conversation (per reply, if the template has rounds), padded on the right; a picture in many rows is loaded and encoded once.
+    """One row per conversation (or per reply: Template.rounds), padded on the right; each picture is encoded once.
 
     Args:
       records: list of Record.

@@ -93,23 +93,35 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes one id at a time; keeps spaces and never gives half a character."""
+    """Decodes one id at a time; keeps spaces and never gives half a character.
+
+    Ids are decoded behind the ones before them: SentencePiece's tokenizers drop the blank of a text's first word.
+    """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        self.given = []  # ids of the piece given last
         self.pending = []  # ids whose text is not complete yet
 
     def push(self, id):
         """str: the text that this id completes, often a word, sometimes nothing yet."""
         self.pending.append(id)
-        if self.tokenizer.decode(self.pending).endswith("\ufffd"):  # bytes that begin a character decode to U+FFFD
+        text = self._new_text()
+        if text.endswith("\ufffd") or not text:  # bytes that begin a character decode to U+FFFD
             return ""
-        return self.finish()
+        return self._give(text)
 
     def finish(self):
         """str: what was held back; at the end of a reply, half a character becomes U+FFFD."""
-        text = self.tokenizer.decode(self.pending)
-        self.pending = []
+        return self._give(self._new_text())
+
+    def _new_text(self):
+        before = self.tokenizer.decode(self.given)
+        return self.tokenizer.decode(self.given + self.pending)[len(before) :]
+
+    def _give(self, text):
+        if text:
+            self.given, self.pending = self.pending, []
         return text
 
 
