@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovlm.contrastive import MAX_SCALE, ContrastiveModel, TextTower, info_nce
+from nanovlm.contrastive import CLIP, MAX_SCALE, ContrastiveModel, TextTower, caption_lengths, info_nce
+from nanovlm.siglip import BidirectionalTextTower, SigLIP, sigmoid_loss
 from nanovlm.vit import ViT, ViTConfig
 from random_models import randomise, small_vit
 
@@ -166,3 +167,150 @@ def test_a_toy_matching_is_learned():
     after = model.loss(make(), ids, lengths).item()
     chosen = (model.embed_images(make()) @ model.embed_texts(ids, lengths).T).argmax(1)
     assert before > 1.0 and after < 0.1 and chosen.tolist() == list(range(6))
+
+
+def clip():
+    return randomise(CLIP(small_vit(), 12, text_tower(activation="quick_gelu", norm_eps=1e-5), 12, joint_width=7), 0.1)
+
+
+def siglip(**options):
+    text = BidirectionalTextTower(20, 10, num_layers=2, num_heads=2, mlp_width=18, context_length=8, pad_id=1)
+    return randomise(SigLIP(small_vit(class_token=False, activation="gelu_tanh", **options), text, 10), spread=0.1)
+
+
+@pytest.mark.parametrize("make", [contrastive_model, clip, siglip])
+def test_similarity_is_a_scaled_cosine(make):
+    model = make()
+    pixels, ids, lengths = torch.randn(2, 3, 12, 12), torch.randint(20, (3, 5)), torch.tensor([5, 2, 3])
+    images, texts = model.embed_images(pixels), model.embed_texts(ids, lengths)
+    for embedded in (images, texts):
+        torch.testing.assert_close(embedded.norm(dim=1), torch.ones(len(embedded)))
+    scale, bias = model.log_scale.exp(), getattr(model, "bias", 0.0)
+    expected = torch.stack([torch.stack([scale * (a * b).sum() + bias for b in texts]) for a in images])
+    torch.testing.assert_close(model.similarity(images, texts), expected, atol=1e-5, rtol=1e-4)
+    parts = model.parts()
+    assert set(parts) == {"vision", "text_tower"}
+    assert all(name.startswith("vision.") for name in parts["vision"]) and "log_scale" in parts["text_tower"]
+    assert sum(map(len, parts.values())) == len(list(model.parameters()))
+
+
+def test_only_clip_s_scale_is_clamped():
+    images, texts = unit(2, 7), unit(3, 7)
+    for model, expected in ((clip(), 100.0), (siglip(), 117.0)):
+        model.log_scale.data.fill_(math.log(117.0))  # where SigLIP's published one stands
+        found = model.similarity(images, texts) - getattr(model, "bias", 0.0)
+        torch.testing.assert_close(found, expected * images @ texts.T, atol=1e-4, rtol=1e-4)
+
+
+def test_clip_s_picture_is_its_class_token():
+    model, pixels = clip(), torch.randn(2, 3, 12, 12)
+    expected = F.normalize(model.vision(pixels)[:, 0] @ model.project_image.weight.T, dim=-1)
+    torch.testing.assert_close(model.embed_images(pixels), expected)
+    assert set(model.state_dict()) >= {"project_image.weight", "project_text.weight", "text.norm.bias", "log_scale"}
+
+
+def test_the_text_tower_s_options():
+    tower = TextTower(20, 12, 2, 3, 18, 8, activation="quick_gelu", norm_eps=1e-3, last_norm_eps=1e-2)
+    assert tower.norm.eps == 1e-2 and {block.norm_1.eps for block in tower.blocks} == {1e-3}
+    x = torch.linspace(-2, 2, 5)
+    torch.testing.assert_close(tower.blocks[0].activation(x), x * torch.sigmoid(1.702 * x))
+    plain = TextTower(20, 12, 2, 3, 18, 8)
+    assert plain.norm.eps == 1e-5 and plain.blocks[0].norm_2.eps == 1e-6
+    torch.testing.assert_close(plain.blocks[0].activation(x), F.gelu(x))
+
+
+def test_caption_lengths():
+    ids = torch.tensor([[3, 9, 9, 9], [9, 3, 4, 5], [3, 4, 5, 9]])
+    assert caption_lengths(ids, end=9).tolist() == [2, 1, 4]
+    ids[1, 0] = ids[0, 1:] = 0
+    with pytest.raises(ValueError, match=r"captions \[0, 1\] have no end-of-text token 9; close every caption with it"):
+        caption_lengths(ids, end=9)
+
+
+def test_siglip_reads_its_whole_context_in_both_directions():
+    tower = siglip().text
+    ids, lengths = torch.randint(2, 20, (3, 6)), torch.tensor([6, 3, 1])
+    found = tower(ids, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        caption = ids[row, :length].tolist() + [1] * (8 - length)
+        torch.testing.assert_close(tower(torch.tensor([caption]), torch.tensor([8]))[0], found[row], atol=1e-6, rtol=1e-5)
+        changed = ids.clone()
+        changed[row, length:] = 13  # what stands behind a caption has no effect
+        assert torch.equal(tower(changed, lengths), found)
+    x = tower.embedding(torch.tensor([[5, 1, 1, 1, 1, 1, 1, 1]])) + tower.positions
+    for block in tower.blocks:
+        normed = block.norm_1(x)
+        q, k, v = (getattr(block.attention, name)(normed).unflatten(-1, (2, 5)).transpose(1, 2) for name in "qkv")
+        seen = (q @ k.transpose(-2, -1) / 5**0.5).softmax(-1) @ v
+        x = x + block.attention.o(seen.transpose(1, 2).flatten(2))
+        x = x + block.fc_2(F.gelu(block.fc_1(block.norm_2(x)), approximate="tanh"))
+    expected = F.layer_norm(x[:, -1], (10,), tower.norm.weight, tower.norm.bias, 1e-6)
+    torch.testing.assert_close(tower(torch.tensor([[5]]), torch.tensor([1])), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="a caption of 9 tokens, but the text tower reads 8"):
+        tower(torch.zeros(1, 9, dtype=torch.long), torch.tensor([9]))
+
+
+def test_siglip_s_loss_by_a_double_loop():
+    model, pixels = siglip(), torch.randn(4, 3, 12, 12)
+    ids = torch.tensor([[3, 4, 5, 0], [3, 4, 0, 0], [3, 4, 5, 0], [3, 4, 0, 0]])
+    lengths, captions = torch.tensor([3, 2, 3, 3]), [0, 1, 0, 2]
+    logits = model.similarity(model.embed_images(pixels), model.embed_texts(ids, lengths)).tolist()
+    total = 0.0
+    for i in range(4):
+        for j in range(4):
+            sign = 1 if captions[i] == captions[j] else -1
+            total += math.log1p(math.exp(-sign * logits[i][j])) / 4
+    assert model.loss(pixels, ids, lengths).item() == pytest.approx(total, rel=1e-5)
+    certain = torch.full((3, 3), -1e4).fill_diagonal_(1e4)
+    assert sigmoid_loss(certain, torch.eye(3).bool()) == 0 and sigmoid_loss(certain, torch.ones(3, 3).bool()) > 1e4
+
+
+def test_siglip_starts_at_no_match():
+    model = siglip()
+    fresh = SigLIP(model.vision, model.text, 10)
+    assert float(fresh.log_scale.detach().exp()) == pytest.approx(10.0) and float(fresh.bias.detach()) == -10.0
+    assert fresh.project_text.bias is not None and fresh.project_text.weight.shape == (12, 10)
+    assert [getattr(fresh.pool, name).bias is not None for name in ("q", "k", "v", "o")] == [True] * 4
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_siglip_s_probe_by_hand(backend):
+    model, features = siglip(), torch.randn(2, 9, 12)
+    pool, norm = model.pool, model.pool.norm
+    pool.backend = backend
+    heads = []
+    for head in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        q, k, v = pool.q(pool.probe)[head], pool.k(features)[..., head], pool.v(features)[..., head]
+        heads.append(torch.einsum("fn,fnd->fd", (k @ q / 2).softmax(-1), v))
+    x = pool.o(torch.cat(heads, dim=-1))
+    hidden = F.gelu(pool.fc_1(F.layer_norm(x, (12,), norm.weight, norm.bias, 1e-6)), approximate="tanh")
+    torch.testing.assert_close(pool(features), x + pool.fc_2(hidden), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(feature_layer=1), dict(post_norm=False)])
+def test_towers_meet_behind_the_last_norm(options):
+    with pytest.raises(ValueError, match="the towers meet behind the ViT's last norm"):
+        siglip(**options)
+    with pytest.raises(ValueError, match="the towers meet behind the ViT's last norm"):
+        CLIP(small_vit(**options), 12, text_tower(), 12, 7)
+
+
+def test_clip_needs_its_class_token():
+    with pytest.raises(ValueError, match="drop_class_token=True"):
+        CLIP(small_vit(drop_class_token=True), 12, text_tower(), 12, 7)
+    with pytest.raises(ValueError, match="this ViT has none; set class_token=True"):
+        CLIP(small_vit(class_token=False), 12, text_tower(), 12, 7)
+
+
+def test_published_pairs_have_their_parameters():
+    with torch.device("meta"):
+        sizes = dict(image_size=224, patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096)
+        vision = ViT(ViTConfig(**sizes, pre_norm=True, patch_bias=False, activation="quick_gelu", norm_eps=1e-5))
+        text = TextTower(49408, 768, 12, 12, 3072, 77, activation="quick_gelu", norm_eps=1e-5)
+        model = CLIP(vision, 1024, text, 768, joint_width=768)
+        assert sum(parameter.numel() for parameter in model.parameters()) == 427_616_513
+        sizes = dict(image_size=224, patch_size=16, width=768, num_layers=12, num_heads=12, mlp_width=3072)
+        vision = ViT(ViTConfig(**sizes, class_token=False, activation="gelu_tanh"))
+        text = BidirectionalTextTower(32000, 768, 12, 12, 3072, 64, pad_id=1)
+        model = SigLIP(vision, text, 768)
+        assert sum(parameter.numel() for parameter in model.parameters()) == 203_155_970
