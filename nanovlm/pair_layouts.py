@@ -1,6 +1,6 @@
 """Published layouts of pairs of towers, picture and caption: CLIP and SigLIP, each beside the function that builds it."""
 
-from nanovlm import contrastive
+from nanovlm import contrastive, siglip
 from nanovlm.layouts import activation, number, section, size
 from nanovlm.vision_layouts import BLOCKS, CLIP, SIGLIP, clip_config, siglip_config
 from nanovlm.vit import ViT
@@ -86,12 +86,12 @@ def clip_pair(config):
 
 
 def siglip_pair(config):
-    """SigLIP, both towers. Arguments and errors as `clip_pair`; returns contrastive.SigLIP."""
+    """SigLIP, both towers. Arguments and errors as `clip_pair`; returns siglip.SigLIP."""
     vision, text = siglip_config(config), text_of(config)
     sizes = text_sizes(text, vocab_size=32000, width=768, num_layers=12, num_heads=12, mlp_width=3072, context_length=64)
     pad_id = text.get("pad_token_id")
-    tower = contrastive.BidirectionalTextTower(
+    tower = siglip.BidirectionalTextTower(
         **sizes, pad_id=1 if pad_id is None else pad_id, norm_eps=number(text, "layer_norm_eps", 1e-6),
         activation=activation(text, "hidden_act", "gelu_pytorch_tanh"),
     )
-    return contrastive.SigLIP(ViT(vision), tower, sizes["width"])
+    return siglip.SigLIP(ViT(vision), tower, sizes["width"])

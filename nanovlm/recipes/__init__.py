@@ -28,7 +28,6 @@ OF_FAMILY = {recipe.published.family: recipe for recipe in RECIPES.values() if r
 FAMILIES = BARE | {family: recipe.published for family, recipe in OF_FAMILY.items()}  # whose weights can be read
 
 
-
 def find(name):
     """The recipe of a name, or of a Python file that defines RECIPE.
 

@@ -1,0 +1,173 @@
+"""Open a folder that holds a model: one that train.py wrote, one that `convert` wrote, or a published one."""
+
+import json
+from dataclasses import dataclass
+
+from torch import nn
+
+from nanovlm import lora
+from nanovlm.data.published_tokenizers import PADDED_ROWS, load_tokenizer
+from nanovlm.data.templates import PLAIN, Template
+from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
+from nanovlm.decoder import Decoder
+from nanovlm.names import nearest
+from nanovlm.sampler import Decoding
+from nanovlm.vit import ViT
+from nanovlm.weight_errors import WeightsError
+from nanovlm.weight_files import INDEX, OURS, SINGLE, open_checkpoint
+from nanovlm.weight_loading import load_model
+
+MODEL_TYPES = {  # model_type of a published config.json -> family
+    "llama": "llama", "qwen2": "qwen2", "phi": "phi", "opt": "opt",
+    "clip": "clip", "clip_vision_model": "clip", "siglip": "siglip", "siglip_vision_model": "siglip",
+    "blip_2_vision_model": "eva", "blip-2": "blip2", "llava": "llava", "llava_llama": "llava", "llava_phi": "llava_phi",
+    "mplug_owl2": "mplug_owl2", "lynx": "lynx", "open_flamingo": "open_flamingo",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and all that is needed to talk to it."""
+
+    model: nn.Module  # vlm.VLM; of a bare folder a Decoder, a ViT or a pair of towers
+    tokenizer: Tokenizer | None  # None beside a vision tower
+    template: Template
+    decodings: dict  # preset name -> sampler.Decoding
+    image_size: int  # pixels; 0 = reads no pictures
+    image_fit: str  # how a picture becomes square, as in images.to_pixels
+    remark: str  # what to say beside an answer about a picture unlike the training's; "" = nothing
+    notes: tuple[str, ...] = ()  # what was unusual about the files
+
+
+def read_config(folder):
+    """config.json of a folder: dict. Raises: FileNotFoundError, ValueError."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no config.json; give the output folder of train.py, for example out/nano, "
+                                "or a published model's; `python -m nanovlm.recipes convert --family NAME` writes one")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); train again or restore the file") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds no object; train again or restore the file")
+    return config
+
+
+def family_of(config, where, families):
+    """The family that a config.json belongs to: str.
+
+    Args:
+      config: dict. where: str, for messages. families: the known ones.
+    Raises: ValueError with the nearest known name.
+    """
+    if "family" in config:
+        if config["family"] not in families:
+            raise ValueError(f"{where}: family {config['family']!r} is unknown.{nearest(config['family'], families)}")
+        return config["family"]
+    kind = config.get("model_type")
+    if kind is None:
+        missing = [key for key in ("recipe", "size", "image_size", "stages") if key not in config]
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it is not what train.py wrote, and without model_type "
+                         "no published model's either")
+    if MODEL_TYPES.get(kind) not in families:
+        raise ValueError(f"{where}: model_type {kind!r} is none that can be built.{nearest(kind, MODEL_TYPES)}")
+    return MODEL_TYPES[kind]
+
+
+def open_trained(folder, config, recipe, dtype, device):
+    """A folder of train.py: Loaded; see `recipes.load`."""
+    missing = [key for key in ("recipe", "size", "image_size", "stages") if key not in config]
+    if missing:
+        raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}; it is not what train.py wrote")
+    if not any((folder / name).exists() for name in (SINGLE, INDEX)):
+        raise FileNotFoundError(f"{folder} holds no {SINGLE}: its training has not finished; go on with --resume")
+    published = recipe.published is not None
+    tokenizer = load_tokenizer(folder) if published else Tokenizer(folder / "tokenizer.json")
+
+    def build():
+        model = recipe.build(config["size"], tokenizer.vocab_size)
+        model.vision.resize(config["image_size"])
+        if "lora" in config:
+            lora.add(model, **config["lora"])
+        return model
+
+    try:
+        model, _ = load_model(build, OURS, open_checkpoint(folder), dtype, device)
+    except WeightsError as error:
+        raise ValueError(f"{folder} does not fit recipe {recipe.name!r}: {error}") from error
+    lora.merge(model)
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        template=recipe.template,
+        decodings=recipe.decodings,
+        image_size=config["image_size"],
+        image_fit=list(config["stages"].values())[-1]["image_fit"],
+        remark=recipe.remark,
+        notes=spare_rows(tokenizer, model.decoder, PADDED_ROWS if published else 0),
+    )
+
+
+def open_published(folder, config, published, recipe, dtype, device, image_size=None):
+    """A published folder, or one that `convert` wrote: Loaded; see `recipes.load`.
+
+    published: recipe.Published. recipe: Recipe of that family, None for a bare tower or language model.
+    """
+    ours = "family" in config
+    sizes = config["config"] if ours else config
+
+    def build():
+        model = published.build(sizes)
+        size = image_size or (config.get("image_size") if ours else None)
+        if size:
+            vision_of(model).resize(size)
+        return model
+
+    resizable = ("vision.positions", "positions") if image_size else ()
+    table = OURS if ours else published.layout(sizes)
+    model, found = load_model(build, table, open_checkpoint(folder), dtype, device, resizable)
+    notes = [f"{name}: {has[-2]} rows resized to {wanted[-2]}" for name, (has, wanted) in found.resized.items()]
+    decoder = model if isinstance(model, Decoder) else vars(model)["_modules"].get("decoder")
+    tokenizer = None
+    if decoder is not None:
+        tokenizer = load_tokenizer(folder, added=added_tokens(recipe))
+        notes += spare_rows(tokenizer, decoder, PADDED_ROWS)
+    stages = recipe.stages("full", False) if recipe else ()
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        template=recipe.template if recipe else PLAIN,
+        decodings=recipe.decodings if recipe else {"default": Decoding()},
+        image_size=0 if isinstance(model, Decoder) else vision_of(model).image_size,
+        image_fit=stages[-1].image_fit if stages else "crop",
+        remark=recipe.remark if recipe else "",
+        notes=tuple(notes),
+    )
+
+
+def vision_of(model):
+    """The ViT of a model, or the model itself if it is one. Raises: ValueError if there is none."""
+    vision = model if isinstance(model, ViT) else vars(model)["_modules"].get("vision")
+    if vision is None:
+        raise ValueError("image_size was given, but this model reads no pictures")
+    return vision
+
+
+def added_tokens(recipe):
+    """Special tokens that a recipe's template adds to its language model's tokenizer: tuple of str."""
+    if recipe is None:
+        return ()
+    template = recipe.template
+    return tuple(dict.fromkeys(token for token in (template.media_token, *template.specials) if token))
+
+
+def spare_rows(tokenizer, decoder, most):
+    """Notes on rows of the embedding that belong to no token: tuple of str.
+
+    Raises: ValueError if tokenizer and embedding belong to different models.
+    """
+    rows = decoder.config.vocab_size
+    check_vocabulary(tokenizer, rows, most)
+    spare = rows - tokenizer.vocab_size
+    return (f"{rows} embedding rows for {tokenizer.vocab_size} tokens: {spare} only fill up the table",) if spare else ()
