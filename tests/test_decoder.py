@@ -220,7 +220,7 @@ def test_layer_options_per_layer():
             assert layer.adapter.down.out_features == options.adapter_width
         else:
             assert isinstance(layer.adapter, torch.nn.Identity)
-    assert LayerOptions() == LayerOptions(adapter_width=0, modality_adaptive=False)
+    assert LayerOptions() == LayerOptions(adapter_width=0, modality_adaptive=False, cross_attention=False)
 
 
 def test_llama_s_layers_have_no_biases():
@@ -237,8 +237,12 @@ def test_defaults_of_the_config():
     config = DecoderConfig(23, 16, 4, 2, 20, 32, (LayerOptions(),))
     assert (config.rope_base, config.norm_eps, config.tied_head) == (10000.0, 1e-6, False)
     assert config.head_width == 4
+    assert (config.norm, config.ffn, config.activation, config.qkv_bias) == ("rms", "gated", "silu", "")
+    assert not (config.output_bias or config.ffn_bias or config.head_bias or config.parallel)
+    assert config.rotary_width is config.position_offset is config.cross_attention_width is None
+    assert config.num_rotary == 4 and dataclasses.replace(config, rotary_width=0).num_rotary == 0
     decoder = Decoder(config)
-    assert decoder.backend == "sdpa" and decoder.norm.eps == 1e-6
+    assert decoder.backend == "sdpa" and decoder.norm.eps == 1e-6 and decoder.positions is None
 
 
 @pytest.mark.parametrize(
@@ -247,6 +251,14 @@ def test_defaults_of_the_config():
         (dict(width=18), "width 18 does not divide into 4 heads"),
         (dict(num_kv_heads=3), "4 query heads cannot share 3 key heads"),
         (dict(width=12), "head width 3 is odd"),
+        (dict(rotary_width=3), "rotary_width 3 is odd"),
+        (dict(rotary_width=6), "rotary_width 6 lies outside the head's 4 channels"),
+        (dict(rotary_width=-2), "rotary_width -2 lies outside"),
+        (dict(norm="rmsnorm"), "norm 'rmsnorm' is unknown. Did you mean 'rms'?"),
+        (dict(ffn="gate"), "ffn 'gate' is unknown. Did you mean 'gated'?"),
+        (dict(activation="gelu_new"), "activation 'gelu_new' is unknown. Did you mean 'gelu_tanh'?"),
+        (dict(qkv_bias="qv"), "qkv_bias 'qv' is unknown. Did you mean 'qkv'?"),
+        (dict(head_bias=True, tied_head=True), "head_bias with tied_head"),
     ],
 )
 def test_bad_sizes_are_refused(options, message):
@@ -283,6 +295,47 @@ def test_attention_maps(backend):
         assert (weights.triu(1) == 0).all() and (weights[0, :, 3:, :3] == 0).all()
 
 
+@pytest.mark.parametrize("option, names", [
+    (dict(qkv_bias="qkv"), {"attention.q", "attention.k.text", "attention.k.vision", "attention.v.text", "attention.v.vision"}),
+    (dict(output_bias=True), {"attention.o"}),
+    (dict(ffn_bias=True), {"ffn.gate", "ffn.up", "ffn.down"}),
+    (dict(ffn="plain", activation="relu", ffn_bias=True), {"ffn.fc_1", "ffn.fc_2"}),
+    (dict(norm="layer"), {"norm_1.text", "norm_1.vision", "norm_2.text", "norm_2.vision"}),
+    (dict(norm="layer", parallel=True), {"norm_1.text", "norm_1.vision"}),
+])  # fmt: skip
+def test_biases_stand_where_they_are_asked_for(option, names):
+    decoder = small_decoder((LayerOptions(modality_adaptive=True),), **option)
+    found = {name for name, _ in decoder.named_parameters() if name.endswith("bias")} - {"norm.bias"}
+    assert found == {f"layers.0.{name}.bias" for name in names}
+    assert (decoder.layers[0].norm_2 is None) == ("parallel" in option)
+    assert isinstance(decoder.norm, torch.nn.LayerNorm) == ("norm" in option)
+
+
+def test_a_head_with_bias():
+    decoder, hidden = small_decoder(head_bias=True), torch.randn(2, 16)
+    torch.testing.assert_close(decoder.logits(hidden), hidden @ decoder.lm_head.weight.T + decoder.lm_head.bias)
+
+
+def test_rotary_positions_turn_only_their_channels():
+    """With none left to turn, a token cannot know where it stands; the order of the past is all the same to it."""
+    embeddings = torch.randn(1, 5, 16)
+    swapped = embeddings[:, [1, 0, 2, 3, 4]]
+    for rotary_width, knows in ((0, False), (2, True), (None, True)):
+        decoder = small_decoder((LayerOptions(),), rotary_width=rotary_width)
+        difference = (run(decoder, swapped) - run(decoder, embeddings))[0, 2:].abs().max()
+        assert (difference > 1e-3) == knows
+
+
+def test_learned_positions_are_added_once():
+    decoder = small_decoder(rotary_width=0, position_offset=2)
+    assert decoder.positions.shape == (34, 16)
+    embeddings, positions = torch.randn(1, 3, 16), torch.tensor([[0, 1, 31]])
+    found = run(decoder, embeddings, positions=positions)
+    with torch.no_grad():
+        table, decoder.positions = decoder.positions, None
+    torch.testing.assert_close(found, run(decoder, embeddings + table[[2, 3, 33]], positions=positions))
+
+
 def test_image_copies_start_equal():
     copy = per_modality(lambda: torch.nn.Linear(4, 4), True)
     assert torch.equal(copy.text.weight, copy.vision.weight) and torch.equal(copy.text.bias, copy.vision.bias)
@@ -305,6 +358,16 @@ def test_start():
             assert 0.95 * uniform(linear) / 4 < linear.weight.abs().max() <= uniform(linear) / 4
         assert all((norm.weight == 1).all() for norm in (layer.norm_1, layer.norm_2))
     assert (decoder.norm.weight == 1).all()
+
+
+def test_start_of_a_plain_feed_forward_and_of_learned_positions():
+    config = DecoderConfig(200, 64, 4, 4, 96, 62, (LayerOptions(),) * 8, ffn="plain", activation="relu", position_offset=2)
+    decoder = Decoder(config)
+    assert 0.019 < decoder.positions.std() < 0.021
+    for layer in decoder.layers:
+        for linear, factor in ((layer.attention.o, 4), (layer.ffn.fc_2, 4), (layer.ffn.fc_1, 1)):
+            bound = linear.in_features**-0.5 / factor
+            assert 0.95 * bound < linear.weight.abs().max() <= bound
 
 
 def test_every_parameter_gets_a_gradient():

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovlm import shared_prefix
+from nanovlm import lora, shared_prefix
 from nanovlm.attention import causal
 from nanovlm.decoder import LayerOptions
 from nanovlm.projector import LinearProjector
+from nanovlm.resampler import Resampler
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, PARTS, VLM, part_of, visible_rows
 from random_models import image_batch, randomise, small_decoder, small_vit, small_vlm, text_batch
 
@@ -392,6 +393,58 @@ def test_visible_rows_takes_the_fast_case_only_where_it_is_exact():
         assert visible.pattern == pattern
         real = segments >= 0
         assert torch.equal(visible.mask(3)[real], causal(segments).mask(3)[real])
+
+
+OPTIONS = {
+    "llama": dict(),
+    "qwen2": dict(qkv_bias="qkv", tied_head=True),
+    "phi": dict(norm="layer", ffn="plain", activation="gelu_tanh", qkv_bias="qkv", output_bias=True, ffn_bias=True,
+                head_bias=True, parallel=True, rotary_width=2),
+    "opt": dict(norm="layer", ffn="plain", activation="relu", qkv_bias="qkv", output_bias=True, ffn_bias=True,
+                tied_head=True, rotary_width=0, position_offset=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OPTIONS)
+def test_every_family_shares_prefixes_and_runs_rows_alone(family):
+    model = small_vlm(**OPTIONS[family])
+    for batch in (mixed_batch(), repeated_batch()):
+        logits = model(batch)
+        for b, row in enumerate(naive_logits(model, batch)):
+            torch.testing.assert_close(logits[b][batch.segments[b] >= 0], row, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("family", OPTIONS)
+def test_parts_of_every_family(family, with_lora):
+    layers = (LayerOptions(3, modality_adaptive=True), LayerOptions(2, cross_attention=True), LayerOptions())
+    decoder = small_decoder(layers, cross_attention_width=12, **OPTIONS[family])
+    model = VLM(small_vit(), Resampler(12, 12, 3, 1, 2, 5, 18), decoder, media_token=4)
+    if with_lora:
+        lora.add(model, 2, 2, ("vision", "bridge", "decoder"))
+    parts = model.parts()
+    names = [name for part in parts.values() for name in part]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    filled = {part for part in PARTS if parts[part]}
+    assert set(PARTS) - filled == {part for part, empty in (("lora", not with_lora), ("lm_head", decoder.config.tied_head)) if empty}
+    own = {name.split(".")[3] for name in parts["language_model"] if name.startswith("decoder.layers.")}
+    assert own == {"norm_1", "attention", "ffn"} | (set() if family == "phi" else {"norm_2"})
+    others = {name for name in parts["language_model"] if not name.startswith("decoder.layers.")}
+    table = {"decoder.positions"} if family == "opt" else set()
+    norm = {"decoder.norm.weight"} | ({"decoder.norm.bias"} if family in ("phi", "opt") else set())
+    assert others == table | norm
+    assert {name.split(".")[2] for name in parts["cross_attention"]} == {"1"}
+
+
+def test_image_tokens_from_features():
+    model, pixels, frames = small_vlm(), torch.randn(4, 3, 12, 12), torch.tensor([1, 3])
+    given = model.encode_features(model.vision(pixels), frames, out := {})
+    for found, expected in zip(given, model.encode(pixels, frames), strict=True):
+        assert torch.equal(found, expected)
+    assert len(out["latents"]) == 4  # two layers, for one frame and for three
+    model.vision = None
+    with pytest.raises(ValueError, match="visual inputs of 4 frames in all, but pixels hold 3"):
+        model.encode_features(torch.randn(3, 9, 12), frames)
 
 
 def test_attention_maps_of_both_kinds():
