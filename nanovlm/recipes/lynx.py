@@ -33,7 +33,9 @@ from nanovlm.weight_tables import Alias, Fused, Reshaped, prefixed
 
 CONFIGS = {
     "full": {
-        "vision": {"image_size": 420, "patch_size": 14, "width": 1408, "depth": 39, "heads": 16, "mlp_ratio": 4.3637, "eps": 1e-6},
+        "vision": {
+            "image_size": 420, "patch_size": 14, "width": 1408, "depth": 39, "heads": 16, "mlp_ratio": 4.3637, "eps": 1e-6,
+        },
         "bridge": {"depth": 3, "num_latents": 32, "heads": 8, "head_width": 64},
         "llm": {
             "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

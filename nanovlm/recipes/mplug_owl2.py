@@ -169,7 +169,8 @@ STAGES = (
         copy_vision_branch=True, **SETTINGS,
     ),
     Stage(  # one epoch over about 1.23 million examples; warm-up as in the fine-tuning script
-        "instruct", learning_rates=dict.fromkeys(("vision", "bridge", "embedding", "language_model", "vision_branch", "lm_head"), 2e-5),
+        "instruct",
+        learning_rates=dict.fromkeys(("vision", "bridge", "embedding", "language_model", "vision_branch", "lm_head"), 2e-5),
         mixture=dict.fromkeys(
             ("TextCaps", "COCO", "VQAv2", "OKVQA", "OCR-VQA", "GQA", "A-OKVQA", "RefCOCO", "VisualGenome",
              "LLaVA-instruct-150K", "ShareGPT-80K", "SlimOrca"), 1.0,
