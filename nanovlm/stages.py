@@ -17,7 +17,8 @@ TRAINABLE = {  # objective -> parts that its loss reaches
     "contrastive": ("vision", "text_tower"),
     "language": tuple(part for part in PARTS if part != "text_tower"),
 }
-IMAGE_FITS = ("crop", "pad", "stretch")
+IMAGE_FITS = ("crop", "pad", "stretch", "squash")
+AUGMENTATIONS = ("none", "crop", "crop_flip")
 SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("float32", "bfloat16")
@@ -39,7 +40,8 @@ class Stage:
     micro_batch_size: int | None = None  # examples per forward and backward; None = the whole batch at once
     max_tokens: int = 256              # tokens per row at most, image tokens included
     image_size: int = 64               # pixels, the side of the square that the vision tower sees
-    image_fit: str = "crop"            # how a picture becomes square: "crop", "pad" or "stretch"
+    image_fit: str = "crop"            # how a picture becomes square: "crop", "pad", "stretch", "squash"
+    augmentation: str = "none"         # of training pictures: "crop" = a random part, "crop_flip" = mirrored too
     copy_vision_branch: bool = False   # begin by copying the text's norms, keys and values over the images' own
     optimizer: str = "adamw"           # "adamw", or "muon": Muon for matrices inside blocks, AdamW for the rest
     muon_factor: float = 5.0           # with "muon": a matrix's rate is this times its part's (see optimizer.py)
@@ -58,7 +60,8 @@ class Stage:
     summary: str = ""                  # sentence printed at the end; "{key}" becomes "43.0% → 98.5%" of that measure
 
     def __post_init__(self):
-        for field, known in (("objective", TRAINABLE), ("image_fit", IMAGE_FITS), ("schedule", SCHEDULES),
+        for field, known in (("objective", TRAINABLE), ("image_fit", IMAGE_FITS),
+                             ("augmentation", AUGMENTATIONS), ("schedule", SCHEDULES),
                              ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
             value = getattr(self, field)
             if value not in known:

@@ -215,34 +215,86 @@ def test_a_picture_of_the_right_size_is_not_resampled():
         assert images.to_square(image, 8, fit) is image
 
 
-@pytest.mark.parametrize("size", [(40, 30), (30, 40), (31, 47), (9, 50), (16, 17), (5, 7), (8, 3)])
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (31, 47), (9, 50), (16, 17), (5, 7), (8, 3), (8, 9)])
 def test_crop_is_resize_then_centre_crop(size):
-    """CLIP's own preprocessing: shorter side to S, then the middle S x S."""
+    """CLIP's own preprocessing: shorter side to S, then the middle S x S; an odd rest lies right and below."""
     image, side = noise(*size), 8
     width, height = (side * length // min(size) for length in size)
-    left, top = round((width - side) / 2), round((height - side) / 2)
+    left, top = (width - side) // 2, (height - side) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     expected = numpy.asarray(resized.crop((left, top, left + side, top + side)), dtype=int)
     found = numpy.asarray(images.to_square(image, side, "crop"), dtype=int)
     assert found.shape == (8, 8, 3)
-    assert abs(found - expected).max() <= 1
+    assert (found == expected).all()
 
 
 def test_pad_keeps_all_of_the_picture_in_the_middle_of_the_mean_colour():
-    wide = numpy.asarray(images.to_square(Image.new("RGB", (40, 20), RED), 8, "pad")).tolist()
+    wide = numpy.asarray(images.to_square(Image.new("RGB", (41, 20), RED), 41, "pad")).tolist()
     mean = [122, 116, 104]
-    assert wide == [[mean] * 8] * 2 + [[list(RED)] * 8] * 4 + [[mean] * 8] * 2
-    tall = numpy.asarray(images.to_square(Image.new("RGB", (30, 40), RED), 8, "pad")).tolist()
-    assert tall == [[mean] + [list(RED)] * 6 + [mean]] * 8
-    image = noise(16, 8)
-    middle = numpy.asarray(images.to_square(image, 8, "pad"))[2:6]
-    assert (middle == numpy.asarray(image.resize((8, 4), Image.Resampling.BICUBIC))).all()
+    assert wide == [[mean] * 41] * 10 + [[list(RED)] * 41] * 20 + [[mean] * 41] * 11
+    image = noise(30, 43)
+    tall = images.to_square(image, 43, "pad")
+    assert colors(tall.crop((6, 0, 36, 43))) == colors(image) and tall.getpixel((36, 20)) == tuple(mean)
+    colored = images.Preprocessing(8, "pad", pad_color=(1, 2, 3))
+    assert images.to_square(image, 43, "pad", colored).getpixel((5, 0)) == (1, 2, 3)
+    assert images.to_square(image, 43, "pad", images.SIGLIP).getpixel((5, 0)) == (127, 127, 127)
 
 
-def test_very_long_pictures_stay_small():
+def test_very_long_pictures_stay_small(monkeypatch):
+    image = Image.fromarray(numpy.linspace(0, 255, 5000).astype(numpy.uint8)[:, None].repeat(3, 1)).convert("RGB")
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr(images, "MAX_SIDE", 100)
+    assert set(colors(images.to_square(image, 16, "crop"))) <= {(127,) * 3, (128,) * 3}, "the centre"
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *args: sizes.append(args[0]) or resize(self, *args))
     for fit in images.FITS:
-        for size in ((1, 60000), (60000, 1)):
-            assert images.to_square(Image.new("RGB", size), 16, fit).size == (16, 16)
+        for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
+            assert images.to_square(turned, 16, fit).size == (16, 16)
+    assert max(width * height for width, height in sizes) <= 10_000
+
+
+def test_squash_is_two_stretches():
+    """mPLUG-Owl2 resizes to the longer side first, which smooths differently."""
+    image = noise(20, 31)
+    twice = image.resize((31, 31), Image.Resampling.BICUBIC).resize((8, 8), Image.Resampling.BICUBIC)
+    found = colors(images.to_square(image, 8, "squash"))
+    assert found == colors(twice) != colors(images.to_square(image, 8, "stretch"))
+
+
+PROCESSORS = [  # (name in transformers, its settings, ours)
+    ("CLIPImageProcessor", dict(size={"shortest_edge": 0}, crop_size=0), "crop", images.CLIP),
+    ("BlipImageProcessor", dict(size={"height": 0, "width": 0}), "stretch", images.BLIP2),
+    ("SiglipImageProcessor", dict(size={"height": 0, "width": 0}), "stretch", images.SIGLIP),
+    ("LlavaImageProcessor", dict(size={"shortest_edge": 0}, crop_size=0, do_pad=True), "pad", images.LLAVA),
+]
+
+
+@pytest.mark.parametrize("name, settings, fit, preprocessing", PROCESSORS, ids=[row[0] for row in PROCESSORS])
+def test_equal_to_the_processors_of_transformers(name, settings, fit, preprocessing):
+    """At most one grey level apart, on odd sizes too; on PIL's own processors not even that."""
+    processor = getattr(pytest.importorskip("transformers"), name)
+    grey = 255 * torch.tensor(preprocessing.std).view(3, 1, 1)
+    sizes = [(40, 30), (31, 47), (9, 50), (50, 9), (16, 17), (5, 7), (24, 24), (8, 3), (1, 1), (64, 281), (101, 100)]
+    for place, (width, height) in enumerate(sizes):
+        for side in (8, 21, 24):
+            given = {
+                key: {edge: side for edge in value} if isinstance(value, dict) else value or side
+                for key, value in settings.items() if key != "do_pad"
+            } | {"do_pad": True for key in settings if key == "do_pad"}  # fmt: skip
+            image = noise(width, height, place)
+            theirs = torch.as_tensor(processor(**given)(image, return_tensors="pt")["pixel_values"][0])
+            ours = images.to_pixels(image, side, fit, preprocessing)
+            assert ((ours - theirs).abs() * grey).max() <= 1.0, (width, height, side)
+
+
+def test_bad_preprocessings():
+    with pytest.raises(ValueError, match="unknown fit 'crp'. Did you mean 'crop'"):
+        images.Preprocessing(8, "crp")
+    with pytest.raises(ValueError, match="image_size 0 must be at least 1"):
+        images.Preprocessing(0)
+    for std in ((1, 1), (1, 1, 0)):
+        with pytest.raises(ValueError, match="need three numbers each, deviations above 0"):
+            images.Preprocessing(8, std=std)
 
 
 def test_stretch():

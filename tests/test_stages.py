@@ -15,7 +15,8 @@ def test_what_a_stage_is_unless_it_says_otherwise():
         "batch_size": 8, "micro_batch_size": None, "max_tokens": 256, "image_size": 64, "image_fit": "crop",
         "copy_vision_branch": False, "optimizer": "adamw", "muon_factor": 5.0, "momentum": 0.95, "betas": (0.9, 0.95),
         "eps": 1e-8, "weight_decay": 0.0, "layer_decay": {}, "clip": 1.0, "schedule": "trapezoid", "decay_share": 0.4,
-        "warmup_steps": 0, "start_lr_factor": 0.1, "end_lr_factor": 0.0, "precision": "float32", "summary": ""}
+        "warmup_steps": 0, "start_lr_factor": 0.1, "end_lr_factor": 0.0, "precision": "float32", "summary": "",
+            "augmentation": "none"}
 
 
 def changed(**values):

@@ -24,7 +24,8 @@ class Report:
     truncated_tokens: int = 0
 
 
-def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit, max_tokens, report=None, pad_to=1):
+def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit, max_tokens, report=None, pad_to=1,
+                preprocessing=images.CLIP):
     """One row per conversation (or per reply: Template.rounds), padded on the right; each picture is encoded once.
 
     Args:
@@ -32,7 +33,7 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
       template: templates.Template.
       tokenizer: Tokenizer.
       num_image_tokens: function (image_size in pixels, number of frames) -> image tokens of a visual input.
-      image_size, fit: as in images.to_pixels.
+      image_size, fit, preprocessing: as in images.to_pixels.
       max_tokens: int, length of a row at most, image tokens included.
       report: Report that counts the rows cut to max_tokens; None = a longer row is an error.
       pad_to: int, T is the longest row rounded up to a multiple of this (but max_tokens at most).
@@ -62,7 +63,7 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
         labels=labels,
         segments=segments,
         positions=positions,
-        pixels=pixels_of(visuals, image_size, fit) if visuals else None,
+        pixels=pixels_of(visuals, image_size, fit, preprocessing) if visuals else None,
         frames=torch.tensor([len(visual.frames) for visual in visuals], dtype=torch.long),
         shown=torch.tensor(shown, dtype=torch.long),
         owner=torch.tensor(owners, dtype=torch.long),
@@ -87,24 +88,25 @@ def prompt_row(conversation, template, tokenizer, num_image_tokens, max_tokens):
     return row
 
 
-def pixels_of(visuals, image_size, fit):
+def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
     """The frames of visual inputs, behind one another.
 
     Args:
       visuals: list of Visual, at least one frame in all.
-      image_size, fit: as in images.to_pixels.
-    Returns: float32[F, 3, S, S], CLIP-normalised.
+      image_size, fit, preprocessing: as in images.to_pixels.
+    Returns: float32[F, 3, S, S].
     """
     frames = (images.load(frame) for visual in visuals for frame in visual.frames)
-    return images.normalise(numpy.stack([numpy.asarray(images.to_square(frame, image_size, fit)) for frame in frames]))
+    squares = [numpy.asarray(images.to_square(frame, image_size, fit, preprocessing)) for frame in frames]
+    return images.normalise(numpy.stack(squares), preprocessing)
 
 
-def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=None):
+def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=None, preprocessing=images.CLIP):
     """Pictures and their captions, for a contrastive loss.
 
     Args:
       records: list of Record with one picture each; the caption is the last turn of the first conversation.
-      tokenizer, image_size, fit, max_tokens, report: as in `build_batch`.
+      tokenizer, image_size, fit, max_tokens, report, preprocessing: as in `build_batch`.
     Returns: (pixels float32[B, 3, S, S], ids int64[B, T]: BOS, caption, EOS, padding on the right; lengths int64[B]).
     Raises: ValueError for a record without exactly one picture or without a caption, or a caption that is too long.
     """
@@ -122,7 +124,7 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
         captions.append(_checked(templates.Row(ids, list(ids)), max_tokens, report, where))
     ids, _, _, _ = _pad(captions, max(len(row.ids) for row in captions), tokenizer.pad)
     lengths = torch.tensor([len(row.ids) for row in captions], dtype=torch.long)
-    return pixels_of([record.visuals[0] for record in records], image_size, fit), ids, lengths
+    return pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing), ids, lengths
 
 
 def _conversations(record, template):

@@ -1,6 +1,7 @@
 """Pictures: from any file a camera or a browser makes to the numbers a Vision Transformer reads.
 
 Preprocessing as in CLIP (arXiv:2103.00020): bicubic, then the mean and standard deviation of its training pictures.
+`Preprocessing` holds what another model does otherwise; the numbers are those of `transformers`' image processors.
 
     C channels, S side of the square in pixels, F frames
 """
@@ -8,6 +9,7 @@ Preprocessing as in CLIP (arXiv:2103.00020): bicubic, then the mean and standard
 import os
 import struct
 import warnings
+from dataclasses import dataclass, replace
 
 import numpy
 import torch
@@ -17,8 +19,9 @@ from nanovlm.names import nearest
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green, blue between 0 and 1
 STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_PIXELS = 64_000_000
-FITS = ("crop", "pad", "stretch")
+HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation: pixels between -1 and 1
+MAX_PIXELS, MAX_SIDE = 64_000_000, 8_000
+FITS = ("crop", "pad", "stretch", "squash")
 
 
 class ImageError(ValueError):
@@ -57,43 +60,77 @@ def load(source, max_pixels=MAX_PIXELS):
             raise ImageError(f"{source}: the image is damaged or cut short ({error}); {remedy}") from error
 
 
-def to_pixels(image, image_size, fit="crop"):
+@dataclass(frozen=True)
+class Preprocessing:
+    """How one model wants its pictures.
+
+    Raises: ValueError for an unknown fit, a size below 1 or a deviation that is not positive.
+    """
+
+    image_size: int  # S in pixels
+    fit: str = "crop"  # crop: shorter side to S, centre kept; pad: to a square; stretch; squash: stretched twice
+    mean: tuple[float, float, float] = MEAN  # of red, green, blue between 0 and 1
+    std: tuple[float, float, float] = STD
+    pad_color: tuple[int, int, int] | None = None  # with "pad", 0 to 255; None = the mean, rounded down
+
+    def __post_init__(self):
+        if self.fit not in FITS:
+            raise ValueError(f"unknown fit {self.fit!r}.{nearest(self.fit, FITS)}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size {self.image_size} must be at least 1 pixel")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} and std {self.std} need three numbers each, deviations above 0")
+
+    @property
+    def border(self):
+        """Colour around a padded picture: three int from 0 to 255."""
+        return self.pad_color or tuple(int(value * 255) for value in self.mean)
+
+
+CLIP = Preprocessing(224)  # also LLaVA-Phi's and Lynx's, at their sizes
+LLAVA = Preprocessing(336, "pad")  # the original code; llava-hf's processor crops
+MPLUG_OWL2 = Preprocessing(448, "squash")  # its evaluation; its demo pads
+BLIP2 = Preprocessing(224, "stretch")
+SIGLIP = Preprocessing(224, "stretch", HALF, HALF)
+
+
+def to_pixels(image, image_size, fit="crop", preprocessing=CLIP):
     """One picture as the numbers a ViT reads.
 
     Args:
       image: PIL.Image.Image of mode RGB, as `load` gives it.
       image_size: int, S in pixels.
-      fit: "crop" (shorter side to S, centre kept), "pad" (longer side to S, rest in the mean colour) or "stretch".
-    Returns: float32[3, S, S], CLIP-normalised.
+      fit: "crop" (shorter side to S, centre kept), "pad" (a square of the longer side in the mean colour, then to S),
+        "stretch", or "squash" (stretched to a square of the longer side, then to S).
+      preprocessing: Preprocessing of which the colours count; size and fit are those given here.
+    Returns: float32[3, S, S].
     """
-    return normalise(numpy.asarray(to_square(image, image_size, fit))[None])[0]
+    square = to_square(image, image_size, fit, preprocessing)
+    return normalise(numpy.asarray(square)[None], preprocessing)[0]
 
 
-def to_square(image, image_size, fit):
+def to_square(image, image_size, fit, preprocessing=CLIP):
     """A picture fitted to S x S, bicubic; one that has this size already is returned as it is.
 
     Args and errors: as in `to_pixels`; ValueError for an unknown fit, a size below 1 or a picture that is not RGB.
     Returns: PIL.Image.Image, S x S.
     """
-    if fit not in FITS:
-        raise ValueError(f"unknown fit {fit!r}.{nearest(fit, FITS)}")
-    if image_size < 1:
-        raise ValueError(f"image_size {image_size} must be at least 1 pixel")
+    preprocessing = replace(preprocessing, image_size=image_size, fit=fit)
     if image.mode != "RGB":
         raise ValueError(f"a picture of mode RGB was expected, found {image.mode}; images.load converts any other")
     if image.size == (image_size, image_size):
         return image
     if fit == "crop":
         return _crop(image, image_size)
-    if fit == "pad":
-        return _pad(image, image_size)
+    if fit in ("pad", "squash"):
+        image = _square(image, preprocessing)
     return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 
-def normalise(frames):
+def normalise(frames, preprocessing=CLIP):
     """uint8[F, S, S, 3] -> float32[F, 3, S, S]: (x / 255 - mean) / std."""
     pixels = torch.from_numpy(frames.transpose(0, 3, 1, 2).astype(numpy.float32, order="C"))  # F C S S
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return (pixels / 255 - mean) / std
 
 
@@ -134,21 +171,27 @@ def _to_8_bits(image, source):
 
 
 def _crop(image, size):
-    """Shorter side to `size`, then the centre; only the centre is computed: a very long picture costs no more."""
+    """Shorter side to `size`, then the centre; of a very long picture only about the centre is resized."""
     shorter = min(image.size)
-    box = []
-    for side in image.size:
-        resized = size * side // shorter
-        start = round((resized - size) / 2)  # where the crop begins in the resized picture
-        box.append((start * side / resized, (start + size) * side / resized))
-    (left, right), (top, bottom) = box
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    if size * size * max(image.size) > MAX_PIXELS * shorter:
+        kept = min(max(image.size), shorter * MAX_PIXELS // size**2)
+        sides = [min(side, kept) for side in image.size]
+        corner = [(side - part) // 2 for side, part in zip(image.size, sides)]
+        image = image.crop((*corner, corner[0] + sides[0], corner[1] + sides[1]))
+    width, height = (size * side // shorter for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
 
 
-def _pad(image, size):
-    """Longer side to `size`, in the middle of a square of the mean colour."""
+def _square(image, preprocessing):
+    """A square of the longer side, with a border or stretched; one too large for the memory is made smaller first."""
     longer = max(image.size)
-    width, height = (max(1, round(size * side / longer)) for side in image.size)
-    square = Image.new("RGB", (size, size), tuple(int(value * 255) for value in MEAN))
-    square.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    if longer**2 > MAX_PIXELS:
+        scale, longer = MAX_SIDE / longer, MAX_SIDE
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    if preprocessing.fit == "squash":
+        return image.resize((longer, longer), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (longer, longer), preprocessing.border)
+    square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
     return square
