@@ -1,0 +1,76 @@
+"""Comparing whole models with transformers': rows of words and pictures as batches, gradients under our names."""
+
+import torch
+from safetensors.torch import load_file
+
+from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch
+from nanovlm.weights import to_ours
+
+
+def make_batch(model, rows, side="right", pad=0):
+    """Put rows side by side.
+
+    Args:
+      model: vlm.VLM. rows: list of lists whose items are ids, or pictures and clips: float[f, 3, H, W].
+      side: where padding stands. pad: id of the padding.
+    Returns: vlm.Batch; every word is trained, image tokens and padding are not.
+    """
+    written = [[id for item in row for id in write(model, item)] for row in rows]
+    longest = max(map(len, written))
+    lead = [(longest - len(row)) * (side == "left") for row in written]
+    real = [[0] * before + [1] * len(row) + [0] * (longest - len(row) - before) for row, before in zip(written, lead)]
+    ids = [[pad] * before + row + [pad] * (longest - len(row) - before) for row, before in zip(written, lead)]
+    real, ids = torch.tensor(real), torch.tensor(ids)
+    visuals = [(number, item) for number, row in enumerate(rows) for item in row if torch.is_tensor(item)]
+    none = torch.zeros(0, dtype=torch.long)
+    return Batch(
+        ids=ids,
+        labels=torch.where((real == 1) & (ids >= 0), ids, IGNORE),
+        segments=real - 1,
+        positions=(real.cumsum(1) - 1).clamp(min=0),
+        pixels=torch.cat([item for _, item in visuals]) if visuals else None,
+        frames=torch.tensor([len(item) for _, item in visuals]) if visuals else none,
+        shown=torch.arange(len(visuals)),
+        owner=torch.tensor([number for number, _ in visuals]) if visuals else none,
+    )
+
+
+def write(model, item):
+    """The ids of one item of a row: list of int."""
+    if not torch.is_tensor(item):
+        return [item]
+    return [IMAGE_TOKEN] * model.num_image_tokens(item.shape[-1], len(item)) + [model.media_token] * (model.media_token is not None)
+
+
+def real_logits(model, batch):
+    """Scores where no padding stands: list over rows of float[t, V]."""
+    return [logits[segments >= 0] for logits, segments in zip(model(batch), batch.segments)]
+
+
+def as_published(batch, image_token):
+    """A batch as transformers takes it: keyword arguments without the pictures; image tokens have an id there."""
+    ids = torch.where(batch.ids == IMAGE_TOKEN, image_token, batch.ids)
+    return dict(input_ids=ids, attention_mask=(batch.segments >= 0).long())
+
+
+def same_gradients(ours, theirs, layout, folder, unused=()):
+    """Every parameter of ours has the gradient of theirs; those under `unused` have none.
+
+    Args:
+      ours: vlm.VLM. theirs: a model of transformers. layout: rename table. folder: an empty one: their gradients are
+        saved there as if they were weights, so that the layout renames them. unused: our prefixes.
+    """
+    weights = {name: parameter.data for name, parameter in theirs.named_parameters()}
+    try:
+        for parameter in theirs.parameters():
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        theirs.save_pretrained(folder)
+    finally:
+        for name, parameter in theirs.named_parameters():
+            parameter.data, parameter.grad = weights[name], None
+    expected = to_ours(layout, load_file(folder / "model.safetensors"), ours.state_dict())
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is None) == name.startswith(tuple(unused)), name
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        close = dict(atol=1e-5 * max(1.0, float(expected[name].abs().max())), rtol=1e-4)
+        torch.testing.assert_close(found, expected[name], **close, msg=lambda text, name=name: f"{name}: {text}")
