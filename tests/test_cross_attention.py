@@ -267,6 +267,22 @@ def test_packed_documents_see_their_own_pictures():
         torch.testing.assert_close(part, alone, atol=1e-5, rtol=1e-4)
 
 
+def test_a_media_token_among_the_pads_shows_nothing():
+    model, batch = small_flamingo(), mixed_batch(2)
+    before, real = model(batch), batch.segments >= 0
+    batch.ids[~real] = MEDIA
+    torch.testing.assert_close(model(batch)[real], before[real])
+
+
+def test_half_precision_of_the_language_model_alone():
+    """The tower and the bridge stay in float32; their image tokens take the decoder's type."""
+    model, batch = small_flamingo(), mixed_batch()
+    exact = model(batch)
+    model.decoder.bfloat16()
+    logits = model(batch)
+    assert logits.dtype == torch.bfloat16 and (logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_text_alone_reads_no_picture():
     model = small_flamingo()
     batch = text_batch([[3, 4, 5, 6]])
