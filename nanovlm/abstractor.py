@@ -63,7 +63,7 @@ class AbstractorLayer(nn.Module):
         self.w1 = nn.Linear(width, ffn_width)
         self.w2 = nn.Linear(ffn_width, width)
         self.w3 = nn.Linear(width, ffn_width)
-        self.ffn_norm = nn.LayerNorm(ffn_width, eps=1e-6)  # as released; all others keep torch's 1e-5
+        self.ffn_norm = nn.LayerNorm(ffn_width, eps=ffn_norm_eps)
 
     def forward(self, queries, patches, places, backend, out=None):
         """queries float[M, K, W], patches float[M, N, W], places float[K + N, W] -> float[M, K, W]."""

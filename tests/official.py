@@ -1,0 +1,308 @@
+"""The official forward passes once more, as plainly as can be written, to make golden files of other sizes.
+
+Functions over {published name: tensor}, from the papers' code alone: nothing here knows nanovlm's modules. They
+reproduce the files in tests/golden/ (test_compare.py holds that), so what they make at other sizes can be trusted.
+"""
+
+import json
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+IMAGE = -200
+
+
+def linear(w, name, x):
+    return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+
+def layer_norm(w, name, x, eps):
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
+
+
+def rms_norm(weight, x, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def attend(q, k, v, num_heads, allowed=None, turn=lambda x: x):
+    """One head after the other; allowed: bool[B, T, S]; turn: what happens to queries and keys of a head [B, T, D]."""
+    width, seen = q.shape[-1] // num_heads, []
+    for head in range(num_heads):
+        kv = head * k.shape[-1] // q.shape[-1]  # grouped queries
+        mine, theirs = slice(head * width, (head + 1) * width), slice(kv * width, (kv + 1) * width)
+        scores = turn(q[..., mine]) @ turn(k[..., theirs]).transpose(1, 2) / width**0.5
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        seen.append(scores.softmax(-1).nan_to_num(0.0) @ v[..., theirs])
+    return torch.cat(seen, dim=-1)
+
+
+def rotary(positions, width, base=10000.0):
+    """Turn the first `width` channels of [B, T, D] by positions int[B, T]."""
+    angles = positions[..., None] * base ** (-torch.arange(0, width, 2) / width)
+
+    def turn(x):
+        a, b = x[..., : width // 2], x[..., width // 2 : width]
+        turned = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
+        return torch.cat([*turned, x[..., width:]], dim=-1)
+
+    return turn
+
+
+def causal(real):
+    """bool[B, T] -> bool[B, T, T]: keys up to oneself that are real."""
+    return torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril() & real[:, None]
+
+
+def patches(w, name, pixels, class_token, positions):
+    x = F.conv2d(pixels, w[f"{name}.weight"], w.get(f"{name}.bias"), stride=w[f"{name}.weight"].shape[-1])
+    x = x.flatten(2).transpose(1, 2)
+    return torch.cat([class_token.reshape(1, 1, -1).expand(len(x), 1, -1), x], dim=1) + positions.reshape(1, -1, x.shape[-1])
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+def loss_of(logits, labels):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())[None]
+
+
+def eva(w, pixels, config):
+    x = patches(w, "vision_encoder.patch_embed.proj", pixels, w["vision_encoder.cls_token"], w["vision_encoder.pos_embed"])
+    for i in range(config["depth"]):
+        block = f"vision_encoder.blocks.{i}."
+        h = layer_norm(w, f"{block}norm1", x, 1e-6)
+        q, k, v = (linear(w, f"{block}attn.{name}_proj", h) for name in "qkv")
+        x = x + linear(w, f"{block}attn.proj", attend(q, k, v, config["heads"]))
+        x = x + linear(w, f"{block}mlp.fc2", F.gelu(linear(w, f"{block}mlp.fc1", layer_norm(w, f"{block}norm2", x, 1e-6))))
+    return x
+
+
+def resampler(w, name, x, depth, with_latents):
+    z = w[f"{name}.latents"].expand(len(x), -1, -1)
+    for i in range(depth):
+        layer = f"{name}.layers.{i}."
+        media, latents = layer_norm(w, f"{layer}0.norm_media", x, 1e-5), layer_norm(w, f"{layer}0.norm_latents", z, 1e-5)
+        keys = torch.cat([media, latents], dim=1) if with_latents else media
+        k, v = linear(w, f"{layer}0.to_kv", keys).chunk(2, dim=-1)
+        z = z + linear(w, f"{layer}0.to_out", attend(linear(w, f"{layer}0.to_q", latents), k, v, 8))
+        z = z + linear(w, f"{layer}1.3", F.gelu(linear(w, f"{layer}1.1", layer_norm(w, f"{layer}1.0", z, 1e-5))))
+    return layer_norm(w, f"{name}.norm", z, 1e-5)
+
+
+def llama(w, prefix, x, config, real, modality=None):
+    """LLaMA with Lynx's adapters where there are any, or mPLUG-Owl2's two branches by modality int[B, T]."""
+    eps, heads = config["rms_norm_eps"], config["num_attention_heads"]
+    turn = rotary(torch.arange(x.shape[1]).expand(len(x), -1), x.shape[-1] // heads)
+
+    def norm(name, x):
+        if modality is None:
+            return rms_norm(w[f"{name}.weight"], x, eps)
+        weights = torch.stack([w[f"{name}.multiway.{m}.weight"] for m in (0, 1)])
+        return rms_norm(weights[modality], x, eps)
+
+    def project(name, x):
+        if modality is None:
+            return linear(w, name, x)
+        text, image = (linear(w, f"{name}.multiway.{m}", x) for m in (0, 1))
+        return torch.where(modality[..., None] == 1, image, text)
+
+    for i in range(config["num_hidden_layers"]):
+        layer = f"{prefix}model.layers.{i}."
+        h = norm(f"{layer}input_layernorm", x)
+        q, k, v = linear(w, f"{layer}self_attn.q_proj", h), *(project(f"{layer}self_attn.{n}_proj", h) for n in "kv")
+        x = x + linear(w, f"{layer}self_attn.o_proj", attend(q, k, v, heads, causal(real), turn))
+        h = norm(f"{layer}post_attention_layernorm", x)
+        gated = F.silu(linear(w, f"{layer}mlp.gate_proj", h)) * linear(w, f"{layer}mlp.up_proj", h)
+        x = x + linear(w, f"{layer}mlp.down_proj", gated)
+        adapter = f"{layer}output_adapter."
+        if f"{adapter}scaling" in w:
+            h = F.silu(linear(w, f"{adapter}adapter_down", layer_norm(w, f"{adapter}adapter_norm_before", x, 1e-5)))
+            x = x + w[f"{adapter}scaling"] * linear(w, f"{adapter}adapter_up", h)
+    return linear(w, f"{prefix}lm_head", rms_norm(w[f"{prefix}model.norm.weight"], x, eps))
+
+
+def lynx(w, config, inputs):
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    words = w["LLM.model.embed_tokens.weight"][inputs["input_ids"]]
+    out = {"vision_features": eva(w, inputs["pixel_values"], config["vision"])}
+    clip = eva(w, inputs["video"].flatten(0, 1), config["vision"]).unflatten(0, inputs["video"].shape[:2])
+    clip = (clip + w["absolute_frame_pos_embed"][:, : clip.shape[1]]).flatten(1, 2)
+    for features, name, logits in (
+        (out["vision_features"], "visual_tokens", "logits"), (clip, "video_tokens", "video_logits"),
+    ):  # fmt: skip
+        out[name] = resampler(w, "bridge", features, config["bridge"]["depth"], False)
+        real = torch.cat([torch.ones(out[name].shape[:2], dtype=torch.bool), mask], dim=1)
+        out[logits] = llama(w, "LLM.", torch.cat([out[name], words], dim=1), config["llm"], real)
+    return out
+
+
+def owl_vision(w, pixels, config):
+    base, eps = "model.vision_model.", config["layer_norm_eps"]
+    x = patches(
+        w, f"{base}embeddings.patch_embed", pixels, w[f"{base}embeddings.cls_token"], w[f"{base}embeddings.position_embedding"]
+    )
+    x = layer_norm(w, f"{base}embeddings.pre_layernorm", x, eps)
+    heads = config["num_attention_heads"]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"{base}encoder.layers.{i}."
+        h = linear(w, f"{layer}self_attn.query_key_value", layer_norm(w, f"{layer}input_layernorm", x, eps))
+        q, k, v = h.unflatten(-1, (heads, 3, -1)).unbind(-2)
+        x = x + linear(w, f"{layer}self_attn.dense", attend(q.flatten(-2), k.flatten(-2), v.flatten(-2), heads))
+        h = linear(w, f"{layer}mlp.fc1", layer_norm(w, f"{layer}post_attention_layernorm", x, eps))
+        x = x + linear(w, f"{layer}mlp.fc2", quick_gelu(h))
+    return layer_norm(w, f"{base}post_layernorm", x, eps)
+
+
+def waves(places, width):
+    angles = places[:, None] / 10000 ** (torch.arange(width // 2) / (width / 2))
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def abstractor(w, x, config):
+    base, width = "model.visual_abstractor.", x.shape[-1]
+    q = w[f"{base}query_embeds"].expand(len(x), -1, -1)
+    side = round((x.shape[1] - 1) ** 0.5)
+    grid = torch.arange(side * side)
+    places = torch.cat([waves(grid % side, width // 2), waves(grid // side, width // 2)], dim=1)  # column, then row
+    places = torch.cat([waves(torch.arange(q.shape[1]), width), torch.zeros(1, width), places])
+    for i in range(config["num_hidden_layers"]):
+        layer = f"{base}encoder.layers.{i}.crossattention."
+        q, images = layer_norm(w, f"{layer}norm1", q, 1e-5), layer_norm(w, f"{layer}normk", x, 1e-5)
+        both = torch.cat([q, images], dim=1)
+        queries = linear(w, f"{layer}attention.query", q + places[: q.shape[1]])
+        keys, values = linear(w, f"{layer}attention.key", both + places), linear(w, f"{layer}attention.value", both)
+        q = q + linear(w, f"{layer}output.out_proj", attend(queries, keys, values, config["num_attention_heads"]))
+        h, mlp = layer_norm(w, f"{layer}output.norm2", q, 1e-5), f"{layer}output.mlp."
+        h = F.silu(linear(w, f"{mlp}w1", h)) * linear(w, f"{mlp}w3", h)
+        q = q + linear(w, f"{mlp}w2", layer_norm(w, f"{mlp}ffn_ln", h, config["layer_norm_eps"]))
+    return torch.cat([linear(w, f"{base}visual_fc", q), w[f"{base}vit_eos"].expand(len(x), -1, -1)], dim=1)
+
+
+def splice(w, ids, labels, tokens):
+    """Embeddings, labels, modality, and which are no padding; a row without a picture skips one."""
+    words, pictures, rows = w["model.embed_tokens.weight"], iter(tokens), []
+    for row, row_labels in zip(ids, labels):
+        parts = []
+        for token, label in zip(row, row_labels):
+            picture = next(pictures) if token == IMAGE else words[token][None]
+            parts.append((picture, torch.full((len(picture),), -100 if token == IMAGE else int(label)), token == IMAGE))
+        if IMAGE not in row:
+            next(pictures)
+        kinds = torch.cat([torch.full((len(x),), int(image)) for x, _, image in parts])
+        rows.append((torch.cat([x for x, _, _ in parts]), torch.cat([y for _, y, _ in parts]), kinds))
+    length = max(len(x) for x, _, _ in rows)
+    x, y, kinds, real = (torch.stack(column) for column in zip(*(
+        (F.pad(x, (0, 0, 0, length - len(x))), F.pad(y, (0, length - len(y)), value=-100),
+         F.pad(kinds, (0, length - len(x))), torch.arange(length) < len(x))
+        for x, y, kinds in rows
+    )))  # fmt: skip
+    return x, y, kinds, real
+
+
+def mplug_owl2(w, config, inputs):
+    out = {"vision_features": owl_vision(w, inputs["pixel_values"], config["vision"])}
+    out["visual_tokens"] = abstractor(w, out["vision_features"], config["abstractor"])
+    x, labels, kinds, real = splice(w, inputs["input_ids"], inputs["labels"], out["visual_tokens"])
+    out["logits"] = llama(w, "", x, config["llm"], real, kinds)
+    out["loss"] = loss_of(out["logits"], labels)
+    text = inputs["text_ids"]
+    words = w["model.embed_tokens.weight"][text]
+    out["text_logits"] = llama(w, "", words, config["llm"], torch.ones_like(text, dtype=torch.bool), text * 0)
+    return out
+
+
+def clip(w, base, pixels, config, num_layers):
+    x = patches(
+        w, f"{base}embeddings.patch_embedding", pixels, w[f"{base}embeddings.class_embedding"],
+        w[f"{base}embeddings.position_embedding.weight"],
+    )  # fmt: skip
+    x = layer_norm(w, f"{base}pre_layrnorm", x, 1e-5)
+    for i in range(num_layers):
+        layer = f"{base}encoder.layers.{i}."
+        h = layer_norm(w, f"{layer}layer_norm1", x, 1e-5)
+        q, k, v = (linear(w, f"{layer}self_attn.{name}_proj", h) for name in "qkv")
+        x = x + linear(w, f"{layer}self_attn.out_proj", attend(q, k, v, config["num_attention_heads"]))
+        h = linear(w, f"{layer}mlp.fc1", layer_norm(w, f"{layer}layer_norm2", x, 1e-5))
+        x = x + linear(w, f"{layer}mlp.fc2", quick_gelu(h))
+    return x
+
+
+def phi(w, x, config, real):
+    heads = config["num_attention_heads"]
+    width = int(config["partial_rotary_factor"] * (x.shape[-1] // heads))
+    turn = rotary(torch.arange(x.shape[1]).expand(len(x), -1), width)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        h = layer_norm(w, f"{layer}input_layernorm", x, 1e-5)
+        q, k, v = linear(w, f"{layer}self_attn.query_key_value", h).unflatten(-1, (heads, 3, -1)).unbind(-2)
+        seen = attend(q.flatten(-2), k.flatten(-2), v.flatten(-2), heads, causal(real), turn)
+        mlp = linear(w, f"{layer}mlp.fc2", F.gelu(linear(w, f"{layer}mlp.fc1", h), approximate="tanh"))
+        x = x + linear(w, f"{layer}self_attn.dense", seen) + mlp
+    return linear(w, "lm_head", layer_norm(w, "model.final_layernorm", x, 1e-5))
+
+
+def llava_phi(w, config, inputs):
+    vision = config["vision"]
+    num_layers = vision["num_hidden_layers"] + 1 + vision["mm_vision_select_layer"]
+    x = clip(w, "model.vision_tower.vision_model.", inputs["pixel_values"], vision, num_layers)
+    x = x[:, 1:] if vision["mm_vision_select_feature"] == "patch" else x
+    out = {"visual_tokens": linear(w, "model.mm_projector.2", F.gelu(linear(w, "model.mm_projector.0", x)))}
+    x, labels, _, real = splice(w, inputs["input_ids"], inputs["labels"], out["visual_tokens"])
+    out["logits"] = phi(w, x, config["llm"], real)
+    out["loss"] = loss_of(out["logits"], labels)
+    return out
+
+
+def open_flamingo(w, config, inputs):
+    ids, features = inputs["input_ids"], inputs["vision_features"]
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    media = resampler(w, "perceiver", features.flatten(2, 3).flatten(0, 1), config["resampler"]["depth"], True)
+    media = media.unflatten(0, features.shape[:2])
+    flat = media.flatten(1, 2)
+    number = torch.arange(1, media.shape[1] + 1).repeat_interleave(media.shape[2])
+    time = (ids == config["media_token_id"]).cumsum(1)
+    allowed, base = time[..., None] == number, "lang_encoder.model.decoder."
+    places = (real.long().cumsum(1) * real - 1) + 2
+    x = w[f"{base}embed_tokens.weight"][ids] + w[f"{base}embed_positions.weight"][places]
+    for i in range(config["llm"]["num_hidden_layers"]):
+        gated, layer = f"{base}layers.{i}.gated_cross_attn_layer.", f"{base}layers.{i}.decoder_layer."
+        if f"{gated}attn_gate" in w:
+            q = linear(w, f"{gated}attn.to_q", layer_norm(w, f"{gated}attn.norm", x, 1e-5))
+            k, v = linear(w, f"{gated}attn.to_kv", flat).chunk(2, dim=-1)
+            x = x + w[f"{gated}attn_gate"].tanh() * linear(w, f"{gated}attn.to_out", attend(q, k, v, 8, allowed))
+            h = F.gelu(linear(w, f"{gated}ff.1", layer_norm(w, f"{gated}ff.0", x, 1e-5)))
+            x = x + w[f"{gated}ff_gate"].tanh() * linear(w, f"{gated}ff.3", h)
+        h = layer_norm(w, f"{layer}self_attn_layer_norm", x, 1e-5)
+        q, k, v = (linear(w, f"{layer}self_attn.{name}_proj", h) for name in "qkv")
+        seen = attend(q, k, v, config["llm"]["num_attention_heads"], causal(real))
+        x = x + linear(w, f"{layer}self_attn.out_proj", seen)
+        x = x + linear(w, f"{layer}fc2", F.relu(linear(w, f"{layer}fc1", layer_norm(w, f"{layer}final_layer_norm", x, 1e-5))))
+    return {"visual_tokens": media, "logits": linear(w, "lang_encoder.lm_head", layer_norm(w, f"{base}final_layer_norm", x, 1e-5))}
+
+
+OFFICIAL = {"lynx": lynx, "mplug_owl2": mplug_owl2, "llava_phi": llava_phi, "open_flamingo": open_flamingo}
+
+
+def random_weights(shapes):
+    """Weights in which everything counts: norms around 1, gates and biases well off 0."""
+    weights = {}
+    for name, shape in shapes.items():
+        value = torch.randn(shape)
+        if len(shape) < 2:
+            value = 0.3 * value + (name.endswith("weight") or name.endswith("scaling"))  # a norm's, or Lynx's scale
+        elif "embed" not in name and "token" not in name and "latents" not in name:
+            value = value / (value[0].numel() ** 0.5)
+        weights[name] = value
+    return weights
+
+
+def write(path, config, weights, inputs, outputs):
+    """A golden file."""
+    tensors = {f"weights/{n}": t for n, t in weights.items()} | {f"in/{n}": t for n, t in inputs.items()}
+    tensors |= {f"out/{n}": t for n, t in outputs.items()}
+    metadata = {} if config is None else {"config": config if isinstance(config, str) else json.dumps(config)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
