@@ -1,9 +1,17 @@
-"""Flamingo's cross-attention: OpenFlamingo's own numbers, whom each token sees, gates, and what must not matter."""
+"""Flamingo's cross-attention: OpenFlamingo's own numbers, whom each token sees, gates, and what must not matter.
+
+The golden file meets plain modules and a rename of its own here; through recipe and table it stands in test_official.py.
+"""
 
 import dataclasses
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from nanovlm.attention import causal
 from nanovlm.cross_attention import GatedCrossAttention, gather_media, latest_picture
@@ -13,8 +21,9 @@ from nanovlm.resampler import Resampler
 from nanovlm.sampler import Decoding, generate
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, VLM, Batch
 from random_models import image_batch, randomise, small_vit, text_batch
-from test_official import CLOSE, RESAMPLER, Golden, load
 
+GOLDEN = Path(__file__).parent / "golden" / "openflamingo_tiny.safetensors"
+CLOSE = dict(atol=1e-5, rtol=1e-5)
 PLAIN, CROSS = LayerOptions(), LayerOptions(cross_attention=True)
 MEDIA = 20  # the media token of the small model
 OPT = [
@@ -36,18 +45,46 @@ OPT = [
 ]
 
 
-def halves(weights):
-    """Keys and values stand in one matrix, keys first."""
-    for name in [name for name in weights if "to_kv" in name]:
-        for letter, half in zip("kv", weights.pop(name).chunk(2)):
-            weights[name.replace("to_kv", f"to_{letter}")] = half
-    return weights
+RESAMPLER = [
+    (r"(\d+)\.0\.norm_media\.", r"\1.norm_patches."),
+    (r"(\d+)\.0\.norm_latents\.", r"\1.norm_latents."),
+    (r"(\d+)\.0\.to_([qkv])\.", r"\1.\2."),
+    (r"(\d+)\.0\.to_out\.", r"\1.o."),
+    (r"(\d+)\.1\.([013])\.", r"\1.ffn.\2."),
+]
+
+
+def read_golden():
+    """config, and tensors by `inputs`, `outputs` and `weights`."""
+    with safe_open(GOLDEN, "pt") as file:
+        found = {kind: {} for kind in ("in", "out", "weights")}
+        for key in file.keys():
+            kind, name = key.split("/", 1)
+            found[kind][name] = file.get_tensor(key)
+        config = json.loads(file.metadata()["config"])
+    return SimpleNamespace(config=config, inputs=found["in"], outputs=found["out"], weights=found["weights"])
+
+
+def load(module, golden, prefix, rules):
+    """Rename what lies below a prefix and load it; keys and values stand in one matrix, keys first."""
+    ours = {}
+    for name, tensor in golden.weights.items():
+        if not name.startswith(prefix):
+            continue
+        halves = zip("kv", tensor.chunk(2)) if "to_kv" in name else [("q", tensor)]
+        for letter, part in halves:
+            key = name.removeprefix(prefix).replace("to_kv", f"to_{letter}")
+            for pattern, replacement in rules:
+                key = re.sub(pattern, replacement, key)
+            ours[key] = part
+    module.load_state_dict(ours)
+    return module.eval()
 
 
 @pytest.fixture(scope="module")
 def flamingo():
     """The golden file, and OpenFlamingo on OPT: cross-attention before layers 1 and 3."""
-    golden = Golden("openflamingo_tiny")
+    golden = read_golden()
     sizes, width = golden.config["llm"], golden.config["vision_width"]
     layers = (PLAIN, CROSS, PLAIN, CROSS)
     decoder = Decoder(DecoderConfig(
@@ -56,12 +93,12 @@ def flamingo():
         activation="relu", qkv_bias="qkv", output_bias=True, ffn_bias=True, tied_head=True, rotary_width=0,
         position_offset=2, cross_attention_width=width,
     ))  # fmt: skip
-    load(decoder, halves(golden.under("lang_encoder.model.decoder.")), OPT)
+    load(decoder, golden, "lang_encoder.model.decoder.", OPT)
     resampler = Resampler(
         width, width, golden.config["resampler"]["num_latents"], golden.config["resampler"]["depth"], 8, 64, 4 * width,
         attend_to_latents=True,
     )  # fmt: skip
-    load(resampler, halves(golden.under("perceiver.")), RESAMPLER)
+    load(resampler, golden, "perceiver.", RESAMPLER)
     return golden, VLM(None, resampler, decoder, golden.config["media_token_id"])
 
 
