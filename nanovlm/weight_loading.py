@@ -22,7 +22,7 @@ def load_model(build, table, checkpoint, dtype=torch.float32, device="cpu", resi
       build: function() -> nn.Module, called on the meta device.
       table: tuple of entries. checkpoint: Checkpoint.
       dtype: torch.dtype. device: where the model shall stand.
-      resizable: our names of position tables that are stretched if the file's have another number of rows.
+      resizable: our names of position tables, stretched if the file's have another number of rows.
     Returns: (nn.Module in evaluation mode, weights.Plan).
     Raises: WeightsError; then no model is returned at all.
     """
@@ -30,24 +30,30 @@ def load_model(build, table, checkpoint, dtype=torch.float32, device="cpu", resi
         model = build()
     found = fit(model, table, checkpoint, resizable)
     materialise(model, dtype, device)
-    fill(model, found, checkpoint)
+    fill(model.state_dict(), found, checkpoint)
     return model.eval(), found
 
 
-def fit(model, table, checkpoint, resizable=(), wanted=lambda name: True):
-    """The Plan of filling a model, or of those tensors of it that are wanted.
-
-    Raises: WeightsError naming everything that does not fit.
-    """
-    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if wanted(name)}
-    found = plan(table, checkpoint.shapes, ours, resizable)
+def fit(model, table, checkpoint, resizable=()):
+    """The Plan of filling a model. Raises: WeightsError naming everything that does not fit."""
+    found = plan(table, checkpoint.shapes, shapes_of(model), resizable)
     if not found.fits:
         raise WeightsError(explain(found, checkpoint.where))
+    check_types(found, checkpoint)
+    return found
+
+
+def shapes_of(model):
+    """{our name: shape} of a model's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_types(found, checkpoint):
+    """Raise WeightsError if a tensor to be read is no floating-point one."""
     foreign = sorted({checkpoint.dtypes[name] for name in found.consumed} - TYPES.keys())
     if foreign:
         raise WeightsError(f"{checkpoint.where} holds weights of type {', '.join(foreign)} (quantised?); take the "
                            f"original in one of {', '.join(TYPES)}")
-    return found
 
 
 def materialise(model, dtype, device):
@@ -59,19 +65,18 @@ def materialise(model, dtype, device):
 
 
 @torch.no_grad()
-def fill(model, found, checkpoint):
-    """Copy the tensors of a checkpoint into a model, one after the other.
+def fill(targets, found, checkpoint):
+    """Copy the tensors of a checkpoint into a model's, one after the other.
 
     Args:
-      model: nn.Module with memory. found: Plan that fits. checkpoint: Checkpoint.
+      targets: {our name: Tensor}, changed in place; model.state_dict(). found: Plan that fits. checkpoint: Checkpoint.
     Raises: WeightsError for a tensor that is there twice with different values.
     """
-    targets = model.state_dict()
     for name, tensor in checkpoint.read(found.consumed):
         entry, names = found.consumed[name]
         for part, piece in zip(names, entry.split(tensor)):
             if part in found.resized:
-                piece = resize_positions(piece, math.isqrt(len(targets[part])) ** 2)
+                piece = resized(part, piece, len(targets[part]))
             if part is not None:
                 targets[part].copy_(piece)
     for name, tensor in checkpoint.read(found.twice):
@@ -79,3 +84,18 @@ def fill(model, found, checkpoint):
         for part, piece in zip(names, entry.split(tensor)):
             if part is not None and not torch.equal(targets[part], piece.to(targets[part])):
                 raise WeightsError(differs(checkpoint.where, name, part))
+
+
+def resized(name, table, num_rows):
+    """A table with another number of rows: positions are stretched, words are cut off or added at the words' mean.
+
+    Args:
+      name: str, ours. table: float[R, ...]. num_rows: int.
+    Returns: float[num_rows, ...].
+    Source: Lynx's loader for the words, whose new rows are the mean of the old ones.
+    """
+    if name.endswith("positions"):
+        return resize_positions(table, math.isqrt(num_rows) ** 2)
+    mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
+    added = mean.expand(max(num_rows - len(table), 0), *mean.shape[1:])
+    return torch.cat([table[:num_rows], added])

@@ -103,7 +103,7 @@ def plan(table, found, ours, resizable=()):
 
     Args:
       table: tuple of entries. found: {published name: shape}. ours: {our name: shape}.
-      resizable: our names of position tables that may have another number of rows.
+      resizable: our names of tables that may have another number of rows.
     Returns: Plan.
     """
     table, result, filled = [as_entry(entry) for entry in table], Plan(), set()
@@ -131,8 +131,9 @@ def plan(table, found, ours, resizable=()):
 
 
 def resizes(found, expected):
-    """bool, whether two shapes of position tables differ in their rows alone."""
-    return len(found) == len(expected) and found[-1] == expected[-1]
+    """bool, whether two shapes differ in their rows alone; behind the leading ones of a published table, maybe."""
+    rows = max(len(expected) - 2, 0)  # the axis of the rows: [R, W], [1, R, W] or, of a bias, [R]
+    return len(found) == len(expected) and (*found[:rows], *found[rows + 1 :]) == (*expected[:rows], *expected[rows + 1 :])
 
 
 def to_ours(table, tensors, ours, where="the checkpoint"):

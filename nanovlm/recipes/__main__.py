@@ -3,65 +3,83 @@
 import argparse
 import sys
 
-MISFIT, INTERRUPTED = 1, 130  # exit codes; 2 is argparse's for a command line that makes no sense
+from nanovlm.names import nearest
+
+COMMANDS = {
+    "list": "the table of the models: tokens, parameters, memory (also without a command)",
+    "compare": "run the official code's golden file through the port and compare",
+    "coverage": "check every tensor of a published checkpoint's manifest",
+    "inspect": "what a checkpoint holds, and what it lacks",
+    "convert": "published weights into our folder, or back; separate towers into a model to train",
+}
+MISFIT, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
+USAGE_TEXT = "usage: python -m nanovlm.recipes [COMMAND] [-h]\n\n" + "\n".join(
+    f"  {name:9} {what}" for name, what in COMMANDS.items()
+)
 
 
-def parser():
-    """The command line, every command with the function that runs it (imported only then)."""
-    top = argparse.ArgumentParser(prog="python -m nanovlm.recipes", description="the models and their published weights",
+def parser(command):
+    """The command line of a command: argparse.ArgumentParser."""
+    one = argparse.ArgumentParser(prog=f"python -m nanovlm.recipes {command}", description=COMMANDS[command],
                                   allow_abbrev=False)
-    commands = top.add_subparsers(dest="command")
-    commands.add_parser("list", help="the table of the models: tokens, parameters, memory", allow_abbrev=False)
-    one = commands.add_parser("compare", help="run a golden file through the port and compare", allow_abbrev=False)
-    one.add_argument("file", help="GOLDEN.safetensors")
-    one = commands.add_parser("coverage", help="check every tensor of a manifest", allow_abbrev=False)
-    one.add_argument("file", help="MANIFEST.json")
-    one = commands.add_parser("inspect", help="what a checkpoint holds, and what it lacks", allow_abbrev=False)
-    one.add_argument("path", help="safetensors file, or folder")
-    one.add_argument("--family", help="what it is, where its files do not say so")
-    one = commands.add_parser("convert", help="published weights into our folder, or back", allow_abbrev=False)
-    one.add_argument("paths", nargs="+", metavar="SOURCE ... OUT", help="checkpoints to read, and the folder to write")
-    one.add_argument("--family", help="what it is, where its config.json does not say so")
-    one.add_argument("--to", choices=("ours", "published"), default="ours", help="layout to write")
-    one.add_argument("--vision", metavar="PATH", help="checkpoint of a vision tower to start from")
-    one.add_argument("--language", metavar="PATH", help="checkpoint of a language model to start from")
-    one.add_argument("--config", metavar="FILE", help="JSON of the sizes, instead of the source's")
-    one.add_argument("--size", help="sizes of the recipe: full or tiny")
-    one.add_argument("--image-size", type=int, metavar="PIXELS", help="resize the position table to pictures of this size")
-    one.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the written weights; default: the source's")
-    one.add_argument("--seed", type=int, default=0, help="of the weights that no source holds")
-    one.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a shard, 10^9 bytes")
-    return top
+    if command == "compare":
+        one.add_argument("file", metavar="GOLDEN.safetensors")
+    if command == "coverage":
+        one.add_argument("file", metavar="MANIFEST.json")
+    if command == "inspect":
+        one.add_argument("path", metavar="FILE_OR_FOLDER")
+        one.add_argument("--family", help="what it is, where its files do not say so")
+    if command == "convert":
+        one.add_argument("paths", nargs="+", metavar="PATH", help="checkpoints to read, if any, then the folder to write")
+        one.add_argument("--family", help="what it is, where its config.json does not say so or is wrong")
+        one.add_argument("--to", choices=("ours", "published"), default="ours", help="layout to write (default: ours)")
+        one.add_argument("--vision", metavar="PATH", help="checkpoint of the vision tower")
+        one.add_argument("--language", metavar="PATH", help="checkpoint of the language model")
+        one.add_argument("--config", metavar="FILE.json", help="the sizes, instead of the source's")
+        one.add_argument("--size", help="the sizes of the recipe, full or tiny, instead of the source's")
+        one.add_argument("--image-size", type=int, metavar="PIXELS", help="resize the position table for such pictures")
+        one.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="to write (default: the source's)")
+        one.add_argument("--seed", type=int, default=0, help="of what no source holds (default: 0)")
+        one.add_argument("--max-shard-gb", type=float, default=5.0, help="10^9 bytes a file (default: 5)")
+    return one
 
 
-def run(wishes):
-    """Run a command: the exit code."""
-    if wishes.command == "compare":
+def run(command, wishes):
+    """Run a command: its exit code. Each is imported when it is needed."""
+    if command == "compare":
         from nanovlm.recipes.compare import main
         return main(wishes.file)
-    if wishes.command == "coverage":
-        from nanovlm.recipes.coverage import check
-        print("\n".join(check(wishes.file).lines()))
-    elif wishes.command == "inspect":
-        from nanovlm.recipes.inspect import inspect
-        print("\n".join(inspect(wishes.path, wishes.family)))
-    elif wishes.command == "convert":
-        from nanovlm.recipes.convert import convert
-        for line in convert(wishes):
-            print(line)
-    else:
+    if command == "list":
         from nanovlm.recipes.table import main
         return main()
+    if command == "coverage":
+        from nanovlm.recipes.coverage import check
+        lines = check(wishes.file).lines()
+    elif command == "inspect":
+        from nanovlm.recipes.inspect import inspect
+        lines = inspect(wishes.path, wishes.family)
+    else:
+        from nanovlm.recipes.convert import convert
+        lines = convert(wishes)
+    print("\n".join(lines))
     return 0
 
 
 def main(arguments=None):
     """Run the command line; returns the exit code."""
-    wishes = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("list", [])
+    if command in ("-h", "--help"):
+        print(USAGE_TEXT)
+        return 0
+    if command not in COMMANDS:
+        print(f"{USAGE_TEXT}\n\nrecipes: unknown command {command!r}.{nearest(command, COMMANDS)}", file=sys.stderr)
+        return USAGE
+    wishes = parser(command).parse_intermixed_args(rest)
     try:
-        return run(wishes) or 0
+        return run(command, wishes)
     except (ValueError, OSError) as error:
-        print(f"recipes {wishes.command}: {error}", file=sys.stderr)
+        print(f"recipes {command}: {error}", file=sys.stderr)
         return MISFIT
     except KeyboardInterrupt:
         print()

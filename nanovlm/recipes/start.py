@@ -9,11 +9,14 @@ import torch
 
 from nanovlm import checkpoint, lora, optimizer
 from nanovlm.data.datasets import DATA, command_line_sources
+from nanovlm.data.published_tokenizers import load_tokenizer
 from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.names import nearest
 from nanovlm.run import Run, text_side
 from nanovlm.stages import choose
 from nanovlm.vit import check_image_size
+from nanovlm.weight_files import OURS, open_checkpoint
+from nanovlm.weight_loading import fill, fit
 
 DEFAULT_THREADS = 2  # at most; more gain little at this size, and the count decides the last bits of every sum
 
@@ -128,9 +131,10 @@ def settle(wishes, size, stages, saved):
 
 def find_tokenizer(recipe, out, init):
     """The tokenizer of this run: its own from before, that of the model it starts from, or a new one."""
-    if (out / "tokenizer.json").exists():
-        return Tokenizer(out / "tokenizer.json")
-    return recipe.tokenizer() if init is None else Tokenizer(Path(init) / "tokenizer.json")
+    folder = out if (out / "tokenizer.json").exists() else init
+    if folder is None:
+        return recipe.tokenizer()
+    return Tokenizer(Path(folder) / "tokenizer.json") if recipe.published is None else load_tokenizer(folder)
 
 
 def build_models(recipe, size, vocab_size, seed):
@@ -144,10 +148,10 @@ def load_weights(folder, model, contrastive):
     """Start from a trained model.
 
     Args:
-      folder: Path of an output folder with config.json and model.safetensors; text_tower.safetensors is used if it is
-        there.
+      folder: Path of an output folder of train.py or `convert`, with config.json and model.safetensors or its shards;
+        text_tower.safetensors is used if it is there.
       model, contrastive: the models to fill; contrastive may be None.
-    Raises: FileNotFoundError; CheckpointError naming every tensor that does not fit.
+    Raises: FileNotFoundError; WeightsError or CheckpointError naming every tensor that does not fit.
     """
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no config.json; --init takes the output folder of a finished run")
@@ -155,7 +159,8 @@ def load_weights(folder, model, contrastive):
     model.vision.resize(config["image_size"])
     if "lora" in config:  # its low-rank updates become part of the weights
         lora.add(model, **config["lora"])
-    checkpoint.load_file_into(model.state_dict(), folder / "model.safetensors")
+    weights = open_checkpoint(folder)
+    fill(model.state_dict(), fit(model, OURS, weights), weights)
     lora.merge(model)
     if contrastive is not None and (folder / "text_tower.safetensors").exists():
         checkpoint.load_file_into(text_side(contrastive), folder / "text_tower.safetensors")
