@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from nanovlm import checkpoint, optimizer
+from nanovlm.data.augment import augmented
 from nanovlm.data.batching import Report
 from nanovlm.data.mixture import Mixture
 from nanovlm.interrupts import Stopped
@@ -137,7 +138,8 @@ class Trainer:
         for part, parameters in parts.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(part in stage.learning_rates)
-        sources = {name: Later(run.sources[name], self.starts[name]) for name in stage.mixture}
+        sources = {name: Later(augmented(run.sources[name], stage.augmentation, run.seed), self.starts[name])
+                   for name in stage.mixture}
         current = Current(index, stage, optimizer.build(parts, stage), Mixture(sources, stage.mixture))
         if saved:
             self.restore(current, *saved)

@@ -96,8 +96,12 @@ def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
       image_size, fit, preprocessing: as in images.to_pixels.
     Returns: float32[F, 3, S, S].
     """
-    frames = (images.load(frame) for visual in visuals for frame in visual.frames)
-    squares = [numpy.asarray(images.to_square(frame, image_size, fit, preprocessing)) for frame in frames]
+    squares = []
+    for visual in visuals:
+        for frame in map(images.load, visual.frames):
+            view = visual.view
+            square = view.apply(frame, image_size) if view else images.to_square(frame, image_size, fit, preprocessing)
+            squares.append(numpy.asarray(square))
     return images.normalise(numpy.stack(squares), preprocessing)
 
 

@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 from PIL import Image
@@ -28,10 +29,12 @@ class Visual:
 
     key: identity; visual inputs of equal key are the same picture and are encoded once per batch.
     frames: the pictures in order, or the paths where `images.load` finds them; one frame is a still image.
+    view: augment.View through which training sees it; None = the stage's fit.
     """
 
     key: str
     frames: tuple[Image.Image | str | Path, ...]
+    view: Any = None
 
     def __post_init__(self):
         if not self.frames:
