@@ -1,10 +1,34 @@
-"""Comparing a module of ours with one of transformers: weights and gradients under our names."""
+"""Comparing a module of ours with one of transformers or a golden file: weights and gradients under our names."""
 
+import json
 import re
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
+
+
+class Golden:
+    """One golden file: `config`, and tensors by `inputs`, `outputs` and official weight names."""
+
+    def __init__(self, name):
+        with safe_open(Path(__file__).parent / "golden" / f"{name}.safetensors", "pt") as file:
+            self.config = json.loads(file.metadata()["config"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        self.inputs, self.outputs, self.weights = (
+            {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}
+            for kind in ("in/", "out/", "weights/")
+        )
+
+    def load(self, module, prefix, rules):
+        """Give a module the weights below an official prefix, renamed by `translate`; a name left over raises."""
+        weights = {n.removeprefix(prefix): w for n, w in self.weights.items() if n.startswith(prefix)}
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        ours = translate(weights, rules)
+        module.load_state_dict({name: w.reshape(shapes.get(name, w.shape)) for name, w in ours.items()})
+        return module.eval()
 
 
 def perturb(module, spread=0.05):
@@ -19,14 +43,16 @@ def translate(tensors, rules):
     """Rename {their name: tensor} to ours.
 
     rules: list of (regular expression, replacement), applied in order; `{q,k,v}` in what comes out splits a tensor into
-      thirds; a replacement of None leaves those out whose name, then ours, matches.
+      that many equal parts; a replacement of None leaves those out whose name, then ours, matches.
     """
     ours = {}
     for name, tensor in tensors.items():
         for pattern, replacement in rules:
             name = name if replacement is None else re.sub(pattern, replacement, name)
-        thirds = zip("qkv", tensor.chunk(3)) if "{q,k,v}" in name else [("", tensor)]
-        ours |= {name.replace("{q,k,v}", letter): part for letter, part in thirds}
+        head, *tail = re.split(r"\{(.*?)\}", name)
+        letters = tail[0].split(",") if tail else [""]
+        for letter, part in zip(letters, tensor.chunk(len(letters)) if tensor.ndim else [tensor]):
+            ours[head + letter + (tail[1] if tail else "")] = part
     unwanted = [pattern for pattern, replacement in rules if replacement is None]
     return {name: tensor for name, tensor in ours.items() if not any(re.search(pattern, name) for pattern in unwanted)}
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from nanovlm.abstractor import Abstractor, patch_positions
 from nanovlm.vit import sincos
+from parity import CLOSE, Golden
 from random_models import randomise
-from test_official import CLOSE, Golden, load
 
 ABSTRACTOR = [
     (r"query_embeds", "queries"),
@@ -23,6 +23,7 @@ ABSTRACTOR = [
     (r"output\.out_proj\.", "o."),
     (r"output\.mlp\.ffn_ln\.", "ffn_norm."),
     (r"output\.mlp\.(w[123])\.", r"\1."),
+    (r"pos_embed", None),
 ]
 
 
@@ -40,8 +41,7 @@ def golden():
         sizes["hidden_size"], width, sizes["num_learnable_queries"], sizes["num_hidden_layers"],
         sizes["num_attention_heads"], sizes["intermediate_size"],
     )  # fmt: skip
-    weights = {n: w.squeeze() for n, w in golden.under("model.visual_abstractor.").items() if "pos_embed" not in n}
-    return golden, load(bridge, weights, ABSTRACTOR)
+    return golden, golden.load(bridge, "model.visual_abstractor.", ABSTRACTOR)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -109,6 +109,7 @@ def test_the_equations_and_their_gradients(backend):
 def test_norms_inside_have_the_released_eps():
     layer = make().layers[1]
     assert [layer.norm_queries.eps, layer.norm_patches.eps, layer.norm_ffn.eps, layer.ffn_norm.eps] == [1e-5] * 3 + [1e-6]
+    assert [layer.ffn_norm.eps for layer in make(ffn_norm_eps=1e-3).layers] == [1e-3] * 2
 
 
 @pytest.mark.parametrize("side, class_token", [(1, 0), (1, 1), (3, 1), (5, 0), (5, 1), (16, 1), (32, 1)])

@@ -6,11 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanovlm.abstractor import Abstractor
+from nanovlm.attention import causal_rows
+from nanovlm.data.templates import Row
+from nanovlm.evaluation.attention_maps import answer_heat
 from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
+from nanovlm.qformer import QFormer
 from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT, ViTConfig
-from random_models import randomise
-from test_official import CLOSE, RESAMPLER, Golden, load
+from nanovlm.vlm import VLM
+from parity import CLOSE, Golden
+from random_models import image_batch, randomise, small_decoder, small_vit
 
 
 def make(vision_width=7, output_width=10, **options):
@@ -162,20 +168,26 @@ def test_pixel_shuffle_refuses_a_grid_that_does_not_divide(num_patches):
         PixelShuffleProjector(4, 4, merge=2).num_image_tokens(num_patches)
 
 
+RESAMPLER = [
+    (r"(\d+)\.0\.norm_media\.", r"\1.norm_patches."),
+    (r"(\d+)\.0\.norm_latents\.", r"\1.norm_latents."),
+    (r"(\d+)\.0\.to_q\.", r"\1.q."),
+    (r"(\d+)\.0\.to_kv\.", r"\1.{k,v}."),
+    (r"(\d+)\.0\.to_out\.", r"\1.o."),
+    (r"(\d+)\.1\.([013])\.", r"\1.ffn.\2."),
+]
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_openflamingo_s_resampler(backend):
     """The latents stand among the keys, behind the picture's tokens; the width stays the ViT's."""
     golden = Golden("openflamingo_tiny")
     width, sizes = golden.config["vision_width"], golden.config["resampler"]
-    weights = golden.under("perceiver.")
-    for name in [name for name in weights if name.endswith("to_kv.weight")]:
-        k, v = weights.pop(name).chunk(2)
-        weights |= {name.replace("to_kv", "to_k"): k, name.replace("to_kv", "to_v"): v}
     bridge = Resampler(
         width, width, sizes["num_latents"], sizes["depth"], num_heads=8, head_width=64, ffn_width=4 * width,
         attend_to_latents=True,
     )  # fmt: skip
-    load(bridge, weights, RESAMPLER)
+    golden.load(bridge, "perceiver.", RESAMPLER)
     bridge.backend = backend
     features, expected = golden.inputs["vision_features"], golden.outputs["visual_tokens"]  # 2 samples, 2 images
     found = bridge(features.flatten(0, 2)).unflatten(0, expected.shape[:2])  # one frame an image
@@ -209,11 +221,10 @@ def test_llava_phi_s_image_tokens(backend):
         sizes["num_attention_heads"], sizes["intermediate_size"], pre_norm=True, patch_bias=False,
         activation="quick_gelu", norm_eps=1e-5, feature_layer=sizes["num_hidden_layers"] - 1, drop_class_token=True,
     )  # fmt: skip
-    weights = {n: w for n, w in golden.under("model.vision_tower.").items() if "position_ids" not in n}
-    vision = load(ViT(config), weights, CLIP)
+    vision = golden.load(ViT(config), "model.vision_tower.", CLIP)
     vision.backend = backend
     bridge = MLPProjector(sizes["hidden_size"], golden.config["llm"]["hidden_size"])
-    load(bridge, golden.under("model.mm_projector."), [(r"^0\.", "linear."), (r"^2\.", "linear_2.")])
+    golden.load(bridge, "model.mm_projector.", [(r"^0\.", "linear."), (r"^2\.", "linear_2.")])
     pixels, expected = golden.inputs["pixel_values"], golden.outputs["visual_tokens"]
     assert bridge.num_image_tokens(vision.num_tokens(sizes["image_size"])) == expected.shape[1] == 16
     torch.testing.assert_close(bridge(vision(pixels)), expected, **CLOSE)
@@ -222,3 +233,54 @@ def test_llava_phi_s_image_tokens(backend):
 def test_patches_of_another_width():
     with pytest.raises(ValueError, match="patches of width 8, but this resampler reads 7"):
         make()(torch.randn(1, 5, 8))
+
+
+BRIDGES = {  # from the ViT's width 12 to the decoder's 16
+    "resampler": lambda: Resampler(12, 16, 3, num_layers=2, num_heads=2, head_width=5, ffn_width=18, max_frames=3),
+    "abstractor": lambda: Abstractor(12, 16, num_queries=3, num_layers=2, num_heads=2, ffn_width=18),
+    "qformer": lambda: QFormer(12, 16, 8, num_queries=3, num_heads=2, ffn_width=18, cross_attention=(True, False, True)),
+    "mlp": lambda: MLPProjector(12, 16),
+}
+
+
+def whole_model(name):
+    return VLM(small_vit(drop_class_token=name == "mlp"), randomise(BRIDGES[name]()), small_decoder())
+
+
+@pytest.mark.parametrize("name", BRIDGES)
+def test_every_bridge_in_a_whole_model(name):
+    """Stills and clips of one batch keep apart, as many tokens come out as were announced, every parameter trains."""
+    model = whole_model(name)
+    pixels, frames = torch.randn(6, 3, 12, 12), torch.tensor([1, 3, 1, 1])
+    tokens = model.encode(pixels, frames)
+    assert [len(t) for t in tokens] == [model.num_image_tokens(12, f) for f in frames.tolist()]
+    for found, picture in zip(tokens, pixels.split(frames.tolist())):
+        alone = model.encode(picture, torch.tensor([len(picture)]))[0]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+    n, clip = model.num_image_tokens(12), model.num_image_tokens(12, 3)
+    rows = [[5, *[-1] * n, 7, 8] + [9] * (clip - n), [5, *[-1] * clip, 7, 8]]
+    batch = image_batch(rows, frames=[1, 3], shown=[0, 1], owner=[0, 1])
+    loss, trained = model.loss(batch)
+    (loss / trained).backward()
+    for parameter_name, parameter in model.bridge.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", ["abstractor", "qformer"])
+def test_attention_of_an_answer_through_the_queries(name):
+    """Heat on the patches = decoder's attention to the queries times the queries' to the patches, no query's or token's."""
+    model = whole_model(name)
+    n, pixels = model.num_image_tokens(12), torch.randn(1, 3, 12, 12)
+    row = Row(ids=[4, *[-1] * n, 6], images=[(0, 1, 1 + n)])
+    (heat,) = answer_heat(model, row, [9], [pixels])
+    out = {}
+    tokens = model.encode(pixels, torch.tensor([1]), out)
+    ids = torch.tensor([row.ids])
+    batch = image_batch(ids, frames=[1], shown=[0], owner=[0])
+    embeddings = model.embed(ids, tokens, [0])
+    model.decoder(embeddings, batch.positions, causal_rows(1, n + 2), (ids == -1).long(), out=out)
+    looks = torch.stack(out["attention"]).mean((0, 2))[0, -1, 1 : 1 + n]
+    seen = torch.stack(out["latents"]).mean((0, 2))[0]  # n keys
+    expected = sum(looks[i] * seen[i, 1:10] for i in range(3))  # behind the class token
+    torch.testing.assert_close(heat[0], expected.unflatten(0, (3, 3)), atol=1e-6, rtol=1e-4)
+    assert 0 < heat.sum() < looks.sum()

@@ -40,6 +40,14 @@ def test_info_nce_by_a_double_loop(captions):
         torch.testing.assert_close(found, exchanged)
 
 
+def test_info_nce_when_rights_differ_between_pictures_and_captions():
+    """A caption may fit two pictures of which one is fitted by a second caption alone."""
+    images, texts = unit(4, 6), unit(4, 6)
+    same = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1]]).bool()
+    found = info_nce(images, texts, torch.tensor(5.0), same)
+    assert float(found) == pytest.approx(naive_info_nce(images, texts, 5.0, same), rel=1e-5)
+
+
 def test_info_nce_is_cross_entropy_where_all_captions_differ():
     images, texts = unit(5, 6), unit(5, 6)
     logits, right = 3.0 * images @ texts.T, torch.arange(5)
