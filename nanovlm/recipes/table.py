@@ -10,6 +10,7 @@ N image tokens, W width
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm.attention import causal_rows, full
@@ -57,39 +58,52 @@ class Row:
         return FROZEN * frozen + TRAINED * sum(trained.values())
 
 
-def count_flops(function):
-    """Floating-point operations of one call, by torch's counter: int."""
+def count_flops(function, repeated):
+    """Floating-point operations of one call, by torch's counter: int; repeated: {module: how often it counts}."""
     with FlopCounterMode(display=False) as counter:
         function()
-    return counter.get_total_flops()
+    flops = counter.get_flop_counts()
+    return counter.get_total_flops() + sum((times - 1) * sum(flops[name].values()) for name, times in repeated.items())
+
+
+def unique(layers):
+    """Equal layers cost the same: ModuleList -> (ModuleList with one of each kind, list of how many there were)."""
+    kinds = {}
+    for layer in layers:
+        kinds.setdefault(tuple((name, p.shape) for name, p in layer.named_parameters()), []).append(layer)
+    return nn.ModuleList(same[0] for same in kinds.values()), [len(same) for same in kinds.values()]
 
 
 def encode_flops(model, device="meta"):
-    """Operations of vision tower and bridge for one picture: int.
+    """Operations of vision tower and bridge for one picture: int. Of the tower, one block of each kind is left behind.
 
     Args:
       model: vlm.VLM. device: where it stands; on "meta" nothing is computed but the count.
     """
-    size = model.vision.image_size
+    vision, size = model.vision, model.vision.image_size
+    vision.blocks, times = unique(vision.blocks[: vision.config.feature_layer])
+    repeated = {f"{type(vision).__name__}.blocks.{i}": number for i, number in enumerate(times)}
     pixels, frames = torch.zeros(1, 3, size, size, device=device), torch.ones(1, dtype=torch.long, device="cpu")
-    return count_flops(lambda: model.encode(pixels, frames))
+    return count_flops(lambda: model.encode(pixels, frames), repeated)
 
 
 def language_flops(model, num_image_tokens, device="meta"):
     """Operations of the decoder for the N image tokens of one picture; with cross-attention for its one media token.
 
-    Args: as in `encode_flops`; num_image_tokens: N.
+    Args: as in `encode_flops`, which treats the tower as this treats the decoder; num_image_tokens: N.
     Returns: int.
     """
-    config, media, num_tokens = model.decoder.config, None, num_image_tokens
+    decoder, media, num_tokens = model.decoder, None, num_image_tokens
     if model.media_token is not None:
-        tokens = torch.zeros(1, num_image_tokens, config.cross_attention_width, device=device)
+        tokens = torch.zeros(1, num_image_tokens, decoder.config.cross_attention_width, device=device)
         media, num_tokens = Media(tokens, full(1, num_image_tokens, device)), 1
-    embeddings = torch.zeros(1, num_tokens, config.width, device=device)
+    decoder.layers, times = unique(decoder.layers)
+    repeated = {f"{type(decoder).__name__}.layers.{i}": number for i, number in enumerate(times)}
+    embeddings = torch.zeros(1, num_tokens, decoder.config.width, device=device)
     positions = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
     modality = torch.zeros(1, num_tokens, dtype=torch.long, device="cpu")  # each token meets one branch, whichever it is
     visible = causal_rows(1, num_tokens, device)
-    return count_flops(lambda: model.decoder(embeddings, positions, visible, modality, media=media))
+    return count_flops(lambda: decoder(embeddings, positions, visible, modality, media=media), repeated)
 
 
 def count_parameters(parts):
@@ -143,8 +157,8 @@ def rows(recipes=None):
 def short(number):
     """A large number in three digits: 8413647120 -> "8.41 B"."""
     for limit, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{unit}" if number < 999.5 * limit else f"{number / limit:.0f}{unit}"
+        if number >= 0.9995 * limit:  # so that nothing is rounded to "1e+03"
+            return f"{number / limit:.3g}{unit}"
     return str(number)
 
 

@@ -1,0 +1,120 @@
+"""The generated table of the models: counted numbers against torch's counter, known totals and sums by hand."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanovlm.attention import causal_rows
+from nanovlm.recipes import RECIPES, table
+
+PUBLISHED = [name for name, recipe in RECIPES.items() if recipe.published]
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return {one.name: one for one in table.rows()}
+
+
+def tiny(name):
+    torch.manual_seed(0)
+    published = RECIPES[name].published
+    return published.build(published.configs["tiny"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_flops_are_those_of_a_real_run(name):
+    """Of a tiny model on the CPU, all layers run, against the count on the meta device with one layer of each kind."""
+    model = tiny(name)
+    model.set_backend("reference")  # torch does not count the CPU's fused attention
+    size = model.vision.image_size
+    with FlopCounterMode(display=False) as counter:
+        (tokens,) = model.encode(torch.randn(1, 3, size, size), torch.ones(1, dtype=torch.long))
+    encode = counter.get_total_flops()
+    if model.media_token is None:
+        embeddings, media = tokens[None].detach(), None
+    else:
+        embeddings = torch.randn(1, 1, model.decoder.config.width)
+        media = model.media(torch.tensor([[model.media_token]]), torch.zeros(1, 1, dtype=torch.long), [tokens.detach()], [0])
+    num_tokens = embeddings.shape[1]
+    where, modality = torch.arange(num_tokens)[None], torch.ones(1, num_tokens, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model.decoder(embeddings, where, causal_rows(1, num_tokens), modality, media=media)
+    with torch.device("meta"):
+        light = tiny(name)
+    assert (table.encode_flops(light), table.language_flops(light, len(tokens))) == (encode, counter.get_total_flops())
+
+
+def test_flops_by_hand(counted):
+    """LLaVA-1.5: two for every weight that a token meets, and the two products of attention."""
+    image = 576
+    clip = 23 * (577 * 2 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 577**2 * 1024) + image * 2 * 3 * 14**2 * 1024
+    bridge = image * 2 * (1024 * 4096 + 4096**2)
+    llama = 32 * (image * 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 4 * image**2 * 4096)
+    assert (counted["llava"].encode_flops, counted["llava"].language_flops) == (clip + bridge, llama)
+
+
+def test_known_totals(counted):
+    """Counts of the published checkpoints; BLIP-2's hold zeros in place of the keys' bias."""
+    assert counted["lynx"].total == 8_413_647_120
+    assert counted["mplug_owl2"].total == 8_197_859_328
+    assert counted["llava_phi"].total == 3_092_371_456
+    assert counted["llava"].total == 7_063_427_072
+    assert counted["blip2"].total + 39 * 1408 == 3_744_761_856
+
+
+def test_trained_parameters(counted):
+    """Lynx trains 688,430,224 with its adapters, and the tower beside them in the second stage."""
+    lynx = counted["lynx"]
+    sums = {stage: sum(parts.values()) for stage, parts in lynx.trained.items()}
+    assert sums == {"align": 688_430_224, "resolution": 1_675_231_504, "instruct": 688_430_224}
+    assert counted["llava_phi"].trained["align"] == {"bridge": 9_180_160}
+    nano = counted["nano"].trained["tower"]
+    assert set(nano) == {"vision", "text_tower"} and nano["text_tower"] > 0 and "text_tower" not in counted["nano"].parameters
+
+
+def test_tokens(counted):
+    found = {name: (one.image_size, one.vision_tokens, one.image_tokens) for name, one in counted.items()}
+    assert found["lynx"] == (420, 901, 32) and found["mplug_owl2"] == (448, 1025, 65)
+    assert found["llava"] == (336, 576, 576) and found["llava linear"] == (224, 256, 256)
+    assert found["blip2"] == (224, 257, 32) and found["blip2 full_364"] == (364, 677, 32)
+    assert found["open_flamingo"] == (224, 256, 64) and found["small"] == (512, 1024, 64)
+
+
+def test_memory(counted):
+    """Frozen: 2 bytes; trained: 16. A text tower beside the model is trained, not loaded."""
+    lynx, nano = counted["lynx"], counted["nano"]
+    assert lynx.load_bytes == 2 * 8_413_647_120
+    assert lynx.train_bytes("align") == 2 * (8_413_647_120 - 688_430_224) + 16 * 688_430_224
+    trained = nano.trained["tower"]
+    frozen = nano.total - trained["vision"]
+    assert nano.train_bytes("tower") == 2 * frozen + 16 * (trained["vision"] + trained["text_tower"])
+
+
+def test_every_size_but_the_tiny_ones_has_a_row(counted):
+    expected = [name if size == "full" else f"{name} {size}" for name, recipe in RECIPES.items()
+                for size in recipe.sizes if not size.startswith("tiny")]  # fmt: skip
+    assert list(counted) == expected
+    for title, headings, cells in table.tables(list(counted.values())):
+        assert cells and all(len(line) == len(headings) for line in cells), title
+    models, parts, stages = table.tables(list(counted.values()))
+    assert [line[0] for line in models[2]] == [line[0] for line in parts[2]] == expected
+    assert len(stages[2]) == sum(len(one.trained) for one in counted.values())
+
+
+def test_numbers_are_short_and_columns_align():
+    shown = [table.short(number) for number in (8_413_647_120, 999_499_999, 999_500_000, 66_000, 999, 0, 1_952_000_000_000)]
+    assert shown == ["8.41 B", "999 M", "1 B", "66 k", "999", "0", "1.95 T"]
+    assert (table.gib(2**30), table.gib(2**20)) == ("1.0", "0.001")
+    lines = table.lines("Title", ["name", "number"], [["a", "7"], ["longer", "1,234"]])
+    assert lines == ["Title", "", "name    number", "a            7", "longer   1,234", ""]
+
+
+@pytest.mark.slow
+def test_command_line():
+    """`python -m nanovlm.recipes` without a command prints the table."""
+    result = subprocess.run([sys.executable, "-m", "nanovlm.recipes"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "8,413,647,120" in result.stdout and "What each stage trains" in result.stdout
