@@ -8,6 +8,7 @@ mPLUG-Owl2, arXiv:2311.04257, Sec. 3.2, Eq. 1 and 2. Differs from the paper, as 
 - the residual starts from the normalised queries, where the resampler's starts from the latents as they came: the sum
   begins anew at unit size in every layer, so no norm stands at the end;
 - norms stand before the attention (queries and picture each their own), before the feed-forward and inside it;
+- keys and values are [V ; I], queries first; the paper's [I ; V] would be the same, as no mask tells them apart;
 - the feed-forward is gated, and every linear layer has a bias (the paper writes two matrices);
 - the position tables are added to what queries and keys are computed from, never to the values: a place says where to
   look, not what is seen there. They are fixed, so they are computed, not stored;

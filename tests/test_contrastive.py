@@ -322,3 +322,6 @@ def test_published_pairs_have_their_parameters():
         text = BidirectionalTextTower(32000, 768, 12, 12, 3072, 64, pad_id=1)
         model = SigLIP(vision, text, 768)
         assert sum(parameter.numel() for parameter in model.parameters()) == 203_155_970
+    pixels, ids, lengths = (torch.empty(shape, device="meta") for shape in ((3, 3, 224, 224), (3, 9), (3,)))
+    assert model.embed_images(pixels).shape == (3, 768)
+    assert model.embed_texts(ids.long(), lengths.long()).shape == (3, 768)  # masks are made where the ids are
