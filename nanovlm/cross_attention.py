@@ -31,10 +31,13 @@ class Media:
 
     tokens: float[B, I * L, media_width], the pictures of each row behind one another, zeros where a row has fewer.
     visible: attention.Visible of the T tokens over the I * L image tokens.
+    kept: per decoder layer its keys and values (k, v) of the tokens, float[B, H, I * L, D], or None; empty = each layer
+      makes them when it needs them. `Decoder.keep` fills it.
     """
 
     tokens: Tensor
     visible: Visible
+    kept: tuple = ()
 
     def step(self):
         """The same for the one token that comes behind the last: it sees what the last saw, whatever it is itself."""
@@ -107,26 +110,33 @@ class GatedCrossAttention(nn.Module):
         )
         self.ffn_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, media, backend="sdpa", out=None):
+    def forward(self, x, media, backend="sdpa", out=None, index=None):
         """Let the words look.
 
         Args:
           x: float[B, T, W]. media: Media; None = no picture, and only the feed-forward works.
           backend: of attention.BACKENDS.
           out: dict; when given, out["cross_attention"] gets one more float[B, H, T, I * L].
+          index: number of the decoder layer, to find what the media keep for it.
         Returns: float[B, T, W].
         """
         if media is not None:
-            x = x + self.attention_gate.tanh() * self.look(self.norm(x), media, backend, out)
+            k, v = media.kept[index] if media.kept else self.keys_and_values(media.tokens)
+            x = x + self.attention_gate.tanh() * self.look(self.norm(x), k, v, media.visible, backend, out)
         return x + self.ffn_gate.tanh() * self.ffn(x)
 
-    def look(self, x, media, backend, out):
+    def heads(self, x):
+        """float[B, S, H * D] -> float[B, H, S, D]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def keys_and_values(self, tokens):
+        """Image tokens float[B, I * L, media_width] -> two float[B, H, I * L, D]."""
+        return self.heads(self.k(tokens)), self.heads(self.v(tokens))
+
+    def look(self, x, k, v, visible, backend, out):
         """The attention itself; zeros for a token that no picture precedes."""
-        q, k, v = (
-            linear(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B H T|IL D
-            for linear, tokens in ((self.q, x), (self.k, media.tokens), (self.v, media.tokens))
-        )
+        q = self.heads(self.q(x))  # B H T D
         if out is not None:
-            out.setdefault("cross_attention", []).append(attention_weights(q, k, media.visible))
-        seen = attention(q, k, v, media.visible, backend)
+            out.setdefault("cross_attention", []).append(attention_weights(q, k, visible))
+        seen = attention(q, k, v, visible, backend)
         return self.o(seen.transpose(1, 2).flatten(-2))

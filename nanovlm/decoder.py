@@ -15,7 +15,7 @@ head, and the options, all of them off in a plain LLaMA. The others differ from 
 B batch, T tokens, H heads, K key/value heads, D head width, W width, V vocabulary
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +166,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x, context, index):
         """x float[B, T, W], the hidden states -> the same shape."""
         if self.cross_attention is not None:
-            x = self.cross_attention(x, context.media, context.backend, context.out)
+            x = self.cross_attention(x, context.media, context.backend, context.out, index)
         normed = split(self.norm_1, context.routing)(x)
         seen = self.attention(normed, context, index)
         if self.norm_2 is None:  # Phi: the feed-forward does not wait for the attention
@@ -238,6 +238,13 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             x = layer(x, context, index)
         return self.norm(x)
+
+    def keep(self, media):
+        """The same cross_attention.Media (or None), with every layer's keys and values of them made once for many calls."""
+        if media is None:
+            return None
+        modules = [layer.cross_attention for layer in self.layers]
+        return replace(media, kept=tuple(module and module.keys_and_values(media.tokens) for module in modules))
 
     def logits(self, hidden):
         """Scores of the next token: float[..., W] -> float[..., V]."""

@@ -320,6 +320,25 @@ def test_half_precision_of_the_language_model_alone():
     assert logits.dtype == torch.bfloat16 and (logits - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+def test_kept_keys_and_values():
+    """Made once, they are what each layer would make again; and they are used."""
+    model, batch = small_flamingo(), mixed_batch()
+    image_tokens = model.encode(batch.pixels, batch.frames)
+    media = model.media(batch.ids, batch.segments, image_tokens, batch.shown.tolist(), batch.owner)
+    kept = model.decoder.keep(media)
+    assert [one is None for one in kept.kept] == [False, True, False] and model.decoder.keep(None) is None
+
+    def hidden(media):
+        visible, modality = causal(batch.segments), torch.zeros_like(batch.ids)
+        return model.decoder(model.embed(batch.ids), batch.positions, visible, modality, media=media)
+
+    expected = hidden(media)
+    assert torch.equal(hidden(kept), expected)
+    for layer in (0, 2):
+        randomise(model.decoder.layers[layer].cross_attention.k)
+    assert torch.equal(hidden(kept), expected) and not torch.equal(hidden(media), expected)
+
+
 def test_text_alone_reads_no_picture():
     model = small_flamingo()
     batch = text_batch([[3, 4, 5, 6]])
@@ -429,6 +448,16 @@ def test_cached_equals_uncached():
     blind = [generate(model, [prompt], Decoding(max_new_tokens=6), [[0 * pixels for pixels in shown]])[0]
              for prompt, shown in zip(prompts, pictures)]  # fmt: skip
     assert blind[0] != expected[0] and blind[1] == expected[1] and blind[2] != expected[2]
+
+
+@torch.no_grad()
+def test_generation_makes_the_pictures_keys_once(monkeypatch):
+    """Once for the prompts, once for all steps; not again for every new token."""
+    calls, make = [], GatedCrossAttention.keys_and_values
+    monkeypatch.setattr(GatedCrossAttention, "keys_and_values", lambda self, tokens: calls.append(1) or make(self, tokens))
+    prompts, pictures = prompts_and_pictures()
+    generate(small_flamingo(), prompts, Decoding(max_new_tokens=6), pictures)
+    assert len(calls) == 2 * 2
 
 
 @torch.no_grad()
