@@ -137,10 +137,15 @@ class Unused(Computed):
 
 @dataclass(frozen=True)
 class Alias:
-    """Another spelling: a name that no entry knows is tried again under `canonical`."""
+    """Another spelling: a name that no entry knows is tried again under `canonical`.
+
+    A file spells all its names one way: where a name already matches `canonical`, or `whole` if that is given, the
+    other spelling is a mistake.
+    """
 
     published: str
     canonical: str
+    whole: str = ""
 
 
 def prefixed(table, published="", ours=""):
@@ -154,7 +159,7 @@ def prefixed(table, published="", ours=""):
     for entry in map(as_entry, table):
         entry = replace(entry, published=published + entry.published)
         if isinstance(entry, Alias):
-            entry = replace(entry, canonical=published + entry.canonical)
+            entry = replace(entry, canonical=published + entry.canonical, whole=entry.whole and published + entry.whole)
         elif isinstance(entry, Same):
             entry = replace(entry, ours=ours + entry.ours)
         elif isinstance(entry, Fused):

@@ -69,9 +69,10 @@ def match(table, names, ours):
     found = {name: find_entry(table, name, ours) for name in names}
     direct = [name for name, match in found.items() if match and not isinstance(match[0], Computed)]
     for alias in table:
-        # a file spells all its names one way: one that is spelled the other way was renamed by mistake
-        if not isinstance(alias, Alias) or any(expression(alias.canonical).fullmatch(name) for name in direct):
+        if not isinstance(alias, Alias):
             continue
+        if any(expression(alias.whole or alias.canonical).fullmatch(name) for name in direct):
+            continue  # a file spells all its names one way: this one was renamed by mistake
         for name in [name for name, match in found.items() if match is None]:
             spelled = expression(alias.published).fullmatch(name)
             if spelled:

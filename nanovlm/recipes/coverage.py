@@ -27,8 +27,8 @@ UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, Arithmet
 class Coverage:
     """What became of every tensor of a manifest.
 
-    name, family: str. found: Plan. shapes: {published name: shape}. ours: {our name: shape}. tied: number of second
-    copies. unused: {published name: reason}, what the towers keep for themselves included.
+    name, family: str. found: Plan. shapes: {published name: shape}. ours: {our name: shape}.
+    unused: {published name: reason}, what the towers keep for themselves included. stated: total_params or None.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Coverage:
     shapes: dict
     ours: dict
     unused: dict
+    stated: object
 
     def lines(self):
         """The report: list of str."""
@@ -45,8 +46,8 @@ class Coverage:
         zeros = sum(
             names.count(None) * count(self.shapes[name]) // len(names) for name, (_, names) in self.found.consumed.items()
         )
-        model = count_all(self.ours.values())
-        note = f" ({zeros:,} zeros of the file have no place in it)" if zeros else ""
+        model = count_all(self.ours.values()) + zeros
+        note = f" ({zeros:,} of them zeros, which only the file holds)" if zeros else ""
         lines = [f"{self.name}: family {self.family}"]
         for title, names in (("consumed", consumed), ("computed", computed), ("unused", self.unused)):
             numbers = count_all(self.shapes[name] for name in names)
@@ -55,7 +56,10 @@ class Coverage:
                 reasons = collections.Counter((computed if title == "computed" else self.unused).values())
                 lines += [f"             {number} x {reason}" for reason, number in reasons.items()]
         file = count_all(shape for name, shape in self.shapes.items() if name not in computed)
-        return [*lines, f"  parameters of the file  {file:15,}", f"  parameters of the model {model:15,}{note}"]
+        lines += [f"  parameters of the file  {file:15,}", f"  parameters of the model {model:15,}{note}"]
+        if self.stated not in (None, file):
+            lines.append(f"  note: the manifest states total_params {self.stated}")
+        return lines
 
 
 def count(shape):
@@ -137,4 +141,5 @@ def check(path):
         for name, (_, names) in found.consumed.items()
         if family == published.family and not hasattr(model, "text") and names[0].startswith(prefix)
     }
-    return Coverage(content.get("name", Path(path).stem), published.family, found, shapes, ours, unused)
+    name = content.get("name", Path(path).stem)
+    return Coverage(name, published.family, found, shapes, ours, unused, content.get("total_params"))

@@ -116,7 +116,7 @@ HUGGING_FACE = (
     Alias("model.vision_tower.{rest}", "vision_tower.vision_model.{rest}"),
     Alias("model.multi_modal_projector.{rest}", "multi_modal_projector.{rest}"),
     Alias("model.language_model.{rest}", "language_model.model.{rest}"),
-    Alias("lm_head.weight", "language_model.lm_head.weight"),
+    Alias("lm_head.weight", "language_model.lm_head.weight", whole="language_model.{rest}"),
     # the original
     Alias("model.vision_tower.vision_tower.{rest}", "vision_tower.{rest}"),
     Alias("model.mm_projector.0.{p}", "multi_modal_projector.linear_1.{p}"),
