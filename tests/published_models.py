@@ -39,7 +39,9 @@ def write(model, item):
     """The ids of one item of a row: list of int."""
     if not torch.is_tensor(item):
         return [item]
-    return [IMAGE_TOKEN] * model.num_image_tokens(item.shape[-1], len(item)) + [model.media_token] * (model.media_token is not None)
+    if model.media_token is not None:
+        return [model.media_token]
+    return [IMAGE_TOKEN] * model.num_image_tokens(item.shape[-1], len(item))
 
 
 def real_logits(model, batch):

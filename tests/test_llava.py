@@ -107,7 +107,8 @@ def test_gradients(theirs, saved, tmp_path):
         (run(batch) * target).sum().backward()
         gradients.append(batch.pixels.grad)
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
-    same_gradients(model, theirs, llava.LAYOUT(CONFIG), tmp_path, ("vision.blocks.2.", "vision.post_norm."))  # behind the features
+    behind_the_features = ("vision.blocks.2.", "vision.post_norm.")
+    same_gradients(model, theirs, llava.LAYOUT(CONFIG), tmp_path, behind_the_features)
 
 
 def test_greedy_generation(theirs, saved):
@@ -217,6 +218,7 @@ def test_stages_are_those_of_table_6():
     assert set(align.learning_rates) == {"bridge"}
     assert "vision" not in instruct.learning_rates and {"bridge", "language_model"} <= set(instruct.learning_rates)
     assert set(instruct.learning_rates.values()) == {2e-5}
-    assert (instruct.batch_size, instruct.schedule, instruct.weight_decay, instruct.max_tokens) == (4 * 2 * 8, "cosine", 0, 2048)
+    assert instruct.batch_size == 4 * 2 * 8
+    assert (instruct.schedule, instruct.weight_decay, instruct.max_tokens) == ("cosine", 0, 2048)
     assert abs(instruct.warmup_steps / instruct.steps - 0.03) < 1e-3
     assert [stage.batch_size for stage in llava.stages("full", False)] == [256, 128]

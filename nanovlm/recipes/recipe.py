@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.data.templates import Template
 
 
@@ -50,6 +51,7 @@ class Recipe:
     exam_every: int = 50                # optimizer steps between exams
     published: Published | None = None  # of a model whose weights others have published
     stage_templates: dict[str, Template] = field(default_factory=dict)  # stage -> its own template instead
+    preprocessing: Preprocessing = CLIP  # its mean and deviation; size and fit are the stage's
 
 
 def from_file(path):
@@ -118,12 +120,12 @@ def at_size(stages, size, smoke, tiny_images):
     return tuple(stages)
 
 
-def published_recipe(name, published, stages, template, decodings, stage_templates=None, remark=""):
+def published_recipe(name, published, stages, template, decodings, stage_templates=None, remark="", preprocessing=CLIP):
     """The recipe of a published model; its runs are judged by their losses alone.
 
     Args:
       name: str. published: Published. stages: (size, smoke) -> tuple of Stage, over the paper's datasets.
-      template, decodings, remark: as in Recipe. stage_templates: {stage: Template} where one has its own.
+      template, decodings, remark, preprocessing: as in Recipe. stage_templates: {stage: Template} where one has its own.
     Returns: Recipe.
     """
 
@@ -147,4 +149,5 @@ def published_recipe(name, published, stages, template, decodings, stage_templat
         remark=remark,
         published=published,
         stage_templates=stage_templates or {},
+        preprocessing=preprocessing,
     )

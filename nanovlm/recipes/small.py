@@ -22,6 +22,7 @@ small models want them: a guess, not tried at this size here.
 import dataclasses
 import math
 
+from nanovlm.data import images
 from nanovlm.data.templates import CHATML, PLAIN
 from nanovlm.decoder import Decoder
 from nanovlm.layouts import LLAMA, llama_config, section, size
@@ -123,4 +124,5 @@ DECODINGS = {
 RECIPE = published_recipe(
     "small", Published("small", build, LAYOUT, CONFIGS, "nobody has published it: it starts from the files of its two halves"),
     stages, CHATML, DECODINGS, stage_templates={"align": PLAIN},
+    preprocessing=images.SIGLIP,  # pixels between -1 and 1
 )  # fmt: skip
