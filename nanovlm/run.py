@@ -1,7 +1,7 @@
 """A training run: everything it is made of, in one place that the trainer and a recipe's hooks share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ class Run:
     exam: Callable                # (run) -> list of lines: held-out questions with the model's present answers
     finish: Callable              # (run) -> {key: value} for results.json
     report: Callable              # (run, results) -> list of lines printed last
+    stage_templates: dict = field(default_factory=dict)  # stage name -> its own template instead of `template`
+
+    def template_of(self, stage):
+        """The data.templates.Template that a stage writes its rows with."""
+        return self.stage_templates.get(stage.name, self.template)
 
     def parts(self):
         """`all_parts` of this run's models."""

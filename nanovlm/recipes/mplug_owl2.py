@@ -166,7 +166,7 @@ STAGES = (
         "align", learning_rates=dict.fromkeys(("vision", "bridge", "vision_branch"), 1e-4),
         mixture=dict.fromkeys(("CC3M", "CC12M", "COCO", "LAION-en", "COYO", "DataComp"), 1.0),
         steps=42_500, warmup_steps=1_000, batch_size=8192, weight_decay=0.05, image_size=224, max_tokens=256,
-        copy_vision_branch=True, **SETTINGS,
+        copy_vision_branch=True, augmentation="crop_flip", **SETTINGS,
     ),
     Stage(  # one epoch over about 1.23 million examples; warm-up as in the fine-tuning script
         "instruct",
