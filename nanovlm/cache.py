@@ -37,13 +37,17 @@ class KeyValueCache:
         Raises: ValueError if the columns are full or the rows are not as many as the cache's.
         """
         buffer, stop = self.layers[layer_index], self.length + k.shape[2]
-        if stop > self.num_columns:
-            raise ValueError(f"the cache has {self.num_columns} columns, {self.length} written; no room for {k.shape[2]} more")
-        if k.shape[0] != buffer.shape[1]:
-            raise ValueError(f"keys of {k.shape[0]} rows for a cache of {buffer.shape[1]}; see select_rows")
+        self.check_room(k.shape[2], k.shape[0])
         buffer[0, :, :, self.length : stop] = k
         buffer[1, :, :, self.length : stop] = v
         return buffer[0, :, :, :stop], buffer[1, :, :, :stop]
+
+    def check_room(self, num_tokens, num_rows):
+        """Raise ValueError unless so many tokens fit behind the cursor, and the rows are the cache's."""
+        if self.length + num_tokens > self.num_columns:
+            raise ValueError(f"the cache has {self.num_columns} columns, {self.length} written; no room for {num_tokens} more")
+        if num_rows != self.layers[0].shape[1]:
+            raise ValueError(f"keys of {num_rows} rows for a cache of {self.layers[0].shape[1]}; see select_rows")
 
     def advance(self, num_tokens):
         """Move the cursor behind the tokens of one finished forward pass, after all layers have written."""

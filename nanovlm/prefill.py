@@ -8,6 +8,7 @@ B prompts, P columns of the longest prompt, R rows (a prompt may have several: i
 
 import torch
 
+from nanovlm import shared_prompts
 from nanovlm.attention import Visible, causal, causal_rows, full
 from nanovlm.cache import KeyValueCache
 from nanovlm.vlm import IMAGE_TOKEN
@@ -50,20 +51,56 @@ def check_prompts(model, prompts, visual_inputs, decoding):
             )
 
 
-def encode(model, visual_inputs, known):
+def encode(model, visual_inputs, pictures):
     """Encode the pictures that are not known yet, all in one call.
 
     Args:
       visual_inputs: list of float[f, 3, H, W].
-      known: {id of the tensor: float[n, W] image tokens}, which receives the new ones.
+      pictures: {id of the tensor: (the tensor, float[n, W] image tokens)}, which receives the new ones.
+    Returns: int, how many were new.
     """
-    missing = {id(pixels): pixels for pixels in visual_inputs if id(pixels) not in known}
+    missing = {id(pixels): pixels for pixels in visual_inputs if id(pixels) not in pictures}
     if not missing:
-        return
+        return 0
     weight = model.decoder.embedding.weight
     pixels = torch.cat(list(missing.values())).to(weight.device, weight.dtype)  # F 3 H W
     frames = torch.tensor([len(pixels) for pixels in missing.values()])
-    known.update(zip(missing, model.encode(pixels, frames)))
+    tokens = model.encode(pixels, frames)
+    pictures.update((key, (pixels, one)) for (key, pixels), one in zip(missing.items(), tokens))
+    return len(missing)
+
+
+def bind(model, cache, pads, padded, media):
+    """How the next token of some rows is computed.
+
+    Args:
+      model: vlm.VLM. cache: cache.KeyValueCache that holds the rows so far.
+      pads: int64[R], columns of padding in front of each row. padded: bool, whether there is any.
+      media: cross_attention.Media that the new tokens see, or None.
+    Returns: (tokens int64[R]) -> float32[R, V]: writes the tokens' keys and values, scores what follows.
+    """
+
+    media = model.decoder.keep(media)
+
+    def step(tokens):
+        column = cache.length
+        if padded:
+            visible = Visible(pads[:, None], torch.full_like(pads, column + 1)[:, None])
+        else:
+            visible = full(1, column + 1, tokens.device)
+        embeddings = model.decoder.embedding(tokens[:, None])  # R 1 W
+        return forward(
+            model.decoder, cache, embeddings, (column - pads)[:, None], visible, torch.zeros_like(tokens)[:, None], media
+        )
+
+    return step
+
+
+def forward(decoder, cache, embeddings, positions, visible, modality, media):
+    """Run the decoder behind the cache and score what follows the last column: float32[R, V]."""
+    hidden = decoder(embeddings, positions, visible, modality, cache=cache, media=media)
+    cache.advance(embeddings.shape[1])
+    return decoder.logits(hidden[:, -1]).float()  # only the last position is asked for
 
 
 class Rows:
@@ -75,14 +112,15 @@ class Rows:
       num_new: new tokens per row so far.
     """
 
-    def __init__(self, model, prompts, image_tokens, shown, max_new_tokens):
+    def __init__(self, model, prompts, image_tokens, shown, max_new_tokens, fast=None):
         """Run the prompts through the decoder.
 
         Args:
           prompts: list of B lists of ids. max_new_tokens: room to keep.
           image_tokens, shown: as in VLM.embed, the appearances prompt by prompt.
+          fast: fast_decode.FastDecoder for the steps; None = `bind`.
         """
-        self.model = model
+        self.model, self.bind = model, bind if fast is None else fast.bind
         self.num_new, self.num_columns = 0, max(map(len, prompts))
         weight = model.decoder.embedding.weight
         pads = [self.num_columns - len(prompt) for prompt in prompts]
@@ -92,16 +130,23 @@ class Rows:
         self.history = torch.full((len(ids), self.num_columns + max_new_tokens), PADDING, device=weight.device)
         self.history[:, : self.num_columns] = ids
         self.cache = KeyValueCache(model.decoder.config, *self.history.shape, weight.dtype, weight.device)
-        visible = causal((ids != PADDING).long() - 1) if self.padded else causal_rows(*ids.shape, weight.device)
+        segments = (ids != PADDING).long() - 1
+        visible = causal(segments) if self.padded else causal_rows(*ids.shape, weight.device)
         positions = (torch.arange(self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
-        embeddings, self.media = model.place(ids, (ids != PADDING).long() - 1, image_tokens, shown)
-        self._forward(embeddings, positions, visible, (ids == IMAGE_TOKEN).long())
-        self.media = None if self.media is None else self.media.step()
-
-    def _forward(self, embeddings, positions, visible, modality):
-        hidden = self.model.decoder(embeddings, positions, visible, modality, cache=self.cache, media=self.media)
-        self.cache.advance(embeddings.shape[1])
-        self.logits = self.model.decoder.logits(hidden[:, -1]).float()  # only the last position is asked for
+        embeddings, media = model.place(ids, segments, image_tokens, shown)
+        modality, start = (ids == IMAGE_TOKEN).long(), 0
+        plan = None
+        if model.share_prefix and model.media_token is None:
+            plan = shared_prompts.plan(prompts, image_tokens, shown)
+        if plan is not None:
+            start = plan.start
+            shared_prompts.run(model.decoder, self.cache, plan.groups, start, embeddings, modality, pads)
+            visible = Visible(visible.first[:, start:], visible.stop[:, start:])
+        self.logits = forward(
+            model.decoder, self.cache, embeddings[:, start:], positions[:, start:], visible, modality[:, start:], media
+        )
+        self.media = None if media is None else media.step()
+        self.next = self.bind(model, self.cache, self.pads, self.padded, self.media)
 
     @property
     def tokens(self):
@@ -117,19 +162,14 @@ class Rows:
         """Append one token to every row and score the next: tokens int64[R]."""
         self.history[:, self.num_columns + self.num_new] = tokens
         self.num_new += 1
-        column = self.cache.length
-        if self.padded:
-            visible = Visible(self.pads[:, None], torch.full_like(self.pads, column + 1)[:, None])
-        else:
-            visible = full(1, column + 1, tokens.device)
-        embeddings = self.model.decoder.embedding(tokens[:, None])  # R 1 W
-        self._forward(embeddings, (column - self.pads)[:, None], visible, torch.zeros_like(tokens)[:, None])
+        self.logits = self.next(tokens)
 
     def select(self, rows):
         """Go on with other rows: int64[N], new row n continues old row rows[n]."""
         self.history, self.pads, self.logits = self.history[rows], self.pads[rows], self.logits[rows]
         self.cache.select_rows(rows)
         self.media = None if self.media is None else self.media.select(rows)
+        self.next = self.bind(self.model, self.cache, self.pads, self.padded, self.media)
 
     def reorder(self, rows):
         """Exchange histories among the rows of one prompt; the prompts' own columns stay where they are.

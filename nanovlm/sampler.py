@@ -14,6 +14,7 @@ import torch
 from nanovlm.beam_search import beam_search
 from nanovlm.logits_processors import process
 from nanovlm.prefill import Rows, check_prompts, encode
+from nanovlm.workspace import Workspace
 
 # option: (allowed, what is allowed in words)
 RANGES = {
@@ -78,7 +79,7 @@ class Decoding:
 
 
 @torch.no_grad()
-def generate(model, prompts, decoding, visual_inputs=None, generator=None, batch_size=None):
+def generate(model, prompts, decoding, visual_inputs=None, generator=None, batch_size=None, workspace=None):
     """Continue prompts.
 
     Args:
@@ -91,6 +92,8 @@ def generate(model, prompts, decoding, visual_inputs=None, generator=None, batch
         order (the rows then depend on one another's number); or a list of them, one per row (sampling) or
         per prompt (beam sampling); None = torch's global one.
       batch_size: prompts that run together; None = all of them.
+      workspace: workspace.Workspace, which remembers pictures from call to call, takes the time, and may hold a
+        fast_decode.FastDecoder for the steps.
     Returns: list of B * num_return_sequences lists of new ids, without the end token; a prompt's sequences side by
       side, the best first in a beam search.
     Raises: ValueError for prompts that are empty, too long (saying how many tokens are free), hold unknown ids or
@@ -103,22 +106,26 @@ def generate(model, prompts, decoding, visual_inputs=None, generator=None, batch
     check_prompts(model, prompts, visual_inputs, decoding)
     per_prompt = decoding.num_return_sequences if decoding.num_beams == 1 else 1
     check_generator(generator, len(prompts) * per_prompt)
+    keeps, workspace = workspace is not None, workspace or Workspace()
     last_use = {id(pixels): place for place, inputs in enumerate(visual_inputs) for pixels in inputs}
-    known, answers = {}, []
+    answers = []
     for start in range(0, len(prompts), batch_size):
         stop = start + batch_size
-        known = {key: tokens for key, tokens in known.items() if last_use[key] >= start}
-        rows = prefill(model, prompts[start:stop], visual_inputs[start:stop], decoding, known)
+        if not keeps:
+            workspace.pictures = {key: one for key, one in workspace.pictures.items() if last_use[key] >= start}
+        rows = prefill(model, prompts[start:stop], visual_inputs[start:stop], decoding, workspace)
         chosen = generator[start * per_prompt : stop * per_prompt] if isinstance(generator, list) else generator
         if decoding.num_beams > 1:
-            found = beam_search(rows, decoding, chosen)
+            with workspace.timed("decoding"):
+                found = beam_search(rows, decoding, chosen)
             answers += [hypothesis.tokens for hypotheses in found for hypothesis in hypotheses]
+            workspace.num_new_tokens += len(found) * rows.num_new
         else:
-            answers += collect(rows, decoding, chosen)
+            answers += collect(rows, decoding, chosen, workspace)
     return answers
 
 
-def stream(model, prompt, decoding, visual_inputs=None, generator=None):
+def stream(model, prompt, decoding, visual_inputs=None, generator=None, workspace=None):
     """Continue one prompt, handing out every new id as soon as it is chosen.
 
     Args: as in `generate`, for one prompt: a list of ids, and the list of its visual inputs.
@@ -131,14 +138,14 @@ def stream(model, prompt, decoding, visual_inputs=None, generator=None):
     visual_inputs = [] if visual_inputs is None else visual_inputs
     check_prompts(model, [prompt], [visual_inputs], decoding)
     check_generator(generator, 1)
-    return stream_checked(model, prompt, decoding, visual_inputs, generator)
+    return stream_checked(model, prompt, decoding, visual_inputs, generator, workspace or Workspace())
 
 
 @torch.no_grad()
-def stream_checked(model, prompt, decoding, visual_inputs, generator):
+def stream_checked(model, prompt, decoding, visual_inputs, generator, workspace):
     """The iterator behind `stream`."""
-    rows = prefill(model, [prompt], [visual_inputs], decoding, {})
-    for _, tokens in sample_steps(rows, decoding, generator):
+    rows = prefill(model, [prompt], [visual_inputs], decoding, workspace)
+    for _, tokens in sample_steps(rows, decoding, generator, workspace):
         yield from tokens
 
 
@@ -148,28 +155,34 @@ def check_generator(generator, num_rows):
         raise ValueError(f"{len(generator)} generators for {num_rows} rows; give one per row, or a single one for all")
 
 
-def prefill(model, prompts, visual_inputs, decoding, known):
-    """Encode the pictures that `known` lacks, then run the prompts through the decoder: Rows."""
-    inputs = [pixels for one in visual_inputs for pixels in one]
-    encode(model, inputs, known)
-    places = {key: place for place, key in enumerate(known)}
+def prefill(model, prompts, visual_inputs, decoding, workspace):
+    """Encode the pictures that are new, then run the prompts through the decoder: Rows."""
+    inputs, device = [pixels for one in visual_inputs for pixels in one], model.decoder.embedding.weight.device
+    with workspace.timed("images", device):
+        workspace.num_images += encode(model, inputs, workspace.pictures)
+    places = {id(pixels): None for pixels in inputs}
+    image_tokens = [workspace.pictures[key][1] for key in places]
+    places = {key: place for place, key in enumerate(places)}
     shown = [places[id(pixels)] for pixels in inputs]
-    return Rows(model, prompts, list(known.values()), shown, decoding.max_new_tokens)
+    with workspace.timed("prompt", device):
+        rows = Rows(model, prompts, image_tokens, shown, decoding.max_new_tokens, workspace.fast)
+    workspace.num_prompt_tokens += sum(map(len, prompts))
+    return rows
 
 
-def collect(rows, decoding, generator):
+def collect(rows, decoding, generator, workspace):
     """Sample or decode greedily to the end: list of R lists of ids."""
     spread = torch.arange(len(rows.logits)).repeat_interleave(decoding.num_return_sequences)
     if decoding.num_return_sequences > 1:
         rows.select(spread.to(rows.logits.device))
     answers = [[] for _ in spread]
-    for places, tokens in sample_steps(rows, decoding, generator):
+    for places, tokens in sample_steps(rows, decoding, generator, workspace):
         for place, token in zip(places, tokens):
             answers[place].append(token)
     return answers
 
 
-def sample_steps(rows, decoding, generator):
+def sample_steps(rows, decoding, generator, workspace):
     """Choose token after token, dropping rows as they end.
 
     Yields: (places, tokens), two lists of int: which rows go on, by their first numbering, and their new ids.
@@ -177,20 +190,23 @@ def sample_steps(rows, decoding, generator):
     num_rows = len(rows.logits)
     active = list(range(num_rows))
     for step in range(decoding.max_new_tokens):
-        seen = rows.new_tokens if decoding.counts_dummy_token else rows.tokens
-        scores = process(rows.logits, seen, step, decoding)
-        chosen = draw(scores, active, num_rows, generator) if decoding.do_sample else scores.argmax(dim=-1)
-        values = chosen.tolist()  # the one wait for the device in a step: the stop test
+        with workspace.timed("decoding"):
+            seen = rows.new_tokens if decoding.counts_dummy_token else rows.tokens
+            scores = process(rows.logits, seen, step, decoding)
+            chosen = draw(scores, active, num_rows, generator) if decoding.do_sample else scores.argmax(dim=-1)
+            values = chosen.tolist()  # the one wait for the device in a step: the stop test
+        workspace.num_new_tokens += len(values)
         going = [place for place, value in enumerate(values) if value not in decoding.eos_ids]
         active = [active[place] for place in going]
         yield active, [values[place] for place in going]
         if not active or step + 1 == decoding.max_new_tokens:
             return
-        if len(going) < len(values):
-            kept = torch.tensor(going, device=chosen.device)
-            rows.select(kept)
-            chosen = chosen[kept]
-        rows.step(chosen)
+        with workspace.timed("decoding"):
+            if len(going) < len(values):
+                kept = torch.tensor(going, device=chosen.device)
+                rows.select(kept)
+                chosen = chosen[kept]
+            rows.step(chosen)
 
 
 def draw(scores, active, num_rows, generator):

@@ -223,9 +223,9 @@ def test_pictures_are_forgotten_after_their_last_prompt(model, pictures, monkeyp
     kept = []
     prefill_ = sampler.prefill
 
-    def watched(model, prompts, visual_inputs, decoding, known):
-        rows = prefill_(model, prompts, visual_inputs, decoding, known)
-        kept.append(len(known))
+    def watched(model, prompts, visual_inputs, decoding, workspace):
+        rows = prefill_(model, prompts, visual_inputs, decoding, workspace)
+        kept.append(len(workspace.pictures))
         return rows
 
     monkeypatch.setattr(sampler, "prefill", watched)

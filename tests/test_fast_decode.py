@@ -1,0 +1,165 @@
+"""Fast steps: the readable decoder's scores and tokens, from the same memory."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nanovlm import fast_decode, lora
+from nanovlm.decoder import DecoderConfig, LayerOptions
+from nanovlm.fast_decode import FastDecoder
+from nanovlm.prefill import Rows
+from nanovlm.sampler import Decoding, generate, stream
+from nanovlm.workspace import Workspace
+from tiny import vision_language_model
+
+END = 7
+PLAIN = DecoderConfig(23, 16, 4, 2, 24, 40, (LayerOptions(),) * 2)
+CONFIGS = {
+    "LLaMA": PLAIN,
+    "tied head, qkv bias": dataclasses.replace(PLAIN, tied_head=True, qkv_bias="qkv", num_kv_heads=1),
+    "Phi": dataclasses.replace(
+        PLAIN, num_kv_heads=4, norm="layer", ffn="plain", activation="gelu_tanh", qkv_bias="qkv", output_bias=True,
+        ffn_bias=True, head_bias=True, parallel=True, rotary_width=2,
+    ),
+    "OPT": dataclasses.replace(
+        PLAIN, num_kv_heads=4, norm="layer", ffn="plain", activation="relu", qkv_bias="qkv", output_bias=True,
+        ffn_bias=True, rotary_width=0, position_offset=2,
+    ),
+    "adapters, own keys for images": dataclasses.replace(
+        PLAIN, layers=(LayerOptions(4, modality_adaptive=True), LayerOptions(modality_adaptive=True))
+    ),
+}  # fmt: skip
+IMAGE = [-1] * 4
+PROMPTS = [[*IMAGE, 2, 3, 4], [5], [6, *IMAGE, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
+DECODINGS = {
+    "greedy": Decoding(max_new_tokens=9, eos_ids=(5, 22)),
+    "sampling": Decoding(max_new_tokens=9, do_sample=True, temperature=1.3, top_p=0.9, eos_ids=(END,), num_return_sequences=2),
+    "beams": Decoding(max_new_tokens=9, eos_ids=(END,), num_beams=3, length_penalty=0.7),
+}
+
+
+@pytest.fixture(params=list(CONFIGS))
+def model(request):
+    return vision_language_model(CONFIGS[request.param])
+
+
+@pytest.fixture
+def pictures():
+    return [[torch.randn(1, 3, 8, 8)], [], [torch.randn(1, 3, 8, 8)], []]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_same_answers(model, pictures, static):
+    def answers(fast):
+        found = []
+        for decoding in DECODINGS.values():
+            for rows in (slice(None), slice(3, 4)):  # padded, and a row alone
+                generator = torch.Generator().manual_seed(0)
+                workspace = Workspace(fast)
+                found.append(generate(model, PROMPTS[rows], decoding, pictures[rows], generator, workspace=workspace))
+        return found
+
+    want = answers(None)
+    fast = FastDecoder(model.decoder, static)
+    assert answers(fast) == want
+    assert answers(None) == want, "the readable decoder still works, from the same memory"
+    lengths = {len(answer) for one in want for answer in one}
+    assert len(lengths) > 3
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_same_scores(model, pictures, static):
+    flat = [torch.randn(4, 16) for _ in range(2)]
+    with torch.no_grad():
+        slow = Rows(model, PROMPTS, flat, [0, 1], 4)
+        fast = Rows(model, PROMPTS, flat, [0, 1], 4, FastDecoder(model.decoder, static))
+        for tokens in ([1, 2, 3, 4], [9, 0, 22, 1], [5, 5, 5, 5]):
+            for rows in (slow, fast):
+                rows.step(torch.tensor(tokens))
+            torch.testing.assert_close(fast.logits, slow.logits, atol=1e-5, rtol=1e-4)
+            assert fast.logits.dtype == torch.float32 and not fast.logits.requires_grad
+        assert fast.cache.length == slow.cache.length
+
+
+def test_weights_stand_in_the_order_of_reading_and_once(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fast = FastDecoder(model.decoder)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    for packed in fast.layers:
+        weight = packed.qkv[0]
+        assert weight.is_contiguous() and len(weight) == 16
+        memory = weight.untyped_storage().data_ptr()
+        attention = packed.layer.attention
+        for linear in (attention.q, fast_decode.text_branch(attention.k), fast_decode.text_branch(attention.v)):
+            assert linear.weight.untyped_storage().data_ptr() == memory
+        assert packed.wide[0].is_contiguous() and packed.o[0].is_contiguous()
+    head = model.decoder.embedding.weight if model.decoder.lm_head is None else model.decoder.lm_head.weight
+    assert fast.head[0].is_contiguous() and fast.head[0].data_ptr() == head.data_ptr()
+    fast_decode.unpack(model)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_loading_other_weights_reaches_the_fast_steps():
+    model, other = vision_language_model(PLAIN), vision_language_model(PLAIN)
+    for parameter in other.parameters():
+        parameter.data.mul_(-0.7)
+    fast = FastDecoder(model.decoder)
+    model.load_state_dict(other.state_dict())
+    decoding = Decoding(max_new_tokens=6)
+    assert generate(model, [[5, 6]], decoding, workspace=Workspace(fast)) == generate(other, [[5, 6]], decoding)
+
+
+def test_half_precision():
+    model = vision_language_model(PLAIN).to(torch.bfloat16)
+    with torch.no_grad():
+        slow = Rows(model, [[3, 4, 5], [6]], [], [], 4)
+        fast = Rows(model, [[3, 4, 5], [6]], [], [], 4, FastDecoder(model.decoder))
+        for rows in (slow, fast):
+            rows.step(torch.tensor([8, 9]))
+    torch.testing.assert_close(fast.logits, slow.logits, atol=0.3, rtol=0.1)
+
+
+def test_static_steps_are_kept_for_the_next_rows_and_serve_one_set_at_a_time():
+    model = vision_language_model(PLAIN)
+    fast = FastDecoder(model.decoder, static=True)
+    decoding = Decoding(max_new_tokens=5)
+    want = [generate(model, [prompt], decoding)[0] for prompt in ([3], [4, 5, 6])]
+    got = [generate(model, [prompt], decoding, workspace=Workspace(fast))[0] for prompt in ([3], [4, 5, 6])]
+    assert got == want and list(fast.static_steps) == [(1, fast_decode.COLUMNS)]
+    memory = [buffer.data_ptr() for step in fast.static_steps.values() for buffer in step.cache.layers]
+    one = stream(model, [3], decoding, workspace=Workspace(fast))
+    first = [next(one), next(one)]
+    assert list(stream(model, [4, 5, 6], decoding, workspace=Workspace(fast))) == want[1]
+    assert first == want[0][:2]
+    with pytest.raises(RuntimeError, match="finish one answer before the next"):
+        next(one)
+    assert memory == [buffer.data_ptr() for step in fast.static_steps.values() for buffer in step.cache.layers]
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_for_all_steps():
+    model = vision_language_model(dataclasses.replace(PLAIN, layers=(LayerOptions(),)))
+    want = generate(model, PROMPTS[3:], DECODINGS["greedy"])
+    fast = FastDecoder(model.decoder, static=True, compiled=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert generate(model, PROMPTS[3:], DECODINGS["greedy"], workspace=Workspace(fast)) == want
+        for prompt in ([1], [2, 3, 4]):
+            want = generate(model, [prompt], DECODINGS["greedy"])
+            assert generate(model, [prompt], DECODINGS["greedy"], workspace=Workspace(fast)) == want
+
+
+def test_what_it_cannot_do_is_said():
+    model = vision_language_model(PLAIN)
+    with pytest.raises(ValueError, match="compiled=True with static=False"):
+        FastDecoder(model.decoder, compiled=True)
+    with torch.no_grad():
+        rows = Rows(model, [[3, 4]], [], [], 1, FastDecoder(model.decoder))
+        rows.step(torch.tensor([5]))
+        with pytest.raises(ValueError, match="the cache has 3 columns, 3 written; no room for 1 more"):
+            rows.next(torch.tensor([5]))
+    lora.add(model, rank=2, alpha=2)
+    with pytest.raises(ValueError, match="LoRALinear; merge low-rank updates first"):
+        FastDecoder(model.decoder)
