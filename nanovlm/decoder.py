@@ -240,7 +240,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def keep(self, media):
-        """The same cross_attention.Media (or None), with every layer's keys and values of them made once for many calls."""
+        """The same cross_attention.Media (or None) with every layer's keys and values, made once for many calls."""
         if media is None:
             return None
         modules = [layer.cross_attention for layer in self.layers]

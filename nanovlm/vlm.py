@@ -54,9 +54,9 @@ class VLM(nn.Module):
     """Vision, bridge, decoder.
 
     Args:
-      vision: float[F, 3, H, W] -> float[F, T, vision_width]; see vit.ViT.
+      vision: float[F, 3, H, W] -> float[F, T, vision_width]; see vit.ViT. None = what is given are features already.
       bridge: float[M, frames * T, vision_width] -> float[M, num_image_tokens, W], with `num_image_tokens` and
-        `output_width`; see projector.MLPProjector, resampler.Resampler.
+        `output_width` (that of the media with cross-attention); see projector.MLPProjector, resampler.Resampler.
       decoder: decoder.Decoder of width W.
       media_token: with cross-attention layers, the id in the vocabulary that stands where a picture is shown.
     """

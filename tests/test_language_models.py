@@ -74,7 +74,8 @@ def opt():
 
 def decoder(width, num_heads, ffn_width, num_kv_heads=None, **options):
     """Our side, by plain options."""
-    return Decoder(DecoderConfig(61, width, num_heads, num_kv_heads or num_heads, ffn_width, 40, (LayerOptions(),) * 3, **options))
+    layers = (LayerOptions(),) * 3
+    return Decoder(DecoderConfig(61, width, num_heads, num_kv_heads or num_heads, ffn_width, 40, layers, **options))
 
 
 RMS = dict(norm_eps=1e-3)

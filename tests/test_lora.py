@@ -49,7 +49,8 @@ def test_nothing_changes_at_the_start():
     for name in DECODER:
         adapted = model.get_submodule(name)
         assert not adapted.weight.requires_grad and adapted.lora_a.requires_grad and (adapted.lora_b == 0).all()
-    starts = torch.cat([model.get_submodule(name).lora_a.flatten() * model.get_submodule(name).in_features**0.5 for name in DECODER])
+    adapted = [model.get_submodule(name) for name in DECODER]
+    starts = torch.cat([one.lora_a.flatten() * one.in_features**0.5 for one in adapted])
     assert 0.99 < starts.abs().max() <= 1 and starts.mean().abs() < 0.1  # as torch's own linear layers
 
 
@@ -160,8 +161,9 @@ def test_number_format_and_meta():
     assert decoder.layers[0].attention.q.lora_a.device.type == "meta"
 
 
+FROZEN = [f"align.learning_rates.{part}=none" for part in ("bridge", "adapters", "vision_branch")]
 FLAGS = ["--threads", "1", "--stages", "align", "--lora", "2:6", "--set", "align.learning_rates.lora=1e-2",
-         *[word for part in ("bridge", "adapters", "vision_branch") for word in ("--set", f"align.learning_rates.{part}=none")]]
+         *[word for setting in FROZEN for word in ("--set", setting)]]
 
 
 @pytest.fixture(scope="module")
