@@ -7,10 +7,11 @@ more. A contrastive loss compares all pairs and cannot be cut.
 
 import contextlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from nanovlm.data.batching import build_batch, contrastive_batch
+from nanovlm.data.batching import Report, build_batch, contrastive_batch
 
 
 class TrainingError(RuntimeError):
@@ -80,14 +81,11 @@ def gradient(run, stage, records, parameters, report):
     """
     for parameter in parameters:
         parameter.grad = None
-    total, divisor, tokens = 0.0, 0, 0
-    size = stage.micro_batch_size or stage.batch_size
-    for micro_batch in micro_batches(records, size):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"):
-            loss, trained, count = LOSSES[stage.objective](run, stage, micro_batch, report)
-        check_finite(loss, "loss", micro_batch)
-        loss.backward()
-        total, divisor, tokens = total + loss.item(), divisor + trained, tokens + count
+    num_threads = torch.get_num_threads()
+    if run.device.type == "cpu" and stage.objective == "language" and min(num_threads, len(records)) > 1:
+        total, divisor, tokens = side_by_side(run, stage, records, parameters, report, num_threads)
+    else:
+        total, divisor, tokens = one_after_another(run, stage, records, report, torch.Tensor.backward)
     reached = [parameter for parameter in parameters if parameter.grad is not None]
     for parameter in reached:  # only now is it known how many tokens the whole update trains
         parameter.grad /= divisor
@@ -96,6 +94,56 @@ def gradient(run, stage, records, parameters, report):
     if stage.clip is not None:
         torch.nn.utils.clip_grads_with_norm_(reached, stage.clip, norm)
     return total / divisor, norm.item(), tokens
+
+
+def one_after_another(run, stage, records, report, backward, size=None):
+    """Run the micro-batches of some records forward and backward.
+
+    Args:
+      backward: function(float[] loss summed over a micro-batch) that keeps its gradient.
+      size: records per micro-batch; None = the stage's.
+    Returns: (float summed loss in nats, int what it is to be divided by, int tokens).
+    """
+    total, divisor, tokens = 0.0, 0, 0
+    for micro_batch in micro_batches(records, size or stage.micro_batch_size or stage.batch_size):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"):
+            loss, trained, count = LOSSES[stage.objective](run, stage, micro_batch, report)
+        check_finite(loss, "loss", micro_batch)
+        if loss.requires_grad:  # text alone never reaches a bridge
+            backward(loss)
+        total, divisor, tokens = total + loss.item(), divisor + trained, tokens + count
+    return total, divisor, tokens
+
+
+def side_by_side(run, stage, records, parameters, report, num_threads):
+    """The same on several CPU threads, each with its own share of the records.
+
+    The tensors of a small model are too small to be cut: two threads on one product gain little, two threads with half
+    the records each nearly halve the time. The shares' gradients are added in a fixed order, so that equal runs stay
+    equal to the last bit.
+    """
+    shares = [records[thread::num_threads] for thread in range(min(num_threads, len(records)))]
+    size = math.ceil((stage.micro_batch_size or stage.batch_size) / num_threads)
+
+    def work(share):
+        gradients, own_report = {}, Report()
+
+        def backward(loss):
+            for place, value in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
+                if value is not None:
+                    gradients[place] = gradients[place] + value if place in gradients else value
+
+        return one_after_another(run, stage, share, own_report, backward, size), gradients, own_report
+
+    with ThreadPoolExecutor(len(shares), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        results = list(pool.map(work, shares))
+    torch.set_num_threads(num_threads)  # the workers' own setting has become everybody's
+    for _, gradients, own_report in results:
+        report.add(own_report)
+        for place, value in gradients.items():
+            parameter = parameters[place]
+            parameter.grad = value if parameter.grad is None else parameter.grad + value
+    return tuple(sum(values) for values in zip(*(sums for sums, _, _ in results)))
 
 
 def check_finite(value, what, records):

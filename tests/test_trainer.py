@@ -492,6 +492,58 @@ def language(**values):
     return dataclasses.replace(RECIPE.stages("full", False)[1], image_size=8, **{"clip": None} | values)
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number, size", [(2, None), (3, 2), (8, 1)])
+def test_threads_that_share_an_update_change_nothing(run, threads, number, size):
+    stage = language(micro_batch_size=size)
+    threads(1)
+    report, many_report = Report(), Report()
+    parameters = list(run.model.parameters())
+    loss, norm, tokens = update.gradient(run, stage, RECORDS, parameters, report)
+    alone = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    threads(number)
+    many = update.gradient(run, stage, RECORDS, parameters, many_report)
+    assert many == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5), tokens) and many_report == report
+    assert report.rows > 0 and torch.get_num_threads() == number
+    shared = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+    assert shared.keys() == alone.keys()
+    for name, value in shared.items():
+        torch.testing.assert_close(value, alone[name], atol=1e-6, rtol=1e-4)
+    update.gradient(run, stage, RECORDS, parameters, Report())
+    assert all(torch.equal(p.grad, shared[name]) for name, p in run.model.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_error_in_an_update_names_its_records_on_any_thread(run, threads, number):
+    threads(number)
+    with torch.no_grad():
+        run.model.decoder.embedding.weight.fill_(float("nan"))
+    with pytest.raises(update.TrainingError, match=f"the loss is nan; records: .*{RECORDS[0].id}"):
+        gradients(run, language(), RECORDS)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_text_that_reaches_no_trained_parameter_adds_no_gradient(run, threads, number):
+    threads(number)
+    bridge = list(run.model.bridge.parameters())
+    for parameter in run.model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in bridge:
+        parameter.requires_grad_(True)
+    with_text = update.gradient(run, language(), RECORDS, bridge, Report())
+    grads = [parameter.grad * with_text[2] for parameter in bridge]
+    assert all(parameter.grad is not None for parameter in bridge) and len(grads) == len(bridge)
+    text = [Squares(0, "text").record(n) for n in range(2)]
+    loss, norm, _ = update.gradient(run, language(), text, bridge, Report())
+    assert math.isfinite(loss) and norm == 0 and all(parameter.grad is None for parameter in bridge)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 5])
 def test_micro_batches_change_nothing(run, size):
     loss, norm, tokens, whole = gradients(run, language(micro_batch_size=None), RECORDS)

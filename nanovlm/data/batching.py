@@ -23,6 +23,11 @@ class Report:
     truncated_rows: int = 0
     truncated_tokens: int = 0
 
+    def add(self, other):
+        """Count in what another Report has counted."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit, max_tokens, report=None, pad_to=1,
                 preprocessing=images.CLIP):
