@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from nanovlm.data.records import LlavaJson
+from nanovlm.data.llava_json import LlavaJson
 
 GOOD = {"id": "good", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 

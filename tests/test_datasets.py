@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from nanovlm.data.datasets import Prompted, command_line_sources, read_datasets
-from nanovlm.data.records import LlavaJson, Record, Turn, Visual
+from nanovlm.data.llava_json import LlavaJson
+from nanovlm.data.records import Record, Turn, Visual
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import json
 import pytest
 from PIL import Image
 
-from nanovlm.data.records import LlavaJson, Record, Turn, Visual, check_order, permutation
+from nanovlm.data.llava_json import LlavaJson
+from nanovlm.data.records import Record, Turn, Visual, check_order, permutation
 
 
 def said(question, answer):

@@ -5,7 +5,7 @@
      "dialogues": {"reader": "llava", "path": "dialogues.jsonl"}}
 
 Relative paths start at the folder of that file. prompts (optional) are the ways to put a question; one is drawn per
-record.
+record. num_frames and sampling ("uniform" or "random", both optional) say which frames of a video are shown.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy
 
-from nanovlm.data.records import LlavaJson, Turn
+from nanovlm.data.llava_json import LlavaJson
+from nanovlm.data.records import Turn
 from nanovlm.names import nearest
 
 READERS = {"llava": LlavaJson}
-KEYS = {"reader": str, "path": str, "images": str, "prompts": list}
+KEYS = {"reader": str, "path": str, "images": str, "prompts": list, "num_frames": int, "sampling": str}
+VIDEO_KEYS = ("num_frames", "sampling")
 REQUIRED = ("reader", "path")
 QUESTION = "{question}"
 DATA = "data"  # name of the source that --data makes
@@ -124,7 +126,8 @@ def _check_entry(entry, where):
 
 def _source(name, entry, path, seed):
     folder = path.parent / entry["images"] if "images" in entry else None
-    source = READERS[entry["reader"]](path.parent / entry["path"], folder, name, seed)
+    videos = {key: entry[key] for key in VIDEO_KEYS if key in entry}
+    source = READERS[entry["reader"]](path.parent / entry["path"], folder, name, seed, **videos)
     if "prompts" not in entry:
         return source
     try:

@@ -6,6 +6,7 @@ Preprocessing as in CLIP (arXiv:2103.00020): bicubic, then the mean and standard
     C channels, S side of the square in pixels, F frames
 """
 
+import contextlib
 import os
 import struct
 import warnings
@@ -39,6 +40,16 @@ def load(source, max_pixels=MAX_PIXELS):
     """
     if isinstance(source, Image.Image):
         return _upright_rgb(source, "picture in memory")
+    with opened(source, max_pixels) as image:
+        return _upright_rgb(image, source)
+
+
+@contextlib.contextmanager
+def opened(source, max_pixels=MAX_PIXELS):
+    """A picture file whose header is read; whatever breaks while it is decoded becomes an ImageError.
+
+    Args and errors: as in `load`, of which this is the first half.
+    """
     if not os.path.exists(source):
         raise FileNotFoundError(f"{source}: no such image")
     if not os.path.isfile(source):
@@ -47,7 +58,7 @@ def load(source, max_pixels=MAX_PIXELS):
         raise ImageError(f"{source}: the file is empty (0 bytes); copy or download it again")
     with open(source, "rb") as file:
         try:
-            return _decode(file, source, max_pixels)
+            yield _header(file, source, max_pixels)
         except ImageError:
             raise
         except Image.UnidentifiedImageError as error:
@@ -55,7 +66,7 @@ def load(source, max_pixels=MAX_PIXELS):
         except Image.DecompressionBombError as error:
             remedy = "if you trust it, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS"
             raise ImageError(f"{source}: {error}; {remedy}") from error
-        except (OSError, SyntaxError, EOFError, ValueError, struct.error) as error:  # all that PIL's readers raise
+        except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:  # all of PIL's readers'
             remedy = "copy or download it again"
             raise ImageError(f"{source}: the image is damaged or cut short ({error}); {remedy}") from error
 
@@ -134,7 +145,7 @@ def normalise(frames, preprocessing=CLIP):
     return (pixels / 255 - mean) / std
 
 
-def _decode(file, source, max_pixels):
+def _header(file, source, max_pixels):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
         image = Image.open(file)
@@ -144,7 +155,7 @@ def _decode(file, source, max_pixels):
             f"{source}: {width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}; "
             "scale it down, or pass a larger max_pixels to images.load if you trust it"
         )
-    return _upright_rgb(image, source)
+    return image
 
 
 def _upright_rgb(image, source):

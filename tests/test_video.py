@@ -1,0 +1,285 @@
+"""Video: every form gives the same frames, chosen over the whole clip, and every broken file a clear error."""
+
+import collections
+import json
+import sys
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from nanovlm.data import images, video
+from nanovlm.data.batching import build_batch, pixels_of
+from nanovlm.data.datasets import read_datasets
+from nanovlm.data.llava_json import LlavaJson
+from nanovlm.data.records import Visual
+from nanovlm.data.templates import NANO
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.vlm import IMAGE_TOKEN
+
+
+def shade(number, size=(8, 6)):
+    return Image.new("RGB", size, (10 * number, 0, 200))
+
+
+def shades(frames):
+    """The numbers of the frames that `shade` made, as far as compression left them."""
+    frames = list(frames)
+    assert all(frame.mode == "RGB" for frame in frames)
+    return [round(numpy.asarray(frame)[..., 0].mean() / 10) for frame in frames]
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """The same twelve frames as a folder, a list, and animations."""
+    frames = [shade(number) for number in range(12)]
+    (tmp_path / "frames").mkdir()
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / "frames" / f"frame{number}.png")
+    (tmp_path / "frames" / "notes.txt").write_text("no picture")
+    rest = {"save_all": True, "append_images": frames[1:], "duration": 40}
+    frames[0].save(tmp_path / "a.gif", **rest)
+    frames[0].save(tmp_path / "a.webp", lossless=True, **rest)
+    frames[0].save(tmp_path / "a.png", **rest)
+    listed = [tmp_path / "frames" / f"frame{n}.png" for n in range(12)]
+    animations = [tmp_path / name for name in ("a.gif", "a.webp", "a.png")]
+    return [tmp_path / "frames", str(tmp_path / "frames"), frames, listed, *animations]
+
+
+def test_every_form_gives_the_same_frames_in_order(clips):
+    for clip in clips:
+        assert shades(video.load(clip, 12)) == list(range(12)), clip
+        assert shades(video.load(clip, 4)) == [1, 4, 7, 10], "the middle of every segment"
+        assert shades(video.load(clip, 1)) == [6]
+        found = shades(video.load(clip, 5, "random", numpy.random.default_rng(3)))
+        assert found == shades(video.load(clips[0], 5, "random", numpy.random.default_rng(3)))
+        assert len(video.load(clip, 30)) == 30 and set(shades(video.load(clip, 30))) == set(range(12))
+
+
+def test_a_still_picture_is_a_clip_of_one_frame(tmp_path):
+    shade(3).save(tmp_path / "a.jpg", quality=100)
+    assert shades(video.load(tmp_path / "a.jpg", 3)) == [3, 3, 3]
+    transparent = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert video.load([transparent], 1)[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("total, wanted, expected", [
+    (5, 5, [0, 1, 2, 3, 4]), (10, 5, [1, 3, 5, 7, 9]), (7, 3, [1, 3, 5]), (3, 5, [0, 0, 1, 2, 2]), (1, 2, [0, 0]),
+])  # fmt: skip
+def test_uniform_places(total, wanted, expected):
+    assert video.uniform_places(total, wanted) == expected
+
+
+def test_random_places_are_one_per_segment():
+    """Segments differ by one frame at most, and which are longer is random: seen over many draws."""
+    rng = numpy.random.default_rng(0)
+    for total, wanted in ((5, 5), (13, 5), (100, 7), (8, 1), (9, 8)):
+        seen = [collections.Counter() for _ in range(wanted)]
+        for _ in range(1500):
+            places = video.random_places(total, wanted, rng)
+            assert places == sorted(set(places)) and len(places) == wanted
+            for counter, place in zip(seen, places):
+                counter[place] += 1
+        for number, counter in enumerate(seen):  # segment i begins between floor and ceiling of the shares before it
+            first = number * (total // wanted) + max(0, total % wanted - (wanted - number))
+            last = (number + 1) * (total // wanted) + min(total % wanted, number + 1) - 1
+            assert set(counter) == set(range(first, last + 1)), (total, wanted, number)
+
+
+def test_random_places_of_a_short_clip_are_all_frames_and_repeats():
+    rng = numpy.random.default_rng(0)
+    seen = set()
+    for _ in range(200):
+        places = video.random_places(3, 5, rng)
+        assert places == sorted(places) and len(places) == 5 and set(places) == {0, 1, 2}
+        seen.add(tuple(places))
+    assert len(seen) == 6  # two repeats of three frames: all of them, in any combination
+
+
+def test_random_frames_follow_the_generator(clips):
+    draw = lambda seed: shades(video.load(clips[0], 4, "random", numpy.random.default_rng(seed)))
+    assert draw(1) == draw(1) and len({tuple(draw(seed)) for seed in range(9)}) > 3
+    assert shades(video.load(clips[0], 4, "random")) == draw(0)
+
+
+def test_folders_are_sorted_by_number(tmp_path):
+    for name in ("f10.png", "f9.png", "f007.png", "g1.jpg", "F.GIF", "8.webp"):
+        shade(0).save(tmp_path / name)
+    names = [path.name for path in video.frame_files(tmp_path)]
+    assert names == ["8.webp", "F.GIF", "f007.png", "f9.png", "f10.png", "g1.jpg"]
+
+
+def test_clips_that_cannot_be_used(tmp_path, monkeypatch, clips):
+    with pytest.raises(FileNotFoundError, match="none.gif: no such video"):
+        video.load(tmp_path / "none.gif", 2)
+    (tmp_path / "empty").mkdir()
+    for nothing, name in ((tmp_path / "empty", "empty"), ([], "the list of frames")):
+        with pytest.raises(images.ImageError, match=f"{name}: it has 0 frames"):
+            video.load(nothing, 2)
+    (tmp_path / "bad.gif").write_bytes((tmp_path / "a.gif").read_bytes()[:300])
+    with pytest.raises(images.ImageError, match="bad.gif: the image is damaged or cut short"):
+        video.load(tmp_path / "bad.gif", 12)
+    (tmp_path / "bad.webp").write_text("text")
+    with pytest.raises(images.ImageError, match="bad.webp: not an image"):
+        video.load(tmp_path / "bad.webp", 12)
+    with pytest.raises(images.ImageError, match="8 x 6 is 48 pixels, more than the limit of 47"):
+        video.load(tmp_path / "a.gif", 2, max_pixels=47)
+    with pytest.raises(images.ImageError, match="more than the limit of 47"):
+        video.load(tmp_path / "frames", 2, max_pixels=47)
+    assert len(video.load(tmp_path / "a.gif", 2, max_pixels=48)) == 2
+    monkeypatch.setattr(video, "MAX_FRAMES", 11)
+    for clip in clips:
+        with pytest.raises(images.ImageError, match="it has 12 frames; from 1 to 11 are expected"):
+            video.load(clip, 2)
+    with pytest.raises(ValueError, match="unknown sampling 'randm'. Did you mean 'random'"):
+        video.load(clips[0], 2, "randm")
+    with pytest.raises(ValueError, match="num_frames is 0"):
+        video.load(clips[0], 0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL remarks on what it finds
+def test_damaged_animations_give_frames_or_a_named_error(tmp_path, clips):
+    rng = numpy.random.default_rng(0)
+    for name in ("a.gif", "a.webp", "a.png"):
+        whole = numpy.frombuffer((tmp_path / name).read_bytes(), dtype=numpy.uint8)
+        for _ in range(60):
+            broken = whole.copy()
+            broken[rng.integers(0, len(broken), 4)] = rng.integers(0, 256, 4)
+            (tmp_path / name).write_bytes(broken.tobytes())
+            try:
+                assert len(video.load(tmp_path / name, 3)) == 3
+            except images.ImageError as error:
+                assert name in str(error)
+
+
+def test_films_without_av_say_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match="a.mp4: films are read through the package av; pip install av, or"):
+        video.load(tmp_path / "a.mp4", 2)
+
+
+def film(path, number=12, size=(64, 48)):
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = *size, "yuv420p", 4_000_000
+        for n in range(number):
+            container.mux(stream.encode(av.VideoFrame.from_image(shade(n, size))))
+        container.mux(stream.encode())
+
+
+def test_films(tmp_path, monkeypatch):
+    film(tmp_path / "a.mp4")
+    assert shades(video.load(tmp_path / "a.mp4", 12)) == list(range(12))
+    assert shades(video.load(tmp_path / "a.mp4", 4)) == [1, 4, 7, 10]
+    assert video.load(tmp_path / "a.mp4", 1)[0].size == (64, 48)
+    assert len(video.load(tmp_path / "a.mp4", 20, "random")) == 20
+    with pytest.raises(images.ImageError, match="frames of 64 x 48 pixels are more than the limit of 3,071"):
+        video.load(tmp_path / "a.mp4", 4, max_pixels=3071)
+    (tmp_path / "bad.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:400])
+    with pytest.raises(images.ImageError, match="bad.mp4: not a video, or damaged"):
+        video.load(tmp_path / "bad.mp4", 4)
+    monkeypatch.setattr(video, "_count", lambda *rest: 20)  # more packets than frames
+    assert shades(video.load(tmp_path / "a.mp4", 4)) == [1, 4, 7, 10]
+    monkeypatch.setattr(video, "MAX_FRAMES", 19)
+    with pytest.raises(images.ImageError, match="a.mp4: it has 20 frames"):
+        video.load(tmp_path / "a.mp4", 4)
+
+
+# ---- in records ----
+
+
+def talk(question, answer="a"):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def source(folder, *items, **options):
+    (folder / "some.json").write_text(json.dumps(list(items)))
+    return LlavaJson(folder / "some.json", **options)
+
+
+def test_a_video_is_one_visual_input_of_several_frames(tmp_path, clips):
+    listed = [f"frames/frame{n}.png" for n in range(12)]
+    for given in ("a.gif", "frames", listed):
+        item = {"id": 1, "video": given, "conversations": talk("<video>\nWhat?")}
+        record = source(tmp_path, item, num_frames=4).record(0)
+        assert record.conversations[0][0].parts == (0, "\nWhat?")
+        (visual,) = record.visuals
+        assert len(visual.frames) == 4 and shades(visual.frames) == [1, 4, 7, 10]
+        assert shades([visual.frames[0]]) == [1]
+        expected = torch.cat([images.to_pixels(shade(n), 8)[None] for n in (1, 4, 7, 10)])
+        assert torch.equal(pixels_of([visual], 8, "crop"), expected)
+
+
+def test_images_and_videos_keep_their_places(tmp_path, clips):
+    item = {"id": 1, "image": ["frames/frame3.png", "frames/frame5.png"], "video": [["a.gif"], ["frames/frame7.png"]]}
+    item["conversations"] = talk("<image> then <video>") + talk("<video> or <image>?", "<video>")
+    record = source(tmp_path, item).record(0)
+    parts = [turn.parts for turn in record.conversations[0]]
+    assert parts == [(0, " then ", 1), ("a",), (2, " or ", 3, "?"), ("<video>",)]
+    assert [len(visual.frames) for visual in record.visuals] == [1, 5, 5, 1]
+    assert shades(map(images.load, record.visuals[3].frames)) == [5] and shades(record.visuals[2].frames) == [7] * 5
+
+
+def test_a_batch_of_pictures_and_videos(tmp_path, clips):
+    items = [
+        {"id": "words", "conversations": talk("hi")},
+        {"id": "film", "video": "a.gif", "conversations": talk("<video>what?")},
+        {"id": "picture", "image": "frames/frame3.png", "conversations": talk("<image>what?")},
+    ]
+    reader = source(tmp_path, *items, num_frames=3)
+    records = sorted((reader.record(n) for n in range(3)), key=lambda record: record.id)
+    tokenizer = train_tokenizer(["what?"], 270)
+    count = lambda size, frames: 2 * frames
+    batch = build_batch(records, NANO, tokenizer, count, 8, "crop", 60)
+    assert batch.frames.tolist() == [3, 1] and batch.owner.tolist() == [0, 1] and batch.pixels.shape == (4, 3, 8, 8)
+    assert (batch.ids == IMAGE_TOKEN).sum(1).tolist() == [6, 2, 0]
+    for row, record in enumerate(records):
+        alone = build_batch([record], NANO, tokenizer, count, 8, "crop", 60)
+        length = alone.ids.shape[1]
+        assert torch.equal(batch.ids[row, :length], alone.ids[0])
+
+
+def test_random_frames_are_drawn_anew_at_every_showing(tmp_path, clips):
+    item = {"id": 1, "video": "frames", "conversations": talk("<video>what?")}
+    make = lambda seed: source(tmp_path, item, num_frames=4, sampling="random", seed=seed)
+    showings = [shades(make(0).record(n).visuals[0].frames) for n in range(6)]
+    assert len({tuple(frames) for frames in showings}) > 3
+    assert showings == [shades(make(0).record(n).visuals[0].frames) for n in range(6)]
+    assert showings != [shades(make(1).record(n).visuals[0].frames) for n in range(6)]
+    keys = [make(0).record(n).visuals[0].key for n in (0, 0, 1)]
+    assert keys[0] == keys[1] != keys[2], "in one batch they are two clips"
+    assert source(tmp_path, item).record(0) == source(tmp_path, item).record(7)
+
+
+def test_videos_that_are_wrong_or_missing(tmp_path, clips):
+    with pytest.raises(ValueError, match=r"0 placeholder\(s\) <video> .* but 1 video\(s\); every video needs its"):
+        source(tmp_path, {"id": 1, "video": "a.gif", "conversations": talk("what?")})
+    for given in ("", [], [[]], [3], [["a.gif"], "b.gif", 4], 7):
+        with pytest.raises(ValueError, match="field 'video' must be a path"):
+            source(tmp_path, {"id": 1, "video": given, "conversations": talk("<video>")})
+    given = ["x.gif", ["frames/frame1.png", "y.png"], "frames"]
+    items = [{"id": 1, "video": video, "conversations": talk("<video>")} for video in given]
+    with pytest.raises(FileNotFoundError, match="2 of 4 images are missing") as missing:
+        source(tmp_path, *items)
+    assert "x.gif" in str(missing.value) and "y.png" in str(missing.value)
+    plain = source(tmp_path, {"id": 1, "conversations": talk("a <video> tag")}).record(0)
+    assert plain.conversations[0][0].parts == ("a <video> tag",) and not plain.visuals
+    for options in ({"num_frames": 0}, {"sampling": "some"}):
+        with pytest.raises(ValueError, match="videos need num_frames of at least 1 and a sampling of"):
+            source(tmp_path, {"id": 1, "conversations": talk("hi")}, **options)
+
+
+def test_a_list_of_datasets_says_how_videos_are_read(tmp_path, clips):
+    source(tmp_path, {"id": 1, "video": "a.gif", "conversations": talk("<video>what?")})
+    entry = {"reader": "llava", "path": "some.json", "num_frames": 3, "sampling": "random"}
+    (tmp_path / "all.json").write_text(json.dumps({"films": entry}))
+    (visual,) = read_datasets(tmp_path / "all.json", seed=2)["films"].record(4).visuals
+    assert visual.frames == video.Clip(str(tmp_path / "a.gif"), 3, "random", (2, 4))
+
+
+def test_a_clip_of_no_frames_is_refused():
+    with pytest.raises(ValueError, match="'v' has no frame"):
+        Visual("v", video.Clip("a.gif", 0))
