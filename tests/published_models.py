@@ -3,6 +3,9 @@
 import torch
 from safetensors.torch import load_file
 
+from nanovlm import recipes
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.recipes.__main__ import main
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch
 from nanovlm.weights import to_ours
 
@@ -76,3 +79,20 @@ def same_gradients(ours, theirs, layout, folder, unused=()):
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         close = dict(atol=1e-5 * max(1.0, float(expected[name].abs().max())), rtol=1e-4)
         torch.testing.assert_close(found, expected[name], **close, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def there_and_back(theirs, folder):
+    """Save a model of transformers in shards, open it, convert it to our folder and back.
+
+    Args:
+      theirs: a model of transformers of at least 320 words. folder: an empty one.
+    Returns: (recipes.Loaded, their model read from what was converted back).
+    """
+    theirs.save_pretrained(folder / "published", max_shard_size="60KB")
+    assert len(list((folder / "published").glob("*.safetensors"))) > 2
+    train_tokenizer(["what is in the picture? a red circle"] * 9, 320).save(folder / "published" / "tokenizer.json")
+    assert main(["convert", str(folder / "published"), str(folder / "ours")]) == 0
+    assert main(["convert", "--to", "published", str(folder / "ours"), str(folder / "back")]) == 0
+    back, loading = type(theirs).from_pretrained(folder / "back", config=theirs.config, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+    return recipes.load(folder / "published"), back.eval()

@@ -11,9 +11,9 @@ from nanovlm.sampler import Decoding, generate
 from nanovlm.vlm import IMAGE_TOKEN
 from nanovlm.weights import to_ours, to_published
 from parity import CLOSE, perturb
-from published_models import as_published, make_batch, real_logits, same_gradients
+from published_models import as_published, make_batch, real_logits, same_gradients, there_and_back
 
-VOCABULARY, IMAGE, PAD, QUERIES = 89, 80, 1, 5
+VOCABULARY, IMAGE, PAD, QUERIES = 330, 320, 1, 5
 CONFIG = {
     "vision_config": {
         "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 14,
@@ -26,7 +26,7 @@ CONFIG = {
     "text_config": {
         "model_type": "opt", "vocab_size": VOCABULARY, "hidden_size": 36, "ffn_dim": 56, "num_hidden_layers": 2,
         "num_attention_heads": 4, "word_embed_proj_dim": 36, "max_position_embeddings": 64, "pad_token_id": PAD, "dropout": 0.0,
-        "bos_token_id": 2, "eos_token_id": 3,
+        "bos_token_id": 2, "eos_token_id": 2,
     },
     "num_query_tokens": QUERIES,
     "image_token_index": IMAGE,
@@ -156,6 +156,15 @@ def test_export_runs_in_transformers(theirs, tmp_path):
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     batch = make_batch(model, rows(), "left", PAD)
     compare(model, batch, run_theirs(other.eval(), batch))
+
+
+def test_a_folder_of_transformers(theirs, saved, tmp_path):
+    """Sharded in, converted to ours and back: bit-identical."""
+    loaded, back = there_and_back(theirs, tmp_path)
+    assert (loaded.image_size, loaded.image_fit) == (42, "stretch")
+    reference = ours(saved).state_dict()
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in loaded.model.state_dict().items())
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in back.state_dict().items())
 
 
 def test_the_config_that_transformers_saves_builds_the_same_model(theirs, tmp_path):

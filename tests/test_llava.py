@@ -11,9 +11,9 @@ from nanovlm.sampler import Decoding, generate
 from nanovlm.vlm import IMAGE_TOKEN
 from nanovlm.weights import WeightsError, to_ours, to_published
 from parity import CLOSE, perturb
-from published_models import as_published, make_batch, real_logits, same_gradients
+from published_models import as_published, make_batch, real_logits, same_gradients, there_and_back
 
-VOCABULARY, IMAGE, PAD = 89, 80, 81
+VOCABULARY, IMAGE, PAD = 330, 320, 321
 CONFIG = {
     "vision_config": {
         "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14,
@@ -178,6 +178,15 @@ def test_export_runs_in_transformers(theirs, tmp_path):
     expected = run_theirs(other.eval(), batch)
     for row, found in enumerate(real_logits(model, batch)):
         torch.testing.assert_close(found, expected[row][batch.segments[row] >= 0], **CLOSE)
+
+
+def test_a_folder_of_transformers(theirs, saved, tmp_path):
+    """Sharded in, converted to ours and back: bit-identical."""
+    loaded, back = there_and_back(theirs, tmp_path)
+    assert (loaded.image_size, loaded.image_fit) == (42, "pad")
+    reference = ours(CONFIG, saved).state_dict()
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in loaded.model.state_dict().items())
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in back.state_dict().items())
 
 
 def test_linear_projector_is_written_as_the_original():
