@@ -12,6 +12,7 @@ Differs:
 - the review's text names OPT-1.3B, its checkpoint OpenFlamingo-3B-vitl-mpt1b. That one's language model, MPT-1B, is out
   of scope: ALiBi in place of positions and norms on queries and keys are nowhere else in these papers, and there is
   nothing at hand to check them against;
+- weight decay reaches all matrices that train; the script spares the resampler's;
 - "every n" counts layers n-1, 2n-1 ...: 1, 3, 5 for n = 2, where Lynx's adapters stand at 0, 2, 4.
 """
 
@@ -154,9 +155,9 @@ def stages(size, smoke):
 
 
 END_OF_CHUNK = 50265
-DECODINGS = {  # OpenFlamingo's evaluations, arXiv:2308.01390, Sec. 4
+DECODINGS = {  # "caption" and "vqa" are those of OpenFlamingo's evaluation script
     "default": Decoding(max_new_tokens=64, eos_ids=(END_OF_CHUNK, 2)),
-    "caption": Decoding(max_new_tokens=20, num_beams=3, length_penalty=1.0, eos_ids=(END_OF_CHUNK, 2)),
+    "caption": Decoding(max_new_tokens=20, num_beams=3, length_penalty=0.0, eos_ids=(END_OF_CHUNK, 2)),
     "vqa": Decoding(max_new_tokens=5, num_beams=3, length_penalty=0.0, eos_ids=(END_OF_CHUNK, 2)),
 }
 
