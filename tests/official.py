@@ -181,10 +181,15 @@ def abstractor(w, x, config):
     return torch.cat([linear(w, f"{base}visual_fc", q), w[f"{base}vit_eos"].expand(len(x), -1, -1)], dim=1)
 
 
-def splice(w, ids, labels, tokens):
-    """Embeddings, labels, modality, and which are no padding; a row without a picture skips one."""
-    words, pictures, rows = w["model.embed_tokens.weight"], iter(tokens), []
-    for row, row_labels in zip(ids, labels):
+def splice(w, inputs, tokens):
+    """Embeddings, labels, modality, and what may be attended to; a row without a picture skips one.
+
+    A mask grows in front by what its row gains, as in the official code, so that behind padding on the left it hides
+    the wrong places.
+    """
+    words, pictures, rows, ids = w["model.embed_tokens.weight"], iter(tokens), [], inputs["input_ids"]
+    masks = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    for row, row_labels, mask in zip(ids, inputs["labels"], masks):
         parts = []
         for token, label in zip(row, row_labels):
             picture = next(pictures) if token == IMAGE else words[token][None]
@@ -192,20 +197,20 @@ def splice(w, ids, labels, tokens):
         if IMAGE not in row:
             next(pictures)
         kinds = torch.cat([torch.full((len(x),), int(image)) for x, _, image in parts])
-        rows.append((torch.cat([x for x, _, _ in parts]), torch.cat([y for _, y, _ in parts]), kinds))
-    length = max(len(x) for x, _, _ in rows)
-    x, y, kinds, real = (torch.stack(column) for column in zip(*(
+        mask = F.pad(mask, (len(kinds) - len(row), 0), value=True)
+        rows.append((torch.cat([x for x, _, _ in parts]), torch.cat([y for _, y, _ in parts]), kinds, mask))
+    length = max(len(x) for x, *_ in rows)
+    return tuple(torch.stack(column) for column in zip(*(
         (F.pad(x, (0, 0, 0, length - len(x))), F.pad(y, (0, length - len(y)), value=-100),
-         F.pad(kinds, (0, length - len(x))), torch.arange(length) < len(x))
-        for x, y, kinds in rows
+         F.pad(kinds, (0, length - len(x))), F.pad(mask, (0, length - len(x)), value=False))
+        for x, y, kinds, mask in rows
     )))  # fmt: skip
-    return x, y, kinds, real
 
 
 def mplug_owl2(w, config, inputs):
     out = {"vision_features": owl_vision(w, inputs["pixel_values"], config["vision"])}
     out["visual_tokens"] = abstractor(w, out["vision_features"], config["abstractor"])
-    x, labels, kinds, real = splice(w, inputs["input_ids"], inputs["labels"], out["visual_tokens"])
+    x, labels, kinds, real = splice(w, inputs, out["visual_tokens"])
     out["logits"] = llama(w, "", x, config["llm"], real, kinds)
     out["loss"] = loss_of(out["logits"], labels)
     text = inputs["text_ids"]
@@ -250,7 +255,7 @@ def llava_phi(w, config, inputs):
     x = clip(w, "model.vision_tower.vision_model.", inputs["pixel_values"], vision, num_layers)
     x = x[:, 1:] if vision["mm_vision_select_feature"] == "patch" else x
     out = {"visual_tokens": linear(w, "model.mm_projector.2", F.gelu(linear(w, "model.mm_projector.0", x)))}
-    x, labels, _, real = splice(w, inputs["input_ids"], inputs["labels"], out["visual_tokens"])
+    x, labels, _, real = splice(w, inputs, out["visual_tokens"])
     out["logits"] = phi(w, x, config["llm"], real)
     out["loss"] = loss_of(out["logits"], labels)
     return out
@@ -292,10 +297,11 @@ def random_weights(shapes):
     for name, shape in shapes.items():
         value = torch.randn(shape)
         if len(shape) < 2:
-            value = 0.3 * value + (name.endswith("weight") or name.endswith("scaling"))  # a norm's, or Lynx's scale
-        elif "embed" not in name and "token" not in name and "latents" not in name:
-            value = value / (value[0].numel() ** 0.5)
-        weights[name] = value
+            weights[name] = 0.3 * value + name.endswith(("weight", "scaling"))  # a norm's, or Lynx's scale
+        elif name.endswith("weight") and "embed_" not in name:
+            weights[name] = value / value[0].numel() ** 0.5
+        else:  # tables, tokens, latents
+            weights[name] = 0.5 * value
     return weights
 
 

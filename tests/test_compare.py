@@ -56,13 +56,13 @@ def lynx_case(freq, num_layers, num_frames, side, kv_heads=4, prefixed_pads=(0, 
 
 
 def labelled(ids):
-    """Labels of rows of ids: the first third of a row and the pictures are not trained."""
-    labels = torch.where(ids == I, -100, ids)
+    """Labels of rows of ids: the first third of a row, pictures and padding (0) are not trained."""
+    labels = torch.where((ids == I) | (ids == 0), -100, ids)
     labels[:, : ids.shape[1] // 3] = -100
     return labels
 
 
-def owl_case(ids, side, kv_heads, num_layers=2, queries=7):
+def owl_case(ids, side, kv_heads, num_layers=2, queries=7, mask=None):
     """mPLUG-Owl2 of other sizes, with these rows of ids."""
     config = {
         "vision": {
@@ -80,7 +80,7 @@ def owl_case(ids, side, kv_heads, num_layers=2, queries=7):
     return config, {
         "pixel_values": torch.randn(pictures, 3, 14 * side, 14 * side), "input_ids": ids, "labels": labelled(ids),
         "text_ids": torch.randint(0, 53, (3, 5)),
-    }  # fmt: skip
+    } | ({"attention_mask": torch.tensor(mask)} if mask else {})  # fmt: skip
 
 
 def phi_case(ids, share, layer, feature, heads=2, patch=8):
@@ -124,9 +124,13 @@ OTHER_SIZES = {
     "lynx, adapters everywhere, grouped queries": ("lynx", lambda: lynx_case(1, 2, 4, 2, kv_heads=2)),
     "lynx, one row, no padding": ("lynx", lambda: lynx_case(2, 3, 2, 1, prefixed_pads=(0,))),
     "lynx, one adapter": ("lynx", lambda: lynx_case(7, 4, 3, 2)),
+    "lynx, clips of one frame": ("lynx", lambda: lynx_case(2, 2, 1, 2)),
     "mplug_owl2, grouped queries": ("mplug_owl2", lambda: owl_case([[5, I, 6, 7, 8, 9, 3]], 3, 2)),
     "mplug_owl2, several pictures": ("mplug_owl2", lambda: owl_case([[5, I, 6, I, 8, 9], [I, I, 3, 4, 5, 9]], 2, 4)),
     "mplug_owl2, unequal rows": ("mplug_owl2", lambda: owl_case([[5, 4, 6, 1, 8, 9], [7, I, 3, 4, I, 9], [I, 1, 2, 3, 4, 5]], 2, 1)),
+    "mplug_owl2, padded at either end": (
+        "mplug_owl2", lambda: owl_case([[5, I, 6, 7, 0, 0], [0, 0, 0, 4, I, 5]], 2, 4, mask=[[1] * 4 + [0] * 2, [0] * 3 + [1] * 3]),
+    ),
     "llava_phi, 0.4 of a head": ("llava_phi", lambda: phi_case([[I, 6, 7, 8, 9, 3]], 0.4, -2, "patch")),
     "llava_phi, last block": ("llava_phi", lambda: phi_case([[5, I, 7, 8, 9], [1, 2, 3, I, 4]], 0.4, -1, "cls_patch", 4)),
     "llava_phi, several pictures": ("llava_phi", lambda: phi_case([[5, I, 7, I, 9], [1, 2, 3, 5, 4]], 1.0, -3, "patch", 4, 14)),
@@ -199,6 +203,18 @@ def test_sizes_that_the_config_leaves_out_are_read_off_the_weights(case, capsys,
     assert code == 0, printed
 
 
+@EVERY
+def test_tables_that_are_computed_may_be_absent(family, capsys, tmp_path):
+    """As in released checkpoints."""
+
+    def spoil(config, weights, inputs, outputs):
+        for name in [name for name in weights if name.endswith(("inv_freq", "q_pos_embed", "k_pos_embed"))]:
+            del weights[name]
+
+    code, printed = compared(capsys, spoiled(tmp_path, family, spoil))
+    assert code == 0, printed
+
+
 def test_llava_phi_from_the_pieces_of_transformers(capsys, tmp_path):
     """CLIP and Phi of transformers, joined by hand."""
     transformers = pytest.importorskip("transformers")
@@ -222,7 +238,7 @@ def test_llava_phi_from_the_pieces_of_transformers(capsys, tmp_path):
         for name in [name for name in state if "q_proj" in name]:
             parts = [state.pop(name.replace("q_proj", f"{letter}_proj")).unflatten(0, (4, -1)) for letter in "qkv"]
             state[name.replace("q_proj", "query_key_value")] = torch.cat(parts, dim=1).flatten(0, 1)
-        x, labels, _, _ = official.splice(weights | state, inputs["input_ids"], inputs["labels"], outputs["visual_tokens"])
+        x, labels, _, _ = official.splice(weights | state, inputs, outputs["visual_tokens"])
         found = phi(inputs_embeds=x, labels=labels)
         outputs |= {"logits": found.logits, "loss": found.loss[None]}
     code, printed = compared(capsys, official.write(tmp_path / "hf.safetensors", config, weights | state, inputs, outputs))

@@ -10,9 +10,10 @@ B rows, T tokens, M pictures, W width
 import torch
 import torch.nn.functional as F
 
+from nanovlm.attention import Visible
 from nanovlm.cross_attention import Media, latest_picture
 from nanovlm.recipes.golden import GoldenError
-from nanovlm.vlm import IGNORE, IMAGE_TOKEN, visible_rows
+from nanovlm.vlm import IGNORE, IMAGE_TOKEN
 
 PLACEHOLDER = -200  # stands in the ids where LLaVA's descendants put a picture
 
@@ -56,22 +57,22 @@ class Rows:
     def logits(self, model, image_tokens=(), media=None):
         """float[B, T, V] in the rows' own order.
 
-        A mask is one interval of keys, so whatever may not be attended to is moved to the front of its row; positions
-        go along, and the logits come back to where they belong.
+        A mask is one interval of keys, so whatever may not be attended to is moved to the front of its row, and every
+        token sees what is real from there on up to its own place; then the logits come back to where they belong.
         """
         order = self.real.long().argsort(dim=1, stable=True)
-        segments = self.real.long().gather(1, order) - 1
         embeddings = model.embed(self.ids, image_tokens, self.shown)
-        moved = embeddings.gather(1, order[..., None].expand_as(embeddings))
+        hidden_keys = (~self.real).sum(dim=1, keepdim=True)
+        seen = self.real.long().cumsum(dim=1).gather(1, order)  # B T
+        visible = Visible(hidden_keys.expand_as(seen), hidden_keys + seen).check(seen.shape[1])
         if media is not None:
-            is_media = self.ids.gather(1, order) == model.media_token
-            media = Media(media.flatten(1, 2), latest_picture(is_media, segments, media.shape[2]))
-            media.visible.check(media.tokens.shape[1])
+            latest = latest_picture(self.ids == model.media_token, torch.zeros_like(self.ids), media.shape[2])
+            latest = Visible(latest.first.gather(1, order), latest.stop.gather(1, order))
+            media = Media(media.flatten(1, 2), latest.check(media.shape[1] * media.shape[2]))
+        moved = embeddings.gather(1, order[..., None].expand_as(embeddings))
         modality = (self.ids == IMAGE_TOKEN).long().gather(1, order)
-        positions = self.positions.gather(1, order)
-        hidden = model.decoder(moved, positions, visible_rows(segments), modality, media=media)
-        back = order.argsort(dim=1)[..., None].expand_as(hidden)
-        return model.decoder.logits(hidden.gather(1, back))
+        hidden = model.decoder(moved, self.positions.gather(1, order), visible, modality, media=media)
+        return model.decoder.logits(hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(hidden)))
 
     def loss(self, logits):
         """float[1], mean cross-entropy of the labelled tokens, each predicted by the logits before it."""
@@ -151,10 +152,13 @@ def run_lynx(model, golden):
             raise GoldenError(f"in/{name} has {len(pictures)} visual inputs for {len(ids)} rows of in/input_ids")
     results = {"vision_features": (model.vision(pixels), None)}
     frames = torch.ones(len(ids), dtype=torch.long)
-    for pictures, count, tokens, logits in (
-        (pixels, 1, "visual_tokens", "logits"), (video.flatten(0, 1), video.shape[1], "video_tokens", "video_logits"),
+    clips = model.vision(video.flatten(0, 1))
+    if video.shape[1] == 1:  # of one frame, but a clip: the bridge takes it for a picture and does not mark it
+        clips = clips + model.bridge.frame_embedding[0]
+    for features, count, tokens, logits in (
+        (results["vision_features"][0], 1, "visual_tokens", "logits"), (clips, video.shape[1], "video_tokens", "video_logits"),
     ):  # fmt: skip
-        found = model.encode(pictures, frames * count)
+        found = model.encode_features(features, frames * count)
         results[tokens] = torch.stack(found), None
         results[logits] = rows.logits(model, found), rows.real
     return results | on_the_side(model, inputs, rows, results["logits"][0])
