@@ -1,8 +1,7 @@
 """Read and write checkpoints of any size: safetensors, one file or shards with an index, never more than one at a time.
 
 A file is opened by its header alone: names, shapes and types come first, the tensors, memory-mapped, one by one when
-when everything fits. A model is built without memory (on torch's meta device), given memory of the wanted type on the
-wanted device, and filled. Published .pt and .bin files are opened for conversion only, with weights_only=True.
+everything fits (weight_loading.py). Published .pt and .bin files are opened for conversion only, weights_only=True.
 """
 
 import json
@@ -25,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLED = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 MAX_SHARD_BYTES = 5_000_000_000
+MAPPED_BYTES = 8 * 2**20  # read from one mapping: its pages count as this process's memory until it is closed
 TEMPORARY = ".tmp"
 OURS = (("{rest}", "{rest}"),)  # the table of files that carry our names already
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -57,9 +57,18 @@ class Checkpoint:
 
 @contextmanager
 def safetensors_reader(path):
-    """A function(name) -> Tensor, memory-mapped, for as long as the file is open."""
-    with opened(path) as file:
-        yield file.get_tensor
+    """A function(name) -> Tensor, memory-mapped; the file is mapped anew now and then, to give its pages back."""
+    file, num_bytes = opened(path), 0
+
+    def get(name):
+        nonlocal file, num_bytes
+        if num_bytes > MAPPED_BYTES:
+            file, num_bytes = opened(path), 0
+        tensor = file.get_tensor(name)
+        num_bytes += tensor.nbytes
+        return tensor
+
+    yield get
 
 
 def opened(path):

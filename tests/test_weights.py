@@ -1,6 +1,7 @@
 """Rename tables work in both directions, and what does not fit is named; files are read one shard at a time."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -194,7 +195,7 @@ def test_quantised_weights_are_refused(tmp_path):
 
 
 MEASURE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from torch import nn
 import torch
@@ -204,14 +205,17 @@ class Stack(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(32))
-load = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-warm = nn.Linear(1024, 1024)(torch.randn(2, 1024))
-before = load()
+def memory(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+nn.Linear(1024, 1024)(torch.randn(2, 1024))
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = memory("VmRSS")
 model, _ = load_model(Stack, (("h.{i}.{p}", "layers.{i}.{p}"),), open_checkpoint(sys.argv[1]), dtype=torch.float32)
-print(load() - before, sum(p.nbytes for p in model.parameters()))
+print(memory("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
 """
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of memory is read from Linux's /proc")
 def test_loading_needs_one_shard_beside_the_model(tmp_path):
     tensors = {f"h.{i}.weight": torch.full((1024, 1024), float(i), dtype=torch.float32) for i in range(32)}
     tensors |= {f"h.{i}.bias": torch.zeros(1024) for i in range(32)}
@@ -221,7 +225,7 @@ def test_loading_needs_one_shard_beside_the_model(tmp_path):
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown, model = map(int, done.stdout.split())
-    assert model > 7 * shard and grown < model + 1.25 * shard
+    assert 0.95 * model < grown < model + shard and model > 7 * shard
 
 
 def test_nothing_is_left_of_a_folder_that_failed(tmp_path):
