@@ -61,13 +61,13 @@ OTHER_SIDE = tuple(  # what a dual file holds beside the tower
     )
 )
 
-BEHIND = (  # what a model that takes features before the last norm leaves of BLIP-2's file
-    Unused("vision_model.post_layernorm.{p}", "a norm behind the features that are used"),
+BLIP2_REST = (  # what BLIP-2's file holds beside the tower
     Unused("query_tokens", "BLIP-2's own bridge"),
     Unused("qformer.{rest}", "BLIP-2's own bridge"),
     Unused("language_projection.{p}", "BLIP-2's own bridge"),
     Unused("language_model.{rest}", "BLIP-2's own language model"),
 )
+BEHIND = (Unused("vision_model.post_layernorm.{p}", "a norm behind the features that this model takes"),)
 
 # EVA-g inside BLIP-2's file; the third of the bias that belongs to the keys is zero and has no effect on a softmax
 EVA = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovlm import recipes
+from nanovlm import layouts, recipes, vision_layouts
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder
 from nanovlm.layouts import LLAMA, llama_config
@@ -95,7 +95,7 @@ def test_the_modality_adaptive_copies_start_equal(tmp_path, language):
     tower = randomise(ViT(ViTConfig(56, 14, 32, 2, 2, 64, pre_norm=True, patch_bias=False)))
     config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
               "patch_size": 14, "image_size": 56, "model_type": "clip_vision_model"}
-    clip = folder_with(tmp_path / "clip", config, recipes.bare.vision_layouts.CLIP, tower.state_dict())
+    clip = folder_with(tmp_path / "clip", config, vision_layouts.CLIP, tower.state_dict())
     sizes = recipes.mplug_owl2.CONFIGS["tiny"]
     sizes = sizes | {"llm": LLAMA_SIZES}
     (tmp_path / "sizes.json").write_text(json.dumps(sizes))
@@ -306,3 +306,39 @@ def test_tied_and_untied_heads(tmp_path):
         else:
             with pytest.raises(ValueError, match="second copy"):
                 recipes.load(folder)
+
+
+TOWERS = {"lynx": "eva_original", "mplug_owl2": "CLIP", "llava_phi": "CLIP", "llava": "CLIP", "blip2": "EVA",
+          "open_flamingo": "CLIP", "small": "SIGLIP"}  # fmt: skip
+LANGUAGES = {"llava_phi": "PHI", "blip2": "OPT", "open_flamingo": "OPT"}
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_every_family_starts_from_its_towers(tmp_path, family):
+    published = recipes.FAMILIES[family]
+    config = published.configs["tiny"]
+    model = randomise(published.build(config))
+    table = vars(vision_layouts)[TOWERS[family]]
+    table = table(model.vision.config.num_layers) if callable(table) else table
+    state = model.vision.state_dict()
+    write_checkpoint(make_folder(tmp_path / "tower"), table, state)
+    words = {}
+    for name, tensor in model.decoder.state_dict().items():
+        if ".vision." not in name and ".adapter." not in name and ".cross_attention." not in name:
+            words[name.replace(".text.", ".")] = tensor
+    write_checkpoint(make_folder(tmp_path / "language"), vars(layouts)[LANGUAGES.get(family, "LLAMA")], words, 50_000)
+    out = tmp_path / "start"
+    assert main(["convert", "--family", family, "--size", "tiny", "--vision", str(tmp_path / "tower"),
+                 "--language", str(tmp_path / "language"), str(out)]) == 0
+    found = load_file(out / "model.safetensors")
+    fresh = {name for name in found if not torch.equal(found[name], model.state_dict()[name])}
+    assert set(json.loads((out / "config.json").read_text())["initialised"]) >= {
+        name for name in fresh if not (".vision." in name and name.startswith("decoder."))
+    }
+    assert all(name.startswith(("bridge.", "decoder.layers.")) for name in fresh)
+    assert not any(".attention.q." in name and "adapter" not in name for name in fresh if name.startswith("decoder."))
+
+
+def make_folder(path):
+    path.mkdir()
+    return path

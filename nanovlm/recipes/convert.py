@@ -23,7 +23,8 @@ from nanovlm.recipes import FAMILIES, OF_FAMILY
 from nanovlm.recipes.coverage import build_on_meta, count_all, find_family, read_json
 from nanovlm.recipes.export import export
 from nanovlm.recipes.opening import added_tokens, family_of, load_tokenizer, vision_of
-from nanovlm.vision_layouts import BEHIND, CLIP, EVA, OTHER_SIDE, SIGLIP, eva_original
+from nanovlm.recipes.open_flamingo import OPEN_CLIP
+from nanovlm.vision_layouts import BEHIND, BLIP2_REST, CLIP, EVA, OTHER_SIDE, SIGLIP, eva_original
 from nanovlm.vlm import part_of
 from nanovlm.weight_errors import WeightsError, explain
 from nanovlm.weight_files import OURS, TYPES, Checkpoint, new_folder, open_checkpoint, write_checkpoint
@@ -132,9 +133,9 @@ def find_sources(wishes, paths, model, table):
     if wishes.vision:
         names = {name: shape for name, shape in ours.items() if name.startswith("vision.")}
         blocks = vision_of(model).config.num_layers
-        tables = {"CLIP": (*CLIP, *OTHER_SIDE), "SigLIP": (*SIGLIP, *OTHER_SIDE), "EVA of BLIP-2": (*EVA, *BEHIND),
-                  "EVA": eva_original(blocks)}
-        tables = {kind: prefixed(entries, ours="vision.") for kind, entries in tables.items()}
+        tables = {"CLIP": (*CLIP, *OTHER_SIDE), "SigLIP": (*SIGLIP, *OTHER_SIDE), "EVA of BLIP-2": (*EVA, *BLIP2_REST),
+                  "EVA": eva_original(blocks), "OpenCLIP": OPEN_CLIP}
+        tables = {kind: prefixed((*entries, *BEHIND), ours="vision.") for kind, entries in tables.items()}
         sources.append(best(open_checkpoint(wishes.vision, pickled=True), tables, names, {}, ("vision.positions",)))
     for path in paths:
         checkpoint = open_checkpoint(path, pickled=True)
