@@ -101,7 +101,8 @@ def open_chat(loaded, wishes):
     """A Chat with the loaded model."""
     generator = torch.Generator(wishes.device).manual_seed(wishes.seed)
     decoding = choose_decoding(loaded.decodings, wishes)
-    return Chat(loaded.model, loaded.tokenizer, loaded.template, decoding, loaded.image_size, loaded.image_fit, generator)
+    return Chat(loaded.model, loaded.tokenizer, loaded.template, decoding, loaded.image_size, loaded.image_fit, generator,
+                loaded.preprocessing)
 
 
 def first_pictures(loaded, wishes):

@@ -14,8 +14,9 @@ import torch
 
 from nanovlm import sampler
 from nanovlm.data.batching import pixels_of
+from nanovlm.data.images import CLIP
 from nanovlm.data.records import Turn, Visual
-from nanovlm.data.templates import Row, prompt, write
+from nanovlm.data.templates import Row, end_ids, prompt, write
 
 DESCRIBE = "describe the image."
 
@@ -38,8 +39,8 @@ class Chat:
 
     Args:
       model: vlm.VLM. tokenizer: Tokenizer. template: templates.Template.
-      decoding: sampler.Decoding; without eos_ids, the tokenizer's end token ends an answer.
-      image_size, fit: as in images.to_pixels.
+      decoding: sampler.Decoding; without eos_ids, what ends a reply in this form does (templates.end_ids).
+      image_size, fit, preprocessing: as in images.to_pixels.
       generator: as in sampler.generate, for one row.
 
     Attributes:
@@ -48,10 +49,10 @@ class Chat:
       last: Exchange of the latest answer; None before the first.
     """
 
-    def __init__(self, model, tokenizer, template, decoding, image_size, fit="crop", generator=None):
+    def __init__(self, model, tokenizer, template, decoding, image_size, fit="crop", generator=None, preprocessing=CLIP):
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.decoding, self.generator = decoding, generator
-        self.image_size, self.fit = image_size, fit
+        self.image_size, self.fit, self.preprocessing = image_size, fit, preprocessing
         self.reset()
 
     def reset(self):
@@ -74,9 +75,10 @@ class Chat:
             raise ValueError("the question is empty")
         decoding = self.decoding if decoding is None else decoding
         if not decoding.eos_ids:
-            decoding = dataclasses.replace(decoding, eos_ids=(self.tokenizer.eos,))
+            decoding = dataclasses.replace(decoding, eos_ids=end_ids(self.template, self.tokenizer))
         clips = [picture if isinstance(picture, tuple) else (picture,) for picture in pictures]
-        new = [pixels_of([Visual("shown in a chat", frames)], self.image_size, self.fit) for frames in clips]
+        visuals = [Visual("shown in a chat", frames) for frames in clips]
+        new = [pixels_of([visual], self.image_size, self.fit, self.preprocessing) for visual in visuals]
         asked = Turn("user", (*range(len(self.pictures), len(self.pictures) + len(new)), question))
         shown = self.pictures + new
         turns, row = self._fit([*self.turns, asked], shown, decoding.max_new_tokens)

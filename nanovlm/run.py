@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.stages import Stage
 
 
@@ -57,6 +58,7 @@ class Run:
     finish: Callable              # (run) -> {key: value} for results.json
     report: Callable              # (run, results) -> list of lines printed last
     stage_templates: dict = field(default_factory=dict)  # stage name -> its own template instead of `template`
+    preprocessing: Preprocessing = CLIP  # mean and deviation of its pixels; size and fit are the stage's
 
     def template_of(self, stage):
         """The data.templates.Template that a stage writes its rows with."""

@@ -36,8 +36,9 @@ def language_loss(run, stage, records, report):
     Returns: (float[] summed over the trained tokens in nats, int trained tokens, int tokens in all).
     """
     with reading():
-        batch = build_batch(records, run.template, run.tokenizer, run.model.num_image_tokens,
-                            stage.image_size, stage.image_fit, stage.max_tokens, report)
+        batch = build_batch(records, run.template_of(stage), run.tokenizer, run.model.num_image_tokens,
+                            stage.image_size, stage.image_fit, stage.max_tokens, report,
+                            preprocessing=run.preprocessing)
     loss, trained = run.model.loss(batch.to(run.device))
     return loss, trained, int((batch.segments >= 0).sum())
 
@@ -50,7 +51,7 @@ def contrastive_loss(run, stage, records, report):
     """
     with reading():
         pixels, ids, lengths = contrastive_batch(records, run.tokenizer, stage.image_size, stage.image_fit,
-                                                 stage.max_tokens, report)
+                                                 stage.max_tokens, report, run.preprocessing)
     loss = run.contrastive.loss(pixels.to(run.device), ids.to(run.device), lengths.to(run.device))
     return loss, 1, int(lengths.sum())
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import sample
+from nanovlm.data.images import CLIP
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.sampler import Decoding
@@ -24,6 +25,7 @@ def loaded():
     return SimpleNamespace(
         model=random_vlm(tokenizer.vocab_size, context_length=100, image_size=SIZE), tokenizer=tokenizer, template=NANO,
         image_size=SIZE, image_fit="crop", decodings=DECODINGS, remark="only drawings",
+        preprocessing=CLIP,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from nanovlm import lora
+from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.data.published_tokenizers import PADDED_ROWS, load_tokenizer
 from nanovlm.data.templates import PLAIN, Template
 from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
@@ -37,6 +38,7 @@ class Loaded:
     image_fit: str  # how a picture becomes square, as in images.to_pixels
     remark: str  # what to say beside an answer about a picture unlike the training's; "" = nothing
     notes: tuple[str, ...] = ()  # what was unusual about the files
+    preprocessing: Preprocessing = CLIP  # mean and deviation of its pixels; size and fit are those above
 
 
 def read_config(folder):
@@ -106,6 +108,7 @@ def open_trained(folder, config, recipe, dtype, device):
         image_fit=list(config["stages"].values())[-1]["image_fit"],
         remark=recipe.remark,
         notes=spare_rows(tokenizer, model.decoder, PADDED_ROWS if published else 0),
+        preprocessing=recipe.preprocessing,
     )
 
 
@@ -143,6 +146,7 @@ def open_published(folder, config, published, recipe, dtype, device, image_size=
         image_fit=stages[-1].image_fit if stages else "crop",
         remark=recipe.remark if recipe else "",
         notes=tuple(notes),
+        preprocessing=recipe.preprocessing if recipe else CLIP,
     )
 
 

@@ -215,4 +215,5 @@ def make_run(recipe, wishes, out):
                template=recipe.template, stages=stages, sources=sources, seed=wishes.seed, device=device,
                smoke=wishes.smoke, save_every=recipe.save_every, exam_every=recipe.exam_every,
                max_minutes=wishes.max_minutes, evaluate=recipe.evaluate, exam=recipe.exam, finish=recipe.finish,
-               report=recipe.report)
+               report=recipe.report, stage_templates=recipe.stage_templates,
+               preprocessing=recipe.preprocessing)
