@@ -290,6 +290,9 @@ ANY = {  # what happened to the file: (what is done to it, words of the message)
     "no sizes": (lambda f, c, w, i, o: c["llm"].update(hidden_size="wide"), "hidden_size is 'wide', but the weights say"),
     "another vocabulary": (lambda f, c, w, i, o: c["llm"].update(vocab_size=7), "vocab_size is 7, but the weights say"),
     "other heads": (lambda f, c, w, i, o: c["llm"].update(num_attention_heads=3), "DIFFERS|weights say"),
+    "a placeholder or a label out of place": (
+        lambda f, c, w, i, o: i.update({"labels": i["input_ids"] * 0 + 999}), "in/labels holds 999, which is no id",
+    ),
     "part of another family": (lambda f, c, w, i, o: w.update({"perceiver.x": torch.ones(1), "LLM.x": torch.ones(1)}), "several"),
 }  # fmt: skip
 
@@ -324,6 +327,10 @@ OWN = {  # spoilt in a family's own way
     ),
     "another patch size": ("lynx", lambda c, w, i, o: c["vision"].update(patch_size=7), "patch_size is 7"),
     "other mask": ("lynx", lambda c, w, i, o: i["attention_mask"].fill_(1), "DIFFERS"),
+    "a placeholder": ("lynx", lambda c, w, i, o: i["input_ids"].view(-1)[-1].fill_(-200), "holds -200, which is no id"),
+    "a placeholder in text": (
+        "mplug_owl2", lambda c, w, i, o: i["text_ids"].view(-1)[-1].fill_(-200), "in/text_ids holds -200, which is no id",
+    ),
     "mask of another shape": ("lynx", lambda c, w, i, o: i.update(attention_mask=i["attention_mask"][:, 1:]), "must be equal"),
     "layers exchanged": ("mplug_owl2", lambda c, w, i, o: swap(w, layer(0, "o_proj"), layer(1, "o_proj")), "DIFFERS"),
     "branches exchanged": (

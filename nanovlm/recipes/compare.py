@@ -16,9 +16,10 @@ from nanovlm.abstractor import patch_positions
 from nanovlm.names import nearest
 from nanovlm.recipes import llava_phi, lynx, mplug_owl2, open_flamingo
 from nanovlm.recipes.golden import GoldenError, read
-from nanovlm.recipes.golden_run import FAMILIES, PLACEHOLDER, take
+from nanovlm.recipes.golden_run import FAMILIES, PLACEHOLDER, run_spliced, take
 from nanovlm.recipes.golden_sizes import settle
 from nanovlm.vit import sincos
+from nanovlm.vlm import IGNORE
 from nanovlm.weights import plan, to_ours
 
 TOLERANCE = 1e-5  # largest difference of a value
@@ -77,15 +78,16 @@ def run(golden):
     if unknown:
         raise GoldenError(f"in/{unknown[0]} is unknown to {golden.family}.{nearest(unknown[0], known)}")
     model = build(golden)
-    for name in ("input_ids", "text_ids"):
+    vocab_size = model.decoder.config.vocab_size
+    for name, others in (("input_ids", (PLACEHOLDER,) if execute is run_spliced else ()), ("text_ids", ()), ("labels", (IGNORE,))):
         if name in golden.inputs:
-            check_ids(take(golden.inputs, name, "ids", (2,)), name, model.decoder.config.vocab_size)
+            check_ids(take(golden.inputs, name, "ids", (2,)), name, vocab_size, others)
     return execute(model, golden)
 
 
-def check_ids(ids, name, vocab_size):
-    """Raise GoldenError for ids outside the vocabulary that are no placeholder."""
-    wrong = ids[((ids < 0) & (ids != PLACEHOLDER)) | (ids >= vocab_size)].tolist()
+def check_ids(ids, name, vocab_size, others):
+    """Raise GoldenError for what is neither an id of the vocabulary nor one of `others`."""
+    wrong = [id for id in ids.flatten().tolist() if not 0 <= id < vocab_size and id not in others]
     if wrong:
         raise GoldenError(f"in/{name} holds {wrong[0]}, which is no id of the {vocab_size} in the vocabulary")
 
@@ -125,7 +127,7 @@ def main(path):
     try:
         golden = read(path)
         lines = verdicts(golden, run(golden))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:
         print(f"{path}: cannot be compared. {error}", file=sys.stderr)
         return 1
     print(f"{path}: {golden.family}")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from nanovlm.weight_errors import grouped
 
 KINDS = ("weights/", "in/", "out/")
-FAMILIES = {  # family -> a name that only its weights have
+MARKS = {  # family -> a name that only its weights have
     "lynx": r"vision_encoder\..*|LLM\..*|absolute_frame_pos_embed",
     "mplug_owl2": r"model\.(visual_abstractor|vision_model)\..*",
     "llava_phi": r"model\.(mm_projector|vision_tower)\..*",
@@ -31,7 +31,7 @@ class GoldenError(ValueError):
 class Golden:
     """A golden file: its config, and tensors by the names behind `weights/`, `in/` and `out/`."""
 
-    family: str  # of FAMILIES
+    family: str  # of MARKS
     config: dict
     weights: dict
     inputs: dict
@@ -93,8 +93,8 @@ def check_numbers(tensors):
 
 def family_of(weights):
     """The family by the names of its weights: str. Raises: GoldenError for none, or several."""
-    found = [family for family, pattern in FAMILIES.items() if any(re.fullmatch(pattern, name) for name in weights)]
+    found = [family for family, pattern in MARKS.items() if any(re.fullmatch(pattern, name) for name in weights)]
     if len(found) != 1:
         which = "names of several families: " + ", ".join(found) if found else "no family's names"
-        raise GoldenError(f"weights/ has {which}; known are {', '.join(FAMILIES)}; found e.g. {'; '.join(grouped(weights)[:3])}")
+        raise GoldenError(f"weights/ has {which}; known are {', '.join(MARKS)}; found e.g. {'; '.join(grouped(weights)[:3])}")
     return found[0]

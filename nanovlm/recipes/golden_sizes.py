@@ -166,7 +166,7 @@ def settle(family, config, weights):
     """The config with what it leaves out read off the shapes.
 
     Args:
-      family: of FAMILIES. config: dict, in the recipe's own form. weights: {published name: Tensor}.
+      family: of golden.MARKS. config: dict, in the recipe's own form. weights: {published name: Tensor}.
     Returns: dict.
     Raises: GoldenError with every value that contradicts the shapes.
     """
