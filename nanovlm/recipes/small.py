@@ -13,8 +13,9 @@ It is no paper's model; every choice has one reason:
   arXiv:2504.05299 do so too);
 - SmolLM2-135M: the smallest language model that was trained to talk, so that tower (86 million parameters) and language
   model (135) are of one size. Its context of 8192 holds a hundred pictures;
-- memory: 228 million parameters take 16 bytes each with gradient, float32 copy and AdamW, 3.4 GiB; some 20 GiB are left
-  for activations, about 32 rows of 512 tokens at a time.
+- memory: 228 million parameters take 16 bytes each with gradient, float32 copy and AdamW, 3.4 GiB; 16 rows of a picture
+  and 512 tokens at a time keep about 10 GiB of activations (34 bytes a token, channel and layer, arXiv:2205.05198,
+  Sec. 4.1; calculated, not measured).
 The stages take LLaVA-1.5's data, batches and steps, for a beginning that can be compared. Their rates are higher, as
 small models want them: a guess, not tried at this size here.
 """
@@ -91,7 +92,7 @@ def LAYOUT(config):
 
 SETTINGS = dict(
     objective="language", betas=(0.9, 0.95), weight_decay=0.01, clip=1.0, schedule="cosine", start_lr_factor=0.0,
-    image_size=512, image_fit="stretch", max_tokens=512, precision="bfloat16",
+    image_size=512, image_fit="stretch", max_tokens=512, precision="bfloat16", micro_batch_size=16,
 )  # fmt: skip
 ALIGN, INSTRUCT = math.ceil(558_128 / 256), math.ceil(665_298 / 128)  # steps of one epoch each
 STAGES = (
@@ -101,8 +102,7 @@ STAGES = (
     ),
     Stage(  # the tower has the most to lose, the bridge the most to learn
         "instruct", learning_rates={"vision": 2e-5, "bridge": 5e-4, "embedding": 1e-4, "language_model": 1e-4},
-        mixture={"llava_mix_665k": 1.0}, steps=INSTRUCT, batch_size=128, micro_batch_size=32, warmup_steps=INSTRUCT // 33,
-        **SETTINGS,
+        mixture={"llava_mix_665k": 1.0}, steps=INSTRUCT, batch_size=128, warmup_steps=INSTRUCT // 33, **SETTINGS,
     ),
 )  # fmt: skip
 
