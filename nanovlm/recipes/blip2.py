@@ -134,12 +134,11 @@ def stages(size, smoke):
     return at_size(STAGES, size, smoke, {224: 28, 364: 42})
 
 
-END = 50118  # a newline
-DECODINGS = {
-    "default": Decoding(max_new_tokens=30, num_beams=5, min_new_tokens=1, eos_ids=(END,)),  # LAVIS's for captions
-    "table_7": Decoding(max_new_tokens=50, num_beams=3, min_new_tokens=1, eos_ids=(END,)),
-    "vqa": Decoding(max_new_tokens=10, num_beams=5, length_penalty=-1.0, min_new_tokens=1, eos_ids=(END,)),  # Sec. 4.1
-    "greedy": Decoding(max_new_tokens=30, eos_ids=(END,)),
+DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
+    "default": Decoding(max_new_tokens=30, num_beams=5, min_new_tokens=1),  # LAVIS's for captions
+    "table_7": Decoding(max_new_tokens=50, num_beams=3, min_new_tokens=1),
+    "vqa": Decoding(max_new_tokens=10, num_beams=5, length_penalty=-1.0, min_new_tokens=1),  # Sec. 4.1
+    "greedy": Decoding(max_new_tokens=30),
 }
 
 RECIPE = published_recipe(

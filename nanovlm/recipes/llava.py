@@ -171,10 +171,10 @@ def stages(size, smoke):
     return at_size(STAGES[kind], tiny, smoke, {224: 28, 336: 28})
 
 
-DECODINGS = {
-    "default": Decoding(max_new_tokens=128, eos_ids=(2,)),  # all of its evaluations are greedy
-    "long": Decoding(max_new_tokens=1024, eos_ids=(2,)),
-    "demo": Decoding(max_new_tokens=1024, do_sample=True, temperature=0.2, eos_ids=(2,)),
+DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
+    "default": Decoding(max_new_tokens=128),  # all of its evaluations are greedy
+    "long": Decoding(max_new_tokens=1024),
+    "demo": Decoding(max_new_tokens=1024, do_sample=True, temperature=0.2),
 }
 
 RECIPE = published_recipe(

@@ -154,11 +154,10 @@ def stages(size, smoke):
     return at_size(STAGES, size, smoke, {224: 28})
 
 
-END_OF_CHUNK = 50265
-DECODINGS = {  # "caption" and "vqa" are those of OpenFlamingo's evaluation script
-    "default": Decoding(max_new_tokens=64, eos_ids=(END_OF_CHUNK, 2)),
-    "caption": Decoding(max_new_tokens=20, num_beams=3, length_penalty=0.0, eos_ids=(END_OF_CHUNK, 2)),
-    "vqa": Decoding(max_new_tokens=5, num_beams=3, length_penalty=0.0, eos_ids=(END_OF_CHUNK, 2)),
+DECODINGS = {  # what ends a reply is the template's; "caption" and "vqa" are those of OpenFlamingo's evaluation script
+    "default": Decoding(max_new_tokens=64),
+    "caption": Decoding(max_new_tokens=20, num_beams=3, length_penalty=0.0),
+    "vqa": Decoding(max_new_tokens=5, num_beams=3, length_penalty=0.0),
 }
 
 CONTENTS = "released files hold the resampler and the cross-attention; CLIP's tower and OPT come from their own files"

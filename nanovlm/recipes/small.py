@@ -115,10 +115,9 @@ def stages(size, smoke):
     return at_size(chosen, size, smoke, {512: 64})
 
 
-END = 2  # <|im_end|>
-DECODINGS = {
-    "default": Decoding(max_new_tokens=256, eos_ids=(END,)),
-    "sample": Decoding(max_new_tokens=256, do_sample=True, temperature=0.6, top_p=0.9, eos_ids=(END,)),
+DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
+    "default": Decoding(max_new_tokens=256),
+    "sample": Decoding(max_new_tokens=256, do_sample=True, temperature=0.6, top_p=0.9),
 }
 
 RECIPE = published_recipe(
