@@ -40,15 +40,16 @@ def text_branch(module):
 
 @torch.no_grad()
 def pack(*linears):
-    """Store the weights of linear layers side by side as [in, out]; their own become views of that.
+    """Store the weights of linear layers side by side, on a CPU as [in, out]; their own become views of that.
 
-    Returns: (weight float[in, all outs], bias float[all outs] or None).
+    Returns: (weight float[in, all outs], bias float[all outs] or None). On a GPU the memory behind the weight stays
+      [out, in], which its kernels sum along.
     Raises: ValueError for a layer that is more than its weight and bias.
     """
     for linear in linears:
         if type(linear) is not nn.Linear:
             raise ValueError(f"fast decoding knows nn.Linear, not {type(linear).__name__}; merge low-rank updates first")
-    weight = torch.cat([linear.weight for linear in linears]).t().contiguous()
+    weight = for_reading(torch.cat([linear.weight for linear in linears]))
     start = 0
     for linear in linears:
         stop = start + linear.out_features
@@ -56,6 +57,11 @@ def pack(*linears):
         start = stop
     biases = [linear.bias for linear in linears if linear.bias is not None]
     return weight, torch.cat(biases) if biases else None
+
+
+def for_reading(weight):
+    """float[out, in] -> the same as [in, out], in the order of memory that a product with one row reads fast."""
+    return weight.t().contiguous() if weight.device.type == "cpu" else weight.t()
 
 
 @torch.no_grad()
@@ -122,7 +128,7 @@ class FastDecoder:
         self.decoder, self.config, self.static = decoder, decoder.config, static
         self.layers = [pack_layer(layer) for layer in decoder.layers]
         if decoder.lm_head is None:
-            head = decoder.embedding.weight.data.t().contiguous()
+            head = for_reading(decoder.embedding.weight.data)
             decoder.embedding.weight.data = head.t()
             self.head = head, None
         else:

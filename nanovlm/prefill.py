@@ -8,7 +8,7 @@ B prompts, P columns of the longest prompt, R rows (a prompt may have several: i
 
 import torch
 
-from nanovlm import shared_prompts
+from nanovlm import length_groups, shared_prompts
 from nanovlm.attention import Visible, causal, causal_rows, full
 from nanovlm.cache import KeyValueCache
 from nanovlm.vlm import IMAGE_TOKEN
@@ -131,20 +131,26 @@ class Rows:
         self.history[:, : self.num_columns] = ids
         self.cache = KeyValueCache(model.decoder.config, *self.history.shape, weight.dtype, weight.device)
         segments = (ids != PADDING).long() - 1
-        visible = causal(segments) if self.padded else causal_rows(*ids.shape, weight.device)
         positions = (torch.arange(self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
         embeddings, media = model.place(ids, segments, image_tokens, shown)
-        modality, start = (ids == IMAGE_TOKEN).long(), 0
-        plan = None
-        if model.share_prefix and model.media_token is None:
+        modality = (ids == IMAGE_TOKEN).long()
+        plan, groups = None, [list(range(len(prompts)))]
+        if media is None and model.share_prefix:
             plan = shared_prompts.plan(prompts, image_tokens, shown)
-        if plan is not None:
-            start = plan.start
-            shared_prompts.run(model.decoder, self.cache, plan.groups, start, embeddings, modality, pads)
-            visible = Visible(visible.first[:, start:], visible.stop[:, start:])
-        self.logits = forward(
-            model.decoder, self.cache, embeddings[:, start:], positions[:, start:], visible, modality[:, start:], media
-        )
+            groups = length_groups.group([len(prompt) for prompt in prompts])
+        if plan is None and len(groups) > 1:
+            last = length_groups.run(model.decoder, self.cache, groups, embeddings, positions, modality, segments)
+            self.logits = model.decoder.logits(last).float()
+        else:
+            start = 0
+            visible = causal(segments) if self.padded else causal_rows(*ids.shape, weight.device)
+            if plan is not None:
+                start = plan.start
+                shared_prompts.run(model.decoder, self.cache, plan, embeddings, modality, pads)
+                visible = Visible(visible.first[:, start:], visible.stop[:, start:])
+            self.logits = forward(
+                model.decoder, self.cache, embeddings[:, start:], positions[:, start:], visible, modality[:, start:], media
+            )
         self.media = None if media is None else media.step()
         self.next = self.bind(model, self.cache, self.pads, self.padded, self.media)
 

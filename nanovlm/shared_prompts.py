@@ -72,14 +72,14 @@ def first_picture(cells, row):
     return tuple(cells[:stop])
 
 
-def run(decoder, cache, groups, start, embeddings, modality, pads):
+def run(decoder, cache, plan, embeddings, modality, pads):
     """Fill the cache up to a column.
 
     Args:
-      decoder: decoder.Decoder. cache: empty cache.KeyValueCache of B rows. groups, start: of a Plan.
+      decoder: decoder.Decoder. cache: empty cache.KeyValueCache of B rows. plan: Plan.
       embeddings: float[B, P, W], left-padded. modality: int[B, P]. pads: list of B int, columns of padding.
     """
-    device = embeddings.device
+    device, groups, start = embeddings.device, plan.groups, plan.start
     first = [min(rows, key=lambda row: pads[row]) for rows in groups]  # the row whose beginning reaches furthest
     columns = torch.arange(start - min(pads[row] for row in first), device=device)  # M
     index = (columns + torch.tensor([[pads[row]] for row in first], device=device)).clamp(max=embeddings.shape[1] - 1)
