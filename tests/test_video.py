@@ -128,6 +128,11 @@ def test_clips_that_cannot_be_used(tmp_path, monkeypatch, clips):
     with pytest.raises(images.ImageError, match="more than the limit of 47"):
         video.load(tmp_path / "frames", 2, max_pixels=47)
     assert len(video.load(tmp_path / "a.gif", 2, max_pixels=48)) == 2
+    monkeypatch.setattr(video, "MAX_ANIMATION_PIXELS", 12 * 48)
+    assert len(video.load(tmp_path / "a.webp", 2)) == 2
+    monkeypatch.setattr(video, "MAX_ANIMATION_PIXELS", 12 * 48 - 1)
+    with pytest.raises(images.ImageError, match="a.webp: its 12 frames are 576 pixels, more than the limit of 575"):
+        video.load(tmp_path / "a.webp", 2)
     monkeypatch.setattr(video, "MAX_FRAMES", 11)
     for clip in clips:
         with pytest.raises(images.ImageError, match="it has 12 frames; from 1 to 11 are expected"):

@@ -3,12 +3,15 @@
     B rows, T tokens, F frames, M visual inputs, S appearances of visual inputs, S x S also a picture's size in pixels
 """
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 import torch
 
 from nanovlm.data import images, templates
+from nanovlm.data.frame_cache import FRAMES
 from nanovlm.vlm import IGNORE, Batch
 
 
@@ -101,12 +104,19 @@ def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
       image_size, fit, preprocessing: as in images.to_pixels.
     Returns: float32[F, 3, S, S].
     """
+    def square(frame, view):
+        frame = images.load(frame)
+        fitted = view.apply(frame, image_size) if view else images.to_square(frame, image_size, fit, preprocessing)
+        return numpy.array(fitted)
+
     squares = []
     for visual in visuals:
-        for frame in map(images.load, visual.frames):
-            view = visual.view
-            square = view.apply(frame, image_size) if view else images.to_square(frame, image_size, fit, preprocessing)
-            squares.append(numpy.asarray(square))
+        for frame in visual.frames:
+            if isinstance(frame, (str, Path)) and visual.view is None:
+                how = (image_size, fit, preprocessing.border)
+                squares.append(FRAMES.get(frame, how, functools.partial(square, frame, None)))
+            else:
+                squares.append(square(frame, visual.view))
     return images.normalise(numpy.stack(squares), preprocessing)
 
 

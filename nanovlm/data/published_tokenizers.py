@@ -53,7 +53,7 @@ class PublishedTokenizer(Tokenizer):
         self.vocab_size = max(backend.get_vocab().values()) + 1
         marked = {*roles.values(), *special}
         added = backend.get_added_tokens_decoder().items()
-        self._special = {id: token.content for id, token in added if token.special or token.content in marked}
+        self.special_names = {id: token.content for id, token in added if token.special or token.content in marked}
         self._encode = functools.lru_cache(maxsize=CACHED_TEXTS)(self._encode)
 
     def encode(self, text, continues=False):
@@ -91,13 +91,13 @@ class PublishedTokenizer(Tokenizer):
     def _encode(self, text, continues):
         text.encode()  # names the place of what is no character (half a surrogate pair)
         ids = (self.inner if continues else self.backend).encode(text, add_special_tokens=False).ids
-        if self._special.keys().isdisjoint(ids):
+        if self.special_names.keys().isdisjoint(ids):
             return tuple(ids)
         return tuple(part for id in ids for part in self._spelled(id, text))
 
     def _spelled(self, id, text):
         """A special token that merges can make of its own letters, in two halves; the unknown token as it is."""
-        token = self._special.get(id)
+        token = self.special_names.get(id)
         if token is None or token not in text:
             return [id]
         return [part for half in (token[:1], token[1:]) for part in self.inner.encode(half).ids]

@@ -68,9 +68,8 @@ def _mark(text, kind, color):
 
 def _text(ids, tokenizer):
     """Ids as printable text, special tokens by name; words are decoded together, so that no character is cut."""
-    names = {tokenizer.bos: "<s>", tokenizer.eos: "</s>", tokenizer.pad: "<pad>"}
     text = ""
-    for special, run in itertools.groupby(ids, key=names.get):
+    for special, run in itertools.groupby(ids, key=tokenizer.special_names.get):
         text += special * len(list(run)) if special else tokenizer.decode(list(run))
     return "".join(map(_printable, text))
 

@@ -26,7 +26,8 @@ class Tokenizer:
     """Text to ids and back.
 
     bos, eos, pad: int, the ids of the special tokens. eos_ids: tuple of int, all ids that end a reply.
-    vocab_size: int, special tokens included. add_bos: bool, whether a row begins with bos.
+    special_names: dict id -> str. vocab_size: int, special tokens included.
+    add_bos: bool, whether a row begins with bos.
     """
 
     add_bos = True
@@ -47,6 +48,7 @@ class Tokenizer:
             raise ValueError(f"tokenizer {source} has no {', '.join(absent)}; train one with train_tokenizer")
         self.bos, self.eos, self.pad = ids[BOS], ids[EOS], ids[PAD]
         self.eos_ids = (self.eos,)
+        self.special_names = {id: token.content for id, token in self.backend.get_added_tokens_decoder().items()}
         self.vocab_size = self.backend.get_vocab_size()
         self._encode = functools.lru_cache(maxsize=CACHED_TEXTS)(self._encode)
 

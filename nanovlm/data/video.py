@@ -18,6 +18,7 @@ SAMPLINGS = ("uniform", "random")
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a folder of frames may hold
 ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 MAX_FRAMES = 100_000  # of one clip; a film of an hour has about 100,000
+MAX_ANIMATION_PIXELS = 500_000_000  # of all frames of an animation, since each is drawn over the one before it
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,12 @@ def _pictures(frames, places, name, max_pixels):
 
 def _animation(path, places, max_pixels):
     with images.opened(path, max_pixels) as image:
-        chosen = places(image.n_frames if hasattr(image, "n_frames") else 1, path)
+        total = image.n_frames if hasattr(image, "n_frames") else 1
+        chosen = places(total, path)
+        pixels = image.width * image.height * total
+        if total > 1 and pixels > MAX_ANIMATION_PIXELS:
+            limit = f"more than the limit of {MAX_ANIMATION_PIXELS:,}; make it smaller, or a film of it"
+            raise images.ImageError(f"{path}: its {total} frames are {pixels:,} pixels, {limit}")
         loaded = {}
         for place in sorted(set(chosen)):
             image.seek(place)
