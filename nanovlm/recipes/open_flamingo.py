@@ -22,7 +22,7 @@ from nanovlm.data.templates import OPEN_FLAMINGO
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.layouts import OPT, expect, opt_config, size
 from nanovlm.recipes.lynx import RESAMPLER
-from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe, with_vocabulary
 from nanovlm.resampler import Resampler
 from nanovlm.sampler import Decoding
 from nanovlm.stages import Stage
@@ -90,6 +90,12 @@ def build(config):
     layers = tuple(LayerOptions(cross_attention=(i + 1) % every == 0) for i in range(len(llm.layers)))
     decoder = Decoder(dataclasses.replace(llm, layers=layers, cross_attention_width=width))
     return VLM(vision, bridge, decoder, media_token=config["media_token_id"])
+
+
+def build_for_tokenizer(size, vocab_size):
+    """OpenFlamingo of a size: vlm.VLM; the tokenizer's last two of `vocab_size` words are <|endofchunk|> and <image>."""
+    config = with_vocabulary(CONFIGS[size], vocab_size)
+    return build(config | {"media_token_id": vocab_size - 1} if vocab_size else config)
 
 
 OPEN_CLIP = (  # the tower as open_clip and OpenAI spell it
@@ -161,6 +167,9 @@ DECODINGS = {  # what ends a reply is the template's; "caption" and "vqa" are th
 }
 
 CONTENTS = "released files hold the resampler and the cross-attention; CLIP's tower and OPT come from their own files"
-RECIPE = published_recipe(
-    "open_flamingo", Published("open_flamingo", build, LAYOUT, CONFIGS, CONTENTS), stages, OPEN_FLAMINGO, DECODINGS
+RECIPE = dataclasses.replace(
+    published_recipe(
+        "open_flamingo", Published("open_flamingo", build, LAYOUT, CONFIGS, CONTENTS), stages, OPEN_FLAMINGO, DECODINGS
+    ),
+    build=build_for_tokenizer,
 )
