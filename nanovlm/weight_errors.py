@@ -54,6 +54,12 @@ def likely_cause(found):
     if "Wqkv" in names:
         return ("Phi-2's layout of before January 2024 (fused Wqkv), which is not read; download the present files "
                 "of microsoft/phi-2")
+    absent = {name.split(".")[0] for name in found.missing} - {
+        part.split(".")[0] for _, names in found.consumed.values() for part in names if part is not None
+    }
+    if absent & {"vision", "decoder"} and found.consumed and not found.unexpected:
+        return (f"the files hold no {' and no '.join(sorted(absent))}, as some were published; put them together with "
+                "`python -m nanovlm.recipes convert ... --vision PATH --language PATH`")
     if len(found.missing) > len(found.consumed) and (found.unexpected or not found.consumed):
         return "a checkpoint of another family; name the right one with --family, or see what it is with inspect"
     if found.misshaped and not found.missing and not found.unexpected:

@@ -82,16 +82,16 @@ def convert(wishes):
     for source in sources:
         fill(targets(model, source.copies), source.found, source.checkpoint)
         copy(model, source.copies)
-    lines = [line for source in sources for line in told(source)] + started(rest, model, wishes.seed)
+    lines = [line for source in sources for line in report(source)] + started(rest, model, wishes.seed)
     with new_folder(out) as folder:
+        told, config = write_tokenizer(folder, [wishes.language, *paths], OF_FAMILY.get(family), config)
         write_checkpoint(folder, OURS, model.state_dict(), int(wishes.max_shard_gb * 1e9))
         settings = {"family": family, "config": config, "sources": [source.checkpoint.where for source in sources],
                     "initialised": sorted(rest), "seed": wishes.seed, "version": nanovlm.__version__}
         if family in OF_FAMILY:
             settings["image_size"] = vision_of(model).image_size if model.vision is not None else 0
         (folder / "config.json").write_text(json.dumps(settings, indent=1))
-        lines += write_tokenizer(folder, [wishes.language, *paths], OF_FAMILY.get(family))
-    return [*lines, f"written: {out} ({family}, {count_all(shapes_of(model).values()):,} parameters, {dtype})"]
+    return [*lines, told, f"written: {out} ({family}, {count_all(shapes_of(model).values()):,} parameters, {dtype})"]
 
 
 def choose_config(wishes, paths):
@@ -254,7 +254,7 @@ def make(published, config, wishes, model, dtype, rest):
     return model
 
 
-def told(source):
+def report(source):
     """What was read from a source, and what was passed over: list of lines."""
     found, lines = source.found, [f"{source.checkpoint.where}: {len(source.found.consumed)} tensors"]
     skipped = found.computed | found.unused | dict.fromkeys(found.twice, "a second copy of a tied tensor")
@@ -266,12 +266,16 @@ def told(source):
 
 def started(rest, model, seed):
     """What was initialised, by part: list of lines."""
-    return [f"initialised from seed {seed}: {part}, {len(names)} tensors, {count_all(rest[name] for name in names):,} parameters"
-            for part, names in by_part(model, rest).items()]
+    counts = {part: (len(names), count_all(rest[name] for name in names)) for part, names in by_part(model, rest).items()}
+    return [f"initialised from seed {seed}: {part}, {tensors} tensors, {numbers:,} parameters"
+            for part, (tensors, numbers) in counts.items()]
 
 
-def write_tokenizer(folder, places, recipe):
-    """Write the tokenizer of the first place that has one: list of lines to print."""
+def write_tokenizer(folder, places, recipe, config):
+    """Write the tokenizer of the first place that has one.
+
+    Returns: (line to print, config with the id that this tokenizer gives the token of a picture, if the model has one).
+    """
     for place in places:
         if place is None or not Path(place).is_dir():
             continue
@@ -280,5 +284,7 @@ def write_tokenizer(folder, places, recipe):
         except FileNotFoundError:
             continue
         tokenizer.save(folder / "tokenizer.json")
-        return [f"tokenizer of {place}: {tokenizer.vocab_size} tokens"]
-    return ["no tokenizer found: put the model's tokenizer files into OUT before it is asked anything"]
+        if recipe is not None and recipe.template.media_token:
+            config = config | {"media_token_id": tokenizer.special_id(recipe.template.media_token)}
+        return f"tokenizer of {place}: {tokenizer.vocab_size} tokens", config
+    return "no tokenizer found: put the model's tokenizer files into OUT before it is asked anything", config

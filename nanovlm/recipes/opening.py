@@ -85,7 +85,7 @@ def open_trained(folder, config, recipe, dtype, device):
     if not any((folder / name).exists() for name in (SINGLE, INDEX)):
         raise FileNotFoundError(f"{folder} holds no {SINGLE}: its training has not finished; go on with --resume")
     published = recipe.published is not None
-    tokenizer = load_tokenizer(folder) if published else Tokenizer(folder / "tokenizer.json")
+    tokenizer = load_tokenizer(folder, added_tokens(recipe)) if published else Tokenizer(folder / "tokenizer.json")
 
     def build():
         model = recipe.build(config["size"], tokenizer.vocab_size)
@@ -99,6 +99,7 @@ def open_trained(folder, config, recipe, dtype, device):
     except WeightsError as error:
         raise ValueError(f"{folder} does not fit recipe {recipe.name!r}: {error}") from error
     lora.merge(model)
+    check_media_token(model, tokenizer, recipe.template)
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -136,6 +137,7 @@ def open_published(folder, config, published, recipe, dtype, device, image_size=
     if decoder is not None:
         tokenizer = load_tokenizer(folder, added=added_tokens(recipe))
         notes += spare_rows(tokenizer, decoder, PADDED_ROWS)
+        check_media_token(model, tokenizer, recipe.template if recipe else PLAIN)
     stages = recipe.stages("full", False) if recipe else ()
     return Loaded(
         model=model,
@@ -163,7 +165,15 @@ def added_tokens(recipe):
     if recipe is None:
         return ()
     template = recipe.template
-    return tuple(dict.fromkeys(token for token in (template.media_token, *template.specials) if token))
+    return tuple(dict.fromkeys(token for token in (*template.specials, template.media_token) if token))
+
+
+def check_media_token(model, tokenizer, template):
+    """Raise ValueError if the model looks for its pictures at another id than the tokenizer gives their token."""
+    media_token = vars(model).get("media_token")
+    if media_token is not None and tokenizer.special_id(template.media_token) != media_token:
+        raise ValueError(f"the model's media token has id {media_token}, but in the tokenizer {template.media_token!r} has "
+                         f"{tokenizer.special_id(template.media_token)}; correct media_token_id in config.json")
 
 
 def spare_rows(tokenizer, decoder, most):

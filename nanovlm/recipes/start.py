@@ -12,6 +12,7 @@ from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.data.published_tokenizers import load_tokenizer
 from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.names import nearest
+from nanovlm.recipes.opening import added_tokens
 from nanovlm.run import Run, text_side
 from nanovlm.stages import choose
 from nanovlm.vit import check_image_size
@@ -134,7 +135,9 @@ def find_tokenizer(recipe, out, init):
     folder = out if (out / "tokenizer.json").exists() else init
     if folder is None:
         return recipe.tokenizer()
-    return Tokenizer(Path(folder) / "tokenizer.json") if recipe.published is None else load_tokenizer(folder)
+    if recipe.published is None:
+        return Tokenizer(Path(folder) / "tokenizer.json")
+    return load_tokenizer(folder, added_tokens(recipe))
 
 
 def build_models(recipe, size, vocab_size, seed):
