@@ -208,8 +208,11 @@ def splice(w, inputs, tokens):
 
 
 def mplug_owl2(w, config, inputs):
-    out = {"vision_features": owl_vision(w, inputs["pixel_values"], config["vision"])}
+    pixels = inputs["pixel_values"]
+    out = {"vision_features": owl_vision(w, pixels.flatten(0, -4), config["vision"])}
     out["visual_tokens"] = abstractor(w, out["vision_features"], config["abstractor"])
+    if pixels.ndim == 5:  # several pictures at one placeholder: their tokens behind one another
+        out["visual_tokens"] = out["visual_tokens"].unflatten(0, pixels.shape[:2]).flatten(1, 2)
     x, labels, kinds, real = splice(w, inputs, out["visual_tokens"])
     out["logits"] = llama(w, "", x, config["llm"], real, kinds)
     out["loss"] = loss_of(out["logits"], labels)

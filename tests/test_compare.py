@@ -45,7 +45,7 @@ def lynx_case(freq, num_layers, num_frames, side, kv_heads=4, prefixed_pads=(0, 
     config = {
         "vision": {"image_size": 14 * side, "width": 24, "depth": 3, "heads": 2, "mlp_ratio": 1.7},
         "llm": llama(num_hidden_layers=num_layers, num_key_value_heads=kv_heads),
-        "bridge": {"depth": 1, "num_latents": 3}, "adapter_freq": freq, "num_frames": num_frames,
+        "bridge": {"depth": 1, "num_latents": 3, "heads": 8}, "adapter_freq": freq, "num_frames": num_frames,
     }  # fmt: skip
     mask = torch.arange(length) >= torch.tensor(prefixed_pads)[:, None]
     size = config["vision"]["image_size"]
@@ -62,8 +62,8 @@ def labelled(ids):
     return labels
 
 
-def owl_case(ids, side, kv_heads, num_layers=2, queries=7, mask=None):
-    """mPLUG-Owl2 of other sizes, with these rows of ids."""
+def owl_case(ids, side, kv_heads, num_layers=2, queries=7, mask=None, frames=()):
+    """mPLUG-Owl2 of other sizes, with these rows of ids; frames: (number of pictures at one placeholder,)."""
     config = {
         "vision": {
             "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -78,7 +78,7 @@ def owl_case(ids, side, kv_heads, num_layers=2, queries=7, mask=None):
     pictures = sum(max(row.count(I), 1) for row in ids)
     ids = torch.tensor(ids)
     return config, {
-        "pixel_values": torch.randn(pictures, 3, 14 * side, 14 * side), "input_ids": ids, "labels": labelled(ids),
+        "pixel_values": torch.randn(pictures, *frames, 3, 14 * side, 14 * side), "input_ids": ids, "labels": labelled(ids),
         "text_ids": torch.randint(0, 53, (3, 5)),
     } | ({"attention_mask": torch.tensor(mask)} if mask else {})  # fmt: skip
 
@@ -122,12 +122,13 @@ def flamingo_case(ids, every, num_layers, num_frames, pads=None):
 OTHER_SIZES = {
     "lynx, adapters after every third of 5 layers": ("lynx", lambda: lynx_case(3, 5, 2, 3)),
     "lynx, adapters everywhere, grouped queries": ("lynx", lambda: lynx_case(1, 2, 4, 2, kv_heads=2)),
-    "lynx, one row, no padding": ("lynx", lambda: lynx_case(2, 3, 2, 1, prefixed_pads=(0,))),
+    "lynx, one row, no padding": ("lynx", lambda: lynx_case(2, 5, 2, 1, prefixed_pads=(0,))),
     "lynx, one adapter": ("lynx", lambda: lynx_case(7, 4, 3, 2)),
     "lynx, clips of one frame": ("lynx", lambda: lynx_case(2, 2, 1, 2)),
     "mplug_owl2, grouped queries": ("mplug_owl2", lambda: owl_case([[5, I, 6, 7, 8, 9, 3]], 3, 2)),
     "mplug_owl2, several pictures": ("mplug_owl2", lambda: owl_case([[5, I, 6, I, 8, 9], [I, I, 3, 4, 5, 9]], 2, 4)),
     "mplug_owl2, unequal rows": ("mplug_owl2", lambda: owl_case([[5, 4, 6, 1, 8, 9], [7, I, 3, 4, I, 9], [I, 1, 2, 3, 4, 5]], 2, 1)),
+    "mplug_owl2, a clip at a placeholder": ("mplug_owl2", lambda: owl_case([[5, I, 7, 8, 9]], 2, 4, frames=(3,))),
     "mplug_owl2, padded at either end": (
         "mplug_owl2", lambda: owl_case([[5, I, 6, 7, 0, 0], [0, 0, 0, 4, I, 5]], 2, 4, mask=[[1] * 4 + [0] * 2, [0] * 3 + [1] * 3]),
     ),
