@@ -141,7 +141,7 @@ def test_llava_phi_settings():
     assert set(instruct.learning_rates.values()) == {2e-5} and instruct.batch_size == 128 and instruct.image_fit == "pad"
     assert align.steps * 256 >= 558_000 > (align.steps - 2) * 256 and instruct.steps * 128 >= 665_000 > (instruct.steps - 3) * 128
     found = RECIPES["llava_phi"].decodings
-    assert not found["default"].do_sample and all(one.eos_ids == (50256,) for one in found.values())
+    assert not found["default"].do_sample and not any(one.eos_ids for one in found.values())  # the tokenizer's
 
 
 def test_templates():

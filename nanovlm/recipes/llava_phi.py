@@ -124,11 +124,10 @@ def stages(size, smoke):
     return at_size(STAGES, size, smoke, {336: 56})
 
 
-END = (50256,)  # <|endoftext|>
-DECODINGS = {
-    "default": Decoding(max_new_tokens=1024, eos_ids=END),  # greedy, as in all its evaluations
-    "short": Decoding(max_new_tokens=128, eos_ids=END),  # VQAv2, MME, POPE, TextVQA, VizWiz
-    "sample": Decoding(max_new_tokens=1024, do_sample=True, temperature=0.2, eos_ids=END),  # its demonstration
+DECODINGS = {  # what ends a reply is the tokenizer's <|endoftext|>, see templates.end_ids
+    "default": Decoding(max_new_tokens=1024),  # greedy, as in all its evaluations
+    "short": Decoding(max_new_tokens=128),  # VQAv2, MME, POPE, TextVQA, VizWiz
+    "sample": Decoding(max_new_tokens=1024, do_sample=True, temperature=0.2),  # its demonstration
 }
 
 CONTENTS = "the released files hold the whole model, the tower too; q, k and v are one matrix, interleaved head by head"
