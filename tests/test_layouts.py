@@ -96,6 +96,16 @@ def test_the_older_dialect_of_config(tmp_path, name):
         torch.testing.assert_close(logits_of(recipes.load(folder).model, ids), model(ids).logits, **CLOSE)
 
 
+@pytest.mark.parametrize(("kind", "values"), [("Llama", LANGUAGE | dict(tie_word_embeddings=True)), ("OPT", OPT)])
+def test_files_saved_without_the_head(tmp_path, kind, values):
+    model = make(kind, **values)
+    folder = saved(model.model, tmp_path / "published")  # names begin with "layers." or "decoder."
+    assert not any(name.startswith("model.") for name in load_file(folder / "model.safetensors"))
+    ids = torch.randint(3, 290, (2, 5))
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(recipes.load(folder).model, ids), model(ids).logits, **CLOSE)
+
+
 @pytest.mark.parametrize("prefix", ["vision_model.", ""])
 @pytest.mark.parametrize(("name", "values"), [("CLIPVision", VISION), ("SiglipVision", VISION), ("Blip2Vision", VISION)])
 def test_towers_in_and_out(tmp_path, name, values, prefix):

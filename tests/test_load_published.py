@@ -78,6 +78,11 @@ def unknown_type(folder):
     return "llama"
 
 
+def old_phi(folder):
+    (folder / "config.json").write_text('{"model_type": "phi-msft"}')
+    return "January 2024"
+
+
 def stretched_rope(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "yarn"}}))
@@ -99,7 +104,7 @@ def small_vocabulary(folder):
 
 
 @pytest.mark.parametrize("spoil", [spoil_shard, lose_shard, corrupt_header, pointer, broken_index, other_family,
-                                   unknown_type, stretched_rope, fewer_layers, small_vocabulary])
+                                   unknown_type, old_phi, stretched_rope, fewer_layers, small_vocabulary])
 def test_bad_folders_are_refused_by_name(language, spoil):
     words = spoil(language[0])
     with pytest.raises((ValueError, OSError)) as caught:

@@ -22,7 +22,7 @@ from nanovlm.modality_adaptive import ModalityAdaptive
 from nanovlm.recipes import FAMILIES, OF_FAMILY
 from nanovlm.recipes.coverage import build_on_meta, count_all, find_family, read_json
 from nanovlm.recipes.export import export
-from nanovlm.recipes.opening import added_tokens, family_of, load_tokenizer, vision_of
+from nanovlm.recipes.opening import added_tokens, family_of, has_vision, load_tokenizer, vision_of
 from nanovlm.recipes.open_flamingo import OPEN_CLIP
 from nanovlm.vision_layouts import BEHIND, BLIP2_REST, CLIP, EVA, OTHER_SIDE, SIGLIP, eva_original
 from nanovlm.vlm import part_of
@@ -89,7 +89,7 @@ def convert(wishes):
         settings = {"family": family, "config": config, "sources": [source.checkpoint.where for source in sources],
                     "initialised": sorted(rest), "seed": wishes.seed, "version": nanovlm.__version__}
         if family in OF_FAMILY:
-            settings["image_size"] = vision_of(model).image_size if model.vision is not None else 0
+            settings["image_size"] = vision_of(model).image_size if has_vision(model) else 0
         (folder / "config.json").write_text(json.dumps(settings, indent=1))
     return [*lines, told, f"written: {out} ({family}, {count_all(shapes_of(model).values()):,} parameters, {dtype})"]
 

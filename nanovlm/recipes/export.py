@@ -8,7 +8,7 @@ import torch
 
 from nanovlm import recipes
 from nanovlm.recipes.coverage import find_family
-from nanovlm.recipes.opening import family_of, open_trained, read_config, vision_of
+from nanovlm.recipes.opening import family_of, has_vision, open_trained, read_config, vision_of
 from nanovlm.recipes.recipe import with_vocabulary
 from nanovlm.weight_errors import WeightsError
 from nanovlm.weight_files import OURS, TYPES, new_folder, open_checkpoint, write_checkpoint
@@ -54,7 +54,7 @@ def export(source, out, wishes):
     config = read_config(folder)
     dtype = vars(torch)[wishes.dtype] if wishes.dtype else type_of(checkpoint)
     model, published, sizes = read(folder, config, checkpoint, dtype, wishes.family)
-    image_size = None if not hasattr(model, "vision") or model.vision is None else vision_of(model).image_size
+    image_size = vision_of(model).image_size if has_vision(model) else None
     sizes = published_config(published.family, sizes, image_size, dtype)
     with new_folder(out) as temporary:
         names = write_checkpoint(temporary, published.layout(sizes), model.state_dict(), int(wishes.max_shard_gb * 1e9))

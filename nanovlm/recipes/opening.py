@@ -24,6 +24,12 @@ MODEL_TYPES = {  # model_type of a published config.json -> family
     "blip_2_vision_model": "eva", "blip-2": "blip2", "llava": "llava", "llava_llama": "llava", "llava_phi": "llava_phi",
     "mplug_owl2": "mplug_owl2", "lynx": "lynx", "open_flamingo": "open_flamingo",
 }  # fmt: skip
+REFUSED = {  # model_type -> why not
+    "phi-msft": "Phi-2's layout of before January 2024 (fused Wqkv); download the present files of microsoft/phi-2",
+    "mixformer-sequential": "Phi-2's layout of before January 2024 (fused Wqkv); download the present files",
+    "instructblip": "its bridge reads the instruction, which no bridge here does",
+    "mpt": "ALiBi and norms on queries and keys, which are out of scope",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,9 @@ def family_of(config, where, families):
         missing = [key for key in ("recipe", "size", "image_size", "stages") if key not in config]
         raise ValueError(f"{where} lacks {', '.join(missing)}; it is not what train.py wrote, and without model_type "
                          "no published model's either")
-    if MODEL_TYPES.get(kind) not in families:
+    if kind in REFUSED:
+        raise ValueError(f"{where}: model_type {kind!r} is not read: {REFUSED[kind]}")
+    if not isinstance(kind, str) or MODEL_TYPES.get(kind) not in families:
         raise ValueError(f"{where}: model_type {kind!r} is none that can be built.{nearest(kind, MODEL_TYPES)}")
     return MODEL_TYPES[kind]
 
@@ -144,7 +152,7 @@ def open_published(folder, config, published, recipe, dtype, device, image_size=
         tokenizer=tokenizer,
         template=recipe.template if recipe else PLAIN,
         decodings=recipe.decodings if recipe else {"default": Decoding()},
-        image_size=0 if isinstance(model, Decoder) else vision_of(model).image_size,
+        image_size=vision_of(model).image_size if has_vision(model) else 0,
         image_fit=stages[-1].image_fit if stages else "crop",
         remark=recipe.remark if recipe else "",
         notes=tuple(notes),
@@ -152,12 +160,16 @@ def open_published(folder, config, published, recipe, dtype, device, image_size=
     )
 
 
+def has_vision(model):
+    """bool, whether a model reads pictures (an OpenFlamingo may start from features)."""
+    return isinstance(model, ViT) or vars(model)["_modules"].get("vision") is not None
+
+
 def vision_of(model):
     """The ViT of a model, or the model itself if it is one. Raises: ValueError if there is none."""
-    vision = model if isinstance(model, ViT) else vars(model)["_modules"].get("vision")
-    if vision is None:
+    if not has_vision(model):
         raise ValueError("image_size was given, but this model reads no pictures")
-    return vision
+    return model if isinstance(model, ViT) else model.vision
 
 
 def added_tokens(recipe):
