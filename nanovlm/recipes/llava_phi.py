@@ -15,7 +15,7 @@
   `--without tune_phi`;
 - Phi-2's residual dropout of 0.1 is left out;
 - the code masked the first token of every answer until 2024-03-23, and end tokens as keys: neither is repeated.
-End and padding are <|endoftext|>, 50256; the released config.json says 1 and 2, which are other words.
+End and padding are the tokenizer's <|endoftext|>, 50256; the released config.json says 1 and 2, which are other words.
 """
 
 import dataclasses

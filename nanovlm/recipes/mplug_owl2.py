@@ -139,7 +139,7 @@ ABSTRACTOR = (
     Computed("encoder.layers.{i}.crossattention.attention.k_pos_embed", "sines and cosines of rows and columns"),
 )
 COPIES = tuple(
-    (f"model.layers.{{i}}.{theirs}.multiway.{number}.weight", f"layers.{{i}}.{ours}.{modality}.weight")
+    (f"model.layers.{{i}}.{theirs}.multiway.{number}.{{p}}", f"layers.{{i}}.{ours}.{modality}.{{p}}")
     for theirs, ours in (
         ("input_layernorm", "norm_1"), ("self_attn.k_proj", "attention.k"), ("self_attn.v_proj", "attention.v"),
         ("post_attention_layernorm", "norm_2"),
