@@ -73,6 +73,21 @@ def test_where_the_papers_models_differ_from_their_parts(full):
     assert phi.decoder.config.num_rotary == 32 and phi.decoder.config.head_width == 80
 
 
+def test_heads_and_context_which_no_count_of_parameters_shows(full):
+    """Channels of a head: EVA 88, CLIP 64, LLaMA 128, Phi-2 80; bridges 64."""
+    towers, decoders = ({name: getattr(full[name], part).config for name in NAMES} for part in ("vision", "decoder"))
+    assert [towers[name].width // towers[name].num_heads for name in NAMES] == [88, 64, 64]
+    assert [towers[name].activation for name in NAMES] == ["gelu", "quick_gelu", "quick_gelu"]
+    assert [towers[name].norm_eps for name in NAMES] == [1e-6, 1e-6, 1e-5]
+    assert [decoders[name].head_width for name in NAMES] == [128, 128, 80]
+    assert all(config.num_kv_heads == config.num_heads and config.context_length == 2048 for config in decoders.values())
+    assert all(config.rope_base == 10_000 and not config.tied_head for config in decoders.values())
+    assert full["lynx"].bridge.layers[0].num_heads == 8 and not full["lynx"].bridge.layers[0].attend_to_latents
+    assert len(full["lynx"].bridge.frame_embedding) == 5 and len(full["lynx"].bridge.layers) == 3
+    assert full["mplug_owl2"].bridge.layers[0].num_heads == 16 and len(full["mplug_owl2"].bridge.layers) == 6
+    assert full["mplug_owl2"].bridge.layers[0].ffn_norm.eps == 1e-6 and full["mplug_owl2"].bridge.layers[0].norm_ffn.eps == 1e-5
+
+
 def test_lynx_table_8():
     """Hyper-parameters as printed; 5% of warm-up from a tenth of the rate, linear decay to the same tenth."""
     rows = {"align": (100_000, 1536, 1e-4, 1e-5, 224), "resolution": (10_000, 448, 1e-5, 1e-6, 420), "instruct": (20_000, 480, 2e-5, 2e-6, 420)}
