@@ -159,7 +159,7 @@ def LAYOUT(config):
 
 SETTINGS = dict(  # Sec. 4.1
     objective="language", optimizer="adamw", betas=(0.9, 0.98), eps=1e-6, schedule="cosine", layer_decay={"vision": 0.9},
-    start_lr_factor=0.0, precision="bfloat16", image_fit="stretch",
+    start_lr_factor=0.0, precision="bfloat16", image_fit="squash",  # as its evaluation scripts do
 )  # fmt: skip
 STAGES = (
     Stage(  # 348 million pairs; the paper names the sets without their shares, and two decays come from the authors' tracker
