@@ -1,0 +1,122 @@
+"""VQA accuracy: an answer is right as far as the ten people who answered the same question agree with it.
+
+    accuracy = mean over annotators i of min(1, matches among the other nine / 3)        Antol et al., arXiv:1505.00468
+
+Answers are normalised first: punctuation, articles, number words, contractions. The official program does so only when
+the ten answers are not all equal, and finds "the others" by comparing records instead of places; both move the result
+by tens of points on some sets, so it is a variant here and not the default.
+"""
+
+import functools
+import re
+
+from nanovlm.names import nearest
+
+VARIANTS = {
+    "always": "normalise always, leave one annotator out by place (as TextVQA's own code does)",
+    "official": "as the program of visualqa.org computes it",
+    "min3": "min(1, matches among all ten / 3), normalised: what many repositories report, up to a point higher",
+}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+NUMBERS = {"none": "0"} | {
+    word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
+ARTICLES = ("a", "an", "the")
+COMMA_IN_NUMBER = re.compile(r"\d,\d")
+PERIOD = re.compile(r"\.(?!\d)")  # the official expression means to spare "1." as well, but its look-behind is misspelt
+STRIPPED_PERIODS = 32  # its count argument receives re.UNICODE by accident
+
+# Words that people write without their apostrophes. The official table, its slips included ("somebody'd" loses one).
+CONTRACTED = (
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't "
+    "it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't "
+    "somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's "
+    "they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's "
+    "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"
+).split()
+TWICE = (  # either of the two apostrophes may be missing
+    "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've "
+    "there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've"
+).split()
+CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED}
+for _word in TWICE:
+    _first, _second, _third = _word.split("'")
+    CONTRACTIONS |= {f"{_first}{_second}'{_third}": _word, f"{_first}'{_second}{_third}": _word}
+CONTRACTIONS |= {
+    "somebody'd": "somebodyd", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at",
+    "yall'd've": "y'all'd've", "y'alld've": "y'all'd've", "y'all'dve": "y'all'd've",
+}  # fmt: skip
+
+
+def tidy(text):
+    """Line breaks and tabs become spaces; none stay outside: str."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def normalize(text):
+    """The form in which answers are compared: str."""
+    return _normalize(tidy(text))
+
+
+@functools.lru_cache(maxsize=65536)  # the same few words come again and again
+def _normalize(text):
+    number = COMMA_IN_NUMBER.search(text) is not None
+    without = text
+    for mark in PUNCTUATION:
+        if mark not in text:
+            continue
+        touches_space = f"{mark} " in text or f" {mark}" in text  # anywhere in the text, for all its occurrences
+        without = without.replace(mark, "" if touches_space or number else " ")
+    without = PERIOD.sub("", without, count=STRIPPED_PERIODS)
+    words = (NUMBERS.get(word, word) for word in without.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def vqa_accuracy(prediction, answers, variant="always"):
+    """How right an answer is.
+
+    Args:
+      prediction: str.
+      answers: list of str, one per annotator (usually ten); or, for "official", the records of the file, dicts with
+        "answer" and whatever else stands there.
+      variant: one of VARIANTS.
+    Returns: float between 0 and 1.
+    Raises: ValueError for an unknown variant, or without answers.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}.{nearest(variant, VARIANTS)}")
+    if not answers:
+        raise ValueError("no human answers to compare with; VQA accuracy needs at least one")
+    if variant == "official":
+        return _official(prediction, answers)
+    words = normalize(prediction)
+    same = [normalize(_text(answer)) == words for answer in answers]
+    matches = sum(same)
+    if variant == "min3":
+        return min(1.0, matches / 3)
+    if len(same) == 1:
+        return float(matches)
+    return sum(min(1.0, (matches - mine) / 3) for mine in same) / len(same)
+
+
+def _official(prediction, answers):
+    """Equal records count as one and the same annotator, so without ids identical answers never meet each other."""
+    words = [tidy(_text(answer)) for answer in answers]
+    prediction = tidy(prediction)
+    if len(set(words)) > 1:
+        prediction, words = normalize(prediction), list(map(normalize, words))
+    matching = [place for place, word in enumerate(words) if word == prediction]
+    total = (len(answers) - len(matching)) * min(1.0, len(matching) / 3)  # these differ from every matching record
+    beside = [_beside(answers[place]) for place in matching]
+    total += sum(min(1.0, sum(other != mine for other in beside) / 3) for mine in beside)
+    return total / len(answers)
+
+
+def _beside(answer):
+    """What a record says beside the answer."""
+    return {key: value for key, value in answer.items() if key != "answer"} if isinstance(answer, dict) else {}
+
+
+def _text(answer):
+    """The words of an annotator's answer, given as str or as a record of the file."""
+    return answer["answer"] if isinstance(answer, dict) else answer
