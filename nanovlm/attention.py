@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanovlm.names import nearest
 
-BACKENDS = ("reference", "sdpa")
+BACKENDS = ("reference", "sdpa", "triton")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def attention(q, k, v, visible, backend="sdpa"):
     Args:
       q: float[B, H, T, D]. k, v: float[B, K, S, D], H a multiple of K (grouped queries).
       visible: Visible, intervals over the S keys.
-      backend: "reference" or "sdpa".
+      backend: "reference", "sdpa", or "triton" (flash_attention.py; a GPU and heads of at most 128 channels).
     Returns: float[B, H, T, D]; zeros where a query sees nothing.
     Raises: ValueError for an unknown backend or head counts that do not divide.
     """
@@ -176,4 +176,8 @@ def attention(q, k, v, visible, backend="sdpa"):
         return reference(q, k, v, visible)
     if backend == "sdpa":
         return sdpa(q, k, v, visible)
+    if backend == "triton":
+        from nanovlm.flash_attention import flash_attention  # here, as Triton exists on Linux only
+
+        return flash_attention(q, k, v, visible)
     raise ValueError(f"unknown attention backend {backend!r}.{nearest(backend, BACKENDS)}")

@@ -223,7 +223,7 @@ class Decoder(nn.Module):
         Args:
           embeddings: float[B, T, W]. positions: int[B, T], for rotary angles or the learned table.
           visible: attention.Visible, over T keys or, with a cache, over the cache's columns.
-          modality: int[B, T], 0 = text, 1 = vision.
+          modality: int[B, T], 0 = text, 1 = vision; None = all text.
           cache: cache.KeyValueCache, which receives the new keys and values and hands back all of them.
           out: dict; when given, out["attention"] becomes a list over layers of float[B, H, T, S], and, with media,
             out["cross_attention"] one over the layers that have it.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nanovlm import shared_prefix
 from nanovlm.attention import BACKENDS, causal, causal_rows
 from nanovlm.cross_attention import gather_media
+from nanovlm.linear_cross_entropy import LARGE_VOCABULARY, linear_cross_entropy
 from nanovlm.modality_adaptive import ModalityAdaptive
 from nanovlm.names import nearest
 
@@ -79,6 +80,7 @@ class VLM(nn.Module):
         self.decoder = decoder
         self.media_token = media_token
         self.share_prefix = True  # False: every row runs its image tokens itself
+        self.chunked_loss = config.vocab_size >= LARGE_VOCABULARY  # whether `loss` never holds all scores at once
 
     def set_backend(self, backend):
         """Choose the attention of every part at once: one of attention.BACKENDS."""
@@ -202,6 +204,10 @@ class VLM(nn.Module):
         labels = batch.labels[:, 1:]  # token t is predicted at t - 1
         trained = labels != IGNORE
         hidden = self.hidden(batch)[:, :-1][trained]  # only trained positions meet the vocabulary
+        head = self.decoder.lm_head
+        if self.chunked_loss and (head is None or type(head) is nn.Linear):  # a low-rank update is more than a weight
+            weight, bias = (self.decoder.embedding.weight, None) if head is None else (head.weight, head.bias)
+            return linear_cross_entropy(hidden, weight, labels[trained], bias), int(trained.sum())
         loss = F.cross_entropy(self.decoder.logits(hidden).float(), labels[trained], reduction="sum")
         return loss, int(trained.sum())
 

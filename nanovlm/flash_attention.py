@@ -1,0 +1,232 @@
+"""Fused attention as an operator of torch: `flash_attention(q, k, v, visible)`, differentiable.
+
+The kernels stand in flash_kernels.py. Here they get their tiles, their launches and a place in torch: a custom
+operator has a shape function for torch.compile and a derivative for autograd, and works under autocast and activation
+checkpointing. `attention.reference` is the same function written out.
+
+Heads of 8 to 128 channels, a multiple of 8, run as they are (64 and 128 best; 80 and 88 as 128 with zeros).
+
+B batch, T queries, S keys, H heads, K key/value heads, D head width
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from nanovlm import flash_kernels as kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read by Triton when the kernels were made
+CHECK_INTERVALS = os.environ.get("NANOVLM_CHECK_INTERVALS", "0") == "1"  # debugging: every call reads its intervals
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_WIDTH = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work."""
+
+    queries: int  # of a tile
+    keys: int
+    warps: int  # of a program, 32 threads each
+    stages: int  # tiles on their way from memory
+
+
+# (compute capability, channels of a head at most) -> forward, dQ, dK and dV; none spills registers
+TILES = {
+    (90, 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    (90, 128): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+    (80, 64): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+    (80, 128): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
+}
+EXACT = (Tile(32, 32, 4, 1),) * 3  # float32 does without tensor cores: right, and slow
+
+
+def tiles_for(q):
+    """The three tiles for queries q: by type, head width and the GPU's kind."""
+    if q.dtype == torch.float32 or q.device.type != "cuda":
+        return EXACT
+    kind = 90 if torch.cuda.get_device_capability(q.device) == (9, 0) else 80  # newer ones have other products again
+    return TILES[kind, 64 if q.shape[-1] <= 64 else 128]
+
+
+def launch(kernel, grid, tile, head_width, *arguments):
+    """Start a kernel: one program for each tile (grid[0]) of each head of each row (grid[1])."""
+    fusion = {} if INTERPRETED else dict(enable_fp_fusion=True)  # newer Triton leaves it out unless asked
+    kernel[grid](
+        *arguments, D=head_width, BLOCK_D=max(16, triton.next_power_of_2(head_width)), BLOCK_M=tile.queries,
+        BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages, **fusion,
+    )  # fmt: skip
+
+
+def readable(x):
+    """x [B, H, T, D], copied unless its rows can be read in pieces of 16 bytes."""
+    aligned = x.stride(3) == 1 and all(x.stride(d) % 8 == 0 for d in range(3) if x.shape[d] > 1)
+    return x if aligned else x.contiguous()
+
+
+def strides(x):
+    """Elements from one row, head and token to the next; 0 where there is but one, as its stride may be anything."""
+    return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in range(3))
+
+
+def empty(like):
+    """Room for a [B, H, T, D], with the heads of a token side by side as the next layer reads them."""
+    return like.new_empty(like.shape[0], like.shape[2], like.shape[1], like.shape[3]).transpose(1, 2)
+
+
+def seen_by(first, stop, num_keys, tile):
+    """Intervals turned around: which queries see each tile of keys.
+
+    Args:
+      first, stop: int[B or 1, T]. num_keys: S. tile: Tile, of dkv_kernel.
+    Returns: int32[B or 1, key tiles, 4], begin, full_begin, full_end, end: all that see any key of the tile are in
+      [begin, end); each in [full_begin, full_end), whole tiles of queries, sees all of it.
+    """
+    index = torch.arange(first.shape[1], device=first.device)
+    lowest = torch.arange(0, num_keys, tile.keys, device=first.device)[:, None]
+    beyond = (lowest + tile.keys).clamp(max=num_keys)
+    first, stop = first[:, None], stop[:, None]  # B 1 T
+    sees = (first < beyond) & (stop > lowest) & (first < stop)  # B tiles T
+    sees_all = (first <= lowest) & (stop >= beyond)
+    begin, full_begin = (torch.where(these, index, len(index)).amin(-1) for these in (sees, sees_all))
+    end, full_end = (torch.where(these, index + 1, 0).amax(-1) for these in (sees, sees_all))
+    without_gap = sees_all.sum(-1) == full_end - full_begin
+    begin = begin // tile.queries * tile.queries
+    full_begin = (full_begin + tile.queries - 1) // tile.queries * tile.queries
+    full_end = full_end // tile.queries * tile.queries
+    some_full = without_gap & (full_begin < full_end)
+    full_begin, full_end = torch.where(some_full, full_begin, begin), torch.where(some_full, full_end, begin)
+    return torch.stack([begin, full_begin, full_end, end], dim=-1).int()
+
+
+@torch.library.custom_op("nanovlm::flash_attention", mutates_args=())
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, stop: torch.Tensor,
+            scale: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """out [B, H, T, D] and the softmax's log2 of sums float32[B, H, T]."""
+    out, lse = forward_shapes(q, k, v, first, stop, scale)
+    if not out.numel():
+        return out, lse
+    q, k, v, first, stop = readable(q), readable(k), readable(v), first.contiguous(), stop.contiguous()
+    (rows, heads, num_queries, width), tile = q.shape, tiles_for(q)[0]
+    launch(
+        kernels.forward_kernel, (triton.cdiv(num_queries, tile.queries), rows * heads), tile, width,
+        q, k, v, first, stop, out, lse, strides(q), strides(k), strides(v), strides(out),
+        num_queries if len(first) > 1 else 0, heads, heads // k.shape[1], num_queries, k.shape[2], scale,
+    )  # fmt: skip
+    return out, lse
+
+
+@forward.register_fake
+def forward_shapes(q, k, v, first, stop, scale):
+    """What `forward` returns, without its numbers."""
+    return empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanovlm::flash_attention_backward", mutates_args=())
+def backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor,
+             stop: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+             scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dq, dk, dv."""
+    dq, dk, dv = backward_shapes(do, q, k, v, first, stop, out, lse, scale)
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    do, q, k, v, out = (readable(x) for x in (do, q, k, v, out))
+    first, stop, lse = first.contiguous(), stop.contiguous(), lse.contiguous()
+    (rows, heads, num_queries, width), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    _, q_tile, kv_tile = tiles_for(q)
+    sizes = (heads, heads // num_kv_heads, num_queries, num_keys, scale)
+    visible_stride = num_queries if len(first) > 1 else 0
+    delta = torch.empty_like(lse)
+    launch(
+        kernels.dq_kernel, (triton.cdiv(num_queries, q_tile.queries), rows * heads), q_tile, width,
+        q, k, v, first, stop, out, do, lse, delta, dq, strides(q), strides(k), strides(v), strides(out), strides(do),
+        strides(dq), visible_stride, *sizes,
+    )  # fmt: skip
+    turned = seen_by(first, stop, num_keys, kv_tile)
+    launch(
+        kernels.dkv_kernel, (turned.shape[1], rows * num_kv_heads), kv_tile, width,
+        q, k, v, first, stop, do, lse, delta, turned, dk, dv, strides(q), strides(k), strides(v), strides(do),
+        strides(dk), strides(dv), visible_stride, turned.stride(0) if len(turned) > 1 else 0, *sizes,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@backward.register_fake
+def backward_shapes(do, q, k, v, first, stop, out, lse, scale):
+    """What `backward` returns, without its numbers."""
+    return empty(q), empty(k), empty(v)
+
+
+def keep(ctx, inputs, output):
+    """What the backward pass needs; the scores are computed again."""
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def differentiate(ctx, do, d_lse):
+    """Gradients for `forward`'s arguments."""
+    if do is None:
+        return (None,) * 6
+    return *backward(do, *ctx.saved_tensors, ctx.scale), None, None, None
+
+
+forward.register_autograd(differentiate, setup_context=keep)
+
+
+def flash_attention(q, k, v, visible, scale=None):
+    """softmax(q k^T * scale) v over each query's interval of keys.
+
+    Args:
+      q: float[B, H, T, D], float16, bfloat16 or float32; D a multiple of 8, at most 128. k, v: float[B, K, S, D], H a
+        multiple of K. Any strides: what cannot be read in pieces of 16 bytes is copied first.
+      visible: attention.Visible, int[B or 1, T] over the S keys; any intervals, fastest where they do not descend.
+        They are trusted, as reading them would wait for the GPU; NANOVLM_CHECK_INTERVALS=1 checks them in every call.
+      scale: None = 1 / sqrt(D).
+    Returns: float[B, H, T, D]; zeros, with zero gradients, where a query sees nothing. Under autocast its type.
+    Raises: ValueError that names the argument with a wrong shape, type or device.
+    """
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    check(q, k, v, visible)
+    if CHECK_INTERVALS:
+        visible.check(k.shape[2])
+    return forward(q, k, v, visible.first, visible.stop, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
+
+
+def check(q, k, v, visible):
+    """Raise ValueError for arguments that the kernels would misread; looks at no numbers."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [rows, heads, tokens, channels]")
+        if x.dtype not in DTYPES or x.dtype != q.dtype:
+            raise ValueError(f"{name} is {x.dtype} and q {q.dtype}; all must be one of {', '.join(map(str, DTYPES))}")
+    for name, x in (("k", k), ("v", v), ("visible.first", visible.first), ("visible.stop", visible.stop)):
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, but q on {q.device}; move it there")
+    rows, heads, num_queries, width = q.shape
+    if width % 8 or not 8 <= width <= MAX_HEAD_WIDTH:
+        raise ValueError(
+            f"q has heads of {width} channels; the kernels take multiples of 8 up to {MAX_HEAD_WIDTH}: pad them with "
+            "zeros (and pass scale), or use the backend 'sdpa'"
+        )
+    if k.shape != v.shape or k.shape[0] != rows or k.shape[3] != width:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be [{rows}, heads, keys, {width}] as q is")
+    if not k.shape[1] or heads % k.shape[1]:
+        raise ValueError(f"{heads} query heads cannot share {k.shape[1]} key heads: no multiple")
+    for name, x in (("visible.first", visible.first), ("visible.stop", visible.stop)):
+        if x.shape not in ((rows, num_queries), (1, num_queries)) or x.shape != visible.first.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [{rows} or 1, {num_queries}] as q's tokens")
+        if x.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} is {x.dtype}; expected int64 or int32")
+    if max(q.shape[2] * q.stride(2), k.shape[2] * max(k.stride(2), v.stride(2))) >= 2**31:
+        raise ValueError(f"{num_queries} queries and {k.shape[2]} keys reach beyond 2 ** 31 elements; split them")
+    if q.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"q is on {q.device}: the Triton kernels need a GPU, or TRITON_INTERPRET=1 in the environment (slow); "
+            "use the backend 'sdpa'"
+        )

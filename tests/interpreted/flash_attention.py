@@ -1,0 +1,222 @@
+"""The fused kernels, as numpy, against attention as written in float64; started by test_flash_attention."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from nanovlm import flash_attention as module
+from nanovlm.attention import Visible, attention, causal, causal_rows, full, prefix, sliding_window
+from nanovlm.flash_attention import Tile, flash_attention, seen_by
+
+assert module.INTERPRETED
+
+
+def cut(length):
+    """Documents of random lengths in one row, padding behind: int[length]."""
+    lengths = torch.tensor([length // 3, length // 4, length // 4])
+    padding = torch.full((length - int(lengths.sum()),), -1)
+    return torch.cat([torch.arange(3).repeat_interleave(lengths), padding])
+
+
+def scattered(rows, queries, keys):
+    """Intervals in no order at all, some empty."""
+    first = torch.randint(0, keys, (rows, queries))
+    return Visible(first, (first + torch.randint(-3, keys, (rows, queries))).clamp(0, keys))
+
+
+def islands():
+    """Every query sees key 0, but those in the middle no more than it: a tile seen by all, but with a gap."""
+    stop = torch.full((1, 96), 64)
+    stop[:, 40:44] = 1
+    return Visible(torch.zeros_like(stop), stop)
+
+
+# name: (visible, rows, heads, key heads, queries, keys, channels)
+CASES = {
+    "causal": (causal_rows(1, 72), 1, 1, 1, 72, 72, 64),
+    "ViT": (full(65, 65), 2, 1, 1, 65, 65, 88),
+    "packed and padded, groups": (causal(cut(100)[None].repeat(2, 1)), 2, 4, 2, 100, 100, 16),
+    "padding in front": (causal(cut(70).flip(0)[None]), 1, 1, 1, 70, 70, 64),
+    "two rows, two masks": (causal(torch.stack([cut(64), torch.zeros(64).long()])), 2, 1, 1, 64, 64, 128),
+    "prefix": (prefix(torch.zeros(1, 80).long(), torch.tensor([50])), 1, 2, 1, 80, 80, 32),
+    "sliding window": (sliding_window(torch.zeros(1, 120).long(), 30), 1, 1, 1, 120, 120, 24),
+    "chunked prefill": (Visible(torch.zeros(1, 33).long(), torch.arange(96, 129)[None]), 1, 2, 2, 33, 128, 64),
+    "latest image": (Visible(torch.arange(60)[None] // 20 * 40, torch.arange(60)[None] // 20 * 40 + 40), 1, 1, 1, 60, 120, 40),
+    "nothing at all": (Visible(torch.full((1, 40), 7), torch.full((1, 40), 7)), 2, 2, 2, 40, 20, 16),
+    "scattered": (scattered(2, 70, 90), 2, 2, 1, 70, 90, 8),
+    "a gap": (islands(), 1, 1, 1, 96, 64, 16),
+    "one token": (causal_rows(1, 1), 1, 3, 1, 1, 1, 64),
+    "decoding": (Visible(torch.tensor([[3], [0]]), torch.tensor([[40], [17]])), 2, 8, 2, 1, 48, 64),
+    "beyond the keys": (Visible(torch.full((1, 5), -3), torch.full((1, 5), 99)), 1, 1, 1, 5, 40, 16),
+    "no keys": (full(3, 0), 1, 1, 1, 3, 0, 16),
+    "no queries": (full(0, 3), 1, 1, 1, 0, 3, 16),
+}
+
+
+def make(case, dtype=torch.float32):
+    visible, rows, heads, kv_heads, queries, keys, width = case
+    sizes = ((heads, queries), (kv_heads, keys), (kv_heads, keys))
+    return [torch.randn(rows, h, t, width).to(dtype).requires_grad_() for h, t in sizes], visible
+
+
+def results(function, tensors, do, dtype):
+    """Output and gradients, computed in dtype, as float64."""
+    tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    out = function(*tensors)
+    return [x.double() for x in (out, *torch.autograd.grad(out, tensors, do.to(dtype)))]
+
+
+def exact(q, k, v, visible):
+    """attention.reference without its rounding to float32."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    mask = visible.mask(k.shape[2])[:, None]
+    scores = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).masked_fill(~mask, -1e300)
+    return torch.softmax(scores, -1).masked_fill(~mask, 0) @ v
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_equation_and_its_gradients(name):
+    (q, k, v), visible = make(CASES[name])
+    do = torch.randn_like(q)
+    expected = results(lambda *x: exact(*x, visible), (q, k, v), do, torch.float64)
+    found = results(lambda *x: flash_attention(*x, visible), (q, k, v), do, torch.float32)
+    for f, e in zip(found, expected):
+        assert f.isfinite().all()
+        torch.testing.assert_close(f, e, atol=1e-5, rtol=1e-5)
+    blind = (visible.stop.clamp(max=k.shape[2]) <= visible.first)[:, None, :, None].expand(q.shape)
+    assert (found[0][blind] == 0).all() and (found[1][blind] == 0).all()
+
+
+def test_backends_agree_on_a_model_shape():
+    (q, k, v), visible = make(CASES["packed and padded, groups"])
+    do = torch.randn_like(q)
+    found = {b: results(lambda *x: attention(*x, visible, b), (q, k, v), do, torch.float32)
+             for b in ("reference", "sdpa", "triton")}  # fmt: skip
+    for backend in ("reference", "sdpa"):
+        for f, e in zip(found["triton"], found[backend]):
+            torch.testing.assert_close(f, e, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["packed and padded, groups", "ViT"])
+def test_half_precision(name):
+    """float16, as the interpreter multiplies bfloat16 as bits; no worse than twice torch's own."""
+    (q, k, v), visible = make(CASES[name], torch.float16)
+    do = torch.randn_like(q)
+    expected = results(lambda *x: exact(*x, visible), (q, k, v), do, torch.float64)
+    ours = results(lambda *x: flash_attention(*x, visible), (q, k, v), do, torch.float16)
+    theirs = results(lambda *x: attention(*x, visible, "sdpa"), (q, k, v), do, torch.float16)
+    for o, t, e in zip(ours, theirs, expected):
+        assert (o - e).abs().max() <= 2 * (t - e).abs().max() + 1e-3
+
+
+def test_strides_of_a_model_and_strange_ones():
+    visible = causal_rows(2, 40)
+    x = torch.randn(3, 2, 40, 4, 24).transpose(2, 3)  # heads of a token side by side
+    wide = torch.randn(3, 2, 4, 40, 27)[..., 1:25]  # rows begin anywhere
+    turned = torch.randn(3, 2, 4, 24, 40).transpose(-2, -1)
+    for q, k, v in (x, wide, turned):
+        out = flash_attention(q, k, v, visible)
+        torch.testing.assert_close(out, attention(q, k, v, visible, "reference"), atol=1e-5, rtol=1e-5)
+        assert out.transpose(1, 2).is_contiguous()
+    q, k, v = (part.detach().requires_grad_() for part in x)
+    grads = [torch.autograd.grad(attention(q, k, v, visible, b).sum(), (q, k, v)) for b in ("triton", "reference")]
+    for f, e in zip(*grads):  # a sum's gradient has strides of 0
+        torch.testing.assert_close(f, e, atol=1e-5, rtol=1e-5)
+
+
+def test_scale():
+    (q, k, v), visible = make(CASES["sliding window"])
+    expected = attention(q * 0.3 * 24**0.5, k, v, visible, "reference")
+    torch.testing.assert_close(flash_attention(q, k, v, visible, scale=0.3), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_large_scores_stay_finite():
+    (q, k, v), visible = make(CASES["causal"])
+    out = flash_attention(q * 1e4, k * 1e4, v, visible)
+    torch.testing.assert_close(out, attention(q * 1e4, k * 1e4, v, visible, "reference"))
+
+
+def test_equal_inputs_give_equal_bits():
+    (q, k, v), visible = make(CASES["packed and padded, groups"])
+    do = torch.randn_like(q)
+    once, again = (results(lambda *x: flash_attention(*x, visible), (q, k, v), do, torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again))
+
+
+def test_tiles_of_other_sizes(monkeypatch):
+    """Queries and keys of a tile may differ, as they do on a GPU."""
+    monkeypatch.setattr(module, "EXACT", (Tile(64, 16, 4, 1), Tile(16, 64, 4, 1), Tile(16, 64, 4, 1)))
+    for name in ("packed and padded, groups", "scattered", "a gap"):
+        test_equals_the_equation_and_its_gradients(name)
+
+
+def test_only_tiles_that_are_seen_are_visited():
+    """What stands in tiles that nobody sees is not read: NaN there does no harm."""
+    visible = causal(torch.tensor([0, 1, 2]).repeat_interleave(64)[None])
+    q, k, v = (torch.randn(1, 1, 192, 16) for _ in range(3))
+    expected = flash_attention(q, k, v, visible)
+    for place in (slice(64, 128), slice(128, 192)):
+        k, v = k.clone(), v.clone()
+        k[:, :, place] = v[:, :, place] = float("nan")
+        assert torch.equal(flash_attention(q, k, v, visible)[:, :, :64], expected[:, :, :64])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_seen_by_against_the_drawn_mask(name):
+    visible, _, _, _, queries, keys, _ = CASES[name]
+    if not queries or not keys:
+        return
+    tile = Tile(16, 32, 4, 1)
+    mask = visible.mask(keys)
+    turned = seen_by(visible.first, visible.stop, keys, tile)
+    assert turned.shape == (len(mask), -(-keys // 32), 4) and turned.dtype == torch.int32
+    for row, edges in zip(mask, turned.tolist()):
+        for number, (begin, full_begin, full_end, end) in enumerate(edges):
+            part = row[:, 32 * number : 32 * number + 32]
+            seeing = part.any(1).nonzero().flatten().tolist()
+            assert all(begin <= query < end for query in seeing)
+            assert part[full_begin:full_end].all()
+            assert begin % 16 == full_begin % 16 == full_end % 16 == 0 or not seeing
+            whole = [q for q in range(0, queries - 15, 16) if part[q : q + 16].all()]
+            if whole and len(whole) == (whole[-1] - whole[0]) // 16 + 1 and name != "a gap":
+                if part.all(1).sum() == part.all(1).nonzero().max() - part.all(1).nonzero().min() + 1:
+                    assert (full_begin, full_end) == (whole[0], whole[-1] + 16)
+
+
+def test_torch_finds_the_operators_in_order():
+    (q, k, v), visible = make(CASES["prefix"])
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(module.forward, (q, k, v, visible.first, visible.stop, 0.2), test_utils=tests)
+    out, lse = module.forward(q, k, v, visible.first, visible.stop, 0.2)
+    inputs = [x.detach() for x in (torch.randn_like(out), q, k, v, visible.first, visible.stop, out, lse)]
+    torch.library.opcheck(module.backward, (*inputs, 0.2), test_utils=tests)
+
+
+def test_compile_checkpointing_and_autocast():
+    visible = causal_rows(1, 40)
+    q, k, v = (torch.randn(1, 2, 40, 16, requires_grad=True) for _ in range(3))
+    do = torch.randn(1, 2, 40, 16)
+
+    def block(q, k, v):
+        return flash_attention(q * 2, k, v, Visible(visible.first, visible.stop, "causal")).sin()
+
+    expected = results(block, (q, k, v), do, torch.float32)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for function in (compiled, lambda *x: checkpoint(block, *x, use_reentrant=False)):
+        for f, e in zip(results(function, (q, k, v), do, torch.float32), expected):
+            torch.testing.assert_close(f, e)
+    with torch.autocast("cpu", torch.float16):
+        out = flash_attention(q, k, v, visible)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, flash_attention(q.half(), k.half(), v.half(), visible))
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+def test_intervals_are_checked_when_asked(monkeypatch):
+    q = torch.randn(1, 1, 5, 16)
+    visible = CASES["beyond the keys"][0]
+    flash_attention(q, q, q, visible)
+    monkeypatch.setattr(module, "CHECK_INTERVALS", True)
+    with pytest.raises(ValueError, match="from -3 to 99"):
+        flash_attention(q, q, q, visible)

@@ -1,0 +1,24 @@
+"""Triton kernels without a GPU: a test file in a process of its own, where every kernel runs as numpy.
+
+Triton reads TRITON_INTERPRET once, when a kernel is made, and a kernel made so cannot be compiled: hence the process.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def run(name):
+    """Run tests/interpreted/NAME under the interpreter; raises AssertionError with its report if a test fails."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", str(FOLDER / "interpreted" / name)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=FOLDER.parent, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
