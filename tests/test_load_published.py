@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sample
 from nanovlm import recipes
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder
@@ -36,6 +37,18 @@ def test_another_resolution_only_when_asked(tmp_path):
     (folder / "config.json").write_text(json.dumps(wrong))
     with pytest.raises(ValueError, match="image_size"):
         recipes.load(folder)
+
+
+@pytest.mark.parametrize("config", [{"visual_config": {"visual_model": 3}}, {"vision": {"image_size": "x"}}, {"llm": [1]}])
+def test_nonsense_sizes_are_a_message(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mplug_owl2"}))
+    with pytest.raises(ValueError, match="config"):
+        recipes.load(tmp_path)
+
+
+def test_a_bare_language_model_is_not_asked_about_pictures(language, capsys):
+    assert sample.main([str(language[0]), "what is it?"]) == 2
+    assert "Decoder alone" in capsys.readouterr().err
 
 
 def spoil_shard(folder):

@@ -20,9 +20,9 @@ import nanovlm
 from nanovlm.layouts import LLAMA, OPT, PHI, QWEN2
 from nanovlm.modality_adaptive import ModalityAdaptive
 from nanovlm.recipes import FAMILIES, OF_FAMILY
-from nanovlm.recipes.coverage import build_on_meta, count_all, find_family, read_json
+from nanovlm.recipes.coverage import count_all, find_family, read_json
 from nanovlm.recipes.export import export
-from nanovlm.recipes.opening import added_tokens, family_of, has_vision, load_tokenizer, vision_of
+from nanovlm.recipes.opening import added_tokens, build_on_meta, family_of, has_vision, load_tokenizer, vision_of
 from nanovlm.recipes.open_flamingo import OPEN_CLIP
 from nanovlm.vision_layouts import BEHIND, BLIP2_REST, CLIP, EVA, OTHER_SIDE, SIGLIP, eva_original
 from nanovlm.vlm import part_of

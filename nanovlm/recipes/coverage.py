@@ -12,15 +12,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from nanovlm.names import nearest
 from nanovlm.recipes import FAMILIES
+from nanovlm.recipes.opening import build_on_meta
 from nanovlm.weight_errors import WeightsError, explain
 from nanovlm.weights import Plan, plan
 
 ASIDE = {("siglip", "pool."): "attention pooling, which serves SigLIP's own loss"}  # (family, our prefix) -> reason
-UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @dataclass
@@ -102,16 +100,6 @@ def read_shapes(content, key, path):
     if wrong:
         raise WeightsError(f"{path}: {wrong[0]} has the shape {tensors[wrong[0]]!r}, expected a list of whole numbers")
     return {name: tuple(shape) for name, shape in tensors.items()}
-
-
-def build_on_meta(published, config):
-    """A model without memory. Raises: WeightsError if its config describes none."""
-    try:
-        with torch.device("meta"):
-            return published.build(config), published.layout(config)
-    except UNBUILT as error:
-        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise WeightsError(f"no {published.family} can be built from this config: {what}") from error
 
 
 def check(path):

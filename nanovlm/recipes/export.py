@@ -8,7 +8,7 @@ import torch
 
 from nanovlm import recipes
 from nanovlm.recipes.coverage import find_family
-from nanovlm.recipes.opening import family_of, has_vision, open_trained, read_config, vision_of
+from nanovlm.recipes.opening import build_on_meta, family_of, has_vision, open_trained, read_config, vision_of
 from nanovlm.recipes.recipe import with_vocabulary
 from nanovlm.weight_errors import WeightsError
 from nanovlm.weight_files import OURS, TYPES, new_folder, open_checkpoint, write_checkpoint
@@ -87,6 +87,7 @@ def read(folder, config, checkpoint, dtype, family):
     published = find_family(family or family_of(config, str(folder / "config.json"), recipes.FAMILIES))
     ours = "family" in config
     sizes = config["config"] if ours else config
+    _, layout = build_on_meta(published, sizes)
 
     def build():
         model = published.build(sizes)
@@ -94,7 +95,7 @@ def read(folder, config, checkpoint, dtype, family):
             vision_of(model).resize(config["image_size"])
         return model
 
-    return load_model(build, OURS if ours else published.layout(sizes), checkpoint, dtype)[0], published, sizes
+    return load_model(build, OURS if ours else layout, checkpoint, dtype)[0], published, sizes
 
 
 def published_config(family, sizes, image_size, dtype):

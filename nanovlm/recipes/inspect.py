@@ -12,8 +12,8 @@ from pathlib import Path
 
 from nanovlm.recipes import FAMILIES, find
 from nanovlm.recipes.convert import WRAPPED, by_part
-from nanovlm.recipes.coverage import build_on_meta, count, count_all, find_family
-from nanovlm.recipes.opening import family_of, read_config
+from nanovlm.recipes.coverage import count, count_all, find_family
+from nanovlm.recipes.opening import build_on_meta, family_of, read_config
 from nanovlm.vlm import VLM
 from nanovlm.weight_errors import WeightsError, grouped
 from nanovlm.weight_files import OURS, open_checkpoint

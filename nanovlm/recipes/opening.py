@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from nanovlm import lora
@@ -30,6 +31,8 @@ REFUSED = {  # model_type -> why not
     "instructblip": "its bridge reads the instruction, which no bridge here does",
     "mpt": "ALiBi and norms on queries and keys, which are out of scope",
 }
+
+UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)  # by a wrong config
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,16 @@ def family_of(config, where, families):
     return MODEL_TYPES[kind]
 
 
+def build_on_meta(published, config):
+    """A model without memory. Raises: WeightsError if its config describes none."""
+    try:
+        with torch.device("meta"):
+            return published.build(config), published.layout(config)
+    except UNBUILT as error:
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise WeightsError(f"no {published.family} can be built from this config: {what}") from error
+
+
 def open_trained(folder, config, recipe, dtype, device):
     """A folder of train.py: Loaded; see `recipes.load`."""
     missing = [key for key in ("recipe", "size", "image_size", "stages") if key not in config]
@@ -128,6 +141,7 @@ def open_published(folder, config, published, recipe, dtype, device, image_size=
     """
     ours = "family" in config
     sizes = config["config"] if ours else config
+    _, layout = build_on_meta(published, sizes)
 
     def build():
         model = published.build(sizes)
@@ -137,8 +151,7 @@ def open_published(folder, config, published, recipe, dtype, device, image_size=
         return model
 
     resizable = ("vision.positions", "positions") if image_size else ()
-    table = OURS if ours else published.layout(sizes)
-    model, found = load_model(build, table, open_checkpoint(folder), dtype, device, resizable)
+    model, found = load_model(build, OURS if ours else layout, open_checkpoint(folder), dtype, device, resizable)
     notes = [f"{name}: {has[-2]} rows resized to {wanted[-2]}" for name, (has, wanted) in found.resized.items()]
     decoder = model if isinstance(model, Decoder) else vars(model)["_modules"].get("decoder")
     tokenizer = None
