@@ -2,7 +2,8 @@
 
     python sample.py out/nano --draw "red circle left of blue star" "how many shapes are there?"
     python sample.py out/nano --image photo.jpg "what is this?"
-    python sample.py out/nano                       a chat: /image PATH, /reset, /exit
+    python sample.py out/nano                       a chat: /image PATH, /video PATH, /reset, /exit
+    python sample.py PUBLISHED_FOLDER --dtype bfloat16 --device cuda --preset NAME --timing --image photo.jpg "what is this?"
 """
 
 import argparse
@@ -15,14 +16,17 @@ import torch
 
 from nanovlm import recipes
 from nanovlm.chat import Chat
-from nanovlm.data import images
+from nanovlm.data import images, video
 from nanovlm.data.scene_parsing import parse_scene
 from nanovlm.data.scenes import render
 from nanovlm.evaluation import attention_maps
+from nanovlm.fast_decode import FastDecoder
 from nanovlm.names import nearest
+from nanovlm.vlm import VLM
+from nanovlm.workspace import Workspace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COMMANDS = ("/image", "/reset", "/exit")
+COMMANDS = ("/image", "/video", "/reset", "/exit")
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
 
@@ -31,9 +35,11 @@ def make_parser():
     parser = argparse.ArgumentParser(
         prog="sample.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", metavar="MODEL_FOLDER", help="what train.py wrote, for example out/nano")
+    parser.add_argument("folder", metavar="MODEL_FOLDER", help="what train.py wrote, for example out/nano, or a published model")
     parser.add_argument("question", nargs="?", metavar="QUESTION", help="without one: a chat")
     parser.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture; may be given several times")
+    parser.add_argument("--video", action="append", default=[], metavar="PATH", help="a clip: folder of frames, GIF or film")
+    parser.add_argument("--frames", type=int, default=5, metavar="N", help="pictures taken from a clip")
     parser.add_argument("--draw", metavar="TEXT", help='pose a scene, for example "red circle left of blue star"')
     parser.add_argument("--attention", metavar="PNG", help="save where the answer's tokens looked, over the picture")
     parser.add_argument("--describe-first", action="store_true", help="describe the picture, then answer in that history")
@@ -46,6 +52,8 @@ def make_parser():
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer at most")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of --draw")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--fast", action="store_true", help="the same tokens by faster steps; on a GPU compiled first")
+    parser.add_argument("--timing", action="store_true", help="say at the end how long pictures, prompts and answers took")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     return parser
 
@@ -68,11 +76,15 @@ def parse(arguments):
         for name in ("num_beams", "temperature", "top_k", "top_p"):
             if vars(wishes)[name] is not None:
                 parser.error(f"--greedy and {as_flag(name)} contradict each other")
-    shown = wishes.image or wishes.draw is not None
+    if wishes.frames < 1:
+        parser.error(f"--frames {wishes.frames}: a clip needs at least 1")
+    if wishes.video and wishes.attention is not None:
+        parser.error("--video and --attention contradict each other: only pictures are drawn")
+    shown = wishes.image or wishes.video or wishes.draw is not None
     if wishes.attention is not None and not (shown and wishes.question):
         parser.error("--attention needs a question and a picture: give --image or --draw")
     if wishes.describe_first and wishes.question and not shown:
-        parser.error("--describe-first needs a picture: give --image or --draw")
+        parser.error("--describe-first needs a picture: give --image, --video or --draw")
     return wishes
 
 
@@ -99,15 +111,18 @@ def check_device(name):
 
 def open_chat(loaded, wishes):
     """A Chat with the loaded model."""
+    on_gpu = torch.device(wishes.device).type == "cuda"
+    fast = FastDecoder(loaded.model.decoder, static=on_gpu, compiled=on_gpu) if wishes.fast else None
     generator = torch.Generator(wishes.device).manual_seed(wishes.seed)
     decoding = choose_decoding(loaded.decodings, wishes)
     return Chat(loaded.model, loaded.tokenizer, loaded.template, decoding, loaded.image_size, loaded.image_fit, generator,
-                loaded.preprocessing)
+                loaded.preprocessing, Workspace(fast))
 
 
 def first_pictures(loaded, wishes):
-    """Pictures of the command line: list of PIL images; a posed scene is saved in the model's folder."""
+    """Pictures of the command line: PIL images, and tuples of them for clips; a posed scene is saved in the model's folder."""
     pictures = [images.load(path) for path in wishes.image]
+    pictures += [tuple(video.load(path, wishes.frames)) for path in wishes.video]
     if wishes.draw is not None:
         generator = numpy.random.default_rng(wishes.seed)
         scene = render(parse_scene(wishes.draw, generator, loaded.image_size), generator)
@@ -133,7 +148,8 @@ def answer(chat, loaded, wishes, question, pictures):
     if chat.forgotten > forgotten:
         print(f"(the context was full: {chat.forgotten - forgotten} earlier exchanges forgotten)")
     # its own training pictures have exactly this size; a photograph hardly ever has
-    if loaded.remark and any(picture.size != (loaded.image_size, loaded.image_size) for picture in pictures):
+    frames = [frame for picture in pictures for frame in (picture if isinstance(picture, tuple) else (picture,))]
+    if loaded.remark and any(frame.size != (loaded.image_size, loaded.image_size) for frame in frames):
         print(f"({loaded.remark})")
 
 
@@ -149,7 +165,7 @@ def save_attention(chat, loaded, wishes, pictures):
 
 def converse(chat, loaded, wishes, pictures):
     """Chat until /exit or the end of the input."""
-    print("Ask. /image PATH shows a picture with the next question, /reset begins anew, /exit ends.")
+    print("Ask. /image PATH or /video PATH shows something with the next question, /reset begins anew, /exit ends.")
     while True:
         try:
             line = input("> ").strip()
@@ -165,6 +181,8 @@ def converse(chat, loaded, wishes, pictures):
                 pictures = []
             elif command == "/image":
                 pictures = [*pictures, images.load(rest.strip())]
+            elif command == "/video":
+                pictures = [*pictures, tuple(video.load(rest.strip(), wishes.frames))]
             elif command.startswith("/"):
                 print(f"unknown command {command!r}.{nearest(command, COMMANDS)}")
             elif line:
@@ -182,16 +200,21 @@ def main(arguments=None):
     try:
         check_device(wishes.device)
         loaded = recipes.load(wishes.folder, dtype=DTYPES[wishes.dtype], device=wishes.device)
+        if not isinstance(loaded.model, VLM):
+            raise ValueError(f"{wishes.folder} holds a {type(loaded.model).__name__} alone, and no vision-language model; "
+                             "put one together with `python -m nanovlm.recipes convert --vision PATH --language PATH`")
         chat = open_chat(loaded, wishes)
         pictures = first_pictures(loaded, wishes)
         if wishes.question is None:
             converse(chat, loaded, wishes, pictures)
-            return 0
-        answer(chat, loaded, wishes, wishes.question, pictures)
-        if wishes.attention is not None:
-            save_attention(chat, loaded, wishes, pictures)
+        else:
+            answer(chat, loaded, wishes, wishes.question, pictures)
+            if wishes.attention is not None:
+                save_attention(chat, loaded, wishes, pictures)
+        if wishes.timing:
+            print("\n".join(chat.workspace.report()), file=sys.stderr)
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # a film needs a package that pictures do not
         print(f"sample.py: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

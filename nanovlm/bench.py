@@ -31,7 +31,7 @@ from nanovlm.workspace import Workspace
 SIZES = {  # as in a config.json of a LLaMA
     "135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                  num_key_value_heads=3, tie_word_embeddings=True),
-    "4M": dict(vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=3,
+    "4M": dict(vocab_size=1024, hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=3,
                num_key_value_heads=3, tie_word_embeddings=True),
     "7B": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                num_key_value_heads=32, tie_word_embeddings=False),
@@ -142,7 +142,7 @@ def compare(case, rounds, device, dtype):
     if case.rows_end:
         decoding = Decoding(max_new_tokens=case.num_new, eos_ids=end_tokens(generate(model, prompts, decoding)))
     on_gpu = device == "cuda"
-    workspace = Workspace(FastDecoder(model.decoder, static=on_gpu, compiled=on_gpu))
+    workspace = Workspace(FastDecoder(model.decoder, static=on_gpu, compiled=on_gpu, rows=case.num_prompts))
     contenders = {
         "transformers": lambda: their_generate(theirs, prompts, decoding),
         "nanovlm": lambda: generate(model, prompts, decoding, workspace=workspace),

@@ -17,6 +17,7 @@ from nanovlm.data.batching import pixels_of
 from nanovlm.data.images import CLIP
 from nanovlm.data.records import Turn, Visual
 from nanovlm.data.templates import Row, end_ids, prompt, write
+from nanovlm.workspace import Workspace
 
 DESCRIBE = "describe the image."
 
@@ -42,6 +43,7 @@ class Chat:
       decoding: sampler.Decoding; without eos_ids, what ends a reply in this form does (templates.end_ids).
       image_size, fit, preprocessing: as in images.to_pixels.
       generator: as in sampler.generate, for one row.
+      workspace: as in sampler.generate; pictures are encoded when they are first shown, and not again for later answers.
 
     Attributes:
       turns: list of Turn, the history as the model will see it.
@@ -49,7 +51,10 @@ class Chat:
       last: Exchange of the latest answer; None before the first.
     """
 
-    def __init__(self, model, tokenizer, template, decoding, image_size, fit="crop", generator=None, preprocessing=CLIP):
+    def __init__(
+        self, model, tokenizer, template, decoding, image_size, fit="crop", generator=None, preprocessing=CLIP, workspace=None
+    ):
+        self.workspace = Workspace() if workspace is None else workspace
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.decoding, self.generator = decoding, generator
         self.image_size, self.fit, self.preprocessing = image_size, fit, preprocessing
@@ -58,6 +63,7 @@ class Chat:
     def reset(self):
         """Forget everything said and shown."""
         self.turns, self.pictures, self.forgotten, self.last = [], [], 0, None
+        self.workspace.pictures.clear()
 
     def ask(self, question, pictures=(), decoding=None):
         """Ask, perhaps showing something.
@@ -84,9 +90,11 @@ class Chat:
         turns, row = self._fit([*self.turns, asked], shown, decoding.max_new_tokens)
         visual_inputs = [shown[visual] for visual, _, _ in row.images]
         if decoding.num_beams > 1:
-            ids = sampler.generate(self.model, [row.ids], decoding, [visual_inputs], self.generator)[0]
+            (ids,) = sampler.generate(
+                self.model, [row.ids], decoding, [visual_inputs], self.generator, workspace=self.workspace
+            )
         else:
-            ids = sampler.stream(self.model, row.ids, decoding, visual_inputs, self.generator)
+            ids = sampler.stream(self.model, row.ids, decoding, visual_inputs, self.generator, self.workspace)
         return self._answer(ids, row, turns, shown, visual_inputs)
 
     def describe_first(self, question, pictures, decoding, describe=DESCRIBE):

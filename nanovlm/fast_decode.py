@@ -3,7 +3,7 @@
 One token reads every weight once and computes almost nothing with it, so a step takes as long as reading the weights
 takes, plus what Python and torch need to say so. Three things help, and none changes a result beyond rounding:
 
-- weights stand [in, out], side by side where they meet the same input (q k v; gate up): a row vector then reads
+- weights stand side by side where they meet the same input (q k v; gate up), for one row as [in, out]: it then reads
   them along memory. The modules' own weights become views of that memory, so nothing is stored twice and the readable
   decoder goes on working with them;
 - what is the same for all layers of a step, or for all steps, is made once: rotary tables, masks, positions;
@@ -39,29 +39,34 @@ def text_branch(module):
 
 
 @torch.no_grad()
-def pack(*linears):
-    """Store the weights of linear layers side by side, on a CPU as [in, out]; their own become views of that.
+def pack(linears, one_row):
+    """Store the weights of linear layers side by side; their own, and their biases, become views of that.
 
-    Returns: (weight float[in, all outs], bias float[all outs] or None). On a GPU the memory behind the weight stays
-      [out, in], which its kernels sum along.
+    Args: linears: nn.Linear of one input. one_row: as for `for_reading`.
+    Returns: (weight float[in, all outs], bias float[all outs] or None).
     Raises: ValueError for a layer that is more than its weight and bias.
     """
     for linear in linears:
         if type(linear) is not nn.Linear:
             raise ValueError(f"fast decoding knows nn.Linear, not {type(linear).__name__}; merge low-rank updates first")
-    weight = for_reading(torch.cat([linear.weight for linear in linears]))
-    start = 0
+    weight, start = for_reading(torch.cat([linear.weight for linear in linears]), one_row), 0
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     for linear in linears:
         stop = start + linear.out_features
         linear.weight.data = weight[:, start:stop].t()
+        if bias is not None:
+            linear.bias.data = bias[start:stop]
         start = stop
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    return weight, torch.cat(biases) if biases else None
+    return weight, bias
 
 
-def for_reading(weight):
-    """float[out, in] -> the same as [in, out], in the order of memory that a product with one row reads fast."""
-    return weight.t().contiguous() if weight.device.type == "cpu" else weight.t()
+def for_reading(weight, one_row):
+    """float[out, in] -> float[in, out] with the same numbers.
+
+    one_row: also in this order of memory, if it is a CPU's: a product with one row reads that twice as fast, one with
+    many rows a tenth slower; a GPU sums along the other order.
+    """
+    return weight.t().contiguous() if one_row and weight.device.type == "cpu" else weight.t()
 
 
 @torch.no_grad()
@@ -98,17 +103,17 @@ class PackedLayer:
     gated: bool
 
 
-def pack_layer(layer):
-    """decoder.DecoderLayer -> PackedLayer."""
+def pack_layer(layer, one_row):
+    """decoder.DecoderLayer -> PackedLayer; one_row: as for `for_reading`."""
     attention, ffn = layer.attention, layer.ffn
     gated = isinstance(ffn, GatedFeedForward)
     return PackedLayer(
         layer=layer,
         norm_1=text_branch(layer.norm_1),
         norm_2=None if layer.norm_2 is None else text_branch(layer.norm_2),
-        qkv=pack(attention.q, text_branch(attention.k), text_branch(attention.v)),
-        o=pack(attention.o),
-        wide=pack(ffn.gate, ffn.up) if gated else pack(ffn.fc_1),
+        qkv=pack((attention.q, text_branch(attention.k), text_branch(attention.v)), one_row),
+        o=pack((attention.o,), one_row),
+        wide=pack((ffn.gate, ffn.up) if gated else (ffn.fc_1,), one_row),
         narrow=(ffn.output.weight.t(), ffn.output.bias),  # reads fast enough as it is
         gated=gated,
     )
@@ -120,19 +125,20 @@ class FastDecoder:
     Args:
       decoder: decoder.Decoder. static: one graph for all steps, see StaticStep; else EagerStep.
       compiled: with static, also hand the step to torch.compile.
+      rows: how many rows it will mostly serve; decides the order of the weights in memory, see `for_reading`.
     """
 
-    def __init__(self, decoder, static=False, compiled=False):
+    def __init__(self, decoder, static=False, compiled=False, rows=1):
         if compiled and not static:
             raise ValueError("compiled=True with static=False: the eager step has other shapes every time; add static=True")
         self.decoder, self.config, self.static = decoder, decoder.config, static
-        self.layers = [pack_layer(layer) for layer in decoder.layers]
+        self.layers = [pack_layer(layer, rows == 1) for layer in decoder.layers]
         if decoder.lm_head is None:
-            head = for_reading(decoder.embedding.weight.data)
+            head = for_reading(decoder.embedding.weight.data.contiguous(), rows == 1)
             decoder.embedding.weight.data = head.t()
             self.head = head, None
         else:
-            self.head = pack(decoder.lm_head)
+            self.head = pack((decoder.lm_head,), rows == 1)
         self.compute = torch.compile(self.by_mask, fullgraph=True, dynamic=False) if compiled else self.by_mask
         self.static_steps = {}  # (rows, columns) -> StaticStep
 

@@ -119,7 +119,7 @@ def generate(model, prompts, decoding, visual_inputs=None, generator=None, batch
             with workspace.timed("decoding"):
                 found = beam_search(rows, decoding, chosen)
             answers += [hypothesis.tokens for hypotheses in found for hypothesis in hypotheses]
-            workspace.num_new_tokens += len(found) * rows.num_new
+            workspace.num_new_tokens += len(found) * (rows.num_new + 1)
         else:
             answers += collect(rows, decoding, chosen, workspace)
     return answers

@@ -38,13 +38,16 @@ def script(monkeypatch, tokenizer):
     """The model says what the list `answers` holds; `calls` keeps what it was asked."""
     answers, calls = [], []
 
-    def say(model, prompt, decoding, visual_inputs, generator):
+    def say(model, prompt, decoding, visual_inputs, generator, workspace):
         calls.append((prompt, decoding, visual_inputs, generator))
         return tokenizer.encode(answers.pop(0))
 
     monkeypatch.setattr(sampler, "stream", lambda *args: iter(say(*args)))
     monkeypatch.setattr(
-        sampler, "generate", lambda model, prompts, decoding, inputs, generator: [say(model, prompts[0], decoding, inputs[0], generator)]
+        sampler, "generate",
+        lambda model, prompts, decoding, inputs, generator, workspace: [
+            say(model, prompts[0], decoding, inputs[0], generator, workspace)
+        ],
     )
     return answers, calls
 
@@ -228,3 +231,18 @@ def test_describe_first_answers_in_the_history_of_its_own_description(model, tok
     answers += [" x", " y"]
     chat.describe_first("And?", [RED], own, describe="list the objects.")
     assert chat.turns[4].text == "list the objects."
+
+
+def test_a_picture_is_encoded_when_it_is_first_shown_and_not_again(model, tokenizer):
+    chat = chat_with(model, tokenizer)
+    list(chat.ask("a", [RED, BLUE]))
+    assert chat.workspace.num_images == 2
+    list(chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2)))
+    assert chat.workspace.num_images == 2 and len(chat.workspace.pictures) == 2
+    again = chat.last.answer
+    chat.workspace.pictures.clear()
+    chat.turns = chat.turns[:2]
+    list(chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2)))
+    assert chat.last.answer == again and chat.workspace.num_images == 4
+    chat.reset()
+    assert not chat.workspace.pictures

@@ -102,11 +102,13 @@ def test_weights_stand_in_the_order_of_reading_and_once(model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_loading_other_weights_reaches_the_fast_steps():
-    model, other = vision_language_model(PLAIN), vision_language_model(PLAIN)
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("name", ["LLaMA", "Phi", "tied head, qkv bias"])
+def test_loading_other_weights_reaches_the_fast_steps(name, rows):
+    model, other = vision_language_model(CONFIGS[name]), vision_language_model(CONFIGS[name])
     for parameter in other.parameters():
         parameter.data.mul_(-0.7)
-    fast = FastDecoder(model.decoder)
+    fast = FastDecoder(model.decoder, rows=rows)
     model.load_state_dict(other.state_dict())
     decoding = Decoding(max_new_tokens=6)
     assert generate(model, [[5, 6]], decoding, workspace=Workspace(fast)) == generate(other, [[5, 6]], decoding)

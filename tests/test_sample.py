@@ -105,6 +105,46 @@ def test_attention_is_saved(run, photo, tmp_path):
         assert image.width > 300 and image.height > 400, "two pictures one above the other"
 
 
+@pytest.fixture
+def clip(tmp_path):
+    frames = [Image.new("RGB", (30, 20), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
+    return str(tmp_path / "clip.gif")
+
+
+def test_a_clip_is_shown_as_so_many_frames(run, clip, photo, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample.Chat, "ask", lambda self, question, pictures: asked.append(pictures) or iter("ok"))
+    done = run("what?", "--video", clip, "--frames", "2", "--image", photo)
+    ((picture, frames),) = asked
+    assert picture.size == (50, 40) and [frame.size for frame in frames] == [(30, 20)] * 2 and isinstance(frames, tuple)
+    assert done.code == 0 and "only drawings" in done.out
+    asked.clear()
+    run("--frames", "3", says=f"/video {clip}\none\ntwo\n")
+    assert [[len(frames) for frames in pictures] for pictures in asked] == [[3], []]
+
+
+def test_a_clip_gets_an_answer(run, clip):
+    assert run("what?", "--video", clip, "--frames", "2").code == 0
+
+
+def test_timing_speaks_of_every_part(run, photo):
+    done = run("what?", "--image", photo, "--image", photo, "--greedy", "--timing")
+    lines = done.err.splitlines()
+    assert done.code == 0 and [line.split()[0] for line in lines] == ["images", "prompt", "decoding"]
+    assert "(2 encoded)" in lines[0] and "tokens)" in lines[1] and "tokens/s)" in lines[2]
+
+
+def test_fast_says_the_same(run, photo):
+    assert run("what?", "--image", photo, "--greedy").out == run("what?", "--image", photo, "--greedy", "--fast").out
+
+
+def test_a_bare_tower_cannot_talk(run, loaded, monkeypatch):
+    monkeypatch.setattr(loaded, "model", loaded.model.decoder)
+    done = run("what?")
+    assert done.code == 2 and "holds a Decoder alone, and no vision-language model" in done.err
+
+
 def test_describe_first(run, photo):
     done = run("what?", "--image", photo, "--describe-first")
     assert done.code == 0 and done.out.startswith("(description: ")
@@ -181,6 +221,8 @@ def test_the_question_may_stand_anywhere():
         (["q", "--attention", "a.png"], "--attention needs a question and a picture"),
         (["--attention", "a.png", "--draw", "red ring"], "--attention needs a question and a picture"),
         (["q", "--describe-first"], "--describe-first needs a picture"),
+        (["q", "--video", "a.gif", "--attention", "a.png"], "--video and --attention contradict"),
+        (["q", "--frames", "0"], "--frames 0: a clip needs at least 1"),
         (["q", "--dtype", "float8"], "invalid choice: 'float8'"),
     ],
 )
@@ -193,6 +235,7 @@ def test_bad_flags(run, capsys, flags, message):
     [
         (["q", "--preset", "beam"], "unknown preset 'beam'. Did you mean 'beams'?"),
         (["q", "--image", "nothing.png"], "nothing.png: no such image"),
+        (["q", "--video", "nothing.mp4"], "nothing.mp4"),
         (["q", "--draw", "red circel"], "unknown word 'circel'. Did you mean 'circle'?"),
         (["q", "--max-new-tokens", "100"], "the context has 100"),
         (["q", "--top-p", "2"], "top_p is 2.0"),

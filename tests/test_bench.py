@@ -1,0 +1,62 @@
+"""The benchmark's own machinery, on a model small enough for a test."""
+
+import pytest
+import torch
+
+from nanovlm import bench
+
+pytest.importorskip("transformers")
+TINY = dict(vocab_size=97, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(bench.SIZES, "tiny", TINY)
+    monkeypatch.setitem(bench.CASES["cpu"], "tiny", bench.Case("tiny", 5, 8, 0.0, rows_end=True))
+    monkeypatch.setattr(bench, "read_bandwidth", lambda device: 1e10)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_both_write_the_same_and_rows_end_at_different_steps():
+    theirs, model = bench.build("tiny", "cpu", torch.float32)
+    case = bench.CASES["cpu"]["tiny"]
+    prompts = bench.make_prompts(case, 97)
+    assert len({len(prompt) for prompt in prompts}) == 5
+    plain = bench.Decoding(max_new_tokens=8)
+    answers = bench.generate(model, prompts, plain)
+    ends = bench.Decoding(max_new_tokens=8, eos_ids=bench.end_tokens(answers))
+    got = bench.generate(model, prompts, ends)
+    assert got == bench.their_generate(theirs, prompts, ends) and len({len(row) for row in got}) > 1
+    assert answers == bench.their_generate(theirs, prompts, plain)
+
+
+def test_report(capsys):
+    assert bench.main(["decode", "--case", "tiny", "--rounds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "transformers" in out and "tokens equal" in out and "(required 0.0: reached)" in out
+    assert "GB/s, " in out and "of the 10.0 GB/s of a plain sum" in out
+
+
+def test_other_tokens_are_no_result(monkeypatch):
+    monkeypatch.setattr(bench, "their_generate", lambda model, prompts, decoding: [[1]] * len(prompts))
+    with pytest.raises(RuntimeError, match="tokens are those of transformers: no speed to compare"):
+        bench.compare(bench.CASES["cpu"]["tiny"], 1, "cpu", torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without CUDA")
+def test_no_gpu_here(capsys):
+    assert bench.main(["decode", "--device", "cuda"]) == bench.BAD_INPUT
+    assert "--device cuda, but torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_bad_input(capsys):
+    assert bench.main(["decode", "--case", "8B"]) == bench.BAD_INPUT
+    assert "--case 8B is none of 135M, 4M" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["decode", "--rounds", "0"])
+    assert "--rounds 0: at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["decode", "--devic", "cpu"])
