@@ -80,6 +80,7 @@ def test_heads_and_context_which_no_count_of_parameters_shows(full):
     assert [towers[name].activation for name in NAMES] == ["gelu", "quick_gelu", "quick_gelu"]
     assert [towers[name].norm_eps for name in NAMES] == [1e-6, 1e-6, 1e-5]
     assert [decoders[name].head_width for name in NAMES] == [128, 128, 80]
+    assert [decoders[name].norm_eps for name in NAMES] == [1e-6, 1e-6, 1e-5]
     assert all(config.num_kv_heads == config.num_heads and config.context_length == 2048 for config in decoders.values())
     assert all(config.rope_base == 10_000 and not config.tied_head for config in decoders.values())
     assert full["lynx"].bridge.layers[0].num_heads == 8 and not full["lynx"].bridge.layers[0].attend_to_latents
@@ -140,6 +141,7 @@ def test_mplug_owl2_settings(full):
         assert stage.betas == (0.9, 0.98) and stage.eps == 1e-6 and stage.schedule == "cosine" and "vision" in stage.learning_rates
     assert (align.steps, align.batch_size, align.warmup_steps, align.image_size) == (42_500, 8192, 1000, 224)
     assert (instruct.batch_size, instruct.image_size) == (256, 448)
+    assert (align.weight_decay, instruct.weight_decay) == (0.05, 0) and align.augmentation == "crop_flip"
     assert set(align.learning_rates) == {"vision", "bridge", "vision_branch"} and align.copy_vision_branch
     rates = {name: group["lr"] for group in groups(full["mplug_owl2"].parts(), align) for name in group["param_names"]}
     for name, depth in (("vision.post_norm.weight", 0), ("vision.blocks.23.fc_1.weight", 1), ("vision.blocks.0.fc_1.weight", 24),
