@@ -216,6 +216,29 @@ def test_tables_that_are_computed_may_be_absent(family, capsys, tmp_path):
     assert code == 0, printed
 
 
+def list_twice(config, weights, inputs, outputs):
+    """OpenFlamingo's files name every layer and cross-attention at a second place."""
+    for name in list(weights):
+        parts = name.split(".")
+        if "layers" in parts and name.startswith("lang_encoder"):
+            rest = ".".join(parts[parts.index("layers") + 1 :])
+            second = "gated_cross_attn_layers" if "gated_cross_attn_layer" in parts else "old_decoder_blocks"
+            rest = rest.replace("gated_cross_attn_layer.", "").replace("decoder_layer.", "")
+            weights[f"lang_encoder.{second}.{rest}"] = weights[name].clone()
+
+
+def test_open_flamingo_lists_its_layers_twice(capsys, tmp_path):
+    code, printed = compared(capsys, spoiled(tmp_path, "open_flamingo", list_twice))
+    assert code == 0, printed
+
+    def spoil(config, weights, inputs, outputs):
+        list_twice(config, weights, inputs, outputs)
+        weights["lang_encoder.gated_cross_attn_layers.1.attn_gate"] += 1
+
+    code, printed = compared(capsys, spoiled(tmp_path, "open_flamingo", spoil))
+    assert code == 1 and "second copy" in printed
+
+
 def test_llava_phi_from_the_pieces_of_transformers(capsys, tmp_path):
     """CLIP and Phi of transformers, joined by hand."""
     transformers = pytest.importorskip("transformers")
