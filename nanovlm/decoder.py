@@ -231,7 +231,9 @@ class Decoder(nn.Module):
         Returns: float[B, T, W], normalised hidden states; `logits` turns them into scores.
         """
         cos, sin = rope_tables(positions, self.config.num_rotary, self.config.rope_base)
-        context = Context(cos, sin, visible, route(modality), cache, media, self.backend, out)
+        adaptive = any(options.modality_adaptive for options in self.config.layers)
+        routing = route(modality if adaptive else None)  # looking at the modality may wait for a GPU
+        context = Context(cos, sin, visible, routing, cache, media, self.backend, out)
         x = embeddings
         if self.positions is not None:
             x = x + F.embedding(positions + self.config.position_offset, self.positions)

@@ -133,7 +133,7 @@ def backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     do, q, k, v, out = (readable(x) for x in (do, q, k, v, out))
-    first, stop, lse = first.contiguous(), stop.contiguous(), lse.contiguous()
+    first, stop, lse = first.int().contiguous(), stop.int().contiguous(), lse.contiguous()  # 64 bits cost registers
     (rows, heads, num_queries, width), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
     _, q_tile, kv_tile = tiles_for(q)
     sizes = (heads, heads // num_kv_heads, num_queries, num_keys, scale)

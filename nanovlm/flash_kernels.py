@@ -166,7 +166,7 @@ def dq_kernel(q, k, v, first, stop, out, do, lse, delta, dq, q_strides, k_stride
 
 @triton.jit
 def blame_keys(dk, dv, k, v, keys, q, do, lse, delta, first, stop, q_stride, do_stride, begin, end, num_queries,
-               num_keys, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+               scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """dk, dv float[N, D] of a tile of keys, grown by the queries [begin, end) of one head; scores stand transposed."""
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -179,7 +179,8 @@ def blame_keys(dk, dv, k, v, keys, q, do, lse, delta, first, stop, q_stride, do_
             row_lse, row_delta = tl.load(lse + rows), tl.load(delta + rows)
         scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee") * scale  # N M
         if MASKED:
-            lo, hi = intervals(first, stop, rows, num_queries, num_keys)
+            lo = tl.load(first + rows, mask=rows < num_queries, other=0)
+            hi = tl.load(stop + rows, mask=rows < num_queries, other=0)
             scores = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), scores, float("-inf"))
         shares = tl.exp2(scores - row_lse[None, :])
         dv = tl.dot(shares.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
@@ -213,7 +214,7 @@ def dkv_kernel(q, k, v, first, stop, do, lse, delta, seen_by, dk, dv, q_strides,
         for part in tl.static_range(3):
             dk_acc, dv_acc = blame_keys(
                 dk_acc, dv_acc, k_tile, v_tile, keys, q_head, do_head, lse + row, delta + row, first, stop,
-                q_strides[2], do_strides[2], edge[part], edge[part + 1], num_queries, num_keys, base_2,
+                q_strides[2], do_strides[2], edge[part], edge[part + 1], num_queries, base_2,
                 D, BLOCK_D, BLOCK_M, part != 1)  # fmt: skip
     store_tile(head_of(dk, dk_strides, batch, kv_head), keys, num_keys, dk_strides[2], dk_acc * scale, D, BLOCK_D)
     store_tile(head_of(dv, dv_strides, batch, kv_head), keys, num_keys, dv_strides[2], dv_acc, D, BLOCK_D)

@@ -12,35 +12,70 @@ Differs from the paper, as the released code does:
 - modality 0 is text and 1 is vision (the paper numbers them the other way round);
 - both norms of a layer are split, the one before attention and the one before the feed-forward.
 
-Each split layer has two forms: `as_written` computes both branches for all tokens and selects, as the equations
-read; `routed` computes for each token its own branch only. They are equal; `forward` takes the routed one.
+Each split layer has three forms. `as_written` computes both branches for all tokens and selects, as the equations
+read; `routed` computes for each token its own branch only, by copying the tokens of a branch together. That needs their
+number, for which the host would wait for a GPU; there `in_place` takes over: projections through a kernel that lets
+every token stay where it is, norms as written, since they cost little. All are equal; the Routing says which one runs.
 
 B batch, T tokens, W width
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 TEXT, VISION = 0, 1
+TILE = 128  # rows of one modality that a program of routed_projection takes
 
 
 @dataclass(frozen=True)
 class Routing:
     """Where each modality's tokens stand, computed once per batch and used by every layer.
 
-    modality: int[B, T], 0 = text, 1 = vision.
-    text, vision: int[N_text], int[N_vision], flat indices of the tokens; None where all tokens are text.
+    modality: int[B, T], 0 = text, 1 = vision; None where all tokens are text.
+    text, vision: int[N_text], int[N_vision], flat indices of the tokens; None where all are text, or with `order`.
+    order, text_end: what `sort` returns, for `in_place`; None for `routed`.
     """
 
-    modality: Tensor
+    modality: Tensor | None
     text: Tensor | None
     vision: Tensor | None
+    order: Tensor | None = None
+    text_end: Tensor | None = None
 
 
-def route(modality):
-    """Find the tokens of each modality in int[B, T]; a batch of text alone needs no routing at all."""
+def sort(modality):
+    """List the tokens by modality, in tiles of one modality each, without asking how many there are.
+
+    Args:
+      modality: int[B, T].
+    Returns: (order int64[tiles * TILE], flat indices: text first, then vision, each filled up with B * T to whole
+      tiles; text_end int64[], where vision begins).
+    """
+    is_vision = modality.flatten() == VISION
+    number = len(is_vision)
+    text_end = ((~is_vision).sum() + TILE - 1) // TILE * TILE
+    place = torch.where(is_vision, text_end + is_vision.cumsum(0), (~is_vision).cumsum(0)) - 1
+    order = torch.full(((-(-number // TILE) + 1) * TILE,), number, device=modality.device)
+    return order.scatter(0, place, torch.arange(number, device=modality.device)), text_end
+
+
+def route(modality, in_place=None):
+    """Find the tokens of each modality; a batch of text alone needs no routing at all.
+
+    Args:
+      modality: int[B, T]; None = all text, known without looking.
+      in_place: whether for `ModalityAdaptive.in_place`; None = on a GPU, where Triton is installed.
+    Returns: Routing.
+    """
+    if modality is None:
+        return Routing(None, None, None)
+    if in_place is None:
+        in_place = modality.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if in_place:
+        return Routing(modality, None, None, *sort(modality))
     flat = modality.flatten()
     vision = (flat == VISION).nonzero().squeeze(1)
     if vision.numel() == 0:
@@ -76,9 +111,22 @@ class ModalityAdaptive(nn.Module):
         out = out.index_copy(0, routing.text, text).index_copy(0, routing.vision, vision)
         return out.unflatten(0, x.shape[:2])
 
+    def in_place(self, x, routing):
+        """The same without moving a token and without waiting for a GPU; what is no plain projection, as written."""
+        if not type(self.text) is type(self.vision) is nn.Linear:
+            return self.as_written(x, routing)
+        from nanovlm.routed_projection import project  # here, as Triton exists on Linux only
+
+        out = project(x.flatten(0, 1), self.text.weight, self.vision.weight, routing.order, routing.text_end)
+        out = out.unflatten(0, x.shape[:2])
+        if self.text.bias is None:
+            return out
+        is_vision = (routing.modality == VISION)[..., None]
+        return out + torch.where(is_vision, self.vision.bias, self.text.bias).to(out.dtype)
+
     def forward(self, x, routing):
         """x float[B, T, W] and the batch's Routing -> float[B, T, W_out]."""
-        return self.routed(x, routing)
+        return self.routed(x, routing) if routing.order is None else self.in_place(x, routing)
 
 
 def split(module, routing):

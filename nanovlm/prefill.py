@@ -90,7 +90,7 @@ def bind(model, cache, pads, padded, media):
             visible = full(1, column + 1, tokens.device)
         embeddings = model.decoder.embedding(tokens[:, None])  # R 1 W
         return forward(
-            model.decoder, cache, embeddings, (column - pads)[:, None], visible, torch.zeros_like(tokens)[:, None], media
+            model.decoder, cache, embeddings, (column - pads)[:, None], visible, None, media  # a new token is a word
         )
 
     return step

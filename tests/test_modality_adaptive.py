@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from nanovlm.modality_adaptive import TEXT, VISION, ModalityAdaptive, route, split
+import interpreter
+from nanovlm.modality_adaptive import TEXT, TILE, VISION, ModalityAdaptive, route, sort, split
 from random_models import randomise
 
 MODALITIES = {
@@ -97,3 +98,52 @@ def test_split_binds_only_modality_adaptive_layers():
     routing, x = route(torch.tensor([[0, 1]])), torch.randn(1, 2, 6)
     assert split(plain, routing) is plain
     assert torch.equal(split(layer, routing)(x), layer(x, routing))
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_sorted_tiles_hold_one_modality_each_and_every_token_once(modality):
+    modality = torch.tensor(MODALITIES[modality]).repeat(1, 50)
+    order, text_end = sort(modality)
+    number = modality.numel()
+    assert len(order) % TILE == 0 and len(order) >= number and int(text_end) % TILE == 0
+    text, vision = order[:text_end], order[text_end:]
+    for part, kind in ((text, TEXT), (vision, VISION)):
+        expected = (modality.flatten() == kind).nonzero().flatten()
+        assert torch.equal(part[part < number], expected)  # in the order of the row
+        assert (part[len(expected) :] == number).all()
+
+
+def test_all_text_is_known_without_looking():
+    routing = route(None)
+    assert routing.modality is routing.text is routing.vision is routing.order is None
+    layer = ModalityAdaptive(nn.Linear(6, 4), nn.Linear(5, 4))  # the vision branch would raise
+    x = torch.randn(2, 3, 6)
+    assert torch.equal(layer(x, routing), layer.text(x))
+
+
+def test_routing_in_place_never_waits_for_a_device():
+    """Meta tensors have no numbers: whoever asked for one would fail."""
+    modality = torch.zeros(3, 100, dtype=torch.long, device="meta")
+    routing = route(modality, in_place=True)
+    assert routing.text is None and routing.order.device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        route(modality, in_place=False)
+
+
+def test_product_of_sorted_tiles_in_the_interpreter():
+    interpreter.run("routed_projection.py")
+
+
+def test_routed_projection_names_bad_arguments():
+    module = pytest.importorskip("nanovlm.routed_projection")
+    x, weight = torch.randn(5, 8), torch.randn(4, 8)
+    order, text_end = sort(torch.zeros(1, 5))
+    for arguments, message in (
+        ((x, weight, weight, order, text_end), "x is on cpu: this kernel needs a GPU, or TRITON_INTERPRET=1"),
+        ((x, weight, weight[:3], order, text_end), r"vision has shape \(3, 8\); expected \[4, 8\]"),
+        ((x, weight[:, :7], weight, order, text_end), r"text has shape \(4, 7\); expected \[4, 8\]"),
+        ((x.half(), weight, weight, order, text_end), "text is torch.float32 and x torch.float16"),
+        ((x, weight, weight, order.to("meta"), text_end), "order is on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.project(*arguments)
