@@ -1,4 +1,4 @@
-"""Published layouts of pairs of towers, picture and caption: CLIP and SigLIP, each beside the function that builds it."""
+"""Published layouts of pairs of towers, picture and caption: CLIP and SigLIP, each beside what builds it."""
 
 from nanovlm import contrastive, siglip
 from nanovlm.layouts import activation, number, section, size
@@ -88,7 +88,8 @@ def clip_pair(config):
 def siglip_pair(config):
     """SigLIP, both towers. Arguments and errors as `clip_pair`; returns siglip.SigLIP."""
     vision, text = siglip_config(config), text_of(config)
-    sizes = text_sizes(text, vocab_size=32000, width=768, num_layers=12, num_heads=12, mlp_width=3072, context_length=64)
+    defaults = dict(vocab_size=32000, width=768, num_layers=12, num_heads=12, mlp_width=3072, context_length=64)
+    sizes = text_sizes(text, **defaults)
     pad_id = text.get("pad_token_id")
     tower = siglip.BidirectionalTextTower(
         **sizes, pad_id=1 if pad_id is None else pad_id, norm_eps=number(text, "layer_norm_eps", 1e-6),

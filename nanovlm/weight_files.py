@@ -108,7 +108,9 @@ def open_checkpoint(path, pickled=False):
         if name.endswith(".json"):
             return open_files(shards(found), str(path), pickled, found)
         return open_files([found], str(path), pickled)
-    singles = sorted(path.glob("*.safetensors")) or (sorted([*path.glob("*.pt"), *path.glob("*.pth")]) if pickled else [])
+    singles = sorted(path.glob("*.safetensors"))
+    if pickled and not singles:
+        singles = sorted([*path.glob("*.pt"), *path.glob("*.pth")])
     if len(singles) == 1:
         return open_files(singles, str(path), pickled)
     names = ", ".join(found.name for found in singles) or "no safetensors file"
@@ -121,7 +123,8 @@ def shards(index):
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{index} is no index of shards ({type(error).__name__}: {error}); download it again") from error
+        what = f"{type(error).__name__}: {error}"
+        raise WeightsError(f"{index} is no index of shards ({what}); download it again") from error
     if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise WeightsError(f"{index} names files outside its folder; download it again")
     missing = [name for name in names if not (index.parent / name).exists()]
@@ -180,9 +183,9 @@ def unpickle(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(f"{path} is damaged, or holds Python objects beside tensors, which are not loaded "
-                           f"({str(error).splitlines()[0]})") from error
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise WeightsError(f"{path} is cut short or damaged ({str(error).splitlines()[0]}); download it again") from error
+                           f"({first_line(error)})") from error
+    except Exception as error:  # a damaged file makes torch's reader raise almost anything
+        raise WeightsError(f"{path} is cut short or damaged ({first_line(error)}); download it again") from error
     for key in ("model", "state_dict", "model_state_dict", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -191,6 +194,11 @@ def unpickle(path):
     if not tensors:
         raise WeightsError(f"{path} holds no tensors by name")
     return tensors
+
+
+def first_line(error):
+    """The first line of an error's message, its type where it has none: str."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def write_checkpoint(folder, table, state, max_shard_bytes=MAX_SHARD_BYTES):
@@ -222,7 +230,8 @@ def write_checkpoint(folder, table, state, max_shard_bytes=MAX_SHARD_BYTES):
             tensors[name] = entry.join([None if part is None else state[part].detach() for part in parts])
             tensors[name] = tensors[name].cpu().contiguous()
             total += tensors[name].nbytes
-        write_file(folder / file_name, lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}))
+        form = {"format": "pt"}  # transformers reads no file without it
+        write_file(folder / file_name, lambda path: safetensors.torch.save_file(tensors, path, metadata=form))
     if len(groups) > 1:
         weight_map = {name: file_name for file_name, group in zip(names, groups) for name in group}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -134,7 +134,8 @@ def plan(table, found, ours, resizable=()):
 def resizes(found, expected):
     """bool, whether two shapes differ in their rows alone; behind the leading ones of a published table, maybe."""
     rows = max(len(expected) - 2, 0)  # the axis of the rows: [R, W], [1, R, W] or, of a bias, [R]
-    return len(found) == len(expected) and (*found[:rows], *found[rows + 1 :]) == (*expected[:rows], *expected[rows + 1 :])
+    others = [(*shape[:rows], *shape[rows + 1 :]) for shape in (found, expected)]
+    return len(found) == len(expected) and others[0] == others[1]
 
 
 def to_ours(table, tensors, ours, where="the checkpoint"):

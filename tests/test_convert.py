@@ -226,3 +226,10 @@ def test_the_token_of_a_picture_gets_the_tokenizers_id(tmp_path):
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="media_token_id"):
         recipes.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"\x80\x02."])
+def test_damaged_pt_files_are_named(tmp_path, capsys, content):
+    (tmp_path / "finetune_lynx.pt").write_bytes(content)
+    assert main(["convert", "--family", "lynx", str(tmp_path / "finetune_lynx.pt"), str(tmp_path / "out")]) == 1
+    assert "finetune_lynx.pt" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -122,6 +122,11 @@ def test_nonsense_configs_end_without_a_traceback(tmp_path, capsys, family, conf
     assert code == 1 and "Traceback" not in printed
 
 
+def test_unknown_commands_get_a_suggestion(capsys):
+    assert main(["coverge"]) == 2 and "Did you mean 'coverage'" in capsys.readouterr().err
+    assert main(["--help"]) == 0 and "convert" in capsys.readouterr().out
+
+
 def test_computed_tensors_may_be_among_the_tensors(tmp_path, capsys):
     manifest = MANIFESTS["llama-2-7b"]
     tensors = manifest["tensors"] | manifest["computed_or_extra_tensors"]

@@ -1,7 +1,7 @@
 """Published weights into our folder, separate towers into a model to train, and our folder into the published layout.
 
     python -m nanovlm.recipes convert --family lynx finetune_lynx.pt --vision eva_vit_g.pth --language vicuna/ OUT
-    python -m nanovlm.recipes convert --family lynx --vision eva_vit_g.pth --language vicuna/ OUT   a start to train from
+    python -m nanovlm.recipes convert --family lynx --vision eva_vit_g.pth --language vicuna/ OUT   a start to train
     python -m nanovlm.recipes convert --to published out/llava OUT
 
 Towers and language models fill their parts first; SOURCE, which holds what was trained, is laid over them. What no
@@ -106,7 +106,8 @@ def choose_config(wishes, paths):
     if wishes.config:
         return family, read_json(wishes.config)
     if wishes.size and wishes.size not in published.configs:
-        raise ValueError(f"family {family!r} has no size {wishes.size!r}; there are {', '.join(published.configs) or 'none'}")
+        known = ", ".join(published.configs) or "none"
+        raise ValueError(f"family {family!r} has no size {wishes.size!r}; there are {known}")
     if beside and not wishes.size and (not wishes.family or is_of(beside, family)):
         return family, beside
     if not published.configs:
@@ -204,19 +205,20 @@ def remaining(model, sources, has_source, published):
     if rest and has_source:
         lines = [f"no file holds {len(rest)} of the model's {len(rest) + len(filled)} tensors:"]
         lines += [f"  {part}: {len(names)} tensors, from {names[0]}" for part, names in by_part(model, rest).items()]
-        hint = "give a checkpoint of the tower with --vision, of the language model with --language"
-        raise WeightsError("\n".join([*lines, f"  {published.contents or 'the file holds a part of the model'}; {hint}"]))
+        lines += [f"  {published.contents or 'the file holds a part of the model'}",
+                  "  give a checkpoint of the tower with --vision, of the language model with --language"]
+        raise WeightsError("\n".join(lines))
     for part in ("vision.blocks.", "decoder.layers."):
         given = [name for name in filled if name.startswith(part)]
         if not given and any(name.startswith(part) for name in rest):
-            raise WeightsError(f"neither --vision nor --language holds {part[:-1]}: a tower or language model is missing")
+            raise WeightsError(f"neither --vision nor --language holds {part[:-1]}: tower or language model is missing")
     return rest
 
 
 def by_part(model, names):
     """{part: names} of a model's tensors."""
-    branches = tuple(f"{place}.vision." for place, module in model.named_modules() if isinstance(module, ModalityAdaptive))
-    parts = {}
+    adaptive = [place for place, module in model.named_modules() if isinstance(module, ModalityAdaptive)]
+    branches, parts = tuple(f"{place}.vision." for place in adaptive), {}
     for name in names:
         parts.setdefault(part_of(name, branches), []).append(name)
     return parts
@@ -266,9 +268,11 @@ def report(source):
 
 def started(rest, model, seed):
     """What was initialised, by part: list of lines."""
-    counts = {part: (len(names), count_all(rest[name] for name in names)) for part, names in by_part(model, rest).items()}
-    return [f"initialised from seed {seed}: {part}, {tensors} tensors, {numbers:,} parameters"
-            for part, (tensors, numbers) in counts.items()]
+    lines = []
+    for part, names in by_part(model, rest).items():
+        numbers = count_all(rest[name] for name in names)
+        lines.append(f"initialised from seed {seed}: {part}, {len(names)} tensors, {numbers:,} parameters")
+    return lines
 
 
 def write_tokenizer(folder, places, recipe, config):

@@ -42,7 +42,8 @@ class Coverage:
         consumed = [name for name in self.found.consumed if name not in self.unused]
         computed = self.found.computed | dict.fromkeys(self.found.twice, "a second copy of a tied tensor")
         zeros = sum(
-            names.count(None) * count(self.shapes[name]) // len(names) for name, (_, names) in self.found.consumed.items()
+            names.count(None) * count(self.shapes[name]) // len(names)
+            for name, (_, names) in self.found.consumed.items()
         )
         model = count_all(self.ours.values()) + zeros
         note = f" ({zeros:,} of them zeros, which only the file holds)" if zeros else ""

@@ -1,4 +1,4 @@
-"""Write a model in the layout in which its paper's weights are published, with LoRA merged, for other programs to load."""
+"""Write a model in the layout of its paper's weights, with LoRA merged, for other programs to load."""
 
 import copy
 import json
@@ -62,7 +62,8 @@ def export(source, out, wishes):
         beside = [name for name in BESIDE if (folder / name).exists()]
         for name in beside:
             shutil.copyfile(folder / name, temporary / name)
-    return [f"written: {out} ({published.family}, {len(names)} file{'s' * (len(names) > 1)}, {dtype}, published layout)",
+    files = f"{len(names)} file{'s' * (len(names) > 1)}"
+    return [f"written: {out} ({published.family}, {files}, {dtype}, published layout)",
             f"copied: {', '.join(beside) or 'no tokenizer files'}"]
 
 

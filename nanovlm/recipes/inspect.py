@@ -15,7 +15,7 @@ from nanovlm.recipes.convert import WRAPPED, by_part
 from nanovlm.recipes.coverage import count, count_all, find_family
 from nanovlm.recipes.opening import build_on_meta, family_of, read_config
 from nanovlm.vlm import VLM
-from nanovlm.weight_errors import WeightsError, grouped
+from nanovlm.weight_errors import grouped
 from nanovlm.weight_files import OURS, open_checkpoint
 from nanovlm.weight_loading import shapes_of
 from nanovlm.weights import plan
@@ -35,8 +35,8 @@ SIGNS = (  # family, and what stands in one of its names and in none of those fu
     ("qwen2", r"self_attn\.q_proj\.bias$"),
     ("llama", r"mlp\.gate_proj\."),
 )
-SIZE_KEYS = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "ffn_dim",
-             "vocab_size", "image_size", "patch_size", "width", "depth", "num_latents", "num_query_tokens"}  # fmt: skip
+SIZE_KEYS = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+             "ffn_dim", "vocab_size", "image_size", "patch_size", "width", "depth", "num_latents", "num_query_tokens"}
 
 
 def recognise(names):
@@ -92,7 +92,8 @@ def describe(checkpoint, config, family, folder):
             named = family_of(config, str(folder / "config.json"), FAMILIES)
         except ValueError as error:
             return told, FAMILIES.get(told), None, None, f"by its names; {error}"
-        note = "" if told in (None, named) or {told, named} <= {"llama", "qwen2"} else f", though its names look like {told}"
+        alike = told in (None, named) or {told, named} <= {"llama", "qwen2"}
+        note = "" if alike else f", though its names look like {told}"
         return named, FAMILIES[named], config, None, f"config.json{note}"
     return told, FAMILIES.get(told), None, None, "by its names; sizes as published, since there is no config.json"
 

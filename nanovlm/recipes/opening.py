@@ -32,7 +32,8 @@ REFUSED = {  # model_type -> why not
     "mpt": "ALiBi and norms on queries and keys, which are out of scope",
 }
 
-UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)  # by a wrong config
+# what building from a config of the wrong types may raise
+UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def read_config(folder):
     """config.json of a folder: dict. Raises: FileNotFoundError, ValueError."""
     path = folder / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no config.json; give the output folder of train.py, for example out/nano, "
-                                "or a published model's; `python -m nanovlm.recipes convert --family NAME` writes one")
+        raise FileNotFoundError(f"{folder} holds no config.json; give the output folder of train.py, for example "
+                                "out/nano, or a published model's; `python -m nanovlm.recipes convert --family NAME` "
+                                "writes one")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
@@ -196,9 +198,10 @@ def added_tokens(recipe):
 def check_media_token(model, tokenizer, template):
     """Raise ValueError if the model looks for its pictures at another id than the tokenizer gives their token."""
     media_token = vars(model).get("media_token")
-    if media_token is not None and tokenizer.special_id(template.media_token) != media_token:
-        raise ValueError(f"the model's media token has id {media_token}, but in the tokenizer {template.media_token!r} has "
-                         f"{tokenizer.special_id(template.media_token)}; correct media_token_id in config.json")
+    known = None if media_token is None else tokenizer.special_id(template.media_token)
+    if known != media_token:
+        raise ValueError(f"the model's media token has id {media_token}, but in the tokenizer {template.media_token!r} "
+                         f"has {known}; correct media_token_id in config.json")
 
 
 def spare_rows(tokenizer, decoder, most):
@@ -209,4 +212,5 @@ def spare_rows(tokenizer, decoder, most):
     rows = decoder.config.vocab_size
     check_vocabulary(tokenizer, rows, most)
     spare = rows - tokenizer.vocab_size
-    return (f"{rows} embedding rows for {tokenizer.vocab_size} tokens: {spare} only fill up the table",) if spare else ()
+    note = f"{rows} embedding rows for {tokenizer.vocab_size} tokens: {spare} only fill up the table"
+    return (note,) if spare else ()
