@@ -6,7 +6,10 @@ In a lesson, `checks.attempt(checks.check_patchify, patchify)` says what is stil
 import torch
 from torch import nn
 
+from nanovlm.adapter import Adapter
+from nanovlm.attention import attention, full
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
+from nanovlm.logits_processors import top_p
 from nanovlm.modality_adaptive import ModalityAdaptive, route
 from nanovlm.projector import LinearProjector
 from nanovlm.vit import ViT, ViTConfig
@@ -82,6 +85,57 @@ def check_place(place):
     assert torch.equal(embeddings, before), "your function changed the embeddings it was given; return a new tensor."
 
 
+def check_look(look):
+    """Lesson 04. look(q float[M, H, L, D], k float[M, H, N, D], v float[M, H, N, D]) -> float[M, H, L, D].
+
+    What every latent takes from the patches, as in a resampler's layer. Raises: AssertionError.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (2 * torch.randn(2, 3, number, 8, generator=generator) for number in (4, 10, 10))
+    answer = look(q, k, v)
+    scores, hint = q @ k.transpose(-1, -2), "it differs from nanovlm.attention; think of scores, softmax, weighted sum."
+    for wrong, words in (
+        (scores.softmax(-1) @ v, "the scores are not divided by the square root of D, so the softmax is too sharp."),
+        ((scores / 8**0.5).softmax(-2) @ v, (
+            "the latents compete for every patch; each latent on its own spreads a total weight of 1 over the patches."
+        )),
+        (v.mean(2, keepdim=True).expand_as(q), "every latent got the mean of all patches, whatever it asked for."),
+    ):  # fmt: skip
+        if isinstance(answer, torch.Tensor) and answer.shape == q.shape and torch.allclose(answer, wrong, atol=1e-4):
+            hint = words
+    compare(answer, attention(q, k, v, full(4, 10)), hint)
+
+
+def check_silence(silence):
+    """Lesson 05. silence(adapter.Adapter) changes it in place: it adds nothing, and can still learn.
+
+    Raises: AssertionError.
+    """
+    torch.manual_seed(0)
+    adapter, hidden = Adapter(12, 6), torch.randn(2, 5, 12)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter)
+    silence(adapter)
+    added = (adapter(hidden) - hidden).abs().max().item()
+    assert torch.equal(adapter(hidden), hidden), (
+        f"it still adds up to {added:.2g}; exactly nothing is asked for, and biases add too."
+    )
+    names = ("down.weight", "up.weight")
+    before = {name: adapter.get_parameter(name).clone() for name in names}
+    for _ in range(4):
+        (adapter(hidden) - hidden.flip(-1)).square().mean().backward()
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+    for name in names:
+        assert not torch.equal(adapter.get_parameter(name), before[name]), (
+            f"it is silent for good: {name} has not moved in four steps. Where a product is zero because both its "
+            "factors are, neither gets a gradient; leave one of them as it was."
+        )
+
+
 def check_route(route_by_hand):
     """Lesson 07. route_by_hand(x float[B, T, W], modality int[B, T], text, vision) -> float[B, T, W_out].
 
@@ -106,3 +160,27 @@ def check_route(route_by_hand):
             f"with two {type(layer.text).__name__}s it differs from as_written. If only the norm fails: a norm of a "
             "zero row is its bias, not zero, so a masked-out token must be left out after the layer, not before."
         ))  # fmt: skip
+
+
+def check_nucleus(nucleus):
+    """Lesson 10. nucleus(probabilities float[V], p) -> bool[V], the words that nucleus sampling keeps.
+
+    Raises: AssertionError.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for p in (0.9, 0.5, 0.05):
+        for _ in range(4):
+            probabilities = (2 * torch.randn(12, generator=generator)).softmax(0)
+            before = probabilities.clone()
+            expected = top_p(probabilities.log()[None], p)[0].isfinite()
+            answer = nucleus(probabilities, p)
+            if isinstance(answer, torch.Tensor) and answer.shape == expected.shape:
+                answer, number = answer.bool(), int(expected.sum())
+                assert answer.sum() != number - 1, "one word is missing: the one that crosses p belongs to the nucleus too."
+                assert answer.sum() != number or torch.equal(answer, expected), (
+                    "as many words as there should be, but others: your answer stands in sorted order; put it back."
+                )
+                compare(answer.float(), expected.float(), f"with p = {p} it keeps {int(answer.sum())} words instead of {number}.")
+            else:
+                compare(answer, expected, "")
+            assert torch.equal(probabilities, before), "your function changed the probabilities it was given."

@@ -36,7 +36,9 @@ def load(name):
     return module
 
 
-build, checks, solutions, ablation = (load(name) for name in ("build", "checks", "solutions", "ablation_07"))
+build, checks, solutions, ablation, ablation_04 = (
+    load(name) for name in ("build", "checks", "solutions", "ablation_07", "ablation_04")
+)
 
 
 def executed(source):
@@ -77,7 +79,7 @@ def png_outputs(notebook):
 # ---- what stands beside the sources
 
 def test_the_lessons_are_there():
-    assert [path.stem[:2] for path in LESSONS] == ["01", "03", "07"]
+    assert [path.stem[:2] for path in LESSONS] == ["01", "03", "04", "05", "07", "10"]
 
 
 @every_lesson
@@ -213,6 +215,48 @@ def overwrites_its_input(embeddings, is_image, image_tokens):
     return embeddings
 
 
+def forgets_the_root(q, k, v):
+    return solutions.look(q * q.shape[-1] ** 0.5, k, v)
+
+
+def patches_shared_out_among_latents(q, k, v):
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-2) @ v
+
+
+def takes_the_mean(q, k, v):
+    return v.mean(dim=2, keepdim=True).expand_as(q)
+
+
+def takes_the_nearest_patch(q, k, v):
+    best = (q @ k.transpose(-1, -2)).argmax(-1, keepdim=True)
+    return v.gather(2, best.expand(*best.shape[:-1], v.shape[-1]))
+
+
+def leaves_the_bias(adapter):
+    torch.nn.init.zeros_(adapter.up.weight)
+
+
+def only_makes_it_small(adapter):
+    adapter.scale.data *= 1e-3
+
+
+def silent_for_good(adapter):
+    for parameter in adapter.parameters():
+        torch.nn.init.zeros_(parameter)
+
+
+def zeroes_both_matrices(adapter):
+    for linear in (adapter.down, adapter.up):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+
+
+def freezes_it(adapter):
+    solutions.silence(adapter)
+    adapter.requires_grad_(False)
+    adapter.scale.requires_grad_(True)  # so that there is something to differentiate
+
+
 def numbered_as_in_the_paper(x, modality, text, vision):
     return solutions.route_by_hand(x, 1 - modality, text, vision)
 
@@ -230,6 +274,26 @@ def adds_both_branches(x, modality, text, vision):
     return text(x) + vision(x)
 
 
+def leaves_out_the_word_that_crosses(probabilities, p):
+    values, order = probabilities.sort(descending=True)
+    return torch.zeros_like(probabilities, dtype=torch.bool).scatter(0, order, values.cumsum(0) < p)
+
+
+def answers_in_sorted_order(probabilities, p):
+    values = probabilities.sort(descending=True).values
+    return values.cumsum(0) - values < p
+
+
+def everything_above_a_threshold(probabilities, p):
+    return probabilities >= 1 - p
+
+
+def sorts_what_it_was_given(probabilities, p):
+    kept = solutions.nucleus(probabilities, p)
+    probabilities.copy_(probabilities.sort(descending=True).values)
+    return kept
+
+
 def unfinished(*arguments):
     return None
 
@@ -239,8 +303,17 @@ EXERCISES = {
     "check_place": (solutions.place, (
         starts_again_in_every_row, column_by_column, adds_instead_of_replacing, at_the_front, overwrites_its_input,
     )),
+    "check_look": (solutions.look, (
+        forgets_the_root, patches_shared_out_among_latents, takes_the_mean, takes_the_nearest_patch,
+    )),
+    "check_silence": (solutions.silence, (
+        leaves_the_bias, only_makes_it_small, silent_for_good, zeroes_both_matrices, freezes_it,
+    )),
     "check_route": (solutions.route_by_hand, (
         numbered_as_in_the_paper, masks_before_the_layer, text_for_everything, adds_both_branches,
+    )),
+    "check_nucleus": (solutions.nucleus, (
+        leaves_out_the_word_that_crosses, answers_in_sorted_order, everything_above_a_threshold, sorts_what_it_was_given,
     )),
 }  # fmt: skip
 WRONG = [(check, wrong) for check, (_, answers) in EXERCISES.items() for wrong in (*answers, unfinished)]
@@ -268,10 +341,23 @@ def test_a_wrong_answer_fails(check, wrong):
     ("check_place", starts_again_in_every_row, "without starting again"),
     ("check_place", at_the_front, "a word's embedding changed"),
     ("check_place", overwrites_its_input, "return a new tensor"),
+    ("check_look", forgets_the_root, "square root of D"),
+    ("check_look", patches_shared_out_among_latents, "the latents compete"),
+    ("check_look", takes_the_mean, "the mean of all patches"),
+    ("check_look", takes_the_nearest_patch, "scores, softmax, weighted sum"),
+    ("check_silence", leaves_the_bias, "biases add too"),
+    ("check_silence", unfinished, "it still adds"),
+    ("check_silence", silent_for_good, "down.weight has not moved"),
+    ("check_silence", zeroes_both_matrices, "has not moved in four steps"),
     ("check_route", numbered_as_in_the_paper, "the paper counts the other way round"),
     ("check_route", masks_before_the_layer, "two LayerNorms it differs"),
     ("check_route", text_for_everything, "two Linears it differs"),
     ("check_route", unfinished, "returned None"),
+    ("check_nucleus", leaves_out_the_word_that_crosses, "the one that crosses p belongs to the nucleus too"),
+    ("check_nucleus", answers_in_sorted_order, "stands in sorted order; put it back"),
+    ("check_nucleus", everything_above_a_threshold, "words instead of"),
+    ("check_nucleus", sorts_what_it_was_given, "changed the probabilities"),
+    ("check_nucleus", unfinished, "returned None"),
 ])  # fmt: skip
 def test_the_hint_names_the_mistake(check, wrong, hint):
     with pytest.raises(AssertionError, match=hint):
@@ -361,12 +447,65 @@ def test_the_arms_train_what_they_say():
     assert shared == separate > 0
 
 
+# ---- the ablation of lesson 04
+
+SHORTEST = ablation_04.Settings(tower_steps=1, answer_steps=2, pictures=2, exam=4)
+
+
+def test_the_table_of_lesson_04_says_how_it_came_about_and_is_complete():
+    note, results = ablation_04.read()
+    assert note.startswith("python notebooks/ablation_04.py, 20") and "CPU-seconds, seeds 0 to 2" in note
+    wanted = [(seed, arm) for seed in (0, 1, 2) for arm in ablation_04.ARMS]
+    found = [(result.seed, ablation_04.Arm(**{name: getattr(result, name) for name in vars(arm)}))
+             for result, (_, arm) in zip(results, wanted)]  # fmt: skip
+    assert found == wanted and len(results) == len(wanted)
+    assert all(0 <= getattr(result, kind) <= 1 for result in results for kind in ablation_04.KINDS)
+
+
+def test_a_table_of_lesson_04_survives_writing_and_reading(tmp_path):
+    results = [ablation_04.Result("MLP", 36, True, False, False, 2, 1234, 0.5, 1.0, 0.125, 0.75)]
+    ablation_04.write(results, tmp_path / "table.csv", "how it came about")
+    assert ablation_04.read(tmp_path / "table.csv") == ("how it came about", results)
+    assert list(tmp_path.iterdir()) == [tmp_path / "table.csv"]
+
+
+@pytest.mark.parametrize("arm", ablation_04.BRIDGE_ARMS, ids=lambda arm: f"{arm.bridge}-{arm.num_tokens}")
+def test_every_bridge_makes_as_many_tokens_as_its_arm_says(arm):
+    model = ablation_04.make_model(arm, ablation_04.make_vision(0), 0)
+    pixels = torch.zeros(2, 3, ablation_04.IMAGE_SIZE, ablation_04.IMAGE_SIZE)
+    tokens = model.encode(pixels, torch.tensor([1, 1]))
+    assert [len(each) for each in tokens] == [arm.num_tokens] * 2
+    assert model.num_image_tokens(ablation_04.IMAGE_SIZE) == arm.num_tokens
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_tower_stays_as_it_is_and_another_does_not(frozen):
+    """The tower that an arm starts from never changes: the next arm starts from it too."""
+    vision = ablation_04.learn_captions(0, SHORTEST)
+    then = {name: tensor.clone() for name, tensor in vision.state_dict().items()}
+    assert not all(torch.equal(then[name], tensor) for name, tensor in ablation_04.make_vision(0).state_dict().items())
+    model, result = ablation_04.run_arm(ablation_04.Arm("resampler", 4, frozen=frozen), vision, 0, SHORTEST)
+    assert all(torch.equal(then[name], tensor) for name, tensor in vision.state_dict().items())
+    changed = {name for name, tensor in model.vision.state_dict().items() if not torch.equal(then[name], tensor)}
+    assert bool(changed) != frozen
+    assert result.bridge_parameters == sum(p.numel() for p in model.parts()["bridge"].values())
+
+
+def test_longer_means_as_many_steps_more_as_the_tower_takes(monkeypatch):
+    steps = []
+    monkeypatch.setattr(ablation_04, "train", lambda parts, stage, loss_of: steps.append(stage.steps))
+    for longer in (False, True):
+        arm = ablation_04.Arm("resampler", 4, tower=False, frozen=False, longer=longer)
+        ablation_04.learn_answers(arm, ablation_04.make_vision(0), 0, SHORTEST)
+    assert steps == [2, 3]
+
+
 # ---- building
 
 def test_build_finds_lessons_by_number():
     assert build.lessons() == LESSONS
     assert [path.stem for path in build.lessons(["07", "01"])] == ["07_modality_adaptive", "01_image_to_tokens"]
-    with pytest.raises(ValueError, match="no lesson '12'; lessons: 01, 03, 07"):
+    with pytest.raises(ValueError, match="no lesson '12'; lessons: 01, 03, "):
         build.lessons(["12"])
 
 
