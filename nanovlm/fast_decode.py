@@ -9,10 +9,8 @@ takes, plus what Python and torch need to say so. Three things help, and none ch
 - what is the same for all layers of a step, or for all steps, is made once: rotary tables, masks, positions;
 - the queries that share a key head stand in the place of several tokens, so that no key or value is copied.
 
-`FastDecoder.bind` takes the place of prefill.bind and is forced by handing it to `generate`. Behind it are two forms
-of the step. The eager one attends to the columns written so far, which it must know. `StaticStep` keeps the column on
-the device and attends to all columns behind a mask: every shape and address is the same in every step, so that
-torch.compile makes one graph of it and CUDA replays it without the host.
+`FastDecoder.bind` takes the place of prefill.bind and is forced by handing it to `generate` in a Workspace. Behind it
+are the two forms of a step in fast_steps.py.
 
 R rows, W width, H heads, K key/value heads, G = H / K, D head width, L columns of the cache, F feed-forward width
 """
@@ -24,13 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovlm.attention import rope_tables
-from nanovlm.cache import KeyValueCache
 from nanovlm.decoder import RMSNorm
+from nanovlm.fast_steps import COLUMNS, EagerStep, StaticStep
 from nanovlm.feed_forward import GatedFeedForward
 from nanovlm.modality_adaptive import ModalityAdaptive
-
-
-COLUMNS = 128  # a static cache is a multiple of so many columns, so that few sizes of it serve all prompts
 
 
 def text_branch(module):
@@ -81,12 +76,12 @@ def project(x, weight, bias):
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-def normalise(norm, x):
-    """What the norm's own forward computes, x float[R, W]; an RMSNorm by fewer and cheaper calls."""
+def normalise(norm, x, eps):
+    """What the norm's own forward computes, x float[R, W]; an RMSNorm by fewer and cheaper calls. eps: float32[]."""
     if not isinstance(norm, RMSNorm) or x.dtype != torch.float32:
         return norm(x)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * (length.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()) * norm.weight
+    return (x * torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)
 
 
 @dataclass(frozen=True)
@@ -100,6 +95,7 @@ class PackedLayer:
     o: tuple
     wide: tuple  # gate and up, or fc_1
     narrow: tuple  # down, or fc_2
+    adapter: nn.Module | None
     gated: bool
 
 
@@ -115,6 +111,7 @@ def pack_layer(layer, one_row):
         o=pack((attention.o,), one_row),
         wide=pack((ffn.gate, ffn.up) if gated else (ffn.fc_1,), one_row),
         narrow=(ffn.output.weight.t(), ffn.output.bias),  # reads fast enough as it is
+        adapter=None if isinstance(layer.adapter, nn.Identity) else layer.adapter,
         gated=gated,
     )
 
@@ -132,6 +129,7 @@ class FastDecoder:
         if compiled and not static:
             raise ValueError("compiled=True with static=False: the eager step has other shapes every time; add static=True")
         self.decoder, self.config, self.static = decoder, decoder.config, static
+        self.eps = torch.tensor(decoder.config.norm_eps, dtype=torch.float32, device=decoder.embedding.weight.device)
         self.layers = [pack_layer(layer, rows == 1) for layer in decoder.layers]
         if decoder.lm_head is None:
             head = for_reading(decoder.embedding.weight.data.contiguous(), rows == 1)
@@ -167,23 +165,25 @@ class FastDecoder:
             layer = packed.layer
             if layer.cross_attention is not None:
                 x = layer.cross_attention(x[:, None], media, self.decoder.backend, index=index)[:, 0]
-            normed = normalise(packed.norm_1, x)
+            normed = normalise(packed.norm_1, x, self.eps)
             qkv = project(normed, *packed.qkv).view(num_rows, heads + 2 * kv_heads, width)
             qkv = turn(qkv, cos, sin, config.num_rotary)
-            k, v = write(index, qkv[:, heads:].unflatten(1, (2, kv_heads)).transpose(0, 1))
-            q = qkv[:, :heads].unflatten(1, (kv_heads, -1))  # R K G D
+            k, v = write(index, qkv[:, heads:].view(num_rows, 2, kv_heads, width).transpose(0, 1))
+            q = qkv[:, :heads].view(num_rows, kv_heads, -1, width)  # R K G D
             seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x_seen = add_projected(x, seen.reshape(num_rows, -1), *packed.o)
             if packed.norm_2 is not None:
-                normed = normalise(packed.norm_2, x_seen)
+                normed = normalise(packed.norm_2, x_seen, self.eps)
             wide = project(normed, *packed.wide)
             if packed.gated:
                 gate, up = wide.chunk(2, dim=-1)
                 wide = layer.ffn.activation(gate) * up
             else:
                 wide = layer.ffn.activation(wide)
-            x = layer.adapter(add_projected(x_seen, wide, *packed.narrow))
-        return project(normalise(self.decoder.norm, x), *self.head).float()
+            x = add_projected(x_seen, wide, *packed.narrow)
+            if packed.adapter is not None:
+                x = packed.adapter(x)
+        return project(normalise(self.decoder.norm, x, self.eps), *self.head).float()
 
     def by_mask(self, tokens, column, pads, buffers, cos, sin, media):
         """The step of StaticStep: everything that changes is a tensor.
@@ -244,107 +244,3 @@ def add_projected(residual, x, weight, bias):
     """residual + x weight + bias, the sum taken where the product is made."""
     out = torch.addmm(residual, x, weight)
     return out if bias is None else out + bias
-
-
-class EagerStep:
-    """The next token of each row, by the columns written so far.
-
-    Args: a FastDecoder, then as prefill.bind.
-    """
-
-    def __init__(self, fast, cache, pads, padded, media):
-        self.fast, self.cache, self.pads, self.media = fast, cache, pads if padded else None, media
-        self.cos, self.sin = fast.turning(cache.num_columns)
-        self.mask = left_padding(pads, cache.num_columns, self.cos.dtype) if padded else None
-
-    @torch.no_grad()
-    def __call__(self, tokens):
-        """tokens int64[R], written into the cache -> float32[R, V], scores of what follows."""
-        column = self.cache.length
-        self.cache.check_room(1, len(tokens))
-        if self.pads is None:
-            positions, mask = slice(column, column + 1), None
-        else:
-            positions, mask = column - self.pads, self.mask[..., : column + 1]
-        cos, sin = self.fast.for_heads(self.cos[positions], self.sin[positions])
-        x = self.fast.embed(tokens, positions)
-        scores = self.fast.hidden(x, cos, sin, self.write, mask, self.media)
-        self.cache.advance(1)
-        return scores
-
-    def write(self, index, kv):
-        """Put kv float[2, R, K, D] behind the written columns; all of them, float[2, R, K, S, D]."""
-        buffer, column = self.cache.layers[index], self.cache.length
-        buffer.select(3, column).copy_(kv)
-        return buffer.narrow(3, 0, column + 1).unbind(0)
-
-
-def left_padding(pads, num_columns, dtype):
-    """pads int64[R] -> float[R, 1, 1, L], -inf where a column is padding."""
-    is_pad = torch.arange(num_columns, device=pads.device) < pads[:, None]
-    return torch.zeros(is_pad.shape, dtype=dtype, device=pads.device).masked_fill(is_pad, float("-inf"))[:, None, None]
-
-
-class StaticStep:
-    """The next token of each row, with the same shapes and addresses in every step.
-
-    It owns a cache, into which that of the rows is copied, and serves one set of rows at a time. On CUDA the step is
-    captured once as a graph and replayed; its scores stay valid until the next step.
-
-    Args: a FastDecoder, R, L.
-    """
-
-    def __init__(self, fast, num_rows, num_columns):
-        weight = fast.decoder.embedding.weight
-        self.fast = fast
-        self.cache = KeyValueCache(fast.config, num_rows, num_columns, weight.dtype, weight.device)
-        self.cos, self.sin = fast.turning(num_columns)
-        self.tokens, self.pads = weight.new_zeros(2, num_rows, dtype=torch.long)
-        self.column = weight.new_zeros(1, dtype=torch.long)
-        self.media = self.graph = self.scores = self.user = None
-
-    @torch.no_grad()
-    def lend(self, cache, pads, media):
-        """Take over a cache, which from now on shares this memory; the step for its rows, as prefill.bind."""
-        for index, (own, given) in enumerate(zip(self.cache.layers, cache.layers)):
-            own[:, :, :, : cache.length] = given[:, :, :, : cache.length]
-            cache.layers[index] = own
-        self.pads.copy_(pads)
-        self.column.fill_(cache.length)
-        if media is not None:  # it may have another size every time
-            self.graph = None
-        self.media, self.user = media, cache
-        return lambda tokens: self.step(tokens, cache)
-
-    @torch.no_grad()
-    def step(self, tokens, cache):
-        """tokens int64[R] of the rows in `cache` -> float32[R, V]."""
-        if cache is not self.user:
-            raise RuntimeError("other rows of the same number took this step over; finish one answer before the next")
-        cache.check_room(1, len(tokens))
-        self.tokens.copy_(tokens)
-        if tokens.device.type == "cuda":
-            if self.graph is None:
-                self.capture()
-            self.graph.replay()
-        else:
-            self.scores = self.compute()
-            self.column.add_(1)
-        cache.advance(1)
-        return self.scores
-
-    def compute(self):
-        return self.fast.compute(self.tokens, self.column, self.pads, self.cache.layers, self.cos, self.sin, self.media)
-
-    def capture(self):
-        """Record the step as a CUDA graph; running it beforehand writes what the step itself will write again."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.compute()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.scores = self.compute()
-            self.column.add_(1)

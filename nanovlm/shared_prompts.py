@@ -67,7 +67,7 @@ def first_picture(cells, row):
         return row
     picture = cells[place][0]
     stop = place
-    while stop < len(cells) and isinstance(cells[stop], tuple) and cells[stop][0] == picture and cells[stop][1] == stop - place:
+    while stop < len(cells) and cells[stop] == (picture, stop - place):
         stop += 1
     return tuple(cells[:stop])
 

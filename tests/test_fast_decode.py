@@ -5,11 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from nanovlm import fast_decode, lora
-from nanovlm.decoder import DecoderConfig, LayerOptions
+from nanovlm import fast_decode, fast_steps, lora
+from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.fast_decode import FastDecoder
 from nanovlm.prefill import Rows
+from nanovlm.projector import LinearProjector
 from nanovlm.sampler import Decoding, generate, stream
+from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vlm import VLM
 from nanovlm.workspace import Workspace
 from tiny import vision_language_model
 
@@ -130,7 +133,7 @@ def test_static_steps_are_kept_for_the_next_rows_and_serve_one_set_at_a_time():
     decoding = Decoding(max_new_tokens=5)
     want = [generate(model, [prompt], decoding)[0] for prompt in ([3], [4, 5, 6])]
     got = [generate(model, [prompt], decoding, workspace=Workspace(fast))[0] for prompt in ([3], [4, 5, 6])]
-    assert got == want and list(fast.static_steps) == [(1, fast_decode.COLUMNS)]
+    assert got == want and list(fast.static_steps) == [(1, fast_steps.COLUMNS)]
     memory = [buffer.data_ptr() for step in fast.static_steps.values() for buffer in step.cache.layers]
     one = stream(model, [3], decoding, workspace=Workspace(fast))
     first = [next(one), next(one)]
@@ -151,6 +154,25 @@ def test_one_compiled_graph_for_all_steps():
         for prompt in ([1], [2, 3, 4]):
             want = generate(model, [prompt], DECODINGS["greedy"])
             assert generate(model, [prompt], DECODINGS["greedy"], workspace=Workspace(fast)) == want
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_pictures_beside_the_row(static):
+    """Cross-attention layers: new tokens see the latest picture of their row, if there is one."""
+    layers = (LayerOptions(cross_attention=True), LayerOptions(4), LayerOptions(cross_attention=True))
+    vision = ViT(ViTConfig(8, 4, width=12, num_layers=1, num_heads=2, mlp_width=16, class_token=False))
+    decoder = Decoder(dataclasses.replace(PLAIN, layers=layers, cross_attention_width=12))
+    model = VLM(vision, LinearProjector(12, 12), decoder, media_token=20).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.4
+    prompts, pixels = [[20, 3, 4], [5], [6, 20, 8, 20, 9]], list(torch.randn(3, 1, 3, 8, 8))
+    inputs = [[pixels[0]], [], [pixels[1], pixels[2]]]
+    for name, decoding in DECODINGS.items():
+        for rows in (slice(None), slice(2, 3), slice(1, 2)):
+            seed = lambda: torch.Generator().manual_seed(1)
+            want = generate(model, prompts[rows], decoding, inputs[rows], seed())
+            workspace = Workspace(FastDecoder(model.decoder, static))
+            assert generate(model, prompts[rows], decoding, inputs[rows], seed(), workspace=workspace) == want, name
 
 
 def test_what_it_cannot_do_is_said():
