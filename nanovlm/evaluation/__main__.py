@@ -1,0 +1,113 @@
+"""Measure a model on a benchmark.
+
+    python -m nanovlm.evaluation                                              the tasks
+    python -m nanovlm.evaluation easy_vqa --model out/nano
+    python -m nanovlm.evaluation pope --model FOLDER --data pope/ --images val2014/
+    python -m nanovlm.evaluation open_vqa --model FOLDER --data open_vqa/ --images open_vqa/ --judge FOLDER
+
+Answers go to predictions.jsonl as they are made; the same command again goes on where it stopped.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from nanovlm import recipes
+from nanovlm.evaluation import protocols
+from nanovlm.evaluation.runner import Wishes, local_judge, run
+from nanovlm.evaluation.tasks import TASKS
+from nanovlm.names import nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+
+
+def make_parser():
+    """The command line, as an argparse parser."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanovlm.evaluation", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("task", nargs="?", metavar="TASK", help="one of the tasks; without one: their table")
+    parser.add_argument("--model", metavar="FOLDER", help="what train.py or convert wrote, or a published model's folder")
+    parser.add_argument("--data", default=".", metavar="PATH", help="the benchmark's files, as published: a folder or a file")
+    parser.add_argument("--images", default="", metavar="FOLDER", help="its pictures or films (default: --data)")
+    parser.add_argument("--split", default="", metavar="WORD", help="which of the benchmark's splits (default: its usual one)")
+    parser.add_argument("--out", default="", metavar="FOLDER", help="default: out/evaluation/MODEL/TASK")
+    parser.add_argument("--prompt", metavar="TEXT", help="instead of the task's; {question}, {options}, {hint}, {ocr}")
+    parser.add_argument("--preset", default="", metavar="NAME", help="one of the recipe's decodings (default: the task's)")
+    parser.add_argument("--describe-first", action="store_true", help="describe the picture, then answer in that history")
+    parser.add_argument("--shots", type=int, default=0, metavar="K", help="the first K questions are shown with their answers")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions that run together")
+    parser.add_argument("--num-frames", type=int, default=4, metavar="N", help="frames of a film")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, where the preset samples")
+    parser.add_argument("--judge", metavar="FOLDER", help="a model that judges free answers")
+    parser.add_argument("--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere')
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    return parser
+
+
+def parse(arguments):
+    """Flags as a namespace; ends the program with code 2 for what is unknown or contradicts."""
+    parser = make_parser()
+    wishes, unknown = parser.parse_known_args(arguments)
+    flags = ["--" + name.replace("_", "-") for name in vars(wishes) if name != "task"]
+    for word in unknown:
+        parser.error(f"unknown flag {word!r}.{nearest(word.split('=')[0], flags)}")
+    if wishes.task is None:
+        return wishes
+    if wishes.task not in TASKS:
+        parser.error(f"unknown task {wishes.task!r}.{nearest(wishes.task, TASKS)}")
+    if wishes.model is None:
+        parser.error("--model is needed: the folder of the model to measure")
+    if wishes.judge and TASKS[wishes.task].protocol is not protocols.judged:
+        parser.error(f"--judge: answers of {wishes.task} are not judged")
+    for name, least in (("shots", 0), ("limit", 1), ("batch_size", 1), ("num_frames", 1)):
+        if vars(wishes)[name] is not None and vars(wishes)[name] < least:
+            parser.error(f"--{name.replace('_', '-')} is {vars(wishes)[name]}; it must be {least} or more")
+    return wishes
+
+
+def listing():
+    """The table of the tasks: list of str."""
+    lines = [f"{'task':<16}{'protocol':<14}{'counted by':<14}read as"]
+    for name, task in TASKS.items():
+        read = (task.read.__doc__ or "").split("\n")[0]
+        lines.append(f"{name:<16}{task.protocol.__name__:<14}{task.way or task.summarise.__name__:<14}{read}")
+    return lines
+
+
+def main(arguments):
+    """Run the command line: exit code."""
+    wishes = parse(arguments)
+    if wishes.task is None:
+        print("\n".join(listing()))
+        return 0
+    fields = {field.name for field in dataclasses.fields(Wishes)}
+    chosen = Wishes(**{name: value for name, value in vars(wishes).items() if name in fields})
+    if not chosen.out:
+        folder = Path("out") / "evaluation" / Path(wishes.model).resolve().name / wishes.task
+        chosen = dataclasses.replace(chosen, out=str(folder))
+    try:
+        loaded = recipes.load(wishes.model, dtype=DTYPES[wishes.dtype], device=wishes.device)
+        judge = None
+        if wishes.judge:
+            judge = local_judge(recipes.load(wishes.judge, dtype=DTYPES[wishes.dtype], device=wishes.device))
+        lines = run(wishes.task, TASKS[wishes.task], loaded, Path(wishes.model).name, chosen, judge)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"python -m nanovlm.evaluation: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"\nstopped; the answers so far are in {chosen.out}, the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    print("\n".join([*lines, f"report, predictions and pictures: {chosen.out}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,193 @@
+"""What a benchmark asks: items, read from files whose records may be broken and whose pictures may be missing."""
+
+import base64
+import binascii
+import gzip
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from nanovlm.data import images
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture that stands in the file itself, in base64, perhaps behind a "data:image/…;base64," prefix."""
+
+    text: str
+
+    def open(self):
+        """The picture: PIL.Image.Image. Raises: images.ImageError."""
+        try:
+            data = base64.b64decode(self.text.partition(",")[2] if self.text.startswith("data:") else self.text, validate=True)
+            return images.load(Image.open(io.BytesIO(data)))
+        except (binascii.Error, OSError) as error:
+            raise images.ImageError(f"a picture in base64 cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    id: unique within the task. answers: what is right; str, records of annotators, or the place of the right option.
+    kind: class for the report. group: what is counted together (the picture in MME, the question under rotation).
+    media: in order, each a path, an Encoded or a PIL image; is_clip: it is one film, animation or folder of frames.
+    options: of a multiple choice. extra: further words of the prompt, by name. submit: the benchmark's own id.
+    """
+
+    id: str
+    question: str
+    answers: tuple = ()
+    kind: str = ""
+    group: str = ""
+    media: tuple = ()
+    is_clip: bool = False
+    options: tuple[str, ...] = ()
+    extra: dict = field(default_factory=dict)
+    submit: object = None
+
+    @property
+    def missing(self):
+        """The media files that do not exist: list of Path."""
+        return [one for one in self.media if isinstance(one, Path) and not one.exists()]
+
+
+@dataclass
+class Reading:
+    """What came out of a benchmark's files: items, and problems: one line for every record that could not be read."""
+
+    items: list = field(default_factory=list)
+    problems: list = field(default_factory=list)
+
+    def collect(self, records, make):
+        """Add the items that `make(record, place)` gives for (where, record) pairs; a record that breaks is a problem."""
+        known = {item.id for item in self.items}
+        for place, (where, record) in enumerate(records):
+            try:
+                if isinstance(record, Exception):
+                    raise record
+                item = make(record, place)
+                if item.id in known:
+                    raise ValueError(f"id {item.id!r} stands in the file twice")
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                words = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+                self.problems.append(f"{where}: {words}")
+            else:
+                known.add(item.id)
+                self.items.append(item)
+        return self
+
+
+def read_text(path):
+    """A text file, perhaps compressed: str. Raises: ValueError naming the file if it is no text."""
+    data = Path(path).read_bytes()
+    try:
+        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: no readable text ({error})") from error
+
+
+def unique_keys(pairs):
+    """An object whose keys all differ: dict. Raises: ValueError for a repeated key, whose first value would be lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
+
+
+def read_json(path):
+    """A JSON file as it is. Raises: ValueError naming file and place."""
+    try:
+        return json.loads(read_text(path), object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: no JSON ({error.msg})") from error
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+
+
+def read_records(path):
+    """Records of a file, whatever its name says: a list, an object of records by id, JSON lines, or objects in a row.
+
+    Lines end at "\\n" only: U+2028, at which `str.splitlines` cuts as well, may stand inside a text.
+    Returns: list of (where, record); an unreadable line is a ValueError in place of the record.
+    """
+    text = read_text(path)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if lines and _is_object(lines[0][1]):
+        return [(f"{path}, line {number}", _line(line)) for number, line in lines]
+    if text.lstrip().startswith("["):
+        return [(f"{path}, record {place}", record) for place, record in enumerate(read_json(path))]
+    return _objects(path, text)
+
+
+def _is_object(line):
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _line(line):
+    try:
+        return json.loads(line, object_pairs_hook=unique_keys)
+    except ValueError as error:
+        return ValueError(str(error))
+
+
+def _objects(path, text):
+    """Pretty-printed objects behind one another."""
+    decoder, place, found = json.JSONDecoder(object_pairs_hook=unique_keys), 0, []
+    while rest := text[place:].lstrip():
+        start = len(text) - len(rest)
+        where = f"{path}, line {text.count(chr(10), 0, start) + 1}"
+        try:
+            record, length = decoder.raw_decode(rest)
+        except ValueError as error:
+            return [*found, (where, ValueError(f"no JSON from here on ({error})"))]
+        found.append((where, record))
+        place = start + length
+    return found
+
+
+def numbered(records, word="record"):
+    """(where, record) pairs of a list."""
+    return [(f"{word} {place}", record) for place, record in enumerate(records)]
+
+
+def find(folder, *patterns, split=""):
+    """The one file of a benchmark in a folder: Path. `folder` may be the file itself.
+
+    patterns: tried in order, as of Path.glob. split: of several files, the one with this word in its name.
+    Raises: FileNotFoundError; ValueError if several fit.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        return folder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such file or folder; --data names the benchmark's files")
+    for pattern in patterns:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if len(found) > 1:
+            found = [path for path in found if split and split in path.name] or found
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise ValueError(f"{folder} holds several files that fit: {names}; give one of them, or --split")
+        if found:
+            return found[0]
+    raise FileNotFoundError(f"{folder} holds none of {', '.join(patterns)}")
+
+
+def picture(folder, *names):
+    """The first of several names under which a picture may lie in a folder: Path; the first of all if none does."""
+    paths = [Path(folder) / name for name in names] + [Path(folder) / Path(str(name)).name for name in names]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def coco_picture(folder, image_id, split="val"):
+    """Where a COCO picture may lie: by its number, with or without the prefix of 2014."""
+    number = f"{int(image_id):012d}.jpg"
+    return picture(folder, f"COCO_{split}2014_{number}", number, f"{split}2014/COCO_{split}2014_{number}", f"{split}2017/{number}")

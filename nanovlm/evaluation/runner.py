@@ -1,0 +1,148 @@
+"""One evaluation from files to report, resumable at every step."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanovlm.evaluation import protocols, report
+from nanovlm.evaluation.items import read_records
+from nanovlm.evaluation.prediction_file import PredictionFile
+from nanovlm.evaluation.speaker import Asked, Speaker
+from nanovlm.names import nearest
+from nanovlm.sampler import Decoding
+from nanovlm.vlm import VLM
+
+JUDGE_TOKENS = 32  # a verdict, or a verdict and a mark
+
+
+@dataclasses.dataclass(frozen=True)
+class Wishes:
+    """How a task is run; what is None or empty follows the task and the model's recipe.
+
+    data, images: paths; images = where the pictures lie, by default the data. split: word for the benchmark's split.
+    preset: name of a decoding. shots: items of the same data that stand before every question, and are not asked.
+    limit: items asked at most, the first ones. judgements: path of a file {"id", "judgement"} a line.
+    """
+
+    data: str = "."
+    images: str = ""
+    split: str = ""
+    out: str = ""
+    prompt: str | None = None
+    preset: str = ""
+    describe_first: bool = False
+    shots: int = 0
+    limit: int | None = None
+    batch_size: int = 16
+    num_frames: int = 4
+    seed: int = 0
+    judgements: str = ""
+
+
+def choose_preset(loaded, task, wanted=""):
+    """Name of a decoding of the model's recipe: the wanted one, or the task's first that there is."""
+    if wanted and wanted not in loaded.decodings:
+        raise ValueError(f"unknown preset {wanted!r}.{nearest(wanted, loaded.decodings)}")
+    return wanted or next((name for name in task.presets if name in loaded.decodings), "default")
+
+
+def shot_answer(item, task):
+    """What a shot says: the right option or its letter, or the first human answer."""
+    if not item.answers:
+        raise ValueError(f"question {item.id!r} has no answer and cannot be a shot")
+    if item.options:
+        place = item.answers[0]
+        return protocols.choices.LETTERS[place] if task.way == "letter" else item.options[place]
+    answer = item.answers[0]
+    return answer["answer"] if isinstance(answer, dict) else answer
+
+
+def make_speaker(loaded, task, wishes, shots, preset):
+    """The Speaker of a run."""
+    if not isinstance(loaded.model, VLM):
+        raise ValueError(f"a {type(loaded.model).__name__} cannot be asked; give the folder of a vision-language model")
+    describe = loaded.decodings.get("describe", loaded.decodings[preset]) if wishes.describe_first else None
+    said = [(protocols.put(item, task), shot_answer(item, task)) for item in shots]
+    return Speaker(loaded, loaded.decodings[preset], describe, said, wishes.num_frames, wishes.seed, task.border)
+
+
+def run(name, task, loaded, model_name, wishes, judge=None):
+    """Ask everything that has no answer yet, then write the report.
+
+    Args:
+      name, task: of tasks.TASKS. loaded: recipes.Loaded. model_name: str for the report.
+      judge: function list of prompts -> list of texts, for `protocols.judged`; None = only wishes.judgements.
+    Returns: list of str, what to print.
+    Raises: FileNotFoundError or ValueError, in words for the user, before anything is asked.
+    """
+    task = task if wishes.prompt is None else dataclasses.replace(task, prompt=wishes.prompt)
+    reading = task.read(wishes.data, wishes.images or wishes.data, wishes.split)
+    if not reading.items:
+        words = f"; the first of {len(reading.problems)} problems: {reading.problems[0]}" if reading.problems else ""
+        raise ValueError(f"{wishes.data} holds no question of {name}{words}")
+    there = [item for item in reading.items if not item.missing]
+    shots, rest = there[: wishes.shots], there[wishes.shots :]
+    missing = {item.id: [str(path) for path in item.missing] for item in reading.items if item.missing}
+    items = task.prepare(rest[: wishes.limit])
+    preset = choose_preset(loaded, task, wishes.preset)
+    settings = {
+        "task": name, "model": model_name, "data": str(wishes.data), "split": wishes.split, "prompt": task.prompt,
+        "preset": preset, "decoding": dataclasses.asdict(loaded.decodings[preset]), "describe_first": wishes.describe_first,
+        "shots": [item.id for item in shots], "num_frames": wishes.num_frames, "seed": wishes.seed,
+    }  # fmt: skip
+    settings = json.loads(json.dumps(settings))  # as they come back from the file
+    speaker = make_speaker(loaded, task, wishes, shots, preset) if items else None
+    out = Path(wishes.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = PredictionFile(out / "predictions.jsonl", settings)
+    done = file.done()
+    left = [item for item in items if item.id not in done]
+    with tqdm(desc=name, total=len(items), initial=len(items) - len(left), disable=None, unit="question") as bar:
+        for one in task.protocol(left, speaker, task, wishes.batch_size):
+            file.add(one)
+            bar.update()
+    asked = {item.id for item in items}
+    predictions = [one for one in file.predictions if one["id"] in asked]
+    if task.protocol is protocols.judged:
+        predictions = judge_answers(predictions, task, judge, out / "judgements.jsonl", wishes)
+    pictures = {item.id: item.media[0] for item in items if item.media and not item.is_clip}
+    return report.write(out, settings, task, predictions, missing, reading.problems, pictures)
+
+
+def judge_answers(predictions, task, judge, path, wishes):
+    """Predictions with their judgements; those already in the file, or in wishes.judgements, are not asked for again.
+
+    Answers without a judgement stay without a score; their prompts go to judge_prompts.jsonl beside the file.
+    """
+    sources = [source for source in (wishes.judgements, path) if source and Path(source).exists()]
+    if wishes.judgements and not Path(wishes.judgements).exists():
+        raise FileNotFoundError(f"{wishes.judgements}: no such file of judgements")
+    told = {}
+    for source in sources:
+        for where, record in read_records(source):
+            if not isinstance(record, dict) or not {"id", "judgement"} <= record.keys():
+                raise ValueError(f"{where}: no object with id and judgement")
+            told[record["id"]] = record["judgement"]
+    found = []
+    for batch in protocols.batches(predictions, wishes.batch_size):
+        known = [one for one in batch if one["id"] in told]
+        new = [one for one in batch if one["id"] not in told]
+        known = protocols.judge_all(known, task, lambda prompts, known=known: [told[o["id"]] for o in known if o["judge_prompt"]])
+        if judge is not None:
+            new = protocols.judge_all(new, task, judge)
+            with open(path, "a") as file:
+                file.writelines(json.dumps({"id": o["id"], "judgement": o["judgement"]}) + "\n" for o in new if "judgement" in o)
+        judged = {one["id"]: one for one in known + new}
+        found += [judged[one["id"]] for one in batch]
+    waiting = [one for one in found if one["judge_prompt"] and "judgement" not in one]
+    lines = [json.dumps({"id": one["id"], "prompt": one["judge_prompt"]}) + "\n" for one in waiting]
+    (path.parent / "judge_prompts.jsonl").write_text("".join(lines))
+    return found
+
+
+def local_judge(loaded):
+    """A model of this project as the judge: function list of prompts -> list of texts, greedy."""
+    speaker = Speaker(loaded, Decoding(max_new_tokens=JUDGE_TOKENS))
+    return lambda prompts: speaker.replies([Asked(str(place), text) for place, text in enumerate(prompts)])
