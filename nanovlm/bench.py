@@ -82,7 +82,7 @@ def build(size, device, dtype):
     finally:
         torch.set_default_dtype(before)
     decoder.load_state_dict(weights.to_ours(LLAMA, theirs.state_dict(), decoder.state_dict()))
-    vision = ViT(ViTConfig(image_size=8, patch_size=4, width=8, num_layers=0, num_heads=1, mlp_width=8, class_token=False))
+    vision = ViT(ViTConfig(8, 4, width=8, num_layers=0, num_heads=1, mlp_width=8, class_token=False))
     model = VLM(vision, LinearProjector(8, decoder.config.width), decoder).to(device, dtype).eval()
     theirs.generation_config = transformers.GenerationConfig()
     return theirs, model
@@ -158,16 +158,20 @@ def compare(case, rounds, device, dtype):
             times[name].append(seconds(run, device)[0])
     middle = {name: statistics.median(values) for name, values in times.items()}
     ratio = middle["transformers"] / middle["nanovlm"]
-    verdict = "" if case.required is None else f" (required {case.required}: {'reached' if ratio >= case.required else 'MISSED'})"
+    verdict = ""
+    if case.required is not None:
+        verdict = f" (required {case.required}: {'reached' if ratio >= case.required else 'MISSED'})"
     lines = [
-        f"{name:<13}{num_tokens / middle[name]:9.1f} tokens/s   median {middle[name]:.3f} s, {min(values):.3f} to {max(values):.3f}"
+        f"{name:<13}{num_tokens / middle[name]:9.1f} tokens/s   median {middle[name]:.3f} s, "
+        f"{min(values):.3f} to {max(values):.3f}"
         for name, values in times.items()
     ]
     steps = max(map(len, answers["nanovlm"]))
     read = sum(p.nbytes for p in model.decoder.parameters()) * steps / middle["nanovlm"]
     bandwidth = read_bandwidth(device)
     lines.append(f"ratio of medians {ratio:.2f}{verdict}; {same} of {num_tokens} tokens equal")
-    lines.append(f"weights read at {read / 1e9:.1f} GB/s, {read / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s of a plain sum")
+    share = f"{read / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s of a plain sum"
+    lines.append(f"weights read at {read / 1e9:.1f} GB/s, {share}")
     return lines
 
 
@@ -176,7 +180,8 @@ def decode(wishes):
     cases = CASES[wishes.device]
     names = wishes.case or list(cases)
     if wishes.device == "cuda" and not torch.cuda.is_available():
-        print("bench: --device cuda, but torch finds no GPU here; run it where there is one, or leave --device out", file=sys.stderr)
+        say = "--device cuda, but torch finds no GPU here; run it where there is one, or leave --device out"
+        print(f"bench: {say}", file=sys.stderr)
         return BAD_INPUT
     unknown = [name for name in names if name not in cases]
     if unknown:

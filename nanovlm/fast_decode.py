@@ -43,7 +43,8 @@ def pack(linears, one_row):
     """
     for linear in linears:
         if type(linear) is not nn.Linear:
-            raise ValueError(f"fast decoding knows nn.Linear, not {type(linear).__name__}; merge low-rank updates first")
+            found = type(linear).__name__
+            raise ValueError(f"fast decoding knows nn.Linear, not {found}; merge low-rank updates first")
     weight, start = for_reading(torch.cat([linear.weight for linear in linears]), one_row), 0
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     for linear in linears:
@@ -127,7 +128,7 @@ class FastDecoder:
 
     def __init__(self, decoder, static=False, compiled=False, rows=1):
         if compiled and not static:
-            raise ValueError("compiled=True with static=False: the eager step has other shapes every time; add static=True")
+            raise ValueError("compiled=True with static=False: eager steps have other shapes every time; add static=True")
         self.decoder, self.config, self.static = decoder, decoder.config, static
         self.eps = torch.tensor(decoder.config.norm_eps, dtype=torch.float32, device=decoder.embedding.weight.device)
         self.layers = [pack_layer(layer, rows == 1) for layer in decoder.layers]

@@ -7,21 +7,23 @@ import torch
 
 from nanovlm.attention import causal, causal_rows
 
-COST_OF_A_GROUP = 32  # tokens that could be computed in the time that one more forward pass costs by itself
+COST_OF_A_GROUP = {"cpu": 16}  # tokens computed in the time that one more pass over the weights takes by itself
+COST_ELSEWHERE = 128  # a GPU computes many more in that time
 
 
-def group(lengths):
+def group(lengths, device="cpu"):
     """Split prompts into groups so that the fewest tokens are computed, padding included.
 
     Args:
-      lengths: list of B int, tokens.
+      lengths: list of B int, tokens. device: str, its type.
     Returns: list of lists of int, the prompts of each group.
     """
+    cost = COST_OF_A_GROUP.get(device, COST_ELSEWHERE)
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     best = [(0, 0)]  # of the shortest prompts: (cost, where their last group begins)
     for stop in range(1, len(order) + 1):
         longest = lengths[order[stop - 1]]
-        best.append(min((best[start][0] + (stop - start) * longest + COST_OF_A_GROUP, start) for start in range(stop)))
+        best.append(min((best[start][0] + (stop - start) * longest + cost, start) for start in range(stop)))
     groups, stop = [], len(order)
     while stop:
         start = best[stop][1]

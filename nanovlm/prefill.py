@@ -137,7 +137,7 @@ class Rows:
         plan, groups = None, [list(range(len(prompts)))]
         if media is None and model.share_prefix:
             plan = shared_prompts.plan(prompts, image_tokens, shown)
-            groups = length_groups.group([len(prompt) for prompt in prompts])
+            groups = length_groups.group([len(prompt) for prompt in prompts], weight.device.type)
         if plan is None and len(groups) > 1:
             last = length_groups.run(model.decoder, self.cache, groups, embeddings, positions, modality, segments)
             self.logits = model.decoder.logits(last).float()
@@ -148,9 +148,8 @@ class Rows:
                 start = plan.start
                 shared_prompts.run(model.decoder, self.cache, plan, embeddings, modality, pads)
                 visible = Visible(visible.first[:, start:], visible.stop[:, start:])
-            self.logits = forward(
-                model.decoder, self.cache, embeddings[:, start:], positions[:, start:], visible, modality[:, start:], media
-            )
+            rest = (embeddings[:, start:], positions[:, start:], visible, modality[:, start:])
+            self.logits = forward(model.decoder, self.cache, *rest, media)
         self.media = None if media is None else media.step()
         self.next = self.bind(model, self.cache, self.pads, self.padded, self.media)
 

@@ -11,7 +11,7 @@ from tiny import random_vlm
 
 
 def cost(groups, lengths):
-    return sum(len(rows) * max(lengths[row] for row in rows) + length_groups.COST_OF_A_GROUP for rows in groups)
+    return sum(len(rows) * max(lengths[row] for row in rows) + length_groups.COST_OF_A_GROUP["cpu"] for rows in groups)
 
 
 def partitions(items):
@@ -30,6 +30,11 @@ def test_no_other_split_computes_less(lengths):
     groups = length_groups.group(lengths)
     assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
     assert cost(groups, lengths) == min(cost(split, lengths) for split in partitions(list(range(len(lengths)))))
+
+
+def test_a_gpu_takes_larger_groups():
+    lengths = [10, 20, 60, 70]
+    assert len(length_groups.group(lengths)) > len(length_groups.group(lengths, "cuda")) == 1
 
 
 def test_scores_and_cache_are_those_of_padded_rows():
