@@ -36,9 +36,10 @@ class Tile:
 # (compute capability, channels of a head at most) -> forward, dQ, dK and dV; none spills registers
 TILES = {
     (90, 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    (90, 96): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     (90, 128): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
-    (80, 64): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
-    (80, 128): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
+    (80, 64): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
+    (80, 128): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 2)),
 }
 EXACT = (Tile(32, 32, 4, 1),) * 3  # float32 does without tensor cores: right, and slow
 
@@ -48,7 +49,7 @@ def tiles_for(q):
     if q.dtype == torch.float32 or q.device.type != "cuda":
         return EXACT
     kind = 90 if torch.cuda.get_device_capability(q.device) == (9, 0) else 80  # newer ones have other products again
-    return TILES[kind, 64 if q.shape[-1] <= 64 else 128]
+    return TILES[min(key for key in TILES if key[0] == kind and key[1] >= q.shape[-1])]
 
 
 def launch(kernel, grid, tile, head_width, *arguments):
@@ -145,11 +146,15 @@ def backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         strides(dq), visible_stride, *sizes,
     )  # fmt: skip
     turned = seen_by(first, stop, num_keys, kv_tile)
+    if num_kv_heads < heads:  # a sum over the heads within the kernel would need registers that it has not got
+        dk, dv = (q.new_empty(rows, num_keys, heads, width, dtype=torch.float32).transpose(1, 2) for _ in range(2))
     launch(
-        kernels.dkv_kernel, (turned.shape[1], rows * num_kv_heads), kv_tile, width,
+        kernels.dkv_kernel, (turned.shape[1], rows * heads), kv_tile, width,
         q, k, v, first, stop, do, lse, delta, turned, dk, dv, strides(q), strides(k), strides(v), strides(do),
         strides(dk), strides(dv), visible_stride, turned.stride(0) if len(turned) > 1 else 0, *sizes,
     )  # fmt: skip
+    if num_kv_heads < heads:
+        dk, dv = (x.unflatten(1, (num_kv_heads, -1)).sum(2).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (dk, dv))
     return dq, dk, dv
 
 

@@ -194,27 +194,24 @@ def blame_keys(dk, dv, k, v, keys, q, do, lse, delta, first, stop, q_stride, do_
 def dkv_kernel(q, k, v, first, stop, do, lse, delta, seen_by, dk, dv, q_strides, k_strides, v_strides, do_strides,
                dk_strides, dv_strides, visible_stride, seen_by_stride, num_heads, group, num_queries, num_keys, scale,
                D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """dk and dv of one tile of keys: all queries of all heads that share it, one after the other."""
-    num_kv_heads = num_heads // group
-    batch, kv_head = tl.program_id(1) // num_kv_heads, tl.program_id(1) % num_kv_heads
+    """dk and dv of one tile of keys from the queries of one head; heads that share keys are added up outside."""
+    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
     keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first += batch * visible_stride
     stop += batch * visible_stride
     seen_by += batch * seen_by_stride + tl.program_id(0) * 4
     edge = (tl.load(seen_by), tl.load(seen_by + 1), tl.load(seen_by + 2), tl.load(seen_by + 3))
-    k_tile = load_tile(head_of(k, k_strides, batch, kv_head), keys, num_keys, k_strides[2], D, BLOCK_D, True)
-    v_tile = load_tile(head_of(v, v_strides, batch, kv_head), keys, num_keys, v_strides[2], D, BLOCK_D, True)
+    k_tile = load_tile(head_of(k, k_strides, batch, head // group), keys, num_keys, k_strides[2], D, BLOCK_D, True)
+    v_tile = load_tile(head_of(v, v_strides, batch, head // group), keys, num_keys, v_strides[2], D, BLOCK_D, True)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     base_2 = scale * LOG2_E
-    for member in range(group):
-        head = kv_head * group + member
-        q_head, do_head = head_of(q, q_strides, batch, head), head_of(do, do_strides, batch, head)
-        row = (batch * num_heads + head) * num_queries
-        for part in tl.static_range(3):
-            dk_acc, dv_acc = blame_keys(
-                dk_acc, dv_acc, k_tile, v_tile, keys, q_head, do_head, lse + row, delta + row, first, stop,
-                q_strides[2], do_strides[2], edge[part], edge[part + 1], num_queries, base_2,
-                D, BLOCK_D, BLOCK_M, part != 1)  # fmt: skip
-    store_tile(head_of(dk, dk_strides, batch, kv_head), keys, num_keys, dk_strides[2], dk_acc * scale, D, BLOCK_D)
-    store_tile(head_of(dv, dv_strides, batch, kv_head), keys, num_keys, dv_strides[2], dv_acc, D, BLOCK_D)
+    q, do = head_of(q, q_strides, batch, head), head_of(do, do_strides, batch, head)
+    lse += tl.program_id(1) * num_queries
+    delta += tl.program_id(1) * num_queries
+    for part in tl.static_range(3):
+        dk_acc, dv_acc = blame_keys(dk_acc, dv_acc, k_tile, v_tile, keys, q, do, lse, delta, first, stop, q_strides[2],
+                                    do_strides[2], edge[part], edge[part + 1], num_queries, base_2, D, BLOCK_D,
+                                    BLOCK_M, part != 1)  # fmt: skip
+    store_tile(head_of(dk, dk_strides, batch, head), keys, num_keys, dk_strides[2], dk_acc * scale, D, BLOCK_D)
+    store_tile(head_of(dv, dv_strides, batch, head), keys, num_keys, dv_strides[2], dv_acc, D, BLOCK_D)

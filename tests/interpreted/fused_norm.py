@@ -1,0 +1,49 @@
+"""The norm's kernels, as numpy, against decoder.RMSNorm; started by test_fused_norm."""
+
+import pytest
+import torch
+
+from nanovlm import fused_norm as module
+from nanovlm.decoder import RMSNorm
+from nanovlm.fused_norm import rms_norm
+
+assert module.INTERPRETED
+
+
+def make(*shape, dtype=torch.float32):
+    norm = RMSNorm(shape[-1], eps=1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    return norm, (torch.randn(shape) * 3).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(7, 48), (2, 3, 64), (1, 1), (300, 5), (0, 8), (33,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equals_torch_with_gradients(shape, dtype):
+    norm, x = make(*shape, dtype=dtype)
+    expected, found = norm(x), rms_norm(x, norm.weight, 1e-5)
+    assert found.dtype == dtype
+    tolerance = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=2e-2, rtol=4e-3)
+    torch.testing.assert_close(found, expected, **tolerance)
+    dy = torch.randn_like(x)
+    for f, e in zip(*(torch.autograd.grad(y, (x, norm.weight), dy) for y in (found, expected))):
+        torch.testing.assert_close(f, e, **(tolerance if dtype == torch.float32 else dict(atol=0.1, rtol=0.02)))
+
+
+def test_derivative_of_float64_steps():
+    norm, x = make(4, 6)
+    torch.autograd.gradcheck(lambda x, g: rms_norm(x, g), (x, norm.weight), eps=1e-2, atol=1e-2, rtol=1e-2)
+
+
+def test_strides_and_repeated_gradients():
+    norm, x = make(6, 10)
+    expected = norm(x)
+    wide = torch.randn(6, 20)[:, ::2].requires_grad_()
+    torch.testing.assert_close(rms_norm(wide, norm.weight), norm(wide), atol=1e-4, rtol=1e-4)
+    grads = [torch.autograd.grad(y.sum(), x)[0] for y in (expected, rms_norm(x, norm.weight, 1e-5))]
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
+
+
+def test_torch_finds_the_operator_in_order():
+    norm, x = make(5, 12)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(module.forward, (x, norm.weight, 1e-5), test_utils=tests)
