@@ -11,7 +11,7 @@ from nanovlm.data.images import CLIP
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import __main__ as cli
-from nanovlm.evaluation import protocols, report, runner, speaker
+from nanovlm.evaluation import pairwise, protocols, report, runner, speaker
 from nanovlm.evaluation.prediction_file import PredictionFile
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.sampler import Decoding
@@ -202,3 +202,60 @@ def test_a_prediction_file_survives_odd_characters(tmp_path):
     file = PredictionFile(tmp_path / "p.jsonl", {"a": 1})
     file.add({"id": "1", "prediction": "one\u2028two \U0001f600"})
     assert PredictionFile(tmp_path / "p.jsonl", {"a": 1}).predictions == file.predictions
+
+
+def test_an_unrelated_image_goes_with_questions_of_text_alone(start, tmp_path):
+    (tmp_path / "biology_test.csv").write_text("what?,red,blue,yes,no,B\n")
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "x.png")
+    alone = read(start("mmlu").folder / "predictions.jsonl")[1]
+    other = str(tmp_path / "with")
+    assert start("mmlu", "--unrelated-image", str(tmp_path / "x.png"), "--out", other).code == 0
+    (_, shown) = read(tmp_path / "with" / "predictions.jsonl")
+    assert alone["media"] == [] and shown["media"] == [str(tmp_path / "x.png")] and alone["losses"] != shown["losses"]
+    assert "no such image" in start("mmlu", "--unrelated-image", "nowhere.png").err
+
+
+def answers_of(folder, answers):
+    folder.mkdir(parents=True)
+    lines = [{"settings": {}}, *({"id": str(n), "question": "q?", "prediction": text, "media": []} for n, text in enumerate(answers))]
+    (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder)
+
+
+def test_models_are_ranked_by_comparing_both_orders(tmp_path, capsys, monkeypatch):
+    folders = [answers_of(tmp_path / name / "task", [text] * 6) for name, text in (("x", "good"), ("y", "bad"), ("z", "bad"))]
+    judged = []
+
+    def judge(prompts):  # prefers "good", and of two equal ones the first
+        judged.extend(prompts)
+        return ["B" if "Answer B: good" in prompt else "Answer A." for prompt in prompts]
+
+    monkeypatch.setattr(cli, "open_judge", lambda wishes: judge)
+    assert cli.main(["rank", *folders, "--out", str(tmp_path / "r")]) == 0
+    told = json.loads((tmp_path / "r" / "ranking.json").read_text())
+    assert list(told["models"])[0] == "x/task" and len(judged) == 36 and (told["games"], told["unread"]) == (18, 0)
+    good, bad = told["models"]["x/task"], told["models"]["y/task"]
+    assert (good["wins"], bad["wins"]) == (12, 3)  # a preference for the first place makes ties
+    assert good["bradley-terry interval"][0] > bad["bradley-terry"] and good["elo interval"][0] > bad["elo interval"][1]
+    assert cli.main(["rank", *folders, "--out", str(tmp_path / "r")]) == 0 and len(judged) == 36  # nothing is judged twice
+    monkeypatch.setattr(cli, "open_judge", lambda wishes: None)
+    assert cli.main(["rank", *folders[:2], "--out", str(tmp_path / "s")]) == 0 and "12 prompts wait" in capsys.readouterr().out
+    assert cli.main(["rank", folders[0], "--out", str(tmp_path / "s")]) == 2 and "two at least" in capsys.readouterr().err
+
+
+def test_sheets_of_marks(tmp_path, capsys):
+    folders = [answers_of(tmp_path / name, ["a", "b"]) for name in ("x", "y", "z")]
+    sheet = tmp_path / "ann.csv"
+    assert cli.main(["rank", *folders, "--sheet", str(sheet)]) == 0
+    lines = sheet.read_text().splitlines()
+    assert len(lines) == 7 and lines[1] == "0,x,q?,,a,"
+    sheet.write_text("\n".join([lines[0], *(line + mark for line, mark in zip(lines[1:], "555421"))]))
+    capsys.readouterr()
+    assert cli.main(["rank", *folders, "--marks", str(sheet)]) == 0
+    *means, breach = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in means] == [["x", "4.50"], ["y", "3.50"], ["z", "3.00"]] and "3 models tied" in breach
+
+
+def test_a_judge_of_pairs_is_read_by_its_first_word():
+    assert [pairwise.parse_which(text) for text in ("A", "b.", "Answer B", "Tie", "Both", "")] == [1.0, 0.0, 0.0, 0.5, None, None]
+    assert "Answer A: ANSWER_B\n" in pairwise.ask_which("q", "ANSWER_B", "y")

@@ -4,6 +4,8 @@
     python -m nanovlm.evaluation easy_vqa --model out/nano
     python -m nanovlm.evaluation pope --model FOLDER --data pope/ --images val2014/
     python -m nanovlm.evaluation open_vqa --model FOLDER --data open_vqa/ --images open_vqa/ --judge FOLDER
+    python -m nanovlm.evaluation rank OUT_A OUT_B --judge FOLDER --out OUT      Elo and Bradley-Terry of several runs
+    python -m nanovlm.evaluation rank OUT_A OUT_B --sheet FILE.csv              a sheet for people's marks, 1 to 5
 
 Answers go to predictions.jsonl as they are made; the same command again goes on where it stopped.
 """
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 
 from nanovlm import recipes
-from nanovlm.evaluation import protocols
+from nanovlm.evaluation import pairwise, protocols
 from nanovlm.evaluation.runner import Wishes, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.names import nearest
@@ -45,6 +47,7 @@ def make_parser():
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions that run together")
     parser.add_argument("--num-frames", type=int, default=4, metavar="N", help="frames of a film")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, where the preset samples")
+    parser.add_argument("--unrelated-image", default="", metavar="PATH", help="show it with every question that has no picture")
     parser.add_argument("--judge", metavar="FOLDER", help="a model that judges free answers")
     parser.add_argument("--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere')
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -73,6 +76,39 @@ def parse(arguments):
     return wishes
 
 
+def rank_parser():
+    """The command line of `rank`, as an argparse parser."""
+    parser = argparse.ArgumentParser(prog="python -m nanovlm.evaluation rank", description=pairwise.__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="OUT", help="folders of finished runs of one task")
+    parser.add_argument("--out", default="out/evaluation/ranking", metavar="FOLDER")
+    parser.add_argument("--sheet", metavar="FILE.csv", help="write an empty sheet of marks, and rank nothing")
+    parser.add_argument("--marks", nargs="+", metavar="FILE.csv", help="filled sheets: mean marks, and what breaks the rules")
+    parser.add_argument("--judge", metavar="FOLDER", help="a model that says which answer is better")
+    parser.add_argument("--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere')
+    parser.add_argument("--seed", type=int, default=0, help="of shuffles and bootstrap")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    return parser
+
+
+def rank(wishes):
+    """Run `rank`: list of str, what to print."""
+    if wishes.sheet:
+        pairwise.write_sheet(pairwise.read_answers(wishes.folders), wishes.sheet)
+        return [f"marks from 1 to 5 go into {wishes.sheet}; read it with --marks"]
+    if wishes.marks:
+        means, breaches = pairwise.read_sheets(wishes.marks)
+        return [f"{model:<32}{mark:>8.2f}" for model, mark in means.items()] + breaches
+    judge = open_judge(wishes)
+    return pairwise.rank(wishes.folders, judge, wishes.judgements, wishes.out, seed=wishes.seed)
+
+
+def open_judge(wishes):
+    """The judge of --judge, or None."""
+    return local_judge(recipes.load(wishes.judge, dtype=DTYPES[wishes.dtype], device=wishes.device)) if wishes.judge else None
+
+
 def listing():
     """The table of the tasks: list of str."""
     lines = [f"{'task':<16}{'protocol':<14}{'counted by':<14}read as"]
@@ -84,6 +120,13 @@ def listing():
 
 def main(arguments):
     """Run the command line: exit code."""
+    if arguments[:1] == ["rank"]:
+        try:
+            print("\n".join(rank(rank_parser().parse_args(arguments[1:]))))
+        except (ValueError, OSError, KeyError) as error:
+            print(f"python -m nanovlm.evaluation rank: {error}", file=sys.stderr)
+            return BAD_INPUT
+        return 0
     wishes = parse(arguments)
     if wishes.task is None:
         print("\n".join(listing()))
@@ -95,10 +138,7 @@ def main(arguments):
         chosen = dataclasses.replace(chosen, out=str(folder))
     try:
         loaded = recipes.load(wishes.model, dtype=DTYPES[wishes.dtype], device=wishes.device)
-        judge = None
-        if wishes.judge:
-            judge = local_judge(recipes.load(wishes.judge, dtype=DTYPES[wishes.dtype], device=wishes.device))
-        lines = run(wishes.task, TASKS[wishes.task], loaded, Path(wishes.model).name, chosen, judge)
+        lines = run(wishes.task, TASKS[wishes.task], loaded, Path(wishes.model).name, chosen, open_judge(wishes))
     except (ValueError, OSError, ImportError) as error:
         print(f"python -m nanovlm.evaluation: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -24,6 +24,8 @@ class Wishes:
     data, images: paths; images = where the pictures lie, by default the data. split: word for the benchmark's split.
     preset: name of a decoding. shots: items of the same data that stand before every question, and are not asked.
     limit: items asked at most, the first ones. judgements: path of a file {"id", "judgement"} a line.
+    unrelated_image: path of a picture that goes with every question that has none: how much does it disturb the text
+      (mPLUG-Owl2, arXiv:2311.04257, Table 5)?
     """
 
     data: str = "."
@@ -39,6 +41,7 @@ class Wishes:
     num_frames: int = 4
     seed: int = 0
     judgements: str = ""
+    unrelated_image: str = ""
 
 
 def choose_preset(loaded, task, wanted=""):
@@ -68,6 +71,13 @@ def make_speaker(loaded, task, wishes, shots, preset):
     return Speaker(loaded, loaded.decodings[preset], describe, said, wishes.num_frames, wishes.seed, task.border)
 
 
+def disturbed(items, path):
+    """Items with a picture that has nothing to do with them, where they have none; path "" = as they are."""
+    if path and not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such image")
+    return [item if item.media or not path else dataclasses.replace(item, media=(Path(path),)) for item in items]
+
+
 def run(name, task, loaded, model_name, wishes, judge=None):
     """Ask everything that has no answer yet, then write the report.
 
@@ -85,12 +95,13 @@ def run(name, task, loaded, model_name, wishes, judge=None):
     there = [item for item in reading.items if not item.missing]
     shots, rest = there[: wishes.shots], there[wishes.shots :]
     missing = {item.id: [str(path) for path in item.missing] for item in reading.items if item.missing}
-    items = task.prepare(rest[: wishes.limit])
+    items = disturbed(task.prepare(rest[: wishes.limit]), wishes.unrelated_image)
     preset = choose_preset(loaded, task, wishes.preset)
     settings = {
         "task": name, "model": model_name, "data": str(wishes.data), "split": wishes.split, "prompt": task.prompt,
         "preset": preset, "decoding": dataclasses.asdict(loaded.decodings[preset]), "describe_first": wishes.describe_first,
         "shots": [item.id for item in shots], "num_frames": wishes.num_frames, "seed": wishes.seed,
+        "unrelated_image": wishes.unrelated_image,
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # as they come back from the file
     speaker = make_speaker(loaded, task, wishes, shots, preset) if items else None
