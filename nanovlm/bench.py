@@ -10,6 +10,7 @@ both must write the same tokens, and the time is that of the one thread. Random 
 """
 
 import argparse
+import importlib
 import platform
 import statistics
 import sys
@@ -225,6 +226,13 @@ def make_parser():
     command.add_argument("--case", action="append", metavar="NAME", help="one of the cases; may be given several times")
     command.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements of each side")
     command.set_defaults(run=decode)
+    command = commands.add_parser("kernels", allow_abbrev=False, help="the Triton kernels against torch's, on a GPU")
+    command.add_argument("--out", default="notebooks/results", metavar="FOLDER", help="where the dated table goes")
+    command.add_argument("--rounds", type=int, default=20, metavar="N", help="measurements of each contender")
+    command.set_defaults(run=lambda wishes: importlib.import_module("nanovlm.bench_kernels").run(wishes))
+    command = commands.add_parser("compile", allow_abbrev=False, help="registers, spills and memory of every kernel, without a GPU")
+    command.add_argument("--kernel", action="append", choices=("attention", "projection", "norm"), help="may be given several times")
+    command.set_defaults(rounds=1, run=lambda wishes: importlib.import_module("nanovlm.bench_compile").run(wishes))
     return parser
 
 

@@ -39,7 +39,7 @@ TILES = {
     (90, 96): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     (90, 128): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     (80, 64): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 2)),
-    (80, 128): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 2)),
+    (80, 128): (Tile(64, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
 EXACT = (Tile(32, 32, 4, 1),) * 3  # float32 does without tensor cores: right, and slow
 
@@ -48,7 +48,7 @@ def tiles_for(q):
     """The three tiles for queries q: by type, head width and the GPU's kind."""
     if q.dtype == torch.float32 or q.device.type != "cuda":
         return EXACT
-    kind = 90 if torch.cuda.get_device_capability(q.device) == (9, 0) else 80  # newer ones have other products again
+    kind = 90 if torch.cuda.get_device_capability(q.device) == (9, 0) else 80  # newer ones understand these too
     return TILES[min(key for key in TILES if key[0] == kind and key[1] >= q.shape[-1])]
 
 

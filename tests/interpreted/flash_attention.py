@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from nanovlm import bench_kernels
 from nanovlm import flash_attention as module
 from nanovlm.attention import Visible, attention, causal, causal_rows, full, prefix, sliding_window
 from nanovlm.flash_attention import Tile, flash_attention, seen_by
@@ -220,3 +221,11 @@ def test_intervals_are_checked_when_asked(monkeypatch):
     monkeypatch.setattr(module, "CHECK_INTERVALS", True)
     with pytest.raises(ValueError, match="from -3 to 99"):
         flash_attention(q, q, q, visible)
+
+
+def test_the_benchmark_compares_what_is_right(monkeypatch):
+    bench_kernels.check(64, "cpu", torch.float16, tokens=64, repeats=1)
+    good = module.forward
+    monkeypatch.setattr(module, "forward", lambda *arguments: [good(*arguments)[0] * 1.01])
+    with pytest.raises(RuntimeError, match="head width 64: out is off by"):
+        bench_kernels.check(64, "cpu", torch.float16, tokens=64, repeats=0)
