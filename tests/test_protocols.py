@@ -80,8 +80,7 @@ def test_choice_by_likelihood_takes_the_sum_or_the_mean():
     item = Item("1", "q", (1,), options=("a", "b b b"))
     losses = [[(2.0, 2.0), (3.0, 1.0)]]
     (summed,) = run("seed_bench", [item], losses=[*losses])
-    task = SimpleNamespace(**{**vars(TASKS["seed_bench"]), "way": "likelihood_mean"})
-    (mean,) = protocols.choice([item], Parrot(losses=[*losses]), task)
+    (mean,) = run("seed_bench_mean", [item], losses=[*losses])
     assert (summed["said"], summed["score"], mean["said"], mean["score"]) == (0, 0.0, 1, 1.0)
 
 

@@ -34,22 +34,38 @@ def make_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("task", nargs="?", metavar="TASK", help="one of the tasks; without one: their table")
-    parser.add_argument("--model", metavar="FOLDER", help="what train.py or convert wrote, or a published model's folder")
-    parser.add_argument("--data", default=".", metavar="PATH", help="the benchmark's files, as published: a folder or a file")
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="what train.py or convert wrote, or a published model's folder"
+    )
+    parser.add_argument(
+        "--data", default=".", metavar="PATH", help="the benchmark's files, as published: a folder or a file"
+    )
     parser.add_argument("--images", default="", metavar="FOLDER", help="its pictures or films (default: --data)")
-    parser.add_argument("--split", default="", metavar="WORD", help="which of the benchmark's splits (default: its usual one)")
+    parser.add_argument(
+        "--split", default="", metavar="WORD", help="which of the benchmark's splits (default: its usual one)"
+    )
     parser.add_argument("--out", default="", metavar="FOLDER", help="default: out/evaluation/MODEL/TASK")
     parser.add_argument("--prompt", metavar="TEXT", help="instead of the task's; {question}, {options}, {hint}, {ocr}")
-    parser.add_argument("--preset", default="", metavar="NAME", help="one of the recipe's decodings (default: the task's)")
-    parser.add_argument("--describe-first", action="store_true", help="describe the picture, then answer in that history")
-    parser.add_argument("--shots", type=int, default=0, metavar="K", help="the first K questions are shown with their answers")
+    parser.add_argument(
+        "--preset", default="", metavar="NAME", help="one of the recipe's decodings (default: the task's)"
+    )
+    parser.add_argument(
+        "--describe-first", action="store_true", help="describe the picture, then answer in that history"
+    )
+    parser.add_argument(
+        "--shots", type=int, default=0, metavar="K", help="the first K questions are shown with their answers"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions that run together")
     parser.add_argument("--num-frames", type=int, default=4, metavar="N", help="frames of a film")
     parser.add_argument("--seed", type=int, default=0, help="of sampling, where the preset samples")
-    parser.add_argument("--unrelated-image", default="", metavar="PATH", help="show it with every question that has no picture")
+    parser.add_argument(
+        "--unrelated-image", default="", metavar="PATH", help="show it with every question that has no picture"
+    )
     parser.add_argument("--judge", metavar="FOLDER", help="a model that judges free answers")
-    parser.add_argument("--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere')
+    parser.add_argument(
+        "--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere'
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     return parser
@@ -78,14 +94,22 @@ def parse(arguments):
 
 def rank_parser():
     """The command line of `rank`, as an argparse parser."""
-    parser = argparse.ArgumentParser(prog="python -m nanovlm.evaluation rank", description=pairwise.__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m nanovlm.evaluation rank",
+        description=pairwise.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("folders", nargs="+", metavar="OUT", help="folders of finished runs of one task")
     parser.add_argument("--out", default="out/evaluation/ranking", metavar="FOLDER")
     parser.add_argument("--sheet", metavar="FILE.csv", help="write an empty sheet of marks, and rank nothing")
-    parser.add_argument("--marks", nargs="+", metavar="FILE.csv", help="filled sheets: mean marks, and what breaks the rules")
+    parser.add_argument(
+        "--marks", nargs="+", metavar="FILE.csv", help="filled sheets: mean marks, and what breaks the rules"
+    )
     parser.add_argument("--judge", metavar="FOLDER", help="a model that says which answer is better")
-    parser.add_argument("--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere')
+    parser.add_argument(
+        "--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere'
+    )
     parser.add_argument("--seed", type=int, default=0, help="of shuffles and bootstrap")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -106,7 +130,11 @@ def rank(wishes):
 
 def open_judge(wishes):
     """The judge of --judge, or None."""
-    return local_judge(recipes.load(wishes.judge, dtype=DTYPES[wishes.dtype], device=wishes.device)) if wishes.judge else None
+    return (
+        local_judge(recipes.load(wishes.judge, dtype=DTYPES[wishes.dtype], device=wishes.device))
+        if wishes.judge
+        else None
+    )
 
 
 def listing():

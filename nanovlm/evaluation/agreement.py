@@ -1,7 +1,7 @@
 """How well several raters agree, and how two quantities go together.
 
-    ICC   intraclass correlation from the mean squares of a two-way table   Shrout & Fleiss, Psych. Bulletin 86 (1979)
-    r     Pearson's correlation, with the two-sided p-value of Student's t
+ICC   intraclass correlation from the mean squares of a two-way table   Shrout & Fleiss, Psych. Bulletin 86 (1979)
+r     Pearson's correlation, with the two-sided p-value of Student's t
 """
 
 import math

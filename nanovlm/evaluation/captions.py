@@ -66,7 +66,9 @@ def _ngrams(tokens):
 def check(candidates, references):
     """Raise ValueError unless every caption has references."""
     if not candidates or len(candidates) != len(references):
-        raise ValueError(f"{len(candidates)} captions and references of {len(references)} pictures; give one caption each")
+        raise ValueError(
+            f"{len(candidates)} captions and references of {len(references)} pictures; give one caption each"
+        )
     for place, several in enumerate(references):
         if not several:
             raise ValueError(f"picture {place} has no reference caption; drop it and its caption, or add one")

@@ -1,7 +1,7 @@
 """Multiple choice: by likelihood, by letter, by letter under rotation, and answers in ScienceQA's form.
 
-    likelihood   argmin over choices of - Σ log p(token | question, tokens before it)     SEED-Bench, arXiv:2307.16125
-    circular     N options are asked N times, each time rotated by one; right = all N     MMBench, arXiv:2307.06281
+likelihood   argmin over choices of - Σ log p(token | question, tokens before it)     SEED-Bench, arXiv:2307.16125
+circular     N options are asked N times, each time rotated by one; right = all N     MMBench, arXiv:2307.06281
 """
 
 import re
@@ -33,7 +33,9 @@ def score_choices(model, prompts, choices, visual_inputs, pictures=None):
     longest = max(map(len, flat), default=0)
     for place, (prompt, several) in enumerate(zip(prompts, choices, strict=True)):
         if not several or not all(several):
-            raise ValueError(f"prompt {place} has {len(several)} choices; at least one is needed, and none may be empty")
+            raise ValueError(
+                f"prompt {place} has {len(several)} choices; at least one is needed, and none may be empty"
+            )
         if len(prompt) + max(map(len, several)) > model.decoder.config.context_length:
             raise ValueError(
                 f"prompt {place} has {len(prompt)} tokens; with its longest choice of {max(map(len, several))} that is "
@@ -68,7 +70,9 @@ def _losses(model, rows, flat, longest):
         positions, modality = columns - rows.pads[:, None], torch.zeros_like(columns)
         media = rows.media
         if media is not None:
-            media = Media(media.tokens, Visible(*(edge.expand_as(columns) for edge in (media.visible.first, media.visible.stop))))
+            media = Media(
+                media.tokens, Visible(*(edge.expand_as(columns) for edge in (media.visible.first, media.visible.stop)))
+            )
         hidden = model.decoder(embeddings, positions, visible, modality, cache=rows.cache, media=media)
         scores = torch.cat([scores, model.decoder.logits(hidden).float()], 1)
     losses = F.cross_entropy(scores.transpose(1, 2), targets, reduction="none")

@@ -22,8 +22,15 @@ def seed_bench(data, pictures, split):
         is_clip = one.get("data_type", "image") != "image"
         names = (str(one["data_id"]), f"{one['data_id']}.jpg", f"{one['data_id']}.mp4", f"{one['data_id']}.webm")
         kind = kinds.get(one["question_type_id"], str(one["question_type_id"]))
-        return Item(str(one["question_id"]), one["question"], ("ABCD".index(one["answer"]),), kind,
-                    media=(picture(pictures, *names),), is_clip=is_clip, options=options)
+        return Item(
+            str(one["question_id"]),
+            one["question"],
+            ("ABCD".index(one["answer"]),),
+            kind,
+            media=(picture(pictures, *names),),
+            is_clip=is_clip,
+            options=options,
+        )
 
     return Reading().collect(numbered(content["questions"], "question"), make)
 
@@ -39,9 +46,16 @@ def mmbench(data, pictures, split):
         image = row.get("image") or ""
         media = (Encoded(encoded.get(image, image)),) if image else ()
         hint = (row.get("hint") or "").strip()
-        return Item(row["index"], row["question"], ("ABCDE".index(row["answer"]),) if row.get("answer") else (),
-                    row.get("category", ""), media=media, options=options,
-                    extra={"hint": "" if hint == "nan" or not hint else hint + "\n"}, submit=int(row["index"]))
+        return Item(
+            row["index"],
+            row["question"],
+            ("ABCDE".index(row["answer"]),) if row.get("answer") else (),
+            row.get("category", ""),
+            media=media,
+            options=options,
+            extra={"hint": "" if hint == "nan" or not hint else hint + "\n"},
+            submit=int(row["index"]),
+        )
 
     return Reading().collect([(f"{path}, row {n}", row) for n, row in enumerate(rows, 2)], make)
 
@@ -53,10 +67,23 @@ def science_qa(data, pictures, split):
 
     def make(id, place):
         one = problems[id]
-        path = (picture(pictures, f"{split or 'test'}/{id}/{one['image']}", f"{id}/{one['image']}"),) if one.get("image") else ()
+        path = (
+            (picture(pictures, f"{split or 'test'}/{id}/{one['image']}", f"{id}/{one['image']}"),)
+            if one.get("image")
+            else ()
+        )
         hint = (one.get("hint") or "").strip()
-        return Item(id, one["question"], (one["answer"],), one.get("subject", ""), one.get("grade", ""), path,
-                    options=tuple(one["choices"]), extra={"hint": f"Context: {hint}\n" if hint else ""}, submit=id)
+        return Item(
+            id,
+            one["question"],
+            (one["answer"],),
+            one.get("subject", ""),
+            one.get("grade", ""),
+            path,
+            options=tuple(one["choices"]),
+            extra={"hint": f"Context: {hint}\n" if hint else ""},
+            submit=id,
+        )
 
     return Reading().collect([(f"problem {id}", id) for id in ids], make)
 
@@ -66,9 +93,14 @@ def q_bench(data, pictures, split):
 
     def make(one, place):
         truth = one.get("correct_ans")
-        return Item(str(place), one["question"], (one["candidates"].index(truth),) if truth is not None else (),
-                    str(one.get("concern", one.get("type", ""))), media=(picture(pictures, one["img_path"]),),
-                    options=tuple(one["candidates"]))
+        return Item(
+            str(place),
+            one["question"],
+            (one["candidates"].index(truth),) if truth is not None else (),
+            str(one.get("concern", one.get("type", ""))),
+            media=(picture(pictures, one["img_path"]),),
+            options=tuple(one["candidates"]),
+        )
 
     return Reading().collect(read_records(find(data, f"*{split or 'dev'}*.json", "*.json")), make)
 
@@ -76,12 +108,18 @@ def q_bench(data, pictures, split):
 def mmlu(data, pictures, split):
     """MMLU: tables without head, question, A, B, C, D, letter; one file per subject."""
     folder, reading = Path(data), Reading()
-    for path in [folder] if folder.is_file() else sorted((folder / (split or "test")).glob("*.csv")) or sorted(folder.glob("*.csv")):
+    for path in (
+        [folder]
+        if folder.is_file()
+        else sorted((folder / (split or "test")).glob("*.csv")) or sorted(folder.glob("*.csv"))
+    ):
         subject = path.stem.removesuffix(f"_{split or 'test'}")
 
         def make(row, place, subject=subject):
             question, *options, letter = row
-            return Item(f"{subject}/{place}", question, ("ABCD".index(letter.strip()),), subject, options=tuple(options[-4:]))
+            return Item(
+                f"{subject}/{place}", question, ("ABCD".index(letter.strip()),), subject, options=tuple(options[-4:])
+            )
 
         rows = csv.reader(io.StringIO(read_text(path)))
         reading.collect([(f"{path}, row {n}", row) for n, row in enumerate(rows, 1)], make)
@@ -94,8 +132,12 @@ def arc(data, pictures, split):
     def make(one, place):
         options = one["question"]["choices"]
         labels = [option["label"] for option in options]
-        return Item(one["id"], one["question"]["stem"], (labels.index(one["answerKey"]),),
-                    options=tuple(option["text"] for option in options))
+        return Item(
+            one["id"],
+            one["question"]["stem"],
+            (labels.index(one["answerKey"]),),
+            options=tuple(option["text"] for option in options),
+        )
 
     name = (split or "test").capitalize()
     return Reading().collect(read_records(find(data, f"*{name}*.jsonl", "*.jsonl")), make)

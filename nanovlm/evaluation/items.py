@@ -22,7 +22,9 @@ class Encoded:
     def open(self):
         """The picture: PIL.Image.Image. Raises: images.ImageError."""
         try:
-            data = base64.b64decode(self.text.partition(",")[2] if self.text.startswith("data:") else self.text, validate=True)
+            data = base64.b64decode(
+                self.text.partition(",")[2] if self.text.startswith("data:") else self.text, validate=True
+            )
             return images.load(Image.open(io.BytesIO(data)))
         except (binascii.Error, OSError) as error:
             raise images.ImageError(f"a picture in base64 cannot be read: {error}") from error
@@ -190,4 +192,6 @@ def picture(folder, *names):
 def coco_picture(folder, image_id, split="val"):
     """Where a COCO picture may lie: by its number, with or without the prefix of 2014."""
     number = f"{int(image_id):012d}.jpg"
-    return picture(folder, f"COCO_{split}2014_{number}", number, f"{split}2014/COCO_{split}2014_{number}", f"{split}2017/{number}")
+    return picture(
+        folder, f"COCO_{split}2014_{number}", number, f"{split}2014/COCO_{split}2014_{number}", f"{split}2017/{number}"
+    )

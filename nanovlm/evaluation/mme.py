@@ -1,7 +1,7 @@
 """MME: fourteen tasks of yes/no questions, two about every picture, one of them with "yes".
 
-    score of a task = 100 · accuracy + 100 · accuracy+         accuracy+: pictures whose two answers are both right
-    perception, cognition = sums over their tasks                          Fu et al., arXiv:2306.13394, Sec. 2
+score of a task = 100 · accuracy + 100 · accuracy+         accuracy+: pictures whose two answers are both right
+perception, cognition = sums over their tasks                          Fu et al., arXiv:2306.13394, Sec. 2
 """
 
 from collections import defaultdict
@@ -36,7 +36,9 @@ def task_scores(answers):
         pictures[picture].append(prediction == truth)
     for picture, right in pictures.items():
         if len(right) != 2:
-            raise ValueError(f"picture {picture!r} has {len(right)} answers; MME asks two questions about every picture")
+            raise ValueError(
+                f"picture {picture!r} has {len(right)} answers; MME asks two questions about every picture"
+            )
     accuracy = sum(map(sum, pictures.values())) / len(answers)
     both = sum(map(all, pictures.values())) / len(pictures)
     return {"accuracy": accuracy, "accuracy+": both, "score": 100 * accuracy + 100 * both}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy
 
 from nanovlm.evaluation.items import read_records
-from nanovlm.evaluation.rankings import both_orders, bradley_terry, bootstrap, mean_elo, ties_allowed
+from nanovlm.evaluation.rankings import bootstrap, both_orders, bradley_terry, mean_elo, ties_allowed
 
 WHICH = (  # our wording
     "Question: QUESTION\n\nAnswer A: ANSWER_A\n\nAnswer B: ANSWER_B\n\n"
@@ -101,7 +101,9 @@ def ranking(games, seed=0):
     edges = bootstrap(games, bradley_terry, rng, DRAWS)
     found = {}
     for model in sorted(strengths, key=strengths.get, reverse=True):
-        wins = sum(outcome if first == model else 1 - outcome for first, second, outcome in games if model in (first, second))
+        wins = sum(
+            outcome if first == model else 1 - outcome for first, second, outcome in games if model in (first, second)
+        )
         played = sum(model in (first, second) for first, second, _ in games)
         found[model] = {
             "elo": elo[model], "elo interval": elo_edges[model], "bradley-terry": strengths[model],
@@ -137,10 +139,15 @@ def rank(folders, judge, judgements, out, batch_size=16, seed=0):
     if not games:
         return [f"no pair has two readable judgements; {len(waiting)} prompts wait in {out / 'judge_prompts.jsonl'}"]
     found = ranking(games, seed)
-    (out / "ranking.json").write_text(json.dumps({"games": len(games), "unread": unread, "seed": seed, "models": found}, indent=1) + "\n")
+    (out / "ranking.json").write_text(
+        json.dumps({"games": len(games), "unread": unread, "seed": seed, "models": found}, indent=1) + "\n"
+    )
     lines = [f"{'model':<32}{'Bradley-Terry (95%)':>28}{'Elo (95%)':>24}{'wins':>8}{'games':>7}"]
     for model, one in found.items():
-        cells = [f"{one[name]:.0f} ({one[f'{name} interval'][0]:.0f}-{one[f'{name} interval'][1]:.0f})" for name in ("bradley-terry", "elo")]
+        cells = [
+            f"{one[name]:.0f} ({one[f'{name} interval'][0]:.0f}-{one[f'{name} interval'][1]:.0f})"
+            for name in ("bradley-terry", "elo")
+        ]
         lines.append(f"{model:<32}{cells[0]:>28}{cells[1]:>24}{one['wins']:>8.1f}{one['games']:>7}")
     return [*lines, f"{unread} pairs without two readable judgements; seed {seed}"]
 

@@ -1,7 +1,7 @@
 """POPE: does a model see objects that are not there? Yes/no questions about COCO pictures, half of them with "no".
 
-    accuracy, precision, recall, F1 with "yes" as the positive class, and the share of "yes" among the answers
-                                                                                        Li et al., arXiv:2305.10355
+accuracy, precision, recall, F1 with "yes" as the positive class, and the share of "yes" among the answers
+                                                                                    Li et al., arXiv:2305.10355
 """
 
 import re

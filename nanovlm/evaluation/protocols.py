@@ -49,7 +49,13 @@ def batches(items, size):
 
 def prediction(item, text, score, **more):
     """What is written down about an answer: dict."""
-    told = {"id": item.id, "kind": item.kind, "group": item.group, "question": item.question, "answers": list(item.answers)}
+    told = {
+        "id": item.id,
+        "kind": item.kind,
+        "group": item.group,
+        "question": item.question,
+        "answers": list(item.answers),
+    }
     media = [str(one) for one in item.media if isinstance(one, Path)]
     submit = {} if item.submit is None else {"submit": item.submit}
     return told | {"prediction": text, "score": score, "media": media} | submit | more
@@ -91,7 +97,9 @@ def choice(items, speaker, task, batch_size=16):
             found = [(text, place, {}) for text, place in found]
         else:
             column = 1 if task.way == "likelihood_mean" else 0
-            losses = [[one[column] for one in several] for several in speaker.losses(asked, [one.options for one in batch])]
+            losses = [
+                [one[column] for one in several] for several in speaker.losses(asked, [one.options for one in batch])
+            ]
             places = [several.index(min(several)) for several in losses]
             found = [(one.options[p], p, {"losses": several}) for one, p, several in zip(batch, places, losses)]
         for item, (text, place, more) in zip(batch, found):
@@ -106,7 +114,9 @@ def judged(items, speaker, task, batch_size=16, judge=None):
     """
     for batch in batches(items, batch_size):
         replies = speaker.replies([put(item, task) for item in batch])
-        done = [prediction(item, said, None, judge_prompt=ask_judge(item, said, task)) for item, said in zip(batch, replies)]
+        done = [
+            prediction(item, said, None, judge_prompt=ask_judge(item, said, task)) for item, said in zip(batch, replies)
+        ]
         yield from done if judge is None else judge_all(done, task, judge)
 
 
@@ -135,7 +145,9 @@ def rotated(items):
     return [
         dataclasses.replace(item, id=f"{item.id}#{turn}", options=tuple(options), answers=(place,), group=item.id)
         for item in items
-        for turn, (options, place) in enumerate(choices.rotations(list(item.options), item.answers[0] if item.answers else 0))
+        for turn, (options, place) in enumerate(
+            choices.rotations(list(item.options), item.answers[0] if item.answers else 0)
+        )
     ]
 
 

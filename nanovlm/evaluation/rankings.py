@@ -30,7 +30,11 @@ def parse_review(text):
     They stand in the first line, "8 9.5"; failing that, the last pair counts that is written like marks.
     """
     first = FIRST_LINE.match(text)
-    found = [first] if first else sorted((one for form in LATER for one in form.finditer(text)), key=lambda one: one.start())
+    found = (
+        [first]
+        if first
+        else sorted((one for form in LATER for one in form.finditer(text)), key=lambda one: one.start())
+    )
     return (float(found[-1][1]), float(found[-1][2])) if found else None
 
 
@@ -68,7 +72,9 @@ def check_games(games):
         raise ValueError("no games to rank by")
     for place, (first, second, outcome) in enumerate(games):
         if first == second or outcome not in OUTCOMES:
-            raise ValueError(f"game {place}: {first!r} against {second!r} with {outcome}; two models and 0, 0.5 or 1 are needed")
+            raise ValueError(
+                f"game {place}: {first!r} against {second!r} with {outcome}; two models and 0, 0.5 or 1 are needed"
+            )
 
 
 def elo(games, k=K):
@@ -155,7 +161,11 @@ def ties_allowed(sheets, most_tied=2, most_ties=10):
             wrong = {model: mark for model, mark in marks.items() if mark not in (1, 2, 3, 4, 5)}
             breaches += [f"{annotator}, {item}: {model} has mark {mark!r}, not 1 to 5" for model, mark in wrong.items()]
             groups = [list(marks.values()).count(mark) for mark in set(marks.values())]
-            breaches += [f"{annotator}, {item}: {group} models tied, {most_tied} at most" for group in groups if group > most_tied]
+            breaches += [
+                f"{annotator}, {item}: {group} models tied, {most_tied} at most"
+                for group in groups
+                if group > most_tied
+            ]
             ties += sum(group > 1 for group in groups)
         if ties > most_ties:
             breaches.append(f"{annotator}: {ties} ties, {most_ties} at most")

@@ -10,7 +10,17 @@ from pathlib import Path
 
 from nanovlm.data.easy_vqa import EasyVQA
 from nanovlm.data.scene_source import Scenes
-from nanovlm.evaluation.items import Item, Reading, coco_picture, find, numbered, picture, read_json, read_records, read_text
+from nanovlm.evaluation.items import (
+    Item,
+    Reading,
+    coco_picture,
+    find,
+    numbered,
+    picture,
+    read_json,
+    read_records,
+    read_text,
+)
 
 
 def vqa(data, pictures, split):
@@ -32,8 +42,14 @@ def vqa(data, pictures, split):
         else:
             path = picture(pictures, str(image), f"{image}.jpg", f"{image}.png")
         answers = tuple(truth.get("answers", ()))
-        return Item(str(one["question_id"]), one["question"], answers, truth.get("answer_type") or truth.get("question_type", ""),
-                    media=(path,), submit=one["question_id"])
+        return Item(
+            str(one["question_id"]),
+            one["question"],
+            answers,
+            truth.get("answer_type") or truth.get("question_type", ""),
+            media=(path,),
+            submit=one["question_id"],
+        )
 
     return Reading().collect(numbered(questions, "question"), make)
 
@@ -42,15 +58,24 @@ def text_vqa(data, pictures, split):
     """TextVQA's own file, {"data": [...]}; beside it, if there, the Rosetta OCR tokens."""
     reading, ocr = read_json(find(data, "TextVQA_0*.json", split=split))["data"], {}
     try:
-        ocr = {one["image_id"]: one["ocr_tokens"] for one in read_json(find(data, "TextVQA_Rosetta*.json", split=split))["data"]}
+        ocr = {
+            one["image_id"]: one["ocr_tokens"]
+            for one in read_json(find(data, "TextVQA_Rosetta*.json", split=split))["data"]
+        }
     except (FileNotFoundError, KeyError):
         pass  # the task without OCR tokens needs none
 
     def make(one, place):
         tokens = one.get("ocr_tokens") or ocr.get(one["image_id"], [])
         path = picture(pictures, f"{one['image_id']}.jpg", f"{one['image_id']}.png")
-        return Item(str(one["question_id"]), one["question"], tuple(one.get("answers", ())), media=(path,),
-                    extra={"ocr": ", ".join(tokens)}, submit=one["question_id"])
+        return Item(
+            str(one["question_id"]),
+            one["question"],
+            tuple(one.get("answers", ())),
+            media=(path,),
+            extra={"ocr": ", ".join(tokens)},
+            submit=one["question_id"],
+        )
 
     return Reading().collect(numbered(reading, "question"), make)
 
@@ -59,8 +84,14 @@ def vizwiz(data, pictures, split):
     """VizWiz's own file: a list of {image, question, answers}."""
 
     def make(one, place):
-        return Item(one["image"], one["question"], tuple(one.get("answers", ())), one.get("answer_type", ""),
-                    media=(picture(pictures, one["image"]),), submit=one["image"])
+        return Item(
+            one["image"],
+            one["question"],
+            tuple(one.get("answers", ())),
+            one.get("answer_type", ""),
+            media=(picture(pictures, one["image"]),),
+            submit=one["image"],
+        )
 
     return Reading().collect(read_records(find(data, f"{split or 'val'}.json", "*.json", split=split)), make)
 
@@ -71,8 +102,14 @@ def gqa(data, pictures, split):
 
     def make(pair, place):
         id, one = pair
-        return Item(id, one["question"], (one["answer"],) if "answer" in one else (), one.get("types", {}).get("structural", ""),
-                    media=(picture(pictures, f"{one['imageId']}.jpg"),), submit=id)
+        return Item(
+            id,
+            one["question"],
+            (one["answer"],) if "answer" in one else (),
+            one.get("types", {}).get("structural", ""),
+            media=(picture(pictures, f"{one['imageId']}.jpg"),),
+            submit=id,
+        )
 
     return Reading().collect([(f"{path}, question {id}", (id, one)) for id, one in read_json(path).items()], make)
 
@@ -83,7 +120,13 @@ def video_qa(data, pictures, split):
     def make(one, place):
         name = str(one.get("video") or one.get("video_name") or one["video_id"])
         names = (name, *(f"{stem}{ending}" for stem in (name, f"video{name}") for ending in (".mp4", ".avi", ".gif")))
-        return Item(str(one.get("id", place)), one["question"], (one["answer"],), media=(picture(pictures, *names),), is_clip=True)
+        return Item(
+            str(one.get("id", place)),
+            one["question"],
+            (one["answer"],),
+            media=(picture(pictures, *names),),
+            is_clip=True,
+        )
 
     return Reading().collect(read_records(find(data, f"*{split or 'test'}*.json*", "*.json*")), make)
 
@@ -96,12 +139,16 @@ def captions(data, pictures, split):
         references.setdefault(one["image_id"], []).append(one["caption"])
 
     def make(one, place):
-        said = [sentence["raw"] for sentence in one["sentences"]] if "sentences" in one else references.get(one["id"], [])
+        said = (
+            [sentence["raw"] for sentence in one["sentences"]] if "sentences" in one else references.get(one["id"], [])
+        )
         if not said:
             raise ValueError(f"picture {one.get('id', place)} has no caption")
         name = one.get("filename") or one["file_name"]
         id = one.get("cocoid", one.get("id", one.get("imgid", name)))
-        return Item(str(id), "", tuple(said), media=(picture(pictures, name, f"{one.get('filepath', '')}/{name}"),), submit=id)
+        return Item(
+            str(id), "", tuple(said), media=(picture(pictures, name, f"{one.get('filepath', '')}/{name}"),), submit=id
+        )
 
     chosen = [one for one in content["images"] if one.get("split", split or "test") == (split or "test")]
     return Reading().collect(numbered(chosen, "picture"), make)
@@ -110,7 +157,9 @@ def captions(data, pictures, split):
 def pope(data, pictures, split):
     """POPE: three files of JSON lines named .json; the kind is the split of the objects."""
     folder = Path(data)
-    paths = [folder] if folder.is_file() else [path for path in sorted(folder.glob("*pope_*.json*")) if split in path.name]
+    paths = (
+        [folder] if folder.is_file() else [path for path in sorted(folder.glob("*pope_*.json*")) if split in path.name]
+    )
     if not paths:
         raise FileNotFoundError(f"{data} holds no coco_pope_*.json")
     reading = Reading()
@@ -120,8 +169,14 @@ def pope(data, pictures, split):
         def make(one, place, kind=kind):
             if one["label"] not in ("yes", "no"):
                 raise ValueError(f"label {one['label']!r} is neither yes nor no")
-            return Item(f"{kind}/{one['question_id']}", one["text"], (one["label"],), kind, one["image"],
-                        (picture(pictures, one["image"], f"val2014/{one['image']}"),))
+            return Item(
+                f"{kind}/{one['question_id']}",
+                one["text"],
+                (one["label"],),
+                kind,
+                one["image"],
+                (picture(pictures, one["image"], f"val2014/{one['image']}"),),
+            )
 
         reading.collect(read_records(path), make)
     return reading
@@ -134,7 +189,9 @@ def mme(data, pictures, split):
         for file in sorted(folder.glob("questions_answers_YN/*.txt")) or sorted(folder.glob("*.txt")):
             lines = [line for line in read_text(file).split("\n") if line.strip()]
             base = Path(pictures) / folder.name if Path(pictures) != Path(data) else folder
-            path = picture(base, *(f"{sub}{file.stem}{end}" for sub in ("images/", "") for end in (".jpg", ".png", ".jpeg")))
+            path = picture(
+                base, *(f"{sub}{file.stem}{end}" for sub in ("images/", "") for end in (".jpg", ".png", ".jpeg"))
+            )
 
             def make(line, place, folder=folder, file=file, path=path):
                 question, _, truth = line.rstrip("\r").rpartition("\t")
@@ -155,7 +212,14 @@ def open_vqa(data, pictures, split):
             raise ValueError(f"answer {one['answer']!r} is no list")
         is_clip = "video" in one
         path = picture(pictures, one["video"] if is_clip else one["image"])
-        return Item(str(one["index"]), one["question"], tuple(one["answer"]), one.get("class", ""), media=(path,), is_clip=is_clip)
+        return Item(
+            str(one["index"]),
+            one["question"],
+            tuple(one["answer"]),
+            one.get("class", ""),
+            media=(path,),
+            is_clip=is_clip,
+        )
 
     return Reading().collect(read_records(find(data, f"*{split or 'images'}*.jsonl*", "*.jsonl*", split=split)), make)
 
@@ -172,7 +236,9 @@ def mm_vet(data, pictures, split):
     def make(pair, place):
         id, one = pair
         kind = "+".join(sorted(one.get("capability", ())))
-        return Item(id, one["question"], (one["answer"],), kind, media=(picture(pictures, one["imagename"]),), submit=id)
+        return Item(
+            id, one["question"], (one["answer"],), kind, media=(picture(pictures, one["imagename"]),), submit=id
+        )
 
     return Reading().collect([(f"{path}, question {id}", (id, one)) for id, one in read_json(path).items()], make)
 
@@ -219,5 +285,7 @@ def from_source(source):
         record = source.record(n)
         media = tuple(visual.frames[0] for visual in record.visuals)
         for place, turns in enumerate(record.conversations):
-            reading.items.append(Item(f"{record.id}/{place}", turns[-2].text, (turns[-1].text,), record.kinds[place], media=media))
+            reading.items.append(
+                Item(f"{record.id}/{place}", turns[-2].text, (turns[-1].text,), record.kinds[place], media=media)
+            )
     return reading

@@ -31,11 +31,16 @@ def classes(predictions):
 
 def table(scores, rows):
     """The numbers in words: list of str."""
-    lines = [f"{name:<40}{'-' if value is None else format(value, '10.4f') if isinstance(value, float) else value:>10}"
-             for name, value in scores.items()]
+    lines = [
+        f"{name:<40}{'-' if value is None else format(value, '10.4f') if isinstance(value, float) else value:>10}"
+        for name, value in scores.items()
+    ]
     if rows:
         lines += ["", f"{'class':<40}{'answers':>10}{'share':>9}   95% interval"]
-        lines += [f"{kind:<40}{number:>10}{share:>9.1%}   {low:.1%} to {high:.1%}" for kind, number, share, (low, high) in rows]
+        lines += [
+            f"{kind:<40}{number:>10}{share:>9.1%}   {low:.1%} to {high:.1%}"
+            for kind, number, share, (low, high) in rows
+        ]
     return lines
 
 
@@ -72,7 +77,9 @@ def worst(predictions, pictures, path, title):
             shown = source.open() if isinstance(source, Encoded) else images.load(source)
             options, answers = one.get("options"), one["answers"]
             truth = options[answers[0]] if options else _words(answers[0])
-            samples.append((one["id"], shown, Answer(one["id"], 0, one["kind"], one["question"], truth, one["prediction"])))
+            samples.append(
+                (one["id"], shown, Answer(one["id"], 0, one["kind"], one["question"], truth, one["prediction"]))
+            )
     if samples:
         sample_sheet(samples, path, title)
     return bool(samples)
@@ -106,7 +113,9 @@ def write(folder, settings, task, predictions, missing, problems, pictures):
     lines = [name, "", *table(scores, rows)]
     if missing:
         first = [str(path) for paths in missing.values() for path in paths][:3]
-        lines.append(f"NOT ASKED: {len(missing)} questions whose media are missing, all in report.json: {', '.join(first)} …")
+        lines.append(
+            f"NOT ASKED: {len(missing)} questions whose media are missing, all in report.json: {', '.join(first)} …"
+        )
     if problems:
         lines.append(f"NOT READ: {len(problems)} records, all in report.json: {problems[0]}")
     (folder / "report.txt").write_text("\n".join(lines) + "\n")

@@ -140,11 +140,15 @@ def judge_answers(predictions, task, judge, path, wishes):
     for batch in protocols.batches(predictions, wishes.batch_size):
         known = [one for one in batch if one["id"] in told]
         new = [one for one in batch if one["id"] not in told]
-        known = protocols.judge_all(known, task, lambda prompts, known=known: [told[o["id"]] for o in known if o["judge_prompt"]])
+        known = protocols.judge_all(
+            known, task, lambda prompts, known=known: [told[o["id"]] for o in known if o["judge_prompt"]]
+        )
         if judge is not None:
             new = protocols.judge_all(new, task, judge)
             with open(path, "a") as file:
-                file.writelines(json.dumps({"id": o["id"], "judgement": o["judgement"]}) + "\n" for o in new if "judgement" in o)
+                file.writelines(
+                    json.dumps({"id": o["id"], "judgement": o["judgement"]}) + "\n" for o in new if "judgement" in o
+                )
         judged = {one["id"]: one for one in known + new}
         found += [judged[one["id"]] for one in batch]
     waiting = [one for one in found if one["judge_prompt"] and "judgement" not in one]

@@ -42,7 +42,13 @@ class Speaker:
         if decoding.num_return_sequences > 1:
             raise ValueError("one answer per question is measured; use num_return_sequences=1")
         ends = end_ids(loaded.template, loaded.tokenizer)
-        self.loaded, self.shots, self.num_frames, self.seed, self.border = loaded, tuple(shots), num_frames, seed, border
+        self.loaded, self.shots, self.num_frames, self.seed, self.border = (
+            loaded,
+            tuple(shots),
+            num_frames,
+            seed,
+            border,
+        )
         self.decoding, self.describe = (
             one and (one if one.eos_ids else dataclasses.replace(one, eos_ids=ends)) for one in (decoding, describe)
         )

@@ -40,7 +40,10 @@ def pope(predictions):
     """Accuracy, precision, recall, F1 and the share of yes per split, and the mean F1."""
     splits = by(predictions, "kind")
     return pope_metric.pope_scores(
-        {split: ([one["said"] for one in several], [one["answers"][0] for one in several]) for split, several in splits.items()}
+        {
+            split: ([one["said"] for one in several], [one["answers"][0] for one in several])
+            for split, several in splits.items()
+        }
     )
 
 
@@ -59,7 +62,10 @@ def circular(predictions):
     if any(one["score"] is None for one in predictions):
         return {"all": None, "single": None}
     whole = [several for several in groups.values() if len(several) == len(several[0]["options"])]
-    right = {kind: mean(_all_right(several) for several in whole if several[0]["kind"] == kind) for kind in by(predictions, "kind")}
+    right = {
+        kind: mean(_all_right(several) for several in whole if several[0]["kind"] == kind)
+        for kind in by(predictions, "kind")
+    }
     totals = {"all": mean(map(_all_right, whole)), "single": mean(one["score"] for one in predictions)}
     return totals | {kind: share for kind, share in right.items() if kind}
 

@@ -59,6 +59,7 @@ answer_file = ("question_id", "answer")
 
 TASKS = {
     "vqav2": short(readers.vqa, SHORT, score="vqa", submission=answer_file),
+    "vqav2_official": short(readers.vqa, SHORT, score="vqa_official", submission=answer_file),
     "ok_vqa": short(readers.vqa, SHORT, score="vqa", submission=answer_file),
     "textvqa": short(readers.vqa, SHORT, score="vqa", submission=answer_file),  # in VQA format
     "textvqa_own": short(readers.text_vqa, SHORT, score="vqa", submission=answer_file),
@@ -75,6 +76,7 @@ TASKS = {
     "pope_strict": yes_no(readers.pope, SHORT, summaries.pope, parse=parse_strict),
     "mme": yes_no(readers.mme, PLAIN, summaries.mme, parse=parse_mme, presets=("mme", *VQA_PRESETS)),
     "seed_bench": likely(choice_readers.seed_bench, SEED),
+    "seed_bench_mean": Task(protocols.choice, choice_readers.seed_bench, SEED, way="likelihood_mean"),
     "mmbench": lettered(choice_readers.mmbench, summarise=summaries.circular, prepare=protocols.rotated),
     "science_qa": lettered(choice_readers.science_qa, summarise=summaries.science_qa, parse=science_qa_place),
     "q_bench": lettered(choice_readers.q_bench),
@@ -82,7 +84,7 @@ TASKS = {
     "arc": likely(choice_readers.arc, SEED),
     "open_vqa": judged(readers.open_vqa, PLAIN, presets=("open_vqa_image", "default")),
     "open_vqa_video": judged(readers.open_vqa_video, PLAIN, presets=("open_vqa_video", "default")),
-    "mm_vet": judged(readers.mm_vet, PLAIN, presets=("default",)),
+    "mm_vet": judged(readers.mm_vet, PLAIN, presets=("default",)),  # by implication; MM-Vet's own judge gives parts of a point
     "video_qa_score": judged(readers.video_qa, PLAIN, way="score", presets=("default",)),
     "owleval": judged(readers.owl_eval, PLAIN, presets=("owleval", "default"), border=8),
     "visit_bench": judged(readers.visit_bench, PLAIN, presets=("visit_bench", "default")),
