@@ -58,7 +58,7 @@ def read(path):
 
 def test_a_report_with_what_is_missing_and_broken(start, pope):
     done = start("pope")
-    assert done.code == 0 and "NOT ASKED: 2 questions" in done.out and "c.png" in done.out and "NOT READ: 1 records" in done.out
+    assert done.code == 0 and "NOT ASKED: 2 questions" in done.out and "c.png" in done.out and "NOT READ OR PUT: 1 records" in done.out
     told = json.loads((done.folder / "report.json").read_text())
     assert told["missing"] == {f"random/{n}": [str(pope / "c.png")] for n in (4, 5)} and told["answered"] == 4
     assert "line 4" in told["problems"][0] and told["preset"] == "vqa" and told["scores"]["random accuracy"] == 0.5
@@ -111,6 +111,21 @@ def test_shots_are_shown_and_not_asked(start, pope, monkeypatch):
     assert [(asked.text, answer) for asked, answer in shots] == [("see: Is there a dog?", "no")]
     assert decoding == loaded.decodings["default"] and describe == loaded.decodings["describe"]
     assert [one["id"] for one in read(done.folder / "predictions.jsonl")[1:]] == ["random/1", "random/2", "random/3"]
+
+
+def test_a_damaged_picture_or_a_question_too_long_stops_nothing(start, pope):
+    (pope / "b.png").write_bytes((pope / "b.png").read_bytes()[:45])
+    long = {"question_id": 6, "image": "a.png", "text": "dog? " * 400, "label": "no"}
+    with open(pope / "coco_pope_random.json", "a") as file:
+        file.write(json.dumps(long) + "\n")
+    done = start("pope")
+    problems = json.loads((done.folder / "report.json").read_text())["problems"]
+    assert done.code == 0 and "2 answers" in done.out and len(problems) == 4  # and the broken line
+    assert all(any(word in problem for problem in problems) for word in ("random/2: ", "b.png", "random/6: ", "shorten"))
+    (pope / "a.png").write_bytes(b"")
+    (pope / "out" / "predictions.jsonl").unlink()
+    nothing = start("pope")
+    assert nothing.code == 2 and "no question of pope could be put" in nothing.err and "a.png" in nothing.err
 
 
 def test_nothing_can_be_asked_without_media(start, pope):

@@ -1,7 +1,10 @@
 """What stands at the end of an evaluation: report.json, a table, bars with intervals, and the worst cases as pictures."""
 
 import json
+import time
 from pathlib import Path
+
+import torch
 
 from nanovlm.data import images
 from nanovlm.evaluation.items import Encoded
@@ -101,6 +104,8 @@ def write(folder, settings, task, predictions, missing, problems, pictures):
     folder = Path(folder)
     scores, rows = (task.summarise(predictions) if predictions else {}), classes(predictions)
     report = settings | {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "torch": torch.__version__,
         "answered": len(predictions),
         "missing": missing,
         "problems": problems,
@@ -117,7 +122,7 @@ def write(folder, settings, task, predictions, missing, problems, pictures):
             f"NOT ASKED: {len(missing)} questions whose media are missing, all in report.json: {', '.join(first)} …"
         )
     if problems:
-        lines.append(f"NOT READ: {len(problems)} records, all in report.json: {problems[0]}")
+        lines.append(f"NOT READ OR PUT: {len(problems)} records, all in report.json: {problems[0]}")
     (folder / "report.txt").write_text("\n".join(lines) + "\n")
     if rows:
         bars(rows, folder / "classes.png", name)

@@ -78,6 +78,20 @@ def disturbed(items, path):
     return [item if item.media or not path else dataclasses.replace(item, media=(Path(path),)) for item in items]
 
 
+def answers(batch, speaker, task, problems):
+    """Predictions of a batch. If it breaks, its items are asked alone, and those that break become problems.
+
+    problems: list of str, which receives a damaged picture or a question that is too long.
+    """
+    try:
+        return list(task.protocol(batch, speaker, task, len(batch)))
+    except ValueError as error:
+        if len(batch) == 1:
+            problems.append(f"{batch[0].id}: {error}")
+            return []
+    return [one for item in batch for one in answers([item], speaker, task, problems)]
+
+
 def run(name, task, loaded, model_name, wishes, judge=None):
     """Ask everything that has no answer yet, then write the report.
 
@@ -111,9 +125,12 @@ def run(name, task, loaded, model_name, wishes, judge=None):
     done = file.done()
     left = [item for item in items if item.id not in done]
     with tqdm(desc=name, total=len(items), initial=len(items) - len(left), disable=None, unit="question") as bar:
-        for one in task.protocol(left, speaker, task, wishes.batch_size):
-            file.add(one)
-            bar.update()
+        for batch in protocols.batches(left, wishes.batch_size):
+            for one in answers(batch, speaker, task, reading.problems):
+                file.add(one)
+            bar.update(len(batch))
+    if items and not file.predictions:
+        raise ValueError(f"no question of {name} could be put; the first problem: {reading.problems[-len(items)]}")
     asked = {item.id for item in items}
     predictions = [one for one in file.predictions if one["id"] in asked]
     if task.protocol is protocols.judged:
