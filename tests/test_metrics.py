@@ -7,10 +7,12 @@ import random
 import numpy
 import pytest
 import torch
+from random_models import randomise
 from tiny import random_vlm
 
 from nanovlm.evaluation import agreement, captions, choice, judge, mme, pope, rankings
 from nanovlm.evaluation.vqa_accuracy import CONTRACTIONS, normalize, vqa_accuracy
+from nanovlm.recipes import RECIPES
 from nanovlm.vlm import IMAGE_TOKEN, Batch
 
 
@@ -212,6 +214,7 @@ def test_review_totals_count_what_could_not_be_read():
 
 def test_elo_by_hand_and_depends_on_the_order():
     assert rankings.elo([("a", "b", 1.0)]) == {"a": 1016.0, "b": 984.0}
+    assert rankings.elo([("a", "b", 0.5)]) == {"a": 1000.0, "b": 1000.0}
     games = [("a", "b", 1.0), ("b", "c", 1.0), ("c", "a", 1.0)]
     assert rankings.elo(games) != rankings.elo(games[::-1])
     rng = numpy.random.default_rng(0)
@@ -239,7 +242,7 @@ def test_bradley_terry_finds_the_strengths_that_made_the_games():
 
 
 def test_owleval_rules_for_ties():
-    fair = {"ann": {"1": {"a": 5, "b": 5, "c": 3}}}
+    fair = {"ann": {"1": {"a": 5, "b": 5, "c": 3}, "2": {"a": 1, "b": 2, "c": 4}}}
     assert rankings.ties_allowed(fair) == []
     assert len(rankings.ties_allowed({"ann": {"1": {"a": 5, "b": 5, "c": 5}, "2": {"a": 6}}})) == 2
     assert len(rankings.ties_allowed({"ann": {str(n): {"a": 1, "b": 1} for n in range(11)}})) == 1
@@ -295,6 +298,21 @@ def test_choices_behind_a_shared_prefix_have_the_losses_of_whole_rows():
             assert total == pytest.approx(wanted, abs=1e-4) and mean == pytest.approx(wanted / len(ids), abs=1e-4)
     single = choice.score_choices(model, prompts[:1], [[[9], [10]]], inputs[:1])
     assert single[0][0][0] == pytest.approx(found[0][0][0], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["open_flamingo", "blip2", "llava_phi", "mplug_owl2"])
+def test_choices_of_every_kind_of_decoder(name):
+    """Media aside, learned positions, parallel layers, a vision branch."""
+    published = RECIPES[name].published
+    model = randomise(published.build(published.configs["tiny"])).eval()
+    size = model.vision.image_size
+    inputs = [[torch.randn(1, 3, size, size) for _ in range(number)] for number in (2, 1, 0)]
+    picture = [IMAGE_TOKEN] * model.num_image_tokens(size) if model.media_token is None else [model.media_token]
+    prompts = [[5, *picture, 6, *picture, 7], [*picture, 8, 9, 4], [3, 4]]
+    choices = [[[9], [10, 11, 12]], [[4, 5], [6, 3]], [[7, 8, 9]]]
+    for prompt, several, pixels, scores in zip(prompts, choices, inputs, choice.score_choices(model, prompts, choices, inputs)):
+        for ids, (total, _) in zip(several, scores, strict=True):
+            assert total == pytest.approx(naive_loss(model, prompt, ids, pixels), abs=1e-3)
 
 
 def test_choices_errors():
