@@ -1,7 +1,7 @@
 """Lesson 04's ablation: what does a bridge keep of a picture, and what is a tower that has seen captions worth?
 
 A small ViT first learns by matching pictures and captions, as CLIP did. Then a bridge and a decoder learn to answer
-questions about pictures. Two tables in one:
+questions about pictures of one object. Two tables in one:
 
 - bridges: the tower stays frozen, so that all bridges read the same features; MLP over squares of patches, resampler
   and abstractor, at several numbers of image tokens;
@@ -74,9 +74,9 @@ def abstractor(num_tokens):
 
 BRIDGES = {"MLP": mlp, "resampler": resampler, "abstractor": abstractor}
 BRIDGE_ARMS = tuple(
-    Arm(bridge, n)
-    for bridge, numbers in (("resampler", (1, 4, 36)), ("MLP", (1, 4, 36)), ("abstractor", (4, 36)))  # 1 = its end alone
-    for n in numbers
+    Arm(bridge, number)
+    for bridge, numbers in (("resampler", (1, 4, 36)), ("MLP", (1, 4, 36)), ("abstractor", (4, 36)))
+    for number in numbers  # an abstractor's only token would be its end, which sees nothing
 )
 START_ARMS = (
     Arm("resampler", 4, tower=True, frozen=False),

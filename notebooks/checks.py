@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nanovlm.adapter import Adapter
-from nanovlm.attention import attention, full
+from nanovlm.attention import Visible, attention, full
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.logits_processors import top_p
 from nanovlm.modality_adaptive import ModalityAdaptive, route
@@ -160,6 +160,59 @@ def check_route(route_by_hand):
             f"with two {type(layer.text).__name__}s it differs from as_written. If only the norm fails: a norm of a "
             "zero row is its bias, not zero, so a masked-out token must be left out after the layer, not before."
         ))  # fmt: skip
+
+
+def check_merge(merge):
+    """Lesson 09. merge(one, other) -> (top float[T], total float[T], acc float[T, D]), as its arguments.
+
+    The largest score, sum(exp(score - top)) and sum(exp(score - top) * value) of two sets of keys. Raises: AssertionError.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scores, values = 20 * torch.randn(6, 9, generator=generator), torch.randn(9, 4, generator=generator)
+
+    def part(keys):
+        top = scores[:, keys].amax(1)
+        shares = (scores[:, keys] - top[:, None]).exp()
+        return top, shares.sum(1), shares @ values[keys]
+
+    for border in (5, 2):
+        answer = merge(part(slice(0, border)), part(slice(border, 9)))
+        assert isinstance(answer, tuple) and len(answer) == 3, "your function must return (top, total, acc)."
+        for name, found, expected in zip(("top", "total", "acc"), answer, part(slice(0, 9))):
+            compare(found, expected, f"{name} is not that of all keys seen at once; from which maximum was each part measured?")
+
+
+def check_tile_kinds(tile_kinds):
+    """Lesson 09. tile_kinds(first int[T], stop int[T], num_keys, size) -> int[query tiles, key tiles]: 0, 1 or 2.
+
+    Raises: AssertionError.
+    """
+    steps = torch.arange(10)
+    for words, first, stop, num_keys in (
+        ("causal", steps * 0, steps + 1, 10),
+        ("a window", (steps - 2).clamp(min=0), steps + 1, 10),
+        ("everything", steps * 0, steps * 0 + 7, 7),
+        ("two documents", steps // 5 * 5, steps + 1, 10),
+        ("padding that sees nothing", steps * 0 + 4, torch.where(steps < 5, 4, 8), 8),
+    ):
+        visible = Visible(first[None], stop[None])
+        expected = torch.stack([
+            torch.stack([part.any().long() + part.all().long() for part in rows.split(4, dim=1)])
+            for rows in visible.mask(num_keys)[0].split(4)
+        ])  # fmt: skip
+        compare(tile_kinds(first, stop, num_keys, 4), expected, f"for the mask of {words} some tiles are of another kind.")
+
+
+def check_blame(blame_scores):
+    """Lesson 09. blame_scores(shares float[T, S], d_shares float[T, S]) -> float[T, S]. Raises: AssertionError."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4, 6, generator=generator).requires_grad_()
+    d_shares = torch.randn(4, 6, generator=generator)
+    shares = scores.softmax(-1)
+    (expected,) = torch.autograd.grad(shares, scores, d_shares)
+    compare(blame_scores(shares.detach(), d_shares), expected, (
+        "it differs from what autograd finds; a share takes from the others of its row what it gains."
+    ))  # fmt: skip
 
 
 def check_nucleus(nucleus):

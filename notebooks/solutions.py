@@ -36,6 +36,35 @@ def route_by_hand(x, modality, text, vision):
     return out
 
 
+def merge(one, other):
+    """Lesson 09: two parts of a softmax, each (top float[T], total float[T], acc float[T, D]), as if seen at once."""
+    top = torch.maximum(one[0], other[0])
+    shrink_one, shrink_other = (one[0] - top).exp(), (other[0] - top).exp()
+    return (
+        top,
+        one[1] * shrink_one + other[1] * shrink_other,
+        one[2] * shrink_one[:, None] + other[2] * shrink_other[:, None],
+    )
+
+
+def tile_kinds(first, stop, num_keys, size):
+    """Lesson 09: int[T] intervals -> int[query tiles, key tiles]; 0 = nobody sees it, 1 = in part, 2 = all see all."""
+    kinds = []
+    for lo, hi in zip(first.split(size), stop.split(size)):
+        line = []
+        for begin in range(0, num_keys, size):
+            end = min(begin + size, num_keys)
+            seen = bool(((lo < end) & (hi > begin) & (lo < hi)).any())
+            line.append(2 if bool(((lo <= begin) & (hi >= end)).all()) else int(seen))
+        kinds.append(line)
+    return torch.tensor(kinds)
+
+
+def blame_scores(shares, d_shares):
+    """Lesson 09: gradient of the scores float[T, S] from the softmax's output and the gradient of that."""
+    return shares * (d_shares - (shares * d_shares).sum(-1, keepdim=True))
+
+
 def nucleus(probabilities, p):
     """Lesson 10: probabilities float[V] -> bool[V], the fewest best words whose sum reaches p."""
     order = probabilities.argsort(descending=True)

@@ -79,7 +79,7 @@ def png_outputs(notebook):
 # ---- what stands beside the sources
 
 def test_the_lessons_are_there():
-    assert [path.stem[:2] for path in LESSONS] == ["01", "03", "04", "05", "07", "10"]
+    assert [path.stem[:2] for path in LESSONS] == ["01", "03", "04", "05", "07", "09", "10"]
 
 
 @every_lesson
@@ -298,6 +298,50 @@ def unfinished(*arguments):
     return None
 
 
+def adds_without_rescaling(one, other):
+    return torch.maximum(one[0], other[0]), one[1] + other[1], one[2] + other[2]
+
+
+def rescales_the_wrong_part(one, other):
+    top = torch.maximum(one[0], other[0])
+    a, b = (other[0] - top).exp(), (one[0] - top).exp()
+    return top, one[1] * a + other[1] * b, one[2] * a[:, None] + other[2] * b[:, None]
+
+
+def forgets_the_values(one, other):
+    top, total, _ = solutions.merge(one, other)
+    return top, total, one[2] + other[2]
+
+
+def full_as_soon_as_seen(first, stop, num_keys, size):
+    return (solutions.tile_kinds(first, stop, num_keys, size) > 0).long() * 2
+
+
+def trusts_the_ends(first, stop, num_keys, size):
+    """Looks at the first and the last query of a tile only, where a window may slide past the tile."""
+    kinds = [[
+        sum(any((a <= key) & (key < b) for key in range(begin, min(begin + size, num_keys)))
+            for a, b in ((int(lo[0]), int(hi[0])), (int(lo[-1]), int(hi[-1]))))
+        for begin in range(0, num_keys, size)] for lo, hi in zip(first.split(size), stop.split(size))]  # fmt: skip
+    return torch.tensor(kinds)
+
+
+def blind_rows_see(first, stop, num_keys, size):
+    return solutions.tile_kinds(first, torch.maximum(stop, first + 1), num_keys, size)
+
+
+def without_the_others(shares, d_shares):
+    return shares * d_shares
+
+
+def as_for_a_sigmoid(shares, d_shares):
+    return shares * (1 - shares) * d_shares
+
+
+def mean_instead_of_sum(shares, d_shares):
+    return shares * (d_shares - (shares * d_shares).mean(-1, keepdim=True))
+
+
 EXERCISES = {
     "check_patchify": (solutions.patchify, (patches_by_column, colors_last, plain_reshape, transposed)),
     "check_place": (solutions.place, (
@@ -312,6 +356,9 @@ EXERCISES = {
     "check_route": (solutions.route_by_hand, (
         numbered_as_in_the_paper, masks_before_the_layer, text_for_everything, adds_both_branches,
     )),
+    "check_merge": (solutions.merge, (adds_without_rescaling, rescales_the_wrong_part, forgets_the_values)),
+    "check_tile_kinds": (solutions.tile_kinds, (full_as_soon_as_seen, trusts_the_ends, blind_rows_see)),
+    "check_blame": (solutions.blame_scores, (without_the_others, as_for_a_sigmoid, mean_instead_of_sum)),
     "check_nucleus": (solutions.nucleus, (
         leaves_out_the_word_that_crosses, answers_in_sorted_order, everything_above_a_threshold, sorts_what_it_was_given,
     )),
@@ -353,6 +400,12 @@ def test_a_wrong_answer_fails(check, wrong):
     ("check_route", masks_before_the_layer, "two LayerNorms it differs"),
     ("check_route", text_for_everything, "two Linears it differs"),
     ("check_route", unfinished, "returned None"),
+    ("check_merge", rescales_the_wrong_part, "from which maximum"),
+    ("check_merge", forgets_the_values, "acc is not that of all keys"),
+    ("check_merge", unfinished, r"must return \(top, total, acc\)"),
+    ("check_tile_kinds", full_as_soon_as_seen, "for the mask of causal some tiles"),
+    ("check_tile_kinds", blind_rows_see, "padding that sees nothing"),
+    ("check_blame", without_the_others, "takes from the others of its row"),
     ("check_nucleus", leaves_out_the_word_that_crosses, "the one that crosses p belongs to the nucleus too"),
     ("check_nucleus", answers_in_sorted_order, "stands in sorted order; put it back"),
     ("check_nucleus", everything_above_a_threshold, "words instead of"),
@@ -460,6 +513,27 @@ def test_the_table_of_lesson_04_says_how_it_came_about_and_is_complete():
              for result, (_, arm) in zip(results, wanted)]  # fmt: skip
     assert found == wanted and len(results) == len(wanted)
     assert all(0 <= getattr(result, kind) <= 1 for result in results for kind in ablation_04.KINDS)
+
+
+def test_the_table_bears_out_lesson_04():
+    """What the lesson concludes from it holds in every seed."""
+    results, blind = ablation_04.read()[1], ablation_04.blind(ablation_04.Settings())
+
+    def right(arm, kind):
+        fitting = [each for each in results if all(getattr(each, name) == value for name, value in vars(arm).items())]
+        return [getattr(each, kind) for each in fitting]
+
+    for arm in ablation_04.BRIDGE_ARMS:
+        assert min(right(arm, "color")) > 0.9 and min(right(arm, "size")) > 0.8  # even through one token
+    resampler, mlp, abstractor = (ablation_04.Arm(bridge, 4) for bridge in ("resampler", "MLP", "abstractor"))
+    assert min(right(mlp, "place")) > max(right(resampler, "place") + right(abstractor, "place") + [blind["place"] + 0.1])
+    for arm in ablation_04.START_ARMS:
+        found = right(arm, "shape")
+        if arm.longer:
+            assert sum(share > blind["shape"] + 0.1 for share in found) == 1
+        else:
+            assert max(found) < min(right(resampler, "shape"))
+            assert arm.tower or max(found) < blind["shape"] + 0.1
 
 
 def test_a_table_of_lesson_04_survives_writing_and_reading(tmp_path):
