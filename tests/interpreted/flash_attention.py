@@ -157,8 +157,8 @@ def test_only_tiles_that_are_seen_are_visited():
     q, k, v = (torch.randn(1, 1, 192, 16) for _ in range(3))
     expected = flash_attention(q, k, v, visible)
     for place in (slice(64, 128), slice(128, 192)):
-        k, v = k.clone(), v.clone()
-        k[:, :, place] = v[:, :, place] = float("nan")
+        v = v.clone()
+        v[:, :, place] = float("nan")  # a share of 0 times NaN is NaN
         assert torch.equal(flash_attention(q, k, v, visible)[:, :, :64], expected[:, :, :64])
 
 
