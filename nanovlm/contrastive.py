@@ -5,9 +5,10 @@ picture must pick its caption and every caption its picture. The papers all star
 without it, a model that learns from answers alone finds colours early and shapes hardly ever.
 
 CLIP, arXiv:2103.00020, Sec. 2.3 and Fig. 3. `ContrastiveModel` trains the small towers here; differs from the paper:
-- the picture's feature is the mean over its patches, so that every patch learns directly, not a class token's;
-- several equal captions in a batch are all right answers (in small worlds captions repeat): the target is spread
-  evenly over them (UniCL, arXiv:2204.03610, Eq. 3).
+- the picture's feature is the largest value of each channel over its patches, not a class token's: one patch that
+  sees a star is enough, so patches can keep to what they see (a mean over patches makes each of them tell everything);
+- a picture may have several captions, and a caption several pictures (in small worlds captions repeat): the target is
+  spread evenly over all that are right (UniCL, arXiv:2204.03610, Eq. 3).
 `CLIP` is the published pair of towers; beside the small one:
 - its picture is the class token behind the last norm: the one token whose only task is to sum up;
 - its blocks use a sigmoid approximation of GELU and norms of eps 1e-5, by the arguments of ViT and TextTower.
@@ -92,17 +93,17 @@ def caption_lengths(ids, end):
     return ends.int().argmax(dim=1) + 1  # argmax: the first of several
 
 
-def info_nce(images, texts, scale, same):
+def info_nce(images, texts, scale, right):
     """Symmetric contrastive loss.
 
     Args:
-      images, texts: float[B, E], each row of length 1. scale: float[], inverse temperature.
-      same: bool[B, B], True where caption j is right for picture i.
-    Returns: float[], mean over pictures and captions, nats.
+      images: float[B, E], texts: float[C, E], each row of length 1. scale: float[], inverse temperature.
+      right: bool[B, C], True where caption j is right for picture i; each has at least one.
+    Returns: float[], mean of the means over pictures and over captions, nats.
     Source: CLIP, Fig. 3; UniCL, Eq. 3 for several right answers.
     """
-    logits = scale * images @ texts.T  # B B
-    target = same.float()
+    logits = scale * images @ texts.T  # B C
+    target = right.float()
     to_texts = -(target / target.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)
     to_images = -(target / target.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0)
     return (to_texts.mean() + to_images.mean()) / 2
@@ -175,12 +176,12 @@ class ContrastiveModel(TwoTowers):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP, Sec. 2.5
 
     def pool(self, features):
-        """float[B, T, vision_width] of the ViT -> float[B, vision_width], one feature per picture."""
-        return features.mean(dim=1)
+        """float[B, T, vision_width] of the ViT -> float[B, E], one feature per picture."""
+        return self.project_image(features).amax(dim=1)
 
     def image_features(self, pixels):
         """float[B, 3, H, W] -> float[B, E] of any length."""
-        return self.project_image(self.pool(self.vision(pixels)))
+        return self.pool(self.vision(pixels))
 
     def text_features(self, ids, lengths):
         """int[B, T], int[B] -> float[B, E] of any length."""
@@ -190,15 +191,16 @@ class ContrastiveModel(TwoTowers):
         """Inverse temperature, float[]."""
         return self.log_scale.exp().clamp(max=MAX_SCALE)
 
-    def loss(self, pixels, ids, lengths):
-        """InfoNCE of a batch of pairs; equal captions are equally right.
+    def loss(self, pixels, ids, lengths, right=None):
+        """InfoNCE of a batch of pictures and captions.
 
         Args:
-          pixels: float[B, 3, H, W]. ids: int[B, T], right padded with one id. lengths: int[B].
+          pixels: float[B, 3, H, W]. ids: int[C, T], right padded with one id. lengths: int[C].
+          right: bool[B, C], True where a caption is right for a picture; None = B pairs, equal captions equally right.
         Returns: float[], nats.
         """
-        same = same_captions(ids, lengths)
-        return info_nce(self.embed_images(pixels), self.embed_texts(ids, lengths), self.scale(), same)
+        right = same_captions(ids, lengths) if right is None else right
+        return info_nce(self.embed_images(pixels), self.embed_texts(ids, lengths), self.scale(), right)
 
 
 class CLIP(ContrastiveModel):
@@ -214,5 +216,5 @@ class CLIP(ContrastiveModel):
         super().__init__(vision, vision_width, text, text_width, joint_width)
 
     def pool(self, features):
-        """float[B, T, vision_width] of the ViT -> float[B, vision_width], the class token's."""
-        return features[:, 0]
+        """float[B, T, vision_width] of the ViT -> float[B, E], from the class token's."""
+        return self.project_image(features[:, 0])

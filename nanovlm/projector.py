@@ -9,7 +9,12 @@ M visual inputs, N patches over all frames, D width
 
 import math
 
+import torch
 from torch import nn
+
+from nanovlm.vit import resize_positions, sincos_positions
+
+GRID = 8  # side of the grid on which places are told, whatever the resolution
 
 
 class LinearProjector(nn.Module):
@@ -51,13 +56,16 @@ class PixelShuffleProjector(nn.Module):
     Args:
       vision_width, output_width: channels of the ViT (without a class token) and of the language model.
       merge: side of the square, patches.
+      positions: tell every image token where it stands, by sines and cosines with a learned strength per channel. A small
+        tower trained on captions forgets places; the same place has the same code at every resolution.
     """
 
-    def __init__(self, vision_width, output_width, merge):
+    def __init__(self, vision_width, output_width, merge, positions=False):
         super().__init__()
         self.output_width = output_width
         self.merge = merge
         self.mlp = MLPProjector(vision_width * merge**2, output_width)
+        self.position_scale = nn.Parameter(torch.full((output_width,), 0.3)) if positions else None
 
     def num_image_tokens(self, num_patches, num_frames=1):
         """One token per square of `merge` x `merge` patches.
@@ -74,4 +82,8 @@ class PixelShuffleProjector(nn.Module):
         merge, side = self.merge, math.isqrt(patches.shape[1] // num_frames)
         x = patches.unflatten(1, (num_frames, side // merge, merge, side // merge, merge))  # M f r m c m D
         x = x.transpose(3, 4).flatten(1, 3).flatten(2)  # M f*r*c m*m*D
-        return self.mlp(x)
+        tokens = self.mlp(x)
+        if self.position_scale is None:
+            return tokens
+        places = resize_positions(sincos_positions(GRID**2, self.output_width, tokens.device), (side // merge) ** 2)
+        return tokens + (self.position_scale * places).repeat(num_frames, 1).to(tokens.dtype)

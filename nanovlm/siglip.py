@@ -124,7 +124,7 @@ class SigLIP(TwoTowers):
         """As CLIP's, plus the bias; its sigmoid is the probability of a match."""
         return super().similarity(images, texts) + self.bias
 
-    def loss(self, pixels, ids, lengths):
-        """Sigmoid loss of a batch of pairs; arguments and result as ContrastiveModel's."""
+    def loss(self, pixels, ids, lengths, right=None):
+        """Sigmoid loss of a batch of pictures and captions; arguments and result as ContrastiveModel's."""
         logits = self.similarity(self.embed_images(pixels), self.embed_texts(ids, lengths))
-        return sigmoid_loss(logits, same_captions(ids, lengths))
+        return sigmoid_loss(logits, same_captions(ids, lengths) if right is None else right)

@@ -47,13 +47,13 @@ def contrastive_loss(run, stage, records, report):
     """Contrastive loss of pictures and captions.
 
     Args: as in `language_loss`.
-    Returns: (float[] mean over the pairs in nats, 1, int tokens of the captions).
+    Returns: (float[] mean over pictures and captions in nats, 1, int tokens of the captions that differ).
     """
     with reading():
-        pixels, ids, lengths = contrastive_batch(records, run.tokenizer, stage.image_size, stage.image_fit,
-                                                 stage.max_tokens, report, run.preprocessing)
-    loss = run.contrastive.loss(pixels.to(run.device), ids.to(run.device), lengths.to(run.device))
-    return loss, 1, int(lengths.sum())
+        batch = contrastive_batch(records, run.tokenizer, stage.image_size, stage.image_fit, stage.max_tokens, report,
+                                  run.preprocessing)
+    pixels, ids, lengths, right = (tensor.to(run.device) for tensor in batch)
+    return run.contrastive.loss(pixels, ids, lengths, right), 1, int(lengths.sum())
 
 
 LOSSES = {"language": language_loss, "contrastive": contrastive_loss}

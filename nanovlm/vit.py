@@ -136,14 +136,15 @@ def sincos_positions(num_patches, width, device=None):
 class ConvStem(nn.Sequential):
     """Stride-2 convolutions, the width doubling up to the ViT's: patch_size pixels become one position.
 
-    Each is normalised per picture and channel, or the bright background drowns the shapes; before the last halving
-    one convolution keeps the size, which tells shapes of few pixels apart.
+    Each is normalised per picture and channel, or the bright background drowns the shapes; before and after the last
+    halving one convolution keeps the size, which tells shapes of few pixels, and whole shapes, apart.
     """
 
     def __init__(self, patch_size, width):
         num_halvings = patch_size.bit_length() - 1
         plan = [(width >> (num_halvings - 1 - i), 2) for i in range(num_halvings)]  # (width, stride)
         plan.insert(-1, (plan[max(num_halvings - 2, 0)][0], 1))
+        plan.append((width, 1))
         layers, before = [], 3
         for after, stride in plan:
             convolution = nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)

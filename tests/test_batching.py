@@ -211,9 +211,10 @@ def caption(name, shade, text):
 def test_contrastive_batch(tokenizer):
     texts = ["a cat", "this is a cat", "A"]
     records = [caption(str(n), n, text) for n, text in enumerate(texts)]
-    records[2] = Record("2", (picture(2),), ((Turn("assistant", (0, "A")),), talk("other", "B")))
-    pixels, ids, lengths = contrastive_batch(records, tokenizer, 8, "crop", 20)
-    rows = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in texts]
+    records[2] = Record("2", (picture(2),), ((Turn("assistant", (0, "A")),), talk("other", "B"), talk("more", "a cat")))
+    pixels, ids, lengths, right = contrastive_batch(records, tokenizer, 8, "crop", 20)
+    rows = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in (*texts, "B")]
+    assert right.tolist() == [[True, False, False, False], [False, True, False, False], [True, False, True, True]]
     assert lengths.tolist() == [len(row) for row in rows] and lengths.dtype == torch.int64
     longest = max(map(len, rows))
     assert ids.tolist() == [row + [tokenizer.pad] * (longest - len(row)) for row in rows]
@@ -225,7 +226,7 @@ def test_long_captions_are_cut_only_where_that_is_counted(tokenizer):
     with pytest.raises(ValueError, match="record 'r' has 8 tokens, more than max_tokens 7"):
         contrastive_batch(records, tokenizer, 8, "crop", 7)
     report = Report()
-    _, ids, lengths = contrastive_batch(records, tokenizer, 8, "crop", 7, report)
+    _, ids, lengths, _ = contrastive_batch(records, tokenizer, 8, "crop", 7, report)
     assert ids.tolist() == [[tokenizer.bos, *tokenizer.encode("ABCDEF")]] and lengths.tolist() == [7]
     assert report == Report(1, 1, 1)
 

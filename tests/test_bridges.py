@@ -162,6 +162,27 @@ def test_pixel_shuffle_lays_each_square_behind_one_another(num_frames, merge):
         assert torch.equal(bridge(patches), bridge(patches, 1)) and bridge.num_image_tokens(36) == count
 
 
+@pytest.mark.parametrize("num_frames", [1, 3])
+@pytest.mark.parametrize("side", [2, 3, 4])
+def test_pixel_shuffle_tells_where_its_squares_stand(num_frames, side):
+    """Sines and cosines of the squares' centres on a grid of 8 x 8, whatever the number of squares."""
+    bridge = randomise(PixelShuffleProjector(5, 8, merge=2, positions=True))
+    plain = PixelShuffleProjector(5, 8, merge=2)
+    plain.load_state_dict({name: value for name, value in bridge.state_dict().items() if name != "position_scale"})
+    patches = torch.randn(2, num_frames * 4 * side**2, 5)
+    told = (bridge(patches, num_frames) - plain(patches, num_frames)) / bridge.position_scale
+    told = told.unflatten(1, (num_frames, side, side))
+    centres = (torch.arange(side) + 0.5) * 8 / side - 0.5
+    waves = [wave(centres * speed) for wave in (torch.sin, torch.cos) for speed in (1.0, 0.01)]  # of a width of 4
+    expected = torch.stack(waves, dim=1)
+    # cubic interpolation of a sine is not quite a sine, least so beside the border
+    torch.testing.assert_close(told[..., :4], expected[:, None].expand(side, side, 4).expand_as(told[..., :4]), atol=0.12, rtol=0)
+    torch.testing.assert_close(told[..., 4:], expected[None].expand(side, side, 4).expand_as(told[..., 4:]), atol=0.12, rtol=0)
+    assert torch.equal(bridge.state_dict()["position_scale"], bridge.position_scale)
+    fresh = PixelShuffleProjector(5, 8, merge=2, positions=True)
+    assert torch.equal(fresh.position_scale, torch.full((8,), 0.3)) and plain.position_scale is None
+
+
 @pytest.mark.parametrize("num_patches", [35, 25, 37])
 def test_pixel_shuffle_refuses_a_grid_that_does_not_divide(num_patches):
     with pytest.raises(ValueError, match=f"{num_patches} patches are no square grid of 2 x 2 squares"):

@@ -13,13 +13,13 @@ from random_models import randomise, small_vit
 
 
 def naive_info_nce(images, texts, scale, same):
-    total, count = 0.0, len(images)
-    for i in range(count):
-        for rows, columns, right in ((images, texts, same), (texts, images, same.T)):
-            scores = [scale * float(rows[i] @ columns[j]) for j in range(count)]
+    total = 0.0
+    for rows, columns, right in ((images, texts, same), (texts, images, same.T)):
+        for i in range(len(rows)):
+            scores = [scale * float(rows[i] @ columns[j]) for j in range(len(columns))]
             partition = math.log(sum(math.exp(score) for score in scores))
-            answers = [j for j in range(count) if right[i, j]]
-            total += sum(partition - scores[j] for j in answers) / len(answers) / count / 2
+            answers = [j for j in range(len(columns)) if right[i, j]]
+            total += sum(partition - scores[j] for j in answers) / len(answers) / len(rows) / 2
     return total
 
 
@@ -107,8 +107,8 @@ def test_embeddings():
     images, texts = model.embed_images(pixels), model.embed_texts(ids, lengths)
     assert images.shape == texts.shape == (3, 7)
     for b in range(3):
-        mean = sum(model.vision(pixels)[b]) / 9
-        expected = model.project_image.weight @ mean
+        projected = model.vision(pixels)[b] @ model.project_image.weight.T  # patches, channels
+        expected = torch.stack([max(column) for column in projected.T])
         torch.testing.assert_close(images[b], expected / expected.square().sum().sqrt(), atol=1e-5, rtol=1e-4)
     expected = model.text(ids, lengths) @ model.project_text.weight.T
     torch.testing.assert_close(texts, expected / expected.square().sum(1, keepdim=True).sqrt(), atol=1e-5, rtol=1e-4)
@@ -125,6 +125,15 @@ def test_loss_finds_equal_captions():
     scale = float(model.log_scale.detach().exp())
     expected = naive_info_nce(images.detach(), texts.detach(), scale, captions[:, None] == captions)
     assert model.loss(pixels, ids, lengths).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_loss_with_several_captions_a_picture():
+    model = contrastive_model()
+    pixels, ids, lengths = torch.randn(3, 3, 12, 12), torch.randint(20, (4, 5)), torch.tensor([5, 2, 3, 4])
+    right = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0]]).bool()
+    images, texts = model.embed_images(pixels).detach(), model.embed_texts(ids, lengths).detach()
+    expected = naive_info_nce(images, texts, float(model.log_scale.detach().exp()), right)
+    assert model.loss(pixels, ids, lengths, right).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_scale_starts_at_clip_s_and_is_clamped():

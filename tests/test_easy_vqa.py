@@ -115,6 +115,18 @@ def test_captions_say_what_is_known():
     assert [kind_of(answer) for answer in ("yes", "no", "teal", "circle")] == ["yes_no", "yes_no", "color", "shape"]
 
 
+def test_names_are_the_caption_and_its_words():
+    source, captions = EasyVQA(kind="names"), EasyVQA(kind="captions")
+    complete = set()
+    for n in range(len(source)):
+        names, caption = source.record(n), captions.record(n).conversations[0][-1].text
+        said = [conversation[-1].text for conversation in names.conversations]
+        known = [word for word in caption.split() if word != "shape"]
+        complete.add(len(known))
+        assert said == ([caption, *known] if len(known) == 2 else known or ["shape"]) and names.kinds == ("name",) * len(said)
+    assert 2 in complete
+
+
 @pytest.mark.parametrize("split, complete", [("train", 4000 - 422), ("test", 1000 - 112)])
 def test_captions_are_true_of_the_pictures(split, complete):
     source = EasyVQA(split, "captions")

@@ -35,7 +35,7 @@ def test_batches(preprocessing):
     tokenizer = train_tokenizer(["what?"], 270)
     batch = build_batch([RECORD], NANO, tokenizer, lambda *_: 2, 8, "pad", 60, preprocessing=preprocessing)
     assert torch.equal(batch.pixels, wanted(8, "pad", preprocessing))
-    pixels, _, _ = contrastive_batch([RECORD], tokenizer, 8, "pad", 60, preprocessing=preprocessing)
+    pixels, *_ = contrastive_batch([RECORD], tokenizer, 8, "pad", 60, preprocessing=preprocessing)
     assert torch.equal(pixels, wanted(8, "pad", preprocessing))
     assert torch.equal(pixels_of(RECORD.visuals, 8, "pad", preprocessing), pixels)
 
@@ -46,7 +46,7 @@ def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path):
     tower, align = run.stages
     seen = []
     run.model.loss = lambda batch: seen.append(batch) or (torch.zeros(()), 1)
-    run.contrastive.loss = lambda pixels, ids, lengths: seen.append(pixels) or torch.zeros(())
+    run.contrastive.loss = lambda pixels, ids, lengths, right: seen.append(pixels) or torch.zeros(())
     update.language_loss(run, align, [RECORD], Report())
     update.contrastive_loss(run, tower, [RECORD], Report())
     assert torch.equal(seen[0].pixels, wanted(align.image_size, align.image_fit, images.SIGLIP))

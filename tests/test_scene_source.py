@@ -3,7 +3,7 @@
 import pytest
 
 from nanovlm.data.records import Record, Turn
-from nanovlm.data.scene_questions import CAPTIONS
+from nanovlm.data.scene_questions import CAPTIONS, NAME_PROMPT, REGIONS
 from nanovlm.data.scene_source import Scenes, majority_baseline
 
 
@@ -24,6 +24,27 @@ def test_a_record_depends_on_seed_and_number_alone():
     changes = {"seed": 1, "canvas": 48, "max_objects": 3, "min_objects": 2, "string_share": 0.1, "split": "new"}
     keys = {content(Scenes(**{option: value}), 1)[0] for option, value in changes.items()}
     assert len(keys | {content(Scenes(), 1)[0]}) == 7 and Scenes("unseen_pairs").name == "scenes_unseen_pairs"
+
+
+def test_names_say_all_of_a_picture():
+    source = Scenes(kind="names", seed=3, string_share=0.5)
+    with_string = 0
+    for n in range(40):
+        scene, record = source.scene(n), source.record(n)
+        said = [conversation[-1].text for conversation in record.conversations]
+        expected = set()
+        for thing in scene.objects:
+            third = scene.canvas / 3
+            place = REGIONS[int(thing.y // third)][int(thing.x // third)]
+            expected |= {f"{thing.color} {thing.shape}", thing.shape, thing.color, f"{thing.size} {thing.shape}"}
+            expected.add(f"{thing.shape} at the {place}")
+        if scene.string:
+            with_string += 1
+            expected |= {f"text {scene.string}", *scene.string}
+        assert len(said) == len(set(said)) and set(said) == expected
+        assert record.kinds == ("name",) * len(said)
+        assert all(conversation[0].parts == (0, NAME_PROMPT) for conversation in record.conversations)
+    assert with_string > 5
 
 
 def test_options_shape_the_pictures_and_the_kinds():

@@ -594,8 +594,8 @@ def test_parameters_that_the_records_do_not_reach_get_no_gradient(run):
 def test_the_contrastive_loss_is_that_of_the_batch(run):
     stage = RECIPE.stages("full", False)[0]
     records = RECORDS[:4]
-    pixels, ids, lengths = update.contrastive_batch(records, run.tokenizer, 8, "crop", 24)
-    expected = run.contrastive.loss(pixels, ids, lengths)
+    pixels, ids, lengths, right = update.contrastive_batch(records, run.tokenizer, 8, "crop", 24)
+    expected = run.contrastive.loss(pixels, ids, lengths, right)
     loss, norm, tokens = update.gradient(run, stage, records, list(run.contrastive.parameters()), Report())
     assert loss == pytest.approx(expected.item()) and tokens == lengths.sum()
 

@@ -221,8 +221,12 @@ def test_pixels_of_another_size_are_refused(shape):
 
 
 @pytest.mark.parametrize(
-    "patch_size, plan",  # (width, stride) of each convolution; one before the last halving keeps the size
-    [(2, [(12, 1), (12, 2)]), (4, [(6, 2), (6, 1), (12, 2)]), (8, [(3, 2), (6, 2), (6, 1), (12, 2)])],
+    "patch_size, plan",  # (width, stride) of each convolution; one before and one after the last halving keep the size
+    [
+        (2, [(12, 1), (12, 2), (12, 1)]),
+        (4, [(6, 2), (6, 1), (12, 2), (12, 1)]),
+        (8, [(3, 2), (6, 2), (6, 1), (12, 2), (12, 1)]),
+    ],
 )
 def test_conv_stem(patch_size, plan):
     stem = randomise(ConvStem(patch_size, 12))

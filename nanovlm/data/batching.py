@@ -124,26 +124,32 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
     """Pictures and their captions, for a contrastive loss.
 
     Args:
-      records: list of Record with one picture each; the caption is the last turn of the first conversation.
+      records: list of B Record with one picture each; every conversation ends with a caption of it.
       tokenizer, image_size, fit, max_tokens, report, preprocessing: as in `build_batch`.
-    Returns: (pixels float32[B, 3, S, S], ids int64[B, T]: BOS, caption, EOS, padding on the right; lengths int64[B]).
+    Returns: (pixels float32[B, 3, S, S], ids int64[C, T]: BOS, caption, EOS, padding on the right; lengths int64[C];
+      right bool[B, C]: whether a caption is one of a picture's). The C captions are all different.
     Raises: ValueError for a record without exactly one picture or without a caption, or a caption that is too long.
     """
-    captions = []
-    for record in records:
+    captions, pairs = {}, []  # ids of a caption -> its place; (picture, place of a caption)
+    for picture, record in enumerate(records):
         where = f"record {record.id!r}"
         if [len(visual.frames) for visual in record.visuals] != [1]:
             raise ValueError(
                 f"{where} has {len(record.visuals)} visual inputs; a contrastive batch needs one picture each"
             )
-        turn = record.conversations[0][-1]
-        if turn.role != "assistant" or not turn.text.strip():
-            raise ValueError(f"{where} has no caption; its first conversation must end with the assistant saying it")
-        ids = [tokenizer.bos, *tokenizer.encode(turn.text), tokenizer.eos]
-        captions.append(_checked(templates.Row(ids, list(ids)), max_tokens, report, where))
-    ids, _, _, _ = _pad(captions, max(len(row.ids) for row in captions), tokenizer.pad)
-    lengths = torch.tensor([len(row.ids) for row in captions], dtype=torch.long)
-    return pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing), ids, lengths
+        for conversation in record.conversations:
+            turn = conversation[-1]
+            if turn.role != "assistant" or not turn.text.strip():
+                raise ValueError(f"{where} has no caption; its conversations must end with the assistant saying one")
+            ids = [tokenizer.bos, *tokenizer.encode(turn.text), tokenizer.eos]
+            row = _checked(templates.Row(ids, list(ids)), max_tokens, report, where)
+            pairs.append((picture, captions.setdefault(tuple(row.ids), len(captions))))
+    rows = [templates.Row(list(ids), list(ids)) for ids in captions]
+    ids, _, _, _ = _pad(rows, max(map(len, captions)), tokenizer.pad)
+    right = torch.zeros(len(records), len(captions), dtype=torch.bool)
+    right[tuple(torch.tensor(pairs).T)] = True
+    pixels = pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing)
+    return pixels, ids, torch.tensor([len(row) for row in captions]), right
 
 
 def _conversations(record, template):

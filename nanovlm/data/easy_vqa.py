@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from nanovlm.data.records import Record, Turn, Visual, permutation
-from nanovlm.data.scene_questions import SHORT_CAPTION_PROMPTS
+from nanovlm.data.scene_questions import NAME_PROMPT, SHORT_CAPTION_PROMPTS
 from nanovlm.data.scenes import pick
 from nanovlm.names import nearest
 
@@ -74,14 +74,15 @@ class EasyVQA:
         Args:
           split: "train" or "test".
           kind: "questions", or "captions" such as "blue rectangle", made from what the split's own answers reveal;
-            `num_incomplete` counts those that do not reveal both; or "texts", the questions put to such a caption in
-            place of the picture, where it tells both.
+            `num_incomplete` counts those that do not reveal both; or "names", such a caption and its words alone, each a
+            conversation of its own; or "texts", the questions put to such a caption in place of the picture, where it
+            tells both.
           seed: int, 0 or more; gives the order of every epoch and the sample of questions.
           questions_per_picture: how many questions of each picture a record holds, drawn anew each epoch; None = all.
         Raises: ValueError for a name that does not exist; ImportError or FileNotFoundError, with what to install,
           if the package or its data is missing.
         """
-        kinds = ("questions", "captions", "texts")
+        kinds = ("questions", "captions", "names", "texts")
         for name, value, known in (("split", split, ("train", "test")), ("kind", kind, kinds)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}.{nearest(value, known)}")
@@ -111,6 +112,11 @@ class EasyVQA:
         rng = np.random.default_rng((self.seed, epoch, image_id))
         if self.kind == "captions":
             asked, kinds = [(pick(rng, SHORT_CAPTION_PROMPTS), self.captions[image_id])], ("short_caption",)
+        elif self.kind == "names":
+            caption = self.captions[image_id]
+            known = [word for word in caption.split() if word != "shape"] or [caption]
+            asked = [(NAME_PROMPT, name) for name in dict.fromkeys((" ".join(known), *known))]
+            kinds = ("name",) * len(asked)
         else:
             asked = self.asked[image_id]
             if self.questions_per_picture is not None and self.questions_per_picture < len(asked):

@@ -13,8 +13,8 @@ REGIONS = (("top left", "top", "top right"), ("left", "center", "right"), ("bott
 RELATIONS = ("left of", "right of", "above", "below")
 
 CAPTION_PROMPTS = ("describe the image.", "what is in the image?", "what do you see?", "give a caption for the image.")
-SHAPE_CAPTION_PROMPTS = ("list the shapes.", "name the shapes in the image.", "what shapes are there?")
 SHORT_CAPTION_PROMPTS = ("list the objects.", "name the objects in the image.", "what objects are there?")
+NAME_PROMPT = "name one thing in the image."
 READING_PROMPTS = ("what does the text say?", "what is the text?", "read the text.")
 
 
@@ -57,9 +57,16 @@ def caption_words(scene):
     return _listed(scene, pair_words)
 
 
-def shape_words(scene):
-    """Every object from left to right by shape alone, then the text: "circle, star, text A7K"."""
-    return _listed(scene, lambda thing: thing.shape)
+def all_names(scene):
+    """All that can be said of a scene in few words, each once: of every object colour and shape, either alone, size with
+    shape, shape with place; the text and each of its symbols. A list of str."""
+    names = []
+    for thing in scene.objects:
+        names += [pair_words(thing), thing.shape, thing.color, f"{thing.size} {thing.shape}"]
+        names.append(f"{thing.shape} at the {place_of(thing, scene.canvas)}")
+    if scene.string:
+        names += [f"text {scene.string}", *scene.string]
+    return list(dict.fromkeys(names))
 
 
 def _names(thing, scene):
@@ -164,14 +171,10 @@ def _short_caption(scene, rng, pairs):
     return pick(rng, SHORT_CAPTION_PROMPTS), caption_words(scene)
 
 
-def _shape_caption(scene, rng, pairs):
-    return pick(rng, SHAPE_CAPTION_PROMPTS), shape_words(scene)
-
-
 # Each: (scene, rng, pairs that may be named although absent) -> (question, answer), or None if this draw has none.
 QUESTIONS = {"color": _color, "shape": _shape, "count": _count, "existence": _existence, "place": _place,
              "relation": _relation, "size": _size, "reading": _reading}
-CAPTIONS = {"caption": _caption, "short_caption": _short_caption, "shape_caption": _shape_caption}
+CAPTIONS = {"caption": _caption, "short_caption": _short_caption}
 TYPES = {**QUESTIONS, **CAPTIONS}
 
 

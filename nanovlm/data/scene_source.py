@@ -5,10 +5,11 @@ from collections import Counter
 import numpy as np
 
 from nanovlm.data.records import Record, Turn, Visual
-from nanovlm.data.scene_questions import CAPTIONS, QUESTIONS, TYPES, ask
+from nanovlm.data.scene_questions import CAPTIONS, NAME_PROMPT, QUESTIONS, TYPES, all_names, ask
 from nanovlm.data.scenes import HELD_OUT, SPLITS, TRAIN_PAIRS, render, sample_scene
 from nanovlm.names import nearest
 
+KINDS = ("captions", "questions", "both", "names")
 MAX_PICTURES = 100  # drawn before a record gives up finding one about which its types of question can be asked
 
 
@@ -34,7 +35,8 @@ class Scenes:
         Args:
           split: "train"; "new" = other pictures of the same distribution; "unseen_pairs" = only held-out pairs;
             "reading" = only held-out strings, one in every picture, and only the reading question.
-          kind: "captions" (one), "questions" or "both" (the caption first).
+          kind: "captions" (one), "questions", "both" (the caption first), or "names": all that can be said of the picture
+            in few words, each a conversation of its own; for these, questions_per_picture and weights mean nothing.
           seed: int, 0 or more.
           max_objects, min_objects: range of the number of objects.
           questions_per_picture: at most this many, all different.
@@ -44,8 +46,8 @@ class Scenes:
           length: records per epoch; record(n) goes on beyond it with new pictures.
         Raises: ValueError for a name that does not exist or a number out of range.
         """
-        if kind not in ("captions", "questions", "both"):
-            raise ValueError(f"unknown kind {kind!r}.{nearest(kind, ('captions', 'questions', 'both'))}")
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}.{nearest(kind, KINDS)}")
         if split == "reading":
             kind, string_share, weights = "questions", 1.0, {"reading": 1.0}
         weights = dict.fromkeys(TYPES, 1.0) if weights is None else weights
@@ -55,12 +57,14 @@ class Scenes:
                 f"questions_per_picture is {questions_per_picture} and must be 1 or more; "
                 f"string_share is {string_share} and must lie between 0 and 1"
             )
-        self.name, self.split, self.seed, self.length = f"scenes_{split}", split, seed, length
+        self.name, self.split, self.kind, self.seed, self.length = f"scenes_{split}", split, kind, seed, length
         self.max_objects, self.min_objects = max_objects, min_objects
         self.string_share, self.canvas = string_share, canvas
         self.wanted = []  # (how many, {type: weight}) for captions, questions or both
-        for number, types, unused in ((1, CAPTIONS, "questions"), (questions_per_picture, QUESTIONS, "captions")):
-            if kind != unused:
+        for number, types, users in (
+            (1, CAPTIONS, ("captions", "both")), (questions_per_picture, QUESTIONS, ("questions", "both"))
+        ):  # fmt: skip
+            if kind in users:
                 self.wanted.append((number, {name: weights[name] for name in types if weights.get(name)}))
                 if not self.wanted[-1][1]:
                     raise ValueError(f"kind is {kind!r} but none of {', '.join(types)} has a weight above 0")
@@ -89,6 +93,8 @@ class Scenes:
             scene = sample_scene(rng, self.max_objects, self.split, with_string, self.min_objects, self.canvas)
             picture = Visual(f"{self.key}/{n}.{attempt}", (render(scene, rng),))
             asked = [made for number, weights in self.wanted for made in ask(scene, rng, number, weights, self.pairs)]
+            if self.kind == "names":
+                asked = [("name", NAME_PROMPT, name) for name in all_names(scene)]
             if asked:
                 return scene, picture, asked
         raise ValueError(
