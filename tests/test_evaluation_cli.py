@@ -12,6 +12,7 @@ from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import __main__ as cli
 from nanovlm.evaluation import pairwise, protocols, report, runner, speaker
+from nanovlm.evaluation.items import Item
 from nanovlm.evaluation.prediction_file import PredictionFile
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.sampler import Decoding
@@ -274,3 +275,19 @@ def test_sheets_of_marks(tmp_path, capsys):
 def test_a_judge_of_pairs_is_read_by_its_first_word():
     assert [pairwise.parse_which(text) for text in ("A", "b.", "Answer B", "Tie", "Both", "")] == [1.0, 0.0, 0.0, 0.5, None, None]
     assert "Answer A: ANSWER_B\n" in pairwise.ask_which("q", "ANSWER_B", "y")
+
+
+def test_what_a_shot_says():
+    item = Item("1", "q", (1,), options=("red", "blue"))
+    assert runner.shot_answer(item, TASKS["mmbench"]) == "B" and runner.shot_answer(item, TASKS["mmlu"]) == "blue"
+    assert runner.shot_answer(Item("1", "q", ({"answer": "x"}, {"answer": "y"})), TASKS["vqav2"]) == "x"
+    assert runner.shot_answer(Item("1", "q", ("z",)), TASKS["gqa"]) == "z"
+    with pytest.raises(ValueError, match="cannot be a shot"):
+        runner.shot_answer(Item("1", "q"), TASKS["gqa"])
+
+
+def test_a_model_that_cannot_be_asked_is_refused(loaded, tmp_path):
+    (tmp_path / "a_test.csv").write_text("q,a,b,c,d,A\n")
+    alone = SimpleNamespace(**{**vars(loaded), "model": loaded.model.decoder})
+    with pytest.raises(ValueError, match="Decoder cannot be asked"):
+        runner.run("mmlu", TASKS["mmlu"], alone, "x", runner.Wishes(str(tmp_path), out=str(tmp_path / "out")))
