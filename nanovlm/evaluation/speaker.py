@@ -5,8 +5,10 @@ import zlib
 from pathlib import Path
 
 import torch
+from PIL import ImageOps
 
 from nanovlm.chat import DESCRIBE
+from nanovlm.data import images
 from nanovlm.data.batching import pixels_of, prompt_row
 from nanovlm.data.records import Turn, Visual
 from nanovlm.data.templates import end_ids, prompt
@@ -131,9 +133,5 @@ class Speaker:
         if isinstance(source, Encoded):
             source = source.open()
         if self.border:
-            from PIL import ImageOps
-
-            from nanovlm.data import images
-
             source = ImageOps.expand(images.load(source), self.border)
         return Visual(key, (source,))
