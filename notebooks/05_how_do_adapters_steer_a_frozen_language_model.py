@@ -159,7 +159,7 @@ def shift(one, other, batch):
     predicts = batch.labels[:, 1:] != IGNORE
     before, after = (each(batch)[:, :-1][predicts] for each in (one, other))
     divergence = F.kl_div(after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean")
-    return (after - before).square().mean().sqrt().item(), divergence.item()
+    return (after - before).square().mean().sqrt().item(), max(divergence.item(), 0.0)  # rounding goes below zero
 
 
 STDS, DRAWS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32), 5
@@ -348,7 +348,8 @@ plt.show()
 print("before: " + ", ".join(f"{kind} {share:.0f}%" for kind, share in before.items()))
 for name, runs in curves.items():
     spans = {"mirrored": [100 * run[-1] for run in runs], **{kind: kept[kind][name] for kind in kept}}
-    print(f"{name:<17}: " + ", ".join(f"{kind} {min(values):.0f} to {max(values):.0f}%" for kind, values in spans.items()))
+    words = (f"{kind} {min(values):.0f} to {max(values):.0f}%" for kind, values in spans.items())
+    print(f"{name:<17}: " + ", ".join(words))
 
 # %% [markdown]
 # ## 5. Frozen means bit-identical
