@@ -195,7 +195,7 @@ def flash_attention(q, k, v, visible, scale=None):
     Raises: ValueError that names the argument with a wrong shape, type or device.
     """
     kind = q.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
     check(q, k, v, visible)
     if CHECK_INTERVALS:

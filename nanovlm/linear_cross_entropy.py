@@ -84,8 +84,9 @@ def linear_cross_entropy(hidden, weight, labels, bias=None):
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} must be one for each of the {len(weight)} rows of weight")
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):  # once here, not once per chunk
-        dtype = torch.get_autocast_dtype(kind)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return LinearCrossEntropy.apply(hidden, weight, bias, labels)
+    dtype = torch.get_autocast_dtype(kind)  # cast once here, not once per chunk
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False):
         return LinearCrossEntropy.apply(hidden, weight, bias, labels)

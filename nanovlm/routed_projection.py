@@ -156,7 +156,7 @@ def project(x, text, vision, order, text_end):
     Raises: ValueError that names the argument with a wrong shape, type or device.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         x, text, vision = (part.to(torch.get_autocast_dtype(kind)) for part in (x, text, vision))
     for name, part in (("text", text), ("vision", vision)):
         if part.shape != (len(text), x.shape[-1]):

@@ -13,11 +13,15 @@ import pytest
 FOLDER = Path(__file__).resolve().parent
 
 
-def run(name):
-    """Run tests/interpreted/NAME under the interpreter; raises AssertionError with its report if a test fails."""
+def run(name, slow=False):
+    """Run the tests of tests/interpreted/NAME, the slow ones or all others, under the interpreter.
+
+    Raises: AssertionError with their report if one fails or none is there.
+    """
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", str(FOLDER / "interpreted" / name)],
+        [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-m", "slow" if slow else "not slow",
+         str(FOLDER / "interpreted" / name)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=FOLDER.parent, text=True,
         capture_output=True,
     )  # fmt: skip

@@ -13,6 +13,11 @@ def test_kernels_in_the_interpreter():
     interpreter.run("flash_attention.py")
 
 
+@pytest.mark.slow
+def test_kernels_in_the_interpreter_slowly():
+    interpreter.run("flash_attention.py", slow=True)
+
+
 def test_without_gpu_and_interpreter_it_says_so():
     q = torch.randn(1, 2, 3, 16)
     with pytest.raises(ValueError, match="need a GPU, or TRITON_INTERPRET=1.*'sdpa'"):

@@ -12,6 +12,11 @@ def test_kernels_in_the_interpreter():
     interpreter.run("fused_norm.py")
 
 
+@pytest.mark.slow
+def test_kernels_in_the_interpreter_slowly():
+    interpreter.run("fused_norm.py", slow=True)
+
+
 BAD = {
     r"gain has shape \(3,\); expected \[4\]": ((2, 4), (3,), {}),
     "x has 16385 channels": ((1, 16385), (16385,), {}),

@@ -131,6 +131,11 @@ def test_no_scores_of_all_rows_are_ever_alive(trained):
     assert peaks[1] * 2.5 <= peaks[0]
 
 
+def test_meta_tensors_are_counted_too():
+    hidden, weight, bias, labels = (x.to("meta") for x in make(300))
+    assert linear_cross_entropy(hidden, weight, labels, bias).shape == ()
+
+
 def test_shapes_that_do_not_fit():
     hidden, weight, bias, labels = make(10)
     for arguments, message in (

@@ -134,6 +134,11 @@ def test_product_of_sorted_tiles_in_the_interpreter():
     interpreter.run("routed_projection.py")
 
 
+@pytest.mark.slow
+def test_product_of_sorted_tiles_in_the_interpreter_slowly():
+    interpreter.run("routed_projection.py", slow=True)
+
+
 def test_routed_projection_names_bad_arguments():
     module = pytest.importorskip("nanovlm.routed_projection")
     x, weight = torch.randn(5, 8), torch.randn(4, 8)

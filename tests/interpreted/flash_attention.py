@@ -7,7 +7,11 @@ from torch.utils.checkpoint import checkpoint
 from nanovlm import bench_kernels
 from nanovlm import flash_attention as module
 from nanovlm.attention import Visible, attention, causal, causal_rows, full, prefix, sliding_window
+from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.flash_attention import Tile, flash_attention, seen_by
+from nanovlm.resampler import Resampler
+from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vlm import VLM, Batch
 
 assert module.INTERPRETED
 
@@ -184,6 +188,30 @@ def test_seen_by_against_the_drawn_mask(name):
                     assert (full_begin, full_end) == (whole[0], whole[-1] + 16)
 
 
+def test_a_model_learns_the_same_by_every_backend():
+    """Vision, resampler and decoder of a whole model; padding, packing, grouped queries; the loss and all gradients."""
+    layers = (LayerOptions(modality_adaptive=True), LayerOptions())
+    decoder = Decoder(DecoderConfig(20, 32, 4, 2, 24, 16, layers))
+    vision = ViT(ViTConfig(image_size=8, patch_size=4, width=16, num_layers=1, num_heads=2, mlp_width=16))
+    model = VLM(vision, Resampler(16, 32, 3, 1, 2, 8, 16), decoder)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+    ids = torch.randint(0, 20, (2, 11))
+    ids[0, 1:4] = ids[1, 5:8] = -1
+    segments = torch.tensor([[0] * 9 + [-1] * 2, [0] * 4 + [1] * 7])
+    labels = ids.masked_fill((ids < 0) | (segments < 0), -100)
+    positions, one = torch.arange(11).expand(2, -1), torch.ones(2, dtype=torch.long)
+    batch = Batch(ids, labels, segments, positions, torch.randn(2, 3, 8, 8), one, torch.arange(2), torch.arange(2))
+    found = {}
+    for backend in ("reference", "sdpa", "triton"):
+        model.set_backend(backend)
+        loss, _ = model.loss(batch)
+        found[backend] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
+    for backend in ("reference", "sdpa"):
+        torch.testing.assert_close(found["triton"], found[backend], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_torch_finds_the_operators_in_order():
     (q, k, v), visible = make(CASES["decoding"])
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -223,6 +251,7 @@ def test_intervals_are_checked_when_asked(monkeypatch):
         flash_attention(q, q, q, visible)
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_what_is_right(monkeypatch):
     bench_kernels.check(64, "cpu", torch.float16, tokens=64, repeats=1)
     good = module.forward

@@ -43,6 +43,7 @@ def test_strides_and_repeated_gradients():
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_torch_finds_the_operator_in_order():
     norm, x = make(5, 12)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -79,6 +79,7 @@ def test_what_is_no_plain_projection_is_computed_as_written():
         assert torch.equal(module_(x, routing), module_.as_written(x, routing))
 
 
+@pytest.mark.slow
 def test_torch_finds_the_operators_in_order():
     modality = MODALITIES["mixed"]
     order, text_end = route(modality, in_place=True).order, route(modality, in_place=True).text_end
@@ -88,6 +89,7 @@ def test_torch_finds_the_operators_in_order():
     torch.library.opcheck(module.routed_product, (*inputs, order, text_end), test_utils=tests)
 
 
+@pytest.mark.slow
 def test_compiles_in_one_piece_and_works_under_autocast():
     layer, modality = make(16, 8, bias=True), MODALITIES["mixed"]
 
