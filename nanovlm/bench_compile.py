@@ -115,7 +115,8 @@ def compiled(variant):
         attrs={(i,): ALIGNED for i in aligned},
     )  # fmt: skip
     options = dict(num_warps=variant.warps, num_stages=variant.stages, enable_fp_fusion=True)
-    with contextlib.redirect_stdout(io.StringIO()) as log, settings(TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1"):
+    verbose = dict(TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
+    with contextlib.redirect_stdout(io.StringIO()) as log, settings(**verbose):
         kernel = triton.compile(source, target=GPUTarget("cuda", variant.architecture, 32), options=options)
     return read(log.getvalue(), kernel.asm["ptx"], kernel.metadata.shared)
 

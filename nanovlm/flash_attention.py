@@ -154,7 +154,7 @@ def backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         strides(dk), strides(dv), visible_stride, turned.stride(0) if len(turned) > 1 else 0, *sizes,
     )  # fmt: skip
     if num_kv_heads < heads:
-        dk, dv = (x.unflatten(1, (num_kv_heads, -1)).sum(2).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (dk, dv))
+        dk, dv = (empty(k).copy_(x.unflatten(1, (num_kv_heads, -1)).sum(2)) for x in (dk, dv))
     return dq, dk, dv
 
 
@@ -220,7 +220,9 @@ def check(q, k, v, visible):
             "zeros (and pass scale), or use the backend 'sdpa'"
         )
     if k.shape != v.shape or k.shape[0] != rows or k.shape[3] != width:
-        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be [{rows}, heads, keys, {width}] as q is")
+        raise ValueError(
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be [{rows}, heads, keys, {width}] as q is"
+        )
     if not k.shape[1] or heads % k.shape[1]:
         raise ValueError(f"{heads} query heads cannot share {k.shape[1]} key heads: no multiple")
     for name, x in (("visible.first", visible.first), ("visible.stop", visible.stop)):

@@ -24,9 +24,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def load_tile(base, rows, num_rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, GUARD: tl.constexpr):
-    """Rows of a [rows, D] matrix as [rows, BLOCK_D], zeros behind its edges; GUARD: some rows may lie behind the end."""
+    """Rows of a [rows, D] matrix as [rows, BLOCK_D], zeros behind its edges; GUARD: rows may end within."""
     channels = tl.arange(0, BLOCK_D)
-    # without the hint rows of 88 channels would be read in pieces of 2 bytes; flash_attention.readable keeps the promise
+    # without the hint rows of 88 channels would be read 2 bytes at a time; flash_attention.readable keeps the promise
     places = base + tl.multiple_of(rows * stride, 8)[:, None] + channels[None, :]
     if GUARD:
         tile = tl.load(places, mask=(rows[:, None] < num_rows) & (channels[None, :] < D), other=0.0)

@@ -77,7 +77,8 @@ def forward_shapes(x, gain, eps):
 
 
 @torch.library.custom_op("nanovlm::rms_norm_backward", mutates_args=())
-def backward(dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor, root: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(dy: torch.Tensor, x: torch.Tensor, gain: torch.Tensor,
+             root: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """dx [R, W] and dg [W]."""
     x, dy = x.contiguous(), dy.contiguous()
     (rows, width), rows_each = x.shape, -(-len(x) // PROGRAMS) or 1
@@ -128,5 +129,5 @@ def rms_norm(x, gain, eps=1e-6):
     if gain.device != x.device:
         raise ValueError(f"gain is on {gain.device}, but x on {x.device}; move it there")
     if x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"x is on {x.device}: this kernel needs a GPU, or TRITON_INTERPRET=1 in the environment (slow)")
+        raise ValueError(f"x is on {x.device}: this kernel needs a GPU, or (slow) TRITON_INTERPRET=1 set before it")
     return forward(x.reshape(-1, width), gain, eps)[0].view(x.shape)

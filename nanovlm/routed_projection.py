@@ -91,7 +91,7 @@ def options(tile):
 @torch.library.custom_op("nanovlm::routed_product", mutates_args=())
 def routed_product(x: torch.Tensor, text: torch.Tensor, vision: torch.Tensor, order: torch.Tensor,
                    text_end: torch.Tensor) -> torch.Tensor:  # fmt: skip
-    """x float[T, W] by text or vision float[V, W] -> float[T, V]; `order` and `text_end` from modality_adaptive.sort."""
+    """x float[T, W] by text or vision float[V, W] -> float[T, V]; the rest is from modality_adaptive.sort."""
     x = x if x.stride(1) == 1 else x.contiguous()
     text, vision = (text, vision) if text.stride() == vision.stride() else (text.contiguous(), vision.contiguous())
     out, tile = x.new_empty(x.shape[0], text.shape[0]), tiles_for(x)[0]
@@ -160,12 +160,14 @@ def project(x, text, vision, order, text_end):
         x, text, vision = (part.to(torch.get_autocast_dtype(kind)) for part in (x, text, vision))
     for name, part in (("text", text), ("vision", vision)):
         if part.shape != (len(text), x.shape[-1]):
-            raise ValueError(f"{name} has shape {tuple(part.shape)}; expected [{len(text)}, {x.shape[-1]}] for x {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(part.shape)}; expected [{len(text)}, {x.shape[-1]}] for x {tuple(x.shape)}"
+            )
         if part.dtype != x.dtype:
             raise ValueError(f"{name} is {part.dtype} and x {x.dtype}; they must be of one type")
     for name, part in (("text", text), ("vision", vision), ("order", order), ("text_end", text_end)):
         if part.device != x.device:
             raise ValueError(f"{name} is on {part.device}, but x on {x.device}; move it there")
     if kind != "cuda" and not INTERPRETED:
-        raise ValueError(f"x is on {x.device}: this kernel needs a GPU, or TRITON_INTERPRET=1 in the environment (slow)")
+        raise ValueError(f"x is on {x.device}: this kernel needs a GPU, or (slow) TRITON_INTERPRET=1 set before it")
     return routed_product(x, text, vision, order, text_end)

@@ -12,7 +12,7 @@
 # **Time**: 35 minutes to read, a minute to run on one core.
 #
 # **Reads**: `nanovlm/attention.py`, `nanovlm/fused_norm.py`, `nanovlm/flash_kernels.py`,
-# `nanovlm/flash_attention.py`, `nanovlm/bench_kernels.py`
+# `nanovlm/flash_attention.py`, `nanovlm/bench_cases.py`
 #
 # Attention is two matrix products with a softmax between. A GPU's tensor cores do such products faster than its
 # memory can hand them numbers, so whoever writes the scores to memory and reads them again waits for the memory. This
@@ -33,7 +33,7 @@ import torch
 from lesson import show_source
 
 from nanovlm.attention import causal, causal_rows, reference, sliding_window
-from nanovlm.bench_kernels import BYTES, FLOPS, Case
+from nanovlm.bench_cases import BYTES, FLOPS, Case
 from nanovlm.fused_norm import forward_kernel, rms_norm
 from nanovlm.flash_attention import flash_attention, seen_by
 from nanovlm.flash_kernels import edges, see

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nanovlm import bench, bench_compile, bench_kernels
+from nanovlm.bench_cases import Case
 from nanovlm.bench_compile import Found, Variant, faults, read
-from nanovlm.bench_kernels import Case, lines
+from nanovlm.bench_kernels import lines
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = {90: Found(200, 0, 100_000, 36, 0, 20, 0, False), 80: Found(200, 16, 100_000, 0, 90, 20, 0, False)}
@@ -99,6 +100,14 @@ def test_ratios_are_taken_round_by_round():
     assert (other.median_ms, other.ratio, other.ratio_low, other.ratio_high, other.tflops) == (2, 2, 1.5, 2.5, 4)
     assert math.isnan(broken.ratio) and broken.note == "no kernel available"
     assert all(math.isnan(line.ratio) for line in lines("a case", {"nanovlm": "out of memory", "other": [1.0]}, 1))
+
+
+def test_a_part_of_the_benchmark_can_be_chosen():
+    assert len(bench_kernels.measures("")) == len(bench_kernels.CASES) + 4
+    assert len(bench_kernels.measures("causal 577")) == len(bench_kernels.measures("projection")) == 3
+    assert bench_kernels.measures("loss") == [bench_kernels.loss_lines]
+    with pytest.raises(ValueError, match="--only 'casual' is in none of these names: attention causal 577 64, "):
+        bench_kernels.measures("casual")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it does without a GPU")

@@ -144,7 +144,7 @@ def test_routed_projection_names_bad_arguments():
     x, weight = torch.randn(5, 8), torch.randn(4, 8)
     order, text_end = sort(torch.zeros(1, 5))
     for arguments, message in (
-        ((x, weight, weight, order, text_end), "x is on cpu: this kernel needs a GPU, or TRITON_INTERPRET=1"),
+        ((x, weight, weight, order, text_end), "x is on cpu: this kernel needs a GPU, or \\(slow\\) TRITON_INTERPRET=1"),
         ((x, weight, weight[:3], order, text_end), r"vision has shape \(3, 8\); expected \[4, 8\]"),
         ((x, weight[:, :7], weight, order, text_end), r"text has shape \(4, 7\); expected \[4, 8\]"),
         ((x.half(), weight, weight, order, text_end), "text is torch.float32 and x torch.float16"),

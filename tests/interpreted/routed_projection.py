@@ -1,4 +1,4 @@
-"""Keys and values of each modality in one product, as numpy, against the equations; started by test_modality_adaptive."""
+"""Keys and values of each modality in one product, as numpy, against the equations; see test_modality_adaptive."""
 
 import pytest
 import torch
