@@ -200,7 +200,11 @@ class ContrastiveModel(TwoTowers):
         Returns: float[], nats.
         """
         right = same_captions(ids, lengths) if right is None else right
-        return info_nce(self.embed_images(pixels), self.embed_texts(ids, lengths), self.scale(), right)
+        return self.match(self.embed_images(pixels), self.embed_texts(ids, lengths), right)
+
+    def match(self, images, texts, right):
+        """The loss from features: float[B, E], float[C, E] of length 1 and bool[B, C] -> float[], nats."""
+        return info_nce(images, texts, self.scale(), right)
 
 
 class CLIP(ContrastiveModel):

@@ -126,5 +126,9 @@ class SigLIP(TwoTowers):
 
     def loss(self, pixels, ids, lengths, right=None):
         """Sigmoid loss of a batch of pictures and captions; arguments and result as ContrastiveModel's."""
-        logits = self.similarity(self.embed_images(pixels), self.embed_texts(ids, lengths))
-        return sigmoid_loss(logits, same_captions(ids, lengths) if right is None else right)
+        right = same_captions(ids, lengths) if right is None else right
+        return self.match(self.embed_images(pixels), self.embed_texts(ids, lengths), right)
+
+    def match(self, images, texts, right):
+        """The loss from features, as ContrastiveModel's."""
+        return sigmoid_loss(self.similarity(images, texts), right)

@@ -83,8 +83,8 @@ def gradient(run, stage, records, parameters, report):
     for parameter in parameters:
         parameter.grad = None
     num_threads = torch.get_num_threads()
-    if run.device.type == "cpu" and stage.objective == "language" and min(num_threads, len(records)) > 1:
-        total, divisor, tokens = side_by_side(run, stage, records, parameters, report, num_threads)
+    if run.device.type == "cpu" and min(num_threads, len(records)) > 1:
+        total, divisor, tokens = BY_THREADS[stage.objective](run, stage, records, parameters, report, num_threads)
     else:
         total, divisor, tokens = one_after_another(run, stage, records, report, torch.Tensor.backward)
     reached = [parameter for parameter in parameters if parameter.grad is not None]
@@ -116,35 +116,83 @@ def one_after_another(run, stage, records, report, backward, size=None):
     return total, divisor, tokens
 
 
-def side_by_side(run, stage, records, parameters, report, num_threads):
-    """The same on several CPU threads, each with its own share of the records.
+@contextlib.contextmanager
+def workers(number):
+    """A pool of CPU threads, each computing by itself.
 
     The tensors of a small model are too small to be cut: two threads on one product gain little, two threads with half
-    the records each nearly halve the time. The shares' gradients are added in a fixed order, so that equal runs stay
-    equal to the last bit.
+    the pictures each nearly halve the time. What they find is added in a fixed order, so that equal runs stay equal to
+    the last bit.
     """
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)  # a worker's setting is everybody's
+
+
+def add_gradients(parameters, gradients):
+    """Add float tensors, or None where a parameter was not reached, to the parameters' gradients."""
+    for parameter, value in zip(parameters, gradients):
+        if value is not None:
+            parameter.grad = value if parameter.grad is None else parameter.grad + value
+
+
+def language_by_threads(run, stage, records, parameters, report, num_threads):
+    """`one_after_another`, with a share of the records for each thread."""
     shares = [records[thread::num_threads] for thread in range(min(num_threads, len(records)))]
     size = math.ceil((stage.micro_batch_size or stage.batch_size) / num_threads)
 
     def work(share):
-        gradients, own_report = {}, Report()
+        found, own_report = [], Report()
+        backward = lambda loss: found.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+        return one_after_another(run, stage, share, own_report, backward, size), found, own_report
 
-        def backward(loss):
-            for place, value in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
-                if value is not None:
-                    gradients[place] = gradients[place] + value if place in gradients else value
-
-        return one_after_another(run, stage, share, own_report, backward, size), gradients, own_report
-
-    with ThreadPoolExecutor(len(shares), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with workers(len(shares)) as pool:
         results = list(pool.map(work, shares))
-    torch.set_num_threads(num_threads)  # the workers' own setting has become everybody's
-    for _, gradients, own_report in results:
+    for _, found, own_report in results:
         report.add(own_report)
-        for place, value in gradients.items():
-            parameter = parameters[place]
-            parameter.grad = value if parameter.grad is None else parameter.grad + value
+        for gradients in found:
+            add_gradients(parameters, gradients)
     return tuple(sum(values) for values in zip(*(sums for sums, _, _ in results)))
+
+
+def contrastive_by_threads(run, stage, records, parameters, report, num_threads):
+    """The contrastive loss, with a share of the pictures for each thread.
+
+    The loss needs all pictures at once, their features do not: features apart, then loss and its gradient with respect to
+    them, then the rest of the backward pass apart again (GradCache, arXiv:2101.06983, Sec. 3.2).
+    """
+    model = run.contrastive
+    with reading():
+        pixels, ids, lengths, right = contrastive_batch(records, run.tokenizer, stage.image_size, stage.image_fit,
+                                                        stage.max_tokens, report, run.preprocessing)
+    autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16")
+
+    def forward(share):
+        with autocast():
+            return model.embed_images(share)
+
+    def backward(features, gradient):
+        if features.requires_grad:
+            return torch.autograd.grad(features, parameters, gradient, allow_unused=True)
+        return [None] * len(parameters)  # the tower is frozen
+
+    with workers(num_threads) as pool:
+        features = list(pool.map(forward, pixels.chunk(num_threads)))
+        leaves = [one.detach().requires_grad_() for one in features]
+        with autocast():
+            loss = model.match(torch.cat(leaves), model.embed_texts(ids, lengths), right)
+        check_finite(loss, "loss", records)
+        gradients = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
+        add_gradients(parameters, gradients[len(leaves):])
+        for gradients in pool.map(backward, features, gradients[:len(leaves)]):
+            add_gradients(parameters, gradients)
+    return loss.item(), 1, int(lengths.sum())
+
+
+BY_THREADS = {"language": language_by_threads, "contrastive": contrastive_by_threads}
 
 
 def check_finite(value, what, records):

@@ -519,13 +519,41 @@ def test_threads_that_share_an_update_change_nothing(run, threads, number, size)
     assert all(torch.equal(p.grad, shared[name]) for name, p in run.model.named_parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("frozen", ["", "vision.", "text."])
+def test_threads_that_share_a_contrastive_update_change_nothing(run, threads, number, frozen):
+    stage = dataclasses.replace(RECIPE.stages("full", False)[0], image_size=8, clip=None)
+    records = [Squares(0).record(n) for n in range(5)]
+    for name, parameter in run.contrastive.named_parameters():
+        parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+    parameters = [parameter for parameter in run.contrastive.parameters() if parameter.requires_grad]
+    threads(1)
+    report, many_report = Report(), Report()
+    loss, norm, tokens = update.gradient(run, stage, records, parameters, report)
+    alone = [parameter.grad for parameter in parameters]
+    threads(number)
+    many = update.gradient(run, stage, records, parameters, many_report)
+    assert many == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5), tokens) and many_report == report
+    assert torch.get_num_threads() == number and all(value is not None for value in alone)
+    shared = [parameter.grad.clone() for parameter in parameters]
+    for value, expected in zip(shared, alone):
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-4)
+    update.gradient(run, stage, records, parameters, Report())
+    assert all(torch.equal(parameter.grad, value) for parameter, value in zip(parameters, shared))
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_error_in_an_update_names_its_records_on_any_thread(run, threads, number):
     threads(number)
     with torch.no_grad():
         run.model.decoder.embedding.weight.fill_(float("nan"))
+        run.contrastive.project_text.weight.fill_(float("nan"))
     with pytest.raises(update.TrainingError, match=f"the loss is nan; records: .*{RECORDS[0].id}"):
         gradients(run, language(), RECORDS)
+    stage = RECIPE.stages("full", False)[0]
+    with pytest.raises(update.TrainingError, match=f"the loss is nan; records: {RECORDS[0].id}"):
+        update.gradient(run, stage, RECORDS[:3], list(run.contrastive.parameters()), Report())
+    assert torch.get_num_threads() == number
 
 
 @pytest.mark.parametrize("number", [1, 2])
