@@ -5,6 +5,7 @@ To make all of them anew: python notebooks/results.py readme
 """
 
 import ast
+import functools
 import json
 import re
 import statistics
@@ -15,6 +16,7 @@ import torch
 from nanovlm.evaluation.nano_results import BLANK, BY_KIND, NAMES, results_table
 from nanovlm.names import nearest
 from nanovlm.recipes import find
+from nanovlm.recipes import table as models
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
@@ -23,21 +25,34 @@ OBJECTIVES = {"contrastive": "pictures against captions", "language": "the next 
 MAP = {  # heading -> files in reading order
     "To begin with": ("train.py", "sample.py"),
     "The model": tuple(f"nanovlm/{name}.py" for name in (
-        "vit", "contrastive", "projector", "resampler", "attention", "modality_adaptive", "adapter", "decoder", "vlm",
-        "shared_prefix")),
+        "vit", "contrastive", "siglip", "projector", "resampler", "abstractor", "qformer", "attention", "modality_adaptive",
+        "adapter", "cross_attention", "lora", "feed_forward", "decoder", "vlm", "shared_prefix")),
+    "Kernels": tuple(f"nanovlm/{name}.py" for name in (
+        "flash_attention", "flash_kernels", "fused_norm", "routed_projection", "linear_cross_entropy")),
     "Training": tuple(f"nanovlm/{name}.py" for name in (
         "stages", "optimizer", "trainer", "update", "run", "checkpoint", "interrupts", "progress")),
     "Answers": tuple(f"nanovlm/{name}.py" for name in (
-        "sampler", "prefill", "cache", "logits_processors", "beam_search", "chat")),
-    "Recipes": tuple(f"nanovlm/recipes/{name}.py" for name in ("nano", "nano_resampler", "nano_tests", "recipe", "start", "__init__")),
+        "sampler", "prefill", "cache", "logits_processors", "beam_search", "beams", "beam_search_4_28", "length_groups",
+        "shared_prompts", "workspace", "fast_decode", "fast_steps", "chat")),
+    "Published weights": tuple(f"nanovlm/{name}.py" for name in (
+        "weights", "weight_tables", "weight_files", "weight_loading", "weight_errors", "layouts", "vision_layouts",
+        "pair_layouts")),
+    "Recipes": tuple(f"nanovlm/recipes/{name}.py" for name in (
+        "nano", "nano_resampler", "nano_tests", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo", "small",
+        "bare", "recipe", "start", "opening", "table", "convert", "export", "inspect", "coverage", "compare", "golden",
+        "golden_run", "golden_sizes", "__init__", "__main__")),
     "Data": tuple(f"nanovlm/data/{name}.py" for name in (
-        "records", "easy_vqa", "scenes", "scene_questions", "scene_source", "scene_texts", "scene_parsing", "datasets",
-        "images", "tokenizer", "templates", "batching", "mixture", "show", "__main__")),
+        "records", "llava_json", "easy_vqa", "scenes", "scene_questions", "scene_source", "scene_texts", "scene_parsing",
+        "datasets", "images", "augment", "video", "frame_cache", "tokenizer", "published_tokenizers", "sentencepiece",
+        "templates", "batching", "mixture", "show", "__main__")),
     "Evaluation": tuple(f"nanovlm/evaluation/{name}.py" for name in (
-        "short_answer", "nano_results", "zero_shot", "exam", "pictures", "attention_maps")),
+        "short_answer", "nano_results", "zero_shot", "exam", "pictures", "attention_maps", "vqa_accuracy", "captions", "pope",
+        "mme", "choice", "judge", "rankings", "pairwise", "agreement", "protocols", "speaker", "items", "readers",
+        "choice_readers", "tasks", "summaries", "prediction_file", "runner", "report", "__main__")),
+    "Measuring speed": tuple(f"nanovlm/{name}.py" for name in ("bench", "bench_cases", "bench_compile", "bench_kernels")),
     "Small help": ("nanovlm/names.py",),
     "Around the lessons": tuple(f"notebooks/{name}.py" for name in (
-        "lesson", "checks", "solutions", "ablation_07", "build", "results", "readme_tables", "figures")),
+        "lesson", "checks", "solutions", "ablation_04", "ablation_07", "build", "results", "readme_tables", "figures")),
 }  # fmt: skip
 
 
@@ -108,6 +123,20 @@ def recipe_block(names):
             f"{sum(sizes.values()):,} parameters: {listed}."]
 
 
+@functools.cache
+def counted_models():
+    """The tables of all recipes' models: list of (title, headings, rows)."""
+    return models.tables(models.rows())
+
+
+def models_block(names):
+    """One of the tables of recipes/table.py, by the first word that is only in its title."""
+    chosen = [(headings, rows) for title, headings, rows in counted_models() if names[0] in title.lower()]
+    if len(chosen) != 1:
+        raise ValueError(f"README.md: {len(chosen)} tables of the models have {names[0]!r} in their title; one is needed")
+    return table(*chosen[0])
+
+
 def files_block(names):
     """All files of the project's code, their lines, and the first sentence of each."""
     rows = []
@@ -120,7 +149,7 @@ def files_block(names):
 
 BLOCKS = {
     "printed": printed_block, "results": results_block, "kinds": kinds_block, "compare": compare_block,
-    "recipe": recipe_block, "files": files_block,
+    "recipe": recipe_block, "files": files_block, "models": models_block,
 }  # fmt: skip
 
 
