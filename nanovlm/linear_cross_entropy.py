@@ -46,9 +46,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d_bias += d_scores.sum(0)
             d_scores = d_scores.to(hidden.dtype)
             if d_hidden is not None:
-                torch.mm(d_scores, weight, out=d_hidden[place : place + ROWS])
+                d_hidden[place : place + ROWS].copy_(d_scores @ weight)
             if d_weight is not None:
                 add_product(d_weight, d_scores.t(), rows)
+            del scores, shares, d_scores  # before the next rows are scored
         gradients = (d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype),
                      d_bias if d_bias is None else d_bias.to(bias.dtype))  # fmt: skip
         ctx.save_for_backward(*gradients)
@@ -84,9 +85,9 @@ def linear_cross_entropy(hidden, weight, labels, bias=None):
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)} must be one for each of the {len(weight)} rows of weight")
     kind = hidden.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return LinearCrossEntropy.apply(hidden, weight, bias, labels)
-    dtype = torch.get_autocast_dtype(kind)  # cast once here, not once per chunk
-    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
-    with torch.autocast(kind, enabled=False):
-        return LinearCrossEntropy.apply(hidden, weight, bias, labels)
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # once here, not once per chunk
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+    if not torch.is_grad_enabled():  # autograd functions are told of gradients all the same
+        hidden, weight, bias = hidden.detach(), weight.detach(), bias if bias is None else bias.detach()
+    return LinearCrossEntropy.apply(hidden, weight, bias, labels)

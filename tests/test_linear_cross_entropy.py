@@ -116,8 +116,8 @@ def test_a_second_backward_pass_is_refused():
 
 @pytest.mark.parametrize("trained", ["both", "hidden"])
 def test_no_scores_of_all_rows_are_ever_alive(trained):
-    """N = 1,024 tokens and 6,144 words in proportion to the real 49,152 times 576: bytes at most 1 / 2.5 of eager's."""
-    hidden, weight, _, labels = make(1024, 72, 6144)
+    """1,024 tokens of 576 channels, an eighth of SmolLM2's 49,152 words: bytes at most 1 / 2.5 of eager's."""
+    hidden, weight, _, labels = make(1024, 576, 6144)
     weight.requires_grad_(trained == "both")
     peaks = []
     for function in (eager, linear_cross_entropy):
@@ -134,6 +134,14 @@ def test_no_scores_of_all_rows_are_ever_alive(trained):
 def test_meta_tensors_are_counted_too():
     hidden, weight, bias, labels = (x.to("meta") for x in make(300))
     assert linear_cross_entropy(hidden, weight, labels, bias).shape == ()
+
+
+def test_no_gradient_is_made_where_none_is_wanted():
+    hidden, weight, bias, labels = make(600, 600, 4000)
+    with torch.no_grad(), PeakBytes() as memory:
+        loss = linear_cross_entropy(hidden, weight, labels, bias)
+    assert memory.peak < 2.2 * 256 * 4000 * 4  # the scores of one chunk, and of the one before
+    torch.testing.assert_close(loss, eager(hidden, weight, labels, bias).detach())
 
 
 def test_shapes_that_do_not_fit():
