@@ -28,7 +28,7 @@ from nanovlm.names import nearest
 from nanovlm.progress import Bar, Log, measures_table, plot_curves, say
 from nanovlm.run import text_side
 from nanovlm.stages import Stage
-from nanovlm.update import TrainingError, gradient, reading
+from nanovlm.update import TrainingError, gradient, reading, step
 
 
 @dataclass
@@ -187,8 +187,7 @@ class Trainer:
                 raise TrainingError(f"stage {stage.name}, step {current.step + 1} of {stage.steps}: {error}") from error
             raise
         optimizer.set_lr(current.optimizers, optimizer.lr_factor(current.step, stage))
-        for one in current.optimizers:
-            one.step()
+        step(current.optimizers)
         current.step += 1
         self.step += 1
         rate = tokens / (time.monotonic() - began)

@@ -542,6 +542,23 @@ def test_threads_that_share_a_contrastive_update_change_nothing(run, threads, nu
     assert all(torch.equal(parameter.grad, value) for parameter, value in zip(parameters, shared))
 
 
+def test_a_step_is_taken_by_one_thread(threads):
+    threads(3)
+    seen = []
+
+    class Optimizer:
+        def step(self):
+            seen.append(torch.get_num_threads())
+            if len(seen) == 3:
+                raise RuntimeError("out of luck")
+
+    update.step([Optimizer(), Optimizer()])
+    assert seen == [1, 1] and torch.get_num_threads() == 3
+    with pytest.raises(RuntimeError, match="out of luck"):
+        update.step([Optimizer()])
+    assert torch.get_num_threads() == 3
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_error_in_an_update_names_its_records_on_any_thread(run, threads, number):
     threads(number)
