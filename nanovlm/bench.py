@@ -230,10 +230,10 @@ def make_parser():
     command.add_argument("--out", default="notebooks/results", metavar="FOLDER", help="where the dated table goes")
     command.add_argument("--rounds", type=int, default=20, metavar="N", help="measurements of each contender")
     command.add_argument("--only", default="", metavar="WORD", help="what has this in its name: causal, projection, loss …")
-    command.set_defaults(run=lambda wishes: importlib.import_module("nanovlm.bench_kernels").run(wishes))
+    command.set_defaults(run=lambda wishes: importlib.import_module("nanovlm.bench_kernels").measure_all(wishes))
     command = commands.add_parser("compile", allow_abbrev=False, help="registers, spills and memory of every kernel, without a GPU")
     command.add_argument("--kernel", action="append", choices=("attention", "projection", "norm"), help="may be given several times")
-    command.set_defaults(rounds=1, run=lambda wishes: importlib.import_module("nanovlm.bench_compile").run(wishes))
+    command.set_defaults(rounds=1, run=lambda wishes: importlib.import_module("nanovlm.bench_compile").judge_all(wishes))
     return parser
 
 

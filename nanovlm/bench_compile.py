@@ -194,6 +194,6 @@ def compile_all(names=("attention", "projection", "norm")):
     return bad
 
 
-def run(wishes):
+def judge_all(wishes):
     """The command `bench compile`; returns the exit code, 1 if a kernel has a fault."""
     return int(compile_all(wishes.kernel or ("attention", "projection", "norm")) > 0)

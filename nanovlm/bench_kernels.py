@@ -232,7 +232,7 @@ def measures(only):
     return chosen
 
 
-def run(wishes):
+def measure_all(wishes):
     """The command `bench kernels`; returns the exit code."""
     if not torch.cuda.is_available():
         print("torch finds no GPU here: nothing is measured. `python -m nanovlm.bench compile` judges compiled code.\n")

@@ -57,7 +57,7 @@ BESIDE = [
     (r"$H^K = \phi(\tilde H, M, V) W^{K_V} + \phi(\tilde H, M, T) W^{K_T}$ (6)", DecoderAttention.forward, "split(self.k"),
     (r"$H^V = \phi(\tilde H, M, V) W^{V_V} + \phi(\tilde H, M, T) W^{V_T}$ (7)", DecoderAttention.forward, "split(self.v"),
     (r"$C = \mathrm{softmax}(H^Q {H^K}^\top / \sqrt{d})\, H^V$ (8)", DecoderAttention.forward, "seen = attention("),
-    (r"the feed-forward behind it: shared, but its norm is split too", DecoderLayer.forward, "self.ffn("),
+    (r"the feed-forward behind it: shared, but its norm is split too", DecoderLayer.forward, "self.ffn(split("),
 ]
 
 
@@ -74,7 +74,7 @@ Markdown("| equation | code |\n|---|---|\n" + "\n".join(
 # %% [markdown]
 # `split` binds a layer to the batch: a plain layer stays as it is, a `ModalityAdaptive` one is told where each
 # modality stands. Such a layer has two forms. `as_written` runs both branches over *all* tokens and lets each
-# token keep its own; `routed` picks the tokens out first:
+# token keep its own; `routed` picks the tokens out first. (`in_place` is for GPUs: it moves no token at all.)
 
 # %%
 show_source(ModalityAdaptive)
@@ -137,7 +137,7 @@ plt.show()
 # pass through a branch.
 
 # %%
-def run(form, layer, x):
+def try_form(form, layer, x):
     """Output, gradients of input and weights, and the number of tokens that met a branch."""
     passed = []
     hooks = [branch.register_forward_hook(lambda _, inputs, __: passed.append(inputs[0].shape[:-1].numel()))
@@ -157,7 +157,7 @@ for name, layer in (
 ):
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    (written, many), (routed, few) = run("as_written", layer, x), run("routed", layer, x)
+    (written, many), (routed, few) = try_form("as_written", layer, x), try_form("routed", layer, x)
     difference = max((a - b).abs().max().item() for a, b in zip(written, routed))
     print(f"{name:<9}: largest difference {difference:.1e}; {len(flat)} tokens, branches run on {many} as written, {few} routed")
 
