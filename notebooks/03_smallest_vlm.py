@@ -88,13 +88,13 @@ tokenizer = train_tokenizer(["user: \nbot:", *(f" {text}" for text in texts)], v
 NUM_IMAGE_TOKENS = 4
 
 
-def rows(records):
+def make_batch(records):
     """Records as a Batch, one row per question."""
     count = lambda image_size, num_frames: NUM_IMAGE_TOKENS  # whatever the picture: a resampler's output is fixed
     return build_batch(records, NANO, tokenizer, count, IMAGE_SIZE, "crop", max_tokens=32)
 
 
-batch = rows(exam_records[:3])
+batch = make_batch(exam_records[:3])
 words = [["picture" if i == IMAGE_TOKEN else "<s>" if i == tokenizer.bos else "</s>" if i == tokenizer.eos else
           "" if segment < 0 else tokenizer.decode([i]).replace("\n", "↵") for i, segment in zip(*both)]
          for both in zip(batch.ids.tolist(), batch.segments.tolist())]  # fmt: skip
@@ -243,7 +243,7 @@ def train_on_questions(model, source, steps, after_step=lambda step: None):
     )  # fmt: skip
 
     def loss_of(step):
-        loss, num_tokens = model.loss(rows(next_records(source, step)))
+        loss, num_tokens = model.loss(make_batch(next_records(source, step)))
         return loss / num_tokens
 
     train(parts, stage, loss_of, after_step)

@@ -207,6 +207,7 @@ def naive_4_28(model, prompt, decoding, generator):
     return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_the_rules_of_transformers_4_28(model, do_sample):
     chance = random.Random(do_sample)

@@ -9,6 +9,7 @@ from nanovlm.attention import BACKENDS, Visible, attention, full
 flash = pytest.importorskip("nanovlm.flash_attention")
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     interpreter.run("flash_attention.py")
 

@@ -8,6 +8,7 @@ import interpreter
 module = pytest.importorskip("nanovlm.fused_norm")
 
 
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     interpreter.run("fused_norm.py")
 

@@ -126,7 +126,9 @@ def random_case(chance, kind):
     return Decoding(**options), prompts
 
 
-@pytest.mark.parametrize("kind", ["greedy", "sampling", "beam search", "beam sampling"])
+@pytest.mark.parametrize("kind", [
+    "greedy", "sampling", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("beam search", "beam sampling"))
+])  # fmt: skip
 def test_the_same_tokens(models, kind):
     theirs, ours = models
     chance = random.Random(kind)

@@ -130,6 +130,7 @@ def test_routing_in_place_never_waits_for_a_device():
         route(modality, in_place=False)
 
 
+@pytest.mark.slow
 def test_product_of_sorted_tiles_in_the_interpreter():
     interpreter.run("routed_projection.py")
 

@@ -18,6 +18,7 @@ import train
 from nanovlm.data import __main__ as data_command
 from nanovlm.evaluation.exam import Exam, exam_records
 from nanovlm.evaluation.pictures import exam_questions
+from nanovlm.recipes import __main__ as recipes_command
 from nanovlm.recipes import find, start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,10 +98,15 @@ def test_its_training_commands_are_understood(arguments):
     )
 
 
+@pytest.mark.parametrize("arguments", commands(["python", "-m", "nanovlm.recipes"]), ids=" ".join)
+def test_its_commands_about_published_weights_are_understood(arguments):
+    assert recipes_command.parser(arguments[0]).parse_args(arguments[1:])
+
+
 @pytest.mark.parametrize("arguments", commands(["python", "sample.py"]), ids=" ".join)
 def test_its_questions_are_understood(arguments):
     wishes = sample.parse(arguments)
-    assert wishes.folder == "out/nano"
+    assert wishes.folder in ("out/nano", "FOLDER")
     if wishes.draw:
         sample.parse_scene(wishes.draw, sample.numpy.random.default_rng(0), 64)
 
@@ -112,7 +118,8 @@ def test_it_shows_commands_of_each_kind():
 
 
 def test_its_flags_exist():
-    known = {word for parser in (train.make_parser(), sample.make_parser(), data_command.make_parser())
+    parsers = [recipes_command.parser(command) for command in recipes_command.COMMANDS]
+    known = {word for parser in (train.make_parser(), sample.make_parser(), data_command.make_parser(), *parsers)
              for word in parser._option_string_actions}
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", re.sub(r"pip install .*", "", README)))
     assert len(named) > 15 and named <= known

@@ -13,7 +13,7 @@ from nanovlm.evaluation.zero_shot import easy_vqa_zero_shot
 QUICK_PICTURES = 40  # of each test
 SMOKE_PICTURES = 4  # the same in a smoke run
 TRY = (
-    'python sample.py {folder} --draw "red circle left of blue star" "how many objects are there?"',
+    'python sample.py {folder} --draw "red circle left of blue star" "what is left of the blue star?"',
     "python sample.py {folder}                        (a chat; /image PATH shows it a picture)",
 )
 
