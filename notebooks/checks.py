@@ -59,6 +59,33 @@ def check_patchify(patchify):
     ))  # fmt: skip
 
 
+def latest_by_walking(is_media):
+    """bool[T] -> bool[T, pictures]: each token sees the picture shown last, and none before the first."""
+    seen, latest = torch.zeros(len(is_media), int(is_media.sum()), dtype=torch.bool), -1
+    for token in range(len(is_media)):
+        latest += int(is_media[token])
+        if latest >= 0:
+            seen[token, latest] = True
+    return seen
+
+
+def check_sees(sees):
+    """Lesson 02. sees(is_media bool[T]) -> bool[T, pictures], True where a token sees a picture. Raises: AssertionError."""
+    for places in ((1, 4, 8), (0, 1), (5,), ()):
+        is_media = torch.zeros(10, dtype=torch.bool)
+        is_media[list(places)] = True
+        answer, expected = sees(is_media), latest_by_walking(is_media)
+        if isinstance(answer, torch.Tensor) and answer.shape == expected.shape:
+            answer, first = answer.bool(), min(places, default=10)
+            assert not answer[:first].any(), "a token before the first picture sees one; it must see none."
+            assert answer[list(places)].any(1).all() and torch.equal(answer[list(places)], expected[list(places)]), (
+                "a media token does not see its own picture and that alone; text time counts up to and with the token."
+            )
+        compare(answer.float() if isinstance(answer, torch.Tensor) else answer, expected.float(), (
+            f"with pictures at {places} some token does not see exactly the latest one."
+        ))  # fmt: skip
+
+
 def check_place(place):
     """Lesson 03. place(embeddings float[B, T, W], is_image bool[B, T], image_tokens float[n, W]) -> float[B, T, W].
 

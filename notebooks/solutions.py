@@ -9,6 +9,12 @@ def patchify(pixels, patch_size):
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # F N 3pp
 
 
+def sees_latest(is_media):
+    """Lesson 02: the number of a picture equals the count of media tokens so far; with >= all earlier ones are seen too."""
+    text_time = is_media.cumsum(0)
+    return text_time[:, None] == torch.arange(1, int(is_media.sum()) + 1)
+
+
 def place(embeddings, is_image, image_tokens):
     """Lesson 03: the k-th image token goes to the k-th True of is_image, counted row by row."""
     placed = embeddings.clone()

@@ -79,7 +79,7 @@ def png_outputs(notebook):
 # ---- what stands beside the sources
 
 def test_the_lessons_are_there():
-    assert [path.stem[:2] for path in LESSONS] == ["01", "03", "04", "05", "07", "09", "10"]
+    assert [path.stem[:2] for path in LESSONS] == ["01", "02", "03", "04", "05", "07", "09", "10"]
 
 
 @every_lesson
@@ -183,6 +183,18 @@ def plain_reshape(pixels, patch_size):
 
 def transposed(pixels, patch_size):
     return solutions.patchify(pixels, patch_size).transpose(1, 2)
+
+
+def sees_all_before(is_media):
+    return is_media.cumsum(0)[:, None] >= torch.arange(1, int(is_media.sum()) + 1)
+
+
+def not_its_own(is_media):
+    return (is_media.cumsum(0) - is_media.long())[:, None] == torch.arange(1, int(is_media.sum()) + 1)
+
+
+def the_first_from_the_start(is_media):
+    return is_media.cumsum(0).clamp(min=1)[:, None] == torch.arange(1, int(is_media.sum()) + 1)
 
 
 def starts_again_in_every_row(embeddings, is_image, image_tokens):
@@ -344,6 +356,7 @@ def mean_instead_of_sum(shares, d_shares):
 
 EXERCISES = {
     "check_patchify": (solutions.patchify, (patches_by_column, colors_last, plain_reshape, transposed)),
+    "check_sees": (solutions.sees_latest, (sees_all_before, not_its_own, the_first_from_the_start)),
     "check_place": (solutions.place, (
         starts_again_in_every_row, column_by_column, adds_instead_of_replacing, at_the_front, overwrites_its_input,
     )),
@@ -385,6 +398,9 @@ def test_a_wrong_answer_fails(check, wrong):
     ("check_patchify", patches_by_column, "another order; go along the rows"),
     ("check_patchify", colors_last, "channel, row, column"),
     ("check_patchify", transposed, r"shape \(2, 48, 15\), expected \(2, 15, 48\)"),
+    ("check_sees", sees_all_before, "its own picture and that alone"),
+    ("check_sees", not_its_own, "counts up to and with the token"),
+    ("check_sees", the_first_from_the_start, "before the first picture sees one"),
     ("check_place", starts_again_in_every_row, "without starting again"),
     ("check_place", at_the_front, "a word's embedding changed"),
     ("check_place", overwrites_its_input, "return a new tensor"),
@@ -579,7 +595,7 @@ def test_longer_means_as_many_steps_more_as_the_tower_takes(monkeypatch):
 def test_build_finds_lessons_by_number():
     assert build.lessons() == LESSONS
     assert [path.stem for path in build.lessons(["07", "01"])] == ["07_modality_adaptive", "01_image_to_tokens"]
-    with pytest.raises(ValueError, match="no lesson '12'; lessons: 01, 03, "):
+    with pytest.raises(ValueError, match="no lesson '12'; lessons: 01, 02, 03, "):
         build.lessons(["12"])
 
 
