@@ -8,9 +8,9 @@ AA = annotation adaption, SI = self-instruct. Files are read item by item: memor
 """
 
 import json
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from nanovlm.vlit.reading import Unreadable, records
 
 IMAGE = "<image>"
 ROLES = {
@@ -19,8 +19,6 @@ ROLES = {
     "system": "system",
 }  # fmt: skip
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
-BETWEEN = re.compile(r"[\s,\[\]]*")  # what stands around the objects of a list
-CHUNK = 1 << 20  # characters read at once
 
 
 @dataclass(frozen=True)
@@ -101,74 +99,16 @@ def read(path):
 
     Args:
       path: .json or .jsonl; whether it holds a list, JSON lines or objects behind one another is found out by looking.
-    Returns: iterator of (where, Sample), or (where, ValueError) for what cannot be read; where names file and line.
-    Raises: FileNotFoundError; ValueError if it is no text, or holds no object at all.
+    Returns: iterator of (where, Sample), or (where, Unreadable) for what cannot be read; where names file and line.
+    Raises: FileNotFoundError; ValueError if it holds no record at all, or as a whole is of another form.
     """
-    found = False
-    for where, item in objects(path):
-        found = True
-        if not isinstance(item, ValueError):
+    for where, item in records(path):
+        if not isinstance(item, Unreadable):
             try:
                 item = sample(item)
             except ValueError as error:
-                item = error
+                item = Unreadable(str(error), json.dumps(item))
         yield where, item
-    if not found:
-        raise ValueError(f"{path} holds no item")
-
-
-def objects(path):
-    """Objects of a JSON file, one after another: iterator of (where, value), or (where, ValueError).
-
-    Lines end at "\\n" only, as U+2028 may stand inside a text. In a file of lines a broken line costs itself alone;
-    elsewhere nothing can be read behind a break.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        try:
-            first = next((line for line in file if line.strip()), "")
-            file.seek(0)
-            yield from _lines(path, file) if _is_whole(first) else _stream(path, file)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-
-
-def _is_whole(line):
-    """Whether a first line is an object by itself; "{" and "[" alone begin something longer."""
-    return line.lstrip().startswith("{") and line.rstrip().endswith("}")
-
-
-def _lines(path, file):
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except ValueError as error:
-                yield f"{path}, line {number}", ValueError(f"no JSON ({error})")
-
-
-def _stream(path, file):
-    """A list, or pretty-printed objects behind one another."""
-    decoder, text, place, line, size = json.JSONDecoder(), "", 0, 1, CHUNK
-    while True:
-        start = BETWEEN.match(text, place).end()
-        line += text.count("\n", place, start)
-        place = start
-        try:
-            value, end = decoder.raw_decode(text, place)
-        except ValueError as error:
-            more = file.read(size)
-            if more:
-                text, place, size = text[place:] + more, 0, 2 * size  # twice as much: no long object is decoded often
-                continue
-            if place < len(text):
-                yield f"{path}, line {line}", ValueError(f"no JSON from here on ({error})")
-            return
-        yield f"{path}, line {line}", value
-        line += text.count("\n", place, end)
-        place, size = end, CHUNK
 
 
 def write_line(file, sample):
