@@ -10,7 +10,8 @@ AA = annotation adaption, SI = self-instruct. Files are read item by item: memor
 import json
 from dataclasses import dataclass, field
 
-from nanovlm.vlit.reading import Unreadable, records
+from nanovlm.data import json_files
+from nanovlm.names import nearest
 
 IMAGE = "<image>"
 ROLES = {
@@ -18,7 +19,18 @@ ROLES = {
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "system": "system",
 }  # fmt: skip
+CONTAINERS = {  # key at the top of a file -> what it is; these are no records
+    "data": "MIMIC-IT's or TextVQA's file", "annotations": "MiniGPT-4's or COCO's file", "questions": "a VQA question file",
+}  # fmt: skip
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+class Unreadable(ValueError):
+    """Why a record cannot be read. text: the record as it stands in the file."""
+
+    def __init__(self, why, text):
+        super().__init__(why)
+        self.text = text
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,10 @@ def sample(item):
 def _turn(turn):
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise ValueError(f"a turn with from and value was expected, found {turn!r}")
+    try:
+        turn["value"].encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
+        raise ValueError(f"not text: {error}") from error
     if turn.get("from") not in ROLES:
         raise ValueError(f"unknown speaker {turn.get('from')!r}; known: {', '.join(ROLES)}")
     return ROLES[turn["from"]], turn["value"]
@@ -102,13 +118,35 @@ def read(path):
     Returns: iterator of (where, Sample), or (where, Unreadable) for what cannot be read; where names file and line.
     Raises: FileNotFoundError; ValueError if it holds no record at all, or as a whole is of another form.
     """
-    for where, item in records(path):
-        if not isinstance(item, Unreadable):
-            try:
-                item = sample(item)
-            except ValueError as error:
-                item = Unreadable(str(error), json.dumps(item))
-        yield where, item
+    found = False
+    for element in json_files.records(path):
+        found, value = True, element.value
+        _refuse_container(path, value)
+        try:
+            if isinstance(value, ValueError):
+                raise value
+            value = sample(value)
+        except ValueError as error:
+            why = str(error).removeprefix(f"{element.where}: ").removeprefix(f"{element.where}, ")
+            value = Unreadable(why, _text(path, element))
+        yield element.where, value
+    if not found:
+        raise ValueError(f"{path} holds no record; a list or lines of objects were expected")
+
+
+def _text(path, element):
+    with json_files.open_bytes(path) as file:
+        file.seek(element.start)
+        return file.read(element.stop - element.start).decode("utf-8", "replace").strip()
+
+
+def _refuse_container(path, value):
+    key = next((key for key in CONTAINERS if key in value), None) if isinstance(value, dict) else None
+    if key and "conversations" not in value and isinstance(value[key], (dict, list)):
+        raise ValueError(
+            f"{path}: the key {key!r} at its top makes it {CONTAINERS[key]}, not a file of records; bring it into LLaVA's "
+            "form with `python -m nanovlm.data convert`"
+        )
 
 
 def write_line(file, sample):
