@@ -264,3 +264,34 @@ def check_nucleus(nucleus):
             else:
                 compare(answer, expected, "")
             assert torch.equal(probabilities, before), "your function changed the probabilities it was given."
+
+
+def check_bridge(make):
+    """Lesson 11. make(vision_width, output_width) -> a bridge whose image tokens are the rows of the picture.
+
+    Raises: AssertionError.
+    """
+    vision_width, width = 8, 12
+    try:
+        bridge = make(vision_width, width)
+        model = VLM(ViT(ViTConfig(8, 4, vision_width, 0, 1, 8)), bridge, Decoder(DecoderConfig(20, width, 1, 1, 8, 16, (LayerOptions(),))))
+        count = bridge.num_image_tokens(9)
+    except (TypeError, AttributeError, NotImplementedError) as error:
+        raise AssertionError(f"it is no bridge yet: {error}") from error
+    assert count == 3, f"num_image_tokens(9) is {count}; 3 x 3 patches have 3 rows."
+    assert bridge.num_image_tokens(9, 2) == 6, "num_image_tokens forgets the frames: two frames of 3 rows are 6 image tokens."
+    linear = getattr(model.bridge, "linear", None)
+    assert isinstance(linear, nn.Linear), "it has no layer called linear."
+    generator = torch.Generator().manual_seed(0)
+    for frames in (1, 2):
+        patches = torch.randn(2, frames * 9, vision_width, generator=generator)
+        grid = patches.view(2, frames, 3, 3, vision_width)  # M f rows columns D
+        expected = torch.stack([
+            linear((grid[:, f, row, 0] + grid[:, f, row, 1] + grid[:, f, row, 2]) / 3) for f in range(frames) for row in range(3)
+        ], dim=1)  # fmt: skip
+        columns = linear(grid.mean(2)).flatten(1, 2)
+        answer = bridge(patches, frames)
+        hint = "an image token is not the mean of its row of patches, mapped by linear."
+        if isinstance(answer, torch.Tensor) and answer.shape == columns.shape and torch.allclose(answer, columns, atol=1e-4):
+            hint = "these are the columns; patches stand row by row, so the ones of a row are neighbours."
+        compare(answer, expected, hint)

@@ -1,5 +1,7 @@
 """One solution of each exercise; the lessons show them at their end."""
 
+import math
+
 import torch
 
 
@@ -78,3 +80,21 @@ def nucleus(probabilities, p):
     kept = torch.empty_like(probabilities, dtype=torch.bool)
     kept[order] = before < p
     return kept
+
+
+class RowBridge(torch.nn.Module):
+    """Lesson 11: the mean of every row of patches, through one linear layer."""
+
+    def __init__(self, vision_width, output_width):
+        super().__init__()
+        self.output_width = output_width
+        self.linear = torch.nn.Linear(vision_width, output_width)
+
+    def num_image_tokens(self, num_patches, num_frames=1):
+        """As many as the grid has rows, for every frame."""
+        return math.isqrt(num_patches) * num_frames
+
+    def forward(self, patches, num_frames=1, out=None):
+        """float[M, frames * N, vision_width] -> float[M, frames * rows, output_width]."""
+        side = math.isqrt(patches.shape[1] // num_frames)
+        return self.linear(patches.unflatten(1, (num_frames * side, side)).mean(dim=2))

@@ -5,6 +5,7 @@ import base64
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -79,7 +80,7 @@ def png_outputs(notebook):
 # ---- what stands beside the sources
 
 def test_the_lessons_are_there():
-    assert [path.stem[:2] for path in LESSONS] == ["01", "02", "03", "04", "05", "07", "09", "10"]
+    assert [path.stem[:2] for path in LESSONS] == ["01", "02", "03", "04", "05", "07", "09", "10", "11"]
 
 
 @every_lesson
@@ -306,6 +307,28 @@ def sorts_what_it_was_given(probabilities, p):
     return kept
 
 
+class ColumnBridge(solutions.RowBridge):
+    def forward(self, patches, num_frames=1, out=None):
+        side = math.isqrt(patches.shape[1] // num_frames)
+        return self.linear(patches.unflatten(1, (num_frames, side, side)).mean(dim=2)).flatten(1, 2)
+
+
+class OneTokenBridge(solutions.RowBridge):
+    def num_image_tokens(self, num_patches, num_frames=1):
+        return 1
+
+
+class StillsOnlyBridge(solutions.RowBridge):
+    def num_image_tokens(self, num_patches, num_frames=1):
+        return super().num_image_tokens(num_patches)
+
+
+class SumBridge(solutions.RowBridge):
+    def forward(self, patches, num_frames=1, out=None):
+        side = math.isqrt(patches.shape[1] // num_frames)
+        return self.linear(patches.unflatten(1, (num_frames * side, side)).sum(dim=2))
+
+
 def unfinished(*arguments):
     return None
 
@@ -375,6 +398,7 @@ EXERCISES = {
     "check_nucleus": (solutions.nucleus, (
         leaves_out_the_word_that_crosses, answers_in_sorted_order, everything_above_a_threshold, sorts_what_it_was_given,
     )),
+    "check_bridge": (solutions.RowBridge, (ColumnBridge, OneTokenBridge, StillsOnlyBridge, SumBridge)),
 }  # fmt: skip
 WRONG = [(check, wrong) for check, (_, answers) in EXERCISES.items() for wrong in (*answers, unfinished)]
 
@@ -427,6 +451,11 @@ def test_a_wrong_answer_fails(check, wrong):
     ("check_nucleus", everything_above_a_threshold, "words instead of"),
     ("check_nucleus", sorts_what_it_was_given, "changed the probabilities"),
     ("check_nucleus", unfinished, "returned None"),
+    ("check_bridge", ColumnBridge, "these are the columns"),
+    ("check_bridge", OneTokenBridge, "3 x 3 patches have 3 rows"),
+    ("check_bridge", StillsOnlyBridge, "forgets the frames"),
+    ("check_bridge", SumBridge, "not the mean of its row"),
+    ("check_bridge", unfinished, "no bridge yet"),
 ])  # fmt: skip
 def test_the_hint_names_the_mistake(check, wrong, hint):
     with pytest.raises(AssertionError, match=hint):
