@@ -9,8 +9,10 @@ AA = annotation adaption, SI = self-instruct. Files are read item by item: memor
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nanovlm.data import json_files
+from nanovlm.evaluation.items import Encoded
 from nanovlm.names import nearest
 
 IMAGE = "<image>"
@@ -22,6 +24,7 @@ ROLES = {
 CONTAINERS = {  # key at the top of a file -> what it is; these are no records
     "data": "MIMIC-IT's or TextVQA's file", "annotations": "MiniGPT-4's or COCO's file", "questions": "a VQA question file",
 }  # fmt: skip
+LONGEST_PATH = 255  # characters; a longer name is a picture in base64
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
@@ -62,6 +65,12 @@ class Sample:
     def responses(self):
         """What the assistant says: list of str."""
         return [text for role, text in self.turns if role == "assistant"]
+
+    @property
+    def pairs(self):
+        """Every instruction that is answered, with its response: list of (str, str)."""
+        turns = [(role, text.replace(IMAGE, " ").strip() if role == "user" else text.strip()) for role, text in self.turns]
+        return [(one[1], other[1]) for one, other in zip(turns, turns[1:]) if (one[0], other[0]) == ("user", "assistant")]
 
     def item(self):
         """As it stands in a file: dict. What is empty is left out."""
@@ -147,6 +156,22 @@ def _refuse_container(path, value):
             f"{path}: the key {key!r} at its top makes it {CONTAINERS[key]}, not a file of records; bring it into LLaVA's "
             "form with `python -m nanovlm.data convert`"
         )
+
+
+def picture(name, root):
+    """Where a picture of a sample is: Path, or items.Encoded.
+
+    Args:
+      name: as the sample has it: a path with its folder or without, or base64 with a data-URL prefix or without.
+      root: Path, where paths start.
+    Raises: FileNotFoundError.
+    """
+    if name.startswith("data:") or (len(name) > LONGEST_PATH and "." not in name[-6:]):
+        return Encoded(name)
+    for path in (Path(root) / name, Path(root) / Path(name).name):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{Path(root) / name}: no such image")
 
 
 def write_line(file, sample):

@@ -1,0 +1,142 @@
+"""Matching degree: how close a response is to its picture in the space of a contrastive model.
+
+    MD = mean over samples of 100 · cos(E_image, E_text(response))          VLIT review, Sec. 4.2.3
+
+A response longer than the text tower reads is cut into sentences, whose cosines are averaged; of several pictures the
+closest counts. With a CLIP folder the number is the review's MD (30.7 to 34.1 in its Table 4); with the towers of a model
+trained here it is named "MD (own encoder)" and compares with nothing else. Grounding precision needs no model: of the
+things that a response names, the share that annotators saw in the picture. It is no MD and is never called so.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from nanovlm.data.images import CLIP, Preprocessing, load, to_pixels
+from nanovlm.data.tokenizer import Tokenizer
+from nanovlm.evaluation.items import Encoded
+from nanovlm.recipes import find, load as load_model
+from nanovlm.recipes.start import build_models, load_weights
+from nanovlm.vlit.words import named, tokens
+
+SENTENCE = re.compile(r"(?<=[.!?])\s+")
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
+BATCH = 32  # pictures and responses encoded at once
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Two towers and what leads to them. name: of the indicator. ids: str -> list of int, begin and end included."""
+
+    name: str
+    model: Any  # contrastive.TwoTowers
+    ids: Callable
+    image_size: int
+    image_fit: str = "crop"
+    preprocessing: Preprocessing = CLIP
+
+    @torch.no_grad()
+    def images(self, pictures):
+        """list of N paths, Encoded or PIL images -> float[N, E] of length 1."""
+        opened = [one.open() if isinstance(one, Encoded) else load(one) for one in pictures]
+        return self.model.embed_images(
+            torch.stack([to_pixels(one, self.image_size, self.image_fit, self.preprocessing) for one in opened])
+        )
+
+    @torch.no_grad()
+    def texts(self, texts):
+        """list of N str -> float[N, E] of length 1; what is longer than the tower reads is cut behind."""
+        room = self.model.text.context_length
+        rows = [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in map(self.ids, texts)]
+        longest = max(map(len, rows))
+        padded = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows])
+        return self.model.embed_texts(padded, torch.tensor(list(map(len, rows))))
+
+    def pieces(self, response):
+        """A response as the tower can read it: itself, or its sentences; a list of str."""
+        if len(self.ids(response)) <= self.model.text.context_length:
+            return [response]
+        return [one for one in SENTENCE.split(response) if one.strip()]
+
+    def match(self, pictures, responses):
+        """Scores of responses.
+
+        Args:
+          pictures: per response a list of its pictures. responses: list of str, none empty.
+        Returns: list of float, 100 · cosine.
+        """
+        seen = self.images([one for several in pictures for one in several]).split([len(several) for several in pictures])
+        cut = [self.pieces(response) for response in responses]
+        read = self.texts([piece for several in cut for piece in several]).split([len(several) for several in cut])
+        return [100 * (image @ text.T).mean(1).max().item() for image, text in zip(seen, read)]
+
+
+def load_encoder(folder):
+    """The towers of a folder: Encoder.
+
+    Args:
+      folder: of a published CLIP (config.json, model.safetensors, tokenizer.json), or an output folder of train.py of a
+        recipe with a contrastive stage; its ViT is as the last stage left it, its text tower as the first did.
+    Raises: FileNotFoundError; ValueError if the folder holds no two towers.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if "recipe" in config:
+        return _own(folder, config)
+    loaded = load_model(folder)
+    if not hasattr(loaded.model, "embed_texts"):
+        raise ValueError(f"{folder} holds {type(loaded.model).__name__}, not a pair of towers; give a CLIP folder")
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder / 'tokenizer.json'}: missing; responses cannot be read without it")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    begin, end = backend.token_to_id(BEGIN), backend.token_to_id(END)
+    if begin is None or end is None:
+        raise ValueError(f"{folder / 'tokenizer.json'} lacks {BEGIN} or {END}; it is not CLIP's")
+
+    def ids(text):
+        return [begin, *backend.encode(text, add_special_tokens=False).ids, end]
+
+    return Encoder("MD", loaded.model.eval(), ids, loaded.image_size, loaded.image_fit, loaded.preprocessing)
+
+
+def _own(folder, config):
+    recipe, tokenizer = find(config["recipe"]), Tokenizer(folder / "tokenizer.json")
+    model, towers = build_models(recipe, config["size"], tokenizer.vocab_size, 0)
+    if towers is None or not (folder / "text_tower.safetensors").is_file():
+        raise ValueError(f"{folder} has no text tower: recipe {config['recipe']!r} ran without a contrastive stage")
+    load_weights(folder, model, towers)
+    return own_encoder(towers.eval(), tokenizer, config["image_size"], list(config["stages"].values())[-1]["image_fit"])
+
+
+def own_encoder(towers, tokenizer, image_size, image_fit="crop"):
+    """The Encoder of towers trained here. towers: contrastive.ContrastiveModel. tokenizer: data.tokenizer.Tokenizer."""
+    return Encoder(
+        "MD (own encoder)", towers, lambda text: [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], image_size, image_fit
+    )
+
+
+def grounding(response, facts):
+    """Share of the things named in a response that are in the picture: float, or None if it names none.
+
+    facts: correctness.Facts. Only names that annotators looked for are counted.
+    """
+    names = set(named(tokens(response), facts.names))
+    there = {thing.name for thing in facts.things} | facts.crowds
+    return len(names & there) / len(names) if names else None
+
+
+def interval(values):
+    """(mean, (low, high)) of the 95% interval under a normal law: floats; (None, None) for no value."""
+    if not values:
+        return None, None
+    mean = math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1) / len(values))
+    return mean, (mean - 1.96 * spread, mean + 1.96 * spread)

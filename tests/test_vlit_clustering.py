@@ -1,0 +1,181 @@
+"""Ego-Splitting, DBSCAN and the Vendi score against slow definitions, small cases by hand, and real texts."""
+
+import gzip
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+import networkx
+import numpy
+import pytest
+
+from nanovlm.vlit import clustering
+from nanovlm.vlit.clustering import components, cooccurrence, dbscan, ego_splitting, vendi
+from nanovlm.vlit.diversity import Options, instruction_clusters, response_clusters
+from nanovlm.vlit.embedding import WIDTH, distinct_2, tfidf_vectors
+from nanovlm.vlit.words import content
+
+SHARED = os.environ.get("NANOVLM_SHARED")
+real_data = pytest.mark.skipif(not SHARED, reason="the real texts are in the folder that NANOVLM_SHARED names")
+
+
+def random_graph(nodes, share, seed):
+    made = networkx.gnp_random_graph(nodes, share, seed=seed)
+    return made, {node: set(made[node]) for node in made}
+
+
+def naive_ego_splitting(graph):
+    """The paper's two steps with networkx's components."""
+    personas = networkx.Graph()
+    owner = {}
+    for node in graph:
+        parts = list(networkx.connected_components(graph.subgraph(graph[node])))
+        for part in parts or [set()]:
+            owner[node, frozenset(part)] = node
+            personas.add_node((node, frozenset(part)))
+    for one, other in graph.edges:
+        mine = next(p for p in personas if p[0] == one and other in p[1])
+        theirs = next(p for p in personas if p[0] == other and one in p[1])
+        personas.add_edge(mine, theirs)
+    return sorted(sorted(owner[p] for p in part) for part in networkx.connected_components(personas))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("share", (0.05, 0.15, 0.5))
+def test_ego_splitting_is_the_papers(seed, share):
+    made, graph = random_graph(24, share, seed)
+    assert sorted(map(sorted, ego_splitting(graph))) == naive_ego_splitting(made)
+
+
+def test_a_word_between_two_circles_belongs_to_both():
+    graph = cooccurrence([["cat", "dog", "pet"], ["bank", "cat", "money"]])  # "cat" stands between two triangles
+    assert sorted(map(sorted, ego_splitting(graph))) == [["bank", "cat", "money"], ["cat", "dog", "pet"]]
+
+
+def test_cooccurrence_counts_texts_not_repetitions():
+    texts = [["a", "b", "a", "b"], ["b", "c"], ["c", "b"], ["lonely"]]
+    assert cooccurrence(texts) == {"a": {"b"}, "b": {"a", "c"}, "c": {"b"}, "lonely": set()}
+    assert cooccurrence(texts, min_count=2) == {"a": set(), "b": {"c"}, "c": {"b"}, "lonely": set()}
+
+
+def test_components_leave_out_what_is_not_asked_about():
+    assert components([1, 2, 4], {1: {3}, 2: {3, 4}, 3: {1, 2}, 4: {2}}) == [{1}, {2, 4}]
+
+
+def naive_dbscan(points, eps, min_samples):
+    """The textbook's: points in order, clusters grown from cores one after another, the earliest cluster wins a border."""
+    near = [[j for j in range(len(points)) if 1 - points[i] @ points[j] <= eps + 1e-6] for i in range(len(points))]
+    labels, cluster = [None] * len(points), -1
+    for i in range(len(points)):
+        if labels[i] is not None or len(near[i]) < min_samples:
+            continue
+        cluster += 1
+        labels[i], queue = cluster, list(near[i])
+        while queue:
+            j = queue.pop()
+            if labels[j] is None:
+                labels[j] = cluster
+                if len(near[j]) >= min_samples:
+                    queue += near[j]
+    return [-1 if label is None else label for label in labels]
+
+
+@pytest.mark.parametrize("block", (4, 512))
+@pytest.mark.parametrize("min_samples", (1, 2, 3, 5))
+@pytest.mark.parametrize("eps", (0.02, 0.1, 0.4, 2.0))
+def test_dbscan_is_the_textbooks(monkeypatch, eps, min_samples, block):
+    monkeypatch.setattr(clustering, "BLOCK", block)
+    rng = numpy.random.default_rng(min_samples)
+    points = rng.standard_normal((40, 3)).astype(numpy.float32)
+    points[5:9] = points[4]  # copies
+    points /= numpy.linalg.norm(points, axis=1, keepdims=True)
+    assert dbscan(points, eps, min_samples).tolist() == naive_dbscan(points, eps, min_samples)
+
+
+def test_dbscan_joins_a_long_chain():
+    angles = numpy.arange(0, 3, 0.01)
+    order = numpy.random.default_rng(0).permutation(len(angles))
+    chain = numpy.stack([numpy.cos(angles), numpy.sin(angles)], 1).astype(numpy.float32)[order]
+    assert set(dbscan(chain, 1 - math.cos(0.0105), 2).tolist()) == {0}
+    assert len(set(dbscan(chain, 1 - math.cos(0.0095), 1).tolist())) == len(angles)
+
+
+def test_dbscan_refuses_what_means_nothing():
+    points = numpy.eye(3, dtype=numpy.float32)
+    for eps, min_samples in ((-0.1, 1), (2.5, 1), (0.3, 0)):
+        with pytest.raises(ValueError, match="eps"):
+            dbscan(points, eps, min_samples)
+    assert dbscan(numpy.zeros((0, 3), numpy.float32), 0.3, 1).tolist() == []
+
+
+def test_vendi_counts_different_things():
+    assert vendi(numpy.eye(7)) == pytest.approx(7)
+    assert vendi(numpy.repeat(numpy.eye(3), 5, axis=0)) == pytest.approx(3)
+    points = numpy.random.default_rng(1).standard_normal((12, 5))
+    points /= numpy.linalg.norm(points, axis=1, keepdims=True)
+    values = numpy.linalg.eigvalsh(points @ points.T / 12)
+    values = values[values > 1e-12]
+    assert vendi(points) == pytest.approx(math.exp(-(values * numpy.log(values)).sum()))
+
+
+def test_vectors_of_texts():
+    texts = ["A red car stands here.", "a RED car stands here", "Two dogs are asleep.", "", "?!"]
+    points = tfidf_vectors(texts)
+    assert points.shape == (5, WIDTH) and numpy.allclose(numpy.linalg.norm(points, axis=1), 1, atol=1e-5)
+    assert points[0] @ points[1] == pytest.approx(1, abs=1e-5)
+    for one, other in ((0, 2), (3, 4), (0, 3)):
+        assert abs(points[one] @ points[other]) < 0.3
+    rare = tfidf_vectors(["the the zebra", "the the horse", "the the cow", "the zebra"])
+    assert rare[0] @ rare[3] > rare[1] @ rare[3]  # the rare word decides
+
+
+def test_distinct_2_by_hand():
+    assert distinct_2(["a b a b", "b a"]) == 2 / 4  # ab ba ab | ba
+    assert distinct_2(["yes", ""]) == 0
+
+
+def test_good_answers_are_noise_to_the_literal_form():
+    rng = random.Random(0)
+    words = [f"word{n}" for n in range(4000)]
+    good = [" ".join(rng.sample(words, 20)) for _ in range(60)]
+    found = {name: response_clusters([texts]) for name, texts in (("good", good), ("bad", ["yes", "no"] * 30))}
+    assert found["good"]["literal"] is None and found["good"]["noise"] == 1
+    assert found["bad"]["literal"] == pytest.approx(math.log(2)) and found["bad"]["noise"] == 0
+    assert found["good"]["value"] == pytest.approx(math.log(60)) and found["bad"]["value"] == pytest.approx(math.log(2))
+    assert found["good"]["vendi"] > 20 * found["bad"]["vendi"] and found["bad"]["vendi"] == pytest.approx(2, abs=0.01)
+
+
+def test_draws_are_averaged():
+    found = response_clusters([["yes", "no", "maybe"], ["yes", "yes", "yes"]], Options(min_samples=1, literal_min_samples=2))
+    assert found["clusters"] == 2 and found["literal clusters"] == 0.5 and found["noise"] == 0.5
+
+
+def test_instruction_clusters_are_a_mean_over_tasks():
+    one = ["paint cat dog pet fur tail", "bank cat money loan cash vault"]  # two large clusters, "cat" in both
+    other = ["red"]
+    found = instruction_clusters({"a": one, "b": other})
+    assert found["tasks"] == {"a": (2, 2, 2), "b": (1, 0, 1)}
+    assert found["value"] == 1 and found["literal"] == 1.5
+    assert instruction_clusters({"a": one}, Options(smallest=7))["value"] == 0
+
+
+@real_data
+def test_on_real_questions_only_the_mended_form_forgets_the_sample_size():
+    path = Path(SHARED, "data", "vqa_10answers", "textvqa_val_questions_vqa_format.json.gz")
+    questions = [one["question"] for one in json.loads(gzip.decompress(path.read_bytes()))["questions"]]
+    random.Random(0).shuffle(questions)
+    clusters = [ego_splitting(cooccurrence(map(content, questions[:number]))) for number in (500, 5000)]
+    literal = [len(found) for found in clusters]
+    mended = [sum(len(one) >= 5 for one in found) for found in clusters]
+    assert literal[1] > 3 * literal[0]
+    assert mended[1] < 2 * mended[0] and 5 <= mended[0] <= 25
+
+
+@real_data
+def test_on_real_answers_the_literal_form_finds_nothing():
+    path = Path(SHARED, "data", "llava_eval", "playground", "coco2014_val_qa_eval", "qa90_gpt4_answer.jsonl")
+    answers = [json.loads(line)["text"] for line in path.read_text().split("\n") if line][:80]
+    found = response_clusters([answers])
+    assert (found["literal clusters"], found["clusters"]) == (0, 80) and found["vendi"] > 50
