@@ -53,6 +53,20 @@ def at_least_one(text):
     return int(text)
 
 
+def not_negative(text):
+    """A whole number from 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return int(text)
+
+
+def share(text):
+    """A number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1")
+    return float(text)
+
+
 def low_rank(text):
     """RANK or RANK:ALPHA, as keyword arguments of lora.add; without ALPHA the update counts once, as in the paper."""
     rank, _, alpha = text.partition(":")
@@ -75,6 +89,9 @@ def make_parser():
     add("--data", metavar="FILE.json", help="LLaVA-style JSON that the last stage trains on instead of its mixture")
     add("--images", metavar="FOLDER", help="where the image paths in --data start")
     add("--datasets", metavar="FILE.json", help="data sources by name, for the stages' mixtures")
+    add("--workers", type=not_negative, default=0, help="processes that read and decode the data ahead; 0: none")
+    add("--max-damaged", type=share, default=0.01, metavar="SHARE",
+        help="of the records that may be unusable (each is replaced by the next, see OUT/damaged.jsonl); default: 0.01")
     add("--parallel", default="none", help="none: one process")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     add("--threads", type=at_least_one, help="CPU threads; default: 2, or the cores if there are fewer")

@@ -38,7 +38,9 @@ class Stage:
     steps: int                         # optimizer steps
     batch_size: int                    # examples (records) per update, over all micro-batches and devices
     micro_batch_size: int | None = None  # examples per forward and backward; None = the whole batch at once
+    group: int = 1                     # updates whose records are drawn at once and sorted by modality and length
     max_tokens: int = 256              # tokens per row at most, image tokens included
+    packing: bool = False              # whether a row holds as many conversations as fit into max_tokens
     image_size: int = 64               # pixels, the side of the square that the vision tower sees
     image_fit: str = "crop"            # how a picture becomes square: "crop", "pad", "stretch", "squash"
     augmentation: str = "none"         # of training pictures: "crop" = a random part, "crop_flip" = mirrored too
@@ -89,6 +91,9 @@ class Stage:
             (self.objective == "contrastive" and micro != self.batch_size,
              f"micro_batch_size is {micro}, but a contrastive loss compares the whole batch of {self.batch_size}: "
              "leave micro_batch_size out"),
+            (self.group < 1, f"group is {self.group}; it is at least 1, which leaves the records as they are drawn"),
+            (self.objective == "contrastive" and (self.group > 1 or self.packing),
+             "group and packing are for language stages; a contrastive loss compares captions of all lengths"),
             (self.max_tokens < 2, f"max_tokens is {self.max_tokens}; at least 2 are needed"),
             (self.image_size < 1, f"image_size is {self.image_size}; at least 1 is needed"),
             (not rates, "learning_rates names no part, so nothing would train"),

@@ -22,13 +22,15 @@ import torch
 from nanovlm import checkpoint, optimizer
 from nanovlm.data.augment import augmented
 from nanovlm.data.batching import Report
+from nanovlm.data.damage import DamageReport
+from nanovlm.data.feed import Feed, Plan
 from nanovlm.data.mixture import Mixture
 from nanovlm.interrupts import Stopped
 from nanovlm.names import nearest
 from nanovlm.progress import Bar, Log, measures_table, plot_curves, say
 from nanovlm.run import text_side
 from nanovlm.stages import Stage
-from nanovlm.update import TrainingError, gradient, reading, step
+from nanovlm.update import TrainingError, gradient, preparation, reading, step
 
 
 @dataclass
@@ -53,7 +55,8 @@ class Current:
     index: int  # among run.stages
     stage: Stage
     optimizers: list
-    mixture: Mixture
+    feed: Feed
+    damage: DamageReport
     report: Report = field(default_factory=Report)  # rows cut to max_tokens
     frozen: dict = field(default_factory=dict)  # tensor name -> digest at the start of the stage
     step: int = 0  # updates of this stage that are done
@@ -140,7 +143,10 @@ class Trainer:
                 parameter.requires_grad_(part in stage.learning_rates)
         sources = {name: Later(augmented(run.sources[name], stage.augmentation, run.seed), self.starts[name])
                    for name in stage.mixture}
-        current = Current(index, stage, optimizer.build(parts, stage), Mixture(sources, stage.mixture))
+        prepare = preparation(run, stage)
+        plan = Plan(Mixture(sources, stage.mixture), stage.batch_size, stage.steps, stage.group, prepare.length, run.seed)
+        damage = DamageReport(run.out / "damaged.jsonl", stage.name, self.step, run.max_damaged)
+        current = Current(index, stage, optimizer.build(parts, stage), Feed(plan, prepare, workers=run.workers), damage)
         if saved:
             self.restore(current, *saved)
         else:
@@ -160,6 +166,7 @@ class Trainer:
                 self.one_step(current, bar)
         finally:
             bar.close()
+            current.feed.close()
         now = digests(self.run.frozen(stage))
         moved = [name for name, digest in current.frozen.items() if now[name] != digest]
         if moved:
@@ -169,17 +176,20 @@ class Trainer:
             say(f"stage {stage.name}: {current.report.truncated_rows:,} of {current.report.rows:,} rows were cut to "
                 f"max_tokens {stage.max_tokens}, {current.report.truncated_tokens:,} tokens lost")
         self.measure(stage, "after")
-        for name, drawn in current.mixture.state().items():
+        if current.damage.count:
+            say(f"stage {stage.name}: {current.damage.count:,} damaged records were replaced by the next, see {current.damage.path}")
+        for name, drawn in current.feed.state()["drawn"].items():
             self.starts[name] += drawn
 
     def one_step(self, current, bar):
         """One update, its log line, and what is due after it: exam, checkpoint, stop."""
         run, stage, began = self.run, current.stage, time.monotonic()
-        boundary = current.mixture.state(), random_state(run.device)
+        boundary = current.feed.state(), random_state(run.device)
         parameters = [p for one in current.optimizers for group in one.param_groups for p in group["params"]]
         try:
             with reading():
-                records = [current.mixture.next()[1] for _ in range(stage.batch_size)]
+                records = current.feed.next()
+                current.damage.add(self.step + 1, current.feed.damaged, (current.step + 1) * current.feed.share)
             loss, norm, tokens = gradient(run, stage, records, parameters, current.report)
         except Exception as error:
             self.save(current, *boundary)  # nothing has moved since the last update
@@ -193,7 +203,8 @@ class Trainer:
         rate = tokens / (time.monotonic() - began)
         lr = max(group["lr"] for one in current.optimizers for group in one.param_groups)
         self.log.write(stage=stage.name, step=self.step, loss=loss, lr=lr, gradient_norm=norm,
-                       tokens_per_second=round(rate), seconds=round(self.seconds(), 3))
+                       tokens_per_second=round(rate), data_seconds=round(current.feed.waited, 4),
+                       seconds=round(self.seconds(), 3))
         bar.update(current.step, loss, rate)
         if self.step % run.exam_every == 0 and stage.objective == "language":
             self.exam(stage)
@@ -201,17 +212,17 @@ class Trainer:
             self.stop.requested = self.stop.requested or Stopped(0, f"--max-minutes {run.max_minutes:g} are over")
         stop = self.stop.requested
         if stop or self.step % run.save_every == 0 or current.step == stage.steps:
-            self.save(current, current.mixture.state(), random_state(run.device))
+            self.save(current, current.feed.state(), random_state(run.device))
         if stop:
             raise stop
 
-    def save(self, current, mixture, random):
-        """Write a checkpoint of the present weights; mixture and random: their states after the last update."""
+    def save(self, current, feed, random):
+        """Write a checkpoint of the present weights; feed and random: their states after the last update."""
         run = self.run
         tensors = {"model": run.model.state_dict(), "text_tower": text_side(run.contrastive), "random": random,
                    "optimizer": checkpoint.optimizer_tensors(current.optimizers)}
         state = {"identity": run.identity, "stage": current.index, "stage_step": current.step, "step": self.step,
-                 "starts": self.starts, "mixture": mixture, "report": asdict(current.report),
+                 "starts": self.starts, "feed": feed, "report": asdict(current.report),
                  "frozen": current.frozen, "measures": self.measures, "answers": self.answers,
                  "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(), "log_bytes": self.log.size()}
         checkpoint.save(run.out, self.step, tensors, state)
@@ -225,7 +236,7 @@ class Trainer:
         torch.set_rng_state(tensors["random"]["cpu"])
         if run.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random"]["cuda"], run.device)
-        current.mixture.load_state(state["mixture"])
+        current.feed.load_state(state["feed"])
         current.report = Report(**state["report"])
         current.frozen, current.step = state["frozen"], state["stage_step"]
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from nanovlm.data.batching import Report, build_batch, contrastive_batch
+from nanovlm.data.prepare import Preparation
 
 
 class TrainingError(RuntimeError):
@@ -27,6 +28,14 @@ def reading():
         raise TrainingError(str(error)) from error
 
 
+def preparation(run, stage):
+    """What is done to a stage's records before a batch is made of them: Preparation."""
+    if stage.objective == "contrastive":
+        return Preparation(stage.image_size, stage.image_fit, run.preprocessing)
+    return Preparation(stage.image_size, stage.image_fit, run.preprocessing, run.template_of(stage), run.tokenizer,
+                       run.model.num_image_tokens, stage.max_tokens)
+
+
 def language_loss(run, stage, records, report):
     """Next-token loss of some records.
 
@@ -38,7 +47,7 @@ def language_loss(run, stage, records, report):
     with reading():
         batch = build_batch(records, run.template_of(stage), run.tokenizer, run.model.num_image_tokens,
                             stage.image_size, stage.image_fit, stage.max_tokens, report,
-                            preprocessing=run.preprocessing)
+                            preprocessing=run.preprocessing, pack=stage.packing)
     loss, trained = run.model.loss(batch.to(run.device))
     return loss, trained, int((batch.segments >= 0).sum())
 

@@ -16,7 +16,7 @@ def test_what_a_stage_is_unless_it_says_otherwise():
         "copy_vision_branch": False, "optimizer": "adamw", "muon_factor": 5.0, "momentum": 0.95, "betas": (0.9, 0.95),
         "eps": 1e-8, "weight_decay": 0.0, "layer_decay": {}, "clip": 1.0, "schedule": "trapezoid", "decay_share": 0.4,
         "warmup_steps": 0, "start_lr_factor": 0.1, "end_lr_factor": 0.0, "precision": "float32", "summary": "",
-            "augmentation": "none"}
+            "augmentation": "none", "group": 1, "packing": False}
 
 
 def changed(**values):
@@ -50,7 +50,7 @@ def test_limits_are_allowed(values):
     ({"steps": 0}, "steps is 0"), ({"batch_size": 0}, "batch_size is 0"),
     ({"micro_batch_size": 0}, "micro_batch_size is 0"), ({"micro_batch_size": 9}, "micro_batch_size is 9"),
     ({"objective": "contrastive", "learning_rates": {"vision": 1.0}, "micro_batch_size": 4}, "compares the whole batch"),
-    ({"max_tokens": 1}, "max_tokens is 1"), ({"image_size": 0}, "image_size is 0"),
+    ({"group": 0}, "group is 0"), ({"max_tokens": 1}, "max_tokens is 1"), ({"image_size": 0}, "image_size is 0"),
     ({"learning_rates": {}}, "nothing would train"), ({"learning_rates": {"bridge": 0.0}}, "above 0"),
     ({"learning_rates": {"bridge": float("inf")}}, "above 0"), ({"mixture": {}}, "no data source"),
     ({"mixture": {"scenes": 0.0}}, "weight is above 0"), ({"mixture": {"scenes": float("inf")}}, "weight is above 0"),

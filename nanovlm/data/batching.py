@@ -3,7 +3,6 @@
     B rows, T tokens, F frames, M visual inputs, S appearances of visual inputs, S x S also a picture's size in pixels
 """
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +32,11 @@ class Report:
 
 
 def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit, max_tokens, report=None, pad_to=1,
-                preprocessing=images.CLIP):
+                preprocessing=images.CLIP, pack=False):
     """One row per conversation (or per reply: Template.rounds), padded on the right; each picture is encoded once.
+
+    Packed, a row holds as many conversations as fit into max_tokens, each a document of its own: positions begin anew
+    and no document sees another (attention.causal), so that the loss is that of the unpacked rows.
 
     Args:
       records: list of Record.
@@ -45,26 +47,21 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
       max_tokens: int, length of a row at most, image tokens included.
       report: Report that counts the rows cut to max_tokens; None = a longer row is an error.
       pad_to: int, T is the longest row rounded up to a multiple of this (but max_tokens at most).
+      pack: bool, several conversations in one row.
     Returns: Batch; pixels is None when no picture is shown.
     Raises: ValueError without records; naming the record, for a conversation without trained token, or a row that is
       too long and may not be cut, or whose cut would leave no trained token or a part of a picture.
     """
     if not records:
         raise ValueError("a batch needs at least one record")
-    rows, owners, shown, visuals = [], [], [], {}
+    rows, pictures, visuals = [], [], {}  # per conversation: its row, and where its pictures stand among the visuals
     for record in records:
-        counts = [num_image_tokens(image_size, len(visual.frames)) for visual in record.visuals]
-        for where, conversation in _conversations(record, template):
-            row = templates.write(_segments(conversation, template, where), tokenizer, counts)
-            row = _checked(row, max_tokens, report, where)
-            for visual in (record.visuals[image[0]] for image in row.images):
-                place, _ = visuals.setdefault(visual.key, (len(visuals), visual))
-                shown.append(place)
-                owners.append(len(rows))
-            rows.append(row)
-    length = max(len(row.ids) for row in rows)
-    length = min(-(-length // pad_to) * pad_to, max_tokens)
-    ids, labels, segments, positions = _pad(rows, length, tokenizer.pad)
+        for where, row in record.rows or rows_of(record, template, tokenizer, num_image_tokens, image_size):
+            rows.append(checked(row, max_tokens, report, where))
+            seen = [record.visuals[image[0]] for image in rows[-1].images]
+            pictures.append([visuals.setdefault(visual.key, (len(visuals), visual))[0] for visual in seen])
+    documents = packed([len(row.ids) for row in rows], max_tokens) if pack else [[n] for n in range(len(rows))]
+    ids, labels, segments, positions = _pad([[rows[n] for n in row] for row in documents], max_tokens, pad_to, tokenizer.pad)
     visuals = [visual for _, visual in visuals.values()]
     return Batch(
         ids=ids,
@@ -73,9 +70,42 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
         positions=positions,
         pixels=pixels_of(visuals, image_size, fit, preprocessing) if visuals else None,
         frames=torch.tensor([len(visual.frames) for visual in visuals], dtype=torch.long),
-        shown=torch.tensor(shown, dtype=torch.long),
-        owner=torch.tensor(owners, dtype=torch.long),
+        shown=torch.tensor([place for row in documents for n in row for place in pictures[n]], dtype=torch.long),
+        owner=torch.tensor([b for b, row in enumerate(documents) for n in row for _ in pictures[n]], dtype=torch.long),
     )
+
+
+def rows_of(record, template, tokenizer, num_image_tokens, image_size):
+    """The conversations of a record written as rows: list of (where, templates.Row).
+
+    Args: as in `build_batch`. Raises: ValueError, naming the record, for turns out of order.
+    """
+    counts = [num_image_tokens(image_size, len(visual.frames)) for visual in record.visuals]
+    rows = []
+    for number, conversation in enumerate(record.conversations):
+        where = f"record {record.id!r}, conversation {number}"
+        for part in templates.rounds(conversation, template):
+            rows.append((where, templates.write(_segments(part, template, where), tokenizer, counts)))
+    return rows
+
+
+def packed(lengths, room):
+    """Documents put together into rows: the longest first, each where it leaves least room over.
+
+    Args:
+      lengths: list of int, tokens of each document, each at most room. room: int, tokens of a row.
+    Returns: list of list of int, the documents of each row.
+    """
+    rows, free = [], []
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        fitting = [b for b, left in enumerate(free) if left >= lengths[n]]
+        b = min(fitting, key=lambda b: free[b], default=len(rows))
+        if b == len(rows):
+            rows.append([])
+            free.append(room)
+        rows[b].append(n)
+        free[b] -= lengths[n]
+    return rows
 
 
 def prompt_row(conversation, template, tokenizer, num_image_tokens, max_tokens):
@@ -104,20 +134,28 @@ def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
       image_size, fit, preprocessing: as in images.to_pixels.
     Returns: float32[F, 3, S, S].
     """
-    def square(frame, view):
-        frame = images.load(frame)
-        fitted = view.apply(frame, image_size) if view else images.to_square(frame, image_size, fit, preprocessing)
-        return numpy.array(fitted)
-
-    squares = []
-    for visual in visuals:
-        for frame in visual.frames:
-            if isinstance(frame, (str, Path)) and visual.view is None:
-                how = (image_size, fit, preprocessing.border)
-                squares.append(FRAMES.get(frame, how, functools.partial(square, frame, None)))
-            else:
-                squares.append(square(frame, visual.view))
+    squares = [
+        fitted(frame, visual.view, image_size, fit, preprocessing) for visual in visuals for frame in visual.frames
+    ]
     return images.normalise(numpy.stack(squares), preprocessing)
+
+
+def fitted(frame, view, image_size, fit, preprocessing=images.CLIP):
+    """One frame as the square that the ViT sees; picture files are decoded once as long as the cache holds them.
+
+    Args:
+      frame: whatever `images.load` takes. view: augment.View or None.
+      image_size, fit, preprocessing: as in images.to_pixels.
+    Returns: uint8[S, S, 3].
+    """
+    def square():
+        picture = images.load(frame)
+        seen = view.apply(picture, image_size) if view else images.to_square(picture, image_size, fit, preprocessing)
+        return numpy.array(seen)
+
+    if view is None and isinstance(frame, (str, Path)):
+        return FRAMES.get(frame, (image_size, fit, preprocessing.border), square)
+    return square()
 
 
 def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=None, preprocessing=images.CLIP):
@@ -142,21 +180,13 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
             if turn.role != "assistant" or not turn.text.strip():
                 raise ValueError(f"{where} has no caption; its conversations must end with the assistant saying one")
             ids = [tokenizer.bos, *tokenizer.encode(turn.text), tokenizer.eos]
-            row = _checked(templates.Row(ids, list(ids)), max_tokens, report, where)
+            row = checked(templates.Row(ids, list(ids)), max_tokens, report, where)
             pairs.append((picture, captions.setdefault(tuple(row.ids), len(captions))))
-    rows = [templates.Row(list(ids), list(ids)) for ids in captions]
-    ids, _, _, _ = _pad(rows, max(map(len, captions)), tokenizer.pad)
+    ids, _, _, _ = _pad([[templates.Row(list(ids), list(ids))] for ids in captions], max_tokens, 1, tokenizer.pad)
     right = torch.zeros(len(records), len(captions), dtype=torch.bool)
     right[tuple(torch.tensor(pairs).T)] = True
     pixels = pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing)
-    return pixels, ids, torch.tensor([len(row) for row in captions]), right
-
-
-def _conversations(record, template):
-    """(where, conversation) of every row of a record."""
-    for number, conversation in enumerate(record.conversations):
-        for part in templates.rounds(conversation, template):
-            yield f"record {record.id!r}, conversation {number}", part
+    return pixels, ids, torch.tensor([len(ids) for ids in captions]), right
 
 
 def _segments(conversation, template, where):
@@ -166,8 +196,8 @@ def _segments(conversation, template, where):
         raise ValueError(f"{where}: {error}") from error
 
 
-def _checked(row, max_tokens, report, where):
-    """The row, cut to max_tokens where that is allowed."""
+def checked(row, max_tokens, report, where):
+    """The templates.Row, cut to max_tokens where a report counts it. Errors: as in `build_batch`; where: str for them."""
     if not row.num_trained:
         raise ValueError(f"{where} has no trained token; the assistant must say something")
     if report is not None:
@@ -192,16 +222,21 @@ def _checked(row, max_tokens, report, where):
     return kept
 
 
-def _pad(rows, length, pad):
-    """ids, labels, segments, positions: int64[B, length] each."""
-    ids = numpy.full((len(rows), length), pad)
+def _pad(documents, max_tokens, pad_to, pad):
+    """ids, labels, segments, positions: int64[B, T] each; documents: the Rows that stand in each of the B rows."""
+    length = max(sum(len(row.ids) for row in rows) for rows in documents)
+    length = min(-(-length // pad_to) * pad_to, max_tokens)
+    ids = numpy.full((len(documents), length), pad)
     labels = numpy.full_like(ids, IGNORE)
     segments = numpy.full_like(ids, -1)
     positions = numpy.zeros_like(ids)
-    for b, row in enumerate(rows):
-        tokens = len(row.ids)
-        ids[b, :tokens] = row.ids
-        labels[b, :tokens] = row.labels
-        segments[b, :tokens] = 0
-        positions[b, :tokens] = range(tokens)
+    for b, rows in enumerate(documents):
+        stop = 0
+        for segment, row in enumerate(rows):
+            start, stop = stop, stop + len(row.ids)
+            ids[b, start:stop] = row.ids
+            labels[b, start:stop] = row.labels
+            labels[b, start] = IGNORE  # nothing before it predicts the first token, least of all the document before
+            segments[b, start:stop] = segment
+            positions[b, start:stop] = range(stop - start)
     return tuple(torch.from_numpy(values) for values in (ids, labels, segments, positions))

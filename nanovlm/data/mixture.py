@@ -36,14 +36,18 @@ class Mixture:
         self.shares = {name: int(weight * denominator) for name, weight in exact.items()}
         self.drawn = dict.fromkeys(weights, 0)
 
-    def next(self):
-        """(name, record): the next record, of the source furthest behind; ties go to the one named first."""
+    def draw(self):
+        """(name, n): which record comes next, of the source furthest behind; ties go to the one named first."""
         count, total = sum(self.drawn.values()) + 1, sum(self.shares.values())
         behind = {name: count * share - self.drawn[name] * total for name, share in self.shares.items()}
         name = max(behind, key=behind.get)
-        record = self.sources[name].record(self.drawn[name])
         self.drawn[name] += 1
-        return name, record
+        return name, self.drawn[name] - 1
+
+    def next(self):
+        """(name, record): the record that `draw` names."""
+        name, n = self.draw()
+        return name, self.sources[name].record(n)
 
     def state(self):
         """dict name -> int, records drawn: all that a resume needs."""

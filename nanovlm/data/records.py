@@ -61,6 +61,7 @@ class Record:
     """Some visual inputs and independent conversations about them; each conversation becomes its own row.
 
     kinds: question type of each conversation, for evaluation; empty = not stated.
+    rows: (where, templates.Row) of its conversations, where a worker has written them ahead for one stage (prepare.py).
     Raises: ValueError if kinds and conversations differ in number, or a part names a visual input that does not exist.
     """
 
@@ -68,6 +69,7 @@ class Record:
     visuals: tuple[Visual, ...]
     conversations: tuple[tuple[Turn, ...], ...]
     kinds: tuple[str, ...] = ()
+    rows: tuple = ()
 
     def __post_init__(self):
         if not self.conversations:

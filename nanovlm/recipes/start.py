@@ -217,6 +217,6 @@ def make_run(recipe, wishes, out):
     return Run(out=out, identity=settings, model=model, contrastive=contrastive, tokenizer=tokenizer,
                template=recipe.template, stages=stages, sources=sources, seed=wishes.seed, device=device,
                smoke=wishes.smoke, save_every=recipe.save_every, exam_every=recipe.exam_every,
-               max_minutes=wishes.max_minutes, evaluate=recipe.evaluate, exam=recipe.exam, finish=recipe.finish,
-               report=recipe.report, stage_templates=recipe.stage_templates,
-               preprocessing=recipe.preprocessing)
+               max_minutes=wishes.max_minutes, workers=wishes.workers, max_damaged=wishes.max_damaged,
+               evaluate=recipe.evaluate, exam=recipe.exam, finish=recipe.finish, report=recipe.report,
+               stage_templates=recipe.stage_templates, preprocessing=recipe.preprocessing)
