@@ -16,6 +16,7 @@ It raises GeneratorError where asking again later may help, and Refused for one 
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -41,8 +42,8 @@ class Chat:
 
     @property
     def sha(self):
-        """Hash of the words and of the image's path: str."""
-        return digest([self.messages, self.image])
+        """Hash of the words and of the image's name: str."""
+        return digest([self.messages, Path(self.image).name])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""Annotations as text, so that a language model that sees no picture can write about it.
+
+Two representations: `sentences`, the review's template (Appendix A.2.2, as in its printed example), and `boxes`, LLaVA's
+captions and boxes with their coordinates (arXiv:2304.08485, Sec. 3). Kinds that a picture lacks drop out of both.
+"""
+
+from collections import Counter
+
+from nanovlm.names import nearest
+from nanovlm.vlit.categories import GROUP_OF, one_of
+
+SEVERAL = "several"  # of a crowd, whose members nobody counted
+
+
+def sentences(picture, region=None):
+    """The review's description.
+
+    Args:
+      picture: annotations.Picture. region: the Annotation that is circled by a square box, or None.
+    Returns: str, one paragraph.
+    """
+    parts = []
+    if captions := picture.of_kind("caption"):
+        told = " ".join(_stopped(one.value) for one in captions)
+        parts.append(f"This is a picture which can be described as {told}")
+    if objects := picture.of_kind("object"):
+        named = (f"{number} {GROUP_OF[name] + '_' if name in GROUP_OF else ''}{name}" for name, number in counts(objects).items())
+        parts.append(f"The image contains {', '.join(named)}.")
+    if attributes := _by_owner(picture):
+        known = {one.id: one.value for one in objects}
+        told = (f"{known[owner]} ({', '.join(names)})" for owner, names in attributes.items() if owner in known)
+        parts.append(f"The following attributes can be seen: {', '.join(told)}.")
+    if pairs := picture.of_kind("vqa"):
+        told = ", ".join(f"'Q: {question(one)} A: {_stopped(one.value)}'" for one in pairs)
+        parts.append(f"The image also contains a number of question and answer pairs: {told}.")
+    if characters := picture.of_kind("ocr"):
+        parts.append(f"The following characters can be recognized in the image: {', '.join(one.value for one in characters)}.")
+    if region is not None:
+        parts.append(f"The object circled by a square box is {named_region(picture, region)}.")
+    return " ".join(parts)
+
+
+def boxes(picture, region=None):
+    """LLaVA's captions, empty line, "category: [left, top, right, bottom]" in shares of the picture; then what it lacks.
+
+    Args and Returns as of `sentences`; several lines.
+    """
+    owned = _by_owner(picture)
+    things = [
+        f"{one.value}{' (' + ', '.join(owned[one.id]) + ')' if one.id in owned else ''}: {_rounded(one.box)}"
+        for one in picture.of_kind("object")
+    ]
+    things += [f'text "{one.value}": {_rounded(one.box)}' for one in picture.of_kind("ocr")]
+    pairs = [f"Question: {question(one)} Answer: {one.value}" for one in picture.of_kind("vqa")]
+    marked = [] if region is None else [f"circled by a square box: {named_region(picture, region)}: {_rounded(region.box)}"]
+    blocks = ([one.value for one in picture.of_kind("caption")], things, pairs, marked)
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+FORMS = {"sentences": sentences, "boxes": boxes}
+
+
+def describe(picture, form="sentences", region=None):
+    """A picture in one of FORMS: str. Raises: ValueError for an unknown form."""
+    if form not in FORMS:
+        raise ValueError(f"unknown description {form!r}.{nearest(form, FORMS)}")
+    return FORMS[form](picture, region)
+
+
+def counts(objects):
+    """How many there are of each category: dict name -> int or SEVERAL, in order of appearance."""
+    found = Counter(one.value for one in objects)
+    return {name: number for name, number in found.items()} | {one.value: SEVERAL for one in objects if one.is_crowd}
+
+
+def named_region(picture, region):
+    """What is in the box: "a tie that is striped", or "the text 'STOP'": str."""
+    if region.kind == "ocr":
+        return f"the text '{region.value}'"
+    names = _by_owner(picture).get(region.id)
+    return one_of(region.value) + (f" that is {' and '.join(names)}" if names else "")
+
+
+def question(annotation):
+    """A question with the mark that some lack (as Lynx adds it, Table 13): str."""
+    words = annotation.question.strip()
+    return words if words.endswith(("?", ".")) else words + "?"
+
+
+def _by_owner(picture):
+    """Attributes of each object: dict id -> list of str."""
+    found = {}
+    for one in picture.of_kind("attribute"):
+        found.setdefault(one.of, []).append(one.value)
+    return found
+
+
+def _rounded(box):
+    return [round(side, 3) for side in box]
+
+
+def _stopped(words):
+    return words if words.endswith((".", "?", "!")) else words + "."

@@ -1,0 +1,131 @@
+"""Conversations out of what a generator wrote.
+
+The system prompt asks for {"User": "…", "AI": "…", "User": "…", "AI": "…"}: one object whose keys repeat, of which a
+plain JSON reader keeps the last pair alone. Language models also write several objects or a list of them, fences around
+them, {"role", "content"} turns, other names for the speakers, trailing commas, unescaped quotes, plain "User: …" lines,
+and text that ends in the middle. What can be understood is kept, and said in `notes`; the rest has a name.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+ROLES = {
+    "user": "user", "human": "user", "question": "user", "q": "user",
+    "ai": "assistant", "ai assistant": "assistant", "assistant": "assistant", "visual ai assistant": "assistant",
+    "gpt": "assistant", "answer": "assistant", "a": "assistant",
+}  # fmt: skip
+WHO, WHAT = ("role", "from", "speaker"), ("content", "value", "text")  # keys of a turn as an object of its own
+NAMES = "|".join(sorted(ROLES, key=len, reverse=True))
+KEY = re.compile(rf"""["'“]\s*({NAMES})\s*["'”]\s*:\s*""", re.IGNORECASE)  # in what is meant to be JSON
+LABEL = re.compile(rf"^[\s*#]*({NAMES})[\s*]*:[\s*]*", re.IGNORECASE | re.MULTILINE)  # elsewhere
+FENCE = re.compile(r"^\s*```\w*\s*$", re.MULTILINE)
+CLOSED = re.compile(r"""["'”]\s*[,}\]]*\s*$""")
+
+
+class Unparsed(ValueError):
+    """A text in which no conversation could be found. reason: str, few different ones, to be counted."""
+
+    def __init__(self, reason, text):
+        super().__init__(f"{reason}: {text[:80]!r}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """turns: ("user" | "assistant", text) alternately, the user first. notes: what was unusual about its form."""
+
+    turns: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+
+
+class Pairs(list):
+    """A JSON object as its (key, value) pairs, repeated keys and all."""
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=Pairs, strict=False)  # strict would refuse line breaks in strings
+
+
+def parse(text):
+    """The conversation in a generator's answer: Conversation. Raises: Unparsed."""
+    bare = FENCE.sub("", text).strip()
+    if not bare:
+        raise Unparsed("empty answer", text)
+    turns, notes = _from_json(bare)
+    if not turns or notes:
+        turns, notes = max((turns, notes), _from_labels(bare), key=lambda found: len(found[0]))
+    if not turns:
+        raise Unparsed("no conversation", text)
+    for (role, _), (other, _) in zip(turns, turns[1:]):
+        if role == other:
+            raise Unparsed("two questions in a row" if role == "user" else "two answers in a row", text)
+    if turns[-1][0] == "user":  # the length limit came before the answer
+        turns, notes = turns[:-1], [*notes, "cut"]
+    if not turns:
+        raise Unparsed("no answer", text)
+    if turns[0][0] == "assistant":
+        raise Unparsed("begins with the answer", text)
+    if not all(words for _, words in turns):
+        raise Unparsed("empty turn", text)
+    return Conversation(tuple(turns), tuple(dict.fromkeys(notes)))
+
+
+def _from_json(text):
+    """(turns, notes) of all JSON values in a text; broken ones are stepped over and noted."""
+    turns, notes, place = [], [], 0
+    while opening := re.search(r"[{\[]", text[place:]):
+        place += opening.start()
+        try:
+            value, place = DECODER.raw_decode(text, place)
+        except json.JSONDecodeError:
+            place, notes = place + 1, ["malformed"]
+        else:
+            turns += _turns(value)
+    return turns, notes
+
+
+def _turns(value):
+    """Turns in a parsed value: list of (role, words)."""
+    if isinstance(value, Pairs):
+        named = {str(key).strip().lower(): inner for key, inner in value}
+        who = next((named[key] for key in WHO if key in named), None)
+        what = next((named[key] for key in WHAT if key in named), None)
+        if isinstance(who, str) and who.strip().lower() in ROLES and isinstance(what, str):
+            return [(ROLES[who.strip().lower()], what.strip())]
+        found = []
+        for key, inner in value:
+            role = ROLES.get(key.strip().lower())
+            found += [(role, _words(inner))] if role and not isinstance(inner, list) else _turns(inner)
+        return found
+    return [turn for inner in value for turn in _turns(inner)] if isinstance(value, list) else []
+
+
+def _words(value):
+    """A turn's text; a bare number is one, null is none."""
+    if isinstance(value, bool):
+        return "Yes" if value else "No"
+    return "" if value is None else str(value).strip()
+
+
+def _from_labels(text):
+    """(turns, notes) by the speakers' names alone, as keys of broken JSON or at the beginning of lines."""
+    quoted = text.find('{"') >= 0 or text.startswith(("{", "["))
+    labels = list((KEY if quoted else LABEL).finditer(text))
+    if not labels:
+        return [], []
+    ends = [label.start() for label in labels[1:]] + [len(text)]
+    pieces = [(ROLES[label[1].lower()], text[label.end() : end].strip()) for label, end in zip(labels, ends)]
+    turns = [(role, _unquoted(piece) if quoted else piece.removesuffix("===").strip()) for role, piece in pieces]
+    if not quoted:
+        return turns, ["plain text"]
+    if CLOSED.search(pieces[-1][1]):
+        return turns, ["malformed"]
+    return turns[:-1], ["malformed", "cut"]  # a sentence that stops in the middle is no answer
+
+
+def _unquoted(piece):
+    """A piece without the punctuation of JSON around it, and with its escapes undone."""
+    piece = re.sub(r"[\s,}\]{\[]*$", "", piece)
+    piece = piece[1:] if piece[:1] in "\"'“" else piece
+    piece = piece[:-1] if piece[-1:] in "\"'”" and not piece.endswith('\\"') else piece
+    return piece.replace('\\"', '"').replace("\\n", "\n").replace("\\'", "'").strip()
