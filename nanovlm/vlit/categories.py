@@ -22,7 +22,6 @@ GROUPS = {
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 USES = {  # "A bicycle is …"; of what is always several, "Skis are …"
-    "person": "a human being; what people wear, hold and look at often tells what they are doing",
     "bicycle": "driven by pedals and needs no fuel, which makes it useful for short ways in towns",
     "car": "built to carry a few people on roads and is the commonest vehicle in many countries",
     "motorcycle": "a vehicle with an engine and two wheels; riders wear helmets because nothing else protects them",

@@ -46,6 +46,9 @@ class Replies:
                 self.places[answer[field]] = start
                 start += len(line)
 
+    def __len__(self):
+        return len(self.places)
+
     def __contains__(self, name):
         return name in self.places
 

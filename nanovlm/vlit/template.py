@@ -142,8 +142,8 @@ class Rounds:
         if not self.objects:  # where nobody noted objects, none is known to be absent
             return []
         said = " ".join(one.value + " " + one.question for one in self.picture.annotations).lower()
-        names = [name for name in GROUP_OF if name not in self.counts and name != "person" and not _spoken_of(name, said)]
-        return [(self._one(ABSENT).format(one_of(name)), f"No, there {_is(name)} no {name} in the picture.") for name in self._shuffled(names)]
+        names = [name for name in GROUP_OF if name not in (*self.counts, *ALWAYS_SEVERAL, "person") and not _spoken_of(name, said)]
+        return [(self._one(ABSENT).format(one_of(name)), f"No, there is no {name} in the picture.") for name in self._shuffled(names)]
 
     def wrong_number(self):
         """A wrong number, put right."""
