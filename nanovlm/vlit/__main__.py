@@ -13,7 +13,10 @@ import sys
 from nanovlm.names import nearest
 from nanovlm.vlit import construct, linting
 
-COMMANDS = {"construct": construct, "lint": linting}  # each: its docstring, add_flags(parser), run(wishes) -> list of str
+COMMANDS = {
+    "construct": construct,
+    "lint": linting,
+}  # each: its docstring, add_flags(parser), run(wishes) -> list of str
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
 

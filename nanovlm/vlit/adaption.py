@@ -24,13 +24,41 @@ WRITE_OUT = (
     "says the same and nothing more. Reply with the sentence alone."
 )
 POOLS = {  # kind -> instructions; [QUESTION] and [OBJECT] stand for what the annotation brings
-    "caption": ("Describe the image briefly.", "Describe the image.", "Write a relevant description to pair with the image."),
-    "object": ("List the objects in the image.", "Which objects does the image contain?", "Name everything that can be seen in the image."),
-    "count": ("How many [OBJECT] are there in the image?", "What is the number of [OBJECT] in the image?", "Count the [OBJECT] in the image."),
-    "attribute": ("What is the [OBJECT] in the image like?", "Describe the [OBJECT] in the image.", "Which attributes does the [OBJECT] have?"),
-    "ocr": ("Read the texts in the image.", "What is written in the image?", "Which characters can be recognized in the image?"),
-    "vqa": ("[QUESTION]", "Answer the question about the image. [QUESTION]", "Look at the image and answer: [QUESTION]"),
-    "region": ("What is in the square box in the image?", "What does the square box mark?", "Name the object in the square box."),
+    "caption": (
+        "Describe the image briefly.",
+        "Describe the image.",
+        "Write a relevant description to pair with the image.",
+    ),
+    "object": (
+        "List the objects in the image.",
+        "Which objects does the image contain?",
+        "Name everything that can be seen in the image.",
+    ),
+    "count": (
+        "How many [OBJECT] are there in the image?",
+        "What is the number of [OBJECT] in the image?",
+        "Count the [OBJECT] in the image.",
+    ),
+    "attribute": (
+        "What is the [OBJECT] in the image like?",
+        "Describe the [OBJECT] in the image.",
+        "Which attributes does the [OBJECT] have?",
+    ),
+    "ocr": (
+        "Read the texts in the image.",
+        "What is written in the image?",
+        "Which characters can be recognized in the image?",
+    ),
+    "vqa": (
+        "[QUESTION]",
+        "Answer the question about the image. [QUESTION]",
+        "Look at the image and answer: [QUESTION]",
+    ),
+    "region": (
+        "What is in the square box in the image?",
+        "What does the square box mark?",
+        "Name the object in the square box.",
+    ),
 }
 TASKS = {  # names of the review's Table 5
     "caption": "image captioning", "object": "object detection", "count": "visual question answering",
@@ -52,7 +80,11 @@ def more_instructions(kind, reply):
     slots = {tuple(SLOT.findall(words)) for words in POOLS[kind]}
     found = [words.strip().strip('"') for words in ITEM.findall(reply)]
     known = {words.lower() for words in POOLS[kind]}
-    return [words for words in dict.fromkeys(found) if words and words.lower() not in known and tuple(SLOT.findall(words)) in slots]
+    return [
+        words
+        for words in dict.fromkeys(found)
+        if words and words.lower() not in known and tuple(SLOT.findall(words)) in slots
+    ]
 
 
 def write_out_chat(asked, answer):
@@ -65,7 +97,7 @@ def responses(picture):
     objects = picture.of_kind("object")
     found = [("caption", "", one.value, [one.id]) for one in picture.of_kind("caption")]
     if objects:
-        (_, listed), = Rounds(picture, None, random.Random(0)).names()
+        ((_, listed),) = Rounds(picture, None, random.Random(0)).names()
         found.append(("object", "", listed, [one.id for one in objects]))
     for name, number in counts(objects).items():
         if number != SEVERAL:

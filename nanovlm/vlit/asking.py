@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from nanovlm.data.images import ImageError
-from nanovlm.vlit.generators import Chat, GeneratorError, Refused
+from nanovlm.vlit.generators import Chat, Refused
 from nanovlm.vlit.replies import key_of
 
 
@@ -33,7 +33,9 @@ def ask(requests, generator, drawing, replies, total=None):
     counts, refused = Counter(), []
     with tqdm(desc=f"asking {generator.name}", total=total, unit="request", disable=None) as bar:
         batches = _batches(requests, generator, drawing, replies, counts, bar)
-        for batch, outcome in in_parallel(lambda batch: _answers(batch, generator, drawing), batches, generator.workers):
+        for batch, outcome in in_parallel(
+            lambda batch: _answers(batch, generator, drawing), batches, generator.workers
+        ):
             for request, answer in zip(batch, outcome):
                 if isinstance(answer, list):
                     replies.add(key_of(request.chat, generator, drawing), request.chat, generator, answer)

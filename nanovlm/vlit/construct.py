@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanovlm.vlit import adaption, annotations, planning
+from nanovlm.vlit import adaption, annotation_files, planning
 from nanovlm.vlit.asking import Request, ask
 from nanovlm.vlit.descriptions import FORMS
 from nanovlm.vlit.generator_flags import add_generator_flags, drawing, open_generator
@@ -47,14 +47,28 @@ def add_flags(parser):
     add = parser.add_argument
     add("--annotations", nargs="+", required=True, metavar="FILE", help="COCO captions and instances, VQA questions and "
         "annotations, COCO-Text, COCO Attributes as JSON, LLaVA's captions and boxes; known by their contents")  # fmt: skip
-    add("--images", metavar="FOLDER", help="where the pictures lie; without it nothing is drawn, and nothing is looked for")
+    add(
+        "--images",
+        metavar="FOLDER",
+        help="where the pictures lie; without it nothing is drawn, and nothing is looked for",
+    )
     add("--out", default="out/vlit", metavar="FOLDER")
     add("--method", choices=METHODS, default="both", help="annotation adaption, self-instruct, or both")
     add("--plans", type=words, default=list(PLANS), metavar="NAME,…", help=f"of {', '.join(PLANS)} (default: all)")
-    add("--lines", type=numbers, metavar="1,3,…", help="which of the nine requirements the prompt states, for every plan")
+    add(
+        "--lines",
+        type=numbers,
+        metavar="1,3,…",
+        help="which of the nine requirements the prompt states, for every plan",
+    )
     add("--description", choices=FORMS, default="sentences", help="how annotations become text (default: sentences)")
     add("--regions", type=int, default=1, metavar="N", help="marked regions of each picture at most")
-    add("--answers", choices=("short", "sentences"), default="short", help="short answers ask for one, or are written out")
+    add(
+        "--answers",
+        choices=("short", "sentences"),
+        default="short",
+        help="short answers ask for one, or are written out",
+    )
     add("--more-instructions", action="store_true", help="lengthen the instruction pools through the meta prompt")
     add("--limit", type=int, metavar="N", help="pictures at most")
     add("--seed", type=int, default=0)
@@ -66,7 +80,7 @@ def run(wishes):
     plans, drawn, generator = [find_plan(name) for name in wishes.plans], drawing(wishes), open_generator(wishes)
     if wishes.images is not None and not Path(wishes.images).is_dir():
         raise FileNotFoundError(f"{wishes.images}: no such folder of pictures")
-    collection = annotations.read(wishes.annotations)
+    collection = annotation_files.read(wishes.annotations)
     pictures, missing = planning.find_pictures(collection, wishes.images, wishes.limit)
     if not pictures:
         raise ValueError(nothing_found(wishes, collection, missing))
@@ -94,7 +108,9 @@ def nothing_found(wishes, collection, missing):
     """Why there is nothing to work on: str."""
     if missing:
         return f"none of {len(missing)} pictures lies in {wishes.images}; the first that is missing: {missing[0]}"
-    first = f"; the first of {len(collection.problems)} problems: {collection.problems[0]}" if collection.problems else ""
+    first = (
+        f"; the first of {len(collection.problems)} problems: {collection.problems[0]}" if collection.problems else ""
+    )
     return f"no picture has an annotation in {', '.join(wishes.annotations)}{first}"
 
 
@@ -158,7 +174,11 @@ class Work:
             for place, told in enumerate(adaption.responses(picture)):
                 yield f"{picture.id}/AA/{told[0]}/{place}", told, whole.image
             for region in self.regions(picture, path):
-                yield f"{picture.id}/AA/region/{region.region.id}", adaption.region_response(picture, region.region), region.image
+                yield (
+                    f"{picture.id}/AA/region/{region.region.id}",
+                    adaption.region_response(picture, region.region),
+                    region.image,
+                )
 
     def regions(self, picture, path):
         """The marked pictures of a picture: list of planning.Shown; a picture that cannot be read is a failure."""
@@ -227,7 +247,9 @@ class Work:
     def report(self, out, num_pictures, skipped):
         """Write failures.jsonl and report.json: list of str, what to print."""
         with open(out / "failures.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"kind": kind, "what": said}, ensure_ascii=False) + "\n" for kind, said in self.failures)
+            file.writelines(
+                json.dumps({"kind": kind, "what": said}, ensure_ascii=False) + "\n" for kind, said in self.failures
+            )
         kinds = Counter(kind for kind, _ in self.failures)
         made = {f"{method} {plan}": number for (method, plan), number in sorted(self.samples.items())}
         usage = dict(getattr(self.generator, "usage", {}))
@@ -238,7 +260,13 @@ class Work:
         lines = [f"{kind}: {said}" for kind, said in list(self.failures)[:SHOWN]]
         more = len(self.failures) - SHOWN
         lines += [f"… and {more} more in {out / 'failures.jsonl'}"] if more > 0 else []
-        for name, counted in (("samples", made), ("failures", kinds), ("notes", self.notes), ("skipped", skipped), ("usage", usage)):
+        for name, counted in (
+            ("samples", made),
+            ("failures", kinds),
+            ("notes", self.notes),
+            ("skipped", skipped),
+            ("usage", usage),
+        ):
             if counted:
                 lines.append(f"{name}: " + ", ".join(f"{key} {number}" for key, number in counted.items()))
         total = sum(self.samples.values())

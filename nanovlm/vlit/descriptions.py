@@ -24,7 +24,10 @@ def sentences(picture, region=None):
         told = " ".join(_stopped(one.value) for one in captions)
         parts.append(f"This is a picture which can be described as {told}")
     if objects := picture.of_kind("object"):
-        named = (f"{number} {GROUP_OF[name] + '_' if name in GROUP_OF else ''}{name}" for name, number in counts(objects).items())
+        named = (
+            f"{number} {GROUP_OF[name] + '_' if name in GROUP_OF else ''}{name}"
+            for name, number in counts(objects).items()
+        )
         parts.append(f"The image contains {', '.join(named)}.")
     if attributes := _by_owner(picture):
         known = {one.id: one.value for one in objects}
@@ -34,7 +37,9 @@ def sentences(picture, region=None):
         told = ", ".join(f"'Q: {question(one)} A: {_stopped(one.value)}'" for one in pairs)
         parts.append(f"The image also contains a number of question and answer pairs: {told}.")
     if characters := picture.of_kind("ocr"):
-        parts.append(f"The following characters can be recognized in the image: {', '.join(one.value for one in characters)}.")
+        parts.append(
+            f"The following characters can be recognized in the image: {', '.join(one.value for one in characters)}."
+        )
     if region is not None:
         parts.append(f"The object circled by a square box is {named_region(picture, region)}.")
     return " ".join(parts)
@@ -52,7 +57,9 @@ def boxes(picture, region=None):
     ]
     things += [f'text "{one.value}": {_rounded(one.box)}' for one in picture.of_kind("ocr")]
     pairs = [f"Question: {question(one)} Answer: {one.value}" for one in picture.of_kind("vqa")]
-    marked = [] if region is None else [f"circled by a square box: {named_region(picture, region)}: {_rounded(region.box)}"]
+    marked = (
+        [] if region is None else [f"circled by a square box: {named_region(picture, region)}: {_rounded(region.box)}"]
+    )
     blocks = ([one.value for one in picture.of_kind("caption")], things, pairs, marked)
     return "\n\n".join("\n".join(block) for block in blocks if block)
 

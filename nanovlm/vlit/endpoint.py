@@ -59,7 +59,12 @@ class OpenAICompatible:
         return [self._answers(chat, n, temperature, max_tokens, seed, stop) for chat in chats]
 
     def _answers(self, chat, n, temperature, max_tokens, seed, stop):
-        body = {"model": self.model, "messages": self._messages(chat), "temperature": temperature, "max_tokens": max_tokens}
+        body = {
+            "model": self.model,
+            "messages": self._messages(chat),
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+        }
         body |= {"stop": list(stop)} if stop else {}
         found = []
         while len(found) < n:
@@ -128,5 +133,9 @@ class OpenAICompatible:
         """Wait before the next attempt: as long as the server asks for, else longer each time, never all at once."""
         with self.lock:
             self.usage["retries"] += 1
-        seconds = float(asked) if asked.replace(".", "", 1).isdigit() else self.first_wait * 2**attempt * random.uniform(0.5, 1)
+        seconds = (
+            float(asked)
+            if asked.replace(".", "", 1).isdigit()
+            else self.first_wait * 2**attempt * random.uniform(0.5, 1)
+        )
         time.sleep(min(seconds, LONGEST_WAIT))

@@ -35,7 +35,10 @@ def _example(plans, captions, objects, turns, asked=(), characters=(), attribute
     """An Example. objects, characters: (words, box). asked: (question, answer). attributes: (object's place, words)."""
     notes = [Annotation(f"caption/{n}", "caption", words) for n, words in enumerate(captions)]
     notes += [Annotation(f"object/{n}", "object", words, box=box) for n, (words, box) in enumerate(objects)]
-    notes += [Annotation(f"attribute/{n}", "attribute", words, of=f"object/{owner}") for n, (owner, words) in enumerate(attributes)]
+    notes += [
+        Annotation(f"attribute/{n}", "attribute", words, of=f"object/{owner}")
+        for n, (owner, words) in enumerate(attributes)
+    ]
     notes += [Annotation(f"vqa/{n}", "vqa", answer, question) for n, (question, answer) in enumerate(asked)]
     notes += [Annotation(f"ocr/{n}", "ocr", words, box=box) for n, (words, box) in enumerate(characters)]
     marked = next((one for one in notes if one.id == region), None)
@@ -48,8 +51,14 @@ EXAMPLES = (
         ["A brown dog sits on a kitchen floor beside an empty bowl.", "A dog waits to be fed next to an oven."],
         [("dog", (0.3, 0.35, 0.62, 0.95)), ("bowl", (0.64, 0.82, 0.8, 0.95)), ("oven", (0.05, 0.1, 0.4, 0.8))],
         [
-            ("What is the dog doing?", "The dog is sitting on the kitchen floor beside a bowl, with the oven behind it."),
-            ("What is in the bowl next to it?", "Nothing: the bowl is empty, which is why the dog seems to be waiting for food."),
+            (
+                "What is the dog doing?",
+                "The dog is sitting on the kitchen floor beside a bowl, with the oven behind it.",
+            ),
+            (
+                "What is in the bowl next to it?",
+                "Nothing: the bowl is empty, which is why the dog seems to be waiting for food.",
+            ),
             ("Which side of the dog is that bowl on?", "It stands to the right of the dog."),
             ("And what is on the other side?", "On the left, behind the dog, there is an oven."),
             ("So which room is this?", "The oven shows that it is a kitchen."),
@@ -67,7 +76,10 @@ EXAMPLES = (
                 "They carry about twice as many passengers on the same length of road. In a narrow street like this one a "
                 "longer bus would have trouble turning, so building upwards is the simpler way.",
             ),
-            ("What does the sign at the corner ask of drivers?", "It reads STOP: every driver has to halt and give way before going on."),
+            (
+                "What does the sign at the corner ask of drivers?",
+                "It reads STOP: every driver has to halt and give way before going on.",
+            ),
         ],
         characters=[("STOP", (0.86, 0.35, 0.94, 0.4))],
     ),
@@ -78,7 +90,10 @@ EXAMPLES = (
         [
             ("What is the man holding?", "He is carrying a white surfboard under his arm."),
             ("Is he riding a wave?", "No, he is still walking across the beach towards the water."),
-            ("Can you see an umbrella on the beach?", "No, there is no umbrella. Only the man and his surfboard are on the sand."),
+            (
+                "Can you see an umbrella on the beach?",
+                "No, there is no umbrella. Only the man and his surfboard are on the sand.",
+            ),
         ],
         asked=[("Is the sun shining?", "no")],
     ),
@@ -106,7 +121,10 @@ EXAMPLES = (
                 "Coal heats water in its boiler. The steam pushes pistons back and forth, and rods turn that movement into "
                 "the turning of the wheels.",
             ),
-            ("Why are they rare today?", "Electric and diesel engines need far less work and fuel, so steam is mostly kept for special trips."),
+            (
+                "Why are they rare today?",
+                "Electric and diesel engines need far less work and fuel, so steam is mostly kept for special trips.",
+            ),
             ("Which platform is it?", "The sign says 7, so it is platform 7."),
             ("How could travellers know whether they are late?", "A clock hangs above the platform."),
         ],
@@ -116,7 +134,12 @@ EXAMPLES = (
     _example(
         ("global", "negative", "knowledge"),
         ["Two children fly kites on a meadow.", "Kites of many colors over a green hill."],
-        [("person", (0.3, 0.6, 0.36, 0.85)), ("person", (0.45, 0.6, 0.5, 0.83)), ("kite", (0.2, 0.1, 0.3, 0.2)), ("kite", (0.6, 0.05, 0.75, 0.2))],
+        [
+            ("person", (0.3, 0.6, 0.36, 0.85)),
+            ("person", (0.45, 0.6, 0.5, 0.83)),
+            ("kite", (0.2, 0.1, 0.3, 0.2)),
+            ("kite", (0.6, 0.05, 0.75, 0.2)),
+        ],
         [
             ("How many children are there?", "There are two children on the meadow."),
             (
@@ -130,7 +153,11 @@ EXAMPLES = (
     _example(
         ("region",),
         ["A pizza with olives on a wooden table.", "A table laid for two with a pizza and glasses of wine."],
-        [("pizza", (0.25, 0.4, 0.75, 0.85)), ("wine glass", (0.05, 0.1, 0.2, 0.6)), ("wine glass", (0.8, 0.1, 0.95, 0.6))],
+        [
+            ("pizza", (0.25, 0.4, 0.75, 0.85)),
+            ("wine glass", (0.05, 0.1, 0.2, 0.6)),
+            ("wine glass", (0.8, 0.1, 0.95, 0.6)),
+        ],
         [
             ("What is in the square box?", "The box marks a pizza with olives on a wooden table."),
             (
@@ -143,11 +170,17 @@ EXAMPLES = (
     ),
     _example(
         ("region",),
-        ["A girl in a yellow coat stands in the rain with an umbrella.", "A child under a red umbrella on a wet street."],
+        [
+            "A girl in a yellow coat stands in the rain with an umbrella.",
+            "A child under a red umbrella on a wet street.",
+        ],
         [("person", (0.35, 0.3, 0.65, 0.95)), ("umbrella", (0.2, 0.1, 0.8, 0.4)), ("car", (0.8, 0.5, 1.0, 0.7))],
         [
             ("What is marked in the picture?", "The box marks a red umbrella that a girl is holding over her head."),
-            ("What is it good for here?", "It keeps the rain off her: the street is wet, so it has been raining for a while."),
+            (
+                "What is it good for here?",
+                "It keeps the rain off her: the street is wet, so it has been raining for a while.",
+            ),
             ("Does the marked object touch the car?", "No, the car stands further right and away from it."),
         ],
         attributes=[(1, "wet")],
@@ -159,8 +192,14 @@ EXAMPLES = (
         [("bicycle", (0.1, 0.6, 0.3, 0.9)), ("person", (0.6, 0.5, 0.68, 0.9))],
         [
             ("What does the box mark?", "It marks the word BAKERY on the sign above the door."),
-            ("What could I buy behind that sign?", "A bakery sells bread, rolls and cakes, usually baked on the same morning."),
-            ("Is the marked sign on the bicycle?", "No, it hangs above the door; the bicycle leans against the wall further down."),
+            (
+                "What could I buy behind that sign?",
+                "A bakery sells bread, rolls and cakes, usually baked on the same morning.",
+            ),
+            (
+                "Is the marked sign on the bicycle?",
+                "No, it hangs above the door; the bicycle leans against the wall further down.",
+            ),
         ],
         characters=[("BAKERY", (0.35, 0.15, 0.7, 0.25))],
         region="ocr/0",
@@ -175,7 +214,10 @@ EXAMPLES = (
                 "Why is its neck so long?",
                 "It lets the animal reach leaves high up in trees that no other grazer can eat, and it helps to see lions early.",
             ),
-            ("Is the animal in the box striped?", "No, it is not striped: the zebras on both sides are, but a giraffe has patches."),
+            (
+                "Is the animal in the box striped?",
+                "No, it is not striped: the zebras on both sides are, but a giraffe has patches.",
+            ),
         ],
         region="object/0",
     ),

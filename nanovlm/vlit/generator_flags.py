@@ -36,7 +36,14 @@ def add_generator_flags(parser, n=Drawing.n, temperature=Drawing.temperature):
 
 def drawing(wishes):
     """How answers are drawn: generators.Drawing. Raises: ValueError. wishes: flags, with seed."""
-    for name, least in (("n", 1), ("max_tokens", 1), ("temperature", 0), ("workers", 1), ("per_minute", 0), ("batch_size", 1)):
+    for name, least in (
+        ("n", 1),
+        ("max_tokens", 1),
+        ("temperature", 0),
+        ("workers", 1),
+        ("per_minute", 0),
+        ("batch_size", 1),
+    ):
         if vars(wishes)[name] < least:
             raise ValueError(f"{name.replace('_', '-')} is {vars(wishes)[name]}; it must be {least} or more")
     return Drawing(wishes.n, wishes.temperature, wishes.max_tokens, wishes.seed)
@@ -51,10 +58,16 @@ def open_generator(wishes):
             raise ValueError("--generator replay needs --replies FILE, the replies.jsonl of another run")
         return Replay(wishes.replies)
     if not wishes.model:
-        raise ValueError(f"--generator {wishes.generator} needs --model: a folder for local, the model's name for endpoint")
+        raise ValueError(
+            f"--generator {wishes.generator} needs --model: a folder for local, the model's name for endpoint"
+        )
     if wishes.generator == "local":
         loaded = recipes.load(wishes.model, dtype=DTYPES[wishes.dtype], device=wishes.device)
         return Local(loaded, os.path.basename(os.path.abspath(wishes.model)), wishes.batch_size)
     return OpenAICompatible(
-        wishes.model, wishes.base_url, workers=wishes.workers, per_minute=wishes.per_minute, send_images=wishes.send_images
+        wishes.model,
+        wishes.base_url,
+        workers=wishes.workers,
+        per_minute=wishes.per_minute,
+        send_images=wishes.send_images,
     )

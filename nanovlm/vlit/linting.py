@@ -44,7 +44,9 @@ HEDGE = re.compile(
     r"|(?:specific|enough|clear) information)\b",
     re.IGNORECASE,
 )
-REGION = re.compile(r"\b(?:box|boxed|square|rectangle|circle[ds]?|frame[ds]?|outlined|marked|highlighted|region|area)\b", re.IGNORECASE)
+REGION = re.compile(
+    r"\b(?:box|boxed|square|rectangle|circle[ds]?|frame[ds]?|outlined|marked|highlighted|region|area)\b", re.IGNORECASE
+)
 NEGATIVE = re.compile(r"^\W*no\b|\b(?:not|n't|n’t|no|none|neither|never|cannot|without)\b", re.IGNORECASE)
 
 

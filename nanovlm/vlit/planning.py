@@ -5,7 +5,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanovlm.evaluation.items import coco_picture, picture as picture_path
+from nanovlm.evaluation.items import coco_picture
+from nanovlm.evaluation.items import picture as picture_path
 from nanovlm.vlit import self_instruct
 from nanovlm.vlit.annotations import Annotation, Picture
 from nanovlm.vlit.asking import Request
@@ -65,7 +66,9 @@ def _path(picture, folder):
 
 def regions(picture, number, seed):
     """Annotations of a picture that are worth a box, drawn at random: list of Annotation, `number` at most."""
-    fitting = [one for one in picture.of_kind("object") if not one.is_crowd and LEAST_AREA <= area(one.box) <= MOST_AREA]
+    fitting = [
+        one for one in picture.of_kind("object") if not one.is_crowd and LEAST_AREA <= area(one.box) <= MOST_AREA
+    ]
     fitting += [one for one in picture.of_kind("ocr") if LEAST_TEXT_AREA <= area(one.box) <= MOST_AREA]
     return random.Random(digest([seed, picture.id, "regions"])).sample(fitting, min(number, len(fitting)))
 
@@ -101,6 +104,8 @@ def conversations(picture, path, plans, regions, wishes):
     """
     for plan in plans:
         for one in regions if plan.granularity == "region" else [shown(picture, path, wishes.out)]:
-            chat = self_instruct.chat(picture, plan, one.region, wishes.description, wishes.lines, wishes.seed, one.path)
+            chat = self_instruct.chat(
+                picture, plan, one.region, wishes.description, wishes.lines, wishes.seed, one.path
+            )
             place = f"/{one.region.id}" if one.region else ""
             yield Request(f"{picture.id}/SI/{plan.name}{place}", chat, (plan, one))

@@ -15,7 +15,9 @@ from nanovlm.vlit.generators import Refused, digest
 
 def key_of(chat, generator, drawing):
     """The name of an answer: str. chat: generators.Chat. generator: has a name. drawing: generators.Drawing."""
-    return digest([generator.name, chat.sha, drawing.n, drawing.temperature, drawing.max_tokens, drawing.seed, drawing.stop])
+    return digest(
+        [generator.name, chat.sha, drawing.n, drawing.temperature, drawing.max_tokens, drawing.seed, drawing.stop]
+    )
 
 
 class Replies:
@@ -42,7 +44,9 @@ class Replies:
                     if not all(isinstance(one, str) for one in (answer["key"], answer["chat"], *answer["replies"])):
                         raise ValueError("key, chat and replies must be texts")
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{self.path}, line {number}: no recorded answer ({error}); remove the line") from error
+                    raise ValueError(
+                        f"{self.path}, line {number}: no recorded answer ({error}); remove the line"
+                    ) from error
                 self.places[answer[field]] = start
                 start += len(line)
 

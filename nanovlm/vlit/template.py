@@ -18,7 +18,11 @@ NAME_ALL = ("Which objects can you make out?", "What objects are there?", "Can y
 HOW_MANY = ("How many {} are there?", "How many {} can you see?", "What is the number of {} in the picture?")
 WHERE = ("Where is the {}?", "In which part of the picture is the {}?", "Where can I find the {}?")
 ABSENT = ("Is there {} in the picture?", "Can you see {}?", "Does {} appear in the picture?")
-KNOWLEDGE = ("Can you tell me something about {} in general?", "What should I know about {}?", "What is special about {}?")
+KNOWLEDGE = (
+    "Can you tell me something about {} in general?",
+    "What should I know about {}?",
+    "What is special about {}?",
+)
 MARKED = ("What is in the square box?", "What does the box mark?", "What is marked in the picture?")
 OTHER_NAMES = {
     "airplane": ("plane", "jet"), "bicycle": ("bike",), "motorcycle": ("motorbike", "bike"), "couch": ("sofa",),
@@ -65,7 +69,9 @@ class Rounds:
 
     def of_plan(self, plan):
         """The rounds of a self_instruct.Plan, in their order."""
-        seen = self._shuffled(self.number() + self.place() + self.side() + self.attributes() + self.characters() + self.asked())
+        seen = self._shuffled(
+            self.number() + self.place() + self.side() + self.attributes() + self.characters() + self.asked()
+        )
         described = self.description()
         first = described or self.names()
         if plan.name == "region":
@@ -89,7 +95,10 @@ class Rounds:
 
     def names(self):
         """All categories with their numbers."""
-        told = [f"several {plural(name)}" if number == SEVERAL else counted(name, number) for name, number in self.counts.items()]
+        told = [
+            f"several {plural(name)}" if number == SEVERAL else counted(name, number)
+            for name, number in self.counts.items()
+        ]
         if not told:
             return []
         verb = "is" if told[0].startswith("one ") else "are"
@@ -115,7 +124,11 @@ class Rounds:
             apart = (one.box[0] + one.box[2] - other.box[0] - other.box[2]) / 2
             asked, truth = self.draw.choice(("left", "right")), "left" if apart < 0 else "right"
             if abs(apart) > CLOSE:
-                answer = f"Yes, it is on the {truth}." if asked == truth else f"No, it is to the {truth} of the {other.value}."
+                answer = (
+                    f"Yes, it is on the {truth}."
+                    if asked == truth
+                    else f"No, it is to the {truth} of the {other.value}."
+                )
                 found.append((f"Is the {one.value} to the {asked} of the {other.value}?", answer))
         return found
 
@@ -131,19 +144,30 @@ class Rounds:
     def characters(self):
         """What can be read."""
         words = [f'"{one.value}"' for one in self.picture.of_kind("ocr")]
-        return [("What can be read in the picture?", f"The characters {', '.join(words)} can be read.")] if words else []
+        return (
+            [("What can be read in the picture?", f"The characters {', '.join(words)} can be read.")] if words else []
+        )
 
     def asked(self):
         """The annotated questions."""
-        return [(question(one)[0].upper() + question(one)[1:], _sentence(one.value)) for one in self.picture.of_kind("vqa")]
+        return [
+            (question(one)[0].upper() + question(one)[1:], _sentence(one.value)) for one in self.picture.of_kind("vqa")
+        ]
 
     def absent(self):
         """Categories that are neither annotated nor spoken of; of people, captions speak in too many words."""
         if not self.objects:  # where nobody noted objects, none is known to be absent
             return []
         said = " ".join(one.value + " " + one.question for one in self.picture.annotations).lower()
-        names = [name for name in GROUP_OF if name not in (*self.counts, *ALWAYS_SEVERAL, "person") and not _spoken_of(name, said)]
-        return [(self._one(ABSENT).format(one_of(name)), f"No, there is no {name} in the picture.") for name in self._shuffled(names)]
+        names = [
+            name
+            for name in GROUP_OF
+            if name not in (*self.counts, *ALWAYS_SEVERAL, "person") and not _spoken_of(name, said)
+        ]
+        return [
+            (self._one(ABSENT).format(one_of(name)), f"No, there is no {name} in the picture.")
+            for name in self._shuffled(names)
+        ]
 
     def wrong_number(self):
         """A wrong number, put right."""
@@ -152,7 +176,9 @@ class Rounds:
             wrong = self.counts[name] + self.draw.choice((1, 2))
             if wrong < len(NUMBERS):
                 verb = "is" if self.counts[name] == 1 else "are"
-                found.append((f"Are there {counted(name, wrong)}?", f"No, there {verb} {counted(name, self.counts[name])}."))
+                found.append(
+                    (f"Are there {counted(name, wrong)}?", f"No, there {verb} {counted(name, self.counts[name])}.")
+                )
         return found
 
     def knowledge(self):
@@ -170,7 +196,12 @@ class Rounds:
             if number == 1:
                 rounds.append((f"Is there another {region.value} besides the marked one?", "No, it is the only one."))
             elif number != SEVERAL:
-                rounds.append(("How many more of the marked kind are there?", f"Besides the marked one there {_others(region.value, number - 1)}."))
+                rounds.append(
+                    (
+                        "How many more of the marked kind are there?",
+                        f"Besides the marked one there {_others(region.value, number - 1)}.",
+                    )
+                )
             other = self._one([name for name in GROUP_OF if name not in self.counts])
             rounds.append((f"Is {one_of(other)} in the box?", f"No, the box marks {one_of(region.value)}."))
             if region.value in USES:

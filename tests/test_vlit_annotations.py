@@ -1,0 +1,149 @@
+"""Annotation files of every source become one form; bad records are named and cost themselves alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanovlm.vlit.annotation_files import kind_of, read
+from nanovlm.vlit.annotations import Picture, share_box
+
+GOLDEN = Path(__file__).parent / "golden" / "vlit"
+PHOTOS = sorted(GOLDEN.glob("*_photos.json"))
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return read(PHOTOS)
+
+
+def values(picture, kind):
+    return [one.value for one in picture.of_kind(kind)]
+
+
+def written(folder, name, content):
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def instances(**changes):
+    return {
+        "images": [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}],
+        "categories": [{"id": 3, "name": "car"}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [20, 10, 100, 50]} | changes],
+    }
+
+
+def test_each_source_is_known_by_its_keys():
+    kinds = {path.name: kind_of(path) for path in [*PHOTOS, GOLDEN / "caps_boxes.jsonl"]}
+    assert kinds == {
+        "captions_photos.json": "captions", "instances_photos.json": "instances", "cocotext_photos.json": "COCO-Text",
+        "cocottributes_photos.json": "attributes", "v2_questions_photos.json": "questions",
+        "v2_annotations_photos.json": "answers", "caps_boxes.jsonl": "captions and boxes",
+    }  # fmt: skip
+
+
+def test_captions_objects_texts_and_questions_meet_at_their_picture(photos):
+    astronaut = photos.pictures["1"]
+    assert (astronaut.file_name, astronaut.width, astronaut.height) == ("astronaut.jpg", 192, 192)
+    assert values(astronaut, "caption")[0] == "A smiling woman in an orange space suit holds a helmet."
+    assert values(astronaut, "object") == ["person"]
+    assert values(astronaut, "ocr") == ["COLLINS"]
+    assert [(one.question, one.value) for one in astronaut.of_kind("vqa")] == [
+        ("What color is the suit?", "orange"), ("Is she smiling?", "yes"),
+    ]  # fmt: skip
+    assert photos.problems == []
+
+
+def test_attributes_follow_the_order_of_their_ids_and_most_workers(photos):
+    # the file lists smiling (9), furry (3), standing (5), shiny (7); votes stand in the order 3, 5, 7, 9
+    told = {one.value: one.of for picture in photos.pictures.values() for one in picture.of_kind("attribute")}
+    assert told == {"smiling": "object/101", "furry": "object/102", "shiny": "object/104"}  # standing had just a half
+    assert photos.skipped["attributes of objects in none of the files"] == 1
+
+
+def test_illegible_texts_and_open_answers_are_skipped_and_counted(photos):
+    assert photos.skipped["illegible texts"] == 1
+    assert photos.skipped["answers that leave it open"] == 1  # "full or empty"
+    assert [one.value for one in photos.pictures["3"].of_kind("vqa")] == ["1"]
+
+
+def test_boxes_become_shares_of_the_picture_and_end_at_its_edges():
+    picture = Picture("7", width=200, height=100)
+    assert share_box([20, 10, 100, 50], picture) == (0.1, 0.1, 0.6, 0.6)
+    assert share_box([-10, 90, 400, 20], picture) == (0.0, 0.9, 1.0, 1.0)
+    for box, words in (([20, 10, 0, 5], "no area"), ([1, 2, 3], "left, top, width and height"), ([250, 0, 9, 9], "no area")):
+        with pytest.raises(ValueError, match=words):
+            share_box(box, picture)
+    with pytest.raises(ValueError, match="size of picture 8 is not stated"):
+        share_box([0, 0, 1, 1], Picture("8"))
+
+
+def test_llavas_lines_hold_captions_and_boxes():
+    found = read([GOLDEN / "caps_boxes.jsonl"])
+    assert len(found.pictures) == 20 and not found.problems
+    donuts = found.pictures["296284"]  # the id of COCO, without the zeros in front
+    assert donuts.file_name == "000000296284.jpg" and len(donuts.of_kind("caption")) == 5
+    assert donuts.of_kind("object")[0].box == (0.37, 0.584, 0.504, 0.709)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"category_id": 9}, "category_id 9 is none of the file's 1 categories"),
+        ({"bbox": [0, 0]}, "bbox must be left, top, width and height"),
+        ({"bbox": "0 0 1 1"}, "'bbox' must be a list"),
+        ({"image_id": 8}, "size of picture 8 is not stated"),
+        ({"image_id": None}, "'image_id' must be a"),
+    ],
+)
+def test_a_bad_record_is_named_and_costs_itself_alone(tmp_path, changes, words):
+    content = instances()
+    content["annotations"].append(content["annotations"][0] | {"id": 2} | changes)
+    found = read([written(tmp_path, "instances.json", content)])
+    assert [one.id for one in found.pictures["7"].annotations] == ["object/1"]
+    (problem,) = found.problems
+    assert words in problem and f"{tmp_path / 'instances.json'}, line 1, item 2" in problem
+
+
+def test_a_file_cut_short_keeps_what_stands_before_the_break(tmp_path):
+    text = (GOLDEN / "captions_photos.json").read_text()
+    path = written(tmp_path, "captions.json", text[: text.index("An espresso")])
+    found = read([path])
+    assert sum(len(picture.annotations) for picture in found.pictures.values()) == 5
+    assert len(found.problems) == 1 and f"{path}, line " in found.problems[0]
+
+
+def test_a_repeated_key_in_a_record_is_an_error_not_a_loss(tmp_path):
+    line = '{"id": "1", "image": "1.jpg", "captions": ["a"], "captions": ["b"], "instances": []}'
+    good = '{"id": "2", "image": "2.jpg", "captions": ["a\u2028b"], "instances": []}'
+    found = read([written(tmp_path, "caps.jsonl", f"{good}\n{line}\n")])
+    assert list(found.pictures) == ["2"] and found.pictures["2"].annotations[0].value == "a\u2028b"
+    assert "line 2" in found.problems[0] and "'captions' stands twice" in found.problems[0]
+
+
+def test_a_crowd_is_no_single_object(tmp_path):
+    found = read([written(tmp_path, "instances.json", instances(iscrowd=1))])
+    assert found.pictures["7"].annotations[0].is_crowd
+
+
+def test_answers_without_their_questions_and_questions_without_answers_are_told(tmp_path):
+    questions = written(tmp_path, "q.json", {"questions": [{"question_id": 1, "image_id": 5, "question": "How many?"},
+                                                          {"question_id": 2, "image_id": 5, "question": "Why"}]})  # fmt: skip
+    ten = [{"answer": "two"}] * 6 + [{"answer": "three"}] * 4  # no answer_id, as in VizWiz's copies
+    answers = written(tmp_path, "a.json", {"annotations": [{"question_id": 1, "image_id": 5, "answers": ten},
+                                                          {"question_id": 9, "image_id": 5, "answers": ten}]})  # fmt: skip
+    found = read([answers, questions])
+    assert [(one.question, one.value) for one in found.pictures["5"].annotations] == [("How many?", "two")]
+    assert found.skipped["questions without an answer"] == 1
+    assert "question_id 9 is a question in none of the files" in found.problems[0]
+
+
+def test_unknown_missing_and_pickled_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="none of the known annotation files"):
+        read([written(tmp_path, "x.json", {"data": []})])
+    with pytest.raises(FileNotFoundError, match="no such annotation file"):
+        read([tmp_path / "absent.json"])
+    with pytest.raises(ValueError, match="(?s)a pickle can run any program.*joblib.load"):
+        read([written(tmp_path, "cocottributes.jbl", "")])
