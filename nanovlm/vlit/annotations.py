@@ -77,8 +77,9 @@ class Collection:
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
                     words = str(error)
                     self.problems.append(words if words.startswith(str(path)) else f"{element.where}: {words}")
-        except ValueError as error:  # the file ends in the middle of a record: what stood before it is kept
-            self.problems.append(str(error))
+        except ValueError as error:  # the file breaks off: what stood before is kept
+            if str(error) not in self.problems:  # met once for the pictures, once for the records
+                self.problems.append(str(error))
 
 
 def share_box(box, picture):
