@@ -1,11 +1,11 @@
 """What a run shows and records: the JSON-lines log, the progress bar, and curves.png.
 
 log.jsonl holds one JSON object a line:
-    {"stage", "step", "loss", "lr", "gradient_norm", "tokens_per_second", "seconds"}  one per optimizer step
+    {"stage", "step", "loss", "lr", "gradient_norm", "tokens_per_second", "data_seconds", "seconds"}  one per optimizer step
     {"stage", "step", "when": "before" | "after", "measures": {name: number}}         held-out measures of a stage
     {"stage", "step", "exam": [line, ...]}                                            answers, when one has changed
-where step counts the optimizer steps of the whole run, lr is the largest of all groups, and seconds those since the
-run began. To follow a run elsewhere, give `Log` your own `write`.
+where step counts the optimizer steps of the whole run, lr is the largest of all groups, data_seconds those that
+the step waited for its records, and seconds those since the run began. To follow a run elsewhere, give `Log` your own `write`.
 """
 
 import json

@@ -37,6 +37,8 @@ os.fsync = counted
 """
 
 
+TIMES = ("seconds", "data_seconds", "tokens_per_second")
+
 def recipe_file(folder, fuse):
     """A recipe that dies at each of these fsync calls in turn, one per process."""
     path = folder / "fused.py"
@@ -69,7 +71,7 @@ def resume_until_done(recipe, out, limit):
 def result(out):
     """What must not depend on interruptions: losses, measures, exams, and the bytes of the weights."""
     entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    kept = [{key: value for key, value in entry.items() if key not in ("seconds", "tokens_per_second")} for entry in entries]
+    kept = [{key: value for key, value in entry.items() if key not in TIMES} for entry in entries]
     weights = [(out / f"{name}.safetensors").read_bytes() for name in ("model", "text_tower")]
     return kept, [hashlib.sha256(content).hexdigest() for content in weights]
 
