@@ -9,11 +9,8 @@ the tables are made of stands in readme_tables.py.
 
 import json
 import os
-import platform
-import re
 import shlex
 import statistics
-import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -24,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 import torch
 from readme_tables import RESULTS, TESTS, fill
 
+from nanovlm.provenance import commit, machine
 from nanovlm.recipes import find
 from nanovlm.recipes.start import DEFAULT_THREADS
 
@@ -52,7 +50,7 @@ def collect(folders):
     return {
         "command": command(configs[0]),
         "commit": commit(),
-        "hardware": f"{cpu()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": machine(),
         "threads": configs[0]["threads"],
         "torch": torch.__version__,
         "date": max(run["date"] for run in runs),
@@ -126,22 +124,6 @@ def _settings(usual, value):
         return [f".{key}={value.get(key, 'none')}" for key in keys]
     text = ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
     return [] if value == usual else [f"={text}"]
-
-
-def commit():
-    """The commit that is checked out: str, with "+" behind it if the code has been changed since; "unknown" without git."""
-    def git(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "train.py", "nanovlm")
-    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + "+" * bool(changed)
-
-
-def cpu():
-    """What the processor calls itself: str."""
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def write(path, text):

@@ -13,7 +13,9 @@ from typing import Any
 from PIL import Image
 
 from nanovlm.data.batching import pixels_of, prompt_row
+from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.data.records import Visual
+from nanovlm.data.templates import end_ids
 from nanovlm.sampler import Decoding, generate
 
 GREY = (128, 128, 128)  # the colour of a blank picture
@@ -57,19 +59,21 @@ class Examiner:
     image_fit: str = "crop"  # how a picture becomes square, as in images.to_pixels
     max_new_tokens: int = 12  # tokens of an answer, the end token included
     batch_size: int = 256  # prompts that run together
+    preprocessing: Preprocessing = CLIP  # mean and deviation of the pixels, as the run's or the model folder's
 
     def answers(self, model, records, blank=False, progress=None):
         """`answer_questions` with these settings: list of Answer."""
-        decoding = Decoding(max_new_tokens=self.max_new_tokens, eos_ids=(self.tokenizer.eos,))
+        decoding = Decoding(max_new_tokens=self.max_new_tokens, eos_ids=end_ids(self.template, self.tokenizer))
         return answer_questions(
             model, records, self.tokenizer, self.template, model.vision.image_size, self.image_fit, decoding,
-            self.batch_size, blank, progress,
+            self.batch_size, blank, progress, self.preprocessing,
         )  # fmt: skip
 
 
 def answer_questions(
-    model, records, tokenizer, template, image_size, image_fit, decoding, batch_size, blank=False, progress=None
-):
+    model, records, tokenizer, template, image_size, image_fit, decoding, batch_size, blank=False, progress=None,
+    preprocessing=CLIP,
+):  # fmt: skip
     """Let a model answer the last question of every conversation.
 
     Args:
@@ -77,7 +81,8 @@ def answer_questions(
       records: iterable of Record, read as the answers are made; every conversation ends with a question and the true
         answer.
       tokenizer, template: Tokenizer and templates.Template.
-      image_size, image_fit: pixels, and how a picture becomes square; as in images.to_pixels.
+      image_size, image_fit, preprocessing: pixels, how a picture becomes square, and the mean and deviation of its pixels; as
+        in images.to_pixels.
       decoding: sampler.Decoding, greedy or beams, one sequence; its eos_ids should hold the tokenizer's.
       batch_size: prompts that run together.
       blank: bool; True shows a uniform grey picture in place of each, so that only the questions can help.
@@ -101,7 +106,7 @@ def answer_questions(
             prompts.append((tuple(row.ids), tuple(visual.key for visual in shown)))
             for visual in shown:
                 if visual.key not in pixels:
-                    pixels[visual.key] = pixels_of([visual], image_size, image_fit)
+                    pixels[visual.key] = pixels_of([visual], image_size, image_fit, preprocessing)
         replies = _replies(model, prompts, pixels, decoding, batch_size)
         for (record, number), prompt in zip(chunk, prompts):
             text = tokenizer.decode(replies[prompt]).removesuffix(template.answer_suffix).strip()
