@@ -6,6 +6,7 @@
     python -m nanovlm.evaluation open_vqa --model FOLDER --data open_vqa/ --images open_vqa/ --judge FOLDER
     python -m nanovlm.evaluation rank OUT_A OUT_B --judge FOLDER --out OUT      Elo and Bradley-Terry of several runs
     python -m nanovlm.evaluation rank OUT_A OUT_B --sheet FILE.csv              a sheet for people's marks, 1 to 5
+    python -m nanovlm.evaluation ablate --help                                  the papers' ablations at nano scale
 
 Answers go to predictions.jsonl as they are made; the same command again goes on where it stopped.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from nanovlm import recipes
-from nanovlm.evaluation import pairwise, protocols
+from nanovlm.evaluation import ablate, pairwise, protocols
 from nanovlm.evaluation.runner import Wishes, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.names import nearest
@@ -148,6 +149,8 @@ def listing():
 
 def main(arguments):
     """Run the command line: exit code."""
+    if arguments[:1] == ["ablate"]:
+        return ablate.main(arguments[1:])
     if arguments[:1] == ["rank"]:
         try:
             print("\n".join(rank(rank_parser().parse_args(arguments[1:]))))

@@ -165,10 +165,10 @@ def run(ablations, seeds, out, tables, smoke=False, train=train):
     Yields: name, path of the CSV, whenever an ablation is complete.
     Raises: AblationError.
     """
-    command = " ".join(["python -m nanovlm.evaluation ablate", *ablations, "--seeds", ",".join(map(str, seeds))])
     total = sum(len(ablation.variants) for ablation in ablations.values()) * len(seeds)
     with tqdm(total=total, unit="run", disable=None) as bar:
         for name, ablation in ablations.items():
+            command = f"python -m nanovlm.evaluation ablate {name} --seeds {','.join(map(str, seeds))}"
             rows = []
             for variant in ablation.variants:
                 for seed in seeds:
