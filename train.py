@@ -4,9 +4,11 @@
     python train.py nano --resume                     go on after an interruption, as if there had been none
     python train.py nano --set instruct.steps=2000    change one value of a stage
     python train.py my_recipe.py                      a recipe of your own
+    torchrun --nproc-per-node 2 train.py nano --parallel ddp     two processes
 """
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,13 +19,12 @@ from nanovlm import optimizer
 from nanovlm.checkpoint import CheckpointError, complete
 from nanovlm.interrupts import Stopped, StopRequests
 from nanovlm.names import nearest
+from nanovlm.parallel import join, leave
 from nanovlm.recipes import find
 from nanovlm.recipes.start import add_lora, build_models, check_stages, choose_size, choose_stages, make_run
 from nanovlm.run import all_parts
 from nanovlm.trainer import Trainer
 from nanovlm.update import TrainingError
-
-PARALLEL = ("none",)
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,7 +93,13 @@ def make_parser():
     add("--workers", type=not_negative, default=0, help="processes that read and decode the data ahead; 0: none")
     add("--max-damaged", type=share, default=0.01, metavar="SHARE",
         help="of the records that may be unusable (each is replaced by the next, see OUT/damaged.jsonl); default: 0.01")
-    add("--parallel", default="none", help="none: one process")
+    add("--parallel", default="none", help="none: one process; ddp: each of torchrun's holds the model; fsdp: a share of it")
+    add("--shards", type=at_least_one, metavar="N", help="with fsdp: N processes hold the model once; default: all")
+    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="give up on a process that is silent for so long")
+    add("--recompute", action="store_true", help="run blocks again in the backward pass instead of remembering their inside")
+    add("--compile", action="store_true", help="torch.compile around every block")
+    add("--keep", type=at_least_one, default=1, metavar="N", help="checkpoints that stay; default: the last")
+    add("--save-in-background", action="store_true", help="a thread writes the checkpoints while training goes on")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     add("--threads", type=at_least_one, help="CPU threads; default: 2, or the cores if there are fewer")
     add("--seed", type=int, default=0, help="of weights and data")
@@ -117,20 +124,33 @@ def print_stages(recipe, wishes):
 
 def resume_command(arguments):
     """The command line that continues this run: str."""
-    return shlex.join(["python", "train.py", *arguments, *([] if "--resume" in arguments else ["--resume"])])
+    number = os.environ.get("LOCAL_WORLD_SIZE")
+    start = ["torchrun", "--nproc-per-node", number] if "--parallel" in arguments and number else ["python"]
+    return shlex.join([*start, "train.py", *arguments, *([] if "--resume" in arguments else ["--resume"])])
 
 
-def prepare(parser, wishes):
+def meet(parser, wishes):
+    """Meet the other processes, if there are any: parallel.Processes; what this one prints is the main process's to print."""
+    try:
+        processes, wishes.device = join(wishes.parallel, wishes.device, wishes.shards, wishes.timeout)
+    except ValueError as error:
+        parser.error(str(error))
+    if not processes.main:
+        sys.stdout = open(os.devnull, "w")
+    return processes
+
+
+def prepare(parser, wishes, processes):
     """Find the recipe and make the run; mistakes end the program with one line and status 2."""
     try:
-        if wishes.parallel not in PARALLEL:
-            raise ValueError(f"--parallel {wishes.parallel!r} is unknown.{nearest(wishes.parallel, PARALLEL)}")
         recipe = find(wishes.recipe)
         if wishes.print:
             print_stages(recipe, wishes)
             sys.exit(0)
         out = wishes.out or Path("out") / recipe.name
-        run = make_run(recipe, wishes, out)
+        run = make_run(recipe, wishes, out, processes)
+        run.recompute, run.compiled = wishes.recompute, wishes.compile
+        run.keep, run.background = wishes.keep, wishes.save_in_background
         if wishes.resume and not complete(out):
             print(f"no checkpoint in {out} yet: starting at the beginning")
         return run
@@ -143,17 +163,25 @@ def main(arguments):
     parser = make_parser()
     wishes = parser.parse(arguments)
     with StopRequests() as stop:
+        processes = meet(parser, wishes)
+        going_on = f"To go on after the last checkpoint:\n  {resume_command(arguments)}"
         try:
             with stop.anywhere():
-                run = prepare(parser, wishes)
+                run = prepare(parser, wishes, processes)
             Trainer(run, stop).train()
         except Stopped as stopped:
             print(f"stopped: {stopped.reason}. To go on:\n  {resume_command(arguments)}", flush=True)
             return stopped.exit_code
         except (TrainingError, CheckpointError) as error:
-            going_on = f"To go on after the last checkpoint:\n  {resume_command(arguments)}"
             print(f"train.py: {error}\n{going_on}", file=sys.stderr)
             return 1
+        except RuntimeError as error:
+            if not processes.is_lost(error):
+                raise
+            print(f"train.py: {processes}: another process is gone, or was silent for {wishes.timeout:g} s ({error})\n"
+                  f"{going_on}", file=sys.stderr, flush=True)
+            os._exit(1)  # no goodbye to the others, which nobody might hear
+        leave(processes)
     return 0
 
 

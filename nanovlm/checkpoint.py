@@ -8,23 +8,29 @@
 
 The folder is written under a temporary name, every file is forced to the disk, then the folder is renamed: a
 rename happens or does not, so a kill or a full disk at any moment leaves the previous checkpoint in place. Nothing
-is ever unpickled.
+is ever unpickled. Of several processes the main one writes all of this; where they hold shards, each writes its own
+(sharded_checkpoint.py), and the main one renames when all are done.
 """
 
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
+
+from nanovlm.parallel import Processes, copy_shard, shard_of
 
 TEMPORARY = ".tmp"
 PREFIX = "step-"
 STATE_KEYS = {  # what each of torch's optimizers keeps per parameter
     "AdamW": ("step", "exp_avg", "exp_avg_sq"),
     "Muon": ("momentum_buffer",),
+    "ShardedMuon": ("momentum_buffer",),
 }
 
 
@@ -54,7 +60,7 @@ def open_folder(out, resume):
     return None
 
 
-def save(out, step, tensors, state):
+def save(out, step, tensors, state, processes=Processes(), keep=1):
     """Write a checkpoint, then remove the older ones.
 
     Args:
@@ -62,31 +68,114 @@ def save(out, step, tensors, state):
       step: int, optimizer steps of the whole run that are done.
       tensors: dict of dicts, file name without ending -> tensor name -> Tensor.
       state: JSON-able dict.
+      processes: all of them call this. keep: int, checkpoints that stay, this one included.
     Returns: Path of the checkpoint's folder.
     Raises: CheckpointError if the disk is full or the folder cannot be written; the previous checkpoint stays.
     """
+    return begin(out, step, tensors, state, processes, keep)()
+
+
+def begin(out, step, tensors, state, processes, keep, copy=False):
+    """`save` in two parts: what must happen before the next step.
+
+    Args:
+      copy: bool, the tensors may change before the rest has happened.
+    Returns: a function for the rest, with `save`'s result.
+    """
+    from nanovlm import sharded_checkpoint  # which needs this file
+
     folder = out / "state" / f"{PREFIX}{step:08d}"
-    if folder.exists():
-        return folder  # the same step of the same run: the same content
     temporary = folder.with_name(folder.name + TEMPORARY)
-    try:
+
+    def attempt(action, here):
+        """Try something in this process, if it is its turn; if it fails anywhere, it has failed everywhere."""
+        error = result = None
+        try:
+            result = action() if here else None
+        except (OSError, SafetensorError) as raised:
+            error = raised
+        try:
+            processes.agree(error, processes.saving)
+        except (OSError, SafetensorError) as error:
+            if processes.main:
+                shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; the next save sweeps up what is left
+            raise CheckpointError(f"the checkpoint of step {step} could not be written to {out / 'state'} ({error}). "
+                                  f"{_intact(out)} Make room, then continue with --resume.") from error
+        return result
+
+    def make_room():
         remove_unfinished(out)
         temporary.mkdir(parents=True)
+
+    def write():
         for name, content in tensors.items():
             write_tensors(temporary / f"{name}.safetensors", content)
+
+    def complete_it():
         write_text(temporary / "state.json", json.dumps(state, indent=1))
         sync(temporary)
         os.rename(temporary, folder)
         sync(folder.parent)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; what is left is swept up by the next save
-        raise CheckpointError(f"the checkpoint of step {step} could not be written to {out / 'state'} ({error}). "
-                              f"{_intact(out)} Make room, then continue with --resume.") from error
-    for old in complete(out)[:-1]:
+        remove_old(out, keep)
+
+    if processes.first(folder.exists() or None):
+        return lambda: folder  # the same step of the same run: the same content
+    attempt(make_room, processes.main)
+    if processes.mode == "fsdp":
+        write = attempt(lambda: sharded_checkpoint.begin(temporary, tensors, processes), True)
+    elif copy and processes.main:
+        tensors = {name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in content.items()}
+                   for name, content in tensors.items()}
+
+    def rest():
+        attempt(write, processes.main or processes.mode == "fsdp")
+        attempt(complete_it, processes.main)
+        return folder
+
+    return rest
+
+
+def remove_old(out, keep):
+    """Remove all but the last `keep` checkpoints."""
+    for old in complete(out)[:-keep]:
         doomed = old.with_name(old.name + TEMPORARY)  # a half-removed folder must not look complete
         os.rename(old, doomed)
         shutil.rmtree(doomed)
-    return folder
+
+
+class Writer:
+    """Writes one checkpoint after the other, at once or, with `background`, by a thread while training goes on."""
+
+    def __init__(self, background):
+        self.background = background
+        self.thread = None
+        self.error = None
+
+    def save(self, out, step, tensors, state, processes, keep):
+        """As `save`; in the background, what goes wrong is raised by the next call."""
+        self.wait()
+        rest = begin(out, step, tensors, state, processes, keep, copy=self.background)
+        if not self.background:
+            rest()
+            return
+
+        def work():
+            try:
+                rest()
+            except Exception as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=work)
+        self.thread.start()
+
+    def wait(self):
+        """Until what was begun is written. Raises: CheckpointError if it could not be."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
 
 
 def _intact(out):
@@ -114,10 +203,22 @@ def read(folder):
     Raises: CheckpointError if a file is missing or damaged.
     """
     try:
-        tensors = {path.stem: safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-        return tensors, json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error}); remove it, or start again in another --out") from error
+        return {path.stem: safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))}, read_state(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise damaged(folder, error) from error
+
+
+def read_state(folder):
+    """Read a checkpoint's state.json: dict. Raises: CheckpointError if it is missing or damaged."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from error
+
+
+def damaged(folder, error):
+    """The CheckpointError of a checkpoint that cannot be read."""
+    return CheckpointError(f"{folder} is damaged ({error}); remove it, or start again in another --out")
 
 
 def load_file_into(targets, path):
@@ -127,7 +228,7 @@ def load_file_into(targets, path):
     """
     try:
         tensors = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}); copy or train it again") from error
     copy_into(targets, tensors, str(path))
 
@@ -166,7 +267,7 @@ def replace(path, write):
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written ({error}); make room, then use --resume") from error
 
@@ -198,7 +299,7 @@ def copy_into(targets, tensors, where):
         raise CheckpointError(f"{where} does not fit this model: {'; '.join(problems)}")
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(tensors[name])
+            copy_shard(target, tensors[name])
 
 
 def optimizer_tensors(optimizers):
@@ -210,6 +311,12 @@ def optimizer_tensors(optimizers):
     """
     return {f"{key}/{name}": optimizer.state[parameter][key] for optimizer, parameter, name in _named(optimizers)
             for key in STATE_KEYS[type(optimizer).__name__] if parameter in optimizer.state}
+
+
+def optimizer_places(optimizers):
+    """Where the state of fresh optimizers belongs: dict "key/parameter name" -> Parameter, for all that there can be."""
+    return {f"{key}/{name}": parameter for optimizer, parameter, name in _named(optimizers)
+            for key in STATE_KEYS[type(optimizer).__name__]}
 
 
 def load_optimizer(optimizers, tensors):
@@ -227,7 +334,7 @@ def load_optimizer(optimizers, tensors):
         found = {key: tensors.pop(f"{key}/{name}") for key in keys if f"{key}/{name}" in tensors}
         missing += [f"{key}/{name}" for key in keys if found and key not in found]
         if found:
-            optimizer.state[parameter] = {key: tensor.to(parameter.device, copy=True) for key, tensor in found.items()}
+            optimizer.state[parameter] = {key: shard_of(tensor, parameter) for key, tensor in found.items()}
     if missing or tensors:
         raise CheckpointError(f"the optimizer's state does not fit: missing {missing}, left over {sorted(tensors)}")
 

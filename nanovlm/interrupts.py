@@ -12,9 +12,12 @@ class Stopped(Exception):
     """
 
     def __init__(self, exit_code, reason):
-        super().__init__(reason)
+        super().__init__(exit_code, reason)  # both, so that it can be sent to another process
         self.exit_code = exit_code
         self.reason = reason
+
+    def __str__(self):
+        return self.reason
 
 
 class StopRequests:

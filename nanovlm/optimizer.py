@@ -1,8 +1,8 @@
 """Optimizer groups, learning rates over time, and the table that shows them.
 
-A group is part x depth x {matrix, other} and carries its name, so that its learning rate can be read off and its
+A group is part x depth x {matrix, other, scalar} and carries its name, so that its learning rate can be read off and its
 state saved by parameter name. Matrices are the 2-D weights inside blocks; embeddings, convolutions, latents,
-positions, norms, biases and heads are "other". Only matrices see weight decay and, when a stage asks for it, Muon
+positions, norms, biases and heads are "other"; single numbers, which cannot be sharded, stand apart. Only matrices see weight decay and, when a stage asks for it, Muon
 (https://kellerjordan.github.io/posts/muon/), whose update is an almost orthogonal matrix instead of Adam's
 elementwise step: its learning rate lives on another scale, which `Stage.muon_factor` bridges. torch's Muon runs
 its Newton-Schulz iterations in bfloat16, which is exact enough for a direction.
@@ -12,6 +12,9 @@ import math
 import re
 
 import torch
+from torch.distributed.tensor import DTensor
+
+from nanovlm.sharded_muon import ShardedMuon
 
 BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")  # the numbered blocks of a tower, bridge or decoder
 
@@ -93,7 +96,8 @@ def groups(parts, stage):
         depths = depths_from_top(list(parts[part]))
         for name, parameter in parts[part].items():
             matrix = is_matrix(name, parameter)
-            group_name = f"{part}/{depths[name]}/{'matrix' if matrix else 'other'}"
+            kind = "matrix" if matrix else "other" if parameter.ndim else "scalar"
+            group_name = f"{part}/{depths[name]}/{kind}"
             if group_name not in result:
                 factor = stage.muon_factor if matrix and stage.optimizer == "muon" else 1.0
                 peak = rate * factor * stage.layer_decay.get(part, 1.0) ** depths[name]
@@ -120,7 +124,9 @@ def build(parts, stage):
         muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
         (to_muon if muon else to_adamw).append(group)
     optimizers = []
-    if to_muon:
+    if to_muon and any(isinstance(parameter, DTensor) for group in to_muon for parameter in group["params"]):
+        optimizers.append(ShardedMuon(to_muon, stage.momentum))
+    elif to_muon:
         optimizers.append(torch.optim.Muon(to_muon, momentum=stage.momentum, nesterov=True, adjust_lr_fn="original"))
     if to_adamw:
         optimizers.append(torch.optim.AdamW(to_adamw, betas=stage.betas, eps=stage.eps, fused=True))

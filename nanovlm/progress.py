@@ -51,6 +51,19 @@ class Log:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
 
+class NoLog:
+    """The log of a process that keeps none, as the main process does that."""
+
+    def write(self, **entry):
+        """Nothing."""
+
+    def size(self):
+        """Nothing."""
+
+    def cut(self, size):
+        """Nothing."""
+
+
 def say(text):
     """Print a line or several without tearing the progress bar."""
     tqdm.write(text)
@@ -59,9 +72,10 @@ def say(text):
 class Bar:
     """Progress of one stage: a bar on a terminal, a plain line now and then elsewhere."""
 
-    def __init__(self, stage, done):
+    def __init__(self, stage, done, shown=True):
         self.stage = stage
-        self.bar = tqdm(desc=stage.name, total=stage.steps, initial=done, disable=None, unit="step", mininterval=0.5)
+        self.bar = tqdm(desc=stage.name, total=stage.steps, initial=done, disable=None if shown else True, unit="step",
+                        mininterval=0.5)
 
     def update(self, step, loss, tokens_per_second):
         """Show that `step` steps of the stage are done; loss in nats."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nanovlm.data.images import CLIP, Preprocessing
+from nanovlm.parallel import Processes
 from nanovlm.stages import Stage
 
 
@@ -61,6 +62,13 @@ class Run:
     workers: int = 0              # processes that read and decode ahead; 0 = none
     max_damaged: float = 0.01     # share of the records that may be unusable and replaced by the next
     preprocessing: Preprocessing = CLIP  # mean and deviation of its pixels; size and fit are the stage's
+    processes: Processes = field(default_factory=Processes)  # that train together
+    skeleton: Any = None          # (model, contrastive) on the meta device, for sharded copies; None unless fsdp
+    training: Any = None          # module whose forward is the stage's loss, see wrapping.lay_out; None = the model's own
+    recompute: bool = False       # run every block again in the backward pass instead of remembering its inside
+    compiled: bool = False        # torch.compile around every block
+    keep: int = 1                 # checkpoints that stay
+    background: bool = False      # a thread writes the checkpoints
 
     def template_of(self, stage):
         """The data.templates.Template that a stage writes its rows with."""

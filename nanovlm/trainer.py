@@ -4,6 +4,9 @@
         for step in range(stage.steps): records -> gradient -> update -> log -> exam, checkpoint
         prove that nothing frozen moved, measure again
 
+One process runs this loop, or a thousand do (parallel.py): each reads its share of the records, and the gradient is that
+of all of them. What decides how the loop goes on is agreed upon.
+
 A run that is killed at any moment and resumed gives the same losses and the same weights, bit for bit: everything
 random comes from the seed and a position (record n of a source, torch's own random state), and the position is in
 every checkpoint.
@@ -18,8 +21,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from nanovlm import checkpoint, optimizer
+from nanovlm import checkpoint, optimizer, sharded_checkpoint
 from nanovlm.data.augment import augmented
 from nanovlm.data.batching import Report
 from nanovlm.data.damage import DamageReport
@@ -27,10 +31,11 @@ from nanovlm.data.feed import Feed, Plan
 from nanovlm.data.mixture import Mixture
 from nanovlm.interrupts import Stopped
 from nanovlm.names import nearest
-from nanovlm.progress import Bar, Log, measures_table, plot_curves, say
+from nanovlm.progress import Bar, Log, NoLog, measures_table, plot_curves, say
 from nanovlm.run import text_side
 from nanovlm.stages import Stage
 from nanovlm.update import TrainingError, gradient, preparation, reading, step
+from nanovlm.wrapping import lay_out, whole
 
 
 @dataclass
@@ -63,9 +68,12 @@ class Current:
 
 
 def digests(tensors):
-    """A fingerprint of the bytes of each tensor: dict name -> Tensor to dict name -> str."""
-    return {name: hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
-            for name, tensor in tensors.items()}
+    """A fingerprint of the bytes of each tensor, sharded or not: dict name -> Tensor to dict name -> str."""
+    def digest(tensor):
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+    return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
 def random_state(device):
@@ -84,8 +92,10 @@ class Trainer:
 
     def __init__(self, run, stop):
         self.run = run
+        self.processes = run.processes
         self.stop = stop
-        self.log = Log(run.out / "log.jsonl")
+        self.log = Log(run.out / "log.jsonl") if run.processes.main else NoLog()
+        self.writer = checkpoint.Writer(run.background)
         self.step = 0  # updates of the whole run that are done
         self.starts = dict.fromkeys(run.sources, 0)  # records that finished stages have read
         self.measures = {}  # stage name -> "before" | "after" -> measure -> share
@@ -108,19 +118,24 @@ class Trainer:
         Raises: interrupts.Stopped on request, with a checkpoint written; TrainingError for bad data or numbers that are
           not finite, with a checkpoint of the last good step written; checkpoint.CheckpointError.
         """
-        saved = self.last_checkpoint()
-        first = saved[1]["stage"] if saved else 0
-        for index in range(first, len(self.run.stages)):
-            self.train_stage(self.begin(index, saved if index == first else None))
-        self.finish()
+        try:
+            folder, state = self.last_checkpoint()
+            first = state["stage"] if state else 0
+            for index in range(first, len(self.run.stages)):
+                self.train_stage(self.begin(index, folder, state if index == first else None))
+            self.finish()
+        except Exception as error:
+            if not self.processes.is_lost(error):  # or nobody would come to finish the checkpoint
+                self.writer.wait()
+            raise
 
     def last_checkpoint(self):
-        """Take over the newest checkpoint's position in the run: (tensors, state), or None at the very beginning."""
-        folders = checkpoint.complete(self.run.out)
+        """Take over the newest checkpoint's position in the run: (its folder, its state), or None, None at the beginning."""
+        folders = self.processes.by_main(lambda: checkpoint.complete(self.run.out))
         if not folders:
             self.log.cut(0)
-            return None
-        tensors, state = checkpoint.read(folders[-1])
+            return None, None
+        state = checkpoint.read_state(folders[-1])
         changed = checkpoint.difference(state["identity"], self.run.identity)
         if changed:
             raise checkpoint.CheckpointError(f"{folders[-1]} belongs to another run: {changed}")
@@ -129,26 +144,27 @@ class Trainer:
         self.seconds_before, self.cpu_seconds_before = state["seconds"], state["cpu_seconds"]
         self.log.cut(state["log_bytes"])
         say(f"continuing after step {self.step}, in stage {self.run.stages[state['stage']].name}")
-        return tensors, state
+        if state["processes"] != self.processes.size:
+            say(f"{state['processes']} processes wrote the checkpoint, {self.processes.size} go on: sums are taken in another "
+                "order, so the last digits of losses and weights will differ")
+        return folders[-1], state
 
-    def begin(self, index, saved):
+    def begin(self, index, folder, state):
         """Make a stage ready: picture size, frozen parts, optimizers, data; then restore what was saved, if it was."""
         run, stage = self.run, self.run.stages[index]
-        run.model.vision.resize(stage.image_size)  # first: the position table may become a new parameter
+        lay_out(run, stage)
         if stage.copy_vision_branch:
             run.model.copy_vision_branch()
         parts = run.parts()
-        for part, parameters in parts.items():
-            for parameter in parameters.values():
-                parameter.requires_grad_(part in stage.learning_rates)
         sources = {name: Later(augmented(run.sources[name], stage.augmentation, run.seed), self.starts[name])
                    for name in stage.mixture}
         prepare = preparation(run, stage)
         plan = Plan(Mixture(sources, stage.mixture), stage.batch_size, stage.steps, stage.group, prepare.length, run.seed)
         damage = DamageReport(run.out / "damaged.jsonl", stage.name, self.step, run.max_damaged)
-        current = Current(index, stage, optimizer.build(parts, stage), Feed(plan, prepare, workers=run.workers), damage)
-        if saved:
-            self.restore(current, *saved)
+        feed = Feed(plan, prepare, self.processes.rank, self.processes.size, run.workers)
+        current = Current(index, stage, optimizer.build(parts, stage), feed, damage)
+        if state:
+            self.restore(current, folder, state)
         else:
             current.frozen = digests(run.frozen(stage))
         say(f"\nstage {stage.name}: {stage.steps} steps of {stage.batch_size} examples at {stage.image_size} pixels")
@@ -160,7 +176,7 @@ class Trainer:
         stage = current.stage
         if current.step == 0:
             self.measure(stage, "before")
-        bar = Bar(stage, current.step)
+        bar = Bar(stage, current.step, shown=self.processes.main)
         try:
             while current.step < stage.steps:
                 self.one_step(current, bar)
@@ -172,14 +188,25 @@ class Trainer:
         if moved:
             raise TrainingError(f"stage {stage.name}: frozen tensors have moved: {', '.join(moved)}")
         say(f"stage {stage.name}: none of the {len(now)} frozen tensors has moved")
-        if current.report.truncated_rows:
-            say(f"stage {stage.name}: {current.report.truncated_rows:,} of {current.report.rows:,} rows were cut to "
-                f"max_tokens {stage.max_tokens}, {current.report.truncated_tokens:,} tokens lost")
+        report = self.processes.sum_up(current.report)
+        if report.truncated_rows:
+            say(f"stage {stage.name}: {report.truncated_rows:,} of {report.rows:,} rows were cut to "
+                f"max_tokens {stage.max_tokens}, {report.truncated_tokens:,} tokens lost")
         self.measure(stage, "after")
         if current.damage.count:
             say(f"stage {stage.name}: {current.damage.count:,} damaged records were replaced by the next, see {current.damage.path}")
         for name, drawn in current.feed.state()["drawn"].items():
             self.starts[name] += drawn
+
+    def read(self, current):
+        """This process's share of the records of the next update: list of Record; what was damaged is written down."""
+        with reading():
+            records = self.processes.together(current.feed.next)
+            damaged = sum(self.processes.gather(current.feed.damaged), [])
+            if damaged:
+                so_far = (current.step + 1) * current.stage.batch_size
+                self.processes.by_main(lambda: current.damage.add(self.step + 1, damaged, so_far))
+        return records
 
     def one_step(self, current, bar):
         """One update, its log line, and what is due after it: exam, checkpoint, stop."""
@@ -187,12 +214,11 @@ class Trainer:
         boundary = current.feed.state(), random_state(run.device)
         parameters = [p for one in current.optimizers for group in one.param_groups for p in group["params"]]
         try:
-            with reading():
-                records = current.feed.next()
-                current.damage.add(self.step + 1, current.feed.damaged, (current.step + 1) * current.feed.share)
+            records = self.read(current)
             loss, norm, tokens = gradient(run, stage, records, parameters, current.report)
         except Exception as error:
-            self.save(current, *boundary)  # nothing has moved since the last update
+            if self.processes.size == 1 or isinstance(error, TrainingError):  # which all processes raise together
+                self.save(current, *boundary)  # nothing has moved since the last update
             if isinstance(error, TrainingError):
                 raise TrainingError(f"stage {stage.name}, step {current.step + 1} of {stage.steps}: {error}") from error
             raise
@@ -210,7 +236,7 @@ class Trainer:
             self.exam(stage)
         if run.max_minutes is not None and time.monotonic() - self.began >= 60 * run.max_minutes:
             self.stop.requested = self.stop.requested or Stopped(0, f"--max-minutes {run.max_minutes:g} are over")
-        stop = self.stop.requested
+        stop = self.processes.first(self.stop.requested)
         if stop or self.step % run.save_every == 0 or current.step == stage.steps:
             self.save(current, current.feed.state(), random_state(run.device))
         if stop:
@@ -222,14 +248,18 @@ class Trainer:
         tensors = {"model": run.model.state_dict(), "text_tower": text_side(run.contrastive), "random": random,
                    "optimizer": checkpoint.optimizer_tensors(current.optimizers)}
         state = {"identity": run.identity, "stage": current.index, "stage_step": current.step, "step": self.step,
-                 "starts": self.starts, "feed": feed, "report": asdict(current.report),
+                 "starts": self.starts, "feed": feed, "report": asdict(self.processes.sum_up(current.report)),
                  "frozen": current.frozen, "measures": self.measures, "answers": self.answers,
-                 "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(), "log_bytes": self.log.size()}
-        checkpoint.save(run.out, self.step, tensors, state)
+                 "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(), "log_bytes": self.log.size(),
+                 "processes": self.processes.size, "image_size": run.model.vision.image_size}
+        self.writer.save(run.out, self.step, tensors, state, self.processes, run.keep)
 
-    def restore(self, current, tensors, state):
+    def restore(self, current, folder, state):
         """Put everything that `save` wrote about a stage back in its place."""
         run = self.run
+        targets = {"model": run.model.state_dict(), "text_tower": text_side(run.contrastive),
+                   "optimizer": checkpoint.optimizer_places(current.optimizers)}
+        tensors = sharded_checkpoint.read(folder, targets, self.processes)
         checkpoint.copy_into(run.model.state_dict(), tensors["model"], "model.safetensors")
         checkpoint.copy_into(text_side(run.contrastive), tensors["text_tower"], "text_tower.safetensors")
         checkpoint.load_optimizer(current.optimizers, tensors["optimizer"])
@@ -237,26 +267,34 @@ class Trainer:
         if run.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random"]["cuda"], run.device)
         current.feed.load_state(state["feed"])
-        current.report = Report(**state["report"])
+        current.report = Report(**state["report"]) if self.processes.main else Report()
         current.frozen, current.step = state["frozen"], state["stage_step"]
 
     @contextlib.contextmanager
     def looking(self):
-        """Within, the model is asked, not trained: no gradient, no trace in the random state."""
+        """Within, the model is asked, not trained, by the main process: no gradient, no trace in the random state."""
         run = self.run
-        models = [model for model in (run.model, run.contrastive) if model is not None]
         devices = [run.device] if run.device.type == "cuda" else []
-        for model in models:
-            model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with whole(run), torch.no_grad(), torch.random.fork_rng(devices):
+            models = [model for model in (run.model, run.contrastive) if model is not None]
+            for model in models:
+                model.eval()
             yield
-        for model in models:
-            model.train()
+            for model in models:
+                model.train()
+
+    def ask(self, function):
+        """What a function(run) finds out about the model, in the main process; a request to stop ends it at once."""
+        def asked():
+            with self.stop.anywhere():
+                return function(self.run)
+
+        with self.looking():
+            return self.processes.by_main(asked)
 
     def measure(self, stage, moment):
         """Measure a stage before or after it, log it, and say afterwards what the stage achieved."""
-        with self.stop.anywhere(), self.looking():
-            found = self.run.evaluate(self.run, stage)
+        found = self.ask(lambda run: run.evaluate(run, stage))
         self.measures.setdefault(stage.name, {})[moment] = found
         self.log.write(stage=stage.name, step=self.step, when=moment, measures=found)
         for _, key, _, _ in string.Formatter().parse(stage.summary):
@@ -270,7 +308,7 @@ class Trainer:
     def exam(self, stage):
         """Ask the exam's questions and print the answers that have changed."""
         with self.looking():
-            answers = self.run.exam(self.run)
+            answers = self.processes.by_main(lambda: self.run.exam(self.run))
         if answers != self.answers:
             self.log.write(stage=stage.name, step=self.step, exam=answers)
         for old, new in itertools.zip_longest(self.answers, answers):
@@ -280,14 +318,18 @@ class Trainer:
 
     def finish(self):
         """Write the model, the curves and the results, and print the tables."""
-        run, out = self.run, self.run.out
+        self.writer.wait()
+        self.ask(self.write_results)
+
+    def write_results(self, run):
+        """What `finish` does, in the main process."""
+        out = run.out
         checkpoint.replace_json(out / "config.json", run.identity | {"image_size": run.model.vision.image_size})
         if run.contrastive is not None:
             checkpoint.replace_tensors(out / "text_tower.safetensors", text_side(run.contrastive))
         checkpoint.replace_tensors(out / "model.safetensors", run.model.state_dict())
         checkpoint.replace(out / "curves.png", lambda path: plot_curves(self.log.read(), path, run.seed))
-        with self.stop.anywhere(), self.looking():
-            results = run.finish(run)
+        results = run.finish(run)
         results |= {"parameters": sum(p.numel() for p in run.model.parameters()), "seconds": round(self.seconds(), 1),
                     "cpu_seconds": round(self.cpu_seconds(), 1)}
         checkpoint.replace_json(out / "results.json", results)

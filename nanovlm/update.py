@@ -1,8 +1,8 @@
-"""The gradient of one update: records become batches, batches a loss, micro-batches add up.
+"""The gradient of one update: records become batches, batches a loss, micro-batches and processes add up.
 
 A language loss is a sum over tokens and is divided by the trained tokens of the whole update, so that cutting it into
-micro-batches changes nothing: dividing each micro-batch by its own tokens would count a word in a short batch for
-more. A contrastive loss compares all pairs and cannot be cut.
+micro-batches, or giving every process its share, changes nothing: dividing each micro-batch by its own tokens would
+count a word in a short batch for more. A contrastive loss compares all pairs and cannot be cut.
 """
 
 import contextlib
@@ -10,9 +10,12 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from nanovlm.data.batching import Report, build_batch, contrastive_batch
 from nanovlm.data.prepare import Preparation
+from nanovlm.steps import no_rows, with_blank_picture
+from nanovlm.wrapping import add_up_scalars, last
 
 
 class TrainingError(RuntimeError):
@@ -36,35 +39,50 @@ def preparation(run, stage):
                        run.model.num_image_tokens, stage.max_tokens)
 
 
-def language_loss(run, stage, records, report):
-    """Next-token loss of some records.
+def language_batch(run, stage, records, report):
+    """The vlm.Batch of some records.
 
     Args:
       run: run.Run. stage: Stage. records: list of Record.
       report: batching.Report, counts rows cut to max_tokens.
+    """
+    with reading():
+        return build_batch(records, run.template_of(stage), run.tokenizer, run.model.num_image_tokens,
+                           stage.image_size, stage.image_fit, stage.max_tokens, report,
+                           preprocessing=run.preprocessing, pack=stage.packing)
+
+
+def language_loss(run, stage, batch):
+    """Next-token loss of a vlm.Batch.
+
     Returns: (float[] summed over the trained tokens in nats, int trained tokens, int tokens in all).
     """
+    tokens = int((batch.segments >= 0).sum())
+    if run.processes.size > 1 and batch.pixels is None:
+        batch = with_blank_picture(batch, run.model, stage.image_size)
+    loss, trained = (run.training or run.model.loss)(batch.to(run.device))
+    return loss, trained, tokens
+
+
+def pairs_batch(run, stage, records, report):
+    """Pictures and captions of some records, see batching.contrastive_batch; arguments as in `language_batch`."""
     with reading():
-        batch = build_batch(records, run.template_of(stage), run.tokenizer, run.model.num_image_tokens,
-                            stage.image_size, stage.image_fit, stage.max_tokens, report,
-                            preprocessing=run.preprocessing, pack=stage.packing)
-    loss, trained = run.model.loss(batch.to(run.device))
-    return loss, trained, int((batch.segments >= 0).sum())
+        return contrastive_batch(records, run.tokenizer, stage.image_size, stage.image_fit, stage.max_tokens, report,
+                                 run.preprocessing)
 
 
-def contrastive_loss(run, stage, records, report):
+def contrastive_loss(run, stage, batch):
     """Contrastive loss of pictures and captions.
 
-    Args: as in `language_loss`.
-    Returns: (float[] mean over pictures and captions in nats, 1, int tokens of the captions that differ).
+    Returns: (float[] mean over pictures and captions in nats, of several processes this one's share; int what the sum
+      over all processes is to be divided by, 1 in all; int tokens of the captions that differ).
     """
-    with reading():
-        batch = contrastive_batch(records, run.tokenizer, stage.image_size, stage.image_fit, stage.max_tokens, report,
-                                  run.preprocessing)
     pixels, ids, lengths, right = (tensor.to(run.device) for tensor in batch)
-    return run.contrastive.loss(pixels, ids, lengths, right), 1, int(lengths.sum())
+    loss = (run.training or run.contrastive.loss)(pixels, ids, lengths, right)
+    return loss, int(run.processes.main), int(lengths.sum())
 
 
+BATCHES = {"language": language_batch, "contrastive": pairs_batch}
 LOSSES = {"language": language_loss, "contrastive": contrastive_loss}
 
 
@@ -83,46 +101,84 @@ def gradient(run, stage, records, parameters, report):
 
     Args:
       run: run.Run. stage: Stage.
-      records: list of Record, of the whole update.
+      records: list of Record, this process's share of the update.
       parameters: list of the Parameters that train; those that the records do not reach get no gradient.
       report: batching.Report.
-    Returns: (float loss per trained token or pair in nats, float norm of the gradient before clipping, int tokens).
-    Raises: TrainingError if the loss or the gradient is not finite.
+    Returns: (float loss per trained token or pair in nats, float norm of the gradient before clipping, int tokens), of
+      all processes together.
+    Raises: TrainingError, in all processes, if the loss or the gradient is not finite.
     """
     for parameter in parameters:
         parameter.grad = None
     num_threads = torch.get_num_threads()
-    if run.device.type == "cpu" and min(num_threads, len(records)) > 1:
-        total, divisor, tokens = BY_THREADS[stage.objective](run, stage, records, parameters, report, num_threads)
+    if run.device.type == "cpu" and run.processes.size == 1 and min(num_threads, len(records)) > 1:
+        sums = BY_THREADS[stage.objective](run, stage, records, parameters, report, num_threads)
     else:
-        total, divisor, tokens = one_after_another(run, stage, records, report, torch.Tensor.backward)
+        sums = one_after_another(run, stage, records, report, torch.Tensor.backward)
+    total, divisor, tokens = run.processes.sum(sums)
     reached = [parameter for parameter in parameters if parameter.grad is not None]
+    add_up_scalars(run, reached)
     for parameter in reached:  # only now is it known how many tokens the whole update trains
         parameter.grad /= divisor
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in reached])
+    norm = total_norm([parameter.grad for parameter in reached])
     check_finite(norm, "gradient's norm", records)
     if stage.clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(reached, stage.clip, norm)
-    return total / divisor, norm.item(), tokens
+        for group in by_sharding(reached):
+            torch.nn.utils.clip_grads_with_norm_(group, stage.clip, norm)
+    return total / divisor, norm.item(), int(tokens)
+
+
+def by_sharding(tensors):
+    """Tensors as lists that torch can treat together: the sharded ones and the others, none of them empty."""
+    groups = [[one for one in tensors if isinstance(one, DTensor) is sharded] for sharded in (True, False)]
+    return [group for group in groups if group]
+
+
+def total_norm(gradients):
+    """The norm of a whole gradient, float[]; each process finds the same."""
+    norms = [torch.nn.utils.get_total_norm(group) for group in by_sharding(gradients)]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
 def one_after_another(run, stage, records, report, backward, size=None):
-    """Run the micro-batches of some records forward and backward.
+    """Run the micro-batches of some records forward and backward; every process runs equally many.
 
     Args:
       backward: function(float[] loss summed over a micro-batch) that keeps its gradient.
       size: records per micro-batch; None = the stage's.
     Returns: (float summed loss in nats, int what it is to be divided by, int tokens).
     """
-    total, divisor, tokens = 0.0, 0, 0
-    for micro_batch in micro_batches(records, size or stage.micro_batch_size or stage.batch_size):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"):
-            loss, trained, count = LOSSES[stage.objective](run, stage, micro_batch, report)
-        check_finite(loss, "loss", micro_batch)
-        if loss.requires_grad:  # text alone never reaches a bridge
-            backward(loss)
+    processes, total, divisor, tokens, failure, pictures = run.processes, 0.0, 0, 0, None, 0
+    parts = list(micro_batches(records, size or stage.micro_batch_size or stage.batch_size))
+    batches = processes.together(lambda: [BATCHES[stage.objective](run, stage, part, report) for part in parts])
+    number = max(processes.gather(len(parts)))
+    for index in range(number):
+        part, batch = (parts[index], batches[index]) if index < len(parts) else ((), no_rows())
+        pictures += any(record.visuals for record in part)
+        with last(run, index == number - 1):
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"):
+                loss, trained, count = LOSSES[stage.objective](run, stage, batch)
+            try:
+                check_finite(loss, "loss", part)
+            except TrainingError as error:
+                if processes.size == 1:
+                    raise
+                failure = failure or error  # the others still wait for this gradient
+            if loss.requires_grad:  # text alone never reaches a bridge
+                backward(loss)
         total, divisor, tokens = total + loss.item(), divisor + trained, tokens + count
+    processes.agree(failure)
+    if processes.size > 1 and not any(processes.gather(pictures)):
+        forget_blank_pictures(run)
     return total, divisor, tokens
+
+
+def forget_blank_pictures(run):
+    """Where no process has shown a picture, what only pictures reach has no gradient, as in one process."""
+    for part in ("vision", "bridge", "vision_branch", "cross_attention"):
+        for parameter in run.parts()[part].values():
+            parameter.grad = None
 
 
 @contextlib.contextmanager
@@ -174,9 +230,7 @@ def contrastive_by_threads(run, stage, records, parameters, report, num_threads)
     them, then the rest of the backward pass apart again (GradCache, arXiv:2101.06983, Sec. 3.2).
     """
     model = run.contrastive
-    with reading():
-        pixels, ids, lengths, right = contrastive_batch(records, run.tokenizer, stage.image_size, stage.image_fit,
-                                                        stage.max_tokens, report, run.preprocessing)
+    pixels, ids, lengths, right = pairs_batch(run, stage, records, report)
     autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16")
 
     def forward(share):

@@ -47,15 +47,15 @@ def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path):
     seen = []
     run.model.loss = lambda batch: seen.append(batch) or (torch.zeros(()), 1)
     run.contrastive.loss = lambda pixels, ids, lengths, right: seen.append(pixels) or torch.zeros(())
-    update.language_loss(run, align, [RECORD], Report())
-    update.contrastive_loss(run, tower, [RECORD], Report())
+    update.language_loss(run, align, update.language_batch(run, align, [RECORD], Report()))
+    update.contrastive_loss(run, tower, update.pairs_batch(run, tower, [RECORD], Report()))
     assert torch.equal(seen[0].pixels, wanted(align.image_size, align.image_fit, images.SIGLIP))
     assert torch.equal(seen[1], wanted(tower.image_size, tower.image_fit, images.SIGLIP))
     written = [id for id in seen[0].ids[0].tolist() if id >= 0]
     assert written == [run.tokenizer.bos, *run.tokenizer.encode("red\n")]
     plain = make_run(tiny_recipe.RECIPE, WISHES, tmp_path / "plain")
     plain.model.loss = run.model.loss
-    update.language_loss(plain, align, [RECORD], Report())
+    update.language_loss(plain, align, update.language_batch(plain, align, [RECORD], Report()))
     assert torch.equal(seen[2].pixels, wanted(align.image_size, align.image_fit, images.CLIP))
 
 

@@ -12,6 +12,7 @@ from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.data.published_tokenizers import load_tokenizer
 from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.names import nearest
+from nanovlm.parallel import Processes
 from nanovlm.recipes.opening import added_tokens
 from nanovlm.run import Run, text_side
 from nanovlm.stages import choose
@@ -182,7 +183,23 @@ def add_lora(model, stages, wish):
     lora.add(model, **wish)
 
 
-def make_run(recipe, wishes, out):
+def check_processes(stages, processes):
+    """Raise ValueError if a stage has fewer examples than there are processes to share them."""
+    for stage in stages:
+        if stage.batch_size < processes.size:
+            raise ValueError(f"stage {stage.name!r}: {processes.size} processes cannot share a batch_size of "
+                             f"{stage.batch_size}; start fewer, or --set {stage.name}.batch_size={processes.size}")
+
+
+def sharded_models(recipe, size, vocab_size, wishes, stages):
+    """The models of `build_models` on the meta device: of many processes only the main one ever holds them whole."""
+    with torch.device("meta"):
+        model, contrastive = build_models(recipe, size, vocab_size, wishes.seed)
+        add_lora(model, stages, wishes.lora)
+    return model, contrastive
+
+
+def make_run(recipe, wishes, out, processes=Processes()):
     """Build everything that a training run needs; only when all of it fits is the folder made, with config.json and
     tokenizer.json in it.
 
@@ -190,33 +207,46 @@ def make_run(recipe, wishes, out):
       recipe: Recipe.
       wishes: the values of train.py's flags.
       out: Path of the output folder.
+      processes: parallel.Processes that train together; all of them call this.
     Returns: Run.
     Raises: ValueError, OSError or CheckpointError, in words for the user.
     """
     stages = choose_stages(recipe, wishes)
+    check_processes(stages, processes)
     sources = make_sources(recipe, stages, wishes)
-    saved = checkpoint.open_folder(out, wishes.resume)
+    saved = processes.by_main(lambda: checkpoint.open_folder(out, wishes.resume))
     size = choose_size(recipe, wishes.size)
     settings = settle(wishes, size, stages, saved)
     torch.set_num_threads(settings["threads"])
     tokenizer = find_tokenizer(recipe, out, wishes.init)
-    model, contrastive = build_models(recipe, size, tokenizer.vocab_size, wishes.seed)
-    if wishes.init is not None and not checkpoint.complete(out):
-        load_weights(Path(wishes.init), model, contrastive)
-    add_lora(model, stages, wishes.lora)
+    skeleton = sharded_models(recipe, size, tokenizer.vocab_size, wishes, stages) if processes.mode == "fsdp" else None
+    if skeleton and not processes.main:
+        model, contrastive = skeleton
+    else:
+        model, contrastive = build_models(recipe, size, tokenizer.vocab_size, wishes.seed)
+        if wishes.init is not None and not checkpoint.complete(out):
+            load_weights(Path(wishes.init), model, contrastive)
+        add_lora(model, stages, wishes.lora)
     check_stages(stages, model, contrastive)
-    out.mkdir(parents=True, exist_ok=True)
-    if not saved:
-        checkpoint.replace_json(out / "config.json", settings)
-    if not (out / "tokenizer.json").exists():
-        checkpoint.replace(out / "tokenizer.json", tokenizer.save)
+    processes.by_main(lambda: begin_folder(out, saved, settings, tokenizer))
     device = torch.device(wishes.device)
     for one in (model, contrastive):
-        if one is not None:
+        if one is not None and not skeleton:
             one.to(device)
+    torch.set_rng_state(processes.by_main(torch.get_rng_state))  # building without memory draws nothing
     return Run(out=out, identity=settings, model=model, contrastive=contrastive, tokenizer=tokenizer,
                template=recipe.template, stages=stages, sources=sources, seed=wishes.seed, device=device,
                smoke=wishes.smoke, save_every=recipe.save_every, exam_every=recipe.exam_every,
                max_minutes=wishes.max_minutes, workers=wishes.workers, max_damaged=wishes.max_damaged,
                evaluate=recipe.evaluate, exam=recipe.exam, finish=recipe.finish, report=recipe.report,
-               stage_templates=recipe.stage_templates, preprocessing=recipe.preprocessing)
+               stage_templates=recipe.stage_templates, preprocessing=recipe.preprocessing,
+               processes=processes, skeleton=skeleton)
+
+
+def begin_folder(out, saved, settings, tokenizer):
+    """Make the output folder, unless it is there, with config.json and tokenizer.json; `saved`: its settings, or None."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not saved:
+        checkpoint.replace_json(out / "config.json", settings)
+    if not (out / "tokenizer.json").exists():
+        checkpoint.replace(out / "tokenizer.json", tokenizer.save)

@@ -1,0 +1,66 @@
+"""Several real processes of a test, forked: each has its rank, talks over Gloo, and hands back a value."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+
+import torch
+
+
+def free_port():
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(size, work, *arguments):
+    """Fork `size` processes that call work(rank, *arguments): list of (Process, connection to its result)."""
+    context, port, started = multiprocessing.get_context("fork"), str(free_port()), []
+    for rank in range(size):
+        here, there = context.Pipe(duplex=False)
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": port}
+        process = context.Process(target=_child, args=(environment, there, work, rank, arguments), daemon=True)
+        process.start()
+        there.close()
+        started.append((process, here))
+    return started
+
+
+def _child(environment, there, work, rank, arguments):
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        there.send((True, work(rank, *arguments)))
+    except BaseException:
+        there.send((False, traceback.format_exc()))
+    there.close()
+    os._exit(0)  # nothing of the parent's is to be cleaned up here
+
+
+def results(started, seconds=120):
+    """What the processes return, by rank. Fails with the traceback of one that raised, or if one takes too long."""
+    found = []
+    for process, here in started:
+        assert here.poll(seconds), "a process hangs"
+        try:
+            fine, value = here.recv()
+        except EOFError:
+            fine, value = False, f"a process died with exit code {process.exitcode}"
+        assert fine, value
+        found.append(value)
+    for process, _ in started:
+        process.join(seconds)
+    return found
+
+
+def run(size, work, *arguments):
+    """`results` of `start`."""
+    started = start(size, work, *arguments)
+    try:
+        return results(started)
+    finally:
+        for process, _ in started:
+            process.kill()
