@@ -119,10 +119,10 @@ class Trainer:
           not finite, with a checkpoint of the last good step written; checkpoint.CheckpointError.
         """
         try:
-            folder, state = self.last_checkpoint()
-            first = state["stage"] if state else 0
+            saved = self.last_checkpoint()
+            first = saved[1]["stage"] if saved else 0
             for index in range(first, len(self.run.stages)):
-                self.train_stage(self.begin(index, folder, state if index == first else None))
+                self.train_stage(self.begin(index, saved if index == first else None))
             self.finish()
         except Exception as error:
             if not self.processes.is_lost(error):  # or nobody would come to finish the checkpoint
@@ -130,11 +130,11 @@ class Trainer:
             raise
 
     def last_checkpoint(self):
-        """Take over the newest checkpoint's position in the run: (its folder, its state), or None, None at the beginning."""
+        """Take over the newest checkpoint's position in the run: (its folder, its state), or None at the beginning."""
         folders = self.processes.by_main(lambda: checkpoint.complete(self.run.out))
         if not folders:
             self.log.cut(0)
-            return None, None
+            return None
         state = checkpoint.read_state(folders[-1])
         changed = checkpoint.difference(state["identity"], self.run.identity)
         if changed:
@@ -149,7 +149,7 @@ class Trainer:
                 "order, so the last digits of losses and weights will differ")
         return folders[-1], state
 
-    def begin(self, index, folder, state):
+    def begin(self, index, saved):
         """Make a stage ready: picture size, frozen parts, optimizers, data; then restore what was saved, if it was."""
         run, stage = self.run, self.run.stages[index]
         lay_out(run, stage)
@@ -163,8 +163,8 @@ class Trainer:
         damage = DamageReport(run.out / "damaged.jsonl", stage.name, self.step, run.max_damaged)
         feed = Feed(plan, prepare, self.processes.rank, self.processes.size, run.workers)
         current = Current(index, stage, optimizer.build(parts, stage), feed, damage)
-        if state:
-            self.restore(current, folder, state)
+        if saved:
+            self.restore(current, *saved)
         else:
             current.frozen = digests(run.frozen(stage))
         say(f"\nstage {stage.name}: {stage.steps} steps of {stage.batch_size} examples at {stage.image_size} pixels")
@@ -176,7 +176,7 @@ class Trainer:
         stage = current.stage
         if current.step == 0:
             self.measure(stage, "before")
-        bar = Bar(stage, current.step, shown=self.processes.main)
+        bar = Bar(stage, current.step, self.processes.main)
         try:
             while current.step < stage.steps:
                 self.one_step(current, bar)

@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--resum"], "unknown argument '--resum'. Did you mean '--resume'"),
     (["--thread", "1"], "Did you mean '--threads'"),
-    (["--parallel", "ddp"], "--parallel 'ddp' is unknown. Known: 'none'"), (["--threads", "0"], "0 is less than 1"),
+    (["--parallel", "fdsp"], "--parallel 'fdsp' is unknown. Did you mean 'fsdp'"), (["--threads", "0"], "0 is less than 1"),
     (["--threads", "two"], "--threads"), (["--size", "ful"], "no size 'ful'. Did you mean 'full'"),
     (["--stages", "towr"], "no stage 'towr'. Did you mean 'tower'"), (["--without", "alig"], "Did you mean 'align'"),
     (["--without", "align,tower"], "no stage is left"),

@@ -221,8 +221,9 @@ def test_time_is_told_right(tmp_path, monkeypatch):
 
 
 def test_checkpoints_come_when_due(tmp_path, monkeypatch):
-    written, save = [], trainer.checkpoint.save
-    monkeypatch.setattr(trainer.checkpoint, "save", lambda out, step, *rest: (written.append(step), save(out, step, *rest)))
+    written, save = [], trainer.checkpoint.Writer.save
+    monkeypatch.setattr(trainer.checkpoint.Writer, "save",
+                        lambda self, out, step, *rest: (written.append(step), save(self, out, step, *rest)))
     train(make(tmp_path / "run"))
     assert written == [4, 6, 8, 12]
 
@@ -231,7 +232,8 @@ def test_the_bar_follows_and_is_left_behind(tmp_path, monkeypatch):
     seen = []
 
     class Bar:
-        def __init__(self, stage, done):
+        def __init__(self, stage, done, shown):
+            assert shown
             seen.append((stage.name, done))
 
         def update(self, step, loss, rate):
@@ -263,10 +265,12 @@ def test_torchs_random_state_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index], dtype=torch.uint8))
     state, found = trainer.random_state(gpu), []
     assert state.keys() == {"cpu", "cuda"} and state["cuda"].tolist() == [1]
-    tensors, saved = again.last_checkpoint()
+    folder, saved = again.last_checkpoint()
+    tensors = read(folder)[0] | {"random": state}
+    monkeypatch.setattr(trainer.sharded_checkpoint, "read", lambda *_: tensors)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: found.append((value.tolist(), device)))
     again.run.device = gpu
-    again.restore(current, tensors | {"random": state}, saved)
+    again.restore(current, folder, saved)
     assert found == [([1], gpu)]
 
 
