@@ -61,7 +61,7 @@ HUMAN, GPT = ("human", "q"), ("gpt", "a")
     ],
 )
 def test_malformed_items(read, item, message):
-    with pytest.raises(ValueError, match=r"some.json, " + message if message.startswith("item") else message):
+    with pytest.raises(ValueError, match=r"some.json, line 1, " + message if message.startswith("item") else message):
         read(item)
 
 
@@ -82,7 +82,7 @@ def test_lines_of_jsonl_are_named(read):
 )
 def test_placeholders_and_images_must_be_as_many(read, image, question, placeholders, images):
     item = {"id": "x", "image": image, "conversations": turns(("human", question), GPT)}
-    message = rf"some.json, item 2 \(id 'x'\): {placeholders} placeholder\(s\) <image> .* but {images} image\(s\)"
+    message = rf"some.json, line 1, item 2 \(id 'x'\): {placeholders} placeholder\(s\) <image> .* but {images} image\(s\)"
     with pytest.raises(ValueError, match=message):
         read(item)
 
@@ -127,10 +127,11 @@ def test_files_that_cannot_be_read(tmp_path):
         LlavaJson(tmp_path / "none.json", tmp_path / "pictures")
     for name, content, message in (
         ("a.txt", b"[]", r"knows .json .* and .jsonl .*, not '.txt'"),
-        ("a.json", b"{}", "a list of items was expected, found dict"),
+        ("a.json", b"{}", "a.json, line 1: field 'id' is missing; found nothing"),
         ("a.json", b"[]", "a.json: holds no item"),
         ("a.jsonl", b"\n", "a.jsonl: holds no item"),
-        ("a.json", b'["\xff"]', "a.json: not UTF-8 text"),
+        ("a.json", b'["\xff"]', "a.json, line 1: not UTF-8 text"),
+        ("a.json", b"\x1f\x8b", "a.json: packed by gzip; unpack it"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):

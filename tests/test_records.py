@@ -78,7 +78,7 @@ def test_jsonl_with_blank_lines_byte_order_mark_and_line_separator(folder):
     text = "\n\n".join(json.dumps(item, ensure_ascii=False) for item in items) + "\n"
     path.write_text(text, encoding="utf-8-sig")
     source = LlavaJson(path)
-    assert sorted(record.id for record in source.records) == ["0", "1", "2"]
+    assert sorted(source.record(n).id for n in range(3)) == ["0", "1", "2"]
     assert {source.record(n).conversations[0][1].text for n in range(3)} == {f"line\u2028{n}" for n in range(3)}
 
 

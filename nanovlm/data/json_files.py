@@ -17,6 +17,7 @@ from typing import Any
 CHUNK = 1 << 20  # bytes read at a time
 LARGEST = 1 << 28  # bytes of one record; a record that has not ended by then is no JSON
 SPACE = " \t\r\n"
+PACKED = b"\x1f\x8b"  # how gzip's files begin
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def open_bytes(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
+        packed = file.read(2) == PACKED
     return gzip.open(path) if packed else open(path, "rb")
 
 

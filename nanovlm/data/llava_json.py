@@ -3,12 +3,15 @@
 File format: LLaVA, arXiv:2304.08485, as in github.com/haotian-liu/LLaVA, docs/Finetune_Custom_Data.md.
 """
 
-import json
 import os
 import re
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
+from tqdm import tqdm
+
+from nanovlm.data.json_files import PACKED, read_at, records
 from nanovlm.data.records import Record, Turn, Visual, check_order, permutation
 from nanovlm.data.video import SAMPLINGS, Clip
 from nanovlm.names import nearest
@@ -26,7 +29,8 @@ class LlavaJson:
     [{"from": "human" or "gpt", "value": "<image>\\nWhat?"}, …], "kind": optional question type}. Beside or instead of
     image, "video": a film, an animation or a folder of frames; or the list of its frames; or a list of such lists, for
     several. <video> stands where each is shown.
-    The file and the presence of every image are checked when the source is made; images are decoded when used.
+    Every item and the presence of every image are checked when the source is made. Only where an item stands in the file
+    is kept: it is read again, and its images are decoded, when it is used.
     """
 
     def __init__(self, path, image_folder=None, name=None, seed=0, num_frames=FRAMES, sampling="uniform"):
@@ -46,53 +50,63 @@ class LlavaJson:
         folder = self.path.parent if image_folder is None else Path(image_folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such image folder (wanted by {self.path})")
-        if sampling not in SAMPLINGS or num_frames < 1:
-            raise ValueError(f"videos need num_frames of at least 1 and a sampling of {SAMPLINGS}")
-        clip = Clip("", num_frames, sampling)
-        self.records = [_read(item, folder, where, clip) for where, item in _items(self.path)]
-        if not self.records:
+        self.folder, self.clip = folder, clip_for(num_frames, sampling)
+        self.starts, self.stops = array("q"), array("q")  # bytes of every item in the file
+        wanted = {}  # path of an image -> whether it is there
+        for element in tqdm(items_of(self.path), desc=f"checking {self.name}", unit=" items", disable=None, delay=2):
+            record = self._record(element.value, element.where)
+            for visual in record.visuals:
+                check_presence(visual, wanted)
+            self.starts.append(element.start)
+            self.stops.append(element.stop)
+        if not self.starts:
             raise ValueError(f"{self.path}: holds no item; items with id, image and conversations were expected")
-        _check_images(self.path, self.records)
+        say_missing(self.path, wanted)
 
     def __len__(self):
-        return len(self.records)
+        return len(self.starts)
 
     def record(self, n):
-        """The n-th record, n >= 0; every epoch of len(self) is shuffled anew."""
+        """The n-th record, n >= 0; every epoch of len(self) is shuffled anew.
+
+        Raises: ValueError or OSError if the file is no longer what it was.
+        """
         epoch, place = divmod(n, len(self))
-        record = self.records[permutation(self.seed, epoch, len(self))[place]]
-        return _drawn(record, (self.seed, n))
+        place = permutation(self.seed, epoch, len(self))[place]
+        where = f"{self.path}, item {place + 1}"
+        item = read_at(self.path, self.starts[place], self.stops[place], where)
+        return drawn(self._record(item, where), (self.seed, n))
+
+    def _record(self, item, where):
+        return record_of(item, where, self.clip, lambda name: str(self.folder / name))
 
 
-def _items(path):
-    """(where, item) for every item of the file."""
+def clip_for(num_frames, sampling):
+    """What every video of a source is, but for its frames: Clip. Raises: ValueError for values that none can have."""
+    if sampling not in SAMPLINGS or num_frames < 1:
+        raise ValueError(f"videos need num_frames of at least 1 and a sampling of {SAMPLINGS}")
+    return Clip("", num_frames, sampling)
+
+
+def items_of(path):
+    """The items of a LLaVA-style file: json_files.Element each.
+
+    Raises: ValueError for a file of another kind, or naming file and line for what is no JSON.
+    """
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: the reader knows .json (one list) and .jsonl (one item a line), not {path.suffix!r}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; give the LLaVA-style .json or .jsonl")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark, as Windows editors write it, is no error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    if path.suffix == ".jsonl":
-        # not splitlines(), which would also cut at U+2028 inside a string
-        lines = [(line, content) for line, content in enumerate(text.split("\n"), start=1) if content.strip()]
-        return [(f"{path}, line {line}", _parse(content, path, line)) for line, content in lines]
-    items = _parse(text, path, 1)
-    if not isinstance(items, list):
-        raise ValueError(f"{path}: a list of items was expected, found {type(items).__name__}")
-    return [(f"{path}, item {number}", item) for number, item in enumerate(items, start=1)]
+    with open(path, "rb") as file:
+        if file.read(2) == PACKED:
+            raise ValueError(f"{path}: packed by gzip; unpack it, so that any item can be read by itself")
+    for element in records(path):
+        if isinstance(element.value, ValueError):
+            raise element.value
+        yield element
 
 
-def _parse(text, path, first_line):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"{path}, line {line}, column {error.colno}: malformed JSON: {error.msg}") from error
-
-
-def _drawn(record, seed):
+def drawn(record, seed):
     """The record with the random frames of this showing: seed decides them."""
     visuals = [
         replace(visual, key=f"{visual.key}, frames of {seed}", frames=replace(visual.frames, seed=seed))
@@ -102,16 +116,24 @@ def _drawn(record, seed):
     return replace(record, visuals=tuple(visuals)) if visuals else record
 
 
-def _read(item, folder, where, clip):
+def record_of(item, where, clip, locate):
+    """One item as a record.
+
+    Args:
+      item: what stands in the file. where: str, for messages. clip: video.Clip, all but its source.
+      locate: function(name of a picture or film in the item) -> what images.load or video.load opens.
+    Returns: Record. Raises: ValueError naming the place for anything malformed.
+    """
     if not isinstance(item, dict):
         found = type(item).__name__
         raise ValueError(f"{where}: an object with id, image and conversations was expected, found {found}")
     for field, kinds in (("id", (str, int)), ("conversations", (list,))):
         _field(item, field, kinds, where)
     where = f"{where} (id {item['id']!r})"
-    visuals = {PLACEHOLDER: [Visual(path, (path,)) for path in _image_paths(item, folder, where)]}
+    frames = [locate(name) for name in _names(item, where)]
+    visuals = {PLACEHOLDER: [Visual(str(frame), (frame,)) for frame in frames]}
     if item.get("video") is not None:  # elsewhere <video> is a word
-        clips = [replace(clip, source=source) for source in _videos(item["video"], folder, where)]
+        clips = [replace(clip, source=source) for source in _videos(item["video"], locate, where)]
         visuals[VIDEO_PLACEHOLDER] = [Visual(str(clip.source), clip) for clip in clips]
     said = enumerate(item["conversations"], start=1)
     turns = [_turn(turn, f"{where}, turn {place}", visuals) for place, turn in said]
@@ -141,18 +163,18 @@ def _field(item, field, kinds, where):
     return item[field]
 
 
-def _image_paths(item, folder, where):
-    """The item's images as paths: list of str; empty in text-only items."""
+def _names(item, where):
+    """The names of the item's images: list of str; empty in text-only items."""
     if item.get("image") is None:
         return []
     images = item["image"] if isinstance(item["image"], list) else [item["image"]]
     for image in images:
         if not isinstance(image, str) or not image:
             raise ValueError(f"{where}: field 'image' must be a path or a list of paths, found {image!r}")
-    return [str(folder / image) for image in images]
+    return images
 
 
-def _videos(video, folder, where):
+def _videos(video, locate, where):
     """The item's videos, each as Clip.source has it."""
     several = isinstance(video, list) and any(isinstance(one, list) for one in video)
     found = []
@@ -160,8 +182,8 @@ def _videos(video, folder, where):
         frames = one if isinstance(one, list) else [one]
         if not frames or not all(isinstance(frame, str) and frame for frame in frames):
             raise ValueError(f"{where}: field 'video' must be a path or a list of frames or of such, found {video!r}")
-        paths = tuple(str(folder / frame) for frame in frames)
-        found.append(paths[0] if isinstance(one, str) else paths)
+        places = tuple(map(locate, frames))
+        found.append(places[0] if isinstance(one, str) else places)
     return found
 
 
@@ -199,17 +221,18 @@ def _number(turns, visuals):
     return tuple(numbered), tuple(ordered)
 
 
-def _paths(visual):
-    return visual.frames.source if isinstance(visual.frames, Clip) else visual.frames
+def check_presence(visual, wanted):
+    """Note for every file of a Visual whether it is there: in wanted, dict path -> bool."""
+    alone = isinstance(visual.frames, Clip) and isinstance(visual.frames.source, str)  # a film, which may be a folder
+    source = visual.frames.source if isinstance(visual.frames, Clip) else visual.frames
+    for path in [source] if alone else source:
+        if path not in wanted:
+            wanted[path] = (os.path.exists if alone else os.path.isfile)(path)
 
 
-def _check_images(path, records):
+def say_missing(path, wanted):
     """Raise FileNotFoundError that names the missing images of all records at once."""
-    wanted = {}  # path -> whether it is a video by itself, which may be a folder
-    for visual in (visual for record in records for visual in record.visuals):
-        alone = isinstance(visual.frames, Clip) and isinstance(visual.frames.source, str)
-        wanted |= dict.fromkeys([visual.key] if alone else _paths(visual), alone)
-    missing = [image for image, alone in wanted.items() if not (os.path.exists if alone else os.path.isfile)(image)]
+    missing = [image for image, there in wanted.items() if not there]
     if missing:
         shown = "".join(f"\n  {image}" for image in missing[:MISSING_SHOWN])
         rest = f"\n  and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
