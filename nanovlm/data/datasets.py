@@ -2,9 +2,11 @@
 
     {"captions": {"reader": "llava", "path": "captions.json", "images": "pictures",
                   "prompts": ["{question} Be brief."]},
-     "dialogues": {"reader": "llava", "path": "dialogues.jsonl"}}
+     "dialogues": {"reader": "llava", "path": "dialogues.jsonl"},
+     "pairs": {"reader": "shards", "path": "cc3m"}}
 
-Relative paths start at the folder of that file. prompts (optional) are the ways to put a question; one is drawn per
+The reader "llava" takes a .json or .jsonl (llava_json.py), "shards" a folder of .tar files (tar_shards.py), which hold
+their pictures. Relative paths start at the folder of that file. prompts (optional) are the ways to put a question; one is drawn per
 record. num_frames and sampling ("uniform" or "random", both optional) say which frames of a video are shown.
 """
 
@@ -16,9 +18,10 @@ import numpy
 
 from nanovlm.data.llava_json import LlavaJson
 from nanovlm.data.records import Turn
+from nanovlm.data.tar_shards import TarShards
 from nanovlm.names import nearest
 
-READERS = {"llava": LlavaJson}
+READERS = ("llava", "shards")
 KEYS = {"reader": str, "path": str, "images": str, "prompts": list, "num_frames": int, "sampling": str}
 VIDEO_KEYS = ("num_frames", "sampling")
 REQUIRED = ("reader", "path")
@@ -122,12 +125,17 @@ def _check_entry(entry, where):
             raise ValueError(f"{where}: {key} is missing")
     if entry["reader"] not in READERS:
         raise ValueError(f"{where}: unknown reader {entry['reader']!r}.{nearest(entry['reader'], READERS)}")
+    if entry["reader"] == "shards" and "images" in entry:
+        raise ValueError(f"{where}: shards hold their images; leave out the key images")
 
 
 def _source(name, entry, path, seed):
-    folder = path.parent / entry["images"] if "images" in entry else None
     videos = {key: entry[key] for key in VIDEO_KEYS if key in entry}
-    source = READERS[entry["reader"]](path.parent / entry["path"], folder, name, seed, **videos)
+    if entry["reader"] == "shards":
+        source = TarShards(path.parent / entry["path"], name, seed, **videos)
+    else:
+        folder = path.parent / entry["images"] if "images" in entry else None
+        source = LlavaJson(path.parent / entry["path"], folder, name, seed, **videos)
     if "prompts" not in entry:
         return source
     try:

@@ -7,6 +7,7 @@ Preprocessing as in CLIP (arXiv:2103.00020): bicubic, then the mean and standard
 """
 
 import contextlib
+import io
 import os
 import struct
 import warnings
@@ -29,11 +30,30 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message names its file."""
 
 
+@dataclass(frozen=True)
+class Member:
+    """A picture inside a larger file, such as a tar: `size` bytes from byte `offset` of the file `path`."""
+
+    path: str
+    offset: int
+    size: int
+    name: str
+
+    def __str__(self):
+        return f"{self.path}/{self.name}"
+
+    def read(self):
+        """Its bytes."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
 def load(source, max_pixels=MAX_PIXELS):
     """Any picture as upright RGB; of an animation the first frame; transparency over white.
 
     Args:
-      source: path, or a PIL image.
+      source: path, Member, or a PIL image.
       max_pixels: int, largest width x height that is decoded; read from the header, before decoding.
     Returns: PIL.Image.Image of mode RGB.
     Raises: FileNotFoundError; ImageError if it is empty, too large, damaged or no image.
@@ -50,13 +70,17 @@ def opened(source, max_pixels=MAX_PIXELS):
 
     Args and errors: as in `load`, of which this is the first half.
     """
-    if not os.path.exists(source):
-        raise FileNotFoundError(f"{source}: no such image")
-    if not os.path.isfile(source):
-        raise ImageError(f"{source}: a folder, not an image")
-    if os.path.getsize(source) == 0:
+    if isinstance(source, Member):
+        size, begin = source.size, lambda: io.BytesIO(source.read())
+    else:
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"{source}: no such image")
+        if not os.path.isfile(source):
+            raise ImageError(f"{source}: a folder, not an image")
+        size, begin = os.path.getsize(source), lambda: open(source, "rb")
+    if size == 0:
         raise ImageError(f"{source}: the file is empty (0 bytes); copy or download it again")
-    with open(source, "rb") as file:
+    with begin() as file:
         try:
             yield _header(file, source, max_pixels)
         except ImageError:

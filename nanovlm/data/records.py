@@ -21,8 +21,8 @@ class Visual:
     """One image or one whole clip.
 
     key: identity; visual inputs of equal key are the same picture and are encoded once per batch.
-    frames: the pictures in order, or the paths where `images.load` finds them; one frame is a still image. Or a
-      video.Clip, whose frames are decoded when used.
+    frames: the pictures in order, or the paths (or images.Members) where `images.load` finds them; one frame is a still
+      image. Or a video.Clip, whose frames are decoded when used.
     view: augment.View through which training sees it; None = the stage's fit.
     """
 

@@ -1,0 +1,160 @@
+"""Tar shards: written, read back in every epoch's own order, and all that can be wrong in them."""
+
+import io
+import json
+import os
+import tarfile
+
+import pytest
+from PIL import Image
+
+from nanovlm.data import images, tar_shards
+from nanovlm.data.datasets import read_datasets
+from nanovlm.data.records import Turn
+from nanovlm.data.tar_shards import ShardWriter, TarShards
+
+
+def png(shade, size=(3, 2)):
+    file = io.BytesIO()
+    Image.new("RGB", size, (shade, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def item(n, question="<image>\nwhat?"):
+    return {"id": n, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": f"number {n}"}]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten samples in shards of four, four and two; every third is text alone."""
+    with ShardWriter(tmp_path, "some", samples_per_shard=4) as writer:
+        for n in range(10):
+            if n % 3:
+                writer.add(item(n) | {"image": "old/name.png"}, [("png", png(n))])
+            else:
+                writer.add(item(n, "and?"), [])
+    return tmp_path
+
+
+def write(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+
+
+def test_every_epoch_holds_every_sample_once_shard_by_shard(folder):
+    source, again = TarShards(folder, seed=3), TarShards(folder, seed=3)
+    assert len(source) == 10 and source.name == folder.name
+    epochs = [[int(source.record(10 * epoch + n).id) for n in range(10)] for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    for epoch in epochs:
+        shards = [n // 4 for n in epoch]
+        assert sum(one != other for one, other in zip(shards, shards[1:])) == 2, "one shard after the other"
+    assert len({tuple(dict.fromkeys(n // 4 for n in epoch)) for epoch in epochs}) > 1, "in an order of its own"
+    assert [int(again.record(n).id) for n in reversed(range(40))][::-1] == sum(epochs, [])
+
+
+def test_records_are_those_of_the_items(folder):
+    records = [TarShards(folder).record(n) for n in range(10)]
+    for record in records:
+        n = int(record.id)
+        asked = Turn("user", (0, "\nwhat?")) if n % 3 else Turn("user", ("and?",))
+        assert record.conversations == ((asked, Turn("assistant", (f"number {n}",))),)
+        for visual in record.visuals:
+            (frame,) = visual.frames
+            assert images.load(frame).getpixel((0, 0)) == (n, 0, 0) and images.load(frame).size == (3, 2)
+            assert visual.key == str(frame) and visual.key.endswith(f".tar/{n:09d}.0.png")
+    assert sum(len(record.visuals) for record in records) == 6
+
+
+def test_equal_samples_make_equal_bytes_and_an_index(folder, tmp_path_factory, monkeypatch):
+    index = json.loads((folder / "index.json").read_text())
+    assert {name: entry["samples"] for name, entry in index.items()} == {
+        "some-000000.tar": 4, "some-000001.tar": 4, "some-000002.tar": 2,
+    }  # fmt: skip
+    again = tmp_path_factory.mktemp("again")
+    with ShardWriter(again, "some", 4) as writer:
+        for n in range(10):
+            writer.add(item(n) if n % 3 else item(n, "and?"), [("png", png(n))] if n % 3 else [])
+    assert all((again / name).read_bytes() == (folder / name).read_bytes() for name in os.listdir(folder))
+    scanned = []
+    monkeypatch.setattr(tar_shards, "members", lambda path: scanned.append(path) or [None])
+    assert len(TarShards(folder)) == 10 and not scanned
+    with open(folder / "some-000001.tar", "ab") as file:
+        file.write(b"\0" * 512)
+    assert len(TarShards(folder)) == 7 and [path.name for path in scanned] == ["some-000001.tar"]
+
+
+def test_captions_from_elsewhere(tmp_path):
+    write(tmp_path / "00000.tar", {
+        "000.jpg": png(1), "000.txt": " a café\n".encode(), "000.json": b'{"caption": "other", "url": "x"}',
+        "001.json": b'{"caption": "from the json"}', "001.PNG": png(2), "sub/000.txt": b"deep", "sub/000.webp": png(3),
+    })  # fmt: skip
+    source = TarShards(tmp_path / "00000.tar", name="cc3m")
+    found = {record.id: record for record in map(source.record, range(3))}
+    said = {id: record.conversations for id, record in found.items()}
+    expected = {"000": "a café", "001": "from the json", "sub/000": "deep"}
+    assert said == {id: ((Turn("user", (0,)), Turn("assistant", (text,))),) for id, text in expected.items()}
+    assert images.load(found["001"].visuals[0].frames[0]).getpixel((0, 0)) == (2, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"a.txt": b"a"}, r"x.tar, sample 'a': a picture and a caption, .* it holds txt"),
+        ({"a.jpg": b"a"}, r"sample 'a': a picture and a caption, .* it holds jpg"),
+        ({"a.jpg": b"a", "a.txt": b" "}, r"a picture and a caption"),
+        ({"a.jpg": b"a", "a.txt": b"\xff"}, r"sample 'a', .txt: not UTF-8"),
+        ({"a.json": b"{"}, r"sample 'a', .json, column 2: malformed JSON"),
+        ({"a.json": b'{"conversations": []}'}, r"sample 'a': field 'id' is missing"),
+        ({"a.json": b'{"id": 1, "image": "0.png", "conversations": []}'}, r"sample 'a': no '0.png'; it holds json"),
+        ({"a.json": b"[]"}, r"sample 'a': an object with id"),
+    ],
+)
+def test_samples_that_cannot_be_used(files, message, tmp_path):
+    write(tmp_path / "x.tar", files)
+    with pytest.raises(ValueError, match=message):
+        TarShards(tmp_path).record(0)
+
+
+def test_shards_that_cannot_be_used(folder, tmp_path_factory):
+    whole = (folder / "some-000000.tar").read_bytes()
+    other = tmp_path_factory.mktemp("other")
+    for content, message in ((whole[:700], "cut short"), (b"x" * 2000, "no tar"), (b"\x1f\x8b" + whole, "no tar, packed")):
+        (other / "bad.tar").write_bytes(content)
+        tar_shards.members.cache_clear()
+        with pytest.raises(ValueError, match=rf"bad.tar: .*{message}"):
+            TarShards(other)
+    write(other / "bad.tar", {})
+    tar_shards.members.cache_clear()
+    with pytest.raises(ValueError, match="bad.tar: holds no sample"):
+        TarShards(other)
+    for path, message in ((other / "none", "no such file or folder"), (tmp_path_factory.mktemp("e"), "no .tar in this folder")):
+        with pytest.raises(FileNotFoundError, match=message):
+            TarShards(path)
+    source = TarShards(folder)
+    (folder / "some-000000.tar").write_bytes((folder / "some-000002.tar").read_bytes())
+    tar_shards.members.cache_clear()
+    with pytest.raises(ValueError, match="some-000000.tar: 2 samples, but 4 when it was counted"):
+        [source.record(n) for n in range(10)]
+
+
+def test_a_picture_that_is_cut_short_inside_a_shard_is_named(tmp_path):
+    write(tmp_path / "x.tar", {"a.jpg": png(1, (90, 90))[:60], "a.txt": b"a", "b.jpg": b"", "b.txt": b"b"})
+    for record in map(TarShards(tmp_path).record, range(2)):
+        with pytest.raises(images.ImageError, match=rf"x.tar/{record.id}.jpg: (the image is damaged|the file is empty|not an)"):
+            images.load(record.visuals[0].frames[0])
+
+
+def test_listed_shards(folder):
+    path = folder / "sets.json"
+    path.write_text(json.dumps({"pairs": {"reader": "shards", "path": ".", "prompts": ["{question} Briefly."]}}))
+    source = read_datasets(path, seed=3)["pairs"]
+    assert [source.record(n).id for n in range(10)] == [TarShards(folder, seed=3).record(n).id for n in range(10)]
+    assert source.record(0).conversations[0][0].text.endswith(" Briefly.")
+    path.write_text(json.dumps({"pairs": {"reader": "shards", "path": ".", "images": "x"}}))
+    with pytest.raises(ValueError, match="dataset 'pairs': shards hold their images"):
+        read_datasets(path)
