@@ -81,14 +81,15 @@ def run(wishes):
     if wishes.images is not None and not Path(wishes.images).is_dir():
         raise FileNotFoundError(f"{wishes.images}: no such folder of pictures")
     collection = annotation_files.read(wishes.annotations)
-    pictures, missing = planning.find_pictures(collection, wishes.images, wishes.limit)
+    pictures, failed = planning.find_pictures(collection, wishes.images, wishes.limit)
     if not pictures:
-        raise ValueError(nothing_found(wishes, collection, missing))
+        raise ValueError(nothing_found(wishes, collection, failed))
     out = Path(wishes.out)
     out.mkdir(parents=True, exist_ok=True)
     work = Work(wishes, generator, drawn, Replies(out / "replies.jsonl", repair=True))
     work.fail("unreadable record", *collection.problems)
-    work.fail("missing picture", *missing)
+    for kind, said in failed:
+        work.fail(kind, said)
     with open(out / "samples.jsonl.unfinished", "w", encoding="utf-8") as file:
         try:
             if wishes.method != "self-instruct":
@@ -104,10 +105,10 @@ def run(wishes):
     return work.report(out, len(pictures), collection.skipped)
 
 
-def nothing_found(wishes, collection, missing):
+def nothing_found(wishes, collection, failed):
     """Why there is nothing to work on: str."""
-    if missing:
-        return f"none of {len(missing)} pictures lies in {wishes.images}; the first that is missing: {missing[0]}"
+    if failed:
+        return f"none of {len(failed)} pictures in {wishes.images} can be used; the first: {failed[0][1]}"
     first = (
         f"; the first of {len(collection.problems)} problems: {collection.problems[0]}" if collection.problems else ""
     )

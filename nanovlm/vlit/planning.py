@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanovlm.data.images import ImageError, opened
 from nanovlm.evaluation.items import coco_picture
 from nanovlm.evaluation.items import picture as picture_path
 from nanovlm.vlit import self_instruct
@@ -37,20 +38,27 @@ def find_pictures(collection, folder, limit=None):
     Args:
       collection: annotations.Collection. folder: where the files lie, or None = they are not looked for.
       limit: int, pictures at most; None = all.
-    Returns: (list of (Picture, path str or ""), list of paths that are missing).
+    Returns: (list of (Picture, path str or ""), list of (kind, words) of those that are missing or no pictures). Only
+      headers are read here; what is damaged behind them, `lint` and `filter` find.
     """
-    found, missing = [], []
+    found, failed = [], []
     for one in collection.pictures.values():
         if limit is not None and len(found) == limit:
             break
         if not one.annotations:
             continue
-        path = _path(one, folder) if folder is not None else None
-        if path is not None and not path.is_file():
-            missing.append(str(path))
-            continue
-        found.append((one, "" if path is None else str(path)))
-    return found, missing
+        path = "" if folder is None else str(_path(one, folder))
+        try:
+            if path:
+                with opened(path):
+                    pass
+        except FileNotFoundError as error:
+            failed.append(("missing picture", str(error)))
+        except ImageError as error:
+            failed.append(("unreadable picture", str(error)))
+        else:
+            found.append((one, path))
+    return found, failed
 
 
 def _path(picture, folder):
