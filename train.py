@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 
-from nanovlm import optimizer
 from nanovlm.checkpoint import CheckpointError, complete
 from nanovlm.interrupts import Stopped, StopRequests
 from nanovlm.names import nearest
 from nanovlm.parallel import join, leave
 from nanovlm.recipes import find
-from nanovlm.recipes.start import add_lora, build_models, check_stages, choose_size, choose_stages, make_run
-from nanovlm.run import all_parts
+from nanovlm.recipes.plan import plan
+from nanovlm.recipes.start import make_run
 from nanovlm.trainer import Trainer
 from nanovlm.update import TrainingError
 
@@ -109,19 +108,6 @@ def make_parser():
     return parser
 
 
-def print_stages(recipe, wishes):
-    """Show every stage's values and the sizes and learning rates of the parts; no weight is made."""
-    stages = choose_stages(recipe, wishes)
-    vocab_size = recipe.tokenizer().vocab_size if recipe.published is None else 0  # 0: as published
-    with torch.device("meta"):
-        model, contrastive = build_models(recipe, choose_size(recipe, wishes.size), vocab_size, wishes.seed)
-        add_lora(model, stages, wishes.lora)
-    check_stages(stages, model, contrastive)
-    for stage in stages:
-        values = "".join(f"\n  {name} = {value!r}" for name, value in vars(stage).items() if name != "name")
-        print(f"stage {stage.name}{values}", *optimizer.table(all_parts(model, contrastive), stage), "", sep="\n")
-
-
 def resume_command(arguments):
     """The command line that continues this run: str."""
     number = os.environ.get("LOCAL_WORLD_SIZE")
@@ -145,7 +131,7 @@ def prepare(parser, wishes, processes):
     try:
         recipe = find(wishes.recipe)
         if wishes.print:
-            print_stages(recipe, wishes)
+            print("\n".join(plan(recipe, wishes)))
             sys.exit(0)
         out = wishes.out or Path("out") / recipe.name
         run = make_run(recipe, wishes, out, processes)

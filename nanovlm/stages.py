@@ -17,6 +17,14 @@ TRAINABLE = {  # objective -> parts that its loss reaches
     "contrastive": ("vision", "text_tower"),
     "language": tuple(part for part in PARTS if part != "text_tower"),
 }
+WORDS = ("embedding", "language_model", "lm_head")
+TUNES = {  # what instruction tuning trains, by name ("Vision-Language Instruction Tuning: A Review", Sec. 3.1)
+    "bridge": ("bridge",),
+    "bridge_lm": ("bridge", *WORDS),
+    "lora": ("bridge", "lora"),
+    "all": ("vision", "bridge", *WORDS),
+}
+GRAFTED = ("adapters", "cross_attention", "vision_branch")  # what papers add inside the language model: it stays as it was
 IMAGE_FITS = ("crop", "pad", "stretch", "squash")
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
@@ -126,7 +134,7 @@ def override(stage, settings):
     Args:
       stage: Stage.
       settings: dict of str to str: a field's name ("steps"), or for a table "field.key" ("learning_rates.bridge"), and
-        the value. "none" is None for an optional field and removes an entry of a table (`learning_rates.bridge=none`
+        the value. "tune" sets all learning rates at once, see `tuned`. "none" is None for an optional field and removes an entry of a table (`learning_rates.bridge=none`
         freezes the bridge); tuples are written with commas ("0.9,0.98").
     Returns: Stage, a changed copy, checked only when all changes are in.
     Raises: ValueError if a field is unknown, a text is not of its type, or the stage would not be valid.
@@ -135,6 +143,9 @@ def override(stage, settings):
     values = dict(vars(stage))
     for field, text in settings.items():
         name, _, key = field.partition(".")
+        if field == "tune":
+            values["learning_rates"] = tuned(stage.name, values["learning_rates"], text)
+            continue
         where = f"{stage.name}.{field}"
         if name not in hints:
             raise ValueError(f"stage {stage.name!r} has no field {name!r}.{nearest(name, hints)}")
@@ -145,6 +156,21 @@ def override(stage, settings):
         else:
             values[name] = _parse(hints[name], text, where)
     return Stage(**values)
+
+
+def tuned(stage_name, rates, choice):
+    """Learning rates of another choice of what a stage trains.
+
+    Args:
+      rates: dict part -> rate, as it is. choice: a key of TUNES.
+    Returns: dict part -> rate: of the choice, and of the GRAFTED parts that trained already; each as before, or at the
+      highest rate there was.
+    Raises: ValueError for an unknown choice.
+    """
+    if choice not in TUNES:
+        raise ValueError(f"{stage_name}.tune={choice} is unknown.{nearest(choice, TUNES)}")
+    parts = (*TUNES[choice], *(part for part in GRAFTED if part in rates))
+    return {part: rates.get(part, max(rates.values())) for part in parts}
 
 
 def _change_table(table, key, text, where):

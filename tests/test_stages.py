@@ -95,6 +95,18 @@ def test_override_checks_the_stage_when_all_changes_are_in():
     assert override(late, {"mixture.a": "2", "mixture.scenes": "none"}).mixture == {"a": 2.0}
 
 
+def test_what_is_tuned_has_a_name():
+    """Bridge, bridge and language model, low rank, all: what papers graft into the language model keeps training."""
+    lynx = changed(learning_rates={"bridge": 2e-5, "adapters": 1e-5})
+    words = {"embedding": 2e-5, "language_model": 2e-5, "lm_head": 2e-5}
+    for choice, rates in (("bridge", {}), ("bridge_lm", words), ("lora", {"lora": 2e-5}), ("all", words | {"vision": 2e-5})):
+        assert override(lynx, {"tune": choice}).learning_rates == rates | {"bridge": 2e-5, "adapters": 1e-5}
+    assert override(STAGE, {"tune": "bridge"}) == STAGE
+    assert override(STAGE, {"tune": "lora", "learning_rates.lora": "1e-4"}).learning_rates == {"bridge": 1e-3, "lora": 1e-4}
+    with pytest.raises(ValueError, match="align.tune=al is unknown. Did you mean 'all'"):
+        override(STAGE, {"tune": "al"})
+
+
 def test_override_changes_one_entry_of_a_table():
     both = override(STAGE, {"learning_rates.vision": "2e-4"})
     assert both.learning_rates == {"bridge": 1e-3, "vision": 2e-4}

@@ -18,7 +18,7 @@ from nanovlm.data.templates import BLIP2, BLIP2_CAPTION
 from nanovlm.decoder import Decoder
 from nanovlm.layouts import OPT, expect, number, opt_config, section, size
 from nanovlm.qformer import QFormer
-from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
 from nanovlm.sampler import Decoding
 from nanovlm.stages import Stage
 from nanovlm.vision_layouts import EVA, eva_config
@@ -141,6 +141,13 @@ DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
     "greedy": Decoding(max_new_tokens=30),
 }
 
+EXPECTED = {"align": Expected(15, num_gpus=16), "instruct": Expected(100)}  # days are stated for FlanT5-XXL alone
+WEIGHTS = (
+    "vision          EVA-CLIP ViT-g, eva_vit_g.pth of github.com/salesforce/LAVIS",
+    "bridge          the first stage's Q-Former, blip2_pretrained.pth of the same place",
+    "language model  OPT-2.7B, huggingface.co/facebook/opt-2.7b",
+)
 RECIPE = published_recipe(
     "blip2", Published("blip2", build, LAYOUT, CONFIGS), stages, BLIP2, DECODINGS, stage_templates={"align": BLIP2_CAPTION},
+    expected=EXPECTED, weights=WEIGHTS,
 )  # fmt: skip

@@ -20,7 +20,7 @@ from nanovlm.data.templates import LLAVA, PLAIN
 from nanovlm.decoder import Decoder
 from nanovlm.layouts import LLAMA, expect, llama_config, section
 from nanovlm.projector import LinearProjector, MLPProjector
-from nanovlm.recipes.recipe import Published, at_size, published_recipe
+from nanovlm.recipes.recipe import Expected, Published, at_size, published_recipe
 from nanovlm.sampler import Decoding
 from nanovlm.stages import Stage
 from nanovlm.vision_layouts import CLIP, clip_config
@@ -177,6 +177,12 @@ DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
     "demo": Decoding(max_new_tokens=1024, do_sample=True, temperature=0.2),
 }
 
+EXPECTED = {"align": Expected(20), "instruct": Expected(300)}
+WEIGHTS = (
+    "vision          CLIP ViT-L/14, 336 pixels (\"linear\": 224), huggingface.co/openai/clip-vit-large-patch14-336",
+    "language model  Vicuna-7B v1.5 (\"linear\": v1.1), huggingface.co/lmsys/vicuna-7b-v1.5",
+)
 RECIPE = published_recipe(
     "llava", Published("llava", build, LAYOUT, CONFIGS), stages, LLAVA, DECODINGS, stage_templates={"align": PLAIN},
+    expected=EXPECTED, weights=WEIGHTS,
 )  # fmt: skip

@@ -24,7 +24,7 @@ from nanovlm.data.templates import LLAVA_PHI, PLAIN
 from nanovlm.decoder import Decoder
 from nanovlm.layouts import expect, phi_config, phi_fused, section
 from nanovlm.projector import MLPProjector
-from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
 from nanovlm.sampler import Decoding
 from nanovlm.stages import Stage
 from nanovlm.vision_layouts import CLIP, clip_config
@@ -100,18 +100,19 @@ def LAYOUT(config):
     )
 
 
+# Sec. 3.2: betas and eps; no decay and no clipping as in the code
 ADAM = dict(optimizer="adamw", betas=(0.9, 0.98), eps=1e-7, weight_decay=0.0, clip=None, start_lr_factor=0.0)
 SETTINGS = dict(objective="language", precision="bfloat16", max_tokens=2048, **ADAM)
 STAGES = (
-    Stage(  # two epochs of about 80,000 dialogues; the batch size is not stated
+    Stage(  # Sec. 3.2: two epochs (of about 80,000 dialogues), 3e-5, linear; optional there too. The batch size is not stated
         "tune_phi", learning_rates=dict.fromkeys(("embedding", "language_model", "lm_head"), 3e-5),
         mixture={"ShareGPT": 1.0}, steps=1_250, batch_size=128, schedule="linear", image_size=336, **SETTINGS,
     ),
-    Stage(  # one epoch
+    Stage(  # Sec. 3.2: one epoch, 1e-3, 256; schedule, warm-up of 3% and 558,128 examples from the code
         "align", learning_rates={"bridge": 1e-3}, mixture={"blip_laion_cc_sbu_558k": 1.0},
-        steps=2_180, warmup_steps=66, batch_size=256, schedule="cosine", image_size=336, image_fit="crop", **SETTINGS,
+        steps=2_181, warmup_steps=66, batch_size=256, schedule="cosine", image_size=336, image_fit="crop", **SETTINGS,
     ),
-    Stage(  # one epoch
+    Stage(  # Sec. 3.2: one epoch, 2e-5; batch, schedule, warm-up of 3% and 665,298 examples from the code
         "instruct", learning_rates=dict.fromkeys(("vision", "bridge", "embedding", "language_model", "lm_head"), 2e-5),
         mixture={"llava_v1_5_mix665k": 1.0},
         steps=5_198, warmup_steps=156, batch_size=128, schedule="cosine", image_size=336, image_fit="pad", **SETTINGS,
@@ -131,7 +132,17 @@ DECODINGS = {  # what ends a reply is the tokenizer's <|endoftext|>, see templat
 }
 
 CONTENTS = "the released files hold the whole model, the tower too; q, k and v are one matrix, interleaved head by head"
+COST = 'Sec. 3.2, "Computational Cost"'
+EXPECTED = {
+    "tune_phi": Expected(1000, num_frames=0),
+    "align": Expected(20, hours=1.5, source=COST),
+    "instruct": Expected(300, hours=8, source=COST),
+}
+WEIGHTS = (
+    "vision          CLIP ViT-L/14, 336 pixels, huggingface.co/openai/clip-vit-large-patch14-336",
+    "language model  Phi-2, huggingface.co/microsoft/phi-2",
+)
 RECIPE = published_recipe(
     "llava_phi", Published("llava_phi", build, LAYOUT, CONFIGS, CONTENTS), stages, LLAVA_PHI, DECODINGS,
-    stage_templates={"align": PLAIN},
+    stage_templates={"align": PLAIN}, expected=EXPECTED, weights=WEIGHTS,
 )  # fmt: skip

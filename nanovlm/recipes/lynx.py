@@ -12,6 +12,7 @@ Where the two differ:
 - "after every 2 blocks" is after layers 0, 2, 4 ... (the code), not 1, 3, 5;
 - the second stage trains the tower (the paper); the released config freezes it, and the released file probably holds
   no tower but only the resampler, the adapters and the frame embedding: the rest is EVA's and Vicuna's own;
+- pictures are cropped at random, 90 to 100% of their area (the code's training transform, which nothing calls);
 - the code keeps the last 40 tokens of a prompt, which cuts dialogues: no such limit here;
 - the code pads between image tokens and text; here padding stands at an end of a row, its positions are explicit.
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 from nanovlm.data.templates import LYNX
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.layouts import LLAMA, llama_config
-from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
 from nanovlm.resampler import Resampler
 from nanovlm.sampler import Decoding
 from nanovlm.stages import Stage
@@ -136,23 +137,32 @@ def mixture(column, *without):
     return {data["name"]: data[column] for data in DATASETS if data[column] and data["kind"] not in without}
 
 
+def sharp(*names):
+    """Shares of data sets that join when pictures grow: as many a record as VQAv2's, which stays. {dataset: share}."""
+    thousands = {data["name"]: float(data["size"].rstrip("K")) for data in DATASETS if data["name"] in (*names, "VQAv2")}
+    rate = mixture("pretrain_percent")["VQAv2"] / thousands["VQAv2"]
+    return {name: round(rate * thousands[name], 3) for name in names}
+
+
 ALIGNED = {"bridge", "adapters"}  # the frame embedding belongs to the bridge
 TABLE_8 = dict(  # "warmup lr end" is a tenth of each rate: where the warm-up starts and the decay stops
     objective="language", optimizer="adamw", betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, schedule="linear",
-    start_lr_factor=0.1, end_lr_factor=0.1, clip=None, precision="bfloat16", image_fit="crop",
-    max_tokens=1024,  # not stated
+    start_lr_factor=0.1, end_lr_factor=0.1, precision="bfloat16",  # App. D.2
+    image_fit="crop", augmentation="crop",  # the code's training transform
+    clip=None, max_tokens=1024,  # neither is stated
 )  # fmt: skip
 STAGES = (
-    Stage(
+    Stage(  # Sec. 2.2: 224 pixels, batch 1536; steps, warm-up and rate of Table 8, shares of Table 12
         "align", learning_rates=dict.fromkeys(sorted(ALIGNED), 1e-4), mixture=mixture("pretrain_percent"), image_size=224,
         steps=100_000, warmup_steps=5_000, batch_size=1536, **TABLE_8,
     ),
-    Stage(  # the paper gives no shares: the first stage's without its "large-scale noise image-text pairs"
+    Stage(  # Sec. 2.2 leaves out the "large-scale noise image-text pairs" and adds "table reading and OCR", but gives no shares:
+        # ours are the first stage's, and for what Table 12 has of these two kinds in its last column alone, see `sharp`
         "resolution", learning_rates=dict.fromkeys(sorted(ALIGNED | {"vision"}), 1e-5), image_size=420,
-        mixture=mixture("pretrain_percent", "image-text pair"),
+        mixture=mixture("pretrain_percent", "image-text pair") | sharp("WebSRC", "TextVQA", "STVQA"),
         steps=10_000, warmup_steps=500, batch_size=448, **TABLE_8,
     ),
-    Stage(
+    Stage(  # Sec. 2.2: batch 480, of text, pictures and clips
         "instruct", learning_rates=dict.fromkeys(sorted(ALIGNED), 2e-5), mixture=mixture("finetune_percent"),
         image_size=420, steps=20_000, warmup_steps=1_000, batch_size=480, **TABLE_8,
     ),
@@ -186,4 +196,16 @@ CONTENTS = (
     "the released files probably hold bridge.*, the adapters and absolute_frame_pos_embed alone; EVA's tower and Vicuna-7B "
     "v1.1 come from their own files"
 )
-RECIPE = published_recipe("lynx", Published("lynx", build, LAYOUT, CONFIGS, CONTENTS), stages, LYNX, DECODINGS)
+TABLE_8_TIME = "Table 8"
+EXPECTED = {
+    "align": Expected(40, num_gpus=32, hours=72, source=TABLE_8_TIME),
+    "resolution": Expected(40, num_gpus=32, hours=8, source=TABLE_8_TIME),
+    "instruct": Expected(100, num_gpus=24, hours=16, source=TABLE_8_TIME),
+}
+WEIGHTS = (
+    "vision          EVA01_g_psz14.pt, huggingface.co/QuanSun/EVA-CLIP",
+    "language model  Vicuna-7B v1.1, huggingface.co/lmsys/vicuna-7b-v1.1",
+)
+RECIPE = published_recipe(
+    "lynx", Published("lynx", build, LAYOUT, CONFIGS, CONTENTS), stages, LYNX, DECODINGS, expected=EXPECTED, weights=WEIGHTS
+)

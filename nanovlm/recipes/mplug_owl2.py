@@ -22,7 +22,7 @@ from nanovlm.abstractor import Abstractor
 from nanovlm.data.templates import MPLUG_OWL2
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.layouts import LLAMA, activation, llama_config, section
-from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
 from nanovlm.sampler import Decoding
 from nanovlm.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
@@ -159,16 +159,17 @@ def LAYOUT(config):
 
 SETTINGS = dict(  # Sec. 4.1
     objective="language", optimizer="adamw", betas=(0.9, 0.98), eps=1e-6, schedule="cosine", layer_decay={"vision": 0.9},
-    start_lr_factor=0.0, precision="bfloat16", image_fit="squash",  # as its evaluation scripts do
+    start_lr_factor=0.0, image_fit="squash",  # as its evaluation scripts do
+    precision="bfloat16", clip=1.0,  # neither is stated; its fine-tuning script has the first
 )  # fmt: skip
 STAGES = (
-    Stage(  # 348 million pairs; the paper names the sets without their shares, and two decays come from the authors' tracker
+    Stage(  # Sec. 4.1: 348 million pairs, augmented as BLIP-2's; the paper names the sets without their shares, and two decays come from the authors' tracker
         "align", learning_rates=dict.fromkeys(("vision", "bridge", "vision_branch"), 1e-4),
         mixture=dict.fromkeys(("CC3M", "CC12M", "COCO", "LAION-en", "COYO", "DataComp"), 1.0),
         steps=42_500, warmup_steps=1_000, batch_size=8192, weight_decay=0.05, image_size=224, max_tokens=256,
         copy_vision_branch=True, augmentation="crop_flip", **SETTINGS,
     ),
-    Stage(  # one epoch over about 1.23 million examples; warm-up as in the fine-tuning script
+    Stage(  # Sec. 4.1: one epoch; the 1.23 million examples are not stated, the warm-up is the fine-tuning script's 3%
         "instruct",
         learning_rates=dict.fromkeys(("vision", "bridge", "embedding", "language_model", "vision_branch", "lm_head"), 2e-5),
         mixture=dict.fromkeys(
@@ -193,6 +194,12 @@ DECODINGS = {
 }
 
 CONTENTS = "the released files hold the whole model; the abstractor's position tables are computed"
+EXPECTED = {"align": Expected(25, num_gpus=64), "instruct": Expected(250, num_gpus=64)}  # the paper states no time
+WEIGHTS = (
+    "vision          CLIP ViT-L/14, 224 pixels, huggingface.co/openai/clip-vit-large-patch14",
+    "language model  LLaMA-2-7B, huggingface.co/meta-llama/Llama-2-7b-hf",
+)
 RECIPE = published_recipe(
-    "mplug_owl2", Published("mplug_owl2", build, LAYOUT, CONFIGS, CONTENTS), stages, MPLUG_OWL2, DECODINGS
+    "mplug_owl2", Published("mplug_owl2", build, LAYOUT, CONFIGS, CONTENTS), stages, MPLUG_OWL2, DECODINGS,
+    expected=EXPECTED, weights=WEIGHTS,
 )

@@ -22,7 +22,7 @@ from nanovlm.data.templates import OPEN_FLAMINGO
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.layouts import OPT, expect, opt_config, size
 from nanovlm.recipes.lynx import RESAMPLER
-from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe, with_vocabulary
+from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe, with_vocabulary
 from nanovlm.resampler import Resampler
 from nanovlm.sampler import Decoding
 from nanovlm.stages import Stage
@@ -167,9 +167,14 @@ DECODINGS = {  # what ends a reply is the template's; "caption" and "vqa" are th
 }
 
 CONTENTS = "released files hold the resampler and the cross-attention; CLIP's tower and OPT come from their own files"
+WEIGHTS = (
+    "vision          CLIP ViT-L/14, 224 pixels, huggingface.co/openai/clip-vit-large-patch14",
+    "language model  OPT-1.3B, huggingface.co/facebook/opt-1.3b",
+)
 RECIPE = dataclasses.replace(
     published_recipe(
-        "open_flamingo", Published("open_flamingo", build, LAYOUT, CONFIGS, CONTENTS), stages, OPEN_FLAMINGO, DECODINGS
+        "open_flamingo", Published("open_flamingo", build, LAYOUT, CONFIGS, CONTENTS), stages, OPEN_FLAMINGO, DECODINGS,
+        expected={"instruct": Expected(150)}, weights=WEIGHTS,
     ),
     build=build_for_tokenizer,
 )

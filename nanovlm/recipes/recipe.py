@@ -30,6 +30,18 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a stage's examples are like, and what its paper says of the time it took."""
+
+    text_tokens: int                    # of an example on average, beside its image tokens; our estimate
+    num_frames: int = 1                 # pictures of an example; 0 = text
+    num_gpus: int = 8
+    gpu: str = "A100"                   # a key of gpus.PEAKS
+    hours: float | None = None          # as published; None = not stated
+    source: str = ""                    # of hours and GPUs; "" = neither is stated, 8 A100 are ours
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One way to make a model. A recipe file defines one, called RECIPE."""
 
@@ -52,6 +64,8 @@ class Recipe:
     published: Published | None = None  # of a model whose weights others have published
     stage_templates: dict[str, Template] = field(default_factory=dict)  # stage -> its own template instead
     preprocessing: Preprocessing = CLIP  # its mean and deviation; size and fit are the stage's
+    expected: dict[str, Expected] = field(default_factory=dict)  # stage -> what it costs
+    weights: tuple[str, ...] = ()       # files to start from, which --init FOLDER unites
 
 
 def from_file(path):
@@ -120,12 +134,14 @@ def at_size(stages, size, smoke, tiny_images):
     return tuple(stages)
 
 
-def published_recipe(name, published, stages, template, decodings, stage_templates=None, remark="", preprocessing=CLIP):
+def published_recipe(name, published, stages, template, decodings, stage_templates=None, remark="", preprocessing=CLIP,
+                     expected=None, weights=()):
     """The recipe of a published model; its runs are judged by their losses alone.
 
     Args:
       name: str. published: Published. stages: (size, smoke) -> tuple of Stage, over the paper's datasets.
       template, decodings, remark, preprocessing: as in Recipe. stage_templates: {stage: Template} where one has its own.
+      expected, weights: as in Recipe.
     Returns: Recipe.
     """
 
@@ -150,4 +166,6 @@ def published_recipe(name, published, stages, template, decodings, stage_templat
         published=published,
         stage_templates=stage_templates or {},
         preprocessing=preprocessing,
+        expected=expected or {},
+        weights=weights,
     )

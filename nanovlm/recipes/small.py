@@ -28,7 +28,7 @@ from nanovlm.data.templates import CHATML, PLAIN
 from nanovlm.decoder import Decoder
 from nanovlm.layouts import LLAMA, llama_config, section, size
 from nanovlm.projector import PixelShuffleProjector
-from nanovlm.recipes.recipe import Published, at_size, complete, published_recipe
+from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
 from nanovlm.sampler import Decoding
 from nanovlm.stages import Stage
 from nanovlm.vision_layouts import SIGLIP, siglip_config
@@ -124,4 +124,7 @@ RECIPE = published_recipe(
     "small", Published("small", build, LAYOUT, CONFIGS, "nobody has published it: it starts from the files of its two halves"),
     stages, CHATML, DECODINGS, stage_templates={"align": PLAIN},
     preprocessing=images.SIGLIP,  # pixels between -1 and 1
+    expected={"align": Expected(20, num_gpus=1), "instruct": Expected(300, num_gpus=1)},
+    weights=("vision          SigLIP-B/16, 512 pixels, huggingface.co/google/siglip-base-patch16-512",
+             "language model  SmolLM2-135M, huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"),
 )  # fmt: skip
