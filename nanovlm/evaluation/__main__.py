@@ -6,6 +6,7 @@
     python -m nanovlm.evaluation open_vqa --model FOLDER --data open_vqa/ --images open_vqa/ --judge FOLDER
     python -m nanovlm.evaluation rank OUT_A OUT_B --judge FOLDER --out OUT      Elo and Bradley-Terry of several runs
     python -m nanovlm.evaluation rank OUT_A OUT_B --sheet FILE.csv              a sheet for people's marks, 1 to 5
+    python -m nanovlm.evaluation attention MODEL --ask "…" --image PATH         attention on picture and words, by layer
     python -m nanovlm.evaluation ablate --help                                  the papers' ablations at nano scale
 
 Answers go to predictions.jsonl as they are made; the same command again goes on where it stopped.
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from nanovlm import recipes
-from nanovlm.evaluation import ablate, pairwise, protocols
+from nanovlm.evaluation import ablate, attention_shares, pairwise, protocols
 from nanovlm.evaluation.runner import Wishes, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.names import nearest
@@ -117,8 +118,18 @@ def rank_parser():
     return parser
 
 
+def rank_main(arguments):
+    """Run `rank`: exit code."""
+    try:
+        print("\n".join(rank(rank_parser().parse_args(arguments))))
+    except (ValueError, OSError, KeyError) as error:
+        print(f"python -m nanovlm.evaluation rank: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
 def rank(wishes):
-    """Run `rank`: list of str, what to print."""
+    """What `rank` prints: list of str."""
     if wishes.sheet:
         pairwise.write_sheet(pairwise.read_answers(wishes.folders), wishes.sheet)
         return [f"marks from 1 to 5 go into {wishes.sheet}; read it with --marks"]
@@ -147,17 +158,13 @@ def listing():
     return lines
 
 
+COMMANDS = {"rank": rank_main, "ablate": ablate.main, "attention": attention_shares.main}  # beside the tasks
+
+
 def main(arguments):
     """Run the command line: exit code."""
-    if arguments[:1] == ["ablate"]:
-        return ablate.main(arguments[1:])
-    if arguments[:1] == ["rank"]:
-        try:
-            print("\n".join(rank(rank_parser().parse_args(arguments[1:]))))
-        except (ValueError, OSError, KeyError) as error:
-            print(f"python -m nanovlm.evaluation rank: {error}", file=sys.stderr)
-            return BAD_INPUT
-        return 0
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     wishes = parse(arguments)
     if wishes.task is None:
         print("\n".join(listing()))

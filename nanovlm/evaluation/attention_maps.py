@@ -36,27 +36,48 @@ def answer_heat(model, row, answer, visual_inputs):
         raise ValueError("the answer has no token, so there is no attention to draw")
     if not visual_inputs or any(len(pixels) > 1 for pixels in visual_inputs):
         raise ValueError("attention is drawn over still images; show one")
-    out, weight = {}, model.decoder.embedding.weight
-    pixels = torch.cat(visual_inputs).to(weight.device, weight.dtype)
-    image_tokens = model.encode(pixels, torch.ones(len(pixels), dtype=torch.long), out)
-    ids = torch.tensor([row.ids + answer[:-1]], device=weight.device)  # the last token predicts nothing here
-    positions = torch.arange(ids.shape[1], device=weight.device)[None]
-    embeddings = model.embed(ids, image_tokens, range(len(image_tokens)))
-    visible = causal_rows(1, ids.shape[1], weight.device)
-    model.decoder(embeddings, positions, visible, (ids == IMAGE_TOKEN).long(), out=out)
-    looks = torch.stack(out["attention"]).float().mean(dim=(0, 2))[0, len(row.ids) - 1 :]  # n T
-    heat = []
-    for (_, start, stop), latents in zip(row.images, latent_attention(out, len(pixels), looks)):
+    out = {}
+    looks = answer_attention(model, row, answer, visual_inputs, out=out).mean(dim=(0, 1))  # n T
+    heat, image_size = [], visual_inputs[0].shape[-1]  # pixels
+    for (_, start, stop), latents in zip(row.images, latent_attention(out, len(visual_inputs), looks)):
         seen = looks[:, start:stop]  # n L
         if latents is None:  # an image token is a patch or a square of patches, behind a class token perhaps
             side = math.isqrt(stop - start)
             first = stop - start - side * side
         else:
             seen = seen @ latents  # n N
-            side = math.isqrt(model.vision.num_patches(pixels.shape[-1]))
-            first = model.vision.num_tokens(pixels.shape[-1]) - side * side
+            side = math.isqrt(model.vision.num_patches(image_size))
+            first = model.vision.num_tokens(image_size) - side * side
         heat.append(seen[:, first : first + side * side].unflatten(1, (side, side)).cpu())
     return heat
+
+
+@torch.no_grad()
+def answer_attention(model, row, answer, visual_inputs, as_text=False, out=None):
+    """What the place that predicted each answer token looked at, in every layer and head.
+
+    Args:
+      model: vlm.VLM. row: data.templates.Row of the prompt. answer: list of n ids.
+      visual_inputs: float32[f, 3, S, S] each, f frames, in the order of row.images.
+      as_text: the decoder takes image tokens for words: modality-adaptive layers use the text's norms, keys and values.
+      out: dict that receives the maps of decoder and bridge as they come; None = not wanted.
+    Returns: float32[L, H, n, T] over L layers and T = prompt and answer but for its last token, which predicts nothing.
+    Raises: ValueError for a model that reads pictures by cross-attention, where they stand in no row.
+    """
+    if model.media_token is not None:
+        raise ValueError("this model reads its pictures by cross-attention: its words cannot look at image tokens")
+    out = {} if out is None else out
+    weight = model.decoder.embedding.weight
+    frames = torch.tensor([len(pixels) for pixels in visual_inputs], dtype=torch.long)
+    image_tokens = []
+    if visual_inputs:
+        image_tokens = model.encode(torch.cat(visual_inputs).to(weight.device, weight.dtype), frames, out)
+    ids = torch.tensor([row.ids + answer[:-1]], device=weight.device)
+    embeddings = model.embed(ids, image_tokens, range(len(image_tokens)))
+    positions = torch.arange(ids.shape[1], device=weight.device)[None]
+    modality = (ids == IMAGE_TOKEN).long() * (not as_text)
+    model.decoder(embeddings, positions, causal_rows(1, ids.shape[1], weight.device), modality, out=out)
+    return torch.stack([maps[0, :, len(row.ids) - 1 :] for maps in out["attention"]]).float()
 
 
 def latent_attention(out, num_pictures, like):
