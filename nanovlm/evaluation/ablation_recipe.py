@@ -32,7 +32,6 @@ SIZES = {  # name -> (modality-adaptive, queries of an abstractor; None = MLP ov
     "queries_1": (True, 1),
     "queries_4": (True, 4),
     "queries_16": (True, 16),
-    "queries_36": (True, 36),
 }
 TEXT_KINDS = {"described": 2.0, "listed": 1.0}
 WORDINGS = (  # what stands around a question when prompts are diversified; "{}" is the question
@@ -135,7 +134,7 @@ def sources():
 
 def stages(size, smoke):
     """Tower and language, which all variants start from, then align and instruct; `smoke`: a few steps of each."""
-    steps = dict(tower=160, language=240, align=40, instruct=150)
+    steps = dict(tower=160, language=240, align=30, instruct=120)
     common = dict(optimizer="muon", warmup_steps=10, image_size=48)
     if smoke:
         steps, common = dict.fromkeys(steps, 4), common | dict(warmup_steps=1)
@@ -154,7 +153,7 @@ def stages(size, smoke):
         ),
         Stage(
             "instruct", "language", rates(2e-3, "bridge", *language, *branch, vision=1e-3),
-            {"questions": 2, "texts": 1}, steps["instruct"], 18, **rows,
+            {"questions": 2, "texts": 1}, steps["instruct"], 16, **rows,
         ),
     )  # fmt: skip
 
