@@ -1,33 +1,39 @@
-"""Look at what a stage trains on.
+"""Look at what a stage trains on; bring other data sets into the forms that training reads.
 
     python -m nanovlm.data show                                   the last stage of the recipe nano
     python -m nanovlm.data show --recipe nano --stage align -n 2  another stage, two records
     python -m nanovlm.data show --data FILE.json --images FOLDER  your own file, as that stage would read it
+    python -m nanovlm.data convert FORMAT SOURCE OUT.jsonl        another data set as LLaVA's JSON lines
+    python -m nanovlm.data convert FORMAT SOURCE OUT --shards N   the same as tar shards of N samples
+    python -m nanovlm.data index FOLDER                           count the samples of tar shards once and for all
+
+FORMAT: llava, sharegpt, mimic-it, m3it, minigpt4, coco-captions, coco-boxes, vqa, qa-lines or folder, see formats.py and picture_formats.py.
 """
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from nanovlm.data.batching import Report, build_batch
+from nanovlm.data.convert import convert
+from nanovlm.data.formats import Job
 from nanovlm.data.mixture import Mixture
 from nanovlm.data.show import legend, paint, use_color
+from nanovlm.data.tar_shards import write_index
 from nanovlm.names import nearest
 
-COMMANDS = ("show",)
+COMMANDS = ("show", "convert", "index")
 
 
 def make_parser():
-    """The flags of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanovlm.data",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", help="show")
+    """The flags of the commands."""
+    style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(prog="python -m nanovlm.data", description=__doc__, **style)
+    commands = top.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    parser = commands.add_parser("show", help="the first records of a stage, as it would train on them", **style)
     parser.add_argument("--recipe", default="nano", help="a recipe's name, or a Python file that defines RECIPE")
     parser.add_argument("--stage", help="default: the recipe's last")
     parser.add_argument("--data", metavar="FILE.json", help="LLaVA-style JSON to show instead of the stage's mixture")
@@ -35,7 +41,36 @@ def make_parser():
     parser.add_argument("--datasets", metavar="FILE.json", help="data sources by name, for the stage's mixture")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
     parser.add_argument("-n", type=int, default=4, help="records to show")
-    return parser
+    parser = commands.add_parser("convert", help="another data set", **style)
+    add = parser.add_argument
+    add("format", help="see above")
+    add("source", type=Path, help="file or folder")
+    add("out", type=Path, help="OUT.jsonl, or with --shards a folder")
+    add("--shards", type=int, metavar="N", help="write tar shards of N samples")
+    add("--images", type=Path, metavar="FOLDER", help="where the pictures lie; of mimic-it the file that holds them")
+    add("--annotations", type=Path, metavar="FILE", help="of vqa: the file with the answers")
+    add("--question", default="", help="put to every picture without one; of coco-boxes with {box}; default: no words")
+    add("--prompts", type=Path, metavar="FILE", help="of minigpt4: instructions, one a line, drawn for each picture")
+    add("--names", type=Path, metavar="FILE", help="of folder: names of the classes, JSON or lines of FOLDER NAME")
+    add("--image-name", default="", metavar="NAME", help="how a picture's file is called, such as COCO_val2014_{id:012d}.jpg")
+    add("--in-context", type=int, default=0, metavar="N", help="of mimic-it: put N related examples in front")
+    parser = commands.add_parser("index", help="count the samples of tar shards", **style)
+    parser.add_argument("folder", type=Path)
+    return top
+
+
+def convert_data(wishes, color):
+    """Convert a data set, see convert.py: list of str, lines that say what was done."""
+    if wishes.shards is not None and wishes.shards < 1:
+        raise ValueError(f"--shards {wishes.shards}: at least one sample must stand in a shard")
+    job = Job(wishes.source, wishes.images, wishes.annotations, wishes.question, wishes.prompts, wishes.names,
+              wishes.image_name, wishes.in_context)
+    return convert(wishes.format, job, wishes.out, wishes.shards)
+
+
+def index(wishes, color):
+    """Write index.json beside shards: list of str, a line."""
+    return [write_index(wishes.folder)]
 
 
 def show(wishes, color):
@@ -81,11 +116,12 @@ def show(wishes, color):
 def main(arguments):
     """Run the command line: list of str. Unknown names and unusable files end it with a message and status 2."""
     parser = make_parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        parser.error(f"unknown command {arguments[0]!r}.{nearest(arguments[0], COMMANDS)}")
     wishes = parser.parse_args(arguments)
-    if wishes.command not in COMMANDS:
-        parser.error(f"unknown command {wishes.command!r}.{nearest(wishes.command, COMMANDS)}")
     try:
-        lines = show(wishes, use_color(sys.stdout, os.environ))
+        run = {"show": show, "convert": convert_data, "index": index}[wishes.command]
+        lines = run(wishes, use_color(sys.stdout, os.environ))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print("\n".join(lines))

@@ -48,9 +48,7 @@ class TarShards:
         """
         path = Path(path)
         self.name, self.seed, self.clip = path.stem if name is None else name, seed, clip_for(num_frames, sampling)
-        self.shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-        if not path.exists() or not self.shards:
-            raise FileNotFoundError(f"{path}: {'no .tar in this folder' if path.exists() else 'no such file or folder'}")
+        self.shards = shards_of(path)
         self.counts = numpy.array(counts(self.shards))
         empty = [str(shard) for shard, count in zip(self.shards, self.counts) if not count]
         if empty:
@@ -94,6 +92,14 @@ class TarShards:
         if isinstance(item, dict) and "conversations" not in item:
             return captioned(item, key, found, where)
         return record_of(item, where, self.clip, locate)
+
+
+def shards_of(path):
+    """The .tar files of a folder, or the one file: list of Path. Raises: FileNotFoundError."""
+    shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    if not path.exists() or not shards:
+        raise FileNotFoundError(f"{path}: {'no .tar in this folder' if path.exists() else 'no such file or folder'}")
+    return shards
 
 
 def captioned(item, key, found, where):
@@ -153,6 +159,22 @@ def counts(shards):
     return found
 
 
+def write_index(folder):
+    """Count the samples of a folder's shards and write them down: str, what was found. Errors: as TarShards."""
+    shards = shards_of(folder)
+    found = counts(shards)
+    entries = {shard.name: {"bytes": os.path.getsize(shard), "samples": count} for shard, count in zip(shards, found)}
+    save_index(folder, entries)
+    return f"{sum(found):,} samples in {len(shards):,} shards, written to {folder / INDEX}"
+
+
+def save_index(folder, entries):
+    """Write index.json, whole or not at all."""
+    temporary = folder / f"{INDEX}.tmp"
+    temporary.write_text(json.dumps(entries, indent=1))
+    os.replace(temporary, folder / INDEX)
+
+
 class ShardWriter:
     """Writes samples into shards; a context at whose end the index is written."""
 
@@ -195,4 +217,4 @@ class ShardWriter:
 
     def __exit__(self, *exception):
         self._close()
-        (self.folder / INDEX).write_text(json.dumps(self.index, indent=1))
+        save_index(self.folder, self.index)

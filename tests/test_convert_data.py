@@ -1,0 +1,316 @@
+"""Other data sets in the two forms that training reads: every schema, every trap, and what is reported."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nanovlm.data import images
+from nanovlm.data.__main__ import main
+from nanovlm.data.llava_json import LlavaJson
+from nanovlm.data.tar_shards import TarShards
+
+
+def png(shade):
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), (shade, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def encoded(shade):
+    return base64.b64encode(png(shade)).decode()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def convert(tmp_path, kind, source, *flags, out="out.jsonl"):
+    """Items and report of a conversion."""
+    main(["convert", kind, str(source), str(tmp_path / out), *map(str, flags)])
+    return lines(tmp_path / out), report(tmp_path)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def report(tmp_path, name="out.report.jsonl"):
+    return [(Path(entry["where"]).name, *list(entry.items())[1]) for entry in lines(tmp_path / name)]
+
+
+def turns(*said):
+    return [{"from": speaker, "value": value} for speaker, value in said]
+
+
+def asked(question, answer):
+    return turns(("human", question), ("gpt", answer))
+
+
+def test_sharegpt(tmp_path):
+    rounds = asked("one?", "1") + asked("two?", "2")
+    given = [
+        ("whole", rounds), ("starts", turns(("bing", "hello")) + rounds), ("ends", rounds + turns(("user", "three?"))),
+        ("empty", rounds + turns(("human", "three?"), ("gpt", " ")) + rounds), ("twice", rounds[:2] + rounds[1:]),
+        ("system", turns(("system", "Be brief.")) + rounds), ("none", turns(("gpt", "hello"))),
+        ("odd", turns(("narrator", "once"))), ("u2028", asked("a\u2028b", "c")),
+        ("names", turns(("user", "one?"), ("chatgpt", "1"), ("human", "two?"), ("assistant", "2"))),
+    ]  # fmt: skip
+    source = write(tmp_path / "in.json", "\n".join(json.dumps({"id": id, "conversations": said}, ensure_ascii=False)
+                                                   for id, said in given))
+    items, said = convert(tmp_path, "sharegpt", source)
+    found = {item["id"]: item["conversations"] for item in items}
+    assert found.keys() == {"whole", "starts", "ends", "empty", "twice", "system", "names", "u2028"}
+    assert all(found[id] == rounds for id in ("whole", "starts", "ends", "empty", "names"))
+    assert found["twice"] == rounds[:2]
+    assert found["u2028"] == asked("a\u2028b", "c")
+    assert found["system"] == [{"from": "human", "value": "Be brief.\n\none?"}, *rounds[1:]]
+    assert said == [
+        ("in.json, line 2", "changed", "begins with the assistant: its first turn is left out"),
+        ("in.json, line 3", "changed", "ends with a question: it is left out"),
+        ("in.json, line 4", "changed", "cut before turn 6, which is empty"),
+        ("in.json, line 5", "changed", "cut before turn 3, a second one by the gpt"),
+        ("in.json, line 6", "changed", "the system's words now stand in front of the first question"),
+        ("in.json, line 7", "changed", "begins with the assistant: its first turn is left out"),
+        ("in.json, line 7", "skipped", "no question with an answer in its 1 turns"),
+        ("in.json, line 8", "skipped", f"{source}, line 8, turn 1: unknown speaker 'narrator'; known: human, user, gpt, "
+                                       "assistant, chatgpt, bing, bard, system"),
+    ]  # fmt: skip
+
+
+def test_llava_and_its_traps(tmp_path):
+    write(tmp_path / "pictures" / "sub" / "a.png", "")
+    (tmp_path / "pictures" / "sub" / "a.png").write_bytes(png(1))
+    given = [
+        {"id": 1, "image": "sub/a.png", "conversations": asked("<image>\nwhat?", "a")},
+        {"id": "2", "image": "sub/a.png", "conversations": asked("what?\n<image>", "a"), "kind": "colour"},
+        {"id": 3, "conversations": asked("hi", "hello")},
+        {"id": 4, "image": "sub/a.png", "conversations": asked("what?", "a")},
+        {"id": 5, "image": "a.png", "conversations": asked("<image>", "a")},
+        {"conversations": asked("no id", "a")},
+    ]
+    source = write(tmp_path / "in.json", json.dumps(given, indent=2))
+    items, said = convert(tmp_path, "llava", source, "--images", tmp_path / "pictures")
+    assert items[:3] == given[:3] and items[3]["conversations"] == given[5]["conversations"]
+    assert items[3]["id"].startswith(f"{source}, line ") and items[3]["id"].endswith("item 6")
+    assert [(kind, reason) for _, kind, reason in said] == [
+        ("skipped", said[0][2]), ("skipped", f"picture {tmp_path / 'pictures' / 'a.png'} is missing")]
+    assert "0 placeholder(s) <image> in the human turns but 1 image(s)" in said[0][2] and said[0][0].endswith("item 4")
+    assert len(LlavaJson(tmp_path / "out.jsonl", tmp_path / "pictures")) == 4
+
+
+MIMIC = {
+    "LA_1": {"instruction": "first?", "answer": "1", "image_ids": ["p1"], "rel_ins_ids": ["LA_2", "LA_3"]},
+    "LA_2": {"instruction": "second?", "answer": "2", "image_ids": ["p1"], "rel_ins_ids": ["LA_1"]},
+    "LA_3": {"instruction": "other?", "answer": "3", "image_ids": ["p2", "p1"], "rel_ins_ids": []},
+    "DC_1": {"instruction": "film?", "answer": "4", "image_ids": ["p1", "p2"], "rel_ins_ids": []},
+    "LA_4": {"instruction": "lost?", "answer": "5", "image_ids": ["p9"], "rel_ins_ids": []},
+    "LA_5": {"instruction": "lost?", "answer": "6", "image_ids": ["p1"], "rel_ins_ids": ["LA_9"]},
+    "LA_6": {"instruction": " ", "answer": "7", "image_ids": ["p1"], "rel_ins_ids": []},
+}
+
+
+def mimic(tmp_path, **changes):
+    source = write(tmp_path / "LA_instructions.json", {"meta": {"version": "1"}, "data": MIMIC})
+    pictures = {"p1": f"data:image/png;base64,{encoded(1)}", "p2": encoded(2), "bad": "!!", "cut": encoded(3)[:60], "odd": 3}
+    return source, write(tmp_path / "LA.json", pictures | changes)
+
+
+def test_mimic_it(tmp_path):
+    source, pictures = mimic(tmp_path)
+    items, said = convert(tmp_path, "mimic-it", source, "--images", pictures)
+    assert [item["id"] for item in items] == ["LA_1", "LA_3", "DC_1"]
+    first, second = items[0]["image"][0], items[1]["image"][0]
+    assert items[0]["conversations"] == asked("<image>\nfirst?", "1") + asked("second?", "2")
+    assert items[1]["conversations"] == asked("<image>\n<image>\nother?", "3") and items[1]["image"] == [second, first]
+    assert items[2]["conversations"] == asked("<video>\nfilm?", "4") and items[2]["video"] == [[first, second]]
+    assert "image" not in items[2]
+    source = LlavaJson(tmp_path / "out.jsonl", tmp_path / "out_images", num_frames=2)
+    for record in map(source.record, range(3)):
+        shades = [image.getpixel((0, 0))[0] for visual in record.visuals for image in map(images.load, visual.frames)]
+        assert shades == {"LA_1": [1], "LA_3": [2, 1], "DC_1": [1, 2]}[record.id]
+    assert [(kind, reason.split(" (")[0]) for _, kind, reason in said] == [
+        ("changed", "picture 'bad' cannot be used: no base64"),
+        ("changed", "picture 'cut' cannot be used: base64 of no picture, or of a damaged one"),
+        ("changed", f"picture 'odd' cannot be used: {pictures}, line 1, key 'odd': field 'picture' must be a str, found 3"),
+        ("changed", "related records about other pictures are left out"),
+        ("skipped", f"picture 'p9' is not in {pictures}"),
+        ("skipped", "related record 'LA_9' is not in the file"),
+        ("skipped", "field 'instruction' is empty"),
+    ]
+    assert all(where == f"LA_instructions.json, line 1, key '{id}'" for (where, *_), id in zip(said[3:], ("LA_1", "LA_4", "LA_5", "LA_6")))
+
+
+def test_mimic_it_with_examples_in_front(tmp_path):
+    source, pictures = mimic(tmp_path)
+    items, said = convert(tmp_path, "mimic-it", source, "--images", pictures, "--in-context", 1)
+    assert items[0]["conversations"] == [
+        *asked("<image>\n<image>\nother?", "3"), *asked("<image>\nfirst?", "1"), *asked("second?", "2")]
+    assert items[0]["image"] == [*items[1]["image"], items[1]["image"][1]]
+    assert not any("left out" in reason for *_, reason in said)
+
+
+def test_m3it_in_all_its_spellings(tmp_path):
+    given = [
+        {"instruction": "Answer.", "inputs": "what?", "outputs": "a", "image_base64_str": [encoded(1), encoded(2)]},
+        {"instruction": "Describe.", "inputs": "", "outputs": "b", "image": f"data:image/png;base64,\n{encoded(1)}\n"},
+        {"instruction": "Old.", "input": "x", "output": "c", "img_str": encoded(1), "id": "old"},
+        {"instruction": "Text.", "inputs": "x", "outputs": "d", "image_base64_str": []},
+        {"instruction": "No.", "inputs": "x", "image_base64_str": []},
+        {"instruction": "No.", "inputs": "x", "outputs": "e", "image_base64_str": ["@"]},
+    ]
+    text = "\n".join(map(json.dumps, given)) + '\n{"instruction": "a", "instruction": "b"}\n{"cut": '
+    source = write(tmp_path / "train.jsonl", text)
+    items, said = convert(tmp_path, "m3it", source)
+    one, two = items[0]["image"]
+    assert [item["conversations"] for item in items] == [
+        asked("<image>\n<image>\nAnswer.\nwhat?", "a"), asked("<image>\nDescribe.", "b"), asked("<image>\nOld.\nx", "c"),
+        asked("Text.\nx", "d")]
+    assert [item.get("image") for item in items] == [[one, two], [one], [one], None] and items[2]["id"] == "old"
+    assert images.load(tmp_path / "out_images" / two).getpixel((0, 0)) == (2, 0, 0)
+    assert len(list((tmp_path / "out_images").rglob("*.png"))) == 2, "each once"
+    assert [(where, reason.split(" (")[0]) for where, _, reason in said] == [
+        ("train.jsonl, line 5", "field 'outputs' is missing; found 'instruction', 'inputs', 'image_base64_str'"),
+        ("train.jsonl, line 6", "no base64"),
+        ("train.jsonl, line 7", "key 'instruction' stands twice in one object"),
+        ("train.jsonl, line 8", f"{source}, line 8, column 8: malformed JSON: Expecting value")]
+
+
+def test_minigpt4(tmp_path):
+    source = write(tmp_path / "filter_cap.json", {"annotations": [{"image_id": n, "caption": f"c{n}"} for n in "123456789"]})
+    items, _ = convert(tmp_path, "minigpt4", source)
+    assert items[0] == {"id": "1", "image": "image/1.jpg", "conversations": asked("<image>\nDescribe the image in detail.", "c1")}
+    prompts = write(tmp_path / "alignment.txt", "###Human: <Img><ImageHere></Img> Say it. ###Assistant: \n\n"
+                                                "###Human: <Img><ImageHere></Img> Tell me. ###Assistant: ")
+    drawn = [convert(tmp_path, "minigpt4", source, "--prompts", prompts, out=f"{n}.jsonl")[0] for n in range(2)]
+    assert drawn[0] == drawn[1]
+    assert {item["conversations"][0]["value"] for item in drawn[0]} == {"<image>\nSay it.", "<image>\nTell me."}
+
+
+COCO = {"images": [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}, {"id": 8, "file_name": "8.jpg"}]}
+
+
+def test_coco_captions(tmp_path):
+    listed = [{"id": n, "image_id": image, "caption": "A dog. "} for n, image in enumerate((7, 9))]
+    items, said = convert(tmp_path, "coco-captions", write(tmp_path / "in.json", COCO | {"annotations": listed}))
+    assert items == [{"id": "7-0", "image": "7.jpg", "conversations": asked("<image>", "A dog.")}]
+    assert said == [("in.json, line 1, item 2", "skipped", "image_id 9 is none of the 2 pictures in the file")]
+
+
+def test_boxes_are_text(tmp_path):
+    boxes = [(7, [50, 25, 100, 50], 0), (7, [190, 0, 20, 100], 0), (7, [0, 0, 9, 9], 1), (8, [0, 0, 9, 9], 0)]
+    listed = [{"id": n, "image_id": image, "category_id": 1, "bbox": box, "iscrowd": crowd}
+              for n, (image, box, crowd) in enumerate(boxes)]
+    content = COCO | {"annotations": listed, "categories": [{"id": 1, "name": "dog"}]}
+    items, said = convert(tmp_path, "coco-boxes", write(tmp_path / "in.json", content))
+    assert [item["conversations"] for item in items] == [
+        asked("<image>\nWhat is in the region [0.250, 0.250, 0.750, 0.750]?", "dog"),
+        asked("<image>\nWhat is in the region [0.950, 0.000, 1.000, 1.000]?", "dog")]  # it reached beyond the picture
+    assert [reason for *_, reason in said] == ["a crowd, whose box holds more than one dog",
+                                               "the file does not say how large picture 8 is"]
+    items, _ = convert(tmp_path, "coco-boxes", tmp_path / "in.json", "--question", "{box}: name it.", out="b.jsonl")
+    assert items[0]["conversations"][0]["value"] == "<image>\n[0.250, 0.250, 0.750, 0.750]: name it."
+
+
+def test_vqa(tmp_path):
+    wordings = ["What is it", "Is it?", "Name it.", "who"]
+    pictures = [262148, "abc", "b.png", 5]
+    given = [{"question_id": n, "image_id": image, "question": words} for n, (image, words) in enumerate(zip(pictures, wordings))]
+    said = [["cat", "dog", "dog"], ["no", "yes"], ["a"], ["", " "]]
+    answers = [{"question_id": n, "answers": [{"answer": answer} for answer in words]} for n, words in enumerate(said)]
+    answers[2]["multiple_choice_answer"] = "agreed"
+    questions = write(tmp_path / "q.json", {"questions": given})
+    annotations = write(tmp_path / "a.json", {"annotations": answers})
+    items, told = convert(tmp_path, "vqa", questions, "--annotations", annotations)
+    assert items == [
+        {"id": 0, "image": "COCO_train2014_000000262148.jpg", "conversations": asked("<image>\nWhat is it?", "dog")},
+        {"id": 1, "image": "abc.jpg", "conversations": asked("<image>\nIs it?", "no")},
+        {"id": 2, "image": "b.png", "conversations": asked("<image>\nName it?", "agreed")},
+    ]
+    assert told == [("q.json, line 1, item 4", "skipped", "no answer")]
+    items, _ = convert(tmp_path, "vqa", questions, "--annotations", annotations, "--image-name", "x/{id}.png", out="b.jsonl")
+    assert items[0]["image"] == "x/262148.png"
+
+
+def test_lines_of_questions(tmp_path):
+    given = [{"index": 3, "image": "a.jpg", "question": "what", "answer": ["x", "y", "y"]},
+             {"question_id": 4, "image": "b.jpg", "text": "is there a dog?", "label": "yes"},
+             {"id": "o", "image": "b.jpg", "question": "Tell me a story", "category": ["x"]}]
+    pretty = "\n".join(json.dumps(one, indent=4) for one in given)
+    items, said = convert(tmp_path, "qa-lines", write(tmp_path / "in.json", pretty))
+    assert items == [{"id": 3, "image": "a.jpg", "conversations": asked("<image>\nwhat?", "y")},
+                     {"id": 4, "image": "b.jpg", "conversations": asked("<image>\nis there a dog?", "yes")}]
+    assert said[0][0].startswith("in.json, line 1") and said[0][2].startswith("field 'answer' is missing")
+
+
+def test_folders_of_pictures(tmp_path):
+    for name in ("n01/a.png", "n01/b.PNG", "n02/a.png", "n03/a.png", "top.png"):
+        write(tmp_path / "set" / name, "")
+    write(tmp_path / "set" / "n01" / "b.txt", " its caption\n")
+    write(tmp_path / "set" / "n01" / "notes.md", "no picture")
+    items, said = convert(tmp_path, "folder", tmp_path / "set", "--question", "What is it?")
+    assert {item["image"]: item["conversations"][1]["value"] for item in items} == {
+        "n01/a.png": "n01", "n01/b.PNG": "its caption", "n02/a.png": "n02", "n03/a.png": "n03"}
+    assert items[0]["conversations"][0]["value"] == "<image>\nWhat is it?"
+    assert said[0][0].startswith("top.png") and "neither a caption in top.txt nor a folder" in said[0][2]
+    names = write(tmp_path / "names.txt", "n01 tench, Tinca tinca\nn02 great white shark, man-eater\n")
+    items, said = convert(tmp_path, "folder", tmp_path / "set", "--names", names, out="b.jsonl")
+    assert {item["image"]: item["conversations"][1]["value"] for item in items} == {
+        "n01/a.png": "tench", "n01/b.PNG": "its caption", "n02/a.png": "great white shark"}
+    assert [reason for *_, reason in report(tmp_path, "b.report.jsonl")] == [f"{names} has no name for 'n03'", said[-1][2]]
+
+
+def test_shards(tmp_path, capsys):
+    source, pictures = mimic(tmp_path)
+    main(["convert", "mimic-it", str(source), str(tmp_path / "out"), "--images", str(pictures), "--shards", "1"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.json", "out-000000.tar", "out-000001.tar"]
+    assert not (tmp_path / "out_images").exists() and not list(tmp_path.glob("*.tmp"))
+    assert "2 items in" in capsys.readouterr().out
+    assert report(tmp_path)[-4][2] == "a video, which shards do not hold"
+    records = {record.id: record for record in map(TarShards(tmp_path / "out").record, range(2))}
+    shades = [images.load(visual.frames[0]).getpixel((0, 0))[0] for visual in records["LA_3"].visuals]
+    assert shades == [2, 1] and records["LA_1"].conversations[0][2].text == "second?"
+    before = (tmp_path / "out" / "index.json").read_text()
+    (tmp_path / "out" / "index.json").unlink()
+    main(["index", str(tmp_path / "out")])
+    assert "2 samples in 2 shards" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "index.json").read_text()) == json.loads(before)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["lava", "in.json", "out.jsonl"], "unknown format 'lava'. Did you mean 'llava'?"),
+        (["llava", "none.json", "out.jsonl"], "none.json: no such file or folder"),
+        (["llava", "in.json", "out.json"], "the name of an output ends with .jsonl"),
+        (["llava", "in.json", "there.jsonl"], "there.jsonl is there already"),
+        (["llava", "in.json", "out", "--shards", "0"], "--shards 0: at least one sample"),
+        (["mimic-it", "in.json", "out.jsonl"], "MIMIC-IT's pictures stand in a second file; name it with --images"),
+        (["vqa", "in.json", "out.jsonl"], "VQA's answers stand in a second file"),
+        (["llava", "in.json", "out.jsonl"], "no item could be made of it as llava"),
+        (["minigpt4", "in.json", "out.jsonl"], "in.json, line 1, column 1: malformed JSON: '{' expected, found '['"),
+        (["folder", "in.json", "out.jsonl"], "in.json: no such folder of pictures"),
+    ],
+)
+def test_what_cannot_be_converted(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.json", [{"id": 1, "conversations": []}])
+    write(tmp_path / "there.jsonl", "old")
+    with pytest.raises(SystemExit) as caught:
+        main(["convert", *flags])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists() and (tmp_path / "there.jsonl").read_text() == "old"
+
+
+def test_what_a_kill_left_is_no_output_and_no_obstacle(tmp_path):
+    write(tmp_path / "out.jsonl.tmp", "half")
+    write(tmp_path / "out_images.tmp" / "ab" / "half.png", "half")
+    source, pictures = mimic(tmp_path)
+    items, _ = convert(tmp_path, "mimic-it", source, "--images", pictures)
+    assert len(items) == 3 and not list(tmp_path.glob("*.tmp"))
+    assert len(list((tmp_path / "out_images").rglob("*.png"))) == 2
