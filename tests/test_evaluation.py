@@ -9,9 +9,10 @@ from tiny import random_vlm
 
 from nanovlm.data.batching import pixels_of, prompt_row
 from nanovlm.data.easy_vqa import EasyVQA
+from nanovlm.data.images import CLIP, SIGLIP
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.scenes import HELD_OUT
-from nanovlm.data.templates import NANO
+from nanovlm.data.templates import NANO, end_ids
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import exam, nano_results, short_answer, zero_shot
 from nanovlm.evaluation.short_answer import Answer, Examiner, answer_questions, exact_match, shares, wilson
@@ -173,6 +174,20 @@ def test_the_examiner_asks_at_the_size_where_the_vision_stands(model):
     short = Examiner(TOKENIZER, NANO, max_new_tokens=1, image_fit="no such fit")
     with pytest.raises(ValueError, match="no such fit"):
         short.answers(model, records())
+
+
+def test_the_examiner_shows_and_writes_as_the_model_was_trained(model, monkeypatch):
+    seen, made = [], short_answer.pixels_of
+    monkeypatch.setattr(short_answer, "pixels_of", lambda *args: seen.append(args[3]) or made(*args))
+    (record,) = records()[5:]
+    plain = Examiner(TOKENIZER, NANO, max_new_tokens=5).answers(model, [record])
+    assert Examiner(TOKENIZER, NANO, max_new_tokens=5, preprocessing=SIGLIP).answers(model, [record]) != plain
+    assert seen == [CLIP, SIGLIP]
+    ends = dataclasses.replace(NANO, end_with_eos=False, answer_suffix="x")  # a reply ends where the form's does
+    decodings = []
+    monkeypatch.setattr(short_answer, "answer_questions", lambda *args: decodings.append(args[6]))
+    Examiner(TOKENIZER, ends).answers(model, [record])
+    assert decodings[0].eos_ids == end_ids(ends, TOKENIZER) and set(decodings[0].eos_ids) > {TOKENIZER.eos}
 
 
 @pytest.mark.parametrize(
@@ -394,3 +409,5 @@ def test_zero_shot_by_hand():
     assert model.captions[:4] == ["red circle", "red rectangle", "red triangle", "green circle"]
     assert len(model.captions) == 24
     assert torch.equal(model.pixels, pixels_of(pictures, 8, "crop"))
+    zero_shot.easy_vqa_zero_shot(model, asked, TOKENIZER, 8, "crop", SIGLIP)
+    assert torch.equal(model.pixels, pixels_of(pictures, 8, "crop", SIGLIP))

@@ -11,11 +11,13 @@ from PIL import Image
 import tiny_recipe
 from nanovlm import update
 from nanovlm.chat import Chat
+from nanovlm.checkpoint import replace_tensors
 from nanovlm.data import images
 from nanovlm.data.batching import Report, build_batch, contrastive_batch, pixels_of
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.templates import CHATML, NANO, PLAIN
 from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
+from nanovlm.recipes.opening import open_trained
 from nanovlm.recipes.start import make_run
 from nanovlm.sampler import Decoding
 from tiny import random_vlm
@@ -57,6 +59,16 @@ def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path):
     plain.model.loss = run.model.loss
     update.language_loss(plain, align, update.language_batch(plain, align, [RECORD], Report()))
     assert torch.equal(seen[2].pixels, wanted(align.image_size, align.image_fit, images.CLIP))
+
+
+def test_a_folder_is_asked_in_the_form_of_its_last_stage(tmp_path):
+    recipe = dataclasses.replace(tiny_recipe.RECIPE, stage_templates={"align": PLAIN})
+    run = make_run(recipe, WISHES, tmp_path / "run")
+    replace_tensors(run.out / "model.safetensors", run.model.state_dict())
+    config = run.identity | {"image_size": run.model.vision.image_size}
+    assert open_trained(run.out, config, recipe, torch.float32, "cpu").template == PLAIN
+    config |= {"stages": {"tower": config["stages"]["tower"]}}
+    assert open_trained(run.out, config, recipe, torch.float32, "cpu").template == NANO
 
 
 def test_a_chat_sees_the_models_pixels():

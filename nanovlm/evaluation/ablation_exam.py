@@ -83,7 +83,8 @@ def described(model, examiner, records):
 
 def finish(run):
     """The share of right answers for every column of MEASURES: {column: share}."""
-    examiner = Examiner(run.tokenizer, run.template, run.stages[-1].image_fit, preprocessing=run.preprocessing)
+    last = run.stages[-1]
+    examiner = Examiner(run.tokenizer, run.template_of(last), last.image_fit, preprocessing=run.preprocessing)
     describer = replace(examiner, max_new_tokens=50)
     asked = picture_questions(4 if run.smoke else PICTURES)
     texts = text_questions(4 if run.smoke else TEXTS)

@@ -7,6 +7,7 @@ import torch
 
 from nanovlm.data.batching import pixels_of
 from nanovlm.data.easy_vqa import COLORS, SHAPES
+from nanovlm.data.images import CLIP
 
 
 @torch.no_grad()
@@ -28,17 +29,17 @@ def closest_captions(model, pixels, captions, tokenizer):
     return [captions[place] for place in similar.argmax(dim=1).tolist()]
 
 
-def easy_vqa_zero_shot(model, records, tokenizer, image_size, image_fit="crop"):
+def easy_vqa_zero_shot(model, records, tokenizer, image_size, image_fit="crop", preprocessing=CLIP):
     """Shares of easy-VQA pictures whose colour and shape are told apart, among its 8 colours x 3 shapes.
 
     Args:
       model: contrastive.ContrastiveModel, its vision standing at image_size.
       records: list of Record of EasyVQA(kind="captions"); a colour or shape that a caption lacks is not counted.
-      tokenizer: Tokenizer. image_size, image_fit: as in images.to_pixels.
+      tokenizer: Tokenizer. image_size, image_fit, preprocessing: as in images.to_pixels, those of the model.
     Returns: {"color": share, "shape": share}; at chance 1/8 and 1/3.
     """
     captions = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-    pixels = pixels_of([record.visuals[0] for record in records], image_size, image_fit)
+    pixels = pixels_of([record.visuals[0] for record in records], image_size, image_fit, preprocessing)
     found = [caption.split() for caption in closest_captions(model, pixels, captions, tokenizer)]
     truths = [set(record.conversations[0][-1].text.split()) for record in records]
     shares = {}

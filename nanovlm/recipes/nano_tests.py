@@ -20,7 +20,8 @@ TRY = (
 
 def examiner(run):
     """How this run puts questions: short_answer.Examiner."""
-    return Examiner(run.tokenizer, run.template, run.stages[-1].image_fit)
+    last = run.stages[-1]
+    return Examiner(run.tokenizer, run.template_of(last), last.image_fit, preprocessing=run.preprocessing)
 
 
 @functools.lru_cache(maxsize=2)
@@ -35,7 +36,7 @@ def evaluate(run, stage):
     if stage.objective == "contrastive":
         captions = EasyVQA("test", kind="captions")
         records = [captions.record(n) for n in range(number * 4)]
-        return easy_vqa_zero_shot(run.contrastive, records, run.tokenizer, stage.image_size, stage.image_fit)
+        return easy_vqa_zero_shot(run.contrastive, records, run.tokenizer, stage.image_size, stage.image_fit, run.preprocessing)
     tests = quick_tests(number)
     names = ("text_only",) if not {"bridge", "adapters"} & stage.learning_rates.keys() else tests
     return {name: shares(examiner(run).answers(run.model, tests[name]))["all"] for name in names}

@@ -122,14 +122,16 @@ def open_trained(folder, config, recipe, dtype, device):
     except WeightsError as error:
         raise ValueError(f"{folder} does not fit recipe {recipe.name!r}: {error}") from error
     lora.merge(model)
-    check_media_token(model, tokenizer, recipe.template)
+    last, settings = list(config["stages"].items())[-1]
+    template = recipe.stage_templates.get(last, recipe.template)  # a model that is only aligned knows no other form
+    check_media_token(model, tokenizer, template)
     return Loaded(
         model=model,
         tokenizer=tokenizer,
-        template=recipe.template,
+        template=template,
         decodings=recipe.decodings,
         image_size=config["image_size"],
-        image_fit=list(config["stages"].values())[-1]["image_fit"],
+        image_fit=settings["image_fit"],
         remark=recipe.remark,
         notes=spare_rows(tokenizer, model.decoder, PADDED_ROWS if published else 0),
         preprocessing=recipe.preprocessing,
