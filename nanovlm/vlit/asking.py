@@ -44,7 +44,7 @@ def ask(requests, generator, drawing, replies, total=None):
                     refused.append((request.id, str(answer)))
                     counts["refused"] += 1
             bar.update(len(batch))
-            bar.set_postfix(counts)
+            bar.set_postfix(counts, refresh=False)
     return counts, refused
 
 

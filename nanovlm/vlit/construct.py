@@ -198,8 +198,11 @@ class Work:
                 marked = self.regions(picture, path) if any(plan.granularity == "region" for plan in plans) else []
                 yield from planning.conversations(picture, path, plans, marked, self.wishes)
 
-        self.ask(requests, self.drawn)
-        for one in tqdm(requests(), desc="writing", unit="request", disable=None):
+        marking = sum(plan.granularity == "region" for plan in plans)
+        places = (len(planning.regions(picture, self.wishes.regions, self.wishes.seed)) for picture, _ in pictures)
+        total = sum(len(plans) - marking + marking * number for number in places)
+        self.ask(requests, self.drawn, total)
+        for one in tqdm(requests(), desc="writing", total=total, unit="request", disable=None):
             seen = set()
             for index, text in enumerate(self.answer(one, self.drawn)):
                 if text in seen:

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from nanovlm.data.images import ImageError, load
 from nanovlm.data.records import check_order
-from nanovlm.vlit.samples import read
+from nanovlm.vlit.samples import IMAGE, read
 
-IMAGE = "<image>"
 SHOWN = 20  # samples named one by one
 
 DESCRIPTION = r"(?:descriptions?|captions?|annotations?)"
