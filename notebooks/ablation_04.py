@@ -184,6 +184,11 @@ def train(parts, stage, loss_of):
 
 def learn_captions(seed, settings):
     """The tower stage: a ViT that has matched pictures and captions."""
+    return learn_towers(seed, settings).vision
+
+
+def learn_towers(seed, settings):
+    """The ViT and the text tower that have matched pictures and captions."""
     vision, tokenizer, source = make_vision(seed), make_tokenizer(), captions(seed)
     text = TextTower(tokenizer.vocab_size, WIDTH, 1, NUM_HEADS, 2 * WIDTH, context_length=24)
     tower = ContrastiveModel(vision, WIDTH, text, WIDTH, joint_width=WIDTH)
@@ -194,7 +199,7 @@ def learn_captions(seed, settings):
     train(tower.parts(), stage, lambda step: tower.loss(
         *contrastive_batch(records(source, 64 * step, 64), tokenizer, IMAGE_SIZE, "crop", max_tokens=24)
     ))  # fmt: skip
-    return vision
+    return tower
 
 
 def rows(some_records, model):
@@ -266,7 +271,7 @@ def write(results, path, note):
     partial = path.with_suffix(".tmp")
     with open(partial, "w", encoding="utf-8", newline="") as file:
         file.write(f"# {note}\n")
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(results[0])], lineterminator="\n")
         writer.writeheader()
         for result in results:
             writer.writerow({name: round(v, 4) if isinstance(v, float) else v for name, v in asdict(result).items()})

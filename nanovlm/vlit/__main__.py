@@ -3,6 +3,10 @@
     python -m nanovlm.vlit                                  the commands
     python -m nanovlm.vlit construct --annotations captions.json instances.json --images val2014 --out out/vlit
     python -m nanovlm.vlit lint FILE                        what breaks the rules that can be checked without a model
+    python -m nanovlm.vlit quality FILE                     the eight indicators of the VLIT review
+    python -m nanovlm.vlit filter FILE --out FOLDER         the samples that are good to train on, and why not the others
+    python -m nanovlm.vlit compare A B C                    several data sets side by side, at equal size
+    python -m nanovlm.vlit review                           the statistics that the review prints, computed again
 
 VLIT is short for vision-language instruction tuning. Every command explains its flags with --help.
 """
@@ -11,11 +15,15 @@ import argparse
 import sys
 
 from nanovlm.names import nearest
-from nanovlm.vlit import construct, linting
+from nanovlm.vlit import compare, construct, filtering, linting, quality, review
 
 COMMANDS = {
     "construct": construct,
     "lint": linting,
+    "quality": quality,
+    "filter": filtering,
+    "compare": compare,
+    "review": review,
 }  # each: its docstring, add_flags(parser), run(wishes) -> list of str
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 

@@ -12,7 +12,8 @@ from nanovlm.vlit.generators import Chat
 from nanovlm.vlit.words import COCO, COLORS, MORE_OBJECTS, RELATIONS, named, number, tokens
 
 LEXICON = COCO | MORE_OBJECTS
-REGION = re.compile(r"\[\s*[\d.]+\s*,\s*[\d.]+|<box>|\b(?:box(?:ed)?|circled|marked|highlighted)\b", re.IGNORECASE)
+BOX = re.compile(r"\[\s*[\d.]+(?:\s*,\s*[\d.]+)+\s*\]|<box>.*?</box>")  # coordinates
+MARKED = re.compile(r"\b(?:boxed|circled|marked|highlighted|outlined)\b", re.IGNORECASE)
 RELATION = re.compile(rf"\b(?:{'|'.join(sorted(RELATIONS, key=len, reverse=True))})\b")
 REASONING = re.compile(r"\b(?:why|how|explain|reason|compare|infer|imply|suggest|might|could|would|if|because|purpose)\b")
 CLAUSE = re.compile(r"[,;:]|\b(?:and|or|but|while|which|that|because|if|when|who|where)\b")
@@ -31,11 +32,12 @@ def elements(instruction, lexicon=LEXICON):
 
     lexicon: names of things that count, in the singular.
     """
-    words = tokens(instruction)
+    regions = len(BOX.findall(instruction)) or bool(MARKED.search(instruction))
+    words = tokens(BOX.sub(" ", instruction))
     things = set(named(words, lexicon))
     numbers = {value for word in words if (value := number(word)) is not None}
     relations = set(RELATION.findall(instruction.lower()))
-    return len(things) + len(numbers) + len(relations) + len(REGION.findall(instruction)) + len(COLORS & set(words))
+    return len(things) + len(numbers) + len(relations) + regions + len(COLORS & set(words))
 
 
 def proxy(instruction, turns=1):
@@ -60,4 +62,4 @@ def marks(generator, pairs, seed=0):
     """A language model's marks: list of int or None. pairs: list of (instruction, response)."""
     chats = [Chat((("user", MARK_ASKED.format(instruction=one, response=other)),)) for one, other in pairs]
     replies = generator.generate(chats, n=1, temperature=0.0, max_tokens=8, seed=seed, stop=())
-    return [parse_mark(reply) for (reply,) in replies]
+    return [parse_mark(" ".join(several)) for several in replies]

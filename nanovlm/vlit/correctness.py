@@ -28,6 +28,7 @@ SHAPE = re.compile(r"\bwhat (?:shape is|is|kind of (?:thing|object) is) (the \w+
 WHERE = re.compile(r"^where (?:is|are) (.+?)(?:\slocated|\spositioned)?\??$")
 WHETHER = re.compile(r"^(?:is|are) (the .+?) (?:to the )?(left of|right of|above|below) (the .+?)\??$")
 WHICH = re.compile(r"^what is (?:to the )?(left of|right of|above|below) (the .+?)\??$")
+EITHER = re.compile(r"^(?:is|are) (the .+?) (\w+) or (\w+)\??$")
 CONTRADICTION = re.compile(r"^\W*yes\b.*\b(?:there (?:is|are) (?:no|not)\b|there (?:isn't|aren't)\b|none of)", re.DOTALL)
 
 
@@ -103,21 +104,26 @@ def facts_of(pictures):
         )  # fmt: skip
         crowds = frozenset(one.value.lower() for one in picture.of_kind("object") if one.is_crowd)
         facts = Facts(things, names, crowds)
-        found[picture.id] = facts
-        if picture.file_name:
-            found[picture.file_name.rpartition("/")[2]] = facts
+        found |= dict.fromkeys(keys_of(picture), facts)
     return found
 
 
-def facts_for(sample, facts):
-    """The Facts about a sample's one picture, or None. facts: as of `facts_of`."""
+def keys_of(picture):
+    """What a picture may be called: list of str, its id and its file's name without folder."""
+    return [picture.id] + ([picture.file_name.rpartition("/")[2]] if picture.file_name else [])
+
+
+def known(sample, table):
+    """What a table says about a sample's one picture, or None. table: {key as of `keys_of`: anything}.
+
+    COCO_val2014_000000525439.jpg and 000000525439.jpg are the same picture, number 525439.
+    """
     if len(sample.images) != 1:
         return None
     name = sample.images[0].rpartition("/")[2]
-    digits = re.search(r"(\d+)\.\w+$", name)  # COCO_val2014_000000525439.jpg and 000000525439.jpg are the same picture
-    keys = [name] + ([digits[1], str(int(digits[1]))] if digits else [])
-    keys += [f"{digits[1]}.jpg"] if digits else []
-    return next((facts[key] for key in keys if key in facts), None)
+    digits = re.search(r"(\d+)\.\w+$", name)
+    keys = [name, *((str(int(digits[1])), f"{digits[1]}.jpg", digits[1]) if digits else ())]
+    return next((table[key] for key in keys if key in table), None)
 
 
 def verify(instruction, response, facts):
@@ -127,7 +133,7 @@ def verify(instruction, response, facts):
     answer = response.lower().strip()
     if CONTRADICTION.search(answer):
         return False
-    for rule in (_existence, _count, _color, _shape, _where, _whether, _which, _attributes):
+    for rule in (_existence, _count, _color, _shape, _where, _whether, _which, _either, _attributes):
         verdict = rule(question, answer, facts)
         if verdict is not None:
             return verdict
@@ -219,6 +225,17 @@ def _which(question, answer, facts):
     if pair is None:
         return False if found and answer and facts.find(answer) == [] else None
     return pair[0] != pair[1] and _beyond(pair[0], found[1], pair[1])
+
+
+def _either(question, answer, facts):
+    """"is the star big or small?", where attributes say which."""
+    found = EITHER.search(question)
+    things = facts.find(found[1]) if found else None
+    if not things or len(things) > 1:
+        return None
+    options = {found[2], found[3]}
+    true, said = things[0].words & options, set(tokens(answer)) & options
+    return said == true if len(true) == 1 and said else None
 
 
 def _attributes(question, answer, facts):

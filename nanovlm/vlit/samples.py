@@ -137,13 +137,14 @@ def read(path):
             value = sample(value)
         except ValueError as error:
             why = str(error).removeprefix(f"{element.where}: ").removeprefix(f"{element.where}, ")
-            value = Unreadable(why, _text(path, element))
+            value = Unreadable(why, text_of(path, element))
         yield element.where, value
     if not found:
         raise ValueError(f"{path} holds no record; a list or lines of objects were expected")
 
 
-def _text(path, element):
+def text_of(path, element):
+    """A record as it stands in its file: str; bytes that are no text are marked. element: json_files.Element."""
     with json_files.open_bytes(path) as file:
         file.seek(element.start)
         return file.read(element.stop - element.start).decode("utf-8", "replace").strip()

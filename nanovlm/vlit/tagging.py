@@ -101,7 +101,7 @@ def propose(generator, instructions, seed=0):
     groups = [instructions[begin : begin + TOGETHER] for begin in range(0, len(instructions), TOGETHER)]
     chats = [_chat(PROPOSE.format(instructions="\n".join(f"- {one}" for one in group))) for group in groups]
     replies = generator.generate(chats, n=1, temperature=0.0, max_tokens=128, seed=seed, stop=())
-    lines = [line for (reply,) in replies for line in reply.lower().split("\n")]
+    lines = [line for several in replies for reply in several for line in reply.lower().split("\n")]
     counts = Counter(name for line in lines if 0 < len(name := re.sub(r"^[\W\d]+|[\W]+$", "", line)) <= 40)
     kept = []
     for name, _ in counts.most_common():
@@ -117,8 +117,8 @@ def assign(generator, instructions, tags, seed=0):
     chats = [_chat(ASSIGN.format(instruction=one, tags="\n".join(tags))) for one in instructions]
     replies = generator.generate(chats, n=1, temperature=0.0, max_tokens=16, seed=seed, stop=("\n",))
     found = []
-    for (reply,) in replies:
-        named = [name for name in tags if name in reply.lower()]
+    for several in replies:
+        named = [name for name in tags if name in " ".join(several).lower()]
         found.append(max(named, key=len) if named else OTHER)
     return found
 

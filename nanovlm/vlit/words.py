@@ -62,19 +62,21 @@ def content(text):
     return [word for word in tokens(text) if word not in STOP_WORDS]
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def singular(word):
-    """A noun's singular, by rule and a short table: str. The last word of several is changed."""
+@functools.lru_cache(maxsize=1 << 14)
+def _singular_word(word):
     if word in IRREGULAR:
         return IRREGULAR[word]
-    *before, last = word.split(" ")
-    if last in IRREGULAR:
-        last = IRREGULAR[last]
-    elif len(last) > 3 and last.endswith("ies"):
-        last = last[:-3] + "y"
-    elif len(last) > 3 and last.endswith("s") and not last.endswith(("ss", "us")):
-        last = last[:-1]
-    return " ".join([*before, last])
+    if len(word) > 3 and word.endswith("ies"):
+        return word[:-3] + "y"
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us")):
+        return word[:-1]
+    return word
+
+
+def singular(name):
+    """A noun's singular, by rule and a short table: str. The last word of several is changed."""
+    before, space, last = name.rpartition(" ")
+    return IRREGULAR.get(name) or f"{before}{space}{_singular_word(last)}"
 
 
 def number(word):
@@ -91,7 +93,7 @@ def named(words, known):
     """
     found, rest = [], list(words)
     for place in range(len(words) - 1):
-        pair = f"{words[place]} {singular(words[place + 1])}"
+        pair = singular(f"{words[place]} {words[place + 1]}")
         if pair in known and rest[place] is not None:
             found.append(pair)
             rest[place : place + 2] = None, None

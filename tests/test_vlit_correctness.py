@@ -1,0 +1,262 @@
+"""Rules, votes, matching degree and grounding, by hand and on COCO pictures that GPT-4 was asked about."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from PIL import Image
+
+from nanovlm.contrastive import ContrastiveModel, TextTower
+from nanovlm.data.images import to_pixels
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.pair_layouts import CLIP_PAIR, clip_pair
+from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vlit import annotation_files
+from nanovlm.vlit.correctness import Facts, Thing, facts_of, judge_chat, known, verify, vote
+from nanovlm.vlit.matching import BEGIN, END, grounding, interval, load_encoder, own_encoder
+from nanovlm.vlit.samples import sample
+from nanovlm.weight_files import write_checkpoint
+from tests.random_models import randomise
+
+SHARED = os.environ.get("NANOVLM_SHARED")
+
+
+def thing(words, box=None):
+    return Thing(words, frozenset(words.split()), box)
+
+
+SCENE = Facts(
+    (thing("small red star", (0.0, 0.1, 0.2, 0.3)), thing("big blue circle", (0.6, 0.5, 0.9, 0.8)), thing("small blue star", (0.4, 0.7, 0.5, 0.9))),
+    frozenset(("small red star", "big blue circle", "small blue star", "big red square")),
+)  # fmt: skip
+KITCHEN = Facts(
+    (thing("person"), thing("person"), thing("cup"), Thing("car", frozenset(("car", "red")))),
+    frozenset(("person", "cup", "dog", "car", "wine glass", "cell phone")), crowds=frozenset(("bottle",)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "facts, question, answer, verdict",
+    (
+        (KITCHEN, "Are there any people in the image?", "Yes, there are two.", True),
+        (KITCHEN, "Is there a dog?", "Yes, a dog is asleep.", False),
+        (KITCHEN, "Is there a dog?", "No, there is no dog.", True),
+        (KITCHEN, "Is there a dog on the table?", "Yes.", False),
+        (KITCHEN, "Is there a dog on the table?", "No.", True),
+        (KITCHEN, "Is there a cup on the table?", "Yes.", None),  # a cup is there, the table is not noted
+        (KITCHEN, "Is there a cup on the table?", "No.", None),
+        (KITCHEN, "Is there a unicorn?", "Yes.", None),  # nobody looked for it
+        (KITCHEN, "Do you see any wine glasses?", "No.", True),
+        (KITCHEN, "Can you see a phone in the picture?", "Yes, I can.", False),
+        (KITCHEN, "Is there a cup?", "It is on the table.", None),
+        (KITCHEN, "How many people are there?", "There are two people.", True),
+        (KITCHEN, "How many people are visible in the image?", "Three of them.", False),
+        (KITCHEN, "How many dogs are there?", "None.", True),
+        (KITCHEN, "How many dogs are there?", "0", True),
+        (KITCHEN, "How many cups?", "1", True),
+        (KITCHEN, "How many unicorns are there?", "2", None),
+        (KITCHEN, "How many people are there?", "Several.", None),
+        (KITCHEN, "What color is the car?", "The car is red.", True),
+        (KITCHEN, "What colour is the car?", "Blue.", False),
+        (KITCHEN, "What color is the cup?", "White.", None),  # no colour was noted
+        (KITCHEN, "Is it raining?", "Yes, but there is no rain.", False),  # contradicts itself
+        (SCENE, "how many stars are there?", "2", True),
+        (SCENE, "how many objects are there?", "3", True),
+        (SCENE, "how many red objects are there?", "2", False),
+        (SCENE, "is there a blue star?", "yes", True),
+        (SCENE, "is there a red circle?", "yes", False),
+        (SCENE, "what color is the circle?", "blue", True),
+        (SCENE, "what color is the circle?", "red", False),
+        (SCENE, "what shape is the red object?", "star", True),
+        (SCENE, "what is the red shape?", "circle", False),
+        (SCENE, "where is the circle?", "bottom right", True),
+        (SCENE, "where is the circle?", "top right", False),
+        (SCENE, "where is the star?", "left", None),  # there are two
+        (SCENE, "is the red star left of the blue circle?", "yes", True),
+        (SCENE, "is the red star below the blue circle?", "yes", False),
+        (SCENE, "is the red star right of the blue circle?", "no", True),
+        (SCENE, "what is left of the blue circle?", "red star", True),
+        (SCENE, "what is above the red star?", "blue circle", False),
+        (SCENE, "what is above the red star?", "red square", False),  # there is none
+        (SCENE, "is the circle big or small?", "big", True),
+        (SCENE, "is the circle big or small?", "small", False),
+        (SCENE, "list the objects.", "red star, blue circle, blue star", True),
+        (SCENE, "list the objects.", "red star, red circle", False),
+        (SCENE, "describe the image.", "a nice drawing", None),
+    ),
+)
+def test_rules(facts, question, answer, verdict):
+    assert verify(question, answer, facts) is verdict
+
+
+def test_crowds_are_not_counted():
+    facts = Facts((thing("person"),), frozenset(("person",)), crowds=frozenset(("person",)))
+    assert verify("How many people are there?", "One.", facts) is None
+    assert verify("Are there people?", "Yes.", facts) is True
+
+
+def made(id, image, question="Is there a dog?", answer="Yes."):
+    said = [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": answer}]
+    return sample({"id": id, "image": image, "conversations": said})
+
+
+def test_facts_from_files(tmp_path):
+    path = tmp_path / "boxes.jsonl"
+    lines = [{"id": "000000000042", "image": "000000000042.jpg", "captions": ["A dog."], "instances": [{"category": "dog", "bbox": [0, 0, 1, 1]}]},
+             {"id": "7", "image": "x/7.jpg", "captions": [], "instances": [{"category": "cup", "bbox": [0, 0, 1, 1]}]}]  # fmt: skip
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    facts = facts_of(annotation_files.read([path]).pictures.values())
+    dog = known(made("1", "train2014/COCO_train2014_000000000042.jpg"), facts)
+    assert verify("Is there a dog?", "Yes.", dog) is True
+    assert verify("Is there a zebra?", "Yes.", dog) is False  # COCO's annotators looked for all of its 80 categories
+    assert known(made("1", "7.jpg"), facts).things[0].name == "cup"
+    assert known(made("1", "8.jpg"), facts) is None
+    assert known(sample({"id": 1, "image": ["7.jpg", "42.jpg"], "conversations": []}), facts) is None
+
+
+@pytest.mark.skipif(not SHARED, reason="the COCO annotations are in the folder that NANOVLM_SHARED names")
+def test_real_counts_against_cocos_boxes():
+    """Of five "how many" answers by GPT-4, four agree with the boxes and one does not: three people, seven boxes."""
+    folder = Path(SHARED, "data", "llava_eval")
+    facts = facts_of(annotation_files.read([folder / "table" / "caps_boxes_coco2014_val_80.jsonl"]).pictures.values())
+    lines = (folder / "playground" / "coco2014_val_gpt4_qa_30x3.jsonl").read_text().split("\n")
+    asked = [json.loads(line) for line in lines if "ow many" in line]
+    found = {one["image"]: verify(one["instruction"], one["output"], known(made("", one["image"]), facts)) for one in asked}
+    assert len(found) == 5 and list(found.values()).count(True) == 4
+    assert found["COCO_val2014_000000515716.jpg"] is False
+
+
+class Says:
+    """A generator that answers from a list."""
+
+    name, accepts_images, batch_size, workers = "fake", False, 4, 1
+
+    def __init__(self, *replies):
+        self.replies, self.asked = list(replies), []
+
+    def generate(self, chats, *, n, temperature, max_tokens, seed, stop):
+        self.asked += [(chat, n, temperature) for chat in chats]
+        return [self.replies.pop(0)[:n] for _ in chats]
+
+
+def test_votes():
+    judge = Says(["Yes", "yes.", "No"], ["Yes", "No", "hm"], ["?", "", "maybe"], ["No!", "no", "No"])
+    chats = [judge_chat("q", "a", told="a red car")] * 4
+    assert vote(judge, chats, votes=3, temperature=0.8) == [
+        (True, pytest.approx(2 / 3), 0), (None, 0.5, 1), (None, 0.0, 3), (False, 1.0, 0),
+    ]  # fmt: skip
+    chat, n, temperature = judge.asked[0]
+    assert (n, temperature) == (3, 0.8) and "About the picture: a red car" in chat.messages[-1][1]
+    for even in (0, 2, 4):
+        with pytest.raises(ValueError, match="odd"):
+            vote(judge, chats, votes=even)
+
+
+def test_grounding_counts_names_that_annotators_looked_for():
+    assert grounding("Two people, a dog and a unicorn with wine glasses.", KITCHEN) == 1 / 3
+    assert grounding("A nice day.", KITCHEN) is None
+    assert grounding("A bottle.", Facts((), frozenset(("bottle",)), frozenset(("bottle",)))) == 1.0
+
+
+def test_interval_by_hand():
+    mean, (low, high) = interval([1.0, 2.0, 3.0])
+    assert mean == 2 and high - mean == pytest.approx(1.96 / math.sqrt(3)) and mean - low == pytest.approx(high - mean)
+    assert interval([]) == (None, None)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["a red star. a blue circle. yes no"] * 5, 280)
+    towers = ContrastiveModel(
+        ViT(ViTConfig(16, 8, 16, 1, 2, 32)), 16, TextTower(tokenizer.vocab_size, 16, 1, 2, 32, context_length=12), 16, 8
+    )
+    return own_encoder(towers.eval(), tokenizer, 16)
+
+
+def test_matching_degree_by_its_definition(encoder, tmp_path):
+    pictures = [Image.new("RGB", (20, 20), color) for color in ("red", "green", "blue")]
+    texts = ["a red star", "a blue circle"]
+    images, words = encoder.images(pictures), encoder.texts(texts)
+    assert encoder.name == "MD (own encoder)"
+    # of several pictures the closest
+    assert encoder.match([pictures[:1], pictures[1:]], texts) == pytest.approx(
+        [100 * (images[0] @ words[0]).item(), 100 * (images[1:] @ words[1]).max().item()], abs=1e-4
+    )
+    # batches and padding change nothing
+    assert torch.allclose(encoder.texts(["yes"])[0], encoder.texts(["yes", texts[1]])[0], atol=1e-6)
+    # what is too long is cut into sentences, whose cosines are averaged
+    long = "a red star. a blue circle. yes no."
+    assert len(encoder.ids(long)) > 12
+    parts = encoder.texts(["a red star.", "a blue circle.", "yes no."])
+    assert encoder.match([pictures[:1]], [long])[0] == pytest.approx(100 * (images[0] @ parts.T).mean().item(), abs=1e-4)
+    endless = "a red star " * 30  # one sentence: cut behind, end kept
+    assert encoder.texts([endless]).shape == (1, 8)
+
+
+CLIP_CONFIG = {
+    "model_type": "clip", "projection_dim": 8,
+    "vision_config": {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                      "intermediate_size": 32, "hidden_act": "quick_gelu"},
+    "text_config": {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "intermediate_size": 32, "max_position_embeddings": 12, "hidden_act": "quick_gelu", "eos_token_id": 299,
+                    "bos_token_id": 298, "pad_token_id": 299},
+}  # fmt: skip
+
+
+def clip_tokenizer(path):
+    """A byte-level BPE with CLIP's two special tokens at the end of its 300 rows."""
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=298, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    words.train_from_iterator(["abcdefghijklmnopqrstuvwxyz the red star is a blue circle, yes no green square left of it " * 3], trainer)
+    while words.get_vocab_size() < 298:
+        words.add_tokens([f"<{words.get_vocab_size()}>"])
+    words.add_special_tokens([BEGIN, END])
+    assert words.token_to_id(END) == 299
+    words.save(str(path))
+
+
+def test_a_clip_folder_is_read(tmp_path):
+    model = randomise(clip_pair(CLIP_CONFIG))
+    write_checkpoint(tmp_path, CLIP_PAIR, model.state_dict())
+    (tmp_path / "config.json").write_text(json.dumps(CLIP_CONFIG))
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        load_encoder(tmp_path)
+    clip_tokenizer(tmp_path / "tokenizer.json")
+    encoder = load_encoder(tmp_path)
+    ids = encoder.ids("a red star")
+    assert encoder.name == "MD" and (ids[0], ids[-1]) == (298, 299)
+    expected = model.embed_texts(torch.tensor([ids]), torch.tensor([len(ids)]))
+    assert torch.allclose(encoder.texts(["a red star"]), expected, atol=1e-6)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads((tmp_path / "tokenizer.json").read_text().replace(BEGIN, "<s>"))))
+    with pytest.raises(ValueError, match="not CLIP's"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.slow
+def test_matching_degree_is_what_transformers_computes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    reference = transformers.CLIPModel(transformers.CLIPConfig(**CLIP_CONFIG)).eval()
+    for parameter in reference.parameters():  # as they come, all similarities are alike
+        torch.nn.init.normal_(parameter, std=0.3)
+    reference.save_pretrained(tmp_path)
+    clip_tokenizer(tmp_path / "tokenizer.json")
+    encoder, picture, text = load_encoder(tmp_path), Image.new("RGB", (16, 16), (200, 40, 90)), "a star"
+    pixels = to_pixels(picture, 16)
+    with torch.no_grad():
+        told = reference(input_ids=torch.tensor([encoder.ids(text)]), pixel_values=pixels[None])
+    expected = 100 * (told.image_embeds @ told.text_embeds.T).item()
+    assert encoder.match([[picture]], [text])[0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_folders_without_two_towers_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load_encoder(tmp_path)
