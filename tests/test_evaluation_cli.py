@@ -238,6 +238,24 @@ def answers_of(folder, answers):
     return str(folder)
 
 
+def test_two_runs_are_compared_question_by_question(tmp_path, capsys):
+    folders = []
+    for name, scores in (("x", (1, 1, 0, 0, 1, None)), ("y", (0, 1, 0, 1, 0.5, 1))):
+        lines = [{"settings": {}}, *({"id": str(n), "kind": "ab"[n % 2], "score": score} for n, score in enumerate(scores))]
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        (folders[-1] / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert cli.main(["compare", *map(str, folders)]) == 0
+    head, _, whole, *kinds = capsys.readouterr().out.splitlines()
+    assert head == "first: x, second: y"
+    assert whole.split()[:5] == ["all", "5", "60.0%", "50.0%", "-10.0%"] and whole.endswith("2, 1")
+    low, high = (float(words.strip("%+")) for words in whole.split("  ")[-2].split("   ")[0].split(" to "))
+    assert -100 < low < -10 < high < 100
+    assert [line.split()[:5] for line in kinds] == [["a", "3", "66.7%", "16.7%", "-50.0%"], ["b", "2", "50.0%", "100.0%", "+50.0%"]]
+    (tmp_path / "y" / "predictions.jsonl").write_text('{"settings": {}}\n{"id": "5", "score": 1}')
+    assert cli.main(["compare", *map(str, folders)]) == 2 and "scored in both" in capsys.readouterr().err
+
+
 def test_models_are_ranked_by_comparing_both_orders(tmp_path, capsys, monkeypatch):
     folders = [answers_of(tmp_path / name / "task", [text] * 6) for name, text in (("x", "good"), ("y", "bad"), ("z", "bad"))]
     judged = []
@@ -279,7 +297,8 @@ def test_a_judge_of_pairs_is_read_by_its_first_word():
 
 def test_what_a_shot_says():
     item = Item("1", "q", (1,), options=("red", "blue"))
-    assert runner.shot_answer(item, TASKS["mmbench"]) == "B" and runner.shot_answer(item, TASKS["mmlu"]) == "blue"
+    assert runner.shot_answer(item, TASKS["mmbench"]) == "B" and runner.shot_answer(item, TASKS["mmlu_text"]) == "blue"
+    assert runner.shot_answer(item, TASKS["mmlu"]) == "B"
     assert runner.shot_answer(Item("1", "q", ({"answer": "x"}, {"answer": "y"})), TASKS["vqav2"]) == "x"
     assert runner.shot_answer(Item("1", "q", ("z",)), TASKS["gqa"]) == "z"
     with pytest.raises(ValueError, match="cannot be a shot"):

@@ -321,3 +321,11 @@ def test_choices_errors():
         choice.score_choices(model, [[1]], [[]], [[]])
     with pytest.raises(ValueError, match="context of 40"):
         choice.score_choices(model, [[1] * 38], [[[1, 2, 3]]], [[]])
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("0.5", 0.5), ("Grade: 1.0", 1.0), ("1", 1.0), ("I say 7, so 0.7", 0.7), ("0", 0.0), ("-", None), ("2.5 of 5", None), ("12", None)],
+)
+def test_a_grade_is_the_first_number_between_0_and_1(text, share):
+    assert judge.parse_share(text) == share

@@ -6,6 +6,7 @@
     python -m nanovlm.evaluation open_vqa --model FOLDER --data open_vqa/ --images open_vqa/ --judge FOLDER
     python -m nanovlm.evaluation rank OUT_A OUT_B --judge FOLDER --out OUT      Elo and Bradley-Terry of several runs
     python -m nanovlm.evaluation rank OUT_A OUT_B --sheet FILE.csv              a sheet for people's marks, 1 to 5
+    python -m nanovlm.evaluation compare OUT_A OUT_B                            two runs, question by question
     python -m nanovlm.evaluation attention MODEL --ask "…" --image PATH         attention on picture and words, by layer
     python -m nanovlm.evaluation ablate --help                                  the papers' ablations at nano scale
 
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 from nanovlm import recipes
-from nanovlm.evaluation import ablate, attention_shares, pairwise, protocols
+from nanovlm.evaluation import ablate, attention_shares, paired, pairwise, protocols
 from nanovlm.evaluation.runner import Wishes, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.names import nearest
@@ -57,6 +58,7 @@ def make_parser():
     parser.add_argument(
         "--shots", type=int, default=0, metavar="K", help="the first K questions are shown with their answers"
     )
+    parser.add_argument("--shots-split", default="", metavar="WORD", help='take them from this split: "dev" of MMLU')
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions that run together")
     parser.add_argument("--num-frames", type=int, default=4, metavar="N", help="frames of a film")
@@ -158,7 +160,9 @@ def listing():
     return lines
 
 
-COMMANDS = {"rank": rank_main, "ablate": ablate.main, "attention": attention_shares.main}  # beside the tasks
+COMMANDS = {  # beside the tasks
+    "rank": rank_main, "compare": paired.main, "attention": attention_shares.main, "ablate": ablate.main,
+}  # fmt: skip
 
 
 def main(arguments):

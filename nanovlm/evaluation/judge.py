@@ -15,6 +15,14 @@ WITH_SCORE = (  # our wording of Video-ChatGPT's request
     "Does the predicted answer mean the same as the correct answer? "
     "Answer with yes or no, then with an integer score from 0 (nothing agrees) to 5 (everything agrees)."
 )
+GRADED = (  # MM-Vet's task (arXiv:2308.02490, Sec. 3.3) with our wording and examples
+    "Grade the prediction of a model against the ground truth by a number from 0.0 (wrong) to 1.0 (right) in steps of 0.1. "
+    "<AND> in the ground truth joins what must all be said, <OR> joins what is right by itself.\n\n"
+    "Question: What are the roots?\nGround truth: -1 <AND> -5\nPrediction: x = 3\nGrade: 0.0\n\n"
+    "Question: What are the roots?\nGround truth: -1 <AND> -5\nPrediction: x = -1\nGrade: 0.5\n\n"
+    "Question: Which animal is it?\nGround truth: a lion cub <OR> a young lion\nPrediction: A young lion.\nGrade: 1.0\n\n"
+    "Question: QUESTION\nGround truth: GROUND_TRUTH\nPrediction: PREDICTION\nGrade:"
+)
 SCORE_RANGE = (0, 5)  # as in the public script; the paper says 1 to 5
 
 
@@ -39,6 +47,12 @@ def parse_score(text):
     low, high = SCORE_RANGE
     numbers = [int(number) for number in re.findall(r"(?<![\d.])\d+(?![\d]|\.\d)", text) if low <= int(number) <= high]
     return (verdict[1] == "yes" if verdict else None), (numbers[0] if numbers else None)
+
+
+def parse_share(text):
+    """The first number from 0 to 1 in the judge's words: float or None."""
+    numbers = [float(number) for number in re.findall(r"(?<![\d.])\d+(?:\.\d+)?", text)]
+    return next((number for number in numbers if 0 <= number <= 1), None)
 
 
 def open_vqa_scores(verdicts, classes):

@@ -16,7 +16,7 @@ import itertools
 from pathlib import Path
 
 from nanovlm.evaluation import choice as choices
-from nanovlm.evaluation.judge import IMPLIES, WITH_SCORE, judge_prompt, parse_score, parse_verdict
+from nanovlm.evaluation.judge import GRADED, IMPLIES, WITH_SCORE, judge_prompt, parse_score, parse_share, parse_verdict
 from nanovlm.evaluation.short_answer import exact_match
 from nanovlm.evaluation.speaker import Asked
 from nanovlm.evaluation.vqa_accuracy import vqa_accuracy
@@ -38,7 +38,7 @@ def put(item, task):
         before, brace, rest = text.partition("{")
         name, _, text = rest.partition("}")
         pieces += [before, str(words.get(name, "")) if brace else ""]
-    return Asked(item.id, "".join(pieces).strip(), item.media, item.is_clip)
+    return Asked(item.id, "".join(pieces).strip(), item.media, item.is_clip, item.kind)
 
 
 def batches(items, size):
@@ -87,7 +87,8 @@ def yes_no(items, speaker, task, batch_size=16):
 def choice(items, speaker, task, batch_size=16):
     """One of several options; item.answers holds the place of the right one.
 
-    task.way: "likelihood" (summed over the option's tokens), "likelihood_mean", or "letter", read by `task.parse`.
+    task.way: "likelihood" (of the option's words, summed over tokens), "likelihood_mean", "likelihood_letter" (of the
+    letter that stands before the option), or "letter", which the model writes and `task.parse` reads.
     "said" is the place of the option, None if none could be read.
     """
     for batch in batches(items, batch_size):
@@ -97,9 +98,10 @@ def choice(items, speaker, task, batch_size=16):
             found = [(text, place, {}) for text, place in found]
         else:
             column = 1 if task.way == "likelihood_mean" else 0
-            losses = [
-                [one[column] for one in several] for several in speaker.losses(asked, [one.options for one in batch])
-            ]
+            options = [choices.LETTERS[: len(one.options)] for one in batch]
+            if task.way != "likelihood_letter":
+                options = [one.options for one in batch]
+            losses = [[one[column] for one in several] for several in speaker.losses(asked, options)]
             places = [several.index(min(several)) for several in losses]
             found = [(one.options[p], p, {"losses": several}) for one, p, several in zip(batch, places, losses)]
         for item, (text, place, more) in zip(batch, found):
@@ -122,7 +124,7 @@ def judged(items, speaker, task, batch_size=16, judge=None):
 
 def ask_judge(item, said, task):
     """The judge's prompt, or "" where there is no true answer (OwlEval)."""
-    form = WITH_SCORE if task.way == "score" else IMPLIES
+    form = {"score": WITH_SCORE, "share": GRADED}.get(task.way, IMPLIES)
     return judge_prompt(item.question, said, " or ".join(item.answers), form) if item.answers else ""
 
 
@@ -134,10 +136,18 @@ def judge_all(predictions, task, judge):
     for one in predictions:
         if one["judge_prompt"] and "judgement" not in one:
             text = next(words)
-            verdict, mark = parse_score(text) if task.way == "score" else (parse_verdict(text), None)
-            one = one | {"judgement": text, "verdict": verdict, "mark": mark, "score": float(verdict is True)}
+            one = one | {"judgement": text} | judgement(text, task.way)
         found.append(one)
     return found
+
+
+def judgement(text, way):
+    """What a judge's words mean: {"verdict": True, False or None = unreadable, "mark": number or None, "score": 0 to 1}."""
+    if way == "share":
+        share = parse_share(text)
+        return {"verdict": None if share is None else share == 1, "mark": share, "score": share or 0.0}
+    verdict, mark = parse_score(text) if way == "score" else (parse_verdict(text), None)
+    return {"verdict": verdict, "mark": mark, "score": float(verdict is True)}
 
 
 def rotated(items):

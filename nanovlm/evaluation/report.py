@@ -127,8 +127,6 @@ def write(folder, settings, task, predictions, missing, problems, pictures):
     if rows:
         bars(rows, folder / "classes.png", name)
         worst(predictions, pictures, folder / "worst.png", f"worst of {settings['task']}")
-    if task.submission:
-        id_field, answer_field = task.submission
-        entries = [{id_field: one["submit"], answer_field: one["prediction"]} for one in predictions]
-        (folder / "submission.json").write_text(json.dumps(entries, ensure_ascii=False))
+    for file, text in (task.submission(predictions) if task.submission else {}).items():
+        (folder / file).write_text(text, encoding="utf-8")
     return lines

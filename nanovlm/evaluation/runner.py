@@ -23,6 +23,8 @@ class Wishes:
 
     data, images: paths; images = where the pictures lie, by default the data. split: word for the benchmark's split.
     preset: name of a decoding. shots: items of the same data that stand before every question, and are not asked.
+    shots_split: split from which the shots are taken instead; a question has those of its own kind, if it holds enough of
+      them, as MMLU's five from "dev".
     limit: items asked at most, the first ones. judgements: path of a file {"id", "judgement"} a line.
     unrelated_image: path of a picture that goes with every question that has none: how much does it disturb the text
       (mPLUG-Owl2, arXiv:2311.04257, Table 5)?
@@ -36,6 +38,7 @@ class Wishes:
     preset: str = ""
     describe_first: bool = False
     shots: int = 0
+    shots_split: str = ""
     limit: int | None = None
     batch_size: int = 16
     num_frames: int = 4
@@ -57,18 +60,39 @@ def shot_answer(item, task):
         raise ValueError(f"question {item.id!r} has no answer and cannot be a shot")
     if item.options:
         place = item.answers[0]
-        return protocols.choices.LETTERS[place] if task.way == "letter" else item.options[place]
+        return protocols.choices.LETTERS[place] if "letter" in task.way else item.options[place]
     answer = item.answers[0]
     return answer["answer"] if isinstance(answer, dict) else answer
 
 
+def choose_shots(items, task, wishes):
+    """What stands before the questions.
+
+    Returns: ({kind: list of Item}, "" = of every kind that is not named; the items that are left to ask).
+    Raises: ValueError if wishes.shots_split holds too few.
+    """
+    number = wishes.shots
+    if not (number and wishes.shots_split):
+        return {"": items[:number]}, items[number:]
+    other = task.read(wishes.data, wishes.images or wishes.data, wishes.shots_split).items
+    other = [item for item in other if item.answers and not item.missing]
+    if len(other) < number:
+        raise ValueError(f"--shots {number}: the split {wishes.shots_split!r} has {len(other)} questions with answer and media")
+    kinds = {kind: [item for item in other if item.kind == kind][:number] for kind in {item.kind for item in other}}
+    return {"": other[:number]} | {kind: several for kind, several in kinds.items() if len(several) == number}, items
+
+
 def make_speaker(loaded, task, wishes, shots, preset):
-    """The Speaker of a run."""
+    """The Speaker of a run; shots: of `choose_shots`."""
     if not isinstance(loaded.model, VLM):
         raise ValueError(f"a {type(loaded.model).__name__} cannot be asked; give the folder of a vision-language model")
     describe = loaded.decodings.get("describe", loaded.decodings[preset]) if wishes.describe_first else None
-    said = [(protocols.put(item, task), shot_answer(item, task)) for item in shots]
-    return Speaker(loaded, loaded.decodings[preset], describe, said, wishes.num_frames, wishes.seed, task.border)
+    said = {
+        kind: tuple((protocols.put(item, task), shot_answer(item, task)) for item in several) for kind, several in shots.items()
+    }
+    return Speaker(
+        loaded, loaded.decodings[preset], describe, said.pop(""), wishes.num_frames, wishes.seed, task.border, said
+    )
 
 
 def disturbed(items, path):
@@ -107,14 +131,14 @@ def run(name, task, loaded, model_name, wishes, judge=None):
         words = f"; the first of {len(reading.problems)} problems: {reading.problems[0]}" if reading.problems else ""
         raise ValueError(f"{wishes.data} holds no question of {name}{words}")
     there = [item for item in reading.items if not item.missing]
-    shots, rest = there[: wishes.shots], there[wishes.shots :]
+    shots, rest = choose_shots(there, task, wishes)
     missing = {item.id: [str(path) for path in item.missing] for item in reading.items if item.missing}
     items = disturbed(task.prepare(rest[: wishes.limit]), wishes.unrelated_image)
     preset = choose_preset(loaded, task, wishes.preset)
     settings = {
         "task": name, "model": model_name, "data": str(wishes.data), "split": wishes.split, "prompt": task.prompt,
         "preset": preset, "decoding": dataclasses.asdict(loaded.decodings[preset]), "describe_first": wishes.describe_first,
-        "shots": [item.id for item in shots], "num_frames": wishes.num_frames, "seed": wishes.seed,
+        "shots": sorted({item.id for several in shots.values() for item in several}), "num_frames": wishes.num_frames, "seed": wishes.seed,
         "unrelated_image": wishes.unrelated_image,
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))  # as they come back from the file

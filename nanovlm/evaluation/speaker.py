@@ -20,12 +20,13 @@ from nanovlm.sampler import generate
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """One question as it is put. media, is_clip: as of items.Item. id: decides the random numbers of sampling."""
+    """One question as it is put. media, is_clip, kind: as of items.Item. id: decides the random numbers of sampling."""
 
     id: str
     text: str
     media: tuple = ()
     is_clip: bool = False
+    kind: str = ""
 
 
 class Speaker:
@@ -38,32 +39,29 @@ class Speaker:
       shots: tuple of (Asked, answer str) that stand before every question as if they had been asked.
       num_frames: frames of a film. seed: of sampling; an item's answer depends on it and the item's id alone.
       border: pixels of black around every picture (OwlEval as Lynx shows it: 8).
+      kind_shots: {kind: shots}, which questions of this kind have in front instead.
     """
 
-    def __init__(self, loaded, decoding, describe=None, shots=(), num_frames=4, seed=0, border=0):
+    def __init__(self, loaded, decoding, describe=None, shots=(), num_frames=4, seed=0, border=0, kind_shots=None):
         if decoding.num_return_sequences > 1:
             raise ValueError("one answer per question is measured; use num_return_sequences=1")
         ends = end_ids(loaded.template, loaded.tokenizer)
-        self.loaded, self.shots, self.num_frames, self.seed, self.border = (
-            loaded,
-            tuple(shots),
-            num_frames,
-            seed,
-            border,
-        )
+        self.loaded, self.num_frames, self.seed, self.border = loaded, num_frames, seed, border
+        self.shots, self.kind_shots = tuple(shots), kind_shots or {}
         self.decoding, self.describe = (
             one and (one if one.eos_ids else dataclasses.replace(one, eos_ids=ends)) for one in (decoding, describe)
         )
 
     def replies(self, asked):
         """Answers: list of Asked -> list of str, without the template's end."""
-        if self.describe is None:
-            return self._reply(asked, [()] * len(asked), self.decoding)
-        shown = [one for one in asked if one.media]
+        return self._reply(asked, self._descriptions(asked), self.decoding)
+
+    def _descriptions(self, asked):
+        """What is said before each question: a tuple of (request, description), empty without `describe` or a picture."""
+        shown = [one for one in asked if one.media] if self.describe else []
         questions = [dataclasses.replace(one, id=f"{one.id}/description", text=DESCRIBE) for one in shown]
         told = dict(zip((one.id for one in shown), self._reply(questions, [()] * len(shown), self.describe)))
-        before = [((DESCRIBE, told[one.id]),) if one.id in told else () for one in asked]
-        return self._reply(asked, before, self.decoding)
+        return [((DESCRIBE, told[one.id]),) if one.id in told else () for one in asked]
 
     def losses(self, asked, options):
         """How unlikely each option is as the answer.
@@ -72,11 +70,12 @@ class Speaker:
           asked: list of Asked. options: per question a list of str.
         Returns: per question a list of (sum, mean) float, see choice.score_choices.
         """
-        rows, inputs = self._rows(asked, [()] * len(asked), 0)
+        before = self._descriptions(asked)
+        rows, inputs = self._rows(asked, before, 0)
         template, tokenizer = self.loaded.template, self.loaded.tokenizer
         ids = []
-        for one, several in zip(asked, options):
-            last = prompt(self._conversation(one, ())[0], template)[-1]
+        for one, said, several in zip(asked, before, options):
+            last = prompt(self._conversation(one, said)[0], template)[-1]
             continues = last.visual is None and last.special is None
             ids.append([tokenizer.encode(template.answer_prefix + option, continues=continues) for option in several])
         return score_choices(self.loaded.model, rows, ids, inputs)
@@ -97,7 +96,7 @@ class Speaker:
     def _conversation(self, asked, before):
         """(turns, media of all of them) of a question behind the shots and what was said before."""
         media, turns = [], []
-        for one, answer in (*self.shots, (asked, None)):
+        for one, answer in (*self.kind_shots.get(asked.kind, self.shots), (asked, None)):
             places = range(len(media), len(media) + len(one.media))
             media += [(path, one.is_clip) for path in one.media]
             said = [*(before if answer is None else ()), (one.text, answer)]

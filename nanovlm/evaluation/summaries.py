@@ -84,6 +84,15 @@ def science_qa(predictions):
     return scores | {"unparsed": mean(float(one["said"] is None) for one in predictions)}
 
 
+def mm_vet(predictions):
+    """MM-Vet's total, and the mean grade of every capability and of every combination of them that is asked for."""
+    scores = judged(predictions)
+    names = dict.fromkeys(name for one in predictions for name in one["kind"].split("+"))
+    return scores | {
+        f"capability {name}": mean(one["score"] for one in predictions if name in one["kind"].split("+")) for name in names
+    }
+
+
 def judged(predictions):
     """Share of answers that the judge found right, per kind, the mean mark, and how many verdicts could not be read."""
     done = [one for one in predictions if "judgement" in one]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from nanovlm.evaluation import choice_readers, protocols, readers, summaries
+from nanovlm.evaluation import choice_readers, protocols, readers, submissions, summaries
 from nanovlm.evaluation.choice import LETTERS, parse_letter, parse_science_qa
 from nanovlm.evaluation.mme import parse as parse_mme
 from nanovlm.evaluation.pope import parse_official, parse_strict
@@ -14,6 +14,7 @@ WITH_OCR = "{question}\nReference OCR token: {ocr}\nAnswer the question using a 
 LETTER = "{hint}{question}\n{options}\nAnswer with the option's letter from the given choices directly."
 PLAIN = "{question}"
 SEED = "Question: {question}\nAnswer:"
+MMLU = "{question}\n{options}\nAnswer:"  # arXiv:2009.03300, Sec. 4.1, without its sentence about the subject
 DESCRIBE = "Provide a one-sentence caption for the provided image."  # LLaVA-1.5's for captions
 
 VQA_PRESETS = ("vqa", "short", "mme", "default")
@@ -29,7 +30,7 @@ class Task:
     summarise: function predictions -> {name: number or None}, see summaries.py.
     presets: names of decodings, the first that a model's recipe has is used.
     score, parse, way: what the protocol asks for. prepare: what is done to the items first.
-    submission: fields of the benchmark's own file (of the id, of the answer); () = it has none.
+    submission: function predictions -> {file name: text}, see submissions.py; None = the benchmark takes no file.
     """
 
     protocol: Callable
@@ -41,7 +42,7 @@ class Task:
     parse: Callable | None = None
     way: str = ""
     prepare: Callable = protocols.once
-    submission: tuple[str, ...] = ()
+    submission: Callable | None = None
     border: int = 0  # pixels around every picture
 
 
@@ -55,7 +56,7 @@ short, likely = partial(Task, protocols.short_answer), partial(Task, protocols.c
 lettered = partial(Task, protocols.choice, prompt=LETTER, way="letter", parse=parse_letter)
 yes_no, captioned = partial(Task, protocols.yes_no), partial(Task, protocols.caption, summarise=summaries.captions)
 judged = partial(Task, protocols.judged, summarise=summaries.judged)
-answer_file = ("question_id", "answer")
+answer_file = submissions.records("question_id", "answer")
 
 TASKS = {
     "vqav2": short(readers.vqa, SHORT, score="vqa", submission=answer_file),
@@ -64,27 +65,36 @@ TASKS = {
     "textvqa": short(readers.vqa, SHORT, score="vqa", submission=answer_file),  # in VQA format
     "textvqa_own": short(readers.text_vqa, SHORT, score="vqa", submission=answer_file),
     "textvqa_ocr": short(readers.text_vqa, WITH_OCR, score="vqa", submission=answer_file),
-    "vizwiz": short(readers.vqa, SHORT, score="vqa"),  # in VQA format
-    "vizwiz_own": short(readers.vizwiz, SHORT, score="vqa", submission=("image", "answer")),
-    "gqa": short(readers.gqa, SHORT, score="lower", submission=("questionId", "prediction")),
+    "vizwiz": short(readers.vqa, SHORT, score="vqa", submission=answer_file),  # in VQA format
+    "vizwiz_own": short(readers.vizwiz, SHORT, score="vqa", submission=submissions.records("image", "answer")),
+    "gqa": short(readers.gqa, SHORT, score="lower", submission=submissions.records("questionId", "prediction")),
     "video_qa": short(readers.video_qa, SHORT, score="lower"),
     "easy_vqa": short(readers.easy_vqa, PLAIN, presets=("default",)),
     "scenes": short(readers.scenes, PLAIN, presets=("default",)),
-    "coco_caption": captioned(readers.captions, DESCRIBE, presets=CAPTION_PRESETS, submission=("image_id", "caption")),
+    "coco_caption": captioned(readers.captions, DESCRIBE, presets=CAPTION_PRESETS, submission=submissions.records("image_id", "caption")),
     "flickr30k": captioned(readers.captions, DESCRIBE, presets=CAPTION_PRESETS),
-    "pope": yes_no(readers.pope, SHORT, summaries.pope, parse=parse_official),
-    "pope_strict": yes_no(readers.pope, SHORT, summaries.pope, parse=parse_strict),
-    "mme": yes_no(readers.mme, PLAIN, summaries.mme, parse=parse_mme, presets=("mme", *VQA_PRESETS)),
-    "seed_bench": likely(choice_readers.seed_bench, SEED),
+    "pope": yes_no(readers.pope, SHORT, summaries.pope, parse=parse_official, submission=submissions.pope),
+    "pope_strict": yes_no(readers.pope, SHORT, summaries.pope, parse=parse_strict, submission=submissions.pope),
+    "mme": yes_no(
+        readers.mme, PLAIN, summaries.mme, parse=parse_mme, presets=("mme", *VQA_PRESETS), submission=submissions.mme
+    ),
+    "seed_bench": likely(choice_readers.seed_bench, SEED, submission=submissions.letter_lines),
     "seed_bench_mean": Task(protocols.choice, choice_readers.seed_bench, SEED, way="likelihood_mean"),
-    "mmbench": lettered(choice_readers.mmbench, summarise=summaries.circular, prepare=protocols.rotated),
-    "science_qa": lettered(choice_readers.science_qa, summarise=summaries.science_qa, parse=science_qa_place),
+    "mmbench": lettered(
+        choice_readers.mmbench, summarise=summaries.circular, prepare=protocols.rotated, submission=submissions.mmbench
+    ),
+    "science_qa": lettered(
+        choice_readers.science_qa, summarise=summaries.science_qa, parse=science_qa_place, submission=submissions.science_qa
+    ),
     "q_bench": lettered(choice_readers.q_bench),
-    "mmlu": likely(choice_readers.mmlu, SEED),
+    "mmlu": Task(protocols.choice, choice_readers.mmlu, MMLU, way="likelihood_letter"),
+    "mmlu_text": likely(choice_readers.mmlu, SEED),
     "arc": likely(choice_readers.arc, SEED),
     "open_vqa": judged(readers.open_vqa, PLAIN, presets=("open_vqa_image", "default")),
     "open_vqa_video": judged(readers.open_vqa_video, PLAIN, presets=("open_vqa_video", "default")),
-    "mm_vet": judged(readers.mm_vet, PLAIN, presets=("default",)),  # by implication; MM-Vet's own judge gives parts of a point
+    "mm_vet": judged(
+        readers.mm_vet, PLAIN, way="share", presets=("default",), summarise=summaries.mm_vet, submission=submissions.by_id
+    ),
     "video_qa_score": judged(readers.video_qa, PLAIN, way="score", presets=("default",)),
     "owleval": judged(readers.owl_eval, PLAIN, presets=("owleval", "default"), border=8),
     "visit_bench": judged(readers.visit_bench, PLAIN, presets=("visit_bench", "default")),
