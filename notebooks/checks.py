@@ -163,6 +163,27 @@ def check_silence(silence):
         )
 
 
+def check_gate_gradients(gate_gradients):
+    """Lesson 06. gate_gradients(gate float[1], update float[T, W], dy float[T, W]) -> (d gate, d update).
+
+    Raises: AssertionError.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for value in (0.0, 0.7, -1.3):
+        gate = torch.tensor([value], requires_grad=True)
+        x, update, dy = torch.randn(3, 5, 4, generator=generator)
+        update.requires_grad_(True)
+        expected = torch.autograd.grad(x + gate.tanh() * update, (gate, update), dy)
+        answer = gate_gradients(gate.detach(), update.detach(), dy)
+        assert isinstance(answer, tuple) and len(answer) == 2, "your function must return a pair: of the gate, of the update."
+        d_gate = torch.as_tensor(answer[0])
+        assert d_gate.numel() == 1, f"the gate is one number, its gradient has {d_gate.numel()}; every token and channel adds to it."
+        compare(answer[1], expected[1], f"at gate {value} the update's gradient differs from what autograd finds; the gate scales it.")
+        compare(d_gate.reshape(1), expected[0], (
+            f"at gate {value} the gate's gradient differs from what autograd finds; mind the slope of tanh, which is 1 at 0 only."
+        ))  # fmt: skip
+
+
 def check_route(route_by_hand):
     """Lesson 07. route_by_hand(x float[B, T, W], modality int[B, T], text, vision) -> float[B, T, W_out].
 

@@ -80,7 +80,7 @@ def png_outputs(notebook):
 # ---- what stands beside the sources
 
 def test_the_lessons_are_there():
-    assert [path.stem[:2] for path in LESSONS] == ["01", "02", "03", "04", "05", "07", "09", "10", "11"]
+    assert [path.stem[:2] for path in LESSONS] == ["01", "02", "03", "04", "05", "06", "07", "09", "10", "11"]
 
 
 @every_lesson
@@ -270,6 +270,18 @@ def freezes_it(adapter):
     adapter.scale.requires_grad_(True)  # so that there is something to differentiate
 
 
+def forgets_the_slope(gate, update, dy):
+    return (dy * update).sum(), gate.tanh() * dy
+
+
+def one_gate_per_number(gate, update, dy):
+    return (1 - gate.tanh() ** 2) * dy * update, gate.tanh() * dy
+
+
+def an_open_gate(gate, update, dy):
+    return solutions.gate_gradients(gate, update, dy)[0], dy
+
+
 def numbered_as_in_the_paper(x, modality, text, vision):
     return solutions.route_by_hand(x, 1 - modality, text, vision)
 
@@ -389,6 +401,7 @@ EXERCISES = {
     "check_silence": (solutions.silence, (
         leaves_the_bias, only_makes_it_small, silent_for_good, zeroes_both_matrices, freezes_it,
     )),
+    "check_gate_gradients": (solutions.gate_gradients, (forgets_the_slope, one_gate_per_number, an_open_gate)),
     "check_route": (solutions.route_by_hand, (
         numbered_as_in_the_paper, masks_before_the_layer, text_for_everything, adds_both_branches,
     )),
@@ -436,6 +449,10 @@ def test_a_wrong_answer_fails(check, wrong):
     ("check_silence", unfinished, "it still adds"),
     ("check_silence", silent_for_good, "down.weight has not moved"),
     ("check_silence", zeroes_both_matrices, "has not moved in four steps"),
+    ("check_gate_gradients", forgets_the_slope, "slope of tanh"),
+    ("check_gate_gradients", one_gate_per_number, "every token and channel adds"),
+    ("check_gate_gradients", an_open_gate, "the gate scales it"),
+    ("check_gate_gradients", unfinished, "must return a pair"),
     ("check_route", numbered_as_in_the_paper, "the paper counts the other way round"),
     ("check_route", masks_before_the_layer, "two LayerNorms it differs"),
     ("check_route", text_for_everything, "two Linears it differs"),
