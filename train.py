@@ -89,6 +89,7 @@ def make_parser():
     add("--data", metavar="FILE.json", help="LLaVA-style JSON that the last stage trains on instead of its mixture")
     add("--images", metavar="FOLDER", help="where the image paths in --data start")
     add("--datasets", metavar="FILE.json", help="data sources by name, for the stages' mixtures")
+    add("--allow-missing", action="store_true", help="train on what is there of a mixture; its shares grow alike")
     add("--workers", type=not_negative, default=0, help="processes that read and decode the data ahead; 0: none")
     add("--max-damaged", type=share, default=0.01, metavar="SHARE",
         help="of the records that may be unusable (each is replaced by the next, see OUT/damaged.jsonl); default: 0.01")

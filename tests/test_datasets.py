@@ -68,8 +68,8 @@ def test_prompts_of_a_listed_source(folder):
         ({"x": {"reader": "llava"}}, r"dataset 'x': path is missing"),
         ({"x": {**WORDS, "path": 3}}, r"dataset 'x': path must be a str, found 3"),
         ({"x": {**WORDS, "prompts": "{question}"}}, r"dataset 'x': prompts must be a list"),
-        ({"x": {**WORDS, "prompts": []}}, r"sets.json, dataset 'x': prompts is empty"),
-        ({"x": {**WORDS, "prompts": ["be brief"]}}, r"sets.json, dataset 'x': prompt 'be brief' must hold"),
+        ({"x": {**WORDS, "prompts": [" "]}}, r"sets.json, dataset 'x': prompt ' ' must be words with {question} or"),
+        ({"x": {**WORDS, "prompts": ["{question} {question?}"]}}, r"at most once"),
     ],
 )
 def test_malformed_lists(folder, content, message):
@@ -106,14 +106,15 @@ def test_everything_missing_is_listed_at_once(folder):
 def test_command_line(folder):
     data, images = folder / "sub" / "shown.json", folder / "sub" / "pictures"
     sets = listed(folder, {"words": WORDS})
-    assert command_line_sources() == {}
-    assert list(command_line_sources(datasets=sets)) == ["words"]
-    sources = command_line_sources(data, images, sets, seed=2)
+    assert command_line_sources() == ({}, {})
+    assert list(command_line_sources(datasets=sets)[0]) == ["words"]
+    sources, missing = command_line_sources(data, images, sets, seed=2)
+    assert missing == {}
     assert list(sources) == ["data", "words"] and sources["data"].name == "data"
     expected = LlavaJson(data, images, seed=2)
     assert [sources["data"].record(n).id for n in range(20)] == [expected.record(n).id for n in range(20)]
-    assert command_line_sources(data, images)["data"].seed == 0
-    assert command_line_sources(datasets=sets, seed=2)["words"].seed == 2
+    assert command_line_sources(data, images)[0]["data"].seed == 0
+    assert command_line_sources(datasets=sets, seed=2)[0]["words"].seed == 2
     with pytest.raises(ValueError, match="--images is the image folder of --data"):
         command_line_sources(images=images)
     with pytest.raises(ValueError, match="the name 'data' is taken"):
@@ -167,7 +168,32 @@ def test_prompts_are_drawn_per_record():
     assert [default.record(n) for n in range(60)] == [Prompted(Fixed("?"), prompts, 0).record(n) for n in range(60)]
 
 
-@pytest.mark.parametrize("prompts", [[], ["brief"], ["{question} {question}"], ["{question}", 3]])
+@pytest.mark.parametrize("prompts", [[], [""], ["{question} {question}"], ["{question}", 3], ["{question?} {question}"]])
 def test_bad_prompts(prompts):
-    with pytest.raises(ValueError, match="prompts is empty|must hold {question} exactly once"):
+    with pytest.raises(ValueError, match="prompts is empty|must be words with {question} or {question\\?} at most once"):
         Prompted(Fixed("?"), prompts)
+
+
+@pytest.mark.parametrize("parts, expected", [
+    (("what.\n",), ("say: what? briefly.",)), ((0, "\nwhat?"), (0, "\nsay: what? briefly.")),
+    (("what ", 0), ("say: what? briefly.", 0)), ((0,), (0, "say:  briefly.")),
+])  # fmt: skip
+def test_questions_get_their_mark(parts, expected):
+    record = Prompted(Fixed(*parts), ["say: {question?} briefly."]).record(4)
+    assert [turns[0].parts for turns in record.conversations] == [expected] * 2
+
+
+def test_prompts_without_a_place_are_for_pictures_without_words():
+    assert Prompted(Fixed(0), ["Describe it."]).record(0).conversations[0][0].parts == (0, "Describe it.")
+    with pytest.raises(ValueError, match=r"record 'r' of 'fixed': it asks 'what\?', for which the prompt 'Describe it.' has no"):
+        Prompted(Fixed(0, "what?"), ["Describe it."]).record(0)
+
+
+def test_prompts_that_a_recipe_brings(folder):
+    from nanovlm.data.datasets import listed_sources
+
+    lists = {"own": {**WORDS, "prompts": ["a {question}"]}, "none": {**WORDS, "prompts": []}, "brought": WORDS, "other": WORDS}
+    sources, missing = listed_sources(listed(folder, lists), prompts=dict.fromkeys(("own", "none", "brought"), ["b {question}"]))
+    assert not missing
+    found = {name: source.prompts if isinstance(source, Prompted) else None for name, source in sources.items()}
+    assert found == {"own": ("a {question}",), "none": None, "brought": ("b {question}",), "other": None}

@@ -21,7 +21,7 @@ from tiny_recipe import RECIPE, Squares
 
 WISHES = {"recipe": "tiny", "size": None, "stages": None, "without": [], "set": [], "init": None, "lora": None, "resume": False,
           "data": None, "images": None, "datasets": None, "device": "cpu", "threads": 1, "seed": 0, "max_minutes": None,
-          "workers": 0, "max_damaged": 0.01,
+          "workers": 0, "max_damaged": 0.01, "allow_missing": False,
           "smoke": False}
 
 

@@ -7,7 +7,8 @@
     python -m nanovlm.data convert FORMAT SOURCE OUT --shards N   the same as tar shards of N samples
     python -m nanovlm.data index FOLDER                           count the samples of tar shards once and for all
 
-FORMAT: llava, sharegpt, mimic-it, m3it, minigpt4, coco-captions, coco-boxes, vqa, qa-lines or folder, see formats.py and picture_formats.py.
+FORMAT: llava, sharegpt, mimic-it, m3it, minigpt4, coco-captions, coco-boxes, vqa, qa-lines or folder, see formats.py and
+picture_formats.py.
 """
 
 import argparse
@@ -84,17 +85,19 @@ def show(wishes, color):
     """
     # recipes stand above data: only this command line knows both
     from nanovlm.recipes import find
-    from nanovlm.recipes.start import build_models, choose_size, choose_stages, make_sources
+    from nanovlm.recipes.sources import find_sources
+    from nanovlm.recipes.start import build_models, choose_size, choose_stages
 
     if wishes.n < 1:
         raise ValueError(f"-n {wishes.n}: at least one record must be shown")
     recipe = find(wishes.recipe)
     stages = None if wishes.stage is None else [wishes.stage]
-    wishes = argparse.Namespace(**vars(wishes), size=None, smoke=False, stages=stages, without=[], set=[])
+    wishes = argparse.Namespace(**vars(wishes), size=None, smoke=False, stages=stages, without=[], set=[], allow_missing=False)
     stage = choose_stages(recipe, wishes)[-1]
     if stage.objective == "contrastive":
         raise ValueError(f"stage {stage.name!r} compares pictures with captions; --stage names one that trains tokens")
-    mixture = Mixture(make_sources(recipe, (stage,), wishes), stage.mixture)
+    sources, (stage,), _ = find_sources(recipe, (stage,), wishes)
+    mixture = Mixture(sources, stage.mixture)
     drawn = [mixture.next() for _ in range(wishes.n)]
     tokenizer, report = recipe.tokenizer(), Report()
     with torch.device("meta"):  # sizes only, no weights

@@ -17,7 +17,7 @@ from nanovlm.data.video import PICTURES
 
 def asked(question):
     """A question with its question mark, which some data sets leave out."""
-    question = question.strip()
+    question = question.rstrip()
     return question if question.endswith("?") else f"{question.rstrip(' .!:;,')}?"
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from nanovlm.data.templates import LYNX
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.layouts import LLAMA, llama_config
+from nanovlm.recipes.prompts import lynx_prompts
 from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
 from nanovlm.resampler import Resampler
 from nanovlm.sampler import Decoding
@@ -207,5 +208,6 @@ WEIGHTS = (
     "language model  Vicuna-7B v1.1, huggingface.co/lmsys/vicuna-7b-v1.1",
 )
 RECIPE = published_recipe(
-    "lynx", Published("lynx", build, LAYOUT, CONFIGS, CONTENTS), stages, LYNX, DECODINGS, expected=EXPECTED, weights=WEIGHTS
+    "lynx", Published("lynx", build, LAYOUT, CONFIGS, CONTENTS), stages, LYNX, DECODINGS, expected=EXPECTED, weights=WEIGHTS,
+    prompts=lynx_prompts(DATASETS),
 )

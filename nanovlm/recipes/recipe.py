@@ -64,6 +64,7 @@ class Recipe:
     published: Published | None = None  # of a model whose weights others have published
     stage_templates: dict[str, Template] = field(default_factory=dict)  # stage -> its own template instead
     preprocessing: Preprocessing = CLIP  # its mean and deviation; size and fit are the stage's
+    prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # data set -> ways to ask, see data/datasets.py
     expected: dict[str, Expected] = field(default_factory=dict)  # stage -> what it costs
     weights: tuple[str, ...] = ()       # files to start from, which --init FOLDER unites
 
@@ -135,13 +136,13 @@ def at_size(stages, size, smoke, tiny_images):
 
 
 def published_recipe(name, published, stages, template, decodings, stage_templates=None, remark="", preprocessing=CLIP,
-                     expected=None, weights=()):
+                     expected=None, weights=(), prompts=None):
     """The recipe of a published model; its runs are judged by their losses alone.
 
     Args:
       name: str. published: Published. stages: (size, smoke) -> tuple of Stage, over the paper's datasets.
       template, decodings, remark, preprocessing: as in Recipe. stage_templates: {stage: Template} where one has its own.
-      expected, weights: as in Recipe.
+      expected, weights, prompts: as in Recipe.
     Returns: Recipe.
     """
 
@@ -168,4 +169,5 @@ def published_recipe(name, published, stages, template, decodings, stage_templat
         preprocessing=preprocessing,
         expected=expected or {},
         weights=weights,
+        prompts=prompts or {},
     )

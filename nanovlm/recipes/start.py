@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 from nanovlm import checkpoint, lora, optimizer
-from nanovlm.data.datasets import DATA, command_line_sources
+from nanovlm.data.datasets import DATA
 from nanovlm.data.published_tokenizers import load_tokenizer
 from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.names import nearest
 from nanovlm.parallel import Processes
+from nanovlm.progress import say
 from nanovlm.recipes.opening import added_tokens
+from nanovlm.recipes.sources import find_sources, lost_lines
 from nanovlm.run import Run, text_side
 from nanovlm.stages import choose
 from nanovlm.vit import check_image_size
@@ -46,43 +48,6 @@ def choose_stages(recipe, wishes):
     return choose(stages, settings=wishes.set)
 
 
-def make_sources(recipe, stages, wishes):
-    """The data sources that the stages name.
-
-    Returns: dict name -> source; what --datasets lists takes precedence over the recipe's own of that name.
-    Raises: ValueError for a name that nothing provides; FileNotFoundError with everything that is missing, at once.
-    """
-    sources = command_line_sources(wishes.data, wishes.images, wishes.datasets, wishes.seed)
-    unknown = {name: stage.name for stage in reversed(stages) for name in stage.mixture
-               if name not in recipe.sources.keys() | sources.keys()}
-    if unknown:
-        raise ValueError(unprovided(unknown, recipe.sources.keys() | sources.keys()))
-    missing = []
-    for stage in stages:
-        for name in stage.mixture:
-            if name in sources:
-                continue
-            try:
-                sources[name] = recipe.sources[name](wishes.seed)
-            except FileNotFoundError as error:
-                missing.append(f"{name}: {error}")
-    if missing:
-        raise FileNotFoundError("data is missing:\n" + "\n".join(dict.fromkeys(missing)))
-    return sources
-
-
-def unprovided(unknown, known):
-    """The message for names that nothing provides: {name: the first stage that reads it}; known: names that exist."""
-    if len(unknown) == 1:
-        (name, stage), = unknown.items()
-        return (f"stage {stage!r} reads {name!r}, which neither the recipe nor --datasets provides."
-                f"{nearest(name, known) if known else ' List it there.'}")
-    lines = [f"  {stage}: {', '.join(name for name, first in unknown.items() if first == stage)}"
-             for stage in dict.fromkeys(reversed(unknown.values()))]
-    return "\n".join([f"the stages read {len(unknown)} data sets that neither the recipe nor --datasets FILE.json provides "
-                      "(see nanovlm/data/datasets.py; --set STAGE.mixture.NAME=none leaves one out):", *lines])
-
-
 def check_stages(stages, model, contrastive):
     """Raise ValueError if a stage asks for what the models cannot do, before the stages ahead of it cost hours."""
     for stage in stages:
@@ -103,26 +68,29 @@ def check_stages(stages, model, contrastive):
                              f"but the context is {context_length}")
 
 
-def identity(wishes, size, stages, threads):
+def identity(wishes, size, stages, threads, lost):
     """What a resumed run must share with the one it continues: dict of JSON values, the core of config.json."""
     kept = {name: vars(wishes)[name] for name in ("recipe", "seed", "smoke", "init", "data", "images", "datasets")}
     settings = {"size": size, "threads": threads, "stage_names": [stage.name for stage in stages],
                 "stages": {stage.name: dataclasses.asdict(stage) for stage in stages}}
     if wishes.lora is not None:
         settings["lora"] = wishes.lora
+    if lost:
+        settings["missing"] = lost
     return json.loads(json.dumps(kept | settings))  # tuples become lists, as they will be when read back
 
 
-def settle(wishes, size, stages, saved):
+def settle(wishes, size, stages, saved, lost):
     """Fix the settings of the run once and for all, the number of threads among them.
 
     Args:
+      lost: of each stage the data that it trains without, as `find_sources` returns it.
       saved: dict, config.json of the run to continue, or None.
     Returns: dict, the run's identity.
     Raises: CheckpointError naming the first setting that is not what it was.
     """
     threads = wishes.threads or (saved["threads"] if saved else min(DEFAULT_THREADS, len(os.sched_getaffinity(0))))
-    settings = identity(wishes, size, stages, threads)
+    settings = identity(wishes, size, stages, threads, lost)
     if saved:
         changed = checkpoint.difference({key: saved[key] for key in saved if key != "image_size"}, settings)
         if changed:
@@ -213,10 +181,10 @@ def make_run(recipe, wishes, out, processes=Processes()):
     """
     stages = choose_stages(recipe, wishes)
     check_processes(stages, processes)
-    sources = make_sources(recipe, stages, wishes)
+    sources, stages, lost = find_sources(recipe, stages, wishes)
     saved = processes.by_main(lambda: checkpoint.open_folder(out, wishes.resume))
     size = choose_size(recipe, wishes.size)
-    settings = settle(wishes, size, stages, saved)
+    settings = settle(wishes, size, stages, saved, lost)
     torch.set_num_threads(settings["threads"])
     tokenizer = find_tokenizer(recipe, out, wishes.init)
     skeleton = sharded_models(recipe, size, tokenizer.vocab_size, wishes, stages) if processes.mode == "fsdp" else None
@@ -229,6 +197,8 @@ def make_run(recipe, wishes, out, processes=Processes()):
         add_lora(model, stages, wishes.lora)
     check_stages(stages, model, contrastive)
     processes.by_main(lambda: begin_folder(out, saved, settings, tokenizer))
+    for line in lost_lines(lost) if processes.main else ():
+        say(line)
     device = torch.device(wishes.device)
     for one in (model, contrastive):
         if one is not None and not skeleton:
