@@ -65,7 +65,7 @@ words_only, tokenizer, sources = ablation_07.learn_words(SEED, LEARNED)
 FLAMINGO = replace(NANO, media_token="<pad>")  # one token of the row says "here is a picture"; padding has no other use in it
 
 
-def put(records, model):
+def to_batch(records, model):
     """Records as a batch: with gates the picture stands beside the row."""
     template = NANO if model.media_token is None else FLAMINGO
     return build_batch(records, template, tokenizer, model.num_image_tokens, ablation_07.IMAGE_SIZE, "crop", 64)
@@ -91,7 +91,7 @@ def with_gates(model, gate):
 
 words_exam = ablation_07.records(sources["words_exam"], 0, LEARNED.exam)
 picture_exam = ablation_07.records(sources["pictures_exam"], 0, LEARNED.exam)
-text_loss, text_right = ablation_07.examine(words_only, put(words_exam, words_only))
+text_loss, text_right = ablation_07.examine(words_only, to_batch(words_exam, words_only))
 print(f"words alone: {text_right:.0%} right, {text_loss:.3f} nats per token")
 
 # %% [markdown]
@@ -105,11 +105,11 @@ shares = np.empty((len(OPEN), DRAWS))
 for place, gate in enumerate(OPEN):
     for draw in range(DRAWS):
         torch.manual_seed(draw)
-        shares[place, draw] = 100 * ablation_07.examine(disturbed := with_gates(words_only, gate), put(words_exam, disturbed))[1]
+        shares[place, draw] = 100 * ablation_07.examine(disturbed := with_gates(words_only, gate), to_batch(words_exam, disturbed))[1]
 torch.manual_seed(SEED)
 closed = with_gates(words_only, 0.0)
 with torch.no_grad():
-    same = torch.equal(closed(put(words_exam, closed)), words_only(put(words_exam, words_only)))
+    same = torch.equal(closed(to_batch(words_exam, closed)), words_only(to_batch(words_exam, words_only)))
 
 figure, axis = plt.subplots(figsize=(6.4, 3), layout="constrained")
 axis.fill_between(np.tanh(OPEN), shares.min(1), shares.max(1), color=lesson.VISION_COLOR, alpha=0.35, linewidth=0)
@@ -164,7 +164,7 @@ def learn_to_see(model, seed):
     trained = [p for parameters in parts.values() for p in parameters.values() if p.requires_grad]
     optimizers = optimizer.build(parts, stage)
     pictures = ablation_07.sources(seed)["pictures"]
-    words, seen = put(words_exam, model), put(picture_exam, model)
+    words, seen = to_batch(words_exam, model), to_batch(picture_exam, model)
     curve, opened = [], []
     for step in range(STEPS + 1):
         if step % LOOK == 0:
@@ -173,7 +173,7 @@ def learn_to_see(model, seed):
         if step == STEPS:
             return np.array(curve), np.array(opened)
         optimizer.set_lr(optimizers, optimizer.lr_factor(step, stage))
-        loss, count = model.loss(put(ablation_07.records(pictures, step * BATCH, BATCH), model))
+        loss, count = model.loss(to_batch(ablation_07.records(pictures, step * BATCH, BATCH), model))
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for each in optimizers:
