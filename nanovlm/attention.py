@@ -24,13 +24,16 @@ class Visible:
 
     first: int[B or 1, T], the first visible key.
     stop: int[B or 1, T], one past the last visible key; stop <= first: the query sees nothing.
-    pattern: "causal" (lower triangle over as many keys as queries), "full" (every key) or "intervals" (anything);
-      a hint that lets a backend leave the mask out, never more than the intervals say.
+    pattern: "causal" (lower triangle over as many keys as queries), "full" (every key), "documents" (causal ones side
+      by side, of `lengths`) or "intervals" (anything); a hint that lets a backend leave the mask out, never more than
+      the intervals say.
+    lengths: tuple of int, tokens of each document; empty for other patterns.
     """
 
     first: Tensor
     stop: Tensor
     pattern: str = "intervals"
+    lengths: tuple[int, ...] = ()
 
     def mask(self, num_keys):
         """Draw the intervals as bool[B or 1, T, num_keys]; True = may attend."""
@@ -76,6 +79,17 @@ def causal_rows(num_rows, num_tokens, device=None):
     """Plain causal rows without packing or padding before the text; the fast case of `causal`."""
     index = torch.arange(num_tokens, device=device).expand(num_rows, -1)
     return Visible(torch.zeros_like(index), index + 1, "causal")
+
+
+def documents(lengths, device=None):
+    """Documents side by side in one row, causal each: `causal` where their lengths are known on the host.
+
+    Args: lengths: list of int, tokens, 1 or more each.
+    """
+    sizes = torch.tensor(lengths)
+    first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)[None].to(device)
+    stop = torch.arange(1, first.shape[1] + 1, device=device)[None]
+    return Visible(first, stop, "documents", tuple(lengths))
 
 
 def prefix(segments, prefix_lengths):
@@ -154,6 +168,10 @@ def sdpa(q, k, v, visible):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     if visible.pattern == "causal" and q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if visible.pattern == "documents":
+        apart = zip(*(x.split(visible.lengths, dim=2) for x in (q, k, v)))
+        seen = [F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=grouped) for one in apart]
+        return torch.cat(seen, dim=2)
     mask = visible.mask(k.shape[2])[:, None]  # B 1 T S
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     # torch does not promise zeros for a row that sees nothing

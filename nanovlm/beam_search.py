@@ -32,7 +32,7 @@ def beam_search(rows, decoding, generator=None):
     num_prompts, num_beams, device = len(rows.logits), decoding.num_beams, rows.logits.device
     rules = beam_search_4_28.RULES if decoding.counts_dummy_token else RULES
     beams = rules.start(empty(num_prompts, decoding, device), decoding)
-    rows.select(torch.arange(num_prompts, device=device).repeat_interleave(num_beams))
+    rows.select([prompt for prompt in range(num_prompts) for _ in range(num_beams)])
     active, found = list(range(num_prompts)), [None] * num_prompts
     for step in range(decoding.max_new_tokens):
         candidates = rules.propose(rows, beams, decoding, active, num_prompts, generator)
@@ -47,7 +47,7 @@ def beam_search(rows, decoding, generator=None):
         numbers = [place * num_beams + beam for place in going for beam in state[place][1:]]  # of rows
         if len(going) < len(active):
             active, beams = [active[place] for place in going], beams.select(torch.tensor(going, device=device))
-            rows.select(torch.tensor(numbers, device=device))
+            rows.select(numbers)
         else:
             rows.reorder(numbers)
         rows.step(beams.running[:, :, step].flatten())

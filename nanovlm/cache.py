@@ -57,11 +57,20 @@ class KeyValueCache:
         """Go on with other rows: drop the finished ones, or spread a prompt over its beams.
 
         Args:
-          rows: int64[R], new row r continues old row rows[r]; R may differ from B.
+          rows: list of R int, new row r continues old row rows[r]; R may differ from B. Fewer rows stay in the memory
+            they have, and only those that change their number are copied.
         """
-        for index, old in enumerate(self.layers):
-            self.layers[index] = new = old.new_zeros(old.shape[0], len(rows), *old.shape[2:])
-            new[:, :, :, : self.length] = old[:, :, :, : self.length].index_select(1, rows)
+        buffer = self.layers[0]
+        if len(rows) > buffer.shape[1]:
+            rows = torch.tensor(rows, device=buffer.device)
+            for index, old in enumerate(self.layers):
+                self.layers[index] = new = old.new_zeros(old.shape[0], len(rows), *old.shape[2:])
+                new[:, :, :, : self.length] = old[:, :, :, : self.length].index_select(1, rows)
+            return
+        moved = [row for row, source in enumerate(rows) if row != source]
+        if moved:
+            self.copy_rows(*torch.tensor([moved, [rows[row] for row in moved]], device=buffer.device))
+        self.layers = [buffer[:, : len(rows)] for buffer in self.layers]
 
     def copy_rows(self, rows, sources, first_column=0):
         """Give some rows the histories of others, as beams do after a step; all other rows stay as they are.

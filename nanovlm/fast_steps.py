@@ -22,10 +22,11 @@ class EagerStep:
 
     def __init__(self, fast, cache, pads, padded, media):
         self.fast, self.cache, self.pads, self.media = fast, cache, pads if padded else None, media
+        self.layers = [buffer.unbind(0) for buffer in cache.layers]  # keys and values, float[R, K, L, D] each
         self.cos, self.sin = fast.turning(cache.num_columns)
         self.mask = left_padding(pads, cache.num_columns, self.cos.dtype) if padded else None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, tokens):
         """tokens int64[R], written into the cache -> float32[R, V], scores of what follows."""
         column = self.cache.length
@@ -41,10 +42,10 @@ class EagerStep:
         return scores
 
     def write(self, index, kv):
-        """Put kv float[2, R, K, D] behind the written columns; all of them, float[2, R, K, S, D]."""
-        buffer, column = self.cache.layers[index], self.cache.length
-        buffer.select(3, column).copy_(kv)
-        return buffer.narrow(3, 0, column + 1).unbind(0)
+        """Put kv float[2, R, K, D] behind the written columns; all of them, two float[R, K, S, D]."""
+        (k, v), column = self.layers[index], self.cache.length
+        self.cache.layers[index].select(3, column).copy_(kv)
+        return k.narrow(2, 0, column + 1), v.narrow(2, 0, column + 1)
 
 
 def left_padding(pads, num_columns, dtype):

@@ -8,7 +8,7 @@ B prompts, P columns of the longest prompt, R rows (a prompt may have several: i
 
 import torch
 
-from nanovlm import length_groups, shared_prompts
+from nanovlm import packed_prompts, shared_prompts
 from nanovlm.attention import Visible, causal, causal_rows, full
 from nanovlm.cache import KeyValueCache
 from nanovlm.vlm import IMAGE_TOKEN
@@ -134,12 +134,10 @@ class Rows:
         positions = (torch.arange(self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
         embeddings, media = model.place(ids, segments, image_tokens, shown)
         modality = (ids == IMAGE_TOKEN).long()
-        plan, groups = None, [list(range(len(prompts)))]
-        if media is None and model.share_prefix:
-            plan = shared_prompts.plan(prompts, image_tokens, shown)
-            groups = length_groups.group([len(prompt) for prompt in prompts], weight.device.type)
-        if plan is None and len(groups) > 1:
-            last = length_groups.run(model.decoder, self.cache, groups, embeddings, positions, modality, segments)
+        can_save = media is None and model.share_prefix
+        plan = shared_prompts.plan(prompts, image_tokens, shown) if can_save else None
+        if can_save and plan is None and self.padded:
+            last = packed_prompts.run(model.decoder, self.cache, prompts, embeddings, modality)
             self.logits = model.decoder.logits(last).float()
         else:
             start = 0
@@ -170,9 +168,10 @@ class Rows:
         self.logits = self.next(tokens)
 
     def select(self, rows):
-        """Go on with other rows: int64[N], new row n continues old row rows[n]."""
-        self.history, self.pads, self.logits = self.history[rows], self.pads[rows], self.logits[rows]
+        """Go on with other rows: list of N int, new row n continues old row rows[n]."""
         self.cache.select_rows(rows)
+        rows = torch.tensor(rows, device=self.pads.device)
+        self.history, self.pads, self.logits = self.history[rows], self.pads[rows], self.logits[rows]
         self.media = None if self.media is None else self.media.select(rows)
         self.next = self.bind(self.model, self.cache, self.pads, self.padded, self.media)
 

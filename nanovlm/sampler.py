@@ -172,9 +172,9 @@ def prefill(model, prompts, visual_inputs, decoding, workspace):
 
 def collect(rows, decoding, generator, workspace):
     """Sample or decode greedily to the end: list of R lists of ids."""
-    spread = torch.arange(len(rows.logits)).repeat_interleave(decoding.num_return_sequences)
+    spread = [prompt for prompt in range(len(rows.logits)) for _ in range(decoding.num_return_sequences)]
     if decoding.num_return_sequences > 1:
-        rows.select(spread.to(rows.logits.device))
+        rows.select(spread)
     answers = [[] for _ in spread]
     for places, tokens in sample_steps(rows, decoding, generator, workspace):
         for place, token in zip(places, tokens):
@@ -196,17 +196,25 @@ def sample_steps(rows, decoding, generator, workspace):
             chosen = draw(scores, active, num_rows, generator) if decoding.do_sample else scores.argmax(dim=-1)
             values = chosen.tolist()  # the one wait for the device in a step: the stop test
         workspace.num_new_tokens += len(values)
-        going = [place for place, value in enumerate(values) if value not in decoding.eos_ids]
+        going = close_gaps([place for place, value in enumerate(values) if value not in decoding.eos_ids])
         active = [active[place] for place in going]
         yield active, [values[place] for place in going]
         if not active or step + 1 == decoding.max_new_tokens:
             return
         with workspace.timed("decoding"):
             if len(going) < len(values):
-                kept = torch.tensor(going, device=chosen.device)
-                rows.select(kept)
-                chosen = chosen[kept]
+                rows.select(going)
+                chosen = chosen[going]
             rows.step(chosen)
+
+
+def close_gaps(going):
+    """The same rows in an order in which few change their number: the last ones take the places of those that ended.
+
+    Args: going: list of int, ascending. Returns: list of int.
+    """
+    kept, movers = set(going), [row for row in going if row >= len(going)]
+    return [row if row in kept else movers.pop() for row in range(len(going))]
 
 
 def draw(scores, active, num_rows, generator):

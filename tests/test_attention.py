@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from nanovlm.attention import (
-    BACKENDS as ALL_BACKENDS, Visible, apply_rope, attention, attention_weights, causal, causal_rows, full, prefix, rope_tables,
-    sliding_window,
+    BACKENDS as ALL_BACKENDS, Visible, apply_rope, attention, attention_weights, causal, causal_rows, documents, full, prefix,
+    rope_tables, sliding_window,
 )  # fmt: skip
 
 BACKENDS = ("reference", "sdpa")  # the third has its own tests
@@ -86,6 +86,12 @@ def test_causal_rows_and_full():
     assert full(1, 2, "meta").first.device.type == causal_rows(1, 2, "meta").stop.device.type == "meta"
 
 
+def test_documents_are_a_causal_row_of_known_lengths():
+    got, want = documents([3, 1, 4]), causal(torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2]]))
+    assert torch.equal(got.first, want.first) and torch.equal(got.stop, want.stop)
+    assert got.pattern == "documents" and got.lengths == (3, 1, 4)
+
+
 def test_mask_of_any_intervals():
     visible = Visible(torch.tensor([[0, 2, 3]]), torch.tensor([[4, 3, 3]]))
     expected = torch.tensor([[[1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]]).bool()
@@ -138,6 +144,7 @@ VISIBLE = {
     "full": lambda: full(5, 7),
     "packed": lambda: causal(torch.tensor([[0, 0, 1, 1, 1], [-1, 0, 0, 0, -1]])),
     "causal": lambda: causal_rows(2, 5),
+    "documents": lambda: documents([2, 1, 2]),
     "causal over more keys": lambda: Visible(torch.zeros(2, 5, dtype=torch.long), torch.arange(3, 8).expand(2, 5), "causal"),
 }
 
@@ -147,7 +154,7 @@ VISIBLE = {
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 def test_backends_equal_the_loop_and_its_gradients(backend, name, num_kv_heads):
     visible = VISIBLE[name]()
-    num_keys = 5 if name in ("packed", "causal") else 7
+    num_keys = 5 if name in ("packed", "causal", "documents") else 7
     tensors = [
         torch.randn(2, heads, length, 3, requires_grad=True)
         for heads, length in ((4, 5), (num_kv_heads, num_keys), (num_kv_heads, num_keys))
@@ -216,12 +223,12 @@ def test_sdpa_leaves_the_mask_out_where_the_pattern_allows(monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     q = torch.randn(1, 4, 3, 2)
-    for visible in (full(3, 3), causal_rows(1, 3), causal(torch.zeros(1, 3, dtype=torch.long))):
+    for visible in (full(3, 3), causal_rows(1, 3), causal(torch.zeros(1, 3, dtype=torch.long)), documents([1, 2])):
         attention(q, q, q, visible, "sdpa")
         attention(q, q[:, :2], q[:, :2], visible, "sdpa")
-    assert [call.get("attn_mask") is not None for call in calls] == [False] * 4 + [True] * 2
-    assert [call.get("is_causal", False) for call in calls] == [False, False, True, True, False, False]
-    assert [call["enable_gqa"] for call in calls] == [False, True] * 3
+    assert [call.get("attn_mask") is not None for call in calls] == [False] * 4 + [True] * 2 + [False] * 4
+    assert [call.get("is_causal", False) for call in calls] == [False, False, True, True, False, False] + [True] * 4
+    assert [call["enable_gqa"] for call in calls] == [False, True] * 3 + [False, False, True, True]
 
 
 def test_unknown_backend_and_heads_without_a_multiple():

@@ -135,7 +135,7 @@ class Bigrams:
         self.logits, self.tokens = self.logits[rows], self.tokens[rows]
 
     def reorder(self, rows):
-        self.select(torch.tensor(rows))
+        self.select(rows)
 
     def step(self, tokens):
         self.tokens = self.new_tokens = torch.cat([self.tokens, tokens[:, None]], dim=1)

@@ -59,7 +59,7 @@ def test_full_cache_and_other_rows_are_errors():
 
 def test_select_rows_drops_and_repeats():
     cache, written = filled()
-    cache.select_rows(torch.tensor([2, 0, 0, 2]))
+    cache.select_rows([2, 0, 0, 2])
     assert cache.length == 4
     for layer in range(3):
         k, v = keys(4, 3), keys(4, 3)  # the columns are as many as before
@@ -67,6 +67,22 @@ def test_select_rows_drops_and_repeats():
         for row, old in enumerate([2, 0, 0, 2]):
             assert torch.equal(got_k[row], torch.cat([written[layer][0][old], k[row]], dim=1))
             assert torch.equal(got_v[row], torch.cat([written[layer][1][old], v[row]], dim=1))
+
+
+def test_fewer_rows_stay_where_they_are():
+    cache, written = filled(rows=4)
+    memory = [buffer.data_ptr() for buffer in cache.layers]
+    before = [buffer.clone() for buffer in cache.layers]
+    cache.select_rows([0, 3])  # the last row takes the place of one that ended
+    assert [buffer.data_ptr() for buffer in cache.layers] == memory
+    for layer in range(3):
+        assert torch.equal(cache.layers[layer][:, 0], before[layer][:, 0]) and cache.layers[layer].shape[1] == 2
+        for got, old in zip(cache.update(layer, keys(2, 1), keys(2, 1)), written[layer]):
+            assert torch.equal(got[:, :, :4], old[[0, 3]])
+    cache.select_rows([1, 0])
+    assert torch.equal(cache.update(0, keys(2, 1), keys(2, 1))[1][:, :, :4], written[0][1][[3, 0]])
+    with pytest.raises(ValueError, match="4 rows for a cache of 2"):
+        cache.update(0, keys(4, 1), keys(4, 1))
 
 
 def test_copied_rows_leave_the_prompt_where_it_is():

@@ -71,18 +71,47 @@ def test_the_same_answers(model, pictures, static):
     assert len(lengths) > 3
 
 
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("static", [False, True])
-def test_the_same_scores(model, pictures, static):
+def test_the_same_scores(model, pictures, static, rows):
     flat = [torch.randn(4, 16) for _ in range(2)]
     with torch.no_grad():
         slow = Rows(model, PROMPTS, flat, [0, 1], 4)
-        fast = Rows(model, PROMPTS, flat, [0, 1], 4, FastDecoder(model.decoder, static))
+        fast = Rows(model, PROMPTS, flat, [0, 1], 4, FastDecoder(model.decoder, static, rows=rows))
         for tokens in ([1, 2, 3, 4], [9, 0, 22, 1], [5, 5, 5, 5]):
-            for rows in (slow, fast):
-                rows.step(torch.tensor(tokens))
+            for one in (slow, fast):
+                one.step(torch.tensor(tokens))
             torch.testing.assert_close(fast.logits, slow.logits, atol=1e-5, rtol=1e-4)
             assert fast.logits.dtype == torch.float32 and not fast.logits.requires_grad
         assert fast.cache.length == slow.cache.length
+
+
+@pytest.mark.parametrize("size", [(24, 40), (40, 24), (24, 24)])
+def test_a_product_does_not_depend_on_the_order_in_memory(size):
+    """Few rows and many, weights in either order, with and without bias and residual."""
+    weight, bias = torch.randn(size), torch.randn(size[1])
+    for num_rows in (1, 2, 5, 8, 9):
+        x, residual = torch.randn(num_rows, size[0]), torch.randn(num_rows, size[1])
+        want = torch.stack([(row[:, None] * weight).sum(0) for row in x])
+        before = residual.clone()
+        for stored in (weight, weight.t().contiguous().t()):
+            for b in (None, bias):
+                got = fast_decode.project(x, stored, b)
+                torch.testing.assert_close(got, want if b is None else want + bias, atol=1e-5, rtol=1e-5)
+                assert got.is_contiguous()
+                got = fast_decode.add_projected(residual, x, stored, b)
+                torch.testing.assert_close(got, residual + want if b is None else residual + want + bias, atol=1e-5, rtol=1e-5)
+        assert torch.equal(residual, before), "the hidden states are read, not written"
+
+
+def test_a_few_rows_meet_wide_weights_from_the_right(monkeypatch):
+    """That is what makes them fast: the product is written [out, rows]."""
+    weight, seen = torch.randn(40, 24).t(), []
+    matmul = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append(tuple(a.shape)) or matmul(a, b))
+    for num_rows in (1, 2, 8, 9):
+        fast_decode.project(torch.randn(num_rows, 24), weight, None)
+    assert seen == [(1, 24), (40, 24), (40, 24), (9, 24)]
 
 
 def test_weights_stand_in_the_order_of_reading_and_once(model):
@@ -90,11 +119,11 @@ def test_weights_stand_in_the_order_of_reading_and_once(model):
     fast = FastDecoder(model.decoder)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
-    for packed in fast.layers:
+    for packed, layer in zip(fast.layers, model.decoder.layers):
         weight = packed.qkv[0]
         assert weight.is_contiguous() and len(weight) == 16
         memory = weight.untyped_storage().data_ptr()
-        attention = packed.layer.attention
+        attention = layer.attention
         for linear in (attention.q, fast_decode.text_branch(attention.k), fast_decode.text_branch(attention.v)):
             assert linear.weight.untyped_storage().data_ptr() == memory
         assert packed.wide[0].is_contiguous() and packed.o[0].is_contiguous()

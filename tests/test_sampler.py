@@ -167,7 +167,7 @@ def test_shared_generator_draws_for_all_rows_at_every_step(llama):
 
 
 def test_ended_rows_leave_the_batch(model, visual_inputs, monkeypatch):
-    sizes = []
+    sizes, packed = [], (1, sum(map(len, PROMPTS)))  # all prompts side by side
     forward = type(model.decoder).forward
 
     def watched(self, embeddings, *args, **kwargs):
@@ -180,11 +180,18 @@ def test_ended_rows_leave_the_batch(model, visual_inputs, monkeypatch):
         rows = generate(model, PROMPTS, SAMPLE, visual_inputs, generator)
         lengths = [len(row) for row in rows]
         steps = min(max(lengths), SAMPLE.max_new_tokens - 1)
-        assert sizes == [(4, 12)] + [(sum(length > step for length in lengths), 1) for step in range(steps)]
+        assert sizes == [packed] + [(sum(length > step for length in lengths), 1) for step in range(steps)]
         assert len({rows for rows, _ in sizes}) > 1
     sizes.clear()
     generate(model, PROMPTS, dataclasses.replace(SAMPLE, max_new_tokens=1), visual_inputs, seeds(4))
-    assert sizes == [(4, 12)], "one new token needs the prompts alone"
+    assert sizes == [packed], "one new token needs the prompts alone"
+
+
+def test_the_last_rows_take_the_places_of_those_that_ended():
+    assert sampler.close_gaps([0, 1, 2]) == [0, 1, 2] and sampler.close_gaps([]) == []
+    assert sampler.close_gaps([1, 2, 3]) == [3, 1, 2]
+    assert sampler.close_gaps([0, 4, 5]) == [0, 5, 4]
+    assert sampler.close_gaps([5]) == [5]
 
 
 def test_ended_prompts_leave_the_beam_search(llama, monkeypatch):

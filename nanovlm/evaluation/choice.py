@@ -48,8 +48,7 @@ def score_choices(model, prompts, choices, visual_inputs, pictures=None):
         keys = list(dict.fromkeys(map(id, shown)))
         tokens = [pictures[key][1] for key in keys]
         rows = Rows(model, prompts, tokens, [keys.index(id(pixels)) for pixels in shown], longest)
-        counts = torch.tensor([len(several) for several in choices])
-        rows.select(torch.arange(len(prompts)).repeat_interleave(counts).to(rows.logits.device))
+        rows.select([place for place, several in enumerate(choices) for _ in several])
         losses = _losses(model, rows, flat, longest)
     pairs = [(float(loss), float(loss) / len(ids)) for loss, ids in zip(losses.tolist(), flat)]
     left = iter(pairs)
