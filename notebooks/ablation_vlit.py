@@ -31,9 +31,11 @@ from nanovlm.data.llava_json import LlavaJson
 from nanovlm.data.scene_source import Scenes
 from nanovlm.evaluation.agreement import pearson
 from nanovlm.stages import Stage
-from nanovlm.vlit import annotation_files, filtering, quality
+from nanovlm.vlit import annotation_files, filtering
 from nanovlm.vlit.__main__ import Parser
 from nanovlm.vlit.correctness import facts_of
+from nanovlm.vlit.indicators import Settings as MeasureSettings
+from nanovlm.vlit.indicators import measure
 from nanovlm.vlit.matching import own_encoder
 
 CSV_PATH, PNG_PATH = Path(__file__).with_suffix(".csv"), Path(__file__).with_suffix(".png")
@@ -84,7 +86,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table. Shares right and their mean between 0 and 1; indicators as quality.Indicator."""
+    """One row of the table. Shares right and their mean between 0 and 1; indicators as indicators.Indicator."""
 
     name: str
     seed: int
@@ -181,8 +183,8 @@ def indicators(folder, towers, seed):
     """{name of INDICATORS or "coverage": number} of the set in a folder."""
     facts = facts_of(annotation_files.read([folder / "annotations.jsonl"]).pictures.values())
     encoder = own_encoder(towers.eval(), make_tokenizer(), IMAGE_SIZE)
-    settings = quality.Settings(seed=seed, task_field=True)
-    found, _ = quality.measure(folder / "samples.jsonl", settings, folder, facts=facts, encoder=encoder)
+    settings = MeasureSettings(seed=seed, task_field=True)
+    found, _ = measure(folder / "samples.jsonl", settings, folder, facts=facts, encoder=encoder)
     told = {one.key: one for one in found}
     return {key: one.value for key, one in told.items()} | {
         "vendi": told["R"].beside["vendi"], "coverage": told["C"].beside["coverage"],

@@ -16,7 +16,7 @@ from nanovlm.vlit import survey
 from nanovlm.vlit.__main__ import main
 from nanovlm.vlit.complexity import elements, parse_mark, proxy
 from nanovlm.vlit.diversity import Options
-from nanovlm.vlit.quality import Settings, measure
+from nanovlm.vlit.indicators import Settings, measure
 from nanovlm.vlit.simcse import SentenceEncoder, loss, simcse_vectors, train_encoder, word_ids
 from nanovlm.vlit.survey import Mean, Reservoir, chosen
 from nanovlm.vlit.tagging import OTHER, TASKS, assign, balance, covering, propose, tag

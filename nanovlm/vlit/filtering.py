@@ -26,6 +26,7 @@ from nanovlm.vlit import quality, quality_report, tagging
 from nanovlm.vlit.complexity import proxy
 from nanovlm.vlit.correctness import judge_chat, known, verify, vote
 from nanovlm.vlit.duplicates import Index
+from nanovlm.vlit.indicators import measure, shown
 from nanovlm.vlit.linting import defects
 from nanovlm.vlit.matching import BATCH
 from nanovlm.vlit.recorded import Recorded
@@ -67,7 +68,7 @@ def run(wishes):
     told = [f"{path}: kept {counts['kept']} of {counts['records']} records", *(f"    {number:>8}  {why}" for why, number in counts["dropped"].items())]
     if not wishes.without_report and counts["kept"]:
         for name, file in (("before", path), ("after", out / "kept.jsonl")):
-            indicators, found = quality.measure(file, settings, root, **helpers)
+            indicators, found = measure(file, settings, root, **helpers)
             quality_report.write(out / name, file, settings, indicators, found)
             report[name] = {one.key: one.value for one in indicators}
         told += [f"{'indicator':<12}{'before':>10}{'after':>10}"]
@@ -150,7 +151,7 @@ def _rows(batch, root, settings, helpers, judge):
     sound = [(row, sample) for row, sample in zip(rows, batch) if "defects" not in row and "unreadable" not in row]
     if judge:
         asked = [(row, pair, sample) for row, sample in sound for pair in sample.pairs]
-        chats = [judge_chat(*pair, quality.shown(sample, root, judge), "" if judge.accepts_images else helpers["describe"](sample))
+        chats = [judge_chat(*pair, shown(sample, root, judge), "" if judge.accepts_images else helpers["describe"](sample))
                  for _, pair, sample in asked]  # fmt: skip
         for (row, _, _), (right, _, _) in zip(asked, vote(judge, chats, settings.votes, settings.temperature, settings.seed)):
             row.setdefault("votes", []).append(right)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from nanovlm.data.images import ImageError, load
 from nanovlm.data.records import check_order
-from nanovlm.vlit.samples import IMAGE, read
+from nanovlm.evaluation.items import Encoded
+from nanovlm.vlit.samples import IMAGE, picture, read
 
 SHOWN = 20  # samples named one by one
 
@@ -74,7 +75,8 @@ def defects(sample, root=None):
         found.append(("placeholders", f"{placeholders} {IMAGE} in the user's turns, {len(sample.images)} image(s)"))
     for name in sample.images if root is not None else ():
         try:
-            load(Path(root) / name)
+            found_at = picture(name, root)
+            found_at.open() if isinstance(found_at, Encoded) else load(found_at)
         except (ImageError, OSError) as error:
             found.append(("image", str(error)))
     return found

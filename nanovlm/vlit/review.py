@@ -35,7 +35,7 @@ TABLE_3 = {  # data set -> accuracy (%) of LLaVA, BLIP-2 and OpenFlamingo in COL
 }  # fmt: skip
 ICC_PRINTED = {"LLaVA": (0.7978, 0.9221), "MIMIC-IT": (0.7239, 0.8872), "Ours": (0.3028, 0.5658),
                "Ours, filtered": (0.4398, 0.7019)}  # fmt: skip
-TABLE_4 = {  # key of quality.Indicator -> its values for DATA_SETS, as far as they can be read
+TABLE_4 = {  # key of indicators.Indicator -> its values for DATA_SETS, as far as they can be read
     "MD": (30.7, 30.9, 33.2, 34.1), "C": (91.1, 93.4, 94.6, 94.8), "T": (9, 9, 10, 10), "I": (14.5, 13.3, 20.5, 22.6),
     "R": (None, None, 2.3, 2.5), "O/G": (None, None, 1.9, 2.0), "IC": (6.5, 4.4, 6.8, 7.1), "B": (14.6, 10.5, 16.8, 12.3),
 }  # fmt: skip
