@@ -1,15 +1,26 @@
 """What a run shows and records: the JSON-lines log, the progress bar, and curves.png.
 
-log.jsonl holds one JSON object a line:
-    {"stage", "step", "loss", "lr", "gradient_norm", "tokens_per_second", "data_seconds", "seconds"}  one per optimizer step
-    {"stage", "step", "when": "before" | "after", "measures": {name: number}}         held-out measures of a stage
-    {"stage", "step", "exam": [line, ...]}                                            answers, when one has changed
-where step counts the optimizer steps of the whole run, lr is the largest of all groups, data_seconds those that
-the step waited for its records, and seconds those since the run began. To follow a run elsewhere, give `Log` your own `write`.
+log.jsonl holds one JSON object a line, each with "stage" and "step":
+    {"loss", "lr", "gradient_norm", "tokens_per_second", "data_seconds", "seconds"}  one per optimizer step; "utilisation",
+        the share of the GPU's peak, where that is known; "spike", the limit, where loss exceeds it (guards.py)
+    {"skipped": message}                                      an update that was left out (Stage.non_finite)
+    {"when": "before" | "after", "measures": {name: number}}  held-out measures of a stage
+    {"exam": [line, ...]}                                     answers, when one has changed
+    {"parts": {part: {"gradient", "moved"}}}                  see movement.py
+    {"held_out": {source: loss}, "answers": [line, ...]}      see held_out.py
+where step counts the optimizer steps of the whole run, lr is the largest of all groups, data_seconds those that the step
+waited for its records, and seconds those since the run began. To follow a run elsewhere, give a recipe of your own a
+function that takes one such entry; after an interruption some steps are told again:
+
+    import dataclasses, wandb
+    from nanovlm.recipes import lynx
+    tracker = wandb.init(project="lynx")
+    RECIPE = dataclasses.replace(lynx.RECIPE, log=lambda entry: tracker.log(entry, step=entry["step"]))
 """
 
 import json
 import os
+import time
 
 from tqdm import tqdm
 
@@ -21,13 +32,23 @@ PLAIN_LINES = 10  # lines per stage where there is no terminal to draw a bar on
 class Log:
     """The file log.jsonl, appended to line by line."""
 
-    def __init__(self, path):
+    def __init__(self, path, follow=None):
+        """path: where. follow: function(entry: dict) that is told every entry too, or None; its errors are the run's."""
         self.path = path
+        self.follow = follow
 
     def write(self, **entry):
-        """Append one entry. It is in the file when this returns, though perhaps not on the disk; see `size`."""
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        """Append one entry. It is in the file when this returns, though perhaps not on the disk; see `size`.
+
+        Raises: CheckpointError if the file cannot be written: a full disk, a folder that is gone or read-only.
+        """
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written ({error}); make room or give the folder back") from error
+        if self.follow is not None:
+            self.follow(entry)
 
     def size(self):
         """Bytes of the file, forced to the disk: what a checkpoint remembers."""
@@ -47,8 +68,9 @@ class Log:
         os.truncate(self.path, size)
 
     def read(self):
-        """All entries: list of dict."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+        """All entries: list of dict; none before the first is written."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines]
 
 
 class NoLog:
@@ -63,6 +85,10 @@ class NoLog:
     def cut(self, size):
         """Nothing."""
 
+    def read(self):
+        """Nothing: an empty list."""
+        return []
+
 
 def say(text):
     """Print a line or several without tearing the progress bar."""
@@ -76,15 +102,25 @@ class Bar:
         self.stage = stage
         self.bar = tqdm(desc=stage.name, total=stage.steps, initial=done, disable=None if shown else True, unit="step",
                         mininterval=0.5)
+        self.done, self.began = done, time.monotonic()
 
-    def update(self, step, loss, tokens_per_second):
-        """Show that `step` steps of the stage are done; loss in nats."""
-        numbers = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+    def update(self, step, loss, lr, tokens_per_second, waited, utilisation=None):
+        """Show that `step` steps of the stage are done.
+
+        Args:
+          loss: nats; None = the update was left out. lr: largest learning rate of all groups.
+          waited: share of the step that went by waiting for data. utilisation: share of the GPU's peak, or None.
+        """
+        numbers = "update left out" if loss is None else f"loss {loss:.4f}, lr {lr:.2g}, {tokens_per_second:,.0f} tokens/s"
+        if utilisation is not None:
+            numbers += f", {utilisation:.0%} of peak"
+        numbers += f", {waited:.0%} waiting for data"
         self.bar.set_postfix_str(numbers, refresh=False)
         self.bar.update()
         every = max(1, self.stage.steps // PLAIN_LINES)
         if self.bar.disable and (step % every == 0 or step == self.stage.steps):
-            print(f"{self.stage.name} {step}/{self.stage.steps}: {numbers}", flush=True)
+            left = (self.stage.steps - step) * (time.monotonic() - self.began) / max(1, step - self.done)
+            print(f"{self.stage.name} {step}/{self.stage.steps}: {numbers}, {tqdm.format_interval(left)} left", flush=True)
 
     def close(self):
         """Leave the finished bar standing."""
@@ -121,11 +157,15 @@ def plot_curves(entries, path, seed):
     for stage in dict.fromkeys(entry["stage"] for entry in steps):
         mine = [entry for entry in steps if entry["stage"] == stage]
         top.plot([entry["step"] for entry in mine], [entry["loss"] for entry in mine], label=stage, linewidth=0.8)
+    asked = [entry for entry in entries if "held_out" in entry]
+    for name in dict.fromkeys(name for entry in asked for name in entry["held_out"]):
+        mine = [entry for entry in asked if name in entry["held_out"]]
+        top.plot([entry["step"] for entry in mine], [entry["held_out"][name] for entry in mine], ".--", label=f"held out: {name}")
     points = [entry for entry in entries if "measures" in entry]
     for name in dict.fromkeys(name for entry in points for name in entry["measures"]):
         mine = [entry for entry in points if name in entry["measures"]]
         bottom.plot([entry["step"] for entry in mine], [entry["measures"][name] for entry in mine], "o-", label=name)
-    top.set(yscale="log", ylabel="training loss (nats)", title=f"seed {seed}")
+    top.set(yscale="log", ylabel="loss (nats)", title=f"seed {seed}")
     bottom.set(ylabel="held-out accuracy (share)", xlabel="optimizer step of the whole run", ylim=(-0.02, 1.02))
     for axes in (top, bottom):
         if axes.lines:

@@ -59,6 +59,8 @@ class Run:
     finish: Callable              # (run) -> {key: value} for results.json
     report: Callable              # (run, results) -> list of lines printed last
     stage_templates: dict = field(default_factory=dict)  # stage name -> its own template instead of `template`
+    log: Callable | None = None   # (entry) -> None, is told every line of the log, see progress.py
+    held_out: bool = False        # one record in a hundred is never trained on, but asked, see held_out.py
     workers: int = 0              # processes that read and decode ahead; 0 = none
     max_damaged: float = 0.01     # share of the records that may be unusable and replaced by the next
     preprocessing: Preprocessing = CLIP  # mean and deviation of its pixels; size and fit are the stage's

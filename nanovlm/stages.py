@@ -30,6 +30,7 @@ AUGMENTATIONS = ("none", "crop", "crop_flip")
 SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
 OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("float32", "bfloat16")
+NON_FINITE = ("stop", "skip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +68,14 @@ class Stage:
     start_lr_factor: float = 0.1       # learning rate at step 0 / peak, when there is a warm-up
     end_lr_factor: float = 0.0         # learning rate / peak that the schedule falls towards
     precision: str = "float32"         # "bfloat16" = autocast of the forward pass; weights stay float32
+    non_finite: str = "stop"           # when a loss or gradient is no finite number: "stop", or "skip" the update
     summary: str = ""                  # sentence printed at the end; "{key}" becomes "43.0% → 98.5%" of that measure
 
     def __post_init__(self):
         for field, known in (("objective", TRAINABLE), ("image_fit", IMAGE_FITS),
                              ("augmentation", AUGMENTATIONS), ("schedule", SCHEDULES),
-                             ("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+                             ("optimizer", OPTIMIZERS), ("precision", PRECISIONS),
+                             ("non_finite", NON_FINITE)):
             value = getattr(self, field)
             if value not in known:
                 raise ValueError(f"stage {self.name!r}: {field} {value!r} is unknown.{nearest(value, known)}")

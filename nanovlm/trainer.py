@@ -34,7 +34,10 @@ from nanovlm.names import nearest
 from nanovlm.progress import Bar, Log, NoLog, measures_table, plot_curves, say
 from nanovlm.run import text_side
 from nanovlm.stages import Stage
-from nanovlm.update import TrainingError, gradient, preparation, reading, step
+from nanovlm.held_out import Training
+from nanovlm.guards import MOST_SKIPPED
+from nanovlm.update import NotFinite, TrainingError, gradient, preparation, reading, step
+from nanovlm.watching import Watch
 from nanovlm.wrapping import lay_out, whole
 
 
@@ -62,9 +65,11 @@ class Current:
     optimizers: list
     feed: Feed
     damage: DamageReport
+    watch: Watch
     report: Report = field(default_factory=Report)  # rows cut to max_tokens
     frozen: dict = field(default_factory=dict)  # tensor name -> digest at the start of the stage
     step: int = 0  # updates of this stage that are done
+    skipped: int = 0  # of them, the last ones, without a step, as the loss or gradient was not finite
 
 
 def digests(tensors):
@@ -94,7 +99,7 @@ class Trainer:
         self.run = run
         self.processes = run.processes
         self.stop = stop
-        self.log = Log(run.out / "log.jsonl") if run.processes.main else NoLog()
+        self.log = Log(run.out / "log.jsonl", run.log) if run.processes.main else NoLog()
         self.writer = checkpoint.Writer(run.background)
         self.step = 0  # updates of the whole run that are done
         self.starts = dict.fromkeys(run.sources, 0)  # records that finished stages have read
@@ -156,13 +161,14 @@ class Trainer:
         if stage.copy_vision_branch:
             run.model.copy_vision_branch()
         parts = run.parts()
-        sources = {name: Later(augmented(run.sources[name], stage.augmentation, run.seed), self.starts[name])
-                   for name in stage.mixture}
+        chosen = {name: Training(run.sources[name]) if run.held_out else run.sources[name] for name in stage.mixture}
+        sources = {name: Later(augmented(source, stage.augmentation, run.seed), self.starts[name])
+                   for name, source in chosen.items()}
         prepare = preparation(run, stage)
         plan = Plan(Mixture(sources, stage.mixture), stage.batch_size, stage.steps, stage.group, prepare.length, run.seed)
         damage = DamageReport(run.out / "damaged.jsonl", stage.name, self.step, run.max_damaged)
         feed = Feed(plan, prepare, self.processes.rank, self.processes.size, run.workers)
-        current = Current(index, stage, optimizer.build(parts, stage), feed, damage)
+        current = Current(index, stage, optimizer.build(parts, stage), feed, damage, Watch(self, stage))
         if saved:
             self.restore(current, *saved)
         else:
@@ -187,7 +193,7 @@ class Trainer:
         moved = [name for name, digest in current.frozen.items() if now[name] != digest]
         if moved:
             raise TrainingError(f"stage {stage.name}: frozen tensors have moved: {', '.join(moved)}")
-        say(f"stage {stage.name}: none of the {len(now)} frozen tensors has moved")
+        say("\n".join([*current.watch.report(), f"stage {stage.name}: none of the {len(now)} frozen tensors has moved"]))
         report = self.processes.sum_up(current.report)
         if report.truncated_rows:
             say(f"stage {stage.name}: {report.truncated_rows:,} of {report.rows:,} rows were cut to "
@@ -216,22 +222,23 @@ class Trainer:
         try:
             records = self.read(current)
             loss, norm, tokens = gradient(run, stage, records, parameters, current.report)
+            current.skipped = 0
         except Exception as error:
-            if self.processes.size == 1 or isinstance(error, TrainingError):  # which all processes raise together
-                self.save(current, *boundary)  # nothing has moved since the last update
-            if isinstance(error, TrainingError):
-                raise TrainingError(f"stage {stage.name}, step {current.step + 1} of {stage.steps}: {error}") from error
-            raise
-        optimizer.set_lr(current.optimizers, optimizer.lr_factor(current.step, stage))
-        step(current.optimizers)
+            if self.may_skip(current, error):
+                loss, norm, tokens = None, 0.0, 0
+            else:
+                if self.processes.size == 1 or isinstance(error, TrainingError):  # which all processes raise together
+                    self.save(current, *boundary)  # nothing has moved since the last update
+                if isinstance(error, TrainingError):
+                    raise TrainingError(f"stage {stage.name}, step {current.step + 1} of {stage.steps}: {error}") from error
+                raise
+        if loss is not None:
+            optimizer.set_lr(current.optimizers, optimizer.lr_factor(current.step, stage))
+            step(current.optimizers)
         current.step += 1
         self.step += 1
-        rate = tokens / (time.monotonic() - began)
-        lr = max(group["lr"] for one in current.optimizers for group in one.param_groups)
-        self.log.write(stage=stage.name, step=self.step, loss=loss, lr=lr, gradient_norm=norm,
-                       tokens_per_second=round(rate), data_seconds=round(current.feed.waited, 4),
-                       seconds=round(self.seconds(), 3))
-        bar.update(current.step, loss, rate)
+        self.tell(current, bar, records if loss is not None else [], loss, norm, tokens, time.monotonic() - began)
+        current.watch.after_step(self.step, norm, current.step == stage.steps)
         if self.step % run.exam_every == 0 and stage.objective == "language":
             self.exam(stage)
         if run.max_minutes is not None and time.monotonic() - self.began >= 60 * run.max_minutes:
@@ -242,14 +249,39 @@ class Trainer:
         if stop:
             raise stop
 
+    def may_skip(self, current, error):
+        """Whether an update is left out because of an error; then it is written down."""
+        if not isinstance(error, NotFinite) or current.stage.non_finite == "stop" or current.skipped == MOST_SKIPPED:
+            return False
+        current.skipped += 1
+        self.log.write(stage=current.stage.name, step=self.step + 1, skipped=str(error))
+        say(f"stage {current.stage.name}, step {current.step + 1}: the update is left out: {error}")
+        return True
+
+    def tell(self, current, bar, records, loss, norm, tokens, seconds):
+        """Log a step and show it. records: this process's; loss: None for one that was left out; seconds: it took."""
+        lr = max(group["lr"] for one in current.optimizers for group in one.param_groups)
+        waited, used = current.feed.waited, current.watch.utilisation(records, tokens, seconds)
+        if loss is not None:
+            more = {} if used is None else {"utilisation": round(used, 4)}
+            limit = current.watch.spikes(loss)
+            if limit is not None:
+                more["spike"] = round(limit, 4)
+                say(f"stage {current.stage.name}, step {current.step}: the loss jumped to {loss:.4f}, above {limit:.4f}")
+            self.log.write(stage=current.stage.name, step=self.step, loss=loss, lr=lr, gradient_norm=norm,
+                           tokens_per_second=round(tokens / seconds), data_seconds=round(waited, 4),
+                           seconds=round(self.seconds(), 3), **more)
+        bar.update(current.step, loss, lr, tokens / seconds, min(1.0, waited / seconds), used)
+
     def save(self, current, feed, random):
         """Write a checkpoint of the present weights; feed and random: their states after the last update."""
         run = self.run
         tensors = {"model": run.model.state_dict(), "text_tower": text_side(run.contrastive), "random": random,
-                   "optimizer": checkpoint.optimizer_tensors(current.optimizers)}
+                   "optimizer": checkpoint.optimizer_tensors(current.optimizers),
+                   "movement": current.watch.movement.start}
         state = {"identity": run.identity, "stage": current.index, "stage_step": current.step, "step": self.step,
                  "starts": self.starts, "feed": feed, "report": asdict(self.processes.sum_up(current.report)),
-                 "frozen": current.frozen, "measures": self.measures, "answers": self.answers,
+                 "frozen": current.frozen, "skipped": current.skipped, "measures": self.measures, "answers": self.answers,
                  "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(), "log_bytes": self.log.size(),
                  "processes": self.processes.size, "image_size": run.model.vision.image_size}
         self.writer.save(run.out, self.step, tensors, state, self.processes, run.keep)
@@ -268,7 +300,8 @@ class Trainer:
             torch.cuda.set_rng_state(tensors["random"]["cuda"], run.device)
         current.feed.load_state(state["feed"])
         current.report = Report(**state["report"]) if self.processes.main else Report()
-        current.frozen, current.step = state["frozen"], state["stage_step"]
+        current.frozen, current.step, current.skipped = state["frozen"], state["stage_step"], state["skipped"]
+        current.watch.movement.start = tensors["movement"]
 
     @contextlib.contextmanager
     def looking(self):

@@ -14,12 +14,17 @@ from torch.distributed.tensor import DTensor
 
 from nanovlm.data.batching import Report, build_batch, contrastive_batch
 from nanovlm.data.prepare import Preparation
+from nanovlm.guards import gradient_origin, loss_origin
 from nanovlm.steps import no_rows, with_blank_picture
 from nanovlm.wrapping import add_up_scalars, last
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names stage, step and records."""
+
+
+class NotFinite(TrainingError):
+    """A loss or a gradient is no finite number: a step with it would spoil every weight."""
 
 
 @contextlib.contextmanager
@@ -121,7 +126,7 @@ def gradient(run, stage, records, parameters, report):
     for parameter in reached:  # only now is it known how many tokens the whole update trains
         parameter.grad /= divisor
     norm = total_norm([parameter.grad for parameter in reached])
-    check_finite(norm, "gradient's norm", records)
+    check_finite(norm, "gradient's norm", records, lambda: gradient_origin(run))
     if stage.clip is not None:
         for group in by_sharding(reached):
             torch.nn.utils.clip_grads_with_norm_(group, stage.clip, norm)
@@ -160,7 +165,7 @@ def one_after_another(run, stage, records, report, backward, size=None):
             with torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"):
                 loss, trained, count = LOSSES[stage.objective](run, stage, batch)
             try:
-                check_finite(loss, "loss", part)
+                check_finite(loss, "loss", part, lambda: loss_origin(run, stage, batch))
             except TrainingError as error:
                 if processes.size == 1:
                     raise
@@ -247,7 +252,7 @@ def contrastive_by_threads(run, stage, records, parameters, report, num_threads)
         leaves = [one.detach().requires_grad_() for one in features]
         with autocast():
             loss = model.match(torch.cat(leaves), model.embed_texts(ids, lengths), right)
-        check_finite(loss, "loss", records)
+        check_finite(loss, "loss", records, lambda: loss_origin(run, stage, (pixels, ids, lengths, right)))
         gradients = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
         add_gradients(parameters, gradients[len(leaves):])
         for gradients in pool.map(backward, features, gradients[:len(leaves)]):
@@ -269,7 +274,7 @@ def step(optimizers):
         torch.set_num_threads(before)
 
 
-def check_finite(value, what, records):
-    """Raise TrainingError unless a loss or a norm, float[], is a finite number."""
+def check_finite(value, what, records, origin):
+    """Raise NotFinite unless a loss or a norm, float[], is a finite number; origin() says where it arose: str."""
     if not math.isfinite(value.item()):
-        raise TrainingError(f"the {what} is {value.item()}; records: {', '.join(record.id for record in records)}")
+        raise NotFinite(f"the {what} is {value.item()}; records: {', '.join(record.id for record in records)}{origin()}")

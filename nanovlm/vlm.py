@@ -224,12 +224,14 @@ class VLM(nn.Module):
         Returns: {part: {name: parameter}} over PARTS; every parameter lies in exactly one part.
         """
         parts = {part: {} for part in PARTS}
-        vision_branch = tuple(
-            f"{name}.vision." for name, module in self.named_modules() if isinstance(module, ModalityAdaptive)
-        )
+        vision_branches = self.vision_branches()
         for name, parameter in self.named_parameters():
-            parts[part_of(name, vision_branch)][name] = parameter
+            parts[part_of(name, vision_branches)][name] = parameter
         return parts
+
+    def vision_branches(self):
+        """Prefixes of the names of all image copies: tuple of str."""
+        return tuple(f"{name}.vision." for name, module in self.named_modules() if isinstance(module, ModalityAdaptive))
 
 
 def check_counts(is_image, placed):

@@ -16,7 +16,7 @@ def test_what_a_stage_is_unless_it_says_otherwise():
         "copy_vision_branch": False, "optimizer": "adamw", "muon_factor": 5.0, "momentum": 0.95, "betas": (0.9, 0.95),
         "eps": 1e-8, "weight_decay": 0.0, "layer_decay": {}, "clip": 1.0, "schedule": "trapezoid", "decay_share": 0.4,
         "warmup_steps": 0, "start_lr_factor": 0.1, "end_lr_factor": 0.0, "precision": "float32", "summary": "",
-            "augmentation": "none", "group": 1, "packing": False}
+            "non_finite": "stop", "augmentation": "none", "group": 1, "packing": False}
 
 
 def changed(**values):
@@ -41,7 +41,7 @@ def test_limits_are_allowed(values):
     ({"image_fit": "corp"}, "Did you mean 'crop'"),
     ({"schedule": "cosin"}, "Did you mean 'cosine'"),
     ({"optimizer": "adam"}, "Did you mean 'adamw'"),
-    ({"precision": "bfloat"}, "Did you mean 'bfloat16'"),
+    ({"non_finite": "stpo"}, "Did you mean 'stop'"), ({"precision": "bfloat"}, "Did you mean 'bfloat16'"),
     ({"learning_rates": {"brigde": 1.0}}, "learning_rates names an unknown part 'brigde'. Did you mean 'bridge'"),
     ({"layer_decay": {"visoin": 0.5}}, "layer_decay names an unknown part 'visoin'. Did you mean 'vision'"),
     ({"learning_rates": {"text_tower": 1.0}}, "language loss does not reach 'text_tower'"),

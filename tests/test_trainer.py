@@ -236,7 +236,8 @@ def test_the_bar_follows_and_is_left_behind(tmp_path, monkeypatch):
             assert shown
             seen.append((stage.name, done))
 
-        def update(self, step, loss, rate):
+        def update(self, step, loss, lr, rate, waited, utilisation):
+            assert loss > 0 and lr > 0 and rate > 0 and 0 <= waited <= 1 and utilisation is None  # on a CPU
             seen.append(step)
 
         def close(self):
@@ -668,13 +669,14 @@ def test_pictures_and_plain_text_run_apart():
 
 def test_a_loss_that_is_not_finite_names_the_records(run):
     run.model.decoder.norm.weight.data[0] = float("nan")
-    with pytest.raises(TrainingError, match="the loss is nan; records: square-4$"):
+    with pytest.raises(TrainingError, match="the loss is nan; records: square-4; a weight of the part language_model is not "
+                       "finite itself: decoder.norm.weight$"):
         gradients(run, language(micro_batch_size=4), RECORDS[4:])
 
 
 def test_a_gradient_that_is_not_finite_names_the_records(run):
     run.model.decoder.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(TrainingError, match="the gradient's norm is .*; records: square-0, square-1$"):
+    with pytest.raises(TrainingError, match="the gradient's norm is .*; records: square-0, square-1; it arose in the part language_model, at decoder.norm.weight$"):
         gradients(run, language(), RECORDS[:2])
 
 

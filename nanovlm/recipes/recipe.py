@@ -65,6 +65,7 @@ class Recipe:
     stage_templates: dict[str, Template] = field(default_factory=dict)  # stage -> its own template instead
     preprocessing: Preprocessing = CLIP  # its mean and deviation; size and fit are the stage's
     prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # data set -> ways to ask, see data/datasets.py
+    log: Callable | None = None         # (entry) -> None, is told every line of the log, see progress.py
     expected: dict[str, Expected] = field(default_factory=dict)  # stage -> what it costs
     weights: tuple[str, ...] = ()       # files to start from, which --init FOLDER unites
 

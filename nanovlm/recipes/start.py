@@ -209,7 +209,8 @@ def make_run(recipe, wishes, out, processes=Processes()):
                smoke=wishes.smoke, save_every=recipe.save_every, exam_every=recipe.exam_every,
                max_minutes=wishes.max_minutes, workers=wishes.workers, max_damaged=wishes.max_damaged,
                evaluate=recipe.evaluate, exam=recipe.exam, finish=recipe.finish, report=recipe.report,
-               stage_templates=recipe.stage_templates, preprocessing=recipe.preprocessing,
+               stage_templates=recipe.stage_templates,
+               log=recipe.log, held_out=recipe.published is not None, preprocessing=recipe.preprocessing,
                processes=processes, skeleton=skeleton)
 
 
