@@ -91,6 +91,14 @@ def test_image_folder_is_the_files_own_unless_given(folder):
         LlavaJson(path)
 
 
+def test_images_with_and_without_their_folders(folder):
+    (folder / "c").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "c" / "a.png")
+    for image, place in (("coco/train2017/a.png", "a.png"), ("sub/b.png", "sub/b.png"), ("c/a.png", "c/a.png")):
+        found = only(folder, {"id": "x", "image": image, "conversations": said("<image>", "a")})
+        assert found.visuals[0].key == str(folder / place)
+
+
 def test_names(folder):
     path = write(folder, [{"id": "x", "conversations": said("q", "a")}], "animals.v2.json")
     assert LlavaJson(path).name == "animals.v2"

@@ -9,8 +9,6 @@ that a conversion that was killed leaves nothing that looks finished. Every item
 it is written; one that training would refuse is skipped and reported.
 """
 
-import base64
-import binascii
 import functools
 import hashlib
 import io
@@ -51,11 +49,7 @@ class Store:
 
         Raises: ValueError if it is no base64 or no picture.
         """
-        encoded = text.partition(",")[2] if text.startswith("data:") else text
-        try:
-            content = base64.b64decode("".join(encoded.split()), validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"no base64 ({error})") from error
+        content = images.from_base64(text)
         try:
             with Image.open(io.BytesIO(content)) as image:
                 ending = ENDINGS.get(image.format)

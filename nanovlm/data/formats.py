@@ -119,6 +119,8 @@ def mimic_it(job):
     """
     if job.images is None:
         raise ValueError(f"{job.source}: MIMIC-IT's pictures stand in a second file; name it with --images")
+    if job.images.suffix == ".parquet":
+        raise ValueError(f"{job.images}: of MIMIC-IT's pictures the .json is read, not the .parquet; write it as id -> base64")
     pictures, places = {}, {}
     for element in elements(job.images):
         try:

@@ -6,6 +6,8 @@ Preprocessing as in CLIP (arXiv:2103.00020): bicubic, then the mean and standard
     C channels, S side of the square in pixels, F frames
 """
 
+import base64
+import binascii
 import contextlib
 import io
 import os
@@ -62,6 +64,18 @@ def load(source, max_pixels=MAX_PIXELS):
         return _upright_rgb(source, "picture in memory")
     with opened(source, max_pixels) as image:
         return _upright_rgb(image, source)
+
+
+def from_base64(text):
+    """The bytes of a picture in base64, perhaps behind "data:image/…;base64," and broken into lines.
+
+    Raises: ImageError if it is no base64.
+    """
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"no base64 ({error})") from error
 
 
 @contextlib.contextmanager

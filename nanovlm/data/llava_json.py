@@ -78,7 +78,12 @@ class LlavaJson:
         return drawn(self._record(item, where), (self.seed, n))
 
     def _record(self, item, where):
-        return record_of(item, where, self.clip, lambda name: str(self.folder / name))
+        return record_of(item, where, self.clip, self._locate)
+
+    def _locate(self, name):
+        """The path of a picture or film; items name it with folders that may not be there: str."""
+        path, bare = self.folder / name, self.folder / Path(name).name
+        return str(bare if bare != path and not path.exists() and bare.exists() else path)
 
 
 def clip_for(num_frames, sampling):

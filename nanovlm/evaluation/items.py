@@ -1,7 +1,5 @@
 """What a benchmark asks: items, read from files whose records may be broken and whose pictures may be missing."""
 
-import base64
-import binascii
 import gzip
 import io
 import json
@@ -11,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from nanovlm.data import images
+from nanovlm.data.json_files import unique_keys
 
 
 @dataclass(frozen=True)
@@ -22,11 +21,8 @@ class Encoded:
     def open(self):
         """The picture: PIL.Image.Image. Raises: images.ImageError."""
         try:
-            data = base64.b64decode(
-                self.text.partition(",")[2] if self.text.startswith("data:") else self.text, validate=True
-            )
-            return images.load(Image.open(io.BytesIO(data)))
-        except (binascii.Error, OSError) as error:
+            return images.load(Image.open(io.BytesIO(images.from_base64(self.text))))
+        except (images.ImageError, OSError) as error:
             raise images.ImageError(f"a picture in base64 cannot be read: {error}") from error
 
 
@@ -90,15 +86,6 @@ def read_text(path):
         return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path}: no readable text ({error})") from error
-
-
-def unique_keys(pairs):
-    """An object whose keys all differ: dict. Raises: ValueError for a repeated key, whose first value would be lost."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-    return found
 
 
 def read_json(path):
