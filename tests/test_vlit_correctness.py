@@ -53,6 +53,10 @@ KITCHEN = Facts(
         (KITCHEN, "Do you see any wine glasses?", "No.", True),
         (KITCHEN, "Can you see a phone in the picture?", "Yes, I can.", False),
         (KITCHEN, "Is there a cup?", "It is on the table.", None),
+        (KITCHEN, "Are there two people?", "Yes.", True),
+        (KITCHEN, "Are there three people?", "No, there are two people.", True),
+        (KITCHEN, "Are there three people?", "Yes.", False),
+        (KITCHEN, "Is there one person?", "No.", None),  # one of the two is one, and is not all
         (KITCHEN, "How many people are there?", "There are two people.", True),
         (KITCHEN, "How many people are visible in the image?", "Three of them.", False),
         (KITCHEN, "How many dogs are there?", "None.", True),

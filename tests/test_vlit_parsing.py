@@ -23,6 +23,7 @@ def test_repeated_keys_are_all_kept():
         ('[{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b."}]', ONE, ()),
         ('{"User": "a?\nreally", "AI": "b."}', (("user", "a?\nreally"), ("assistant", "b.")), ()),
         ('{"User": "a?", "AI": 2}', (("user", "a?"), ("assistant", "2")), ()),
+        ('{"User": "a?", "AI": true}', (("user", "a?"), ("assistant", "Yes")), ()),
         ('{"User": "a?", "AI": "b.",}', ONE, ("malformed",)),
         ('{"User": "a?", "AI": "b." "User": "c?", "AI": "d."}', TWO, ("malformed",)),
         ('[{"User": "a?" "AI": "b."}, {"User": "c?", "AI": "d."}]', TWO, ("malformed",)),

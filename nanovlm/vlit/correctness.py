@@ -148,7 +148,11 @@ def _existence(question, answer, facts):
     things = facts.find(re.sub(SEEN, "", found[1]))
     if things is None:
         return None
-    there = bool(things) or any(name in tokens(found[1]) for name in facts.crowds)
+    crowd = any(name in tokens(found[1]) for name in facts.crowds)
+    there = bool(things) or crowd
+    wanted = number(found[1].split(" ")[0])
+    if wanted is not None:  # "are there two dogs": of three, two are there as well, so nothing is said
+        return None if crowd or found["more"] or len(things) > wanted else said == (len(things) == wanted)
     if found["more"] and (there or not said):  # "on the table": that something is there does not say that it is on it
         return None if there else True
     return said == there
