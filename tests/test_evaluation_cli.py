@@ -16,6 +16,7 @@ from nanovlm.evaluation.items import Item
 from nanovlm.evaluation.prediction_file import PredictionFile
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.sampler import Decoding
+from nanovlm.vlit.generators import GeneratorError, Refused
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,39 @@ def test_judgements_now_later_and_by_a_model(start, tmp_path):
     said.write_text('{"id": "0"}\n')
     assert "no object with id and judgement" in start("open_vqa", "--judgements", str(said)).err
     assert "no such file" in start("open_vqa", "--judgements", "nowhere").err
+
+
+class Server:
+    """Stands for an endpoint: refuses the second question, breaks down at a call that is told."""
+
+    workers, calls, breaks_at = 2, 0, 0
+
+    def __init__(self, name):
+        assert name == "gpt-x"
+
+    def generate(self, chats, *, n, temperature, max_tokens, seed, stop):
+        Server.calls += 1
+        ((role, prompt),) = chats[0].messages
+        assert (role, n, temperature) == ("user", 1, 0.0) and 'imply the answer "red"' in prompt
+        if Server.calls == Server.breaks_at:
+            raise GeneratorError("the server is gone")
+        if "second" in prompt:
+            raise Refused("too long")
+        return [["Yes."]]
+
+
+def test_an_endpoint_judges_and_one_that_fails_leaves_a_run_that_goes_on(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "OpenAICompatible", Server)
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    lines = [{"index": n, "question": q, "answer": ["red"], "image": "a.png"} for n, q in enumerate(("first?", "second?", "third?"))]
+    (tmp_path / "Open_VQA_images.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Server.breaks_at = 3
+    broken = start("open_vqa", "--judge-endpoint", "gpt-x", "--batch-size", "2")
+    assert broken.code == 2 and "the server is gone" in broken.err
+    done = start("open_vqa", "--judge-endpoint", "gpt-x", "--batch-size", "2")
+    assert done.code == 0 and Server.calls == 4  # what was judged is not judged again
+    scores = json.loads((done.folder / "report.json").read_text())["scores"]
+    assert (scores["all"], scores["judged"], scores["unparsed"]) == (pytest.approx(2 / 3), 3, 1)
 
 
 def test_submission_files(start, tmp_path):

@@ -22,9 +22,10 @@ import torch
 
 from nanovlm import recipes
 from nanovlm.evaluation import ablate, attention_shares, paired, pairwise, protocols
-from nanovlm.evaluation.runner import Wishes, local_judge, run
+from nanovlm.evaluation.runner import Wishes, generator_judge, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.names import nearest
+from nanovlm.vlit.endpoint import OpenAICompatible
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
@@ -66,12 +67,7 @@ def make_parser():
     parser.add_argument(
         "--unrelated-image", default="", metavar="PATH", help="show it with every question that has no picture"
     )
-    parser.add_argument("--judge", metavar="FOLDER", help="a model that judges free answers")
-    parser.add_argument(
-        "--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere'
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    add_judge_flags(parser)
     return parser
 
 
@@ -88,8 +84,10 @@ def parse(arguments):
         parser.error(f"unknown task {wishes.task!r}.{nearest(wishes.task, TASKS)}")
     if wishes.model is None:
         parser.error("--model is needed: the folder of the model to measure")
-    if wishes.judge and TASKS[wishes.task].protocol is not protocols.judged:
+    if (wishes.judge or wishes.judge_endpoint) and TASKS[wishes.task].protocol is not protocols.judged:
         parser.error(f"--judge: answers of {wishes.task} are not judged")
+    if wishes.judge and wishes.judge_endpoint:
+        parser.error("--judge and --judge-endpoint: one of them judges")
     for name, least in (("shots", 0), ("limit", 1), ("batch_size", 1), ("num_frames", 1)):
         if vars(wishes)[name] is not None and vars(wishes)[name] < least:
             parser.error(f"--{name.replace('_', '-')} is {vars(wishes)[name]}; it must be {least} or more")
@@ -110,13 +108,8 @@ def rank_parser():
     parser.add_argument(
         "--marks", nargs="+", metavar="FILE.csv", help="filled sheets: mean marks, and what breaks the rules"
     )
-    parser.add_argument("--judge", metavar="FOLDER", help="a model that says which answer is better")
-    parser.add_argument(
-        "--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere'
-    )
     parser.add_argument("--seed", type=int, default=0, help="of shuffles and bootstrap")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    add_judge_flags(parser)
     return parser
 
 
@@ -142,13 +135,24 @@ def rank(wishes):
     return pairwise.rank(wishes.folders, judge, wishes.judgements, wishes.out, seed=wishes.seed)
 
 
-def open_judge(wishes):
-    """The judge of --judge, or None."""
-    return (
-        local_judge(recipes.load(wishes.judge, dtype=DTYPES[wishes.dtype], device=wishes.device))
-        if wishes.judge
-        else None
+def add_judge_flags(parser):
+    """Who judges, and how models are held."""
+    parser.add_argument("--judge", metavar="FOLDER", help="a model of this project, or a published one, that judges")
+    parser.add_argument(
+        "--judge-endpoint", metavar="NAME", help="a model behind $OPENAI_BASE_URL, any server of OpenAI's chat completions"
     )
+    parser.add_argument(
+        "--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere'
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+
+
+def open_judge(wishes):
+    """The judge of --judge or --judge-endpoint, or None."""
+    if wishes.judge:
+        return local_judge(recipes.load(wishes.judge, dtype=DTYPES[wishes.dtype], device=wishes.device))
+    return generator_judge(OpenAICompatible(wishes.judge_endpoint)) if wishes.judge_endpoint else None
 
 
 def listing():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from nanovlm.evaluation.prediction_file import PredictionFile
 from nanovlm.evaluation.speaker import Asked, Speaker
 from nanovlm.names import nearest
 from nanovlm.sampler import Decoding
+from nanovlm.vlit.generators import Chat, Refused
 from nanovlm.vlm import VLM
 
 JUDGE_TOKENS = 32  # a verdict, or a verdict and a mark
@@ -196,6 +198,26 @@ def judge_answers(predictions, task, judge, path, wishes):
     lines = [json.dumps({"id": one["id"], "prompt": one["judge_prompt"]}) + "\n" for one in waiting]
     (path.parent / "judge_prompts.jsonl").write_text("".join(lines))
     return found
+
+
+def generator_judge(generator):
+    """Any generator of vlit/generators.py as the judge: function list of prompts -> list of texts, at temperature 0.
+
+    A prompt that it refuses gets no words, which no parser reads: it is counted as unparsed.
+    """
+
+    def ask(prompt):
+        chat = Chat((("user", prompt),))
+        try:
+            return generator.generate([chat], n=1, temperature=0.0, max_tokens=JUDGE_TOKENS, seed=0, stop=())[0][0]
+        except Refused:
+            return ""
+
+    def judge(prompts):
+        with ThreadPoolExecutor(generator.workers) as pool:
+            return list(pool.map(ask, prompts))
+
+    return judge
 
 
 def local_judge(loaded):
