@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +188,22 @@ def test_workers_end_with_the_feed_and_leave_signals_to_the_trainer():
     feed.close()
     assert not children() & workers
     feed.close()
+
+
+ABANDONED = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_feed import Broken, Source, make, taken
+feed = make(prepare=Broken(), workers=2, steps=10_000)
+taken(feed)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_that_fails_does_not_wait_for_its_workers():
+    done = subprocess.run([sys.executable, "-c", ABANDONED.format(tests=os.path.dirname(__file__))], capture_output=True,
+                          text=True, timeout=120, cwd=Path(__file__).parent.parent)  # fmt: skip
+    assert done.returncode == 1 and "TypeError" in done.stderr and "what the worker says" in done.stderr
 
 
 def test_the_report_names_each_and_forgets_what_is_done_again(tmp_path):

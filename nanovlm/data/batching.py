@@ -61,7 +61,8 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
             seen = [record.visuals[image[0]] for image in rows[-1].images]
             pictures.append([visuals.setdefault(visual.key, (len(visuals), visual))[0] for visual in seen])
     documents = packed([len(row.ids) for row in rows], max_tokens) if pack else [[n] for n in range(len(rows))]
-    ids, labels, segments, positions = _pad([[rows[n] for n in row] for row in documents], max_tokens, pad_to, tokenizer.pad)
+    placed = [[rows[n] for n in row] for row in documents]
+    ids, labels, segments, positions = _pad(placed, max_tokens, pad_to, tokenizer.pad)
     visuals = [visual for _, visual in visuals.values()]
     return Batch(
         ids=ids,

@@ -124,7 +124,8 @@ def convert(kind, job, out, samples_per_shard=None):
         else:
             count = write_shards(halves[0], out.name, items, samples_per_shard)
     if not count:
-        raise ValueError("\n".join([f"{job.source}: no item could be made of it as {kind}; see {report_path}", *report.lines()]))
+        none = f"{job.source}: no item could be made of it as {kind}; see {report_path}"
+        raise ValueError("\n".join([none, *report.lines()]))
     if halves[1].exists() and samples_per_shard is None:
         os.replace(halves[1], pictures)
     shutil.rmtree(halves[1], ignore_errors=True)

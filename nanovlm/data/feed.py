@@ -11,6 +11,7 @@ and on how many processes an update is spread change nothing of it, and a resume
 import itertools
 import signal
 import time
+import weakref
 from collections import deque
 
 import numpy
@@ -111,7 +112,7 @@ class Feed:
         self.reader, self.workers, self.prefetch = Reader(plan.mixture.sources, prepare), workers, prefetch
         self.planned = deque()  # states behind the updates that are planned and not yet taken
         self.after = plan.state()
-        self.items = None
+        self.items = self.end = None  # what the DataLoader gives, and how its workers end
         self.waited, self.damaged = 0.0, []
 
     def next(self):
@@ -123,11 +124,14 @@ class Feed:
         began, self.damaged, records = time.monotonic(), [], []
         if self.items is None:
             self.items = iter(self._loader())
+            if self.workers:
+                self.end = weakref.finalize(self, end_workers, self.items)  # also at the program's exit
         for record, damaged in itertools.islice(self.items, self.share):
             self.damaged += damaged
             if record is None:
                 last = damaged[-1]
-                raise ValueError(f"source {last.source!r}: {MAX_IN_A_ROW} records in a row are damaged; the last: {last.error}")
+                row = f"{MAX_IN_A_ROW} records in a row are damaged"
+                raise ValueError(f"source {last.source!r}: {row}; the last: {last.error}")
             records.append(record)
         self.after = self.planned.popleft()
         self.waited = time.monotonic() - began
@@ -160,6 +164,8 @@ class Feed:
 
     def close(self):
         """End the workers."""
+        if self.end is not None:
+            self.end()
         self.items = None
 
 
@@ -172,3 +178,14 @@ def leave_signals(worker):
     """In a worker: Ctrl-C and SIGTERM, which reach all processes of a group, are the trainer's to answer."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers(items):
+    """End the workers of a DataLoader's iterator: they are asked, and killed if they do not listen within seconds.
+
+    torch itself would wait for them, or send a SIGTERM, which they leave to the trainer.
+    """
+    items._shutdown_workers()
+    for worker in items._workers:
+        if worker.is_alive():
+            worker.kill()

@@ -186,13 +186,15 @@ def first_of(record, names, where):
 def m3it_item(element, job):
     """One record of M3IT."""
     one, where = element.value, element.where
-    words = [text_field(one, "instruction", where), field(one, first_of(one, ("inputs", "input"), where), str, where).strip()]
+    given = field(one, first_of(one, ("inputs", "input"), where), str, where).strip()
+    words = [text_field(one, "instruction", where), given]
     answer = text_field(one, first_of(one, ("outputs", "output"), where), where)
     encoded = field(one, first_of(one, ("image_base64_str", "image", "img_str"), where), (str, list), where)
     encoded = [encoded] if isinstance(encoded, str) else encoded
     images = [job.store(field({"picture": text}, "picture", str, where)) for text in encoded]
     question = shown("\n".join(filter(None, words)), len(images))
-    return [{"id": one.get("id", element.where), "conversations": exchange(question, answer)} | ({"image": images} if images else {})]
+    item = {"id": one.get("id", element.where), "conversations": exchange(question, answer)}
+    return [item | ({"image": images} if images else {})]
 
 
 def minigpt4(job):

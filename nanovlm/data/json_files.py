@@ -24,9 +24,9 @@ PACKED = b"\x1f\x8b"  # how gzip's files begin
 class Element:
     """One record of a file.
 
-    where: "FILE, line N", in a list with ", item N", for messages. key: its name, of a member of an object. value: what it holds, or the
-      ValueError that says why it cannot be read (lines of JSON alone go on behind a broken record).
-    start, stop: its bytes in the (unpacked) file.
+    where: "FILE, line N", in a list with ", item N", for messages.
+    value: what it holds, or the ValueError that says why it cannot be read (only lines go on behind a broken one).
+    start, stop: its bytes in the (unpacked) file. key: its name, of a member of an object.
     """
 
     where: str
@@ -227,7 +227,7 @@ def records(path):
     """
     with Scanner(path) as scanner:
         first = scanner.peek()
-        while not scanner.ended and "\n" not in scanner.text[scanner.place :] and len(scanner.text) < LARGEST:
+        while first == "{" and not scanner.ended and "\n" not in scanner.text[scanner.place :] and len(scanner.text) < LARGEST:
             scanner.more()
         line = scanner.text[scanner.place :].partition("\n")[0]
     if first == "[":

@@ -193,7 +193,8 @@ class ShardWriter:
         """
         if self.written % self.samples_per_shard == 0:
             self._close()
-            self.tar = tarfile.open(self.folder / f"{self.name}-{len(self.index):06d}.tar", "w", format=tarfile.USTAR_FORMAT)
+            path = self.folder / f"{self.name}-{len(self.index):06d}.tar"
+            self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
         names = [f"{n}.{ending}" for n, (ending, _) in enumerate(pictures)]
         item = {key: value for key, value in item.items() if key != "image"} | ({"image": names} if names else {})
         contents = [("json", json.dumps(item, ensure_ascii=False).encode()),
