@@ -11,19 +11,19 @@ questions about pictures of one object. Two tables in one:
     python notebooks/ablation_04.py        writes notebooks/ablation_04.csv
 """
 
-import csv
 import functools
-import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
+import ablation_table
 import torch
+from ablation_table import write
 
 from nanovlm import optimizer
 from nanovlm.abstractor import Abstractor
@@ -266,26 +266,9 @@ def run(seeds, settings, arms=ARMS):
             yield run_arm(arm, starts[arm.tower], seed, settings)[1]
 
 
-def write(results, path, note):
-    """Write results as CSV under a first line that says how they came about."""
-    partial = path.with_suffix(".tmp")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        file.write(f"# {note}\n")
-        writer = csv.DictWriter(file, [field.name for field in fields(results[0])], lineterminator="\n")
-        writer.writeheader()
-        for result in results:
-            writer.writerow({name: round(v, 4) if isinstance(v, float) else v for name, v in asdict(result).items()})
-    os.replace(partial, path)
-
-
 def read(path=CSV_PATH):
     """(note, list of Result) of a written table."""
-    kinds = {bool: lambda text: {"True": True, "False": False}[text]}
-    with open(path, encoding="utf-8", newline="") as file:
-        note = file.readline().removeprefix("# ").strip()
-        rows_read = list(csv.DictReader(file))
-    convert = {field.name: kinds.get(field.type, field.type) for field in fields(Result)}
-    return note, [Result(**{name: convert[name](row[name]) for name in convert}) for row in rows_read]
+    return ablation_table.read(path, Result)
 
 
 if __name__ == "__main__":

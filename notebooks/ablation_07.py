@@ -7,19 +7,19 @@ both modalities or kept separate; what trains is either these alone, or the whol
     python notebooks/ablation_07.py        writes notebooks/ablation_07.csv
 """
 
-import csv
-import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
+import ablation_table
 import torch
 import torch.nn.functional as F
+from ablation_table import write
 
 from nanovlm import optimizer
 from nanovlm.data.batching import build_batch
@@ -217,24 +217,9 @@ def run(seeds, settings):
             yield learn_to_see(model, arm, tokenizer, found, settings, seed)[1]
 
 
-def write(results, path, note):
-    """Write results as CSV under a first line that says how they came about."""
-    partial = path.with_suffix(".tmp")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        file.write(f"# {note}\n")
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
-        writer.writeheader()
-        for result in results:
-            writer.writerow({name: round(v, 4) if isinstance(v, float) else v for name, v in asdict(result).items()})
-    os.replace(partial, path)
-
-
 def read(path=CSV_PATH):
     """(note, list of Result) of a written table."""
-    with open(path, encoding="utf-8", newline="") as file:
-        note = file.readline().removeprefix("# ").strip()
-        rows_read = list(csv.DictReader(file))
-    return note, [Result(**{field.name: field.type(row[field.name]) for field in fields(Result)}) for row in rows_read]
+    return ablation_table.read(path, Result)
 
 
 if __name__ == "__main__":
