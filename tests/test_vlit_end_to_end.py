@@ -1,0 +1,79 @@
+"""From photographs and COCO's annotations to a trained stage: construct, quality, filter, train.py, each by its command."""
+
+import json
+from pathlib import Path
+
+import pytest
+import train
+from PIL import Image, ImageDraw
+
+from nanovlm.vlit import __main__ as command_line
+from nanovlm.vlit.annotation_files import read
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden" / "vlit"
+ANNOTATIONS = [str(path) for path in (*sorted(GOLDEN.glob("*_photos.json")), GOLDEN / "caps_boxes.jsonl")]
+
+
+def stand_ins(folder):
+    """The photographs, and for COCO's pictures, which are not here, their boxes: a colour for each category."""
+    for path in (GOLDEN / "photos").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    for picture in read([GOLDEN / "caps_boxes.jsonl"]).pictures.values():
+        image = Image.new("RGB", (96, 72), (200, 200, 200))
+        for one in picture.of_kind("object"):
+            corners = [side * size for side, size in zip(one.box, image.size * 2)]
+            ImageDraw.Draw(image).rectangle(corners, fill=tuple(hash_of(one.value)))
+        image.save(folder / picture.file_name)
+
+
+def hash_of(word):
+    """A colour for a word."""
+    return (sum(map(ord, word)) * prime % 256 for prime in (7, 31, 101))
+
+
+def run(*arguments):
+    assert command_line.main([str(one) for one in arguments]) == 0
+
+
+def items(path):
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+@pytest.mark.slow
+def test_photographs_and_annotations_become_a_trained_stage(tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    stand_ins(images)
+    made, kept, out = tmp_path / "vlit", tmp_path / "filtered", tmp_path / "trained"
+    run("construct", "--annotations", *ANNOTATIONS, "--images", images, "--out", made, "-n", 2)
+    samples = items(made / "samples.jsonl")
+    assert len(samples) > 250 and {item["image"].split("/")[0] for item in samples} == {"..", "marked"}
+
+    wrong = [spoiled(samples, "2/SI/global/0", "How many cats are there?", "There are seven cats."),
+             spoiled(samples, "3/SI/global/0", "What stands there?", "According to the caption, a cup.")]  # fmt: skip
+    with open(made / "samples.jsonl", "a") as file:
+        file.writelines([json.dumps(wrong[0]) + "\n", '{"id": "broken", \n', json.dumps(wrong[1]) + "\n"])
+
+    run("quality", made / "samples.jsonl", "--annotations", *ANNOTATIONS, "--out", tmp_path / "quality")
+    told = capsys.readouterr().out
+    assert f"{len(samples) + 2} samples" in told and "1 records unreadable, 1 samples with defects" in told
+
+    run("filter", made / "samples.jsonl", "--annotations", *ANNOTATIONS, "--out", kept, "--without-report", "--exact-only")
+    good = items(kept / "kept.jsonl")
+    reasons = [one["reasons"][0] for one in items(kept / "dropped.jsonl")]
+    assert sorted(reason.split(":")[0] for reason in reasons if not reason.startswith("duplicate")) == ["defect", "unreadable", "wrong"]
+    assert len(good) + len(reasons) == len(samples) + 3 and not {one["id"] for one in wrong} & {one["id"] for one in good}
+
+    arguments = [str(TESTS / "vlit_recipe.py"), "--data", str(kept / "kept.jsonl"), "--images", str(made), "--out", str(out)]
+    assert train.main([*arguments, "--threads", "1"]) == 0
+    losses = [entry["loss"] for entry in items(out / "log.jsonl") if "loss" in entry]
+    assert len(losses) == 40 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert (out / "model.safetensors").is_file()
+
+
+def spoiled(samples, id, asked, answer):
+    """A sample with another conversation."""
+    item = next(item for item in samples if item["id"] == id)
+    said = [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": answer}]
+    return item | {"id": f"{id}/spoiled", "conversations": said}
