@@ -12,7 +12,7 @@ from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.logits_processors import top_p
 from nanovlm.modality_adaptive import ModalityAdaptive, route
 from nanovlm.projector import LinearProjector
-from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vit import ViT, ViTConfig, resize_positions
 from nanovlm.vlm import IMAGE_TOKEN, VLM
 
 
@@ -208,6 +208,19 @@ def check_route(route_by_hand):
             f"with two {type(layer.text).__name__}s it differs from as_written. If only the norm fails: a norm of a "
             "zero row is its bias, not zero, so a masked-out token must be left out after the layer, not before."
         ))  # fmt: skip
+
+
+def check_stretch(stretch):
+    """Lesson 08. stretch(table float[1 + n * n, W], side) -> float[1 + side * side, W]. Raises: AssertionError."""
+    generator = torch.Generator().manual_seed(0)
+    for old, new in ((3, 5), (4, 6), (4, 2)):
+        table = torch.randn(1 + old**2, 6, generator=generator)
+        answer, expected = stretch(table.clone(), new), resize_positions(table, new**2)
+        if isinstance(answer, torch.Tensor) and answer.shape == expected.shape:
+            assert torch.equal(answer[0], table[0]), "the first row is the class token's: it stands nowhere, copy it as it is."
+            turned = answer[1:].unflatten(0, (new, new)).transpose(0, 1).flatten(0, 1)
+            assert not torch.allclose(turned, expected[1:], atol=1e-4), "rows and columns of the grid are exchanged."
+        compare(answer, expected, f"from {old} x {old} to {new} x {new} patches: bicubic, align_corners=False, or other numbers?")
 
 
 def check_merge(merge):

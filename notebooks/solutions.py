@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 def patchify(pixels, patch_size):
@@ -48,6 +49,14 @@ def route_by_hand(x, modality, text, vision):
     out[modality == 0] = text(x[modality == 0])
     out[modality == 1] = vision(x[modality == 1])
     return out
+
+
+def stretch(table, side):
+    """Lesson 08: the class token's row as it is, the grid behind it enlarged like a picture."""
+    old = math.isqrt(len(table) - 1)
+    grid = table[1:].T.unflatten(1, (old, old))[None]  # 1 W rows columns
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], grid[0].flatten(1).T])
 
 
 def merge(one, other):
