@@ -80,6 +80,8 @@ def run(wishes):
     plans, drawn, generator = [find_plan(name) for name in wishes.plans], drawing(wishes), open_generator(wishes)
     if wishes.images is not None and not Path(wishes.images).is_dir():
         raise FileNotFoundError(f"{wishes.images}: no such folder of pictures")
+    if wishes.generator == "template" and (wishes.answers == "sentences" or wishes.more_instructions):
+        raise ValueError("--answers sentences and --more-instructions need a language model; choose another --generator")
     collection = annotation_files.read(wishes.annotations)
     pictures, failed = planning.find_pictures(collection, wishes.images, wishes.limit)
     if not pictures:
@@ -151,7 +153,7 @@ class Work:
         written = {}
         if self.wishes.answers == "sentences":
             self.ask(sentences, once)
-            written = {one.id: texts[0].strip() for one in sentences() if (texts := self.answer(one, once))}
+            written = {one.id: text.strip() for one in sentences() for text in self.answer(one, once) if text.strip()}
         for id, told, image in tqdm(self.adaptions(pictures), desc="adapting", unit="sample", disable=None):
             self.write(adaption.adapt(*told, id, image, pools, self.wishes.seed, written.get(id)), file)
 
