@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from nanovlm.data.__main__ import main
 from nanovlm.interrupts import Stopped
 from nanovlm.update import TrainingError
 from test_trainer import RECIPE, Squares, StopAfter, hooked, losses, make, train
@@ -28,7 +30,7 @@ def grouped(tmp_path_factory):
     return train(make(tmp_path_factory.mktemp("grouped") / "run", set=SETTINGS)).out
 
 
-@pytest.mark.parametrize("last", [3, 7, 9])
+@pytest.mark.parametrize("last", [pytest.param(3, marks=pytest.mark.slow), 7, pytest.param(9, marks=pytest.mark.slow)])
 def test_interrupted_runs_with_workers_are_the_same(tmp_path, grouped, last):
     out = tmp_path / "run"
     with pytest.raises(Stopped):
@@ -37,6 +39,7 @@ def test_interrupted_runs_with_workers_are_the_same(tmp_path, grouped, last):
     assert_equal(out, grouped)
 
 
+@pytest.mark.slow
 def test_packing_changes_the_rows_and_not_the_losses(tmp_path, grouped):
     apart = train(make(tmp_path / "run", set=SETTINGS[:1])).out
     for (step, loss), (_, expected) in zip(losses(apart), losses(grouped)):
@@ -82,6 +85,7 @@ def test_damage_is_replaced_by_the_next_and_reported(tmp_path, capsys):
     assert "stage align: 3 damaged records were replaced by the next, see" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_too_much_damage_stops_the_run_until_it_is_allowed(tmp_path):
     class Worse(Spoiled):
         def record(self, n):
@@ -95,3 +99,35 @@ def test_too_much_damage_stops_the_run_until_it_is_allowed(tmp_path):
     recipe = hooked(sources=RECIPE.sources | {"pictures": Worse})
     train(make(out, recipe, max_damaged=0.04))
     assert len((out / "damaged.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.fixture
+def datasets(tmp_path):
+    """A datasets file of JSON lines with picture files, one of them cut short, and of the same converted to shards."""
+    for n in range(12):
+        Image.effect_mandelbrot((40 + n, 30), (-2, -1.5, 1, 1.5), 9).save(tmp_path / f"{n}.jpg")
+    whole = (tmp_path / "7.jpg").read_bytes()
+    talk = [{"from": "human", "value": "<image>\ncolour?"}, {"from": "gpt", "value": "red blue"}]
+    items = [{"id": n, "image": f"{n}.jpg", "conversations": talk} for n in range(12)]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, items)))
+    main(["convert", "llava", str(tmp_path / "some.jsonl"), str(tmp_path / "shards"), "--shards", "5"])
+    (tmp_path / "7.jpg").write_bytes(whole[: len(whole) // 2])
+    listed = {"json": {"reader": "llava", "path": "some.jsonl", "prompts": ["{question} Briefly.", "Say: {question}"]},
+              "tar": {"reader": "shards", "path": "shards"}}
+    (tmp_path / "sets.json").write_text(json.dumps(listed))
+    return tmp_path / "sets.json"
+
+
+@pytest.mark.slow
+def test_files_and_shards_train_through_a_datasets_file(datasets, tmp_path):
+    mixture = [f"align.mixture.{name}" for name in ("pictures=none", "words=none", "json=2", "tar=1")]
+    runs = [train(make(tmp_path / f"run {workers}", datasets=str(datasets), stages=["align"], workers=workers, max_damaged=0.5,
+                       set=[*mixture, "align.augmentation=crop", "align.micro_batch_size=none"])).out for workers in (0, 2)]
+    assert_equal(*runs)
+    damaged = [(run / "damaged.jsonl").read_text() for run in runs]
+    assert damaged[0] == damaged[1]
+    listed = [json.loads(line) for line in damaged[0].splitlines()]
+    assert len(listed) == 2, "24 records are two epochs of 12"
+    assert {(one["source"], one["id"]) for one in listed} == {("json", "7")}
+    assert all("7.jpg: the image is damaged or cut short" in one["error"] for one in listed)
+    assert all("data_seconds" in json.loads(line) for line in (runs[1] / "log.jsonl").read_text().splitlines() if "loss" in line)
