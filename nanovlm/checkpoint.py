@@ -122,7 +122,7 @@ def begin(out, step, tensors, state, processes, keep, copy=False):
         return lambda: folder  # the same step of the same run: the same content
     attempt(make_room, processes.main)
     if processes.mode == "fsdp":
-        write = attempt(lambda: sharded_checkpoint.begin(temporary, tensors, processes), True)
+        write = sharded_checkpoint.begin(temporary, tensors, processes)  # from here on its thread talks to the others
     elif copy and processes.main:
         tensors = {name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in content.items()}
                    for name, content in tensors.items()}

@@ -99,11 +99,12 @@ class DecoderConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm in float32 whatever the input's type, as LLaMA's: cast back before the weight, not behind it."""
+    """RMSNorm in float32 at least, as LLaMA's: cast back before the weight, not behind it."""
 
     def forward(self, x):
         """x float[..., W] -> the same shape."""
-        return F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(exact, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
 
 
 NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}

@@ -25,10 +25,13 @@ class LanguageStep(nn.Module):
     def forward(self, batch):
         """Batch -> (float[] sum in nats, int trained tokens), as `VLM.loss`.
 
-        What of the bridge only clips use (an embedding per frame) takes part with zero: DDP waits for every gradient.
+        Where pictures are shown, what of the bridge only clips use (an embedding per frame) takes part with zero: DDP
+        waits for every gradient.
         """
         loss, trained = self.model.loss(batch)
-        return loss + 0 * sum(p.sum() for p in self.model.bridge.parameters() if p.requires_grad), trained
+        if batch.pixels is not None:
+            loss = loss + 0 * sum(p.sum() for p in self.model.bridge.parameters() if p.requires_grad)
+        return loss, trained
 
 
 def no_rows():

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from nanovlm.data.batching import Report, build_batch, contrastive_batch
 from nanovlm.data.prepare import Preparation
 from nanovlm.guards import gradient_origin, loss_origin
-from nanovlm.steps import no_rows, with_blank_picture
+from nanovlm.steps import LanguageStep, no_rows, with_blank_picture
 from nanovlm.wrapping import add_up_scalars, last
 
 
@@ -65,7 +65,7 @@ def language_loss(run, stage, batch):
     tokens = int((batch.segments >= 0).sum())
     if run.processes.size > 1 and batch.pixels is None:
         batch = with_blank_picture(batch, run.model, stage.image_size)
-    loss, trained = (run.training or run.model.loss)(batch.to(run.device))
+    loss, trained = (run.training or LanguageStep(run.model))(batch.to(run.device))
     return loss, trained, tokens
 
 

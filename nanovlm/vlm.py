@@ -208,8 +208,9 @@ class VLM(nn.Module):
         if self.chunked_loss and (head is None or type(head) is nn.Linear):  # a low-rank update is more than a weight
             weight, bias = (self.decoder.embedding.weight, None) if head is None else (head.weight, head.bias)
             return linear_cross_entropy(hidden, weight, labels[trained], bias), int(trained.sum())
-        loss = F.cross_entropy(self.decoder.logits(hidden).float(), labels[trained], reduction="sum")
-        return loss, int(trained.sum())
+        logits = self.decoder.logits(hidden)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(exact, labels[trained], reduction="sum"), int(trained.sum())
 
     @torch.no_grad()
     def copy_vision_branch(self):

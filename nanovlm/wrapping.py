@@ -54,7 +54,7 @@ def lay_out(run, stage):
         return
     run.training = LanguageStep(prepared) if prepared is run.model else ContrastiveStep(prepared, run.processes)
     if mode == "ddp":
-        run.training = DistributedDataParallel(run.training, broadcast_buffers=False)
+        run.training = DistributedDataParallel(run.training)
         run.training.register_comm_hook(None, add_up)
     else:
         shard(run.training, prepared, run, stage)
