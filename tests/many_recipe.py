@@ -8,6 +8,7 @@ import dataclasses
 from PIL import Image
 
 import tiny_recipe
+from many import READ
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.records import Record, Visual
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
@@ -17,7 +18,6 @@ from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 
 WIDTH = tiny_recipe.WIDTH
-READ = []  # (kind, n) of every record that this process has read
 
 
 class Squares(tiny_recipe.Squares):
@@ -60,7 +60,7 @@ def contrastive(size, model):
 
 def stages(size, smoke):
     """Contrastive, then everything at once at twice the resolution, in micro-batches, with layer-wise decay."""
-    common = dict(eps=1e-6, weight_decay=0.1, warmup_steps=2)
+    common = dict(eps=1e-6, weight_decay=0.1, warmup_steps=1)
     return (
         Stage("tower", "contrastive", {"vision": 2e-3, "text_tower": 2e-3}, {"pictures": 1}, steps=20, batch_size=6,
               image_size=8, max_tokens=24, **common),

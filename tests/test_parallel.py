@@ -1,0 +1,158 @@
+"""Many processes train as one: the same losses and weights, each with its own share of examples and of parameters."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+import many
+import train
+from nanovlm import optimizer, sharded_checkpoint, trainer, wrapping
+from nanovlm.checkpoint import complete
+from nanovlm.interrupts import Stopped, StopRequests
+
+RECIPE = str(Path(__file__).parent / "many_recipe.py")
+
+
+class StopAt(StopRequests):
+    """A request to stop after a step of the run, or never."""
+
+    trainer, last = None, None
+
+    @property
+    def requested(self):
+        return Stopped(130, "test") if self.trainer is not None and self.trainer.step == self.last else None
+
+    @requested.setter
+    def requested(self, value):
+        assert value is None
+
+
+def work(rank, out, flags, last=None):
+    """One process of a run of `many_recipe`, stopped after step `last`: what it has seen."""
+    seen = {"optimizers": [], "exchanged": []}
+    build, add_up = optimizer.build, wrapping.add_up
+    optimizer.build = lambda parts, stage: seen["optimizers"].append(build(parts, stage)) or seen["optimizers"][-1]
+    wrapping.add_up = lambda state, bucket: seen["exchanged"].append(bucket.buffer().numel()) or add_up(state, bucket)
+    many.READ.clear()
+    parser = train.make_parser()
+    wishes = parser.parse([RECIPE, "--out", str(out), "--threads", "1", *flags])
+    with open(Path(out).with_suffix(f".{rank}.txt"), "a") as sys.stdout, StopAt() as stop:
+        run = train.prepare(parser, wishes, train.meet(parser, wishes))
+        one = stop.trainer = trainer.Trainer(run, stop)
+        stop.last = last
+        with contextlib.suppress(Stopped):
+            one.train()
+    parameters = dict(run.model.named_parameters())
+    return {
+        "read": list(many.READ),
+        "step": one.step,
+        "sharded": {name: isinstance(p, DTensor) for name, p in parameters.items()},
+        "own": {name: (p.to_local() if isinstance(p, DTensor) else p).numel() for name, p in parameters.items()},
+        "all": {name: p.numel() for name, p in parameters.items()},
+        "state": {name: (value.to_local() if isinstance(value, DTensor) else value).numel()
+                  for made in seen["optimizers"][-1] for group in made.param_groups
+                  for name, p in zip(group["param_names"], group["params"]) if p in made.state
+                  for key, value in made.state[p].items() if key == "exp_avg"},
+        "graded": sorted(name for name, p in parameters.items() if p.grad is not None),
+        "exchanged": seen["exchanged"],
+    }  # fmt: skip
+
+
+def losses(out):
+    entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def weights(out):
+    return load_file(out / "model.safetensors") | load_file(out / "text_tower.safetensors")
+
+
+def assert_close(out, expected, loss, weight):
+    """Losses (relative) and final weights (absolute) of two runs."""
+    assert losses(out) == pytest.approx(losses(expected), rel=loss)
+    found, wanted = weights(out), weights(expected)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=weight, msg=lambda text, name=name: f"{name}: {text}")
+
+
+SHORT = ["--size", "float32", "--set", "tower.steps=4", "--set", "tune.steps=6", "--set", "tower.eps=1e-5"]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Ten steps of one process, in float32."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    many.run(1, work, out, SHORT)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Sixty steps of one process, in float64."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    many.run(1, work, out, ["--size", "float64"])
+    return out
+
+
+def test_ddp_is_one_process(tmp_path, whole):
+    found = many.run(2, work, tmp_path / "run", ["--size", "float64", "--parallel", "ddp"])
+    assert len(losses(whole)) == 60
+    assert_close(tmp_path / "run", whole, 1e-10, 1e-10)
+    read = [one["read"] for one in found]
+    assert all(len(set(mine)) == len(mine) == 60 * 3 for mine in read) and not set(read[0]) & set(read[1])
+    assert {n for kind, n in read[0] + read[1] if kind == "pictures"} == set(range(120))
+    trained = set(found[0]["state"])
+    assert any(name.startswith("vision.blocks.0") for name in trained)
+    assert not any(name.startswith(("vision.blocks.1", "vision.post_norm", "decoder.embedding")) for name in trained)
+    assert set(found[0]["graded"]) == trained, "the embedding is frozen, the tower's last block out of reach"
+    assert set(found[0]["exchanged"]) and found[0]["exchanged"][-1] == sum(found[0]["all"][name] for name in trained)
+    assert (tmp_path / "run.1.txt").read_text() == "", "one process prints"
+
+
+def test_fsdp_is_one_process_and_each_holds_its_share(tmp_path, short):
+    found = many.run(2, work, tmp_path / "run", [*SHORT, "--parallel", "fsdp"])
+    assert_close(tmp_path / "run", short, 1e-6, 1e-6)
+    for one in found:
+        assert all(one["sharded"].values()), one["sharded"]
+        assert set(one["state"]) == set(one["graded"]), "what is frozen has neither gradient nor state"
+        assert not any(name.startswith(("vision.blocks.1", "decoder.embedding")) for name in one["state"])
+        assert all(one["state"][name] == one["own"][name] for name in one["state"])
+    for name, size in found[0]["all"].items():
+        assert found[0]["own"][name] + found[1]["own"][name] == size, name
+    assert 0.4 < sum(found[0]["own"].values()) / sum(found[0]["all"].values()) < 0.6
+    assert all(tensor.shape == (size,) or tensor.numel() == size for name, size in found[0]["all"].items()
+               for tensor in [weights(tmp_path / "run")[name]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "size", "flags"), [
+    ("ddp", 4, []), ("fsdp", 2, ["--recompute", "--save-in-background"]), ("fsdp", 4, ["--shards", "2"])])
+def test_four_processes_are_one(tmp_path, whole, mode, size, flags):
+    found = many.run(size, work, tmp_path / "run", ["--size", "float64", "--parallel", mode, *flags])
+    assert_close(tmp_path / "run", whole, 1e-10, 1e-10)
+    assert sorted(sum((one["read"] for one in found), [])) == sorted(
+        [("pictures", n) for n in range(120)] + [("clips", n) for n in range(96)] + [("text", n) for n in range(144)])
+    if flags[:1] == ["--shards"]:
+        assert found[0]["own"] == found[2]["own"] and found[1]["own"] == found[3]["own"]
+        assert all(found[0]["own"][name] + found[1]["own"][name] == size for name, size in found[0]["all"].items())
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, whole):
+    """Stops in both stages and between them; sharded and whole checkpoints, read by more, by fewer, by one."""
+    out = tmp_path / "run"
+    for size, mode, last in ((4, "fsdp", 11), (2, "ddp", 20), (2, "fsdp", 33), (3, "fsdp", 45), (1, "none", None)):
+        flags = ["--size", "float64", *(["--parallel", mode] if size > 1 else []), *(["--resume"] if out.exists() else [])]
+        found = many.run(size, work, out, flags, last)
+        assert [one["step"] for one in found] == [last or 60] * size
+        sharded = sharded_checkpoint.is_sharded(complete(out)[-1])
+        assert sharded == (mode == "fsdp")
+    assert_close(out, whole, 1e-10, 1e-10)
+    assert "2 processes wrote the checkpoint, 3 go on" in (tmp_path / "run.0.txt").read_text()
