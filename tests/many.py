@@ -17,18 +17,22 @@ def free_port():
         return one.getsockname()[1]
 
 
+def fork(rank, size, port, work, *arguments):
+    """One process that calls work(rank, *arguments): (Process, connection to its result)."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": port}
+    process = context.Process(target=_child, args=(environment, there, work, rank, arguments), daemon=True)
+    process.start()
+    there.close()
+    return process, here
+
+
 def start(size, work, *arguments):
-    """Fork `size` processes that call work(rank, *arguments): list of (Process, connection to its result)."""
-    context, port, started = multiprocessing.get_context("fork"), str(free_port()), []
-    for rank in range(size):
-        here, there = context.Pipe(duplex=False)
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": port}
-        process = context.Process(target=_child, args=(environment, there, work, rank, arguments), daemon=True)
-        process.start()
-        there.close()
-        started.append((process, here))
-    return started
+    """`fork` for each of `size` processes."""
+    port = str(free_port())
+    return [fork(rank, size, port, work, *arguments) for rank in range(size)]
 
 
 def _child(environment, there, work, rank, arguments):
