@@ -81,7 +81,7 @@ def parse(arguments):
     if wishes.task is None:
         return wishes
     if wishes.task not in TASKS:
-        parser.error(f"unknown task {wishes.task!r}.{nearest(wishes.task, TASKS)}")
+        parser.error(f"unknown task {wishes.task!r}.{nearest(wishes.task, [*TASKS, *COMMANDS])}")
     if wishes.model is None:
         parser.error("--model is needed: the folder of the model to measure")
     if (wishes.judge or wishes.judge_endpoint) and TASKS[wishes.task].protocol is not protocols.judged:
