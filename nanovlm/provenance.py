@@ -33,6 +33,6 @@ def machine():
     return f"{cpu()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def note(command):
-    """Command, commit, machine, torch and day in one line: str."""
-    return f"{command}; commit {commit()}; {machine()}; torch {torch.__version__}; {date.today()}"
+def stamp():
+    """Commit, machine, torch and day in one line: str."""
+    return f"commit {commit()}; {machine()}; torch {torch.__version__}; {date.today()}"

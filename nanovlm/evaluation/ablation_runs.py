@@ -38,6 +38,7 @@ STARTS = {  # name -> (stage, flags of train.py, the start it begins from)
 }  # fmt: skip
 BUILT = "plain"  # how the starts are built
 BEFORE = "text before"
+TRAINED = "trained"  # commit, machine and day of a run
 
 
 class AblationError(RuntimeError):
@@ -78,8 +79,9 @@ def ensure(folder, arguments, train):
         resume, began = ["--resume"] if folder.exists() and any(folder.iterdir()) else [], time.process_time()
         train([RECIPE.name, *arguments, "--threads", "1", "--device", "cpu", "--out", str(folder), *resume])
         results = json.loads((folder / "results.json").read_text())
-        spent = {"cpu_seconds": round(time.process_time() - began, 1)}  # the process has trained other runs before
-        checkpoint.replace_json(folder / "results.json", results | spent)
+        spent = round(time.process_time() - began, 1)  # of this run; the process may have trained others before
+        told = {"cpu_seconds": spent, TRAINED: provenance.stamp()}
+        checkpoint.replace_json(folder / "results.json", results | told)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -140,11 +142,12 @@ def run_variant(variant, seed, out, smoke, train):
     return ensure(out / "runs" / run_name(variant) / str(seed), arguments, train) | {BEFORE: before["text"]}
 
 
-def write_table(path, ablation, rows, note):
-    """Write a CSV: a line that says how it came about, then a row per variant and seed.
+def write_table(path, ablation, rows, command):
+    """Write a CSV: a line with the command, and commit, machine and day of its runs, then a row per variant and seed.
 
-    rows: list of {"variant", "seed", measure: number}.
+    rows: list of {"variant", "seed", measure: number, "trained": str}.
     """
+    note = "; ".join([command, *dict.fromkeys(row[TRAINED] for row in rows)])
     names = ["variant", "seed", *ablation.columns, "parameters", "cpu_seconds"]
     text = io.StringIO()
     text.write(f"# {note}\n")
@@ -175,6 +178,6 @@ def run(ablations, seeds, out, tables, smoke=False, train=train):
                     bar.set_description(f"{name}: {variant.name}, seed {seed}")
                     measures = run_variant(variant, seed, out, smoke, train)
                     rows.append({"variant": variant.name, "seed": seed} | measures)
-                    write_table(tables / f"{name}.csv", ablation, rows, provenance.note(command))
+                    write_table(tables / f"{name}.csv", ablation, rows, command)
                     bar.update()
             yield name, tables / f"{name}.csv"
