@@ -1,6 +1,7 @@
 """Ablations: what they vary, that finished runs are kept, what the tables and pictures say."""
 
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,8 @@ def test_every_variant_is_a_command_that_train_accepts():
 
 def test_variants_differ_within_an_ablation_and_measures_exist():
     for ablation in ABLATIONS.values():
-        assert len({ablation_runs.run_name(one) for one in ablation.variants}) == len(ablation.variants)
+        folders = {ablation_runs.named(one.start, ablation_runs.flags_of(one)) for one in ablation.variants}
+        assert len(folders) == len(ablation.variants)
         assert set(ablation.columns) <= ablation_exam.MEASURES.keys() | {ablation_runs.BEFORE}
         assert len({one.name for one in ablation.variants}) == len(ablation.variants)
 
@@ -64,7 +66,7 @@ class Pretend:
             raise KeyboardInterrupt
         (out / "tokenizer.json").write_text("{}")
         replace_tensors(out / "model.safetensors", model.state_dict())
-        share = 0.25 + 0.5 * ("starts/raw" in str(out))
+        share = 0.25 + 0.5 * ("starts/raw-" in str(out))
         (out / "results.json").write_text(json.dumps(dict.fromkeys(ablation_exam.MEASURES, share) | {"parameters": 5, "cpu_seconds": 900}))
 
     def runs(self):
@@ -79,9 +81,8 @@ def test_starts_are_trained_once_per_seed_and_equal_variants_once(tmp_path):
     train = Pretend()
     done = run(tmp_path, {"small": SMALL, "other": OTHER}, [0, 1], train)
     folders = [folder.relative_to(tmp_path / "out").parts for folder in train.runs()]
-    assert sorted(parts[1:] for parts in folders if parts[0] == "starts") == [
-        (name, seed) for name in ("instructed", "raw", "tower") for seed in "01"
-    ]
+    starts = [(parts[1].split("-")[0], parts[2]) for parts in folders if parts[0] == "starts"]
+    assert sorted(starts) == [(name, seed) for name in ("instructed", "raw", "tower") for seed in "01"]
     assert len(folders) == 6 + 2 * 4  # z is b
     assert len(train.calls) == len({str(folder) for folder in train.runs()})
     for call, folder in zip(train.calls, train.runs()):
@@ -114,6 +115,19 @@ def test_a_stopped_ablation_trains_only_what_is_missing(tmp_path):
     assert third.calls == []
     head = done["small"].read_text().splitlines()[0]
     assert head.startswith("# python -m nanovlm.evaluation ablate small --seeds 0,1; commit early; long ago; commit ") and str(date.today()) in head
+
+
+def test_a_run_of_other_settings_is_another(tmp_path, monkeypatch):
+    train = Pretend()
+    run(tmp_path, {"small": SMALL}, [0], train)
+    number = len(train.calls)
+    dict(ablation_runs.run({"small": SMALL}, [0], tmp_path / "out", tmp_path / "tables", smoke=True, train=train))
+    assert len(train.calls) == 2 * number  # what a smoke run leaves is no start of a real one
+    longer = replace(RECIPE, stages=lambda size, smoke: tuple(replace(one, steps=one.steps + 1) for one in RECIPE.stages(size, smoke)))
+    monkeypatch.setattr(ablation_runs, "RECIPE", longer)
+    run(tmp_path, {"small": SMALL}, [0], train)
+    assert len(train.calls) == 3 * number
+    assert len({str(folder) for folder in train.runs()}) == len(train.calls)
 
 
 def test_a_graft_keeps_tower_and_language_and_changes_no_word(tmp_path):

@@ -28,7 +28,7 @@ def make_parser():
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ABLATIONS)}")
     parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="of weights and data, with commas between them")
     parser.add_argument("--out", type=Path, default=Path("out/ablations"), metavar="FOLDER", help="where the runs go")
-    parser.add_argument("--tables", type=Path, default=TABLES, metavar="FOLDER", help="where CSV files and pictures go")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help=f"where CSV files and pictures go (default: {TABLES}; of a smoke run: with the runs)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each run, which teach nothing")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     return parser
@@ -44,11 +44,12 @@ def main(arguments):
     if not all(seed.isdecimal() for seed in wishes.seeds.split(",")):
         parser.error(f"--seeds {wishes.seeds!r}: whole numbers with commas between them")
     seeds = list(dict.fromkeys(map(int, wishes.seeds.split(","))))
+    tables = wishes.tables or (wishes.out / "tables" if wishes.smoke else TABLES)
     chosen = {name: ABLATIONS[name] for name in wishes.names or ABLATIONS}
     try:
         done = (
-            ((name, wishes.tables / f"{name}.csv") for name in chosen) if wishes.draw
-            else run(chosen, seeds, wishes.out, wishes.tables, wishes.smoke)
+            ((name, tables / f"{name}.csv") for name in chosen) if wishes.draw
+            else run(chosen, seeds, wishes.out, tables, wishes.smoke)
         )  # fmt: skip
         for name, path in done:
             print("\n".join([*ablation_report.write(path, ABLATIONS[name]), ""]), flush=True)

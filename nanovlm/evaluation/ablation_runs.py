@@ -1,8 +1,8 @@
 """Train the variants of ablations, each by the ordinary `train.py`, and write what they found as tables.
 
-    OUT/starts/tower/0        a tower, then OUT/starts/instructed/0 and OUT/starts/raw/0 from it: once per seed
-    OUT/starts/mam/…          the same weights in a model that is built otherwise, see `graft`
-    OUT/runs/NAME/0           one run of one variant; a finished one, with results.json, is never trained again
+    OUT/starts/tower-…/0      a tower, then OUT/starts/instructed-…/0 and OUT/starts/raw-…/0 from it: once per seed
+    OUT/starts/mam-…/0        the same weights in a model that is built otherwise, see `graft`
+    OUT/runs/mam-…/0          one run of one variant; a finished one is never trained again, unless its settings change
     TABLES/queries.csv        a row per variant and seed, rewritten whenever a run of the ablation has finished
 
 A run that was stopped goes on from its last checkpoint when the same command is given again.
@@ -10,6 +10,7 @@ A run that was stopped goes on from its last checkpoint when the same command is
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -26,7 +27,8 @@ from tqdm import tqdm
 
 from nanovlm import checkpoint, provenance
 from nanovlm.evaluation.ablation_recipe import RECIPE
-from nanovlm.recipes.start import build_models
+from nanovlm.recipes.start import build_models, choose_stages
+from nanovlm.stages import Stage
 from nanovlm.weight_files import SINGLE
 
 STARTS = {  # name -> (stage, flags of train.py, the start it begins from)
@@ -70,28 +72,52 @@ def train(arguments):
         raise AblationError(f"exit code {code} of: {shlex.join(['python', 'train.py', *arguments])}\n{last}")
 
 
+def named(name, arguments, before=""):
+    """The folder of a run: NAME-DIGEST, where the digest tells its stages and the folder that it begins from.
+
+    Equal variants of several ablations share it; one whose settings have changed, a smoke run too, is another.
+    """
+    wishes = command_line().make_parser().parse([RECIPE.name, *arguments])
+    usual = {field.name: field.default for field in dataclasses.fields(Stage)}
+    stages = [
+        {field: value for field, value in vars(stage).items() if field not in usual or value != usual[field]}
+        for stage in choose_stages(RECIPE, wishes)
+    ]
+    told = json.dumps([before, wishes.size, wishes.lora, stages], sort_keys=True)
+    return f"{name}-{zlib.crc32(told.encode()):08x}"
+
+
+def results_of(folder):
+    """results.json of a run that has finished: dict, else None."""
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    return results if TRAINED in results else None
+
+
 def ensure(folder, arguments, train):
-    """The results of a run: dict of results.json, trained now unless it is there.
+    """The results of a run: dict of results.json, trained now unless it has finished.
 
     folder: Path. arguments: list of str, flags of train.py but for --out. train: as `train`.
     """
-    if not (folder / "results.json").exists():
+    if results_of(folder) is None:
         resume, began = ["--resume"] if folder.exists() and any(folder.iterdir()) else [], time.process_time()
         train([RECIPE.name, *arguments, "--threads", "1", "--device", "cpu", "--out", str(folder), *resume])
         results = json.loads((folder / "results.json").read_text())
         spent = round(time.process_time() - began, 1)  # of this run; the process may have trained others before
         told = {"cpu_seconds": spent, TRAINED: provenance.stamp()}
         checkpoint.replace_json(folder / "results.json", results | told)
-    return json.loads((folder / "results.json").read_text())
+    return results_of(folder)
 
 
 def start_of(name, seed, out, smoke, train):
     """(folder, results) of a start, trained with what comes before it if it is not there."""
     stage, flags, before = STARTS[name]
-    init = [] if before is None else ["--init", str(start_of(before, seed, out, smoke, train)[0])]
-    folder = out / "starts" / name / str(seed)
-    arguments = ["--size", BUILT, "--stages", stage, "--seed", str(seed), *init, *flags, *smoke_flag(smoke)]
-    return folder, ensure(folder, arguments, train)
+    arguments, begun, init = ["--size", BUILT, "--stages", stage, *flags, *smoke_flag(smoke)], "", []
+    if before is not None:
+        first, _ = start_of(before, seed, out, smoke, train)
+        begun, init = first.parent.name, ["--init", str(first)]
+    folder = out / "starts" / named(name, arguments, begun) / str(seed)
+    return folder, ensure(folder, [*arguments, "--seed", str(seed), *init], train)
 
 
 def smoke_flag(smoke):
@@ -122,24 +148,21 @@ def graft(start, size, seed, folder):
     checkpoint.replace_tensors(folder / SINGLE, tensors)
 
 
-def run_name(variant):
-    """The folder of a variant: what it depends on, in short; equal ones of several ablations share it."""
-    told = json.dumps([variant.start, variant.size, variant.flags])
-    return f"{variant.size}-{variant.start}-{zlib.crc32(told.encode()):08x}"
+def flags_of(variant, smoke=False):
+    """The flags of train.py that make a variant: list of str."""
+    return ["--size", variant.size, "--stages", "align,instruct", *variant.flags, *smoke_flag(smoke)]
 
 
 def run_variant(variant, seed, out, smoke, train):
     """The measures of one run: {column: number}."""
     start, before = start_of(variant.start, seed, out, smoke, train)
-    init = start
+    begun, init = start.parent.name, start
     if variant.size != BUILT:
-        init = out / "starts" / variant.size / variant.start / str(seed)
+        init = out / "starts" / f"{variant.size}-{begun}" / str(seed)
         graft(start, variant.size, seed, init)
-    arguments = [
-        "--size", variant.size, "--stages", "align,instruct", "--init", str(init), "--seed", str(seed), *variant.flags,
-        *smoke_flag(smoke),
-    ]  # fmt: skip
-    return ensure(out / "runs" / run_name(variant) / str(seed), arguments, train) | {BEFORE: before["text"]}
+    folder = out / "runs" / named(variant.size, flags_of(variant, smoke), begun) / str(seed)
+    arguments = [*flags_of(variant, smoke), "--seed", str(seed), "--init", str(init)]
+    return ensure(folder, arguments, train) | {BEFORE: before["text"]}
 
 
 def write_table(path, ablation, rows, command):
