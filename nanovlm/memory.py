@@ -7,10 +7,10 @@
   activations  what autograd keeps, per example of a micro-batch (rehearsal.py)
   working      the scores of the loss, a few hundred rows at a time
 
-With several processes, `ddp` keeps all of this in each of them, and `fsdp` shares weights, gradients and optimizer out
-evenly and brings one layer together at a time: while it computes with one layer it fetches the next, hence two.
-Activations are never shared. Left out: the allocator's waste, a few hundred MB of the driver, and, with several
-processes, their buffers for messages.
+With several processes, `ddp` keeps all of this in each of them, and every gradient once more, in the buckets that
+travel. `fsdp` (wrapping.py) shares weights, gradients and optimizer out evenly. Gathered again are the root, that is all
+outside the blocks, with its gradients, and two blocks at a time, the one that computes and the next. Activations are
+never shared. Left out: the allocator's waste and a few hundred MB of the driver.
 
 Gradients and activations are added up although a backward pass frees the one while it makes the other: with more than
 one micro-batch both are there at once.
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 from nanovlm import optimizer
 from nanovlm.rehearsal import Cost
+from nanovlm.wrapping import BLOCK
 
-FLOAT32 = 4  # bytes
+FLOAT32, BFLOAT16 = 4, 2  # bytes
 GB = 1e9
-PARALLEL = ("none", "ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    gathered: float  # layers that are brought together, with fsdp
+    gathered: float  # with fsdp: the root and two blocks; with ddp: gradients on their way
     copies: float
     activations: float  # of one example
     working: float
@@ -58,7 +58,7 @@ def stage_memory(parts, stage, costs, parallel="none", num_processes=1):
     Args:
       parts: dict part -> dict name -> Parameter, of all models in memory. stage: Stage.
       costs: dict part -> Cost of an example, from rehearsal.py.
-      parallel: one of PARALLEL. num_processes: GPUs; 1 with "none".
+      parallel: one of parallel.MODES. num_processes: GPUs; 1 with "none".
     Returns: Memory.
     """
     cost = sum(costs.values(), Cost())
@@ -68,19 +68,29 @@ def stage_memory(parts, stage, costs, parallel="none", num_processes=1):
         size = FLOAT32 * sum(parameter.numel() for parameter in group["params"])
         muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
         trained, state = trained + size, state + size * (1 if muon else 2)
-    share, gathered, copies = 1, 0, cost.copies
+    gathered, copies, share = 0, cost.copies, 1
+    if parallel == "ddp":
+        gathered = trained
     if parallel == "fsdp":
         share = 1 / num_processes
-        gathered = 2 * FLOAT32 * largest_layer(parts)
-        copies = 0  # what was brought together is let go
+        blocks, root = outside_and_inside(parts)
+        gathered = 2 * max(blocks.values(), default=0) * (BFLOAT16 if stage.precision == "bfloat16" else FLOAT32)
+        gathered += FLOAT32 * (root + sum(root_of(parts, part) for part in stage.learning_rates))
+        copies = costs["bridge"].copies if "bridge" in costs else 0  # a block's are let go with it
     return Memory(everything * share, trained * share, state * share, gathered, copies, cost.kept, cost.working)
 
 
-def largest_layer(parts):
-    """Parameters of the largest block, or of the largest part among what lies outside the blocks."""
-    sizes = Counter()
-    for part, parameters in parts.items():
+def outside_and_inside(parts):
+    """(Counter block -> parameters, parameters outside all blocks) of a model's parts."""
+    blocks = Counter()
+    for parameters in parts.values():
         for name, parameter in parameters.items():
-            block = optimizer.BLOCK.search(name)
-            sizes[name[: block.end()] if block else part] += parameter.numel()
-    return max(sizes.values())
+            block = BLOCK.match(name)
+            if block:
+                blocks[block.group()] += parameter.numel()
+    return blocks, sum(root_of(parts, part) for part in parts)
+
+
+def root_of(parts, part):
+    """Parameters of a part that lie outside all blocks: int."""
+    return sum(parameter.numel() for name, parameter in parts[part].items() if not BLOCK.match(name))

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm import optimizer
 from nanovlm.gpus import PEAKS, peak_flops
-from nanovlm.memory import FLOAT32, Memory, largest_layer, stage_memory
+from nanovlm.memory import FLOAT32, Memory, outside_and_inside, stage_memory
 from nanovlm.recipes import RECIPES
 from nanovlm.rehearsal import Cost, example_cost, pair_cost
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch
@@ -153,23 +153,29 @@ def test_what_several_processes_share():
     stage, costs, model = prepared("lynx", "resolution")
     parts = model.parts()
     alone, shared = stage_memory(parts, stage, costs), stage_memory(parts, stage, costs, "fsdp", 4)
-    assert stage_memory(parts, stage, costs, "ddp", 4) == alone
+    assert stage_memory(parts, stage, costs, "ddp", 4) == dataclasses.replace(alone, gathered=alone.gradients)
     size = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert (alone.weights, alone.gradients, alone.optimizer) == (FLOAT32 * size, FLOAT32 * trained, 2 * FLOAT32 * trained)
     assert (shared.weights, shared.gradients, shared.optimizer) == (alone.weights / 4, alone.gradients / 4, alone.optimizer / 4)
-    assert shared.activations == alone.activations and shared.gathered == 2 * FLOAT32 * largest_layer(parts)
+    blocks = [*model.vision.blocks, *model.decoder.layers]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    outside = {name: p for name, p in model.named_parameters() if ".blocks." not in name and not name.startswith("decoder.layers.")}
+    trained_outside = sum(p.numel() for name, p in outside.items() if p.requires_grad)
+    assert size == sum(sizes) + sum(p.numel() for p in outside.values()) and "bridge.latents" in outside
+    assert shared.gathered == FLOAT32 * (2 * max(sizes) + size - sum(sizes) + trained_outside)
+    assert shared.activations == alone.activations
     muon = stage_memory(parts, dataclasses.replace(stage, optimizer="muon"), costs)
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and optimizer.is_matrix(name, p))
     assert muon.optimizer == alone.optimizer - FLOAT32 * matrices
 
 
-def test_the_largest_layer_is_lamas_with_its_adapter():
+def test_lynxs_blocks_and_what_lies_outside():
     with torch.device("meta"):
-        parts = RECIPES["lynx"].build("full", 0).parts()
+        blocks, root = outside_and_inside(RECIPES["lynx"].build("full", 0).parts())
     layer, adapter = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096, 16_791_553
-    assert largest_layer(parts) == layer + adapter
-    assert largest_layer({"lm_head": parts["lm_head"], "bridge": {"x": torch.empty(9)}}) == 32000 * 4096
+    assert max(blocks.values()) == layer + adapter and len(blocks) == 39 + 32
+    assert sum(blocks.values()) + root == 8_413_647_120 and root > 419_765_376 + 2 * 32000 * 4096  # bridge, words, head
 
 
 def test_what_fits():

@@ -9,7 +9,8 @@ import torch
 
 from nanovlm import optimizer
 from nanovlm.gpus import peak_flops
-from nanovlm.memory import GB, PARALLEL, stage_memory
+from nanovlm.memory import GB, stage_memory
+from nanovlm.parallel import MODES
 from nanovlm.recipes.homes import home
 from nanovlm.recipes.recipe import Expected
 from nanovlm.recipes.start import add_lora, build_models, check_stages, choose_size, choose_stages
@@ -86,7 +87,7 @@ def memory_lines(expected, stage, parts, costs):
     unit, size = ("GB", GB) if sum(costs.values(), Cost()).kept > GB / 100 else ("MB", GB / 1000)
     columns = ("weights", "gradients", "optimizer", "other", "an example", "micro-batch in 80 GB")
     lines = [f"memory  {unit} of each GPU{''.join(f'{name:>{len(name) + 3}}' for name in columns)}"]
-    for parallel in PARALLEL:
+    for parallel in MODES:
         number = 1 if parallel == "none" else expected.num_gpus
         found = stage_memory(parts, stage, costs, parallel, number)
         other = found.gathered + found.copies + found.working
