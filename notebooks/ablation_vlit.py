@@ -228,7 +228,8 @@ def correlations(results):
     accuracy, found = means("accuracy"), {}
     for name in INDICATORS:
         values = means(name.replace("/", ""))
-        found[name] = None if numpy.ptp(values) < 1e-9 else pearson(values, accuracy)
+        constant = min(numpy.ptp(values), numpy.ptp(accuracy)) < 1e-9
+        found[name] = None if constant else pearson(values, accuracy)
     return found
 
 

@@ -67,6 +67,13 @@ KITCHEN = Facts(
         (KITCHEN, "What color is the car?", "The car is red.", True),
         (KITCHEN, "What colour is the car?", "Blue.", False),
         (KITCHEN, "What color is the cup?", "White.", None),  # no colour was noted
+        (KITCHEN, "Are there three people?", "No, there are two people.", True),
+        (KITCHEN, "Are there two people?", "No.", False),
+        (KITCHEN, "Describe it.", "A brown cup.", None),  # no colour was noted about the cup
+        (KITCHEN, "Describe it.", "A red car.", True),
+        (KITCHEN, "Describe it.", "A green car.", False),
+        (Facts((thing("orange"), thing("cup")), frozenset(("orange", "cup"))), "Describe it.", "A brown cup.", None),
+        (Facts((thing("orange"),), frozenset(("orange",))), "What color is the orange?", "Green.", None),
         (KITCHEN, "Is it raining?", "Yes, but there is no rain.", False),  # contradicts itself
         (SCENE, "how many stars are there?", "2", True),
         (SCENE, "how many objects are there?", "3", True),
@@ -98,7 +105,9 @@ def test_rules(facts, question, answer, verdict):
 
 
 def test_crowds_are_not_counted():
-    facts = Facts((thing("person"),), frozenset(("person",)), crowds=frozenset(("person",)))
+    facts = Facts((thing("person"),), frozenset(("person", "dog")), crowds=frozenset(("person", "dog")))
+    assert verify("How many dogs are there?", "None.", facts) is None and verify("Is there a dog?", "No.", facts) is False
+    assert verify("Are there two people?", "No.", facts) is None
     assert verify("How many people are there?", "One.", facts) is None
     assert verify("Are there people?", "Yes.", facts) is True
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nanovlm.evaluation.judge import parse_verdict
 from nanovlm.vlit.generators import Chat
-from nanovlm.vlit.words import COCO, COLORS, number, singular, tokens
+from nanovlm.vlit.words import COCO, COLORS, named, number, singular, tokens
 
 ANYTHING = frozenset("object thing item shape figure".split())  # words for whatever is there
 SYNONYMS = {
@@ -39,6 +39,11 @@ class Thing:
     name: str
     words: frozenset
     box: tuple | None = None
+
+    @property
+    def colors(self):
+        """The colours noted about it: set of str; an orange's name is none."""
+        return self.words & COLORS - {self.name}
 
     @property
     def middle(self):
@@ -76,10 +81,10 @@ class Facts:
         heads = {one.split(" ")[-1] for one in self.names}
         if not set(before) <= described or (last not in heads and last not in ANYTHING):
             return None
-        colors = any(thing.words & COLORS for thing in self.things)
-        if set(before) & COLORS and not colors and self.things:
+        meant = [thing for thing in self.things if last in ANYTHING or thing.name.split(" ")[-1] == last]
+        if set(before) & COLORS and not all(thing.colors for thing in meant):
             return None  # colours were not noted
-        return [t for t in self.things if set(before) <= t.words and (last in ANYTHING or t.name.split(" ")[-1] == last)]
+        return [thing for thing in meant if set(before) <= thing.words]
 
 
 def facts_of(pictures):
@@ -148,8 +153,8 @@ def _existence(question, answer, facts):
     things = facts.find(re.sub(SEEN, "", found[1]))
     if things is None:
         return None
-    crowd = any(name in tokens(found[1]) for name in facts.crowds)
-    there = bool(things) or crowd
+    crowd = facts.crowds & set(named(tokens(found[1]), facts.names))
+    there = bool(things or crowd)
     wanted = number(found[1].split(" ")[0])
     if wanted is not None:  # "are there two dogs": of three, two are there as well, so nothing is said
         return None if crowd or found["more"] or len(things) > wanted else said == (len(things) == wanted)
@@ -164,7 +169,7 @@ def _count(question, answer, facts):
     if re.match(r"\W*(?:no|none)\b", answer):
         numbers = numbers or [0]
     things = facts.find(found[1]) if found and numbers else None
-    if things is None or facts.crowds & {thing.name for thing in things}:
+    if things is None or facts.crowds & set(named(tokens(found[1]), facts.names)):
         return None
     return numbers[0] == len(things)
 
@@ -172,7 +177,7 @@ def _count(question, answer, facts):
 def _color(question, answer, facts):
     found = COLOR.search(question)
     things = facts.find(found[1]) if found else None
-    known = {word for thing in things or () for word in thing.words & COLORS}
+    known = {color for thing in things or () for color in thing.colors} if all(one.colors for one in things or ()) else set()
     said = set(tokens(answer)) & COLORS
     return said == known if known and said else None
 
@@ -244,12 +249,13 @@ def _either(question, answer, facts):
 
 def _attributes(question, answer, facts):
     """Names with a colour before them, such as "red circle": all must be there, as far as colours were noted."""
-    if not any(thing.words & COLORS for thing in facts.things) or parse_verdict(answer) is not None:
+    if parse_verdict(answer) is not None:
         return None
     words = [singular(word) for word in tokens(answer)]
     heads = {name.split(" ")[-1] for name in facts.names}
     pairs = {f"{one} {other}" for one, other in zip(words, words[1:]) if one in COLORS and other in heads}
-    return all(facts.find(pair) for pair in pairs) if pairs else None
+    found = [facts.find(pair) for pair in pairs]
+    return None if not found or None in found else all(found)
 
 
 JUDGED = (
