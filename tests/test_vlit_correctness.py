@@ -9,11 +9,15 @@ import pytest
 import tokenizers
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.images import to_pixels
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.pair_layouts import CLIP_PAIR, clip_pair
+from nanovlm.recipes.recipe import from_file
+from nanovlm.recipes.start import build_models
+from nanovlm.run import text_side
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlit import annotation_files
 from nanovlm.vlit.correctness import Facts, Thing, facts_of, judge_chat, known, verify, vote
@@ -22,6 +26,7 @@ from nanovlm.vlit.samples import sample
 from nanovlm.weight_files import write_checkpoint
 from tests.random_models import randomise
 
+TINY = Path(__file__).parent / "tiny_recipe.py"
 SHARED = os.environ.get("NANOVLM_SHARED")
 
 
@@ -268,6 +273,27 @@ def test_matching_degree_is_what_transformers_computes(tmp_path):
         told = reference(input_ids=torch.tensor([encoder.ids(text)]), pixel_values=pixels[None])
     expected = 100 * (told.image_embeds @ told.text_embeds.T).item()
     assert encoder.match([[picture]], [text])[0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_towers_of_a_model_trained_here(tmp_path):
+    """The folder as train.py leaves it: the ViT in the model's file, the text tower beside it."""
+    recipe = from_file(TINY)
+    tokenizer = recipe.tokenizer()
+    model, towers = build_models(recipe, recipe.sizes[0], tokenizer.vocab_size, 3)
+    model.vision.resize(16)
+    config = {"recipe": str(TINY), "size": recipe.sizes[0], "image_size": 16, "stages": {"align": {"image_fit": "pad"}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="no text tower"):
+        load_encoder(tmp_path)
+    save_file(text_side(towers), tmp_path / "text_tower.safetensors")
+    encoder, picture = load_encoder(tmp_path), Image.new("RGB", (20, 10), (220, 30, 30))
+    pixels = to_pixels(picture, 16, "pad")[None]
+    ids = [tokenizer.bos, *tokenizer.encode("red"), tokenizer.eos]
+    with torch.no_grad():
+        expected = 100 * (towers.embed_images(pixels) @ towers.embed_texts(torch.tensor([ids]), torch.tensor([len(ids)])).T).item()
+    assert encoder.name == "MD (own encoder)" and encoder.match([[picture]], ["red"])[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_folders_without_two_towers_are_refused(tmp_path):

@@ -240,13 +240,14 @@ def test_order_and_pictures_matter():
 
 def test_compare_is_at_equal_size(folder, capsys):
     (folder / "few.jsonl").write_text("\n".join(json.dumps(item(n, f"What is {n}?", f"It is {n}.")) for n in range(6)))
-    (folder / "more.jsonl").write_text("\n".join(json.dumps(item(n, "What is it?", "A dog.")) for n in range(30)))
+    (folder / "more.jsonl").write_text("\n".join(json.dumps(item(n, "What is it?", "A dog.") | {"conversations": 2 * item(n, "?", "A dog.")["conversations"]}) for n in range(30)))
     files = [str(folder / name) for name in ("few.jsonl", "more.jsonl")]
     assert main(["compare", *files, "--images", str(folder), "--out", str(folder / "out")]) == 0
     report = json.loads((folder / "out" / "compare.json").read_text())
     assert report["size"] == 6
     told = {name: {one["key"]: one for one in rows} for name, rows in report["data sets"].items()}
-    assert list(told) == ["few", "more"] and all(one["O/G"]["measured"] == 6 for one in told.values())
+    assert list(told) == ["few", "more"] and [one["O/G"]["measured"] for one in told.values()] == [6, 12]
+    assert [one["R"]["measured"] for one in told.values()] == [6, 12] and "2 draws of 6" in told["more"]["R"]["computation"]
     assert told["more"]["R"]["value"] == 0 < told["few"]["R"]["value"]
     text = (folder / "out" / "compare.txt").read_text()
     assert text in capsys.readouterr().out and "30.7" in text and "as printed" in text

@@ -3,7 +3,7 @@
     python -m nanovlm.vlit compare A.json B.json C.json --images FOLDER
 
 Several indicators grow with the number of samples, so every file is measured on as many as the smallest holds, drawn at
-random (--size: fewer). The folder holds compare.json, compare.txt and compare.png.
+random (--size: fewer), and response diversity on as many responses. The folder holds compare.json, compare.txt and compare.png.
 """
 
 import dataclasses
@@ -31,6 +31,9 @@ def run(wishes):
         raise ValueError(f"one file, {paths[0]}; give two or more to compare, or use `quality`")
     out, size = Path(wishes.out), wishes.size or min(map(count_records, paths))
     settings, helpers = quality.settings_of(wishes, size), quality.helpers_of(wishes, out)
+    # a set of long conversations has more responses in as many samples
+    options = dataclasses.replace(settings.diversity, responses=min(settings.diversity.responses, size))
+    settings = dataclasses.replace(settings, diversity=options)
     names = labels(paths)
     found = {}
     for name, path in zip(names, paths):
