@@ -7,6 +7,8 @@ without it, a model that learns from answers alone finds colours early and shape
 CLIP, arXiv:2103.00020, Sec. 2.3 and Fig. 3. `ContrastiveModel` trains the small towers here; differs from the paper:
 - the picture's feature is the largest value of each channel over its patches, not a class token's: one patch that
   sees a star is enough, so patches can keep to what they see (a mean over patches makes each of them tell everything);
+- a caption may belong to a region: then the one patch at its centre must match it (as RegionCLIP, arXiv:2112.09106,
+  matches regions with words), so that every patch tells of what stands there, and of nothing else;
 - a picture may have several captions, and a caption several pictures (in small worlds captions repeat): the target is
   spread evenly over all that are right (UniCL, arXiv:2204.03610, Eq. 3).
 `CLIP` is the published pair of towers; beside the small one:
@@ -137,9 +139,10 @@ class TwoTowers(nn.Module):
         self.vision = vision
         self.text = text
 
-    def embed_images(self, pixels):
-        """float[B, 3, H, W] -> float[B, E] of length 1."""
-        return F.normalize(self.image_features(pixels), dim=-1)
+    def embed_images(self, pixels, looks=None):
+        """float[B, 3, H, W] -> float[B, E] of length 1; with looks as in `ContrastiveModel.loss`: one row per look."""
+        features = self.image_features(pixels) if looks is None else self.look_features(pixels, looks)
+        return F.normalize(features, dim=-1)
 
     def embed_texts(self, ids, lengths):
         """int[B, T], int[B] -> float[B, E] of length 1."""
@@ -183,6 +186,14 @@ class ContrastiveModel(TwoTowers):
         """float[B, 3, H, W] -> float[B, E] of any length."""
         return self.pool(self.vision(pixels))
 
+    def look_features(self, pixels, looks):
+        """float[B, 3, H, W], looks float[R, 3] -> float[R, E]: the patch at the centre of a region, or the whole picture's."""
+        features = self.vision(pixels)
+        side = math.isqrt(features.shape[1])
+        picture, (x, y) = looks[:, 0].long(), (looks[:, 1:] * side).long().clamp(min=0).T
+        patches = self.project_image(features[picture, y * side + x])  # R E
+        return torch.where(looks[:, 1:2] < 0, self.pool(features)[picture], patches)
+
     def text_features(self, ids, lengths):
         """int[B, T], int[B] -> float[B, E] of any length."""
         return self.project_text(self.text(ids, lengths))
@@ -191,16 +202,18 @@ class ContrastiveModel(TwoTowers):
         """Inverse temperature, float[]."""
         return self.log_scale.exp().clamp(max=MAX_SCALE)
 
-    def loss(self, pixels, ids, lengths, right=None):
-        """InfoNCE of a batch of pictures and captions.
+    def loss(self, pixels, ids, lengths, right=None, looks=None):
+        """InfoNCE of a batch of pictures, or regions of pictures, and captions.
 
         Args:
           pixels: float[B, 3, H, W]. ids: int[C, T], right padded with one id. lengths: int[C].
-          right: bool[B, C], True where a caption is right for a picture; None = B pairs, equal captions equally right.
+          right: bool[R, C], True where a caption is right for a look; None = R pairs, equal captions equally right.
+          looks: float[R, 3], picture and x, y of a region's centre as shares of its sides, -1 for the whole picture; None =
+            every picture as a whole, R = B. Only for a ViT without class token.
         Returns: float[], nats.
         """
         right = same_captions(ids, lengths) if right is None else right
-        return self.match(self.embed_images(pixels), self.embed_texts(ids, lengths), right)
+        return self.match(self.embed_images(pixels, looks), self.embed_texts(ids, lengths), right)
 
     def match(self, images, texts, right):
         """The loss from features: float[B, E], float[C, E] of length 1 and bool[B, C] -> float[], nats."""

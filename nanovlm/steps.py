@@ -73,11 +73,11 @@ class ContrastiveStep(nn.Module):
         self.model = model
         self.processes = processes
 
-    def forward(self, pixels, ids, lengths, right):
+    def forward(self, pixels, ids, lengths, right, looks=None):
         """This process's pictures and captions, as for the model's `loss` -> float[]; the shares add up to the loss."""
         captions = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist())]
         everything = self.processes.gather((captions, right.tolist()))
-        images = Gather.apply(self.model.embed_images(pixels), [len(right) for _, right in everything], self.processes.rank)
+        images = Gather.apply(self.model.embed_images(pixels, looks), [len(right) for _, right in everything], self.processes.rank)
         texts = Gather.apply(self.model.embed_texts(ids, lengths), [len(found) for found, _ in everything], self.processes.rank)
         first, right = merge_captions(everything)
         return self.model.match(images, texts[first.to(texts.device)], right.to(images.device)) / self.processes.size

@@ -82,8 +82,8 @@ def contrastive_loss(run, stage, batch):
     Returns: (float[] mean over pictures and captions in nats, of several processes this one's share; int what the sum
       over all processes is to be divided by, 1 in all; int tokens of the captions that differ).
     """
-    pixels, ids, lengths, right = (tensor.to(run.device) for tensor in batch)
-    loss = (run.training or run.contrastive.loss)(pixels, ids, lengths, right)
+    pixels, ids, lengths, right, looks = (tensor if tensor is None else tensor.to(run.device) for tensor in batch)
+    loss = (run.training or run.contrastive.loss)(pixels, ids, lengths, right, looks)
     return loss, int(run.processes.main), int(lengths.sum())
 
 
@@ -235,12 +235,12 @@ def contrastive_by_threads(run, stage, records, parameters, report, num_threads)
     them, then the rest of the backward pass apart again (GradCache, arXiv:2101.06983, Sec. 3.2).
     """
     model = run.contrastive
-    pixels, ids, lengths, right = pairs_batch(run, stage, records, report)
+    pixels, ids, lengths, right, looks = pairs_batch(run, stage, records, report)
     autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16")
 
     def forward(share):
         with autocast():
-            return model.embed_images(share)
+            return model.embed_images(*share)
 
     def backward(features, gradient):
         if features.requires_grad:
@@ -248,7 +248,7 @@ def contrastive_by_threads(run, stage, records, parameters, report, num_threads)
         return [None] * len(parameters)  # the tower is frozen
 
     with workers(num_threads) as pool:
-        features = list(pool.map(forward, pixels.chunk(num_threads)))
+        features = list(pool.map(forward, shares_of_pictures(pixels, looks, num_threads)))
         leaves = [one.detach().requires_grad_() for one in features]
         with autocast():
             loss = model.match(torch.cat(leaves), model.embed_texts(ids, lengths), right)
@@ -258,6 +258,19 @@ def contrastive_by_threads(run, stage, records, parameters, report, num_threads)
         for gradients in pool.map(backward, features, gradients[:len(leaves)]):
             add_gradients(parameters, gradients)
     return loss.item(), 1, int(lengths.sum())
+
+
+def shares_of_pictures(pixels, looks, number):
+    """Pictures and the looks at them, see batching.contrastive_batch, in `number` parts: list of (pixels, looks)."""
+    shares, start = [], 0
+    for part in pixels.chunk(number):
+        own = None
+        if looks is not None:
+            own = looks[(looks[:, 0] >= start) & (looks[:, 0] < start + len(part))]
+            own = own - own.new_tensor([start, 0, 0])
+        shares.append((part, own))
+        start += len(part)
+    return shares
 
 
 BY_THREADS = {"language": language_by_threads, "contrastive": contrastive_by_threads}

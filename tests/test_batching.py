@@ -212,8 +212,9 @@ def test_contrastive_batch(tokenizer):
     texts = ["a cat", "this is a cat", "A"]
     records = [caption(str(n), n, text) for n, text in enumerate(texts)]
     records[2] = Record("2", (picture(2),), ((Turn("assistant", (0, "A")),), talk("other", "B"), talk("more", "a cat")))
-    pixels, ids, lengths, right = contrastive_batch(records, tokenizer, 8, "crop", 20)
+    pixels, ids, lengths, right, looks = contrastive_batch(records, tokenizer, 8, "crop", 20)
     rows = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in (*texts, "B")]
+    assert looks is None
     assert right.tolist() == [[True, False, False, False], [False, True, False, False], [True, False, True, True]]
     assert lengths.tolist() == [len(row) for row in rows] and lengths.dtype == torch.int64
     longest = max(map(len, rows))
@@ -221,12 +222,32 @@ def test_contrastive_batch(tokenizer):
     assert torch.equal(pixels, torch.stack([images.to_pixels(picture(n).frames[0], 8) for n in range(3)]))
 
 
+def test_captions_of_regions_belong_to_looks(tokenizer):
+    whole = caption("0", 0, "a cat")
+    turns = talk("q", "A"), talk("q", "a cat"), talk("q", "B"), talk("q", "A")
+    parts = Record("1", (picture(1),), turns, regions=((0.25, 0.5), (0.25, 0.5), None, (0.75, 0)))
+    _, ids, _, right, looks = contrastive_batch([whole, parts], tokenizer, 8, "crop", 20)
+    assert looks.tolist() == [[0, -1, -1], [1, 0.25, 0.5], [1, -1, -1], [1, 0.75, 0]]
+    assert ids[:, 1].tolist() == [tokenizer.encode(text)[0] for text in ("a cat", "A", "B")]
+    assert right.tolist() == [[True, False, False], [True, True, False], [False, False, True], [False, True, False]]
+
+
+@pytest.mark.parametrize("visual, seen", [
+    (Visual("wide", (Image.new("RGB", (9, 8)),)), "as a square cut out of 9 x 8 pixels"),
+    (Visual("seen", (Image.new("RGB", (8, 8)),), View()), "through an augmentation"),
+])
+def test_regions_need_a_picture_seen_as_it_is(tokenizer, visual, seen):
+    record = Record("r", (visual,), (talk("q", "A"),), regions=((0.5, 0.5),))
+    with pytest.raises(ValueError, match=f"record 'r' has regions, but its picture is seen {seen}"):
+        contrastive_batch([record], tokenizer, 8, "crop", 20)
+
+
 def test_long_captions_are_cut_only_where_that_is_counted(tokenizer):
     records = [caption("r", 1, "ABCDEF")]
     with pytest.raises(ValueError, match="record 'r' has 8 tokens, more than max_tokens 7"):
         contrastive_batch(records, tokenizer, 8, "crop", 7)
     report = Report()
-    _, ids, lengths, _ = contrastive_batch(records, tokenizer, 8, "crop", 7, report)
+    _, ids, lengths, _, _ = contrastive_batch(records, tokenizer, 8, "crop", 7, report)
     assert ids.tolist() == [[tokenizer.bos, *tokenizer.encode("ABCDEF")]] and lengths.tolist() == [7]
     assert report == Report(1, 1, 1)
 

@@ -136,6 +136,19 @@ def test_loss_with_several_captions_a_picture():
     assert model.loss(pixels, ids, lengths, right).item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_looks_see_a_whole_picture_or_the_patch_at_a_place():
+    model = contrastive_model()
+    pixels = torch.randn(2, 3, 12, 12)
+    patches = model.project_image(model.vision(pixels))  # 3 x 3 patches of 4 pixels
+    looks = torch.tensor([[0, 0.34, 0.99], [0, -1, -1], [1, 0.0, 0.0], [1, 0.7, 0.4]])
+    expected = torch.stack([patches[0, 7], patches[0].amax(0), patches[1, 0], patches[1, 5]])
+    rows = model.embed_images(pixels, looks)
+    torch.testing.assert_close(rows, F.normalize(expected, dim=-1))
+    ids, lengths, right = torch.randint(20, (4, 5)), torch.tensor([5, 2, 3, 4]), torch.eye(4, dtype=torch.bool)
+    loss = model.loss(pixels, ids, lengths, right, looks)
+    assert loss.item() == pytest.approx(naive_info_nce(rows, model.embed_texts(ids, lengths), model.scale().item(), right), rel=1e-4)
+
+
 def test_scale_starts_at_clip_s_and_is_clamped():
     model = contrastive_model()
     fresh = ContrastiveModel(model.vision, 12, model.text, 12, 7)

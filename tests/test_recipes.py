@@ -139,5 +139,5 @@ def test_the_two_nano_recipes_differ_by_the_bridge_alone():
         {name: p.shape for name, p in model.named_parameters() if not name.startswith("bridge.")} for model in (one, other)
     ]
     assert shapes[0] == shapes[1]
-    assert one.num_image_tokens(64) == other.num_image_tokens(64) == 16
+    assert one.num_image_tokens(64) == other.num_image_tokens(64) == 64
     assert RECIPES["nano"].stages("full", False) == RECIPES["nano_resampler"].stages("full", False)

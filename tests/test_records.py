@@ -180,4 +180,7 @@ def test_records_refuse_what_makes_no_sense():
     for number in (1, -1):
         with pytest.raises(ValueError, match=f"mentions visual input {number}; it has 1"):
             Record("r", (Visual("v", (picture,)),), ((Turn("user", (number,)),),))
-    Record("r", (Visual("v", (picture,)),), ((Turn("user", (0,)),),), ("x",))
+    for regions, message in ((((0.5, 0.5), None), "2 regions for 1 conversations"), (((1.0, 0),), "the region"), (((0.5,),), "the region")):
+        with pytest.raises(ValueError, match=f"record 'r' has {message}"):
+            Record("r", (), ((Turn("assistant", ("a",)),),), regions=regions)
+    Record("r", (Visual("v", (picture,)),), ((Turn("user", (0,)),),), ("x",), regions=((0, 0.99),))

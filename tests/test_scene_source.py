@@ -5,6 +5,7 @@ import pytest
 from nanovlm.data.records import Record, Turn
 from nanovlm.data.scene_questions import CAPTIONS, NAME_PROMPT, REGIONS
 from nanovlm.data.scene_source import Scenes, majority_baseline
+from nanovlm.data.scenes import COLORS
 
 
 def test_a_record_depends_on_seed_and_number_alone():
@@ -32,16 +33,24 @@ def test_names_say_all_of_a_picture():
     for n in range(40):
         scene, record = source.scene(n), source.record(n)
         said = [conversation[-1].text for conversation in record.conversations]
-        expected = set()
+        expected, places = set(), {}
         for thing in scene.objects:
             third = scene.canvas / 3
             place = REGIONS[int(thing.y // third)][int(thing.x // third)]
             expected |= {f"{thing.color} {thing.shape}", thing.shape, thing.color, f"{thing.size} {thing.shape}"}
             expected.add(f"{thing.shape} at the {place}")
+            places[f"{thing.color} {thing.shape}", thing.x / 64, thing.y / 64] = 5
         if scene.string:
             with_string += 1
-            expected |= {f"text {scene.string}", *scene.string}
-        assert len(said) == len(set(said)) and set(said) == expected
+            ranked = [f"{rank} {symbol}" for rank, symbol in zip(("first", "second", "third"), scene.string)]
+            expected |= {*scene.string, *ranked}
+            left, top, right, bottom = (side / 64 for side in scene.string_box)
+            regions = [region for name, region in zip(said, record.regions) if name in ranked]
+            assert all(left < x < right and y == pytest.approx((top + bottom) / 2) for x, y in regions)
+            assert [x for x, _ in regions] == sorted(x for x, _ in regions)
+        assert set(said) == expected and len(record.regions) == len(said)
+        assert all((name, x, y) in places for name, (x, y) in zip(said, record.regions) if name.count(" ") == 1
+                   and name.split()[0] in COLORS)
         assert record.kinds == ("name",) * len(said)
         assert all(conversation[0].parts == (0, NAME_PROMPT) for conversation in record.conversations)
     assert with_string > 5

@@ -528,9 +528,13 @@ def test_threads_that_share_an_update_change_nothing(run, threads, number, size)
 
 @pytest.mark.parametrize("number", [2, 3])
 @pytest.mark.parametrize("frozen", ["", "vision.", "text."])
-def test_threads_that_share_a_contrastive_update_change_nothing(run, threads, number, frozen):
+@pytest.mark.parametrize("regions", [(), ((0.1, 0.9), (0.6, 0.2))])
+def test_threads_that_share_a_contrastive_update_change_nothing(run, threads, number, frozen, regions):
     stage = dataclasses.replace(RECIPE.stages("full", False)[0], image_size=8, clip=None)
     records = [Squares(0).record(n) for n in range(5)]
+    for n in range(1, 5) if regions else ():
+        (turns, *_) = records[n].conversations
+        records[n] = dataclasses.replace(records[n], conversations=(turns, turns), kinds=(), regions=regions)
     for name, parameter in run.contrastive.named_parameters():
         parameter.requires_grad_(not (frozen and name.startswith(frozen)))
     parameters = [parameter for parameter in run.contrastive.parameters() if parameter.requires_grad]
@@ -646,7 +650,7 @@ def test_parameters_that_the_records_do_not_reach_get_no_gradient(run):
 def test_the_contrastive_loss_is_that_of_the_batch(run):
     stage = RECIPE.stages("full", False)[0]
     records = RECORDS[:4]
-    pixels, ids, lengths, right = update.contrastive_batch(records, run.tokenizer, 8, "crop", 24)
+    pixels, ids, lengths, right, _ = update.contrastive_batch(records, run.tokenizer, 8, "crop", 24)
     expected = run.contrastive.loss(pixels, ids, lengths, right)
     loss, norm, tokens = update.gradient(run, stage, records, list(run.contrastive.parameters()), Report())
     assert loss == pytest.approx(expected.item()) and tokens == lengths.sum()

@@ -166,28 +166,43 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
       records: list of B Record with one picture each; every conversation ends with a caption of it.
       tokenizer, image_size, fit, max_tokens, report, preprocessing: as in `build_batch`.
     Returns: (pixels float32[B, 3, S, S], ids int64[C, T]: BOS, caption, EOS, padding on the right; lengths int64[C];
-      right bool[B, C]: whether a caption is one of a picture's). The C captions are all different.
-    Raises: ValueError for a record without exactly one picture or without a caption, or a caption that is too long.
+      right bool[R, C]: whether a caption is right for a look; looks). The C captions are all different. A look is a picture
+      as a whole or a region of one: looks float32[R, 3] holds picture, x and y as shares, -1 for the whole, pictures
+      ascending; None where no record has regions: R = B, every picture as a whole.
+    Raises: ValueError for a record without exactly one picture or without a caption, a caption that is too long, or regions
+      of a picture that is not seen as it is.
     """
-    captions, pairs = {}, []  # ids of a caption -> its place; (picture, place of a caption)
+    captions, looks, pairs = {}, {}, []  # ids of a caption -> its place; look -> its place; (look, place of a caption)
     for picture, record in enumerate(records):
         where = f"record {record.id!r}"
         if [len(visual.frames) for visual in record.visuals] != [1]:
             raise ValueError(
                 f"{where} has {len(record.visuals)} visual inputs; a contrastive batch needs one picture each"
             )
-        for conversation in record.conversations:
+        if record.regions:
+            _check_seen_whole(record.visuals[0], where)
+        for conversation, region in zip(record.conversations, record.regions or (None,) * len(record.conversations)):
             turn = conversation[-1]
             if turn.role != "assistant" or not turn.text.strip():
                 raise ValueError(f"{where} has no caption; its conversations must end with the assistant saying one")
             ids = [tokenizer.bos, *tokenizer.encode(turn.text), tokenizer.eos]
             row = checked(templates.Row(ids, list(ids)), max_tokens, report, where)
-            pairs.append((picture, captions.setdefault(tuple(row.ids), len(captions))))
+            look = looks.setdefault((picture, *(region or (-1, -1))), len(looks))
+            pairs.append((look, captions.setdefault(tuple(row.ids), len(captions))))
     ids, _, _, _ = _pad([[templates.Row(list(ids), list(ids))] for ids in captions], max_tokens, 1, tokenizer.pad)
-    right = torch.zeros(len(records), len(captions), dtype=torch.bool)
+    right = torch.zeros(len(looks), len(captions), dtype=torch.bool)
     right[tuple(torch.tensor(pairs).T)] = True
     pixels = pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing)
-    return pixels, ids, torch.tensor([len(ids) for ids in captions]), right
+    looks = torch.tensor(list(looks)) if any(record.regions for record in records) else None
+    return pixels, ids, torch.tensor([len(ids) for ids in captions]), right, looks
+
+
+def _check_seen_whole(visual, where):
+    """Raise ValueError unless places in a picture are the same shares of it once it is made square."""
+    width, height = images.load(visual.frames[0]).size
+    if visual.view or width != height:
+        seen = "through an augmentation" if visual.view else f"as a square cut out of {width} x {height} pixels"
+        raise ValueError(f"{where} has regions, but its picture is seen {seen}; give square pictures, without augmentation")
 
 
 def _segments(conversation, template, where):

@@ -10,6 +10,30 @@ from fractions import Fraction
 from nanovlm.names import nearest
 
 
+class Course:
+    """One source after another: the first `lengths[0]` records from the first, and so on; the last has no end.
+
+    Args:
+      sources: list of sources, easy ones first. lengths: list of int, one fewer.
+    """
+
+    def __init__(self, sources, lengths):
+        if len(lengths) != len(sources) - 1 or min(lengths, default=1) < 1:
+            raise ValueError(f"{len(sources)} sources and lengths {lengths}; every source but the last needs a length from 1")
+        self.name, self.sources, self.lengths = sources[-1].name, sources, lengths
+
+    def __len__(self):
+        return sum(self.lengths) + len(self.sources[-1])
+
+    def record(self, n):
+        """Record n of the whole course."""
+        for source, length in zip(self.sources, self.lengths):
+            if n < length:
+                return source.record(n)
+            n -= length
+        return self.sources[-1].record(n)
+
+
 class Mixture:
     """Reads sources in proportion to their weights.
 

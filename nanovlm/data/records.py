@@ -62,7 +62,10 @@ class Record:
 
     kinds: question type of each conversation, for evaluation; empty = not stated.
     rows: (where, templates.Row) of its conversations, where a worker has written them ahead for one stage (prepare.py).
-    Raises: ValueError if kinds and conversations differ in number, or a part names a visual input that does not exist.
+    regions: for each conversation (x, y), the centre of what it speaks of as shares of the picture's width and height, or
+      None where it speaks of the whole; empty = all of the whole. Contrastive stages look there.
+    Raises: ValueError if kinds or regions and conversations differ in number, a region's centre lies outside the picture,
+      or a part names a visual input that does not exist.
     """
 
     id: str
@@ -70,6 +73,7 @@ class Record:
     conversations: tuple[tuple[Turn, ...], ...]
     kinds: tuple[str, ...] = ()
     rows: tuple = ()
+    regions: tuple = ()
 
     def __post_init__(self):
         if not self.conversations:
@@ -77,6 +81,12 @@ class Record:
         if self.kinds and len(self.kinds) != len(self.conversations):
             counts = f"{len(self.kinds)} kinds for {len(self.conversations)} conversations"
             raise ValueError(f"record {self.id!r} has {counts}")
+        if self.regions and len(self.regions) != len(self.conversations):
+            counts = f"{len(self.regions)} regions for {len(self.conversations)} conversations"
+            raise ValueError(f"record {self.id!r} has {counts}")
+        for region in self.regions:
+            if region is not None and not (len(region) == 2 and all(0 <= share < 1 for share in region)):
+                raise ValueError(f"record {self.id!r} has the region {region}; its centre is two shares from 0 to below 1")
         for part in (part for turns in self.conversations for turn in turns for part in turn.parts):
             if not isinstance(part, str) and not 0 <= part < len(self.visuals):
                 raise ValueError(f"record {self.id!r} mentions visual input {part}; it has {len(self.visuals)}")

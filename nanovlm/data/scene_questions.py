@@ -4,13 +4,14 @@ Every question has exactly one right, short answer by construction: what is ambi
 is not asked. Training never names a held-out colour-shape pair, not even to say that it is absent.
 """
 
-from nanovlm.data.scenes import COLORS, SHAPES, TRAIN_PAIRS, pick
+from nanovlm.data.scenes import COLORS, SHAPES, TRAIN_PAIRS, pick, symbol_centres
 
 REGION_MARGIN = 2.0  # pixels an object's centre keeps from the borders of its ninth of the picture
 RELATION_MARGIN = 4.0  # pixels between two centres before one is called left of or above the other
 OPEN_SHARE = 0.75  # of the relations drawn; open questions are ambiguous more often: half of those asked are open
 REGIONS = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
 RELATIONS = ("left of", "right of", "above", "below")
+RANKS = ("first", "second", "third")  # of the symbols of a text
 
 CAPTION_PROMPTS = ("describe the image.", "what is in the image?", "what do you see?", "give a caption for the image.")
 SHORT_CAPTION_PROMPTS = ("list the objects.", "name the objects in the image.", "what objects are there?")
@@ -58,15 +59,17 @@ def caption_words(scene):
 
 
 def all_names(scene):
-    """All that can be said of a scene in few words, each once: of every object colour and shape, either alone, size with
-    shape, shape with place; the text and each of its symbols. A list of str."""
+    """What can be said in few words of each thing in a scene: of every object colour and shape, either alone, size with
+    shape, shape with place; every symbol of the text, alone and with its rank. Returns: list of (name, x, y), with the
+    thing's centre in pixels."""
     names = []
     for thing in scene.objects:
-        names += [pair_words(thing), thing.shape, thing.color, f"{thing.size} {thing.shape}"]
-        names.append(f"{thing.shape} at the {place_of(thing, scene.canvas)}")
-    if scene.string:
-        names += [f"text {scene.string}", *scene.string]
-    return list(dict.fromkeys(names))
+        words = [pair_words(thing), thing.shape, thing.color, f"{thing.size} {thing.shape}"]
+        words.append(f"{thing.shape} at the {place_of(thing, scene.canvas)}")
+        names += [(name, thing.x, thing.y) for name in words]
+    for rank, (symbol, x, y) in zip(RANKS, symbol_centres(scene)):
+        names += [(symbol, x, y), (f"{rank} {symbol}", x, y)]
+    return names
 
 
 def _names(thing, scene):

@@ -35,8 +35,9 @@ class Scenes:
         Args:
           split: "train"; "new" = other pictures of the same distribution; "unseen_pairs" = only held-out pairs;
             "reading" = only held-out strings, one in every picture, and only the reading question.
-          kind: "captions" (one), "questions", "both" (the caption first), or "names": all that can be said of the picture
-            in few words, each a conversation of its own; for these, questions_per_picture and weights mean nothing.
+          kind: "captions" (one), "questions", "both" (the caption first), or "names": all that can be said in few words of
+            each thing, conversations of their own with its centre as region; for these, questions_per_picture and
+            weights mean nothing.
           seed: int, 0 or more.
           max_objects, min_objects: range of the number of objects.
           questions_per_picture: at most this many, all different.
@@ -81,9 +82,14 @@ class Scenes:
 
     def record(self, n):
         """Record n, n >= 0: one picture, each conversation one question about it and its answer."""
-        _, picture, asked = self._draw(n)
+        scene, picture, asked = self._draw(n)
         conversations = ((Turn("user", (0, question)), Turn("assistant", (answer,))) for _, question, answer in asked)
-        return Record(picture.key, (picture,), tuple(conversations), tuple(kind for kind, _, _ in asked))
+        regions = ()
+        if self.kind == "names":
+            regions = tuple((x / self.canvas, y / self.canvas) for _, x, y in all_names(scene))
+        return Record(
+            picture.key, (picture,), tuple(conversations), tuple(kind for kind, _, _ in asked), regions=regions
+        )
 
     def _draw(self, n):
         """(Scene, Visual, list of (type, question, answer)) of record n."""
@@ -94,7 +100,7 @@ class Scenes:
             picture = Visual(f"{self.key}/{n}.{attempt}", (render(scene, rng),))
             asked = [made for number, weights in self.wanted for made in ask(scene, rng, number, weights, self.pairs)]
             if self.kind == "names":
-                asked = [("name", NAME_PROMPT, name) for name in all_names(scene)]
+                asked = [("name", NAME_PROMPT, name) for name, _, _ in all_names(scene)]
             if asked:
                 return scene, picture, asked
         raise ValueError(

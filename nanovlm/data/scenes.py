@@ -104,6 +104,18 @@ def place_string(rng, string, canvas):
     return left, top, left + width, top + height
 
 
+def symbol_centres(scene):
+    """The symbols of a scene's string and where they stand: list of (symbol, x, y), pixels; empty without a string."""
+    centres = []
+    if scene.string:
+        left, top, _, bottom = scene.string_box
+        for symbol in scene.string:
+            width = _glyph(symbol).width
+            centres.append((symbol, left + width / 2, (top + bottom) / 2))
+            left += width + SYMBOL_GAP
+    return centres
+
+
 def _free(x, y, radius, objects, box):
     """Whether a disc keeps GAP pixels away from every object and from the string."""
     for other in objects:

@@ -4,13 +4,14 @@ The papers' whole chain in miniature. Two stages make what they take ready-made,
 language model; three more are Lynx's: align the two at a low resolution, raise the resolution, instruct.
 
   vision   ViT with a convolutional stem, 64 pixels, 8 x 8 patches             Sec. 2.1 of each paper
-  bridge   MLP over squares of 2 x 2 patches: 16 image tokens                  LLaVA-Phi, Sec. 3.1
+  bridge   MLP on every patch: 64 image tokens                                 LLaVA-Phi, Sec. 3.1
   decoder  LLaMA's layer with Lynx's adapters and mPLUG-Owl2's split norms, keys and values
   data     easy-VQA (5,000 pictures, questions by others) and drawn scenes
 """
 
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.easy_vqa import EasyVQA
+from nanovlm.data.mixture import Course
 from nanovlm.data.scene_source import Scenes
 from nanovlm.data.scene_texts import SceneTexts
 from nanovlm.data.templates import NANO
@@ -27,13 +28,14 @@ from nanovlm.vlm import VLM
 SIZES = {"full": (128, 2), "tiny": (32, 1)}  # width of vision and language, layers of each
 HEAD_WIDTH = 32  # channels
 VOCABULARY = 512  # tokens
-QUESTIONS = {"color": 1.5, "shape": 1.5, "count": 1.2, "existence": 1, "place": 1.5, "relation": 1.8, "size": 0.7, "reading": 1.5}
+QUESTIONS = {"color": 1.5, "shape": 1.5, "count": 1.2, "existence": 1, "place": 1.5, "relation": 1.8, "size": 0.7, "reading": 3.0}
+ATTRIBUTES = {"color": 1.0, "shape": 1.0, "size": 0.7, "place": 1.0}  # one thing looked up, one answer: what is learned first
 CAPTIONS = {"caption": 1.0, "short_caption": 1.0}
 
 
 def projector(width):
-    """The bridge: squares of 2 x 2 patches become one image token each."""
-    return PixelShuffleProjector(width, width, merge=2, positions=True)
+    """The bridge: every patch becomes one image token, which knows its place."""
+    return PixelShuffleProjector(width, width, merge=1, positions=True)
 
 
 def build(size, vocab_size, bridge=projector):
@@ -61,22 +63,27 @@ def contrastive(size, model):
 
 def sources():
     """Name in a mixture -> (seed) -> data source."""
-    both = QUESTIONS | CAPTIONS
     return {
-        "singles_names": lambda seed: Scenes(kind="names", seed=seed, max_objects=1, string_share=0.1),
-        "scenes_names": lambda seed: Scenes(kind="names", seed=seed + 1, max_objects=3, string_share=0.2),
+        "scenes_names": lambda seed: Scenes(kind="names", seed=seed, string_share=0.4),
         "easy_vqa_names": lambda seed: EasyVQA(kind="names", seed=seed),
         "easy_vqa_texts": lambda seed: EasyVQA(kind="texts", seed=seed, questions_per_picture=4),
         "texts_single": lambda seed: SceneTexts(seed=seed + 1, max_objects=1, weights=TEXTS, questions_per_text=4),
         "texts": lambda seed: SceneTexts(seed=seed, max_objects=3, weights=TEXTS, questions_per_text=6),
         "scenes_small": lambda seed: Scenes(
-            kind="both", seed=seed + 2, min_objects=2, max_objects=3, questions_per_picture=4, weights=both, canvas=48
+            kind="both", seed=seed + 2, min_objects=2, max_objects=3, questions_per_picture=4, weights=ATTRIBUTES | CAPTIONS,
+            canvas=48,
         ),
         "scenes_both": lambda seed: Scenes(
-            kind="both", seed=seed + 3, min_objects=2, questions_per_picture=4, weights=both
+            kind="both", seed=seed + 3, min_objects=2, max_objects=3, questions_per_picture=5, weights=ATTRIBUTES | CAPTIONS
         ),
-        "scenes": lambda seed: Scenes(
-            seed=seed + 4, max_objects=4, questions_per_picture=5, string_share=0.35, weights=QUESTIONS
+        "scenes": lambda seed: Course(
+            [
+                Scenes(
+                    seed=seed + 4, min_objects=2, max_objects=3, questions_per_picture=6, string_share=0, weights=ATTRIBUTES
+                ),
+                Scenes(seed=seed + 5, max_objects=4, questions_per_picture=6, string_share=0.4, weights=QUESTIONS),
+            ],
+            [2500],
         ),
         "easy_vqa": lambda seed: EasyVQA(seed=seed + 1, questions_per_picture=6),
     }
@@ -95,14 +102,14 @@ def rates(rate, *parts, **others):
 
 def stages(size, smoke):
     """The five stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
-    steps = dict(tower=320, language=520, align=150, resolution=120, instruct=650)
+    steps = dict(tower=300, language=160, align=60, resolution=60, instruct=850)
     common = dict(optimizer="muon", warmup_steps=20, precision="bfloat16", max_tokens=128)
     if smoke:
         steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
     return (
         Stage(
             "tower", "contrastive", rates(2e-3, "vision", "text_tower"),
-            {"singles_names": 4, "scenes_names": 4, "easy_vqa_names": 2},
+            {"scenes_names": 8, "easy_vqa_names": 2},
             steps["tower"], batch_size=64,
             summary="tower: of the easy-VQA test, shapes told apart {shape}, colours {color}", **common,
         ),
@@ -112,19 +119,19 @@ def stages(size, smoke):
             summary="language: questions about texts {text_only}", **common,
         ),
         Stage(
-            "align", "language", rates(1e-3, "adapters", "vision_branch", bridge=2e-3),
+            "align", "language", rates(2e-3, "bridge", "adapters", "vision_branch"),
             {"scenes_small": 7, "easy_vqa": 3},
             steps["align"], batch_size=32, image_size=48, copy_vision_branch=True,
             summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
         ),
         Stage(
-            "resolution", "language", rates(1.5e-3, "bridge", "adapters", "vision_branch", vision=5e-4),
+            "resolution", "language", rates(2e-3, "bridge", "adapters", "vision_branch", vision=2e-4),
             {"scenes_both": 8, "easy_vqa": 2}, steps["resolution"], batch_size=32,
             summary="resolution: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
         ),
         Stage(
             "instruct", "language",
-            rates(1.5e-3, "bridge", "embedding", "language_model", "adapters", "vision_branch", vision=5e-4),
+            rates(2e-3, "bridge", "embedding", "language_model", "adapters", "vision_branch"),
             {"scenes": 7, "easy_vqa": 2, "texts": 1}, steps["instruct"], batch_size=32,
             summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}, reading {scenes_reading}", **common,
         ),
