@@ -133,14 +133,18 @@ class DecoderAttention(nn.Module):
         self.v = per_modality(lambda: nn.Linear(config.width, kv_width, bias), modality_adaptive)  # Eq. 7
         self.o = nn.Linear(config.width, config.width, config.output_bias)
 
+    def keys_and_values(self, x, context, index):
+        """x float[B, T, W], the normalised input of layer `index` -> two float[B, K, S, D], those of the cache included."""
+        k = split(self.k, context.routing)(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # B K T D
+        v = split(self.v, context.routing)(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        k = apply_rope(k, context.cos, context.sin)
+        return (k, v) if context.cache is None else context.cache.update(index, k, v)  # B K S D
+
     def forward(self, x, context, index):
         """x float[B, T, W], the normalised input of layer `index` -> float[B, T, W]."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B H T D
-        k = split(self.k, context.routing)(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # B K T D
-        v = split(self.v, context.routing)(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
-        q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
-        if context.cache is not None:
-            k, v = context.cache.update(index, k, v)  # B K S D
+        q = apply_rope(q, context.cos, context.sin)
+        k, v = self.keys_and_values(x, context, index)
         if context.out is not None:
             context.out.setdefault("attention", []).append(attention_weights(q, k, context.visible))
         seen = attention(q, k, v, context.visible, context.backend)
@@ -218,7 +222,7 @@ class Decoder(nn.Module):
             for linear in (layer.attention.o, layer.ffn.output):
                 linear.weight.mul_((2 * len(self.layers)) ** -0.5)
 
-    def forward(self, embeddings, positions, visible, modality, cache=None, out=None, media=None):
+    def forward(self, embeddings, positions, visible, modality, cache=None, out=None, media=None, only_fill=False):
         """Run the layers.
 
         Args:
@@ -229,7 +233,8 @@ class Decoder(nn.Module):
           out: dict; when given, out["attention"] becomes a list over layers of float[B, H, T, S], and, with media,
             out["cross_attention"] one over the layers that have it.
           media: cross_attention.Media, what the cross-attention layers read; None = no picture.
-        Returns: float[B, T, W], normalised hidden states; `logits` turns them into scores.
+          only_fill: bool; True: nothing is wanted but the keys and values in the cache, so the last layer ends with them.
+        Returns: float[B, T, W], normalised hidden states, which `logits` turns into scores; None with only_fill.
         """
         cos, sin = rope_tables(positions, self.config.num_rotary, self.config.rope_base)
         adaptive = any(options.modality_adaptive for options in self.config.layers)
@@ -239,6 +244,9 @@ class Decoder(nn.Module):
         if self.positions is not None:
             x = x + F.embedding(positions + self.config.position_offset, self.positions)
         for index, layer in enumerate(self.layers):
+            if only_fill and layer is self.layers[-1]:
+                layer.attention.keys_and_values(split(layer.norm_1, routing)(x), context, index)
+                return None
             x = layer(x, context, index)
         return self.norm(x)
 

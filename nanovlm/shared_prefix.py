@@ -77,13 +77,14 @@ def two_lengths(lengths):
     return [order] if best == 0 else [order[:best], order[best:]]
 
 
-def hidden(decoder, batch, image_tokens, is_image):
+def hidden(decoder, batch, image_tokens, is_image, only_text=False):
     """Hidden states of rows that share their pictures.
 
     Args:
       decoder: decoder.Decoder. batch: vlm.Batch for which `can_share` holds.
       image_tokens: float[M, N, W]. is_image: bool[B, T].
-    Returns: float[B, T, W], as the decoder would give for the whole rows; zeros at padding.
+      only_text: bool; True: nothing will be predicted from image tokens, so what only that needs is left out.
+    Returns: float[B, T, W], as the decoder would give for the whole rows; zeros at padding, and with only_text at images.
     """
     num_image_tokens, device = image_tokens.shape[1], batch.ids.device
 
@@ -96,9 +97,9 @@ def hidden(decoder, batch, image_tokens, is_image):
         causal_rows(len(image_tokens), num_image_tokens, device),
         torch.full(image_tokens.shape[:2], VISION, device=device),
         cache=kept,
+        only_fill=only_text,
     )
-    out = image_hidden.new_zeros(*batch.ids.shape, image_hidden.shape[-1])
-    out = out.index_put((batch.owner[:, None], torch.arange(num_image_tokens, device=device)), image_hidden[batch.shown])
+    out = None
 
     # The text: short rows and long rows apart. A row without a picture is lent some picture and does not see it.
     skip = is_image.sum(1)  # B
@@ -117,5 +118,9 @@ def hidden(decoder, batch, image_tokens, is_image):
             torch.full_like(ids, TEXT),
             cache=LentKeys(kept.layers, picture[rows]),
         )
+        if out is None:
+            out = text_hidden.new_zeros(*batch.ids.shape, text_hidden.shape[-1])
         out = out.index_put((rows[:, None].expand_as(column)[real], column[real]), text_hidden[real])
-    return out
+    if only_text:
+        return out
+    return out.index_put((batch.owner[:, None], torch.arange(num_image_tokens, device=device)), image_hidden[batch.shown])

@@ -175,8 +175,11 @@ class VLM(nn.Module):
             return self.embed(ids, image_tokens, shown), None
         return self.embed(ids), self.media(ids, segments, image_tokens, shown, owner)
 
-    def hidden(self, batch, out=None):
-        """Hidden states of a batch: float[B, T, W], for `decoder.logits`; out: dict for attention maps."""
+    def hidden(self, batch, out=None, only_text=False):
+        """Hidden states of a batch: float[B, T, W], for `decoder.logits`.
+
+        out: dict for attention maps. only_text: those of image tokens are not wanted and may be anything.
+        """
         image_tokens = []
         if batch.pixels is not None:
             image_tokens = self.encode(batch.pixels, batch.frames, out)
@@ -186,7 +189,7 @@ class VLM(nn.Module):
         if can_share and shared_prefix.can_share(batch, is_image):
             check_counts(is_image, [image_tokens[m] for m in shown])
             tokens = torch.stack(image_tokens).to(self.decoder.embedding.weight.dtype)
-            return shared_prefix.hidden(self.decoder, batch, tokens, is_image)
+            return shared_prefix.hidden(self.decoder, batch, tokens, is_image, only_text)
         embeddings, media = self.place(batch.ids, batch.segments, image_tokens, shown, batch.owner)
         visible = visible_rows(batch.segments)
         return self.decoder(embeddings, batch.positions, visible, is_image.long(), out=out, media=media)
@@ -195,15 +198,18 @@ class VLM(nn.Module):
         """Scores of the next token everywhere: Batch -> float[B, T, V]."""
         return self.decoder.logits(self.hidden(batch, out))
 
-    def loss(self, batch):
+    def loss(self, batch, lean=False):
         """Cross-entropy of the labelled tokens, each predicted from all before it.
 
+        lean: leave out what the loss does not depend on, so that its parameters get no gradient instead of zeros. Not for
+          many processes: each of them has to run every module.
         Returns: (float[] summed in nats, int number of trained tokens): dividing is left to the caller, who knows
           the trained tokens of the whole update.
         """
         labels = batch.labels[:, 1:]  # token t is predicted at t - 1
         trained = labels != IGNORE
-        hidden = self.hidden(batch)[:, :-1][trained]  # only trained positions meet the vocabulary
+        only_text = lean and not bool((trained & (batch.ids[:, :-1] == IMAGE_TOKEN)).any())
+        hidden = self.hidden(batch, only_text=only_text)[:, :-1][trained]  # only trained positions meet the vocabulary
         head = self.decoder.lm_head
         if self.chunked_loss and (head is None or type(head) is nn.Linear):  # a low-rank update is more than a weight
             weight, bias = (self.decoder.embedding.weight, None) if head is None else (head.weight, head.bias)

@@ -245,6 +245,29 @@ def test_shared_prefix_runs_a_picture_once():
     torch.testing.assert_close(shared[real], model(batch)[real], atol=1e-5, rtol=1e-4)
 
 
+def test_a_lean_loss_is_the_loss_with_its_gradient():
+    model, batch = small_vlm(layers=(LayerOptions(modality_adaptive=True),) * 2), repeated_batch()
+    after_image = torch.zeros_like(batch.ids, dtype=torch.bool)
+    after_image[:, 1:] = (batch.ids[:, :-1] == IMAGE_TOKEN) & (batch.ids[:, 1:] != IMAGE_TOKEN)
+
+    def gradients(batch, lean):
+        model.zero_grad()
+        loss, trained = model.loss(batch, lean)
+        loss.backward()
+        return loss.item(), trained, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    last = f"decoder.layers.{len(model.decoder.layers) - 1}.norm_2.vision.weight"
+    quiet = batch.labels.masked_fill(after_image, IGNORE)
+    for labels, left_out in ((batch.labels, set()), (quiet, {last})):  # an image token predicts a word; none does
+        batch.labels = labels
+        loss, trained, whole = gradients(batch, False)
+        lean_loss, lean_trained, lean = gradients(batch, True)
+        assert lean_loss == pytest.approx(loss, rel=1e-6) and lean_trained == trained
+        assert whole.keys() - lean.keys() == left_out and not any(whole[name].any() for name in left_out)
+        for name, value in lean.items():
+            torch.testing.assert_close(value, whole[name], atol=1e-6, rtol=1e-5)
+
+
 def not_shareable():
     """Batches for which a picture's keys would not be the same in all rows, or that gain nothing."""
     short = dict(segments=[[0] * 5] * 3)
