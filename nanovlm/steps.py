@@ -16,11 +16,12 @@ from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch
 
 
 class LanguageStep(nn.Module):
-    """A vision-language model whose forward is its loss."""
+    """A vision-language model whose forward is its loss; lean: as in `VLM.loss`."""
 
-    def __init__(self, model):
+    def __init__(self, model, lean=False):
         super().__init__()
         self.model = model
+        self.lean = lean
 
     def forward(self, batch):
         """Batch -> (float[] sum in nats, int trained tokens), as `VLM.loss`.
@@ -28,7 +29,7 @@ class LanguageStep(nn.Module):
         Where pictures are shown, what of the bridge only clips use (an embedding per frame) takes part with zero: DDP
         waits for every gradient.
         """
-        loss, trained = self.model.loss(batch)
+        loss, trained = self.model.loss(batch, lean=self.lean)
         if batch.pixels is not None:
             loss = loss + 0 * sum(p.sum() for p in self.model.bridge.parameters() if p.requires_grad)
         return loss, trained
@@ -73,7 +74,7 @@ class ContrastiveStep(nn.Module):
         self.model = model
         self.processes = processes
 
-    def forward(self, pixels, ids, lengths, right, looks=None):
+    def forward(self, pixels, ids, lengths, right, looks):
         """This process's pictures and captions, as for the model's `loss` -> float[]; the shares add up to the loss."""
         captions = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist())]
         everything = self.processes.gather((captions, right.tolist()))

@@ -65,7 +65,7 @@ def language_loss(run, stage, batch):
     tokens = int((batch.segments >= 0).sum())
     if run.processes.size > 1 and batch.pixels is None:
         batch = with_blank_picture(batch, run.model, stage.image_size)
-    loss, trained = (run.training or LanguageStep(run.model))(batch.to(run.device))
+    loss, trained = (run.training or LanguageStep(run.model, lean=True))(batch.to(run.device))
     return loss, trained, tokens
 
 
@@ -82,7 +82,7 @@ def contrastive_loss(run, stage, batch):
     Returns: (float[] mean over pictures and captions in nats, of several processes this one's share; int what the sum
       over all processes is to be divided by, 1 in all; int tokens of the captions that differ).
     """
-    pixels, ids, lengths, right, looks = (tensor if tensor is None else tensor.to(run.device) for tensor in batch)
+    pixels, ids, lengths, right, looks = (tensor.to(run.device) for tensor in batch)
     loss = (run.training or run.contrastive.loss)(pixels, ids, lengths, right, looks)
     return loss, int(run.processes.main), int(lengths.sum())
 
@@ -264,11 +264,8 @@ def shares_of_pictures(pixels, looks, number):
     """Pictures and the looks at them, see batching.contrastive_batch, in `number` parts: list of (pixels, looks)."""
     shares, start = [], 0
     for part in pixels.chunk(number):
-        own = None
-        if looks is not None:
-            own = looks[(looks[:, 0] >= start) & (looks[:, 0] < start + len(part))]
-            own = own - own.new_tensor([start, 0, 0])
-        shares.append((part, own))
+        own = looks[(looks[:, 0] >= start) & (looks[:, 0] < start + len(part))]
+        shares.append((part, own - own.new_tensor([start, 0, 0])))
         start += len(part)
     return shares
 

@@ -198,11 +198,11 @@ class VLM(nn.Module):
         """Scores of the next token everywhere: Batch -> float[B, T, V]."""
         return self.decoder.logits(self.hidden(batch, out))
 
-    def loss(self, batch, lean=False):
+    def loss(self, batch, lean=True):
         """Cross-entropy of the labelled tokens, each predicted from all before it.
 
-        lean: leave out what the loss does not depend on, so that its parameters get no gradient instead of zeros. Not for
-          many processes: each of them has to run every module.
+        lean: leave out what the loss does not depend on, so that its parameters get no gradient instead of zeros. False for
+          many processes, each of which has to run every module.
         Returns: (float[] summed in nats, int number of trained tokens): dividing is left to the caller, who knows
           the trained tokens of the whole update.
         """

@@ -214,7 +214,7 @@ def test_contrastive_batch(tokenizer):
     records[2] = Record("2", (picture(2),), ((Turn("assistant", (0, "A")),), talk("other", "B"), talk("more", "a cat")))
     pixels, ids, lengths, right, looks = contrastive_batch(records, tokenizer, 8, "crop", 20)
     rows = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in (*texts, "B")]
-    assert looks is None
+    assert looks.tolist() == [[n, -1, -1] for n in range(3)]
     assert right.tolist() == [[True, False, False, False], [False, True, False, False], [True, False, True, True]]
     assert lengths.tolist() == [len(row) for row in rows] and lengths.dtype == torch.int64
     longest = max(map(len, rows))

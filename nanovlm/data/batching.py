@@ -167,8 +167,7 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
       tokenizer, image_size, fit, max_tokens, report, preprocessing: as in `build_batch`.
     Returns: (pixels float32[B, 3, S, S], ids int64[C, T]: BOS, caption, EOS, padding on the right; lengths int64[C];
       right bool[R, C]: whether a caption is right for a look; looks). The C captions are all different. A look is a picture
-      as a whole or a region of one: looks float32[R, 3] holds picture, x and y as shares, -1 for the whole, pictures
-      ascending; None where no record has regions: R = B, every picture as a whole.
+      as a whole or a region of one: looks float32[R, 3] holds picture, x and y as shares, -1 for the whole; pictures ascend.
     Raises: ValueError for a record without exactly one picture or without a caption, a caption that is too long, or regions
       of a picture that is not seen as it is.
     """
@@ -193,8 +192,7 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
     right = torch.zeros(len(looks), len(captions), dtype=torch.bool)
     right[tuple(torch.tensor(pairs).T)] = True
     pixels = pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing)
-    looks = torch.tensor(list(looks)) if any(record.regions for record in records) else None
-    return pixels, ids, torch.tensor([len(ids) for ids in captions]), right, looks
+    return pixels, ids, torch.tensor([len(ids) for ids in captions]), right, torch.tensor(list(looks), dtype=torch.float32)
 
 
 def _check_seen_whole(visual, where):
