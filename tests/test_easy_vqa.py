@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from nanovlm.data import easy_vqa
-from nanovlm.data.easy_vqa import COLORS, SHAPES, EasyVQA, caption_of, kind_of, reveal
+from nanovlm.data.easy_vqa import COLORS, EasyVQA, SHAPES, caption_of, centre_of, kind_of, reveal
 from nanovlm.data.scene_questions import SHORT_CAPTION_PROMPTS
 
 package = pytest.importorskip("easy_vqa")
@@ -125,6 +125,19 @@ def test_names_are_the_caption_and_its_words():
         complete.add(len(known))
         assert said == ([caption, *known] if len(known) == 2 else known or ["shape"]) and names.kinds == ("name",) * len(said)
     assert 2 in complete
+
+
+def test_names_stand_where_the_object_is():
+    pixels = np.full((40, 20, 3), 240, np.uint8)
+    pixels[10:30, 5:7] = 90  # rows 10 to 29, columns 5 and 6
+    assert centre_of(pixels) == (6 / 20, 20 / 40)
+    for n in range(30):
+        record = EasyVQA(kind="names").record(n)
+        (x, y), *others = record.regions
+        assert others == [(x, y)] * (len(record.conversations) - 1)
+        picture = np.asarray(record.visuals[0].frames[0])
+        assert picture[int(64 * y), int(64 * x)].tolist() != np.median(picture, axis=(0, 1)).tolist()
+    assert EasyVQA().record(0).regions == ()
 
 
 @pytest.mark.parametrize("split, complete", [("train", 4000 - 422), ("test", 1000 - 112)])

@@ -66,6 +66,13 @@ def caption_of(color, shape):
     return f"{color or ''} {shape or 'shape'}".strip()
 
 
+def centre_of(pixels):
+    """The centre of all that is not background, as shares (x, y) of a picture uint8[H, W, 3] of one plain background."""
+    rows, columns = (pixels != np.median(pixels, axis=(0, 1))).any(-1).nonzero()
+    height, width, _ = pixels.shape
+    return float(columns.mean() + 0.5) / width, float(rows.mean() + 0.5) / height
+
+
 class EasyVQA:
     """Source with one record per picture: its questions as independent conversations, or one caption."""
 
@@ -75,7 +82,7 @@ class EasyVQA:
           split: "train" or "test".
           kind: "questions", or "captions" such as "blue rectangle", made from what the split's own answers reveal;
             `num_incomplete` counts those that do not reveal both; or "names", such a caption and its words alone, each a
-            conversation of its own; or "texts", the questions put to such a caption in place of the picture, where it
+            conversation of its own with the object's centre as region; or "texts", the questions put to such a caption in place of the picture, where it
             tells both.
           seed: int, 0 or more; gives the order of every epoch and the sample of questions.
           questions_per_picture: how many questions of each picture a record holds, drawn anew each epoch; None = all.
@@ -127,7 +134,8 @@ class EasyVQA:
             (Turn("user", (shown, question)), Turn("assistant", (answer,))) for question, answer in asked
         )
         pictures = () if self.kind == "texts" else (Visual(f"{self.name}/{image_id}", (self._picture(image_id),)),)
-        return Record(f"{self.name}/{image_id}", pictures, conversations, kinds)
+        regions = (centre_of(self.pixels[image_id]),) * len(asked) if self.kind == "names" else ()
+        return Record(f"{self.name}/{image_id}", pictures, conversations, kinds, regions=regions)
 
     def _picture(self, image_id):
         if image_id not in self.pixels:

@@ -79,11 +79,12 @@ def sources():
         "scenes": lambda seed: Course(
             [
                 Scenes(
-                    seed=seed + 4, min_objects=2, max_objects=3, questions_per_picture=6, string_share=0, weights=ATTRIBUTES
+                    seed=seed + 4, min_objects=2, max_objects=3, questions_per_picture=6, string_share=0.4,
+                    weights=ATTRIBUTES | {"reading": 3.0},
                 ),
                 Scenes(seed=seed + 5, max_objects=4, questions_per_picture=6, string_share=0.4, weights=QUESTIONS),
             ],
-            [2500],
+            [3500],
         ),
         "easy_vqa": lambda seed: EasyVQA(seed=seed + 1, questions_per_picture=6),
     }
