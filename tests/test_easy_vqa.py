@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from nanovlm.data import easy_vqa
-from nanovlm.data.easy_vqa import COLORS, EasyVQA, SHAPES, caption_of, centre_of, kind_of, reveal
+from nanovlm.data.easy_vqa import COLORS, SHAPES, EasyVQA, caption_of, centre_of, kind_of, reveal
 from nanovlm.data.scene_questions import SHORT_CAPTION_PROMPTS
 
 package = pytest.importorskip("easy_vqa")
