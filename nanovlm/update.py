@@ -252,7 +252,7 @@ def contrastive_by_threads(run, stage, records, parameters, report, num_threads)
         leaves = [one.detach().requires_grad_() for one in features]
         with autocast():
             loss = model.match(torch.cat(leaves), model.embed_texts(ids, lengths), right)
-        check_finite(loss, "loss", records, lambda: loss_origin(run, stage, (pixels, ids, lengths, right)))
+        check_finite(loss, "loss", records, lambda: loss_origin(run, stage, (pixels, ids, lengths, right, looks)))
         gradients = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
         add_gradients(parameters, gradients[len(leaves):])
         for gradients in pool.map(backward, features, gradients[:len(leaves)]):

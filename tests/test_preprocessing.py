@@ -47,7 +47,7 @@ def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path):
     run = make_run(recipe, WISHES, tmp_path / "run")
     tower, align = run.stages
     seen = []
-    run.model.loss = lambda batch: seen.append(batch) or (torch.zeros(()), 1)
+    run.model.loss = lambda batch, lean: seen.append(batch) or (torch.zeros(()), 1)
     run.contrastive.loss = lambda pixels, ids, lengths, right, looks: seen.append(pixels) or torch.zeros(())
     update.language_loss(run, align, update.language_batch(run, align, [RECORD], Report()))
     update.contrastive_loss(run, tower, update.pairs_batch(run, tower, [RECORD], Report()))
