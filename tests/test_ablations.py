@@ -1,6 +1,7 @@
 """Ablations: what they vary, that finished runs are kept, what the tables and pictures say."""
 
 import json
+import re
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -232,6 +233,21 @@ def test_a_broken_table_is_named(tmp_path, rows, head, words):
     path = table_file(tmp_path, rows, head)
     with pytest.raises(ValueError, match=words):
         ablation_report.read(path, ABLATIONS["mam_and_data"])
+
+
+@pytest.mark.parametrize("path", sorted(ablate.TABLES.glob("*.csv")), ids=lambda path: path.stem)
+def test_committed_tables_say_where_they_come_from_and_have_three_seeds(path, tmp_path):
+    table = ablation_report.read(path, ABLATIONS[path.stem])
+    command, *stamps = re.split("; (?=commit )", table.note)
+    assert re.fullmatch(rf"python -m nanovlm.evaluation ablate {path.stem} --seeds \d+(,\d+)*", command)
+    assert stamps and all(re.fullmatch(r"commit [0-9a-f]{10}; .+, \d+ cores; torch [\d.]+\S*; 20\d\d-\d\d-\d\d", one) for one in stamps)
+    assert [one.name for one in ABLATIONS[path.stem].variants] == ablation_report.variants(table)
+    for row in table.rows:
+        assert all(0 <= row[column] <= 1 for column in table.columns)
+    assert len(table.seeds) >= 3 and len(table.rows) == len(table.seeds) * len(ABLATIONS[path.stem].variants)
+    ablation_report.draw(table, ABLATIONS[path.stem], tmp_path / "drawn.png")
+    with Image.open(tmp_path / "drawn.png") as new, Image.open(path.with_suffix(".png")) as committed:
+        assert new.size == committed.size  # the picture was drawn from such a table
 
 
 def test_bad_flags(capsys, tmp_path):

@@ -15,8 +15,9 @@ from nanovlm.evaluation import ablation_report
 from nanovlm.evaluation.ablation_runs import AblationError, run
 from nanovlm.evaluation.ablations import ABLATIONS
 from nanovlm.names import nearest
+from nanovlm.provenance import ROOT
 
-TABLES = Path("notebooks") / "results" / "ablations"
+TABLES = ROOT / "notebooks" / "results" / "ablations"
 
 
 def make_parser():
@@ -28,7 +29,7 @@ def make_parser():
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ABLATIONS)}")
     parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="of weights and data, with commas between them")
     parser.add_argument("--out", type=Path, default=Path("out/ablations"), metavar="FOLDER", help="where the runs go")
-    parser.add_argument("--tables", type=Path, metavar="FOLDER", help=f"where CSV files and pictures go (default: {TABLES}; of a smoke run: with the runs)")
+    parser.add_argument("--tables", type=Path, metavar="FOLDER", help=f"where CSV files and pictures go (default: {TABLES.relative_to(ROOT)}; of a smoke run: with the runs)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each run, which teach nothing")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     return parser
