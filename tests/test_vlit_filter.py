@@ -82,6 +82,16 @@ def test_every_record_is_kept_or_dropped_with_its_reasons(folder, capsys):
     assert "kept 4 of 13" in capsys.readouterr().out
 
 
+def test_what_is_dropped_anyway_makes_no_duplicate(folder):
+    records = [item(0, "What is it?", LONG, image="broken.png"), item(1, "What is it?", LONG, image="broken.png"),
+               item(2, "What is it?", LONG), item(3, "What is it?", LONG)]  # fmt: skip
+    (folder / "broken.png").unlink()
+    (folder / "many.jsonl").write_text("\n".join(map(json.dumps, records)))
+    kept, dropped = filtered(folder, file="many.jsonl")
+    assert [one["id"] for one in kept] == [2]
+    assert [len(one["reasons"]) for one in dropped] == [1, 1, 1] and dropped[2]["reasons"] == ["duplicate: exact duplicate of record 3"]
+
+
 def test_near_duplicates_can_stay(folder):
     kept, _ = filtered(folder, "--exact-only")
     assert RECORDS[4] in kept and RECORDS[2] not in kept

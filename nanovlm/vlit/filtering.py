@@ -10,6 +10,7 @@ threshold: those here are flags. The folder holds kept.jsonl, dropped.jsonl (eve
 unreadable ones as they stood), report.json, and scores.jsonl, with which the same command goes on after an interruption.
 """
 
+import itertools
 import json
 import os
 import random
@@ -114,22 +115,19 @@ def score(path, root, wishes, settings, helpers):
         "encoder": wishes.encoder, "judge": judge and judge.name, "votes": wishes.n, "temperature": wishes.temperature,
         "seed": wishes.seed, "near": None if wishes.exact_only else wishes.near, "task_field": wishes.task_field,
     }  # fmt: skip
-    scores, index = Scores(Path(wishes.out) / "scores.jsonl", json.loads(json.dumps(made_of))), Index(made_of["near"])
-    batch, done = [], len(scores.rows)
-    for number, (_, sample) in enumerate(tqdm(read(path), desc="score", unit="record", disable=None)):
-        if not isinstance(sample, Unreadable):
-            index.add(sample)
-        if number < done:
-            continue
-        batch.append(sample)
-        if len(batch) == BATCH:
-            scores.add(_rows(batch, root, settings, helpers, judge))
-            batch = []
-    scores.add(_rows(batch, root, settings, helpers, judge))
+    index = Index(made_of["near"])
+    scores = Scores(Path(wishes.out) / "scores.jsonl", json.loads(json.dumps(made_of)))
+    waiting = itertools.islice(tqdm(read(path), desc="score", unit="record", disable=None), len(scores.rows), None)
+    while batch := [sample for _, sample in itertools.islice(waiting, BATCH)]:
+        scores.add(_rows(batch, root, settings, helpers, judge))
     scores.file.close()
-    readable = [number for number, row in enumerate(scores.rows) if "unreadable" not in row]
+    sound = []  # what is dropped anyway makes nothing else a duplicate
+    for number, (row, (_, sample)) in enumerate(zip(scores.rows, tqdm(read(path), desc="duplicates", unit="record", disable=None))):
+        if "defects" not in row and "unreadable" not in row and not isinstance(sample, Unreadable):
+            index.add(sample)
+            sound.append(number)
     for later, (first, why) in index.duplicates().items():
-        scores.rows[readable[later]] |= {"duplicate": f"{why} of record {readable[first] + 1}"}
+        scores.rows[sound[later]] |= {"duplicate": f"{why} of record {sound[first] + 1}"}
     return scores.rows
 
 
@@ -151,9 +149,9 @@ def _rows(batch, root, settings, helpers, judge):
     sound = [(row, sample) for row, sample in zip(rows, batch) if "defects" not in row and "unreadable" not in row]
     if judge:
         asked = [(row, pair, sample) for row, sample in sound for pair in sample.pairs]
-        chats = [judge_chat(*pair, shown(sample, root, judge), "" if judge.accepts_images else helpers["describe"](sample))
-                 for _, pair, sample in asked]  # fmt: skip
-        for (row, _, _), (right, _, _) in zip(asked, vote(judge, chats, settings.votes, settings.temperature, settings.seed)):
+        asked = [(row, pair, sample, image) for row, pair, sample in asked if (image := shown(sample, root, judge)) is not None]
+        chats = [judge_chat(*pair, image, "" if judge.accepts_images else helpers["describe"](sample)) for _, pair, sample, image in asked]
+        for (row, *_), (right, _, _) in zip(asked, vote(judge, chats, settings.votes, settings.temperature, settings.seed)):
             row.setdefault("votes", []).append(right)
     if helpers["encoder"]:
         told = [(row, sample) for row, sample in sound if sample.images and sample.pairs]

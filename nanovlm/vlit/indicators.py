@@ -233,14 +233,14 @@ def _correctness(pairs, facts, judge, settings, root, describe):
 
 
 def shown(sample, root, judge):
-    """The picture that a judge is shown: its path as str, "" for none, None for one that is missing."""
+    """The picture that a judge is shown: its path as str, "" for none, None for one that is missing or no file (base64)."""
     if not judge.accepts_images or not sample.images:
         return ""
     try:
         found = picture(sample.images[0], root or Path("."))
     except FileNotFoundError:
         return None
-    return str(found) if isinstance(found, Path) else ""
+    return str(found) if isinstance(found, Path) else None
 
 
 def _complexity(pairs, judge, found, settings):
