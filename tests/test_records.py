@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 
 import pytest
 from PIL import Image
@@ -89,6 +90,11 @@ def test_image_folder_is_the_files_own_unless_given(folder):
     assert LlavaJson(path, folder).record(0).visuals[0].key == str(folder / "a.png")
     with pytest.raises(FileNotFoundError, match="1 of 1 images"):
         LlavaJson(path)
+
+
+def test_only_the_places_of_the_items_are_kept(folder):
+    path = write(folder, [{"id": n, "conversations": said("q" * 500, "a" * 500)} for n in range(100)])
+    assert len(pickle.dumps(LlavaJson(path))) < 5000 < path.stat().st_size / 20
 
 
 def test_images_with_and_without_their_folders(folder):

@@ -53,6 +53,7 @@ def test_every_epoch_holds_every_sample_once_shard_by_shard(folder):
     for epoch in epochs:
         shards = [n // 4 for n in epoch]
         assert sum(one != other for one, other in zip(shards, shards[1:])) == 2, "one shard after the other"
+    assert len({tuple(n for n in epoch if n < 4) for epoch in epochs}) > 1, "within a shard too, anew in every epoch"
     assert len({tuple(dict.fromkeys(n // 4 for n in epoch)) for epoch in epochs}) > 1, "in an order of its own"
     assert [int(again.record(n).id) for n in reversed(range(40))][::-1] == sum(epochs, [])
 

@@ -188,6 +188,9 @@ def _below(scanner, key):
         keys.append(_name(scanner))
         if keys[-1] == key:
             yield from _inside(scanner)
+        elif scanner.peek() in ("[", "{"):  # COCO's annotations are hundreds of megabytes
+            for _ in _inside(scanner):
+                pass
         else:
             scanner.value()
         comma = scanner.take(",", "}")
