@@ -13,19 +13,15 @@ every checkpoint.
 """
 
 import contextlib
-import hashlib
 import itertools
 import string
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from nanovlm import checkpoint, optimizer, sharded_checkpoint
+from nanovlm import checkpoint, optimizer
+from nanovlm.current import Current, Later, digests, random_state
 from nanovlm.data.augment import augmented
-from nanovlm.data.batching import Report
 from nanovlm.data.damage import DamageReport
 from nanovlm.data.feed import Feed, Plan
 from nanovlm.data.mixture import Mixture
@@ -33,59 +29,14 @@ from nanovlm.interrupts import Stopped
 from nanovlm.names import nearest
 from nanovlm.progress import Bar, Log, NoLog, measures_table, plot_curves, say
 from nanovlm.run import text_side
-from nanovlm.stages import Stage
+from nanovlm.saving import Writer
 from nanovlm.held_out import Training
 from nanovlm.guards import MOST_SKIPPED
 from nanovlm.update import NotFinite, TrainingError, gradient, preparation, reading, step
 from nanovlm.watching import Watch
 from nanovlm.wrapping import lay_out, whole
 
-
-@dataclass
-class Later:
-    """A source that begins at record `start`, so that a stage reads on where the stage before it stopped."""
-
-    source: Any
-    start: int
-
-    def __len__(self):
-        return len(self.source)
-
-    def record(self, n):
-        """Record start + n of the source."""
-        return self.source.record(self.start + n)
-
-
-@dataclass
-class Current:
-    """The stage that is training."""
-
-    index: int  # among run.stages
-    stage: Stage
-    optimizers: list
-    feed: Feed
-    damage: DamageReport
-    watch: Watch
-    report: Report = field(default_factory=Report)  # rows cut to max_tokens
-    frozen: dict = field(default_factory=dict)  # tensor name -> digest at the start of the stage
-    step: int = 0  # updates of this stage that are done
-    skipped: int = 0  # of them, the last ones, without a step, as the loss or gradient was not finite
-
-
-def digests(tensors):
-    """A fingerprint of the bytes of each tensor, sharded or not: dict name -> Tensor to dict name -> str."""
-    def digest(tensor):
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
-
-    return {name: digest(tensor) for name, tensor in tensors.items()}
-
-
-def random_state(device):
-    """torch's random states: dict of uint8 Tensors, "cpu" and, on a GPU, "cuda"."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
-
+POSITION = ("step", "starts", "measures", "answers")  # of a Trainer, in every checkpoint
 
 class Trainer:
     """Trains a Run.
@@ -100,7 +51,7 @@ class Trainer:
         self.processes = run.processes
         self.stop = stop
         self.log = Log(run.out / "log.jsonl", run.log) if run.processes.main else NoLog()
-        self.writer = checkpoint.Writer(run.background)
+        self.writer = Writer(run.background)
         self.step = 0  # updates of the whole run that are done
         self.starts = dict.fromkeys(run.sources, 0)  # records that finished stages have read
         self.measures = {}  # stage name -> "before" | "after" -> measure -> share
@@ -144,8 +95,7 @@ class Trainer:
         changed = checkpoint.difference(state["identity"], self.run.identity)
         if changed:
             raise checkpoint.CheckpointError(f"{folders[-1]} belongs to another run: {changed}")
-        self.step, self.starts, self.measures = state["step"], state["starts"], state["measures"]
-        self.answers = state["answers"]
+        vars(self).update({name: state[name] for name in POSITION})
         self.seconds_before, self.cpu_seconds_before = state["seconds"], state["cpu_seconds"]
         self.log.cut(state["log_bytes"])
         say(f"continuing after step {self.step}, in stage {self.run.stages[state['stage']].name}")
@@ -170,7 +120,7 @@ class Trainer:
         feed = Feed(plan, prepare, self.processes.rank, self.processes.size, run.workers)
         current = Current(index, stage, optimizer.build(parts, stage), feed, damage, Watch(self, stage))
         if saved:
-            self.restore(current, *saved)
+            current.restore(run, *saved)
         else:
             current.frozen = digests(run.frozen(stage))
         say(f"\nstage {stage.name}: {stage.steps} steps of {stage.batch_size} examples at {stage.image_size} pixels")
@@ -275,33 +225,11 @@ class Trainer:
 
     def save(self, current, feed, random):
         """Write a checkpoint of the present weights; feed and random: their states after the last update."""
-        run = self.run
-        tensors = {"model": run.model.state_dict(), "text_tower": text_side(run.contrastive), "random": random,
-                   "optimizer": checkpoint.optimizer_tensors(current.optimizers),
-                   "movement": current.watch.movement.start}
-        state = {"identity": run.identity, "stage": current.index, "stage_step": current.step, "step": self.step,
-                 "starts": self.starts, "feed": feed, "report": asdict(self.processes.sum_up(current.report)),
-                 "frozen": current.frozen, "skipped": current.skipped, "measures": self.measures, "answers": self.answers,
-                 "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(), "log_bytes": self.log.size(),
-                 "processes": self.processes.size, "image_size": run.model.vision.image_size}
-        self.writer.save(run.out, self.step, tensors, state, self.processes, run.keep)
-
-    def restore(self, current, folder, state):
-        """Put everything that `save` wrote about a stage back in its place."""
-        run = self.run
-        targets = {"model": run.model.state_dict(), "text_tower": text_side(run.contrastive),
-                   "optimizer": checkpoint.optimizer_places(current.optimizers)}
-        tensors = sharded_checkpoint.read(folder, targets, self.processes)
-        checkpoint.copy_into(run.model.state_dict(), tensors["model"], "model.safetensors")
-        checkpoint.copy_into(text_side(run.contrastive), tensors["text_tower"], "text_tower.safetensors")
-        checkpoint.load_optimizer(current.optimizers, tensors["optimizer"])
-        torch.set_rng_state(tensors["random"]["cpu"])
-        if run.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random"]["cuda"], run.device)
-        current.feed.load_state(state["feed"])
-        current.report = Report(**state["report"]) if self.processes.main else Report()
-        current.frozen, current.step, current.skipped = state["frozen"], state["stage_step"], state["skipped"]
-        current.watch.movement.start = tensors["movement"]
+        run, own = self.run, {name: vars(self)[name] for name in POSITION}
+        state = own | current.state(run) | {
+            "identity": run.identity, "feed": feed, "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(),
+            "log_bytes": self.log.size(), "processes": self.processes.size}
+        self.writer.save(run.out, self.step, current.tensors(run) | {"random": random}, state, self.processes, run.keep)
 
     @contextlib.contextmanager
     def looking(self):

@@ -38,7 +38,7 @@ def test_a_process_is_killed_and_the_other_says_so(tmp_path, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "flags", "kills"), [
-    ("ddp", [], 5), ("fsdp", [], 4), ("fsdp", ["--save-in-background", "--keep", "2"], 3)])
+    ("ddp", [], 5), ("fsdp", ["--save-in-background", "--keep", "2"], 3)])
 def test_kills_of_one_of_two_lose_nothing(tmp_path, whole, mode, flags, kills):
     _, runs = faults.storm(tmp_path / "run", mode, 2, kills, seed=len(flags), flags=flags)
     for out in runs:
@@ -64,16 +64,14 @@ def test_a_process_that_hangs_is_given_up(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [[0, 1], [1]])
-def test_sigterm_writes_one_checkpoint_for_all(tmp_path, whole, asked):
+def test_sigterm_for_one_writes_one_checkpoint_for_all(tmp_path, whole):
     out = tmp_path / "run"
     started = faults.start(out, "fsdp", 2)
     deadline = time.monotonic() + 60
     while faults.lines(out) < 4:
         assert time.monotonic() < deadline and started[0].is_alive()
         time.sleep(0.005)
-    for rank in asked:
-        os.kill(started[rank].pid, signal.SIGTERM)
+    os.kill(started[1].pid, signal.SIGTERM)
     assert faults.wait(started) == [143, 143]
     assert "SIGTERM received" in (tmp_path / "run.0.txt").read_text() and len(complete(out)) == 1
     faults.finish(out, "fsdp", 2)

@@ -101,13 +101,12 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_ddp_is_one_process(tmp_path, whole):
-    found = many.run(2, work, tmp_path / "run", ["--size", "float64", "--parallel", "ddp"])
-    assert len(losses(whole)) == 60
-    assert_close(tmp_path / "run", whole, 1e-10, 1e-10)
+def test_ddp_is_one_process(tmp_path, short):
+    found = many.run(2, work, tmp_path / "run", [*SHORT, "--parallel", "ddp"])
+    assert_close(tmp_path / "run", short, 1e-6, 1e-6)
     read = [one["read"] for one in found]
-    assert all(len(set(mine)) == len(mine) == 60 * 3 for mine in read) and not set(read[0]) & set(read[1])
-    assert {n for kind, n in read[0] + read[1] if kind == "pictures"} == set(range(120))
+    assert all(len(set(mine)) == len(mine) == 10 * 3 for mine in read) and not set(read[0]) & set(read[1])
+    assert {n for kind, n in read[0] + read[1] if kind == "pictures"} == set(range(24))
     trained = set(found[0]["state"])
     assert any(name.startswith("vision.blocks.0") for name in trained)
     assert not any(name.startswith(("vision.blocks.1", "vision.post_norm", "decoder.embedding")) for name in trained)
@@ -133,8 +132,9 @@ def test_fsdp_is_one_process_and_each_holds_its_share(tmp_path, short):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "size", "flags"), [
-    ("ddp", 4, []), ("fsdp", 2, ["--recompute", "--save-in-background"]), ("fsdp", 4, ["--shards", "2"])])
-def test_four_processes_are_one(tmp_path, whole, mode, size, flags):
+    ("ddp", 2, []), ("ddp", 4, ["--recompute"]), ("fsdp", 2, ["--recompute", "--save-in-background"]), ("fsdp", 4, ["--shards", "2"])])
+def test_sixty_steps_in_float64_are_those_of_one_process(tmp_path, whole, mode, size, flags):
+    assert len(losses(whole)) == 60
     found = many.run(size, work, tmp_path / "run", ["--size", "float64", "--parallel", mode, *flags])
     assert_close(tmp_path / "run", whole, 1e-10, 1e-10)
     assert sorted(sum((one["read"] for one in found), [])) == sorted(
@@ -148,7 +148,7 @@ def test_four_processes_are_one(tmp_path, whole, mode, size, flags):
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, whole):
     """Stops in both stages and between them; sharded and whole checkpoints, read by more, by fewer, by one."""
     out = tmp_path / "run"
-    for size, mode, last in ((4, "fsdp", 11), (2, "ddp", 20), (2, "fsdp", 33), (3, "fsdp", 45), (1, "none", None)):
+    for size, mode, last in ((4, "fsdp", 7), (2, "ddp", 20), (2, "fsdp", 25), (3, "fsdp", 30), (1, "none", None)):
         flags = ["--size", "float64", *(["--parallel", mode] if size > 1 else []), *(["--resume"] if out.exists() else [])]
         found = many.run(size, work, out, flags, last)
         assert [one["step"] for one in found] == [last or 60] * size

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanovlm import trainer, update
+from nanovlm import saving, sharded_checkpoint, trainer, update
 from nanovlm.checkpoint import CheckpointError, complete, read
 from nanovlm.data.batching import Report
 from nanovlm.interrupts import Stopped, StopRequests
@@ -221,8 +221,8 @@ def test_time_is_told_right(tmp_path, monkeypatch):
 
 
 def test_checkpoints_come_when_due(tmp_path, monkeypatch):
-    written, save = [], trainer.checkpoint.Writer.save
-    monkeypatch.setattr(trainer.checkpoint.Writer, "save",
+    written, save = [], saving.Writer.save
+    monkeypatch.setattr(saving.Writer, "save",
                         lambda self, out, step, *rest: (written.append(step), save(self, out, step, *rest)))
     train(make(tmp_path / "run"))
     assert written == [4, 6, 8, 12]
@@ -268,10 +268,10 @@ def test_torchs_random_state_is_resumed(tmp_path, monkeypatch):
     assert state.keys() == {"cpu", "cuda"} and state["cuda"].tolist() == [1]
     folder, saved = again.last_checkpoint()
     tensors = read(folder)[0] | {"random": state}
-    monkeypatch.setattr(trainer.sharded_checkpoint, "read", lambda *_: tensors)
+    monkeypatch.setattr(sharded_checkpoint, "read", lambda *_: tensors)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: found.append((value.tolist(), device)))
     again.run.device = gpu
-    again.restore(current, folder, saved)
+    current.restore(again.run, folder, saved)
     assert found == [([1], gpu)]
 
 

@@ -1,7 +1,8 @@
-"""python -m nanovlm.recipes [list | compare | coverage | inspect | convert]"""
+"""python -m nanovlm.recipes [list | compare | coverage | inspect | convert | consolidate]"""
 
 import argparse
 import sys
+from pathlib import Path
 
 from nanovlm.names import nearest
 
@@ -11,10 +12,11 @@ COMMANDS = {
     "coverage": "check every tensor of a published checkpoint's manifest",
     "inspect": "what a checkpoint holds, and what it lacks",
     "convert": "published weights into our folder, or back; separate towers into a model to train",
+    "consolidate": "the newest checkpoint of a run, whole or in shards, as a model that sample.py can load",
 }
 MISFIT, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 USAGE_TEXT = "usage: python -m nanovlm.recipes [COMMAND] [-h]\n\n" + "\n".join(
-    f"  {name:9} {what}" for name, what in COMMANDS.items()
+    f"  {name:11} {what}" for name, what in COMMANDS.items()
 )
 
 
@@ -26,6 +28,8 @@ def parser(command):
         one.add_argument("file", metavar="GOLDEN.safetensors")
     if command == "coverage":
         one.add_argument("file", metavar="MANIFEST.json")
+    if command == "consolidate":
+        one.add_argument("folder", metavar="OUT", help="output folder of train.py")
     if command == "inspect":
         one.add_argument("path", metavar="FILE_OR_FOLDER")
         one.add_argument("--family", help="what it is, where its files do not say so")
@@ -58,6 +62,9 @@ def run(command, wishes):
     elif command == "inspect":
         from nanovlm.recipes.inspect import inspect
         lines = inspect(wishes.path, wishes.family)
+    elif command == "consolidate":
+        from nanovlm.sharded_checkpoint import consolidate
+        lines = consolidate(Path(wishes.folder))
     else:
         from nanovlm.recipes.convert import convert
         lines = convert(wishes)
@@ -78,7 +85,7 @@ def main(arguments=None):
     wishes = parser(command).parse_intermixed_args(rest)
     try:
         return run(command, wishes)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"recipes {command}: {error}", file=sys.stderr)
         return MISFIT
     except KeyboardInterrupt:
