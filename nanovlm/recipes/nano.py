@@ -84,7 +84,7 @@ def sources():
                 ),
                 Scenes(seed=seed + 5, max_objects=4, questions_per_picture=6, string_share=0.4, weights=QUESTIONS),
             ],
-            [3500],
+            [6500],
         ),
         "easy_vqa": lambda seed: EasyVQA(seed=seed + 1, questions_per_picture=6),
     }
@@ -103,7 +103,7 @@ def rates(rate, *parts, **others):
 
 def stages(size, smoke):
     """The five stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
-    steps = dict(tower=300, language=160, align=60, resolution=60, instruct=850)
+    steps = dict(tower=300, language=160, align=60, resolution=60, instruct=900)
     common = dict(optimizer="muon", warmup_steps=20, precision="bfloat16", max_tokens=128)
     if smoke:
         steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
@@ -132,8 +132,8 @@ def stages(size, smoke):
         ),
         Stage(
             "instruct", "language",
-            rates(2e-3, "bridge", "embedding", "language_model", "adapters", "vision_branch"),
-            {"scenes": 7, "easy_vqa": 2, "texts": 1}, steps["instruct"], batch_size=32,
+            rates(2e-3, "bridge", "embedding", "language_model", "adapters", "vision_branch", vision=3e-4),
+            {"scenes": 7, "scenes_both": 1.5, "easy_vqa": 2.5, "texts": 0.5}, steps["instruct"], batch_size=32,
             summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}, reading {scenes_reading}", **common,
         ),
     )  # fmt: skip
