@@ -221,6 +221,12 @@ def test_every_request_is_asked_once_and_refusals_are_named(tmp_path, batch_size
     assert asking.ask(requests("a"), again, Drawing(n=3), replies)[0]["asked"] == 1  # another drawing is another answer
 
 
+def test_the_same_words_are_asked_once_even_within_a_batch(tmp_path):
+    generator = Scripted(batch_size=3)
+    counts, _ = asking.ask(requests(*"aabab"), generator, Drawing(n=1), Replies(tmp_path / "replies.jsonl"))
+    assert generator.calls == [["a", "b"]] and counts == {"asked": 2, "recorded": 3}
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_failure_stops_the_run_and_keeps_what_was_answered(tmp_path, workers):
     replies = Replies(tmp_path / "replies.jsonl")
