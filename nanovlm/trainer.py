@@ -175,7 +175,7 @@ class Trainer:
             current.skipped = 0
         except Exception as error:
             if self.may_skip(current, error):
-                loss, norm, tokens = None, 0.0, 0
+                loss, norm, tokens = None, None, 0
             else:
                 if self.processes.size == 1 or isinstance(error, TrainingError):  # which all processes raise together
                     self.save(current, *boundary)  # nothing has moved since the last update

@@ -42,9 +42,10 @@ class Watch:
         return self.meter.share(number * pictures, number * len(records), tokens, seconds)
 
     def after_step(self, step, norm, is_last):
-        """What is due now and then. step: of the run. norm: of the whole gradient before clipping."""
+        """What is due now and then. step: of the run. norm: of the whole gradient before clipping; None = no step was taken."""
         if step % self.run.exam_every == 0 or is_last:
-            self.measure_movement(step, norm)
+            if norm is not None:
+                self.measure_movement(step, norm)
             if self.run.held_out and self.stage.objective == "language":
                 self.ask(step)
         if self.run.processes.main and time.monotonic() >= self.next_curves:

@@ -5,6 +5,8 @@ import json
 import math
 import zlib
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from PIL import Image
 from test_trainer import hooked, log, make, train
 from tiny_recipe import RECIPE, Squares
 
+import train as command_line
 from nanovlm import held_out, trainer, watching
 from nanovlm.checkpoint import CheckpointError
 from nanovlm.data.batching import build_batch
@@ -159,6 +162,23 @@ def test_a_log_that_cannot_be_written_ends_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr("nanovlm.progress.json.dumps", fail_with(OSError(errno.EROFS, "Read-only file system")))
     with pytest.raises(CheckpointError, match="log.jsonl cannot be written.*Read-only file system.*make room"):
         one.log.write(step=1)
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path, capsys, monkeypatch):
+    def mkdir(path, parents=False, exist_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(SystemExit) as left:
+        command_line.main([str(Path(__file__).parent / "tiny_recipe.py"), "--out", str(tmp_path / "run"), "--threads", "1", "--device", "cpu"])
+    printed = capsys.readouterr().err
+    assert left.value.code == 2 and printed.startswith("train.py: ") and "Read-only file system" in printed and str(tmp_path) in printed
+
+
+def test_an_update_that_is_left_out_has_no_gradient_to_measure(tmp_path):
+    """Steps 5 and 6, where movement is measured: the first is left out."""
+    run = train(make(tmp_path / "run", poisoned(lambda call: call == 5), **settings(non_finite="skip", micro_batch_size=6, **{"mixture.words": "none"})))
+    assert [entry["step"] for entry in log(run.out, "skipped")] == [5] and [entry["step"] for entry in log(run.out, "parts")] == [6]
 
 
 def trainer_stop():
