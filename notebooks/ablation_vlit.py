@@ -1,9 +1,9 @@
 """Does the quality of instruction data matter, and do the indicators of the VLIT review see it?
 
 A small model learns from captions once. Then it is tuned on equally many instructions about drawn scenes, with equally
-many steps, but the instructions have controlled defects: wrong answers, one task that crowds out the others, few samples
-repeated, or all of these; and what `filter` leaves of a larger pool that has them all. Every set is written to disk with
-its pictures and annotations and goes through the same commands as real data.
+many steps, but the instructions have controlled defects: wrong answers, one task that crowds out the others, few
+samples repeated, or all of these; and what `filter` leaves of a larger pool that has them all. Every set is written to
+disk with its pictures and annotations and goes through the same commands as real data.
 
     python notebooks/ablation_vlit.py        writes notebooks/ablation_vlit.csv and notebooks/ablation_vlit.png
 """
@@ -25,7 +25,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import ablation_04
 import numpy
 import torch
-from ablation_04 import IMAGE_SIZE, KINDS, ONE_OBJECT, Arm, examine, exam_records, make_model, make_tokenizer, records, rows, train, write
+from ablation_04 import (
+    IMAGE_SIZE, KINDS, ONE_OBJECT, Arm, blind, examine, exam_records, make_model, make_tokenizer, records, rows, train, write,
+)  # fmt: skip
 
 from nanovlm.data.llava_json import LlavaJson
 from nanovlm.data.scene_source import Scenes
@@ -48,9 +50,9 @@ INDICATORS = ("MD", "C", "T", "I", "R", "vendi", "O/G", "IC", "B")
 class Defects:
     """How a set of instructions is spoiled.
 
-    wrong: share of answers replaced by another answer to the same kind of question. crowded: share of CROWDED, the other
-    kinds share the rest; None = all equally often. repeated: how often every sample stands in the set. filtered: what
-    `filter` leaves of a pool with these defects.
+    wrong: share of answers replaced by another answer to the same kind of question. crowded: share of CROWDED, the
+    other kinds share the rest; None = all equally often. repeated: how often every sample stands in the set. filtered:
+    what `filter` leaves of a pool with these defects.
     """
 
     name: str
@@ -113,7 +115,8 @@ def start(settings):
     """What every run starts from: (the model after captions, the towers). Trained once, from seed 0."""
     towers = ablation_04.learn_towers(0, ablation_04.Settings(tower_steps=settings.tower_steps))
     model, source = make_model(MODEL, towers.vision, 0), ablation_04.captions(0)
-    tune(model, lambda step: records(source, step * settings.batch, settings.batch), settings.caption_steps, settings, 4e-3)
+    size = settings.batch
+    tune(model, lambda step: records(source, step * size, size), settings.caption_steps, settings, 4e-3)
     return model, towers
 
 
@@ -123,7 +126,9 @@ def tune(model, batch_of, steps, settings, rate):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("vision."))
     rates = dict.fromkeys((part for part in parts if part != "vision"), rate)
-    stage = Stage("tune", "language", rates, {"set": 1.0}, steps, settings.batch, optimizer="muon", warmup_steps=min(10, steps - 1))
+    stage = Stage(
+        "tune", "language", rates, {"set": 1.0}, steps, settings.batch, optimizer="muon", warmup_steps=min(10, steps - 1)
+    )
 
     def loss_of(step):
         loss, count = model.loss(rows(batch_of(step), model))
@@ -141,7 +146,10 @@ def write_set(folder, defects, number, seed):
     rng, different = numpy.random.default_rng((seed, 5)), number // defects.repeated
     shares = [1 / len(KINDS) if defects.crowded is None else defects.crowded if kind == CROWDED
               else (1 - defects.crowded) / (len(KINDS) - 1) for kind in KINDS]  # fmt: skip
-    sources = {kind: Scenes("train", seed=seed + 200, questions_per_picture=1, weights={kind: 1.0}, **ONE_OBJECT) for kind in KINDS}
+    sources = {
+        kind: Scenes("train", seed=seed + 200, questions_per_picture=1, weights={kind: 1.0}, **ONE_OBJECT)
+        for kind in KINDS
+    }
     kinds = [KINDS[place] for place in rng.choice(len(KINDS), size=different, p=shares)]
     drawn = [(kind, sources[kind].scene(n), sources[kind].record(n)) for n, kind in enumerate(kinds)]
     answers = {kind: [record.conversations[0][1].text for its, _, record in drawn if its == kind] for kind in KINDS}
@@ -154,7 +162,8 @@ def write_set(folder, defects, number, seed):
         record.visuals[0].frames[0].save(folder / f"{n}.png")
         said = [{"from": "human", "value": f"<image>{question}"}, {"from": "gpt", "value": answer}]
         items.append({"id": str(n), "image": f"{n}.png", "conversations": said, "task": kind})
-        notes.append({"id": str(n), "image": f"{n}.png", "captions": [], "instances": [_instance(thing, scene) for thing in scene.objects]})
+        things = [_instance(thing, scene) for thing in scene.objects]
+        notes.append({"id": str(n), "image": f"{n}.png", "captions": [], "instances": things})
     repeated = [item | {"id": f"{item['id']}/{turn}"} for turn in range(defects.repeated) for item in items]
     for name, values in (("samples", repeated), ("annotations", notes)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
@@ -245,6 +254,9 @@ def plot(results, path, note):
         shares = [100 * one.accuracy for one in results if one.name == name]
         axes.barh(place, numpy.mean(shares), color=f"C{place}", alpha=0.6)
         axes.plot(shares, [place] * len(shares), "k.", markersize=6)
+    unseen = blind(ablation_04.Settings())
+    axes.axvline(100 * sum(unseen.values()) / len(unseen), color="k", linestyle=":", label="without looking")
+    axes.legend(fontsize=8, loc="lower left")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("right answers about new scenes (%), mean of four kinds; dots: seeds")
@@ -252,7 +264,8 @@ def plot(results, path, note):
         for place, name in enumerate(names):
             points = [(vars(r)[indicator.replace("/", "")], 100 * r.accuracy) for r in results if r.name == name]
             one.plot(*zip(*points), "o", color=f"C{place}", markersize=4)
-        one.set_title(f"{indicator}: " + ("the same for all" if fit is None else f"r {fit[0]:.2f}, p {fit[1]:.2f}"), fontsize=9)
+        words = "the same for all" if fit is None else f"r {fit[0]:.2f}, p {fit[1]:.2f}"
+        one.set_title(f"{indicator}: {words}", fontsize=9)
         one.tick_params(labelsize=8)
     right.supxlabel("indicator", fontsize=9)
     right.supylabel("right answers (%)", fontsize=9)

@@ -108,6 +108,7 @@ def test_dbscan_refuses_what_means_nothing():
         with pytest.raises(ValueError, match="eps"):
             dbscan(points, eps, min_samples)
     assert dbscan(numpy.zeros((0, 3), numpy.float32), 0.3, 1).tolist() == []
+    assert dbscan(points[[0, 1, 0]], 0, 1).tolist() == [0, 1, 0]  # only copies
 
 
 def test_vendi_counts_different_things():
@@ -148,7 +149,9 @@ def test_good_answers_are_noise_to_the_literal_form():
 
 
 def test_draws_are_averaged():
-    found = response_clusters([["yes", "no", "maybe"], ["yes", "yes", "yes"]], Options(min_samples=1, literal_min_samples=2))
+    found = response_clusters(
+        [["yes", "no", "maybe"], ["yes", "yes", "yes"]], Options(min_samples=1, literal_min_samples=2)
+    )
     assert found["clusters"] == 2 and found["literal clusters"] == 0.5 and found["noise"] == 0.5
 
 

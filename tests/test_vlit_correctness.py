@@ -1,7 +1,6 @@
 """Rules, votes, matching degree and grounding, by hand and on COCO pictures that GPT-4 was asked about."""
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from nanovlm.recipes.start import build_models
 from nanovlm.run import text_side
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlit import annotation_files
-from nanovlm.vlit.correctness import Facts, Thing, facts_of, judge_chat, known, verify, vote
-from nanovlm.vlit.matching import BEGIN, END, grounding, interval, load_encoder, own_encoder
+from nanovlm.vlit.correctness import Facts, Thing, facts_of, known, verify
+from nanovlm.vlit.matching import BEGIN, END, grounding, load_encoder, own_encoder
 from nanovlm.vlit.samples import sample
+from nanovlm.vlit.votes import judge_chat, vote
 from nanovlm.weight_files import write_checkpoint
 from tests.random_models import randomise
 
@@ -111,7 +111,9 @@ def test_rules(facts, question, answer, verdict):
 
 def test_crowds_are_not_counted():
     facts = Facts((thing("person"),), frozenset(("person", "dog")), crowds=frozenset(("person", "dog")))
-    assert verify("How many dogs are there?", "None.", facts) is None and verify("Is there a dog?", "No.", facts) is False
+    assert (
+        verify("How many dogs are there?", "None.", facts) is None and verify("Is there a dog?", "No.", facts) is False
+    )
     assert verify("Are there two people?", "No.", facts) is None
     assert verify("How many people are there?", "One.", facts) is None
     assert verify("Are there people?", "Yes.", facts) is True
@@ -143,7 +145,9 @@ def test_real_counts_against_cocos_boxes():
     facts = facts_of(annotation_files.read([folder / "table" / "caps_boxes_coco2014_val_80.jsonl"]).pictures.values())
     lines = (folder / "playground" / "coco2014_val_gpt4_qa_30x3.jsonl").read_text().split("\n")
     asked = [json.loads(line) for line in lines if "ow many" in line]
-    found = {one["image"]: verify(one["instruction"], one["output"], known(made("", one["image"]), facts)) for one in asked}
+    found = {
+        one["image"]: verify(one["instruction"], one["output"], known(made("", one["image"]), facts)) for one in asked
+    }
     assert len(found) == 5 and list(found.values()).count(True) == 4
     assert found["COCO_val2014_000000515716.jpg"] is False
 
@@ -180,12 +184,6 @@ def test_grounding_counts_names_that_annotators_looked_for():
     assert grounding("A bottle.", Facts((), frozenset(("bottle",)), frozenset(("bottle",)))) == 1.0
 
 
-def test_interval_by_hand():
-    mean, (low, high) = interval([1.0, 2.0, 3.0])
-    assert mean == 2 and high - mean == pytest.approx(1.96 / math.sqrt(3)) and mean - low == pytest.approx(high - mean)
-    assert interval([]) == (None, None)
-
-
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(0)
@@ -211,7 +209,9 @@ def test_matching_degree_by_its_definition(encoder, tmp_path):
     long = "a red star. a blue circle. yes no."
     assert len(encoder.ids(long)) > 12
     parts = encoder.texts(["a red star.", "a blue circle.", "yes no."])
-    assert encoder.match([pictures[:1]], [long])[0] == pytest.approx(100 * (images[0] @ parts.T).mean().item(), abs=1e-4)
+    assert encoder.match([pictures[:1]], [long])[0] == pytest.approx(
+        100 * (images[0] @ parts.T).mean().item(), abs=1e-4
+    )
     endless = "a red star " * 30  # one sentence: cut behind, end kept
     assert encoder.texts([endless]).shape == (1, 8)
 
@@ -233,7 +233,9 @@ def clip_tokenizer(path):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=298, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    words.train_from_iterator(["abcdefghijklmnopqrstuvwxyz the red star is a blue circle, yes no green square left of it " * 3], trainer)
+    words.train_from_iterator(
+        ["abcdefghijklmnopqrstuvwxyz the red star is a blue circle, yes no green square left of it " * 3], trainer
+    )
     while words.get_vocab_size() < 298:
         words.add_tokens([f"<{words.get_vocab_size()}>"])
     words.add_special_tokens([BEGIN, END])
@@ -253,7 +255,9 @@ def test_a_clip_folder_is_read(tmp_path):
     assert encoder.name == "MD" and (ids[0], ids[-1]) == (298, 299)
     expected = model.embed_texts(torch.tensor([ids]), torch.tensor([len(ids)]))
     assert torch.allclose(encoder.texts(["a red star"]), expected, atol=1e-6)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads((tmp_path / "tokenizer.json").read_text().replace(BEGIN, "<s>"))))
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(json.loads((tmp_path / "tokenizer.json").read_text().replace(BEGIN, "<s>")))
+    )
     with pytest.raises(ValueError, match="not CLIP's"):
         load_encoder(tmp_path)
 
@@ -292,8 +296,13 @@ def test_the_towers_of_a_model_trained_here(tmp_path):
     pixels = to_pixels(picture, 16, "pad")[None]
     ids = [tokenizer.bos, *tokenizer.encode("red"), tokenizer.eos]
     with torch.no_grad():
-        expected = 100 * (towers.embed_images(pixels) @ towers.embed_texts(torch.tensor([ids]), torch.tensor([len(ids)])).T).item()
-    assert encoder.name == "MD (own encoder)" and encoder.match([[picture]], ["red"])[0] == pytest.approx(expected, abs=1e-4)
+        expected = (
+            100
+            * (towers.embed_images(pixels) @ towers.embed_texts(torch.tensor([ids]), torch.tensor([len(ids)])).T).item()
+        )
+    assert encoder.name == "MD (own encoder)" and encoder.match([[picture]], ["red"])[0] == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 def test_folders_without_two_towers_are_refused(tmp_path):

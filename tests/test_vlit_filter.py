@@ -39,7 +39,10 @@ RECORDS = [
     item(11, "Is there a zebra?", "No.", kind="extra", id_of_nothing=[1, {"a": None}]),  # kept, with all it holds
 ]
 BROKEN = '{"id": 12, "conversations": [{"from": "human"'
-NOTES = [{"id": name, "image": f"{name}.png", "captions": [], "instances": [{"category": "dog", "bbox": [0, 0, 1, 1]}] * 2} for name in "ab"]
+NOTES = [
+    {"id": name, "image": f"{name}.png", "captions": [], "instances": [{"category": "dog", "bbox": [0, 0, 1, 1]}] * 2}
+    for name in "ab"
+]
 
 
 @pytest.fixture
@@ -66,14 +69,23 @@ def lines(path):
 def test_every_record_is_kept_or_dropped_with_its_reasons(folder, capsys):
     kept, dropped = filtered(folder)
     assert kept == [RECORDS[place] for place in (0, 3, 5, 11)]  # unchanged, in their order
-    assert [one["record"] for one in dropped if "record" in one] == [RECORDS[place] for place in (1, 2, 4, 6, 7, 8, 9, 10)]
+    assert [one["record"] for one in dropped if "record" in one] == [
+        RECORDS[place] for place in (1, 2, 4, 6, 7, 8, 9, 10)
+    ]
     reasons = {one["where"].rpartition("line ")[2]: one["reasons"] for one in dropped}
     assert reasons["2"] == ["wrong: round 1, by rule"]
     assert reasons["3"] == ["duplicate: exact duplicate of record 1"]
     assert reasons["5"] == ["duplicate: near duplicate of record 4"]
-    for line, words in (("7", "defect: source"), ("8", "none.png"), ("9", "broken.png"), ("11", "defect: placeholders: 2 <image>")):
+    for line, words in (
+        ("7", "defect: source"),
+        ("8", "none.png"),
+        ("9", "broken.png"),
+        ("11", "defect: placeholders: 2 <image>"),
+    ):
         assert any(words in why for why in reasons[line]), line
-    assert any("begins with" in why or "ends with" in why for why in reasons["10"]) and any("says nothing" in why for why in reasons["10"])
+    assert any("begins with" in why or "ends with" in why for why in reasons["10"]) and any(
+        "says nothing" in why for why in reasons["10"]
+    )
     assert dropped[-1]["text"] == BROKEN and dropped[-1]["where"].endswith("data.jsonl, line 13")
     assert dropped[-1]["reasons"][0].startswith("unreadable: ")
     report = json.loads((folder / "out" / "report.json").read_text())
@@ -89,7 +101,9 @@ def test_what_is_dropped_anyway_makes_no_duplicate(folder):
     (folder / "many.jsonl").write_text("\n".join(map(json.dumps, records)))
     kept, dropped = filtered(folder, file="many.jsonl")
     assert [one["id"] for one in kept] == [2]
-    assert [len(one["reasons"]) for one in dropped] == [1, 1, 1] and dropped[2]["reasons"] == ["duplicate: exact duplicate of record 3"]
+    assert [len(one["reasons"]) for one in dropped] == [1, 1, 1] and dropped[2]["reasons"] == [
+        "duplicate: exact duplicate of record 3"
+    ]
 
 
 def test_near_duplicates_can_stay(folder):
@@ -98,7 +112,10 @@ def test_near_duplicates_can_stay(folder):
 
 
 def test_caps_draw_evenly_and_spare_what_is_complex(folder):
-    asked = [("How many dogs are there?", "Two."), ("Why might the dogs wait here, and what would happen if it rained?", "Two.")]
+    asked = [
+        ("How many dogs are there?", "Two."),
+        ("Why might the dogs wait here, and what would happen if it rained?", "Two."),
+    ]
     records = [item(n, asked[n % 2][0], f"Two. {n}") for n in range(40)]
     records += [item(n, f"Is there a zebra number {n}?", "No.") for n in range(40, 50)]
     (folder / "many.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -106,7 +123,10 @@ def test_caps_draw_evenly_and_spare_what_is_complex(folder):
     kept, dropped = filtered(folder, *flags, file="many.jsonl")
     assert Counter(one["id"] % 2 if one["id"] < 40 else "zebra" for one in kept) == {0: 5, 1: 5, "zebra": 5}
     assert all(one["reasons"][0].startswith("task cap: ") for one in dropped)
-    chosen = {seed: {one["id"] for one in filtered(folder, *flags, "--seed", seed, file="many.jsonl", out=f"s{seed}")[0]} for seed in "01"}
+    chosen = {
+        seed: {one["id"] for one in filtered(folder, *flags, "--seed", seed, file="many.jsonl", out=f"s{seed}")[0]}
+        for seed in "01"
+    }
     assert chosen["0"] == {one["id"] for one in kept} != chosen["1"]
     kept, _ = filtered(folder, *flags, "--keep-complex", "5", file="many.jsonl", out="complex")
     assert sum(one["id"] % 2 for one in kept if one["id"] < 40) == 20
@@ -158,7 +178,9 @@ def test_what_was_scored_is_not_scored_again(folder, monkeypatch):
     whole = scores.read_bytes()
     scores.write_bytes(whole[: whole.rindex(b"\n", 0, len(whole) // 2) + 9])  # killed in the middle of a line
     seen = []
-    monkeypatch.setattr(filtering, "_rows", lambda batch, *rest, real=filtering._rows: seen.extend(batch) or real(batch, *rest))
+    monkeypatch.setattr(
+        filtering, "_rows", lambda batch, *rest, real=filtering._rows: seen.extend(batch) or real(batch, *rest)
+    )
     assert filtered(folder) == first
     assert scores.read_bytes() == whole and 0 < len(seen) < 13
 
@@ -178,7 +200,9 @@ def test_a_file_that_changes_meanwhile_replaces_nothing(folder, monkeypatch, cap
 @pytest.mark.slow
 def test_a_killed_run_goes_on(folder):
     rng = random.Random(0)
-    records = [item(n, "How many dogs are there?", f"{rng.choice(('Two', 'Five'))} {rng.random()}") for n in range(3000)]
+    records = [
+        item(n, "How many dogs are there?", f"{rng.choice(('Two', 'Five'))} {rng.random()}") for n in range(3000)
+    ]
     (folder / "many.jsonl").write_text("\n".join(map(json.dumps, records)))
     expected = filtered(folder, "--exact-only", file="many.jsonl", out="whole")
     command = [sys.executable, "-m", "nanovlm.vlit", "filter", str(folder / "many.jsonl"), "--annotations", str(folder / "notes.jsonl"),
@@ -207,7 +231,19 @@ def test_bad_flags_end_with_a_message(folder, capsys, flags, words):
 
 
 def test_before_and_after_stand_in_the_report(folder, capsys):
-    assert main(["filter", str(folder / "data.jsonl"), "--annotations", str(folder / "notes.jsonl"), "--out", str(folder / "out")]) == 0
+    assert (
+        main(
+            [
+                "filter",
+                str(folder / "data.jsonl"),
+                "--annotations",
+                str(folder / "notes.jsonl"),
+                "--out",
+                str(folder / "out"),
+            ]
+        )
+        == 0
+    )
     report = json.loads((folder / "out" / "report.json").read_text())
     assert report["before"]["C"] < report["after"]["C"] == 100
     assert (folder / "out" / "after" / "report.png").exists()
@@ -250,14 +286,23 @@ def test_order_and_pictures_matter():
 
 def test_compare_is_at_equal_size(folder, capsys):
     (folder / "few.jsonl").write_text("\n".join(json.dumps(item(n, f"What is {n}?", f"It is {n}.")) for n in range(6)))
-    (folder / "more.jsonl").write_text("\n".join(json.dumps(item(n, "What is it?", "A dog.") | {"conversations": 2 * item(n, "?", "A dog.")["conversations"]}) for n in range(30)))
+    (folder / "more.jsonl").write_text(
+        "\n".join(
+            json.dumps(
+                item(n, "What is it?", "A dog.") | {"conversations": 2 * item(n, "?", "A dog.")["conversations"]}
+            )
+            for n in range(30)
+        )
+    )
     files = [str(folder / name) for name in ("few.jsonl", "more.jsonl")]
     assert main(["compare", *files, "--images", str(folder), "--out", str(folder / "out")]) == 0
     report = json.loads((folder / "out" / "compare.json").read_text())
     assert report["size"] == 6
     told = {name: {one["key"]: one for one in rows} for name, rows in report["data sets"].items()}
     assert list(told) == ["few", "more"] and [one["O/G"]["measured"] for one in told.values()] == [6, 12]
-    assert [one["R"]["measured"] for one in told.values()] == [6, 12] and "2 draws of 6" in told["more"]["R"]["computation"]
+    assert [one["R"]["measured"] for one in told.values()] == [6, 12] and "2 draws of 6" in told["more"]["R"][
+        "computation"
+    ]
     assert told["more"]["R"]["value"] == 0 < told["few"]["R"]["value"]
     text = (folder / "out" / "compare.txt").read_text()
     assert text in capsys.readouterr().out and "30.7" in text and "as printed" in text
@@ -278,7 +323,9 @@ def test_the_review_is_reproduced_but_for_what_it_misprints():
         assert close == [name != "Ours"] * 2
     assert [round(value, 4) for value in review.agreement()["Ours"]] == [0.284, 0.5434]
     told = review.differences()
-    assert len(told) == 4 and sum("'Ours'" in line for line in told) == 2 and sum("with VR" in line for line in told) == 2
+    assert (
+        len(told) == 4 and sum("'Ours'" in line for line in told) == 2 and sum("with VR" in line for line in told) == 2
+    )
     for values in review.correlations().values():
         for r, p in values:
             assert p == pytest.approx(1 - abs(r), abs=1e-6)  # four data sets

@@ -31,11 +31,21 @@ def item(id, *said, image=None, **more):
 
 ITEMS = [
     item(0, "<image>\nWhat color is the dog?", "Brown.", image="a.png"),
-    item(1, "<image>\nHow many dogs are there?", "Two.", "Why are they wet?", "They may have been swimming.", image="a.png"),
+    item(
+        1,
+        "<image>\nHow many dogs are there?",
+        "Two.",
+        "Why are they wet?",
+        "They may have been swimming.",
+        image="a.png",
+    ),
     item(2, "<image>\nDescribe the image in detail.", "Two brown dogs stand on the grass.", image="b.png"),
     item(3, "Is there a cat?", "Brown.", image="none.png"),  # neither placeholder nor picture
 ]
-NOTES = [{"id": name, "image": f"{name}.png", "captions": [], "instances": [{"category": "dog", "bbox": [0, 0, 1, 1]}] * 2} for name in "ab"]
+NOTES = [
+    {"id": name, "image": f"{name}.png", "captions": [], "instances": [{"category": "dog", "bbox": [0, 0, 1, 1]}] * 2}
+    for name in "ab"
+]
 
 
 @pytest.fixture
@@ -59,9 +69,19 @@ def test_every_indicator_of_a_small_file(folder, capsys):
     assert [one["key"] for one in report["indicators"] if one["key"] != "grounding"] == INDICATORS
     assert all(len(one["computation"]) > 20 for one in found.values())
     assert found["MD"]["value"] is None
-    assert (found["C"]["value"], found["C"]["measured"], found["C"]["beside"]["coverage"]) == (100, 1, 0.2)  # the count alone
+    assert (found["C"]["value"], found["C"]["measured"], found["C"]["beside"]["coverage"]) == (
+        100,
+        1,
+        0.2,
+    )  # the count alone
     assert found["grounding"]["value"] == 100 and found["grounding"]["measured"] == 1
-    tasks = {"instance attribute": 1, "instance counting": 1, "complex reasoning": 1, "detailed description": 1, "existence": 1}
+    tasks = {
+        "instance attribute": 1,
+        "instance counting": 1,
+        "complex reasoning": 1,
+        "detailed description": 1,
+        "existence": 1,
+    }
     assert report["tasks"] == tasks and found["T"]["value"] == 5 and found["B"]["value"] == 0
     assert found["I"]["value"] == 0 and found["I"]["beside"]["literal"] == 1  # five tasks of one instruction each
     assert found["R"]["value"] == pytest.approx(math.log(4))  # "Brown." stands twice
@@ -88,7 +108,13 @@ class Judge:
         for chat in chats:
             text = chat.messages[-1][1]
             reply = "Yes" if "Is the answer right" in text else "Mark: 7" if "Rate how" in text else None
-            reply = reply or ("1. Counting\n2. counting \n- asking why" if "Name the kinds" in text else "It is counting." if "many" in text else "?")
+            reply = reply or (
+                "1. Counting\n2. counting \n- asking why"
+                if "Name the kinds" in text
+                else "It is counting."
+                if "many" in text
+                else "?"
+            )
             found.append([reply] * n)
         return found
 
@@ -118,8 +144,17 @@ def test_what_a_judge_is_told_and_shown(folder):
     blind, seeing = Watcher(), Watcher()
     seeing.accepts_images = True
     for judge in (blind, seeing):
-        indicators, _ = measure(folder / "data.jsonl", Settings(votes=1), folder, judge=judge, describe=lambda sample: f"told of {sample.id}")
-    judged = {judge: [chat for chat in judge.chats if "Is the answer right" in chat.messages[-1][1]] for judge in (blind, seeing)}
+        indicators, _ = measure(
+            folder / "data.jsonl",
+            Settings(votes=1),
+            folder,
+            judge=judge,
+            describe=lambda sample: f"told of {sample.id}",
+        )
+    judged = {
+        judge: [chat for chat in judge.chats if "Is the answer right" in chat.messages[-1][1]]
+        for judge in (blind, seeing)
+    }
     assert all("told of" in chat.messages[-1][1] and not chat.image for chat in judged[blind])
     assert Counter(chat.image.rpartition("/")[2] for chat in judged[seeing]) == {"a.png": 3, "b.png": 1}
     assert indicators[1].beside["pictures missing"] == 1 and indicators[1].measured == 4
@@ -193,7 +228,12 @@ def test_labels_of_a_language_model():
 
 
 def test_balance_by_hand():
-    assert balance({"a": 5, "b": 5}) == {"variance": 0, "entropy": pytest.approx(math.log(2)), "gini": 0, "largest": 0.5}
+    assert balance({"a": 5, "b": 5}) == {
+        "variance": 0,
+        "entropy": pytest.approx(math.log(2)),
+        "gini": 0,
+        "largest": 0.5,
+    }
     told = balance({"a": 3, "b": 1})  # shares 75 and 25 percent
     assert told["variance"] == 625 and told["gini"] == pytest.approx(0.25) and told["largest"] == 0.75
     assert balance({"a": 7})["variance"] == 0
@@ -214,8 +254,18 @@ def test_semantic_elements(instruction, number):
 
 
 def test_marks_and_proxy():
-    assert [parse_mark(text) for text in ("7", "Mark: 10/10", "0, then 3", "3.5 or 4", "many", "11")] == [7, 10, 3, 4, None, None]
-    easy, hard = proxy("What color is it?"), proxy("Why might they stand there, and what would you compare if it rained?")
+    assert [parse_mark(text) for text in ("7", "Mark: 10/10", "0, then 3", "3.5 or 4", "many", "11")] == [
+        7,
+        10,
+        3,
+        4,
+        None,
+        None,
+    ]
+    easy, hard = (
+        proxy("What color is it?"),
+        proxy("Why might they stand there, and what would you compare if it rained?"),
+    )
     assert 1 <= easy < hard <= 10 and proxy("why " * 50) == 10
     assert proxy("Why?", turns=5) > proxy("Why?")
 
@@ -239,7 +289,11 @@ def test_exactly_so_many_are_chosen():
     counts = Counter()
     for seed in range(300):
         found = [value for _, value in chosen(iter(stream), 20, 5, seed)]
-        assert broken in found and len(found) == 6 and [n for n in found if n is not broken] == sorted(n for n in found if n is not broken)
+        assert (
+            broken in found
+            and len(found) == 6
+            and [n for n in found if n is not broken] == sorted(n for n in found if n is not broken)
+        )
         counts.update(n for n in found if n is not broken)
     assert all(40 < counts[n] < 115 for n in range(21) if n != 2)  # 75 expected, sd 7.5
 
@@ -260,7 +314,9 @@ def many(path, number):
     with open(path, "w") as file:
         for n in range(number):
             words = " ".join(f"w{rng.randrange(100)}" for _ in range(12))
-            asked = rng.choice(("What color is the {}?", "How many {}s are there?", "Why is the {} here?")).format(words)
+            asked = rng.choice(("What color is the {}?", "How many {}s are there?", "Why is the {} here?")).format(
+                words
+            )
             file.write(json.dumps(item(n, asked, words)) + "\n")
     return path
 
@@ -299,7 +355,12 @@ def test_simcse_loss_is_equation_2():
 
 
 def test_simcse_learns_and_ignores_padding():
-    texts = [f"the {color} {thing} stands {place}" for color in ("red", "blue") for thing in ("dog", "cup", "car") for place in ("here", "there")]
+    texts = [
+        f"the {color} {thing} stands {place}"
+        for color in ("red", "blue")
+        for thing in ("dog", "cup", "car")
+        for place in ("here", "there")
+    ]
     model = train_encoder(texts, steps=15)
     ids, lengths = word_ids(texts)
     fresh = SentenceEncoder()
@@ -310,5 +371,7 @@ def test_simcse_learns_and_ignores_padding():
     assert losses[1] < losses[0] / 2
     state = torch.get_rng_state()
     points = simcse_vectors(texts[:3] + texts[:1] + [""])
-    assert numpy.allclose(points[0], points[3], atol=1e-5) and numpy.allclose(numpy.linalg.norm(points, axis=1), 1, atol=1e-5)
+    assert numpy.allclose(points[0], points[3], atol=1e-5) and numpy.allclose(
+        numpy.linalg.norm(points, axis=1), 1, atol=1e-5
+    )
     assert torch.equal(state, torch.get_rng_state())

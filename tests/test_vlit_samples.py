@@ -77,7 +77,9 @@ def test_a_list_that_breaks_off_names_the_line(tmp_path, cut):
         list(read(path))
 
 
-@pytest.mark.parametrize("top", ({"meta": {}, "data": {}}, {"annotations": [{"image_id": 1, "caption": ""}]}, {"questions": []}))
+@pytest.mark.parametrize(
+    "top", ({"meta": {}, "data": {}}, {"annotations": [{"image_id": 1, "caption": ""}]}, {"questions": []})
+)
 @pytest.mark.parametrize("indent", (None, 1))
 def test_other_forms_are_sent_to_convert(tmp_path, top, indent):
     path = tmp_path / "a.json"

@@ -38,17 +38,31 @@ def look(folder, *items, name="data.jsonl"):
 
 def filtered(folder, name="data.jsonl"):
     """(kept, dropped) of filter without annotations."""
-    assert main(["filter", str(folder / name), "--images", str(folder), "--out", str(folder / "out"), "--without-report"]) == 0
-    return [[json.loads(line) for line in (folder / "out" / f"{kind}.jsonl").read_text().split("\n") if line] for kind in ("kept", "dropped")]
+    assert (
+        main(["filter", str(folder / name), "--images", str(folder), "--out", str(folder / "out"), "--without-report"])
+        == 0
+    )
+    return [
+        [json.loads(line) for line in (folder / "out" / f"{kind}.jsonl").read_text().split("\n") if line]
+        for kind in ("kept", "dropped")
+    ]
 
 
 GOOD = {
     "placeholder in front": {"id": 1, "image": "a.png", "conversations": turns("<image>\nWhat is it?", "Blue.")},
     "placeholder behind": {"id": "1", "image": "a.png", "conversations": turns("What is it?\n<image>", "Blue.")},
     "text alone": {"id": 1, "conversations": turns("What is two and two?", "Four.")},
-    "with another folder": {"id": 1, "image": "coco/train2017/a.png", "conversations": turns("<image>What is it?", "Blue.")},
+    "with another folder": {
+        "id": 1,
+        "image": "coco/train2017/a.png",
+        "conversations": turns("<image>What is it?", "Blue."),
+    },
     "base64": {"id": 1, "image": png(), "conversations": turns("<image>What is it?", "Red.")},
-    "base64 with prefix": {"id": 1, "image": "data:image/png;base64," + png(), "conversations": turns("<image>What is it?", "Red.")},
+    "base64 with prefix": {
+        "id": 1,
+        "image": "data:image/png;base64," + png(),
+        "conversations": turns("<image>What is it?", "Red."),
+    },
     "two pictures": {"id": 1, "image": ["a.png", "a.png"], "conversations": turns("<image><image>Which?", "Both.")},
     "ShareGPT": {"id": "x_1", "conversations": turns("Hello?", "Hi.", roles=("user", "chatgpt"))},
     "Bing": {"id": "x_1", "conversations": turns("Hello?", "Hi.", roles=("human", "bing"))},
@@ -109,7 +123,10 @@ def test_pretty_printed_objects_in_a_row(folder):
 
 
 CONVERTED = {
-    "mimic-it": {"meta": {}, "data": {"A_1": {"instruction": "What is it?", "answer": "Blue.", "image_ids": ["a"], "rel_ins_ids": []}}},
+    "mimic-it": {
+        "meta": {},
+        "data": {"A_1": {"instruction": "What is it?", "answer": "Blue.", "image_ids": ["a"], "rel_ins_ids": []}},
+    },
     "minigpt4": {"annotations": [{"image_id": "a", "caption": "A blue square."}]},
 }
 

@@ -6,8 +6,8 @@ Both are connected components in the end: of the persona graph, and of the point
   DBSCAN          Ester et al., KDD 1996; as reviewed by Schubert et al., TODS 42 (2017)
   Vendi score     Friedman & Dieng, arXiv:2210.02410: how many different things, without a threshold
 
-Taken literally, as indicators, the first two reward bad data: Ego-Splitting counts more the more it is given, and DBSCAN
-calls answers that all differ noise, so that it finds no cluster in them. Hence `instruction_clusters` and
+Taken literally, as indicators, the first two reward bad data: Ego-Splitting counts more the more it is given, and
+DBSCAN calls answers that all differ noise, so that it finds no cluster in them. Hence `instruction_clusters` and
 `response_clusters` in diversity.py fix the sample size and let a point be a cluster of its own.
 
     N points, D width, V different words
@@ -96,8 +96,8 @@ def dbscan(points, eps, min_samples):
     """Density-based clusters by cosine distance, blockwise: exact, O(N² D) time, O(N) memory beside a block.
 
     A point with at least min_samples points within eps, itself counted, is a core; cores within eps of one another are
-    of one cluster; another point belongs to the cluster of a core within eps (of several, to the one that begins with the
-    earliest point), or is noise.
+    of one cluster; another point belongs to the cluster of a core within eps (of several, to the one that begins with
+    the earliest point), or is noise.
 
     Args:
       points: float32[N, D], each of length 1. eps: largest 1 - cosine. min_samples: int, at least 1.
@@ -106,7 +106,10 @@ def dbscan(points, eps, min_samples):
     """
     if min_samples < 1 or not 0 <= eps <= 2:
         raise ValueError(f"eps {eps} and min_samples {min_samples}; eps lies in [0, 2], min_samples is 1 or more")
-    near = [(points[begin : begin + BLOCK] @ points.T >= 1 - eps - ROUNDING).sum(1) for begin in range(0, len(points), BLOCK)]
+    near = [
+        (points[begin : begin + BLOCK] @ points.T >= 1 - eps - ROUNDING).sum(1)
+        for begin in range(0, len(points), BLOCK)
+    ]
     degree = numpy.concatenate(near or [numpy.zeros(0, int)])
     core = degree >= min_samples
     root = numpy.arange(len(points))  # of a core: the earliest core known to be of its cluster

@@ -3,7 +3,8 @@
     python -m nanovlm.vlit compare A.json B.json C.json --images FOLDER
 
 Several indicators grow with the number of samples, so every file is measured on as many as the smallest holds, drawn at
-random (--size: fewer), and response diversity on as many responses. The folder holds compare.json, compare.txt and compare.png.
+random (--size: fewer), and response diversity on as many responses. The folder holds compare.json, compare.txt and
+compare.png.
 """
 
 import dataclasses
@@ -20,7 +21,9 @@ def add_flags(parser):
     """The flags of `compare`."""
     quality.add_measure_flags(parser)
     parser.add_argument("files", nargs="+", metavar="FILE", help="two or more data sets")
-    parser.add_argument("--size", type=int, metavar="N", help="samples of each (default: as many as the smallest holds)")
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="samples of each (default: as many as the smallest holds)"
+    )
     parser.add_argument("--out", default="out/compare", metavar="FOLDER")
 
 

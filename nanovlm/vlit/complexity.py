@@ -1,9 +1,9 @@
 """How much an instruction asks for: the things it speaks of, and how hard it is.
 
-    O/G  semantic elements of an instruction. The review takes them from a dependency tool (HanLP); here they are the
-         different names of things, marked regions, numbers and spatial relations in it, under the name elements_lexical.
-    I    a language model's mark from 1 to 10, after scored examples. Without one a proxy, declared as such: length,
-         clauses, reasoning words and turns.
+O/G  semantic elements of an instruction. The review takes them from a dependency tool (HanLP); here they are the
+     different names of things, marked regions, numbers and spatial relations in it, under the name elements_lexical.
+I    a language model's mark from 1 to 10, after scored examples. Without one a proxy, declared as such: length,
+     clauses, reasoning words and turns.
 """
 
 import re
@@ -15,7 +15,9 @@ LEXICON = COCO | MORE_OBJECTS
 BOX = re.compile(r"\[\s*[\d.]+(?:\s*,\s*[\d.]+)+\s*\]|<box>.*?</box>")  # coordinates
 MARKED = re.compile(r"\b(?:boxed|circled|marked|highlighted|outlined)\b", re.IGNORECASE)
 RELATION = re.compile(rf"\b(?:{'|'.join(sorted(RELATIONS, key=len, reverse=True))})\b")
-REASONING = re.compile(r"\b(?:why|how|explain|reason|compare|infer|imply|suggest|might|could|would|if|because|purpose)\b")
+REASONING = re.compile(
+    r"\b(?:why|how|explain|reason|compare|infer|imply|suggest|might|could|would|if|because|purpose)\b"
+)
 CLAUSE = re.compile(r"[,;:]|\b(?:and|or|but|while|which|that|because|if|when|who|where)\b")
 MARK_ASKED = (
     "Rate how complex this instruction about a picture is, from 1 (one look is enough) to 10 (many steps, outside "
@@ -41,12 +43,18 @@ def elements(instruction, lexicon=LEXICON):
 
 
 def proxy(instruction, turns=1):
-    """A stand-in for a mark, from 1 to 10: float. Hard-wired weights, no judgement; only good to compare like with like.
+    """A stand-in for a mark, from 1 to 10: float. Hard-wired weights, no judgement.
 
     turns: of the user in the whole conversation.
     """
     text = instruction.lower()
-    points = 1 + len(tokens(text)) / 10 + len(CLAUSE.findall(text)) / 2 + 1.5 * len(REASONING.findall(text)) + (turns - 1) / 2
+    points = (
+        1
+        + len(tokens(text)) / 10
+        + len(CLAUSE.findall(text)) / 2
+        + 1.5 * len(REASONING.findall(text))
+        + (turns - 1) / 2
+    )
     return min(10.0, points)
 
 

@@ -1,16 +1,14 @@
-"""Whether responses are right: by rule, from what people have noted about the picture, or by a judge that votes.
+"""Whether responses are right, by rule, from what people have noted about the picture (votes.py asks a judge).
 
-Rules decide what annotations can decide and say nothing else; the share they decide is the coverage. They read questions
-after existence, number, colour, place and relation, answers of yes or no that contradict themselves, and names of things
-with an attribute that none of them has. Judging is the review's way: several drawn answers to the same question, the
-majority decides (Sec. 4.2.3; LLaVA-1.5 there, any generator here).
+Rules decide what annotations can decide and say nothing else; the share they decide is the coverage. They read
+questions after existence, number, colour, place and relation, answers of yes or no that contradict themselves, and
+names of things with an attribute that none of them has.
 """
 
 import re
 from dataclasses import dataclass
 
 from nanovlm.evaluation.judge import parse_verdict
-from nanovlm.vlit.generators import Chat
 from nanovlm.vlit.words import COCO, COLORS, named, number, singular, tokens
 
 ANYTHING = frozenset("object thing item shape figure".split())  # words for whatever is there
@@ -19,17 +17,25 @@ SYNONYMS = {
     "cellphone": "cell phone", "motorbike": "motorcycle", "fridge": "refrigerator", "human": "person", "individual": "person",
 }  # fmt: skip
 DETERMINERS = frozenset("a an any the some this that these those".split())
-SEEN = r"(?:\s+(?:in (?:the|this) (?:image|picture|photo|scene)|visible|present|shown|there|here|at all|depicted))*\s*\??$"
-EXISTENCE = re.compile(r"^(?:is|are) there (.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|which|with|of)\s.*)?\??$")
+SEEN = (
+    r"(?:\s+(?:in (?:the|this) (?:image|picture|photo|scene)|visible|present|shown|there|here|at all|depicted))*\s*\??$"
+)
+EXISTENCE = re.compile(
+    r"^(?:is|are) there (.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|which|with|of)\s.*)?\??$"
+)
 SEE = re.compile(r"^(?:do|can) you see (.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|with)\s.*)?\??$")
 COUNT = re.compile(r"\bhow many (.+?)(?:\s(?:are|is|can|do|does|have|has|were|was|in|on|at|did|you|appear)\b.*)?\??$")
-COLOR = re.compile(r"\bwhat(?:'s| is| are)? (?:the )?colou?r(?:s)?(?: of| is| are| do| does)? (.+?)(?:\s(?:have|has)\b.*)?\??$")
+COLOR = re.compile(
+    r"\bwhat(?:'s| is| are)? (?:the )?colou?r(?:s)?(?: of| is| are| do| does)? (.+?)(?:\s(?:have|has)\b.*)?\??$"
+)
 SHAPE = re.compile(r"\bwhat (?:shape is|is|kind of (?:thing|object) is) (the \w+ (?:object|shape|thing))\??$")
 WHERE = re.compile(r"^where (?:is|are) (.+?)(?:\slocated|\spositioned)?\??$")
 WHETHER = re.compile(r"^(?:is|are) (the .+?) (?:to the )?(left of|right of|above|below) (the .+?)\??$")
 WHICH = re.compile(r"^what is (?:to the )?(left of|right of|above|below) (the .+?)\??$")
 EITHER = re.compile(r"^(?:is|are) (the .+?) (\w+) or (\w+)\??$")
-CONTRADICTION = re.compile(r"^\W*yes\b.*\b(?:there (?:is|are) (?:no|not)\b|there (?:isn't|aren't)\b|none of)", re.DOTALL)
+CONTRADICTION = re.compile(
+    r"^\W*yes\b.*\b(?:there (?:is|are) (?:no|not)\b|there (?:isn't|aren't)\b|none of)", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Thing:
 class Facts:
     """What is known about one picture.
 
-    things: tuple of Thing, all that there is of the names in `names`. names: what annotators looked for, in the singular.
+    things: tuple of Thing, all that there is of the names in `names`. names: what annotators looked for, in the
+      singular.
     crowds: names of which an unknown number is there.
     """
 
@@ -177,7 +184,11 @@ def _count(question, answer, facts):
 def _color(question, answer, facts):
     found = COLOR.search(question)
     things = facts.find(found[1]) if found else None
-    known = {color for thing in things or () for color in thing.colors} if all(one.colors for one in things or ()) else set()
+    known = (
+        {color for thing in things or () for color in thing.colors}
+        if all(one.colors for one in things or ())
+        else set()
+    )
     said = set(tokens(answer)) & COLORS
     return said == known if known and said else None
 
@@ -237,7 +248,7 @@ def _which(question, answer, facts):
 
 
 def _either(question, answer, facts):
-    """"is the star big or small?", where attributes say which."""
+    """ "is the star big or small?", where attributes say which."""
     found = EITHER.search(question)
     things = facts.find(found[1]) if found else None
     if not things or len(things) > 1:
@@ -256,40 +267,3 @@ def _attributes(question, answer, facts):
     pairs = {f"{one} {other}" for one, other in zip(words, words[1:]) if one in COLORS and other in heads}
     found = [facts.find(pair) for pair in pairs]
     return None if not found or None in found else all(found)
-
-
-JUDGED = (
-    "You check training data for a model that answers questions about pictures. Is the answer right for the picture and "
-    "the question? Answer with Yes or No.\n"
-    'Question: "How many dogs are there?" Answer: "There are two dogs." (the picture shows two dogs) Yes\n'
-    'Question: "What color is the bus?" Answer: "The bus is green." (the picture shows a red bus) No\n'
-    'Question: "Is there a cat?" Answer: "No, a cat cannot be seen." (the picture shows no cat) Yes\n'
-    '{told}Question: "{instruction}" Answer: "{response}"'
-)
-
-
-def judge_chat(instruction, response, image="", told=""):
-    """What a judge is asked: Chat. told: a description, for judges that see no pictures."""
-    told = f"About the picture: {told}\n" if told else ""
-    return Chat((("user", JUDGED.format(instruction=instruction, response=response, told=told)),), image=image)
-
-
-def vote(judge, chats, votes=5, temperature=0.8, seed=0):
-    """Repeated judgement.
-
-    Args:
-      judge: generator as in generators.py. chats: list of Chat of `judge_chat`. votes: odd number of answers drawn each.
-    Returns: per chat (right: True, False, or None where the readable votes tie or are none; share of the readable votes
-      that agree with the majority; number of unreadable votes).
-    Raises: ValueError for an even number of votes, which can tie.
-    """
-    if votes < 1 or votes % 2 == 0:
-        raise ValueError(f"{votes} votes can tie; use an odd number")
-    replies = judge.generate(chats, n=votes, temperature=temperature, max_tokens=8, seed=seed, stop=())
-    found = []
-    for several in replies:
-        verdicts = [verdict for text in several if (verdict := parse_verdict(text)) is not None]
-        yes = sum(verdicts)
-        no = len(verdicts) - yes
-        found.append((yes > no if yes != no else None, max(yes, no) / max(1, yes + no), len(several) - len(verdicts)))
-    return found

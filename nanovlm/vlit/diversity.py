@@ -4,9 +4,9 @@
     R   log of the number of clusters that DBSCAN finds among the responses' vectors
 
 As printed both reward bad data (see clustering.py). Mended: I draws the same number of instructions of every task and
-counts clusters of some size alone; R lets a response be its own cluster. The report holds both forms, R with the share of
-noise, distinct-2 and the Vendi score beside it. The paper states no threshold, radius, neighbour count or base of the
-logarithm: those of `Options` are this project's.
+counts clusters of some size alone; R lets a response be its own cluster. The report holds both forms, R with the share
+of noise, distinct-2 and the Vendi score beside it. The paper states no threshold, radius, neighbour count or base of
+the logarithm: those of `Options` are this project's.
 """
 
 import math
@@ -38,8 +38,8 @@ def instruction_clusters(by_task, options=Options()):
 
     Args:
       by_task: {task: list of str}, a random sample of at most options.instructions each.
-    Returns: {"value": mean over tasks of the clusters of at least options.smallest personas, "literal": of all clusters,
-      "tasks": {task: (number of instructions, clusters that count, all clusters)}}.
+    Returns: {"value": mean over tasks of the clusters of at least options.smallest personas, "literal": of all
+      clusters, "tasks": {task: (number of instructions, clusters that count, all clusters)}}.
     """
     tasks = {}
     for task, texts in by_task.items():

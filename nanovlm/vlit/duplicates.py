@@ -1,8 +1,8 @@
 """Samples that say the same, exactly or nearly, in a million of them.
 
-Near: the share of common word triples (Jaccard) of two texts, estimated by MinHash: of many hash functions, how often both
-texts have the same least hash (Broder, SEQUENCES 1997). Only texts that agree in a whole band of hashes are compared
-(banding: Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, Sec. 3.4). Memory: 136 bytes a sample.
+Near: the share of common word triples (Jaccard) of two texts, estimated by MinHash: of many hash functions, how often
+both texts have the same least hash (Broder, SEQUENCES 1997). Only texts that agree in a whole band of hashes are
+compared (banding: Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, Sec. 3.4). Memory: 136 bytes a sample.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def signature(words):
 
 
 class Index:
-    """All samples offered to it. `near`: least estimated Jaccard of two samples that count as one; None = exact only."""
+    """All samples offered to it. near: least estimated Jaccard of two that count as one; None = exact duplicates only."""
 
     def __init__(self, near=0.9):
         if near is not None and not 0 < near <= 1:

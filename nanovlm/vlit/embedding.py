@@ -30,8 +30,8 @@ def tfidf_vectors(texts):
 
     Args:
       texts: list of N str.
-    Returns: float32[N, WIDTH], each of length 1; a text without words is a vector of its own direction, so that it is like
-      no other but itself.
+    Returns: float32[N, WIDTH], each of length 1; a text without words is a vector of its own direction, so that it is
+      like no other but itself.
     """
     projection = numpy.random.default_rng(SEED).standard_normal((BUCKETS, WIDTH), dtype=numpy.float32)
     rows = [numpy.unique([bucket(gram) for gram in grams(text) or [repr(text)]], return_counts=True) for text in texts]
@@ -39,7 +39,9 @@ def tfidf_vectors(texts):
     for places, _ in rows:
         holding[places] += 1
     idf = numpy.log((1 + len(texts)) / (1 + holding)) + 1
-    vectors = numpy.stack([(idf[places] * counts).astype(numpy.float32) @ projection[places] for places, counts in rows])
+    vectors = numpy.stack(
+        [(idf[places] * counts).astype(numpy.float32) @ projection[places] for places, counts in rows]
+    )
     return vectors / numpy.linalg.norm(vectors, axis=1, keepdims=True)
 
 

@@ -15,13 +15,14 @@ from tqdm import tqdm
 from nanovlm.evaluation.short_answer import wilson
 from nanovlm.vlit import tagging
 from nanovlm.vlit.complexity import LEXICON, marks
-from nanovlm.vlit.correctness import judge_chat, known, verify, vote
+from nanovlm.vlit.correctness import known, verify
 from nanovlm.vlit.diversity import Options, instruction_clusters, response_clusters
 from nanovlm.vlit.embedding import tfidf_vectors
-from nanovlm.vlit.matching import BATCH, grounding, interval
+from nanovlm.vlit.matching import BATCH, grounding
 from nanovlm.vlit.recorded import Recorded
 from nanovlm.vlit.samples import picture
-from nanovlm.vlit.survey import survey
+from nanovlm.vlit.survey import Mean, survey
+from nanovlm.vlit.votes import judge_chat, vote
 
 PROPOSED = 200  # instructions from which a language model proposes task labels
 
@@ -60,8 +61,18 @@ class Indicator:
     tokens: int = 0
 
 
-def measure(path, settings=Settings(), root=None, facts=None, encoder=None, judge=None, embed=tfidf_vectors,
-            lexicon=LEXICON, describe=None, replies=None):
+def measure(
+    path,
+    settings=Settings(),
+    root=None,
+    facts=None,
+    encoder=None,
+    judge=None,
+    embed=tfidf_vectors,
+    lexicon=LEXICON,
+    describe=None,
+    replies=None,
+):
     """All indicators of a data set.
 
     Args:
@@ -73,7 +84,9 @@ def measure(path, settings=Settings(), root=None, facts=None, encoder=None, judg
       replies: replies.Replies, where the judge's answers are written down; None = nowhere.
     Returns: (list of Indicator, survey.Survey).
     """  # fmt: skip
-    found = survey(path, root, settings.size, settings.seed, settings.kept, settings.diversity, settings.task_field, lexicon)
+    found = survey(
+        path, root, settings.size, settings.seed, settings.kept, settings.diversity, settings.task_field, lexicon
+    )
     pairs = [(sample, *sample.pairs[place]) for sample, place in found.pairs.kept]
     judge = judge and Recorded(judge, replies)
     tasks, by_task, tagged = _tasks(found, pairs, judge, settings)
@@ -95,6 +108,14 @@ def measure(path, settings=Settings(), root=None, facts=None, encoder=None, judg
     ], found  # fmt: skip
 
 
+def _mean(values):
+    """(mean, 95% interval) of some values; None where there are too few."""
+    told = Mean()
+    for value in values:
+        told.add(value)
+    return told.mean if told.count else None, told.interval()
+
+
 def _timed(make, before=0.0):
     """The Indicator that `make()` gives, with the seconds that it took, added to those before."""
     start = time.perf_counter()
@@ -105,8 +126,16 @@ def _timed(make, before=0.0):
 def _tasks(found, pairs, judge, settings):
     """({task: pairs}, {task: instructions drawn}, (how, seconds, tokens)): by rule, by field or by a language model."""
     if judge is None or settings.task_field:
-        how = "the samples' own field `task`, else rules" if settings.task_field else "rules over 17 task names (tagging.py)"
-        return dict(found.tasks), {task: one.kept for task, one in found.instructions.items()}, (how, found.seconds["tasks"], 0)
+        how = (
+            "the samples' own field `task`, else rules"
+            if settings.task_field
+            else "rules over 17 task names (tagging.py)"
+        )
+        return (
+            dict(found.tasks),
+            {task: one.kept for task, one in found.instructions.items()},
+            (how, found.seconds["tasks"], 0),
+        )
     start, before, asked = time.perf_counter(), judge.tokens, [instruction for _, instruction, _ in pairs]
     tags = tagging.propose(judge, asked[:PROPOSED], settings.seed)
     assigned = tagging.assign(judge, asked, tags, settings.seed)
@@ -166,7 +195,9 @@ def _responses(sample, settings, embed):
 def _matching(pairs, encoder, root, found):
     how = "mean of 100 · cosine of picture and response; longer responses by sentences, averaged; of several pictures the closest"
     if encoder is None:
-        return Indicator("MD", "MD", None, "higher", "not measured: no --encoder FOLDER of a CLIP or of a model trained here", 0)
+        return Indicator(
+            "MD", "MD", None, "higher", "not measured: no --encoder FOLDER of a CLIP or of a model trained here", 0
+        )
     start, scores, missing = time.perf_counter(), [], 0
     shown = []
     for sample, _, response in pairs:
@@ -180,7 +211,7 @@ def _matching(pairs, encoder, root, found):
     for begin in tqdm(range(0, len(shown), BATCH), desc="matching degree", unit="batch", disable=None):
         pictures, responses = zip(*shown[begin : begin + BATCH])
         scores += encoder.match(pictures, responses)
-    mean, reach = interval(scores)
+    mean, reach = _mean(scores)
     return Indicator("MD", encoder.name, mean, "higher", how, len(scores), reach, {"pictures missing": missing},
                      time.perf_counter() - start)  # fmt: skip
 
@@ -189,7 +220,7 @@ def _grounding(pairs, facts):
     start = time.perf_counter()
     told = [known(sample, facts) for sample, _, _ in pairs]
     shares = [grounding(response, one) for (_, _, response), one in zip(pairs, told) if one]
-    mean, reach = interval([100 * share for share in shares if share is not None])
+    mean, reach = _mean([100 * share for share in shares if share is not None])
     return Indicator(
         "grounding", "grounding precision", mean, "higher",
         "percent of the annotated names in a response that its picture's annotations hold; no matching degree",
@@ -201,12 +232,17 @@ def _grounding(pairs, facts):
 def _correctness(pairs, facts, judge, settings, root, describe):
     start, before, beside, verdicts = time.perf_counter(), judge.tokens if judge else 0, {}, []
     if facts:
-        verdicts = [verify(question, answer, one) if (one := known(sample, facts)) else None for sample, question, answer in pairs]
+        verdicts = [
+            verify(question, answer, one) if (one := known(sample, facts)) else None
+            for sample, question, answer in pairs
+        ]
     ruled = [one for one in verdicts if one is not None]
     if judge is None:
         if not facts:
             return Indicator("C", "correctness", None, "higher", "not measured: neither --annotations nor --judge", 0)
-        how = "percent right of the pairs that rules can decide from the annotations; coverage: their share of all pairs"
+        how = (
+            "percent right of the pairs that rules can decide from the annotations; coverage: their share of all pairs"
+        )
         beside["coverage"] = len(ruled) / len(verdicts) if verdicts else 0.0
         right, total = sum(ruled), len(ruled)
     else:
@@ -233,7 +269,8 @@ def _correctness(pairs, facts, judge, settings, root, describe):
 
 
 def shown(sample, root, judge):
-    """The picture that a judge is shown: its path as str, "" for none, None for one that is missing or no file (base64)."""
+    """The picture that a judge is shown: its path as str, "" for none, None for one that is missing or no file
+    (base64)."""
     if not judge.accepts_images or not sample.images:
         return ""
     try:
@@ -252,7 +289,7 @@ def _complexity(pairs, judge, found, settings):
         )  # fmt: skip
     before = judge.tokens
     given = marks(judge, [(question, answer) for _, question, answer in pairs], settings.seed)
-    mean, reach = interval([mark for mark in given if mark is not None])
+    mean, reach = _mean([mark for mark in given if mark is not None])
     return Indicator(
         "IC", "instruction complexity", mean, "higher", f"mean mark from 1 to 10 by {judge.name}, after three marked examples",
         len(given) - given.count(None), reach, {"unreadable marks": given.count(None), "proxy": found.proxies.mean},

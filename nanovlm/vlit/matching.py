@@ -3,13 +3,12 @@
     MD = mean over samples of 100 · cos(E_image, E_text(response))          VLIT review, Sec. 4.2.3
 
 A response longer than the text tower reads is cut into sentences, whose cosines are averaged; of several pictures the
-closest counts. With a CLIP folder the number is the review's MD (30.7 to 34.1 in its Table 4); with the towers of a model
-trained here it is named "MD (own encoder)" and compares with nothing else. Grounding precision needs no model: of the
-things that a response names, the share that annotators saw in the picture. It is no MD and is never called so.
+closest counts. With a CLIP folder the number is the review's MD (30.7 to 34.1 in its Table 4); with the towers of a
+model trained here it is named "MD (own encoder)" and compares with nothing else. Grounding precision needs no model: of
+the things that a response names, the share that annotators saw in the picture. It is no MD and is never called so.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +71,9 @@ class Encoder:
           pictures: per response a list of its pictures. responses: list of str, none empty.
         Returns: list of float, 100 · cosine.
         """
-        seen = self.images([one for several in pictures for one in several]).split([len(several) for several in pictures])
+        seen = self.images([one for several in pictures for one in several]).split(
+            [len(several) for several in pictures]
+        )
         cut = [self.pieces(response) for response in responses]
         read = self.texts([piece for several in cut for piece in several]).split([len(several) for several in cut])
         return [100 * (image @ text.T).mean(1).max().item() for image, text in zip(seen, read)]
@@ -119,7 +120,11 @@ def _own(folder, config):
 def own_encoder(towers, tokenizer, image_size, image_fit="crop"):
     """The Encoder of towers trained here. towers: contrastive.ContrastiveModel. tokenizer: data.tokenizer.Tokenizer."""
     return Encoder(
-        "MD (own encoder)", towers, lambda text: [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos], image_size, image_fit
+        "MD (own encoder)",
+        towers,
+        lambda text: [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos],
+        image_size,
+        image_fit,
     )
 
 
@@ -131,12 +136,3 @@ def grounding(response, facts):
     names = set(named(tokens(response), facts.names))
     there = {thing.name for thing in facts.things} | facts.crowds
     return len(names & there) / len(names) if names else None
-
-
-def interval(values):
-    """(mean, (low, high)) of the 95% interval under a normal law: floats; (None, None) for no value."""
-    if not values:
-        return None, None
-    mean = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1) / len(values))
-    return mean, (mean - 1.96 * spread, mean + 1.96 * spread)

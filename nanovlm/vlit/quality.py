@@ -5,8 +5,8 @@
     python -m nanovlm.vlit quality FILE --generator endpoint --base-url URL --model NAME      with a judge
 
 How each is computed stands in the report and in indicators.py. Other forms than LLaVA's come through
-`python -m nanovlm.data convert`. The folder holds report.json, report.txt, report.png, and with a judge replies.jsonl, with
-which the same command goes on after an interruption.
+`python -m nanovlm.data convert`. The folder holds report.json, report.txt, report.png, and with a judge replies.jsonl,
+with which the same command goes on after an interruption.
 """
 
 import dataclasses
@@ -43,7 +43,11 @@ def add_measure_flags(parser):
     add("--images", metavar="FOLDER", help="where image paths start (default: the folder of FILE)")
     add("--annotations", nargs="+", default=[], metavar="FILE", help="what people noted about the pictures, as for construct: "
         "rules check responses against it")  # fmt: skip
-    add("--encoder", metavar="FOLDER", help="a CLIP folder, or a trained model's with its text tower, for the matching degree")
+    add(
+        "--encoder",
+        metavar="FOLDER",
+        help="a CLIP folder, or a trained model's with its text tower, for the matching degree",
+    )
     add("--embedding", choices=EMBEDDINGS, default="tfidf", help="of responses (default: tfidf)")
     add("--lexicon", metavar="FILE", help="names of things, one a line, instead of the built-in ones")
     add("--task-field", action="store_true", help="take the samples' own `task` where there is one")
@@ -78,7 +82,9 @@ def helpers_of(wishes, out):
     judge = None if wishes.generator == "template" else open_generator(wishes)
     lexicon = LEXICON
     if wishes.lexicon:
-        lexicon = frozenset(line.strip().lower() for line in Path(wishes.lexicon).read_text().split("\n") if line.strip())
+        lexicon = frozenset(
+            line.strip().lower() for line in Path(wishes.lexicon).read_text().split("\n") if line.strip()
+        )
     out.mkdir(parents=True, exist_ok=True)
     return {
         "facts": facts, "encoder": load_encoder(wishes.encoder) if wishes.encoder else None, "judge": judge,

@@ -35,7 +35,10 @@ def notes(indicators):
     for one in indicators:
         lines.append(f"{one.key}: {one.computation}")
         if one.beside:
-            told = (f"{name} {number(value, 0) if isinstance(value, float) or value is None else value}" for name, value in one.beside.items())
+            told = (
+                f"{name} {number(value, 0) if isinstance(value, float) or value is None else value}"
+                for name, value in one.beside.items()
+            )
             lines.append("    " + ", ".join(told))
     return lines
 
@@ -50,7 +53,15 @@ def lines(path, indicators, found):
     ]  # fmt: skip
     if len(found.problems) > SHOWN:
         told.append("    … more in report.json")
-    return [*told, "", *table(indicators), "", *notes(indicators), "", f"peak memory of this process {peak_mib():.0f} MiB"]
+    return [
+        *told,
+        "",
+        *table(indicators),
+        "",
+        *notes(indicators),
+        "",
+        f"peak memory of this process {peak_mib():.0f} MiB",
+    ]
 
 
 def peak_mib():
@@ -75,7 +86,10 @@ def write(folder, path, settings, indicators, found):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     told = lines(path, indicators, found)
-    replace(folder / "report.json", json.dumps(as_json(path, settings, indicators, found), indent=1, ensure_ascii=False) + "\n")
+    replace(
+        folder / "report.json",
+        json.dumps(as_json(path, settings, indicators, found), indent=1, ensure_ascii=False) + "\n",
+    )
     replace(folder / "report.txt", "\n".join(told) + "\n")
     plot(folder / "report.png", path, settings, indicators, found)
     return [*told, f"written to {folder}: report.json, report.txt, report.png"]
@@ -109,7 +123,9 @@ def plot(path, file, settings, indicators, found):
         axes.invert_yaxis()
     longest = max(found.words)
     edges = [0, *(2**power for power in range(longest.bit_length() + 1))]
-    bins = [sum(count for words, count in found.words.items() if low <= words < high) for low, high in zip(edges, edges[1:])]
+    bins = [
+        sum(count for words, count in found.words.items() if low <= words < high) for low, high in zip(edges, edges[1:])
+    ]
     names = [f"{low}" if high == low + 1 else f"{low}–{high - 1}" for low, high in zip(edges, edges[1:])]
     lengths.bar(names, [100 * count / found.num_pairs for count in bins], color="tab:green")
     lengths.tick_params(axis="x", labelrotation=60)

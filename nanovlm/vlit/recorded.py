@@ -26,7 +26,9 @@ class Recorded:
         """As every generator; a chat that was refused has no answers."""
         drawing = Drawing(n, temperature, max_tokens, seed, tuple(stop))
         if self.replies is None:
-            found = self.generator.generate(chats, n=n, temperature=temperature, max_tokens=max_tokens, seed=seed, stop=stop)
+            found = self.generator.generate(
+                chats, n=n, temperature=temperature, max_tokens=max_tokens, seed=seed, stop=stop
+            )
         else:
             requests = (Request(str(place), chat) for place, chat in enumerate(chats))
             ask(requests, self.generator, drawing, self.replies, len(chats))

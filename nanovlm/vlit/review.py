@@ -2,15 +2,15 @@
 
     python -m nanovlm.vlit review
 
-Table 3: SEED-Bench accuracy of three models tuned on four data sets. Table 4: the indicators of these data sets, and how
-well the models agree (ICC). Table 15: correlation of indicators with accuracy. What comes out:
-- ICC is ICC(3,1) ("SM") and ICC(3,k) ("AM") over the ten columns, "Overall" counted as if it were a task of its own; three
-  of the four rows come out to all digits, the row "Ours" does not;
-- Table 15 comes out to within 0.04 but for two values of column VR, which differ by 0.12. With four data sets p = 1 - |r|,
-  so that a correlation of 0.9 may well be chance;
+Table 3: SEED-Bench accuracy of three models tuned on four data sets. Table 4: the indicators of these data sets, and
+how well the models agree (ICC). Table 15: correlation of indicators with accuracy. What comes out:
+- ICC is ICC(3,1) ("SM") and ICC(3,k) ("AM") over the ten columns, "Overall" counted as if it were a task of its own;
+  three of the four rows come out to all digits, the row "Ours" does not;
+- Table 15 comes out to within 0.04 but for two values of column VR, which differ by 0.12. With four data sets
+  p = 1 - |r|, so that a correlation of 0.9 may well be chance;
 - Balance, smaller is better, correlates positively with most columns; the text says the opposite.
-Table 4 prints correctness, which Table 15 leaves out. Its columns R and O/G are legible for two data sets only in the copy
-at hand, so their rows of Table 15 are not checked.
+Table 4 prints correctness, which Table 15 leaves out. Its columns R and O/G are legible for two data sets only in the
+copy at hand, so their rows of Table 15 are not checked.
 """
 
 import numpy
@@ -53,7 +53,8 @@ ROUNDING = 0.05  # what one printed decimal of Tables 3 and 4 leaves open in a c
 def agreement():
     """{data set: (ICC(3,1), ICC(3,k))} over the ten columns of Table 3: floats."""
     return {
-        name: tuple(icc(numpy.transpose(rows), form) for form in ("ICC(3,1)", "ICC(3,k)")) for name, rows in TABLE_3.items()
+        name: tuple(icc(numpy.transpose(rows), form) for form in ("ICC(3,1)", "ICC(3,k)"))
+        for name, rows in TABLE_3.items()
     }
 
 

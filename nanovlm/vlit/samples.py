@@ -13,7 +13,6 @@ from pathlib import Path
 
 from nanovlm.data import json_files
 from nanovlm.evaluation.items import Encoded
-from nanovlm.names import nearest
 
 IMAGE = "<image>"
 ROLES = {

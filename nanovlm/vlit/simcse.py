@@ -1,7 +1,7 @@
 """SimCSE: a sentence encoder that learns from sentences alone.
 
-Every sentence goes through the same encoder twice; dropout makes two different vectors of it, which are to find each other
-among all second vectors of the batch:
+Every sentence goes through the same encoder twice; dropout makes two different vectors of it, which are to find each
+other among all second vectors of the batch:
 
     l_i = -log  exp(sim(h_i, h_i') / τ) / Σ_j exp(sim(h_i, h_j') / τ)         SimCSE, arXiv:2104.08821, Eq. 2
 

@@ -21,7 +21,8 @@ NAMED = 1000  # unreadable records and defects named one by one in a report; all
 
 
 class Reservoir:
-    """A random sample of fixed size from a stream, all members equally likely (Vitter, ACM TOMS 11 (1985), algorithm R).
+    """A random sample of fixed size from a stream, all members equally likely (Vitter, ACM TOMS 11 (1985), algorithm
+    R).
 
     size: of the sample. seed: of the draws. kept: list, the sample. seen: how many were offered.
     """
@@ -62,7 +63,8 @@ class Survey:
     """What one pass finds. Pairs are instructions with their responses.
 
     tasks: {task: pairs}. defects: {rule: samples that break it}. problems: (where, words) of the first NAMED of both.
-    instructions: {task: Reservoir of str}. responses: Reservoir of str. pairs: Reservoir of (Sample, place of the pair).
+    instructions: {task: Reservoir of str}. responses: Reservoir of str. pairs: Reservoir of (Sample, place of the
+      pair).
     words: Counter of response lengths, in words. seconds: {step: float}.
     """
 

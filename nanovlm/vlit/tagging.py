@@ -1,8 +1,9 @@
 """Which task an instruction sets: by rule, by the nearest example, or by a language model.
 
-The review assigns labels with TagGPT (arXiv:2304.03022): a language model proposes labels from a sample, those that cover
-much and repeat no other are kept, and every instruction is given one of them. `propose` and `assign` do that with any
-generator. Without one, `tag` knows the tasks below; their names are those of the review's Table 5, unified as it says.
+The review assigns labels with TagGPT (arXiv:2304.03022): a language model proposes labels from a sample, those that
+cover much and repeat no other are kept, and every instruction is given one of them. `propose` and `assign` do that with
+any generator. Without one, `tag` knows the tasks below; their names are those of the review's Table 5, unified as it
+says.
 """
 
 import re
@@ -77,7 +78,9 @@ def tag(instruction):
         if rule.search(text):
             return name
     words = _sparse(text)
-    near = {name: sum(share * centre.get(place, 0.0) for place, share in words.items()) for name, centre in CENTRES.items()}
+    near = {
+        name: sum(share * centre.get(place, 0.0) for place, share in words.items()) for name, centre in CENTRES.items()
+    }
     best = max(near, key=near.get)
     return best if near[best] >= NEAREST else OTHER
 
@@ -87,7 +90,11 @@ PROPOSE = (
     "Name the kinds of task that they set, at most ten, one short name on each line and nothing else."
 )
 ASSIGN = 'Here is an instruction about a picture: "{instruction}"\nWhich of these tasks does it set?\n{tags}\nAnswer with one name of the list.'
-COVERAGE, SIMILAR, TOGETHER = 0.02, 0.8, 20  # share of the sample a label covers; likeness of two names; instructions per prompt
+COVERAGE, SIMILAR, TOGETHER = (
+    0.02,
+    0.8,
+    20,
+)  # share of the sample a label covers; likeness of two names; instructions per prompt
 
 
 def propose(generator, instructions, seed=0):

@@ -1,14 +1,18 @@
 """Words of instructions and answers: tokens, what is no content, numbers, and names of things that can be seen.
 
-All lists are this project's own but COCO's 80 categories (arXiv:1405.0312); a data set of another world brings its own
-names by `--lexicon`.
+The lists are this project's own, but for COCO's 80 categories; a data set of another world brings its names by
+`--lexicon`.
 """
 
 import functools
 import re
 
+from nanovlm.vlit.categories import GROUP_OF
+
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
-NUMBERS = {word: n for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
+NUMBERS = {
+    word: n for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
+}
 COLORS = frozenset(
     "red green blue yellow purple orange teal pink black white gray grey brown beige tan gold silver maroon".split()
 )
@@ -26,15 +30,7 @@ STOP_WORDS = frozenset(
     were what what's when where where's which while who whom whose why will with within without won't would you your yours
     image picture photo photograph scene""".split()
 )
-COCO = frozenset(
-    name.strip()
-    for name in """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
-    parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,
-    frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,
-    cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,
-    bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,
-    vase,scissors,teddy bear,hair drier,toothbrush""".split(",")
-)
+COCO = frozenset(GROUP_OF)
 MORE_OBJECTS = frozenset(
     """man woman boy girl child baby people crowd family player face hand head hair eye arm leg shirt dress hat shoe glove
     jacket helmet glasses bag box table desk shelf door window wall floor ceiling roof building house kitchen room bathroom
