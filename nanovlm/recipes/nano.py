@@ -84,7 +84,7 @@ def sources():
                 ),
                 Scenes(seed=seed + 5, max_objects=4, questions_per_picture=6, string_share=0.4, weights=QUESTIONS),
             ],
-            [6500],
+            [6000],
         ),
         "easy_vqa": lambda seed: EasyVQA(seed=seed + 1, questions_per_picture=6),
     }
@@ -103,7 +103,7 @@ def rates(rate, *parts, **others):
 
 def stages(size, smoke):
     """The five stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
-    steps = dict(tower=300, language=160, align=60, resolution=60, instruct=900)
+    steps = dict(tower=300, language=150, align=50, resolution=50, instruct=800)
     common = dict(optimizer="muon", warmup_steps=20, precision="bfloat16", max_tokens=128)
     if smoke:
         steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
