@@ -173,19 +173,9 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
     """
     captions, looks, pairs = {}, {}, []  # ids of a caption -> its place; look -> its place; (look, place of a caption)
     for picture, record in enumerate(records):
-        where = f"record {record.id!r}"
-        if [len(visual.frames) for visual in record.visuals] != [1]:
-            raise ValueError(
-                f"{where} has {len(record.visuals)} visual inputs; a contrastive batch needs one picture each"
-            )
-        if record.regions:
-            _check_seen_whole(record.visuals[0], where)
-        for conversation, region in zip(record.conversations, record.regions or (None,) * len(record.conversations)):
-            turn = conversation[-1]
-            if turn.role != "assistant" or not turn.text.strip():
-                raise ValueError(f"{where} has no caption; its conversations must end with the assistant saying one")
-            ids = [tokenizer.bos, *tokenizer.encode(turn.text), tokenizer.eos]
-            row = checked(templates.Row(ids, list(ids)), max_tokens, report, where)
+        for caption, region in captions_of(record):
+            ids = [tokenizer.bos, *tokenizer.encode(caption), tokenizer.eos]
+            row = checked(templates.Row(ids, list(ids)), max_tokens, report, f"record {record.id!r}")
             look = looks.setdefault((picture, *(region or (-1, -1))), len(looks))
             pairs.append((look, captions.setdefault(tuple(row.ids), len(captions))))
     ids, _, _, _ = _pad([[templates.Row(list(ids), list(ids))] for ids in captions], max_tokens, 1, tokenizer.pad)
@@ -193,6 +183,22 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
     right[tuple(torch.tensor(pairs).T)] = True
     pixels = pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing)
     return pixels, ids, torch.tensor([len(ids) for ids in captions]), right, torch.tensor(list(looks), dtype=torch.float32)
+
+
+def captions_of(record):
+    """What is said of a record's one picture: list of (caption, region or None).
+
+    Raises: ValueError if it has not one picture, or no caption, or regions of a picture that is not seen as it is.
+    """
+    where = f"record {record.id!r}"
+    if [len(visual.frames) for visual in record.visuals] != [1]:
+        raise ValueError(f"{where} has {len(record.visuals)} visual inputs; a contrastive batch needs one picture each")
+    if record.regions:
+        _check_seen_whole(record.visuals[0], where)
+    last = [conversation[-1] for conversation in record.conversations]
+    if any(turn.role != "assistant" or not turn.text.strip() for turn in last):
+        raise ValueError(f"{where} has no caption; its conversations must end with the assistant saying one")
+    return list(zip((turn.text for turn in last), record.regions or (None,) * len(last)))
 
 
 def _check_seen_whole(visual, where):

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from nanovlm.data import images
-from nanovlm.data.batching import Report, checked, fitted, rows_of
+from nanovlm.data.batching import Report, captions_of, checked, fitted, rows_of
 from nanovlm.data.images import CLIP, Preprocessing
 
 CHARACTERS = 4  # of English text in one token, roughly
@@ -24,7 +24,7 @@ class Preparation:
 
     image_size, fit, preprocessing: as in images.to_pixels.
     template, tokenizer, num_image_tokens, max_tokens: as in batching.build_batch. Without a template (a contrastive
-      stage) only the pictures are made ready.
+      stage) only the pictures are made ready, and every record must be one picture with captions.
     """
 
     image_size: int
@@ -42,7 +42,9 @@ class Preparation:
           used or a conversation gives no row.
         """
         rows = ()
-        if self.template is not None:
+        if self.template is None:
+            captions_of(record)  # before its picture is changed
+        else:
             rows = tuple(rows_of(record, self.template, self.tokenizer, self.num_image_tokens, self.image_size))
             for where, row in rows:
                 checked(row, self.max_tokens, Report(), where)  # cut and counted when the batch is built
