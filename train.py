@@ -86,7 +86,8 @@ def make_parser():
     add("--lora", type=low_rank, metavar="RANK[:ALPHA]", help="low-rank updates in the decoder, for stages that train lora")
     add("--out", metavar="FOLDER", type=Path, help="output folder; default: out/RECIPE")
     add("--resume", action="store_true", help="continue after the last checkpoint in the output folder")
-    add("--data", metavar="FILE.json", help="LLaVA-style JSON that the last stage trains on instead of its mixture")
+    add("--data", metavar="FILE.json",
+        help="LLaVA-style JSON, or a folder of tar shards, that the last stage trains on instead of its mixture")
     add("--images", metavar="FOLDER", help="where the image paths in --data start")
     add("--datasets", metavar="FILE.json", help="data sources by name, for the stages' mixtures")
     add("--allow-missing", action="store_true", help="train on what is there of a mixture; its shares grow alike")

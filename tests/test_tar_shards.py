@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nanovlm.data import images, tar_shards
-from nanovlm.data.datasets import read_datasets
+from nanovlm.data.datasets import command_line_sources, read_datasets
 from nanovlm.data.records import Turn
 from nanovlm.data.tar_shards import ShardWriter, TarShards
 
@@ -156,6 +156,11 @@ def test_listed_shards(folder):
     source = read_datasets(path, seed=3)["pairs"]
     assert [source.record(n).id for n in range(10)] == [TarShards(folder, seed=3).record(n).id for n in range(10)]
     assert source.record(0).conversations[0][0].text.endswith(" Briefly.")
+    alone = command_line_sources(folder, seed=3)[0]["data"]
+    assert alone.name == "data" and [alone.record(n).id for n in range(10)] == [source.record(n).id for n in range(10)]
+    assert len(command_line_sources(folder / "some-000000.tar")[0]["data"]) == 4
+    with pytest.raises(ValueError, match="--images x: shards hold their images"):
+        command_line_sources(folder, "x")
     path.write_text(json.dumps({"pairs": {"reader": "shards", "path": ".", "images": "x"}}))
     with pytest.raises(ValueError, match="dataset 'pairs': shards hold their images"):
         read_datasets(path)

@@ -1,4 +1,4 @@
-"""Data sources from the command line: one LLaVA-style file, or a JSON file that lists several.
+"""Data sources from the command line: one LLaVA-style file or folder of tar shards, or a JSON file that lists several.
 
     {"captions": {"reader": "llava", "path": "captions.json", "images": "pictures",
                   "prompts": ["{question} Be brief."]},
@@ -133,7 +133,11 @@ def command_line_sources(data=None, images=None, datasets=None, seed=0, prompts=
         return sources, missing
     if DATA in sources.keys() | missing.keys():
         raise ValueError(f"{datasets}: the name {DATA!r} is taken by --data; call the dataset something else")
-    return {DATA: LlavaJson(data, images, DATA, seed), **sources}, missing
+    if not (Path(data).is_dir() or Path(data).suffix == ".tar"):
+        return {DATA: LlavaJson(data, images, DATA, seed), **sources}, missing
+    if images is not None:
+        raise ValueError(f"--images {images}: shards hold their images; leave it out")
+    return {DATA: TarShards(data, DATA, seed), **sources}, missing
 
 
 def _check_entry(entry, where):
