@@ -112,9 +112,11 @@ def check_device(name):
 def open_chat(loaded, wishes):
     """A Chat with the loaded model."""
     on_gpu = torch.device(wishes.device).type == "cuda"
-    fast = FastDecoder(loaded.model.decoder, static=on_gpu, compiled=on_gpu) if wishes.fast else None
-    generator = torch.Generator(wishes.device).manual_seed(wishes.seed)
     decoding = choose_decoding(loaded.decodings, wishes)
+    fast = None
+    if wishes.fast:
+        fast = FastDecoder(loaded.model.decoder, static=on_gpu, compiled=on_gpu, rows=decoding.num_beams)
+    generator = torch.Generator(wishes.device).manual_seed(wishes.seed)
     return Chat(loaded.model, loaded.tokenizer, loaded.template, decoding, loaded.image_size, loaded.image_fit, generator,
                 loaded.preprocessing, Workspace(fast))
 

@@ -3,14 +3,19 @@
 A kernel can be right and ten times too slow: its tile does not fit the registers, its products are not those of the
 tensor cores, or its rows are read in pieces of two bytes. All of that can be read from the compiled code, without a
 GPU. Each tile in the tables of flash_attention.py and routed_projection.py is compiled for its architecture, as the
-launch would (pointers aligned to 16 bytes), and judged.
+launch would (pointers aligned to 16 bytes), and judged. For another Triton than the installed one:
+
+    pip install --no-deps --target OTHER triton==3.6.0
+    PYTHONPATH=OTHER python -m nanovlm.bench compile
 """
 
 import contextlib
 import io
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from nanovlm import bench_sass
 
 # bytes of fast memory that one program can have: an H100; the least of all later than an A100, as they share its tiles
 SHARED_LIMIT = {90: 232_448, 80: 101_376}
@@ -45,6 +50,7 @@ class Found:
     copies: int  # asynchronous ones
     narrow: int  # loads of 2 bytes
     serialized: bool  # products wait for one another
+    loop: int = 0  # machine instructions of the loop over whole tiles; 0 = no loop with products
 
 
 def attention_variants():
@@ -118,7 +124,8 @@ def compiled(variant):
     verbose = dict(TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
     with contextlib.redirect_stdout(io.StringIO()) as log, settings(**verbose):
         kernel = triton.compile(source, target=GPUTarget("cuda", variant.architecture, 32), options=options)
-    return read(log.getvalue(), kernel.asm["ptx"], kernel.metadata.shared)
+    found = read(log.getvalue(), kernel.asm["ptx"], kernel.metadata.shared)
+    return replace(found, loop=bench_sass.shortest_loop(bench_sass.disassemble(kernel.asm["cubin"]))) if variant.products else found
 
 
 @contextlib.contextmanager
@@ -148,8 +155,22 @@ def read(log, ptx, shared):
     )  # fmt: skip
 
 
-def faults(variant, found):
-    """What makes the code slow or impossible: list of str, empty if nothing does."""
+def tile_of(variant):
+    """The sizes of a variant's tile, as 128x64."""
+    return "x".join(str(variant.constants[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if n in variant.constants)
+
+
+def label(variant):
+    """What a variant is called in bench_sass.json."""
+    width = f" width {variant.constants['D']}" if "D" in variant.constants else ""
+    return f"{variant.name} sm_{variant.architecture}{width} {tile_of(variant)} w{variant.warps} s{variant.stages}"
+
+
+def faults(variant, found, longest=None):
+    """What makes the code slow or impossible: list of str, empty if nothing does.
+
+    longest: instructions that its loop may have (bench_sass.py); None = any number.
+    """
     limit, wrong = SHARED_LIMIT[variant.architecture], []
     if found.spilled > SPILL_LIMIT:
         wrong.append(f"spills {found.spilled} bytes")
@@ -167,33 +188,44 @@ def faults(variant, found):
         wrong.append("nothing is loaded ahead")
     if found.narrow:
         wrong.append(f"{found.narrow} loads of 2 bytes")
+    if not found.loop:
+        wrong.append("no loop with products")
+    if longest is not None and found.loop > longest:
+        wrong.append(f"a loop of {found.loop} instructions, {int(longest)} are allowed")
     return wrong
 
 
-def compile_all(names=("attention", "projection", "norm")):
+def compile_all(names=("attention", "projection", "norm"), record=False):
     """Compile and judge all variants of some files; prints a table.
 
+    Args: record: write the loops' lengths to bench_sass.json instead of judging them.
     Returns: int, how many have faults.
     """
     import triton
 
     makers = dict(attention=attention_variants, projection=projection_variants, norm=norm_variants)
-    print(f"Triton {triton.__version__}; registers and spilled bytes of a thread, shared bytes of a program")
+    known = {} if record else bench_sass.recorded(triton.__version__)
+    print(f"Triton {triton.__version__}; registers and spilled bytes of a thread, shared bytes of a program, instructions of "
+          f"the loop over whole tiles ({'recorded' if record else 'at most 5% more than recorded' if known else 'nothing recorded'})")
     print(f"{'kernel':<20}{'sm':>4}{'width':>6} {'tile':>11}{'warps':>6}{'stages':>7}{'registers':>10}{'spilled':>8}"
-          f"{'shared':>9}{'products':>9}{'copies':>7}  verdict")  # fmt: skip
-    bad = 0
+          f"{'shared':>9}{'products':>9}{'copies':>7}{'loop':>6}  verdict")  # fmt: skip
+    bad, lengths = 0, {}
     for variant in (variant for name in names for variant in makers[name]()):
         found = compiled(variant)
-        wrong = faults(variant, found)
+        longest = known.get(label(variant))
+        wrong = faults(variant, found, None if longest is None else longest * bench_sass.SLACK)
         bad += bool(wrong)
-        sizes = variant.constants
-        tile = "x".join(str(sizes[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if n in sizes)
-        print(f"{variant.name:<20}{variant.architecture:>4}{sizes.get('D', ''):>6} {tile:>11}{variant.warps:>6}"
+        if found.loop:
+            lengths[label(variant)] = found.loop
+        width = variant.constants.get("D", "")
+        print(f"{variant.name:<20}{variant.architecture:>4}{width:>6} {tile_of(variant):>11}{variant.warps:>6}"
               f"{variant.stages:>7}{found.registers:>10}{found.spilled:>8}{found.shared:>9}{found.wgmma + found.mma:>9}"
-              f"{found.copies:>7}  {'; '.join(wrong) or 'good'}", flush=True)  # fmt: skip
+              f"{found.copies:>7}{found.loop:>6}  {'; '.join(wrong) or 'good'}", flush=True)  # fmt: skip
+    if record:
+        bench_sass.record(triton.__version__, lengths)
     return bad
 
 
 def judge_all(wishes):
     """The command `bench compile`; returns the exit code, 1 if a kernel has a fault."""
-    return int(compile_all(wishes.kernel or ("attention", "projection", "norm")) > 0)
+    return int(compile_all(wishes.kernel or ("attention", "projection", "norm"), wishes.record) > 0)

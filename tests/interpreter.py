@@ -1,6 +1,10 @@
 """Triton kernels without a GPU: a test file in a process of its own, where every kernel runs as numpy.
 
 Triton reads TRITON_INTERPRET once, when a kernel is made, and a kernel made so cannot be compiled: hence the process.
+With another Triton than the installed one (3.6's interpreter needs a numpy before 2.4):
+
+    pip install --no-deps --target OTHER triton==3.6.0 "numpy<2.4"
+    PYTHONPATH=OTHER TRITON_INTERPRET=1 python -m pytest -n0 -m "" tests/interpreted/*.py
 """
 
 import os

@@ -8,6 +8,7 @@ import torch
 from nanovlm.attention import causal_rows
 from nanovlm.beam_search import beam_search
 from nanovlm.beams import EXCLUDED, Hypothesis
+from nanovlm.cache import KeyValueCache
 from nanovlm.decoder import DecoderConfig, LayerOptions
 from nanovlm.prefill import Rows
 from nanovlm.sampler import Decoding, generate
@@ -120,6 +121,26 @@ def test_drawn_beams_follow_the_model(model):
     likely = expected > 0
     chi_square = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
     assert chi_square < 16.3, "0.1% of honest draws lie beyond"
+
+
+@torch.no_grad()
+def test_beams_that_go_on_by_themselves_copy_nothing(model, monkeypatch):
+    """Only rows that take another's history are written, and only behind the prompt."""
+    copied = []
+    copy_rows = KeyValueCache.copy_rows
+    monkeypatch.setattr(KeyValueCache, "copy_rows", lambda self, *args: copied.append(args) or copy_rows(self, *args))
+    rows = Rows(model, [[1, 2], [0]], [], [], 4)
+    rows.select([0, 0, 0, 1, 1, 1])
+    rows.step(torch.tensor([0, 1, 2, 0, 1, 2]))
+    before = [buffer.clone() for buffer in rows.cache.layers]
+    rows.reorder([0, 1, 2, 3, 4, 5])
+    assert copied == []
+    rows.reorder([0, 0, 2, 4, 4, 5])
+    ((moved, sources, first_column),) = copied
+    assert moved.tolist() == [1, 3] and sources.tolist() == [0, 4] and first_column == 2
+    for buffer, old in zip(rows.cache.layers, before):
+        assert torch.equal(buffer[:, :, :, :2], old[:, :, :, :2])
+        assert torch.equal(buffer[:, [1, 3], :, 2], old[:, [0, 4], :, 2])
 
 
 class Bigrams:

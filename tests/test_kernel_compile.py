@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovlm import bench, bench_compile, bench_kernels
+from nanovlm import bench, bench_compile, bench_kernels, bench_sass
 from nanovlm.bench_cases import Case
 from nanovlm.bench_compile import Found, Variant, faults, read
 from nanovlm.bench_kernels import lines
 
 ROOT = Path(__file__).resolve().parent.parent
-GOOD = {90: Found(200, 0, 100_000, 36, 0, 20, 0, False), 80: Found(200, 16, 100_000, 0, 90, 20, 0, False)}
+GOOD = {90: Found(200, 0, 100_000, 36, 0, 20, 0, False, 500), 80: Found(200, 16, 100_000, 0, 90, 20, 0, False, 500)}
 
 
 def tool(*arguments):
@@ -59,6 +59,9 @@ def test_faults_are_seen():
     assert change(90, serialized=True) == ["products are serialized"]
     assert change(80, copies=0) == ["nothing is loaded ahead"]
     assert change(80, narrow=3) == ["3 loads of 2 bytes"]
+    assert change(80, loop=0) == ["no loop with products"]
+    assert faults(variant[90], GOOD[90], 500.0) == []
+    assert faults(variant[90], GOOD[90], 499.8) == ["a loop of 500 instructions, 499 are allowed"]
     alone = Variant("norm", None, 90, {}, {}, 8, 2, products=False)
     assert faults(alone, Found(30, 0, 0, 0, 0, 0, 5, False)) == []
     assert faults(alone, Found(30, 20, 0, 0, 0, 0, 0, False)) == ["spills 20 bytes"]
@@ -74,6 +77,51 @@ def test_reading_a_log_and_code():
     assert read(log + "wgmma serialized due to", ptx, 77).serialized
     with pytest.raises(ValueError, match="names no registers"):
         read("", ptx, 0)
+
+
+def instructions(*texts):
+    """Machine code as the disassembler writes it: each instruction on two lines, 16 bytes."""
+    lines = [f"        /*{16 * n:04x}*/    {text} ;   /* 0x0a00ff017b82 */\n      /* 0x000ff0 */" for n, text in enumerate(texts)]
+    return "\n".join(["\tcode for sm_90a", *lines])
+
+
+def test_the_shortest_loop_with_products():
+    masked = instructions(
+        "LDC R1, c[0x0][0x28]", "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4]", "FSETP R2", "@!P3 BRA 0x10",  # 3 in a loop
+        "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4]", "@!P3 BRA 0x40",  # 2
+        "FADD R1, R2", "@P0 BRA 0x90", "@P1 BRA 0x70", "EXIT", "BRA 0xa0",  # without products, ahead, on the spot
+    )
+    assert bench_sass.shortest_loop(masked) == 2
+    assert bench_sass.shortest_loop(masked.replace("@!P3 BRA 0x40", "@!P3 BRA 0x60")) == 3
+    assert bench_sass.shortest_loop(masked.replace("HGMMA", "HMMA")) == 2
+    assert bench_sass.shortest_loop(masked.replace("HGMMA", "FFMA")) == 0
+
+
+def test_loops_are_recorded_by_version(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_sass, "RECORDED", tmp_path / "loops.json")
+    assert bench_sass.recorded("3.6.0") == {}
+    bench_sass.record("3.6.0", {"b": 5, "a": 7})
+    bench_sass.record("3.9.0", {"a": 9})
+    bench_sass.record("3.6.0", {"b": 4})
+    assert bench_sass.recorded("3.6.0") == {"a": 7, "b": 4} and bench_sass.recorded("3.9.0") == {"a": 9}
+
+
+def test_every_loop_is_recorded():
+    pytest.importorskip("triton")
+    variants = [*bench_compile.attention_variants(), *bench_compile.projection_variants()]
+    for version in ("3.6.0", "3.9.0"):
+        assert set(bench_sass.recorded(version)) == {bench_compile.label(variant) for variant in variants}
+
+
+def test_a_longer_loop_is_a_fault(monkeypatch, capsys):
+    variant = Variant("x", None, 90, {}, {}, 8, 2)
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(bench_compile, "norm_variants", lambda: [variant])
+    monkeypatch.setattr(bench_compile, "compiled", lambda variant: GOOD[90])
+    for length, bad in ((477, 0), (476, 1)):  # 5% more than 477 is 500.85
+        monkeypatch.setattr(bench_sass, "recorded", lambda version: {bench_compile.label(variant): length})
+        assert bench_compile.compile_all(["norm"]) == bad
+    assert f"Triton {triton.__version__}" in capsys.readouterr().out
 
 
 def test_interpreted_kernels_are_refused(monkeypatch):

@@ -242,6 +242,28 @@ def test_compile_checkpointing_and_autocast():
     assert q.grad.dtype == torch.float32
 
 
+@pytest.mark.slow
+def test_a_decoder_compiles_in_one_piece():
+    """The registered operators stay in the graph, forward and backward; torch.compile finds no reason to leave it."""
+    decoder = Decoder(DecoderConfig(20, 32, 4, 2, 24, 16, (LayerOptions(),) * 2))
+    decoder.backend = "triton"
+    x, positions = torch.randn(2, 16, 32), torch.arange(16).expand(2, -1)
+    visible = causal(torch.tensor([[0] * 9 + [1] * 7, [0] * 12 + [-1] * 4]))
+    weight, graphs = torch.randn(2, 16, 32), []
+
+    def backend(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    for function in (decoder, torch.compile(decoder, backend=backend, fullgraph=True)):
+        loss = (function(x, positions, visible, None) * weight).sum()
+        found = [loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)]
+        if graphs:
+            torch.testing.assert_close(found, expected)
+        expected = found
+    assert len(graphs) == 1 and graphs[0].count("nanovlm.flash_attention") == 2, "once in each layer"
+
+
 def test_intervals_are_checked_when_asked(monkeypatch):
     q = torch.randn(1, 1, 5, 16)
     visible = CASES["beyond the keys"][0]
