@@ -252,6 +252,7 @@ def test_files_for_official_programs(loaded, tmp_path, monkeypatch):
     chosen = json.loads(text("submission.json"))["results"]
     assert chosen == {one["id"]: -1 if one["said"] is None else one["said"] for one in answers}
     answers, text = done["mm_vet"]
+    assert answers[0]["judge_prompt"].endswith(f"Ground truth: red<OR>crimson\nPrediction: {answers[0]['prediction']}\nGrade:")
     assert json.loads(text("submission.json")) == {one["id"]: one["prediction"] for one in answers}
     told = json.loads(text("report.json"))["scores"]
     assert told["capability rec"] == told["capability ocr"] == 0.5 and told["ocr+rec"] == 0.5
