@@ -15,6 +15,8 @@ from loopback import completion, serving
 from PIL import Image
 
 from nanovlm.data.llava_json import LlavaJson
+from nanovlm.decoder import Decoder
+from nanovlm.layouts import LLAMA, llama_config
 from nanovlm.vlit import __main__ as command_line
 from nanovlm.vlit import adaption
 from nanovlm.vlit.annotation_files import read
@@ -24,6 +26,8 @@ from nanovlm.vlit.linting import defects
 from nanovlm.vlit.marking import COLOR, marked
 from nanovlm.vlit.planning import find_pictures, regions
 from nanovlm.vlit.samples import sample
+from tests.published_folders import LLAMA_SIZES, folder_with
+from tests.random_models import randomise
 
 GOLDEN = Path(__file__).parent / "golden" / "vlit"
 PHOTOS = [str(path) for path in sorted(GOLDEN.glob("*_photos.json"))]
@@ -218,6 +222,18 @@ def test_short_answers_ask_for_one():
     assert len(drawn) == len(adaption.POOLS["caption"])
 
 
+def test_a_local_language_model_writes_through_the_command(tmp_path):
+    """A random one, whose words nobody understands: everything is counted as such, and kept for the next run."""
+    sizes = LLAMA_SIZES | {"max_position_embeddings": 16384}
+    decoder, config = randomise(Decoder(llama_config(sizes))), sizes | {"model_type": "llama", "rope_theta": 10000.0}
+    folder = folder_with(tmp_path / "model", config, LLAMA, decoder.state_dict())
+    flags = ["--generator", "local", "--model", str(folder), "--method", "self-instruct", "--plans", "global", "--limit", "2"]
+    assert construct(tmp_path / "out", *flags, "-n", "2", "--max-tokens", "5", "--lines", "9") == []
+    answers = lines(tmp_path / "out/replies.jsonl")
+    assert [one["generator"] for one in answers] == ["local model"] * 2 and all(len(one["replies"]) == 2 for one in answers)
+    assert {kind for kind, _ in failures(tmp_path / "out")} == {"unparsed: no conversation"}
+
+
 # With an endpoint -------------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +323,7 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
         codes = []
         for _ in range(len(moments) + 1):
             running.append(subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, stdout=subprocess.PIPE))
-            running[-1].communicate(timeout=120)
+            running[-1].communicate(timeout=600)
             codes.append(running[-1].returncode)
         assert codes == [-signal.SIGKILL] * len(moments) + [0]
         assert needed <= len(server.bodies) <= needed + 2 * len(moments)  # what was under way is asked again, nothing else
