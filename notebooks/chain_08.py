@@ -1,4 +1,4 @@
-"""Lesson 08's ablation: the papers' chain of stages in miniature, whole and with one stage left out.
+"""Lesson 08's chain: the papers' stages in miniature, whole or with one of them left out.
 
   tower       pictures against captions          ViT                        48 pixels   (CLIP, ready-made in the papers)
   words       questions about scenes in words    language model                         (Vicuna, ready-made too)
@@ -7,19 +7,13 @@
   instruct    the same                           everything                 48 pixels
 
 A stage that is left out gives its steps to instruct, so that all runs are equally long.
-
-    python notebooks/ablation_08.py        writes notebooks/ablation_08.csv
 """
 
-import csv
 import sys
-import time
-from dataclasses import dataclass, fields, replace
-from datetime import date
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ablation_04
 import torch
@@ -35,10 +29,10 @@ from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.movement import Movement
 from nanovlm.projector import PixelShuffleProjector
+from nanovlm.run import all_parts
 from nanovlm.stages import Stage
 from nanovlm.vlm import IGNORE, VLM
 
-CSV_PATH = Path(__file__).with_suffix(".csv")
 LARGE, SMALL = 48, 32  # pixels
 EVERYTHING = ("vision", "bridge", "embedding", "language_model")
 RATE = 4e-3
@@ -50,20 +44,7 @@ STAGES = (
     Stage("resolution", "language", dict.fromkeys(EVERYTHING[:2], RATE), {"pictures": 1}, 40, 16, image_size=LARGE, **COMMON),
     Stage("instruct", "language", dict.fromkeys(EVERYTHING, RATE), {"pictures": 1}, 120, 16, image_size=LARGE, **COMMON),
 )  # fmt: skip
-SKIPPED = (None, "tower", "align")
 EXAM = 250  # pictures
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row of the table; shares right between 0 and 1."""
-
-    skipped: str  # "none", or a stage's name
-    seed: int
-    color: float
-    shape: float
-    place: float
-    size: float
 
 
 def sources(seed):
@@ -103,7 +84,7 @@ def train_stage(stage, model, towers, tokenizer, source, start):
     Args: start: int, the record of the source that comes first.
     """
     model.vision.resize(stage.image_size)  # before anything remembers the table
-    parts = {part: own for part, own in (model.parts() | {"text_tower": towers.parts()["text_tower"]}).items() if own}
+    parts = {part: own for part, own in all_parts(model, towers).items() if own}
     for part, own in parts.items():
         for parameter in own.values():
             parameter.requires_grad_(part in stage.learning_rates)
@@ -147,40 +128,23 @@ def chain(skipped):
     return (*kept[:-1], replace(kept[-1], steps=kept[-1].steps + extra))
 
 
-def run(skipped, seed, watch=lambda stage, model, moved: None):
-    """Train a chain from nothing.
-
-    Args: skipped: name of a stage, or None. watch: told of every stage when it is over.
-    Returns: (vlm.VLM, its tokenizer, Result).
-    """
+def begin(seed):
+    """(model, towers, tokenizer, sources) of a seed, nothing trained yet."""
     torch.manual_seed(seed)
-    tokenizer, found = make_tokenizer(), sources(seed)
-    model, towers = make_models(tokenizer, seed)
+    tokenizer = make_tokenizer()
+    return *make_models(tokenizer, seed), tokenizer, sources(seed)
+
+
+def run(stages, model, towers, tokenizer, found, watch=lambda stage, moved: None):
+    """Train a model in some stages, one after the other.
+
+    Args:
+      stages: tuple of Stage. model, towers, tokenizer, found: as from `begin`; towers may be None for language alone.
+      watch: told of every stage when it is over, with {part: how far it has come}.
+    """
     read = dict.fromkeys(found, 0)
-    for stage in chain(skipped):
+    for stage in stages:
         (name,) = stage.mixture
         moved = train_stage(stage, model, towers, tokenizer, found[name], read[name])
         read[name] += stage.steps * stage.batch_size
-        watch(stage, model, moved)
-    return model, tokenizer, Result(skipped or "none", seed, **examine(model, tokenizer, found["exam"]))
-
-
-def read(path=CSV_PATH):
-    """(note, list of Result) of a written table."""
-    with open(path, encoding="utf-8", newline="") as file:
-        note = file.readline().removeprefix("# ").strip()
-        rows = list(csv.DictReader(file))
-    return note, [Result(**{field.name: field.type(row[field.name]) for field in fields(Result)}) for row in rows]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = []
-    for seed in (0, 1, 2):
-        for skipped in SKIPPED:
-            results.append(run(skipped, seed)[2])
-            print(results[-1], f"{time.process_time():.0f} CPU-s", flush=True)
-    ablation_04.write(results, CSV_PATH, (
-        f"python notebooks/ablation_08.py, {date.today()}, torch {torch.__version__}, one core, "
-        f"{time.process_time():.0f} CPU-seconds, seeds 0 to 2"
-    ))  # fmt: skip
+        watch(stage, moved)

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import jupytext
@@ -37,8 +38,8 @@ def load(name):
     return module
 
 
-build, checks, solutions, ablation, ablation_04 = (
-    load(name) for name in ("build", "checks", "solutions", "ablation_07", "ablation_04")
+build, checks, solutions, ablation, ablation_04, chain_08 = (
+    load(name) for name in ("build", "checks", "solutions", "ablation_07", "ablation_04", "chain_08")
 )
 
 
@@ -80,7 +81,7 @@ def png_outputs(notebook):
 # ---- what stands beside the sources
 
 def test_the_lessons_are_there():
-    assert [path.stem[:2] for path in LESSONS] == ["01", "02", "03", "04", "05", "06", "07", "09", "10", "11"]
+    assert [path.stem[:2] for path in LESSONS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11"]
 
 
 @every_lesson
@@ -341,6 +342,33 @@ class SumBridge(solutions.RowBridge):
         return self.linear(patches.unflatten(1, (num_frames * side, side)).sum(dim=2))
 
 
+def stretched_like(table, side, **how):
+    old = math.isqrt(len(table) - 1)
+    grid = torch.nn.functional.interpolate(table[1:].T.reshape(1, -1, old, old), size=(side, side), **how)
+    return torch.cat([table[:1], grid[0].flatten(1).T])
+
+
+def aligns_the_corners(table, side):
+    return stretched_like(table, side, mode="bicubic", align_corners=True)
+
+
+def copies_the_nearest(table, side):
+    return stretched_like(table, side, mode="nearest")
+
+
+def exchanges_rows_and_columns(table, side):
+    found = solutions.stretch(table, side)
+    return torch.cat([found[:1], found[1:].unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1)])
+
+
+def stretches_the_class_token_too(table, side):
+    return torch.nn.functional.interpolate(table.T[None], size=1 + side**2, mode="linear")[0].T + 1e-3
+
+
+def leaves_the_class_token_out(table, side):
+    return solutions.stretch(table, side)[1:]
+
+
 def unfinished(*arguments):
     return None
 
@@ -405,6 +433,9 @@ EXERCISES = {
     "check_route": (solutions.route_by_hand, (
         numbered_as_in_the_paper, masks_before_the_layer, text_for_everything, adds_both_branches,
     )),
+    "check_stretch": (solutions.stretch, (
+        stretches_the_class_token_too, exchanges_rows_and_columns, aligns_the_corners, copies_the_nearest, leaves_the_class_token_out,
+    )),
     "check_merge": (solutions.merge, (adds_without_rescaling, rescales_the_wrong_part, forgets_the_values)),
     "check_tile_kinds": (solutions.tile_kinds, (full_as_soon_as_seen, trusts_the_ends, blind_rows_see)),
     "check_blame": (solutions.blame_scores, (without_the_others, as_for_a_sigmoid, mean_instead_of_sum)),
@@ -453,6 +484,9 @@ def test_a_wrong_answer_fails(check, wrong):
     ("check_gate_gradients", one_gate_per_number, "every token and channel adds"),
     ("check_gate_gradients", an_open_gate, "the gate scales it"),
     ("check_gate_gradients", unfinished, "must return a pair"),
+    ("check_stretch", stretches_the_class_token_too, "the first row is the class token's"),
+    ("check_stretch", exchanges_rows_and_columns, "rows and columns of the grid are exchanged"),
+    ("check_stretch", aligns_the_corners, "align_corners=False"),
     ("check_route", numbered_as_in_the_paper, "the paper counts the other way round"),
     ("check_route", masks_before_the_layer, "two LayerNorms it differs"),
     ("check_route", text_for_everything, "two Linears it differs"),
@@ -720,3 +754,31 @@ def test_building_writes_the_notebook_whole(tmp_path, monkeypatch, capsys):
     assert notebook["metadata"]["cpu_seconds"] > 0
     assert [cell["id"] for cell in notebook["cells"]] == ["cell-0", "cell-1"]
     assert capsys.readouterr().out.startswith("42_answer: ")
+
+
+# ---- lesson 08's chain
+
+def test_a_chain_without_a_stage_is_as_long_as_the_whole():
+    whole = sum(stage.steps for stage in chain_08.STAGES)
+    for name in ("tower", "words", "align", "resolution"):
+        stages = chain_08.chain(name)
+        assert [stage.name for stage in stages] == [stage.name for stage in chain_08.STAGES if stage.name != name]
+        assert sum(stage.steps for stage in stages) == whole
+    assert chain_08.chain(None) == chain_08.STAGES
+
+
+def test_the_chains_stages_move_what_they_name_and_nothing_else():
+    short = tuple(replace(stage, steps=2, warmup_steps=1, batch_size=4) for stage in chain_08.STAGES)
+    told, model, towers, tokenizer, sources = {}, *chain_08.begin(0)
+    before = {}
+
+    def watch(stage, moved):
+        told[stage.name] = {part for part, far in moved.items() if far > 0}
+        for part in ("vision", "bridge", "embedding", "language_model"):
+            now = torch.cat([p.detach().flatten() for p in model.parts()[part].values()])
+            assert part not in before or len(now) != len(before[part]) or torch.equal(now, before[part]) == (part not in stage.learning_rates)
+            before[part] = now
+
+    chain_08.run(short, model, towers, tokenizer, sources, watch)
+    assert told == {stage.name: set(stage.learning_rates) - {"text_tower"} for stage in chain_08.STAGES}
+    assert len(model.vision.positions) == 36 and set(chain_08.examine(model, tokenizer, sources["exam"], 40)) == set(chain_08.KINDS)
