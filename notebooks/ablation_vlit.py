@@ -36,8 +36,8 @@ from nanovlm.stages import Stage
 from nanovlm.vlit import annotation_files, filtering
 from nanovlm.vlit.__main__ import Parser
 from nanovlm.vlit.correctness import facts_of
+from nanovlm.vlit.indicators import Helpers, measure
 from nanovlm.vlit.indicators import Settings as MeasureSettings
-from nanovlm.vlit.indicators import measure
 from nanovlm.vlit.matching import own_encoder
 
 CSV_PATH, PNG_PATH = Path(__file__).with_suffix(".csv"), Path(__file__).with_suffix(".png")
@@ -126,9 +126,8 @@ def tune(model, batch_of, steps, settings, rate):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("vision."))
     rates = dict.fromkeys((part for part in parts if part != "vision"), rate)
-    stage = Stage(
-        "tune", "language", rates, {"set": 1.0}, steps, settings.batch, optimizer="muon", warmup_steps=min(10, steps - 1)
-    )
+    warmup = min(10, steps - 1)
+    stage = Stage("tune", "language", rates, {"set": 1.0}, steps, settings.batch, optimizer="muon", warmup_steps=warmup)
 
     def loss_of(step):
         loss, count = model.loss(rows(batch_of(step), model))
@@ -193,7 +192,7 @@ def indicators(folder, towers, seed):
     facts = facts_of(annotation_files.read([folder / "annotations.jsonl"]).pictures.values())
     encoder = own_encoder(towers.eval(), make_tokenizer(), IMAGE_SIZE)
     settings = MeasureSettings(seed=seed, task_field=True)
-    found, _ = measure(folder / "samples.jsonl", settings, folder, facts=facts, encoder=encoder)
+    found, _ = measure(folder / "samples.jsonl", settings, folder, Helpers(facts=facts, encoder=encoder))
     told = {one.key: one for one in found}
     return {key: one.value for key, one in told.items()} | {
         "vendi": told["R"].beside["vendi"], "coverage": told["C"].beside["coverage"],

@@ -16,7 +16,7 @@ from nanovlm.vlit import survey
 from nanovlm.vlit.__main__ import main
 from nanovlm.vlit.complexity import elements, parse_mark, proxy
 from nanovlm.vlit.diversity import Options
-from nanovlm.vlit.indicators import Settings, measure
+from nanovlm.vlit.indicators import Helpers, Settings, measure
 from nanovlm.vlit.simcse import SentenceEncoder, loss, simcse_vectors, train_encoder, word_ids
 from nanovlm.vlit.survey import Mean, Reservoir, chosen
 from nanovlm.vlit.tagging import OTHER, TASKS, assign, balance, covering, propose, tag
@@ -124,14 +124,14 @@ def test_a_judge_votes_marks_and_names_tasks(folder):
 
     judge, settings = Judge(), Settings(votes=3)
     replies = Replies(folder / "replies.jsonl")
-    indicators, _ = measure(folder / "data.jsonl", settings, folder, judge=judge, replies=replies)
+    indicators, _ = measure(folder / "data.jsonl", settings, folder, Helpers(judge=judge, replies=replies))
     found = {one.key: one for one in indicators}
     assert found["C"].value == 100 and found["C"].measured == 5 and found["C"].beside["agreement"] == 1
     assert found["C"].interval[0] < 100 and found["C"].tokens > 0
     assert found["IC"].value == 7 and found["IC"].tokens > 0 and found["IC"].beside["unreadable marks"] == 0
     assert found["T"].value == 1 and found["T"].beside["other"] == 4 and "TagGPT" in found["T"].computation
     asked = judge.asked
-    measure(folder / "data.jsonl", settings, folder, judge=judge, replies=Replies(folder / "replies.jsonl"))
+    measure(folder / "data.jsonl", settings, folder, Helpers(judge=judge, replies=Replies(folder / "replies.jsonl")))
     assert judge.asked == asked  # what was recorded is not asked again
 
 
@@ -144,13 +144,8 @@ def test_what_a_judge_is_told_and_shown(folder):
     blind, seeing = Watcher(), Watcher()
     seeing.accepts_images = True
     for judge in (blind, seeing):
-        indicators, _ = measure(
-            folder / "data.jsonl",
-            Settings(votes=1),
-            folder,
-            judge=judge,
-            describe=lambda sample: f"told of {sample.id}",
-        )
+        helpers = Helpers(judge=judge, describe=lambda sample: f"told of {sample.id}")
+        indicators, _ = measure(folder / "data.jsonl", Settings(votes=1), folder, helpers)
     judged = {
         judge: [chat for chat in judge.chats if "Is the answer right" in chat.messages[-1][1]]
         for judge in (blind, seeing)
@@ -188,6 +183,14 @@ def test_own_task_field_and_lexicon(folder):
 def test_bad_flags_end_with_a_message(folder, capsys, flags, words):
     assert main(["quality", str(folder / "data.jsonl"), "--out", str(folder / "out"), *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_field_with_too_many_tasks_is_none(folder, monkeypatch):
+    monkeypatch.setattr(survey, "MOST_TASKS", 3)
+    lines = [json.dumps(item(n, "Why?", "So.", task=f"task {n}")) for n in range(5)]
+    (folder / "own.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="more than 3 different tasks, the last 'task 3'; leave out --task-field"):
+        measure(folder / "own.jsonl", Settings(task_field=True))
 
 
 def test_a_file_without_a_single_answer_is_an_error(folder):

@@ -41,7 +41,7 @@ def run(wishes):
     found = {}
     for name, path in zip(names, paths):
         root = Path(wishes.images) if wishes.images else path.parent
-        found[name], _ = measure(path, settings, root, **helpers)
+        found[name], _ = measure(path, settings, root, helpers)
     told = [f"{len(paths)} data sets, {size} samples of each, seed {wishes.seed}", "", *table(found), "",
             *quality_report.notes(found[names[0]])]  # fmt: skip
     report = {"size": size, "settings": dataclasses.asdict(settings), "files": dict(zip(names, wishes.files)),

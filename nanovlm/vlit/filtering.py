@@ -90,7 +90,7 @@ def run(wishes):
     ]
     if not wishes.without_report and counts["kept"]:
         for name, file in (("before", path), ("after", out / "kept.jsonl")):
-            indicators, found = measure(file, settings, root, **helpers)
+            indicators, found = measure(file, settings, root, helpers)
             quality_report.write(out / name, file, settings, indicators, found)
             report[name] = {one.key: one.value for one in indicators}
         told += [f"{'indicator':<12}{'before':>10}{'after':>10}"]
@@ -135,7 +135,7 @@ class Scores:
 def score(path, root, wishes, settings, helpers):
     """What each record is worth, read from scores.jsonl as far as it goes: list of dict, in the order of the file."""
     stamp = os.stat(path)
-    judge = helpers["judge"] and Recorded(helpers["judge"], helpers["replies"])
+    judge = helpers.judge and Recorded(helpers.judge, helpers.replies)
     made_of = {
         "file": str(path), "bytes": stamp.st_size, "images": str(root), "annotations": wishes.annotations,
         "encoder": wishes.encoder, "judge": judge and judge.name, "votes": wishes.n, "temperature": wishes.temperature,
@@ -181,7 +181,7 @@ def _rows(batch, root, settings, helpers, judge):
         }
         if broken := [f"{rule}: {words}" for rule, words in defects(sample, root)]:
             row["defects"] = broken
-        elif facts := known(sample, helpers["facts"] or {}):
+        elif facts := known(sample, helpers.facts or {}):
             row["verdicts"] = [verify(question, answer, facts) for question, answer in sample.pairs]
         rows.append(row)
     sound = [(row, sample) for row, sample in zip(rows, batch) if "defects" not in row and "unreadable" not in row]
@@ -193,18 +193,18 @@ def _rows(batch, root, settings, helpers, judge):
             if (image := shown(sample, root, judge)) is not None
         ]
         chats = [
-            judge_chat(*pair, image, "" if judge.accepts_images else helpers["describe"](sample))
+            judge_chat(*pair, image, "" if judge.accepts_images else helpers.describe(sample))
             for _, pair, sample, image in asked
         ]
         for (row, *_), (right, _, _) in zip(
             asked, vote(judge, chats, settings.votes, settings.temperature, settings.seed)
         ):
             row.setdefault("votes", []).append(right)
-    if helpers["encoder"]:
+    if helpers.encoder:
         told = [(row, sample) for row, sample in sound if sample.images and sample.pairs]
         pictures = [[picture(name, root) for name in sample.images] for _, sample in told]
         found = (
-            helpers["encoder"].match(pictures, [" ".join(text for _, text in sample.pairs) for _, sample in told])
+            helpers.encoder.match(pictures, [" ".join(text for _, text in sample.pairs) for _, sample in told])
             if told
             else []
         )

@@ -6,9 +6,11 @@ annotations or judge is listed as not measured, never left out.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -61,46 +63,51 @@ class Indicator:
     tokens: int = 0
 
 
-def measure(
-    path,
-    settings=Settings(),
-    root=None,
-    facts=None,
-    encoder=None,
-    judge=None,
-    embed=tfidf_vectors,
-    lexicon=LEXICON,
-    describe=None,
-    replies=None,
-):
+@dataclass(frozen=True)
+class Helpers:
+    """What measuring needs beside the data set, as far as there is any.
+
+    facts: as of correctness.facts_of. encoder: matching.Encoder. judge: generator as in generators.py.
+    embed: list of N str -> float32[N, D] of length 1. lexicon: names of things.
+    describe: function Sample -> str, for a judge that sees no pictures.
+    replies: replies.Replies, where the judge's answers are written down; None = nowhere.
+    """
+
+    facts: dict | None = None
+    encoder: Any = None
+    judge: Any = None
+    embed: Callable = tfidf_vectors
+    lexicon: frozenset = LEXICON
+    describe: Callable = lambda sample: ""
+    replies: Any = None
+
+
+def measure(path, settings=Settings(), root=None, helpers=Helpers()):
     """All indicators of a data set.
 
     Args:
       path: .json or .jsonl of samples. settings: Settings.
       root: folder where image paths start; None = pictures are not looked at.
-      facts: as of correctness.facts_of, or None. encoder: matching.Encoder or None.
-      judge: generator as in generators.py, or None. embed: list of N str -> float32[N, D] of length 1.
-      lexicon: names of things. describe: function Sample -> str for a judge that sees no pictures, or None.
-      replies: replies.Replies, where the judge's answers are written down; None = nowhere.
+      helpers: Helpers.
     Returns: (list of Indicator, survey.Survey).
-    """  # fmt: skip
+    """
     found = survey(
-        path, root, settings.size, settings.seed, settings.kept, settings.diversity, settings.task_field, lexicon
-    )
+        path, root, settings.size, settings.seed, settings.kept, settings.diversity, settings.task_field, helpers.lexicon
+    )  # fmt: skip
     pairs = [(sample, *sample.pairs[place]) for sample, place in found.pairs.kept]
-    judge = judge and Recorded(judge, replies)
+    facts, judge = helpers.facts, helpers.judge and Recorded(helpers.judge, helpers.replies)
     tasks, by_task, tagged = _tasks(found, pairs, judge, settings)
     return [
-        _matching(pairs, encoder, root, found),
+        _matching(pairs, helpers.encoder, root),
         *([_grounding(pairs, facts)] if facts else []),
-        _correctness(pairs, facts, judge, settings, root, describe),
+        _correctness(pairs, facts, judge, settings, root, helpers.describe),
         *_task_indicators(tasks, tagged, settings),
         _timed(partial(_instructions, by_task, settings)),
-        _timed(partial(_responses, found.responses, settings, embed)),
+        _timed(partial(_responses, found.responses, settings, helpers.embed)),
         Indicator(
             "O/G", "elements_lexical", found.elements.mean, "higher",
-            "mean over instructions of different names of things (built-in lexicon of "
-            f"{len(lexicon)}), colours, numbers, spatial relations and marked regions; not the review's dependency parse",
+            "mean over instructions of different names of things (of a lexicon of "
+            f"{len(helpers.lexicon)}), colours, numbers, spatial relations and marked regions; not the review's dependency parse",
             found.elements.count, found.elements.interval(), seconds=found.seconds["elements"],
         ),
         _timed(partial(_complexity, pairs, judge, found, settings), found.seconds["proxy"]),
@@ -126,16 +133,9 @@ def _timed(make, before=0.0):
 def _tasks(found, pairs, judge, settings):
     """({task: pairs}, {task: instructions drawn}, (how, seconds, tokens)): by rule, by field or by a language model."""
     if judge is None or settings.task_field:
-        how = (
-            "the samples' own field `task`, else rules"
-            if settings.task_field
-            else "rules over 17 task names (tagging.py)"
-        )
-        return (
-            dict(found.tasks),
-            {task: one.kept for task, one in found.instructions.items()},
-            (how, found.seconds["tasks"], 0),
-        )
+        how = "the samples' own field `task`, else rules" if settings.task_field else "rules over 17 task names (tagging.py)"
+        drawn = {task: one.kept for task, one in found.instructions.items()}
+        return dict(found.tasks), drawn, (how, found.seconds["tasks"], 0)
     start, before, asked = time.perf_counter(), judge.tokens, [instruction for _, instruction, _ in pairs]
     tags = tagging.propose(judge, asked[:PROPOSED], settings.seed)
     assigned = tagging.assign(judge, asked, tags, settings.seed)
@@ -192,14 +192,13 @@ def _responses(sample, settings, embed):
     )  # fmt: skip
 
 
-def _matching(pairs, encoder, root, found):
+def _matching(pairs, encoder, root):
     how = "mean of 100 · cosine of picture and response; longer responses by sentences, averaged; of several pictures the closest"
     if encoder is None:
         return Indicator(
             "MD", "MD", None, "higher", "not measured: no --encoder FOLDER of a CLIP or of a model trained here", 0
         )
-    start, scores, missing = time.perf_counter(), [], 0
-    shown = []
+    start, scores, missing, seen = time.perf_counter(), [], 0, []
     for sample, _, response in pairs:
         try:
             pictures = [picture(name, root or Path(".")) for name in sample.images]
@@ -207,9 +206,9 @@ def _matching(pairs, encoder, root, found):
             missing += 1
             continue
         if pictures and response:
-            shown.append((pictures, response))
-    for begin in tqdm(range(0, len(shown), BATCH), desc="matching degree", unit="batch", disable=None):
-        pictures, responses = zip(*shown[begin : begin + BATCH])
+            seen.append((pictures, response))
+    for begin in tqdm(range(0, len(seen), BATCH), desc="matching degree", unit="batch", disable=None):
+        pictures, responses = zip(*seen[begin : begin + BATCH])
         scores += encoder.match(pictures, responses)
     mean, reach = _mean(scores)
     return Indicator("MD", encoder.name, mean, "higher", how, len(scores), reach, {"pictures missing": missing},
@@ -248,7 +247,7 @@ def _correctness(pairs, facts, judge, settings, root, describe):
     else:
         seen = [(*pair, shown(pair[0], root, judge)) for pair in pairs]
         chats = [
-            judge_chat(question, answer, image, describe(sample) if describe and not judge.accepts_images else "")
+            judge_chat(question, answer, image, "" if judge.accepts_images else describe(sample))
             for sample, question, answer, image in seen if image is not None
         ]  # fmt: skip
         beside["pictures missing"] = len(seen) - len(chats)

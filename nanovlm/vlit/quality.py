@@ -21,7 +21,7 @@ from nanovlm.vlit.descriptions import sentences
 from nanovlm.vlit.diversity import Options
 from nanovlm.vlit.embedding import tfidf_vectors
 from nanovlm.vlit.generator_flags import add_generator_flags, open_generator
-from nanovlm.vlit.indicators import Settings, measure
+from nanovlm.vlit.indicators import Helpers, Settings, measure
 from nanovlm.vlit.matching import load_encoder
 from nanovlm.vlit.replies import Replies
 from nanovlm.vlit.simcse import simcse_vectors
@@ -70,7 +70,7 @@ def settings_of(wishes, size=None):
 
 
 def helpers_of(wishes, out):
-    """What measuring needs beside the data set: keyword arguments of `measure`.
+    """What measuring needs beside the data set: indicators.Helpers.
 
     out: Path of the folder where the judge's answers are written down.
     """
@@ -86,11 +86,15 @@ def helpers_of(wishes, out):
             line.strip().lower() for line in Path(wishes.lexicon).read_text().split("\n") if line.strip()
         )
     out.mkdir(parents=True, exist_ok=True)
-    return {
-        "facts": facts, "encoder": load_encoder(wishes.encoder) if wishes.encoder else None, "judge": judge,
-        "embed": EMBEDDINGS[wishes.embedding], "lexicon": lexicon,
-        "describe": lambda sample: known(sample, told) or "", "replies": judge and Replies(out / "replies.jsonl", repair=True),
-    }  # fmt: skip
+    return Helpers(
+        facts=facts,
+        encoder=load_encoder(wishes.encoder) if wishes.encoder else None,
+        judge=judge,
+        embed=EMBEDDINGS[wishes.embedding],
+        lexicon=lexicon,
+        describe=lambda sample: known(sample, told) or "",
+        replies=judge and Replies(out / "replies.jsonl", repair=True),
+    )
 
 
 def run(wishes):
@@ -98,5 +102,5 @@ def run(wishes):
     path, out = Path(wishes.file), Path(wishes.out)
     settings = settings_of(wishes, wishes.size)
     root = Path(wishes.images) if wishes.images else path.parent
-    indicators, found = measure(path, settings, root, **helpers_of(wishes, out))
+    indicators, found = measure(path, settings, root, helpers_of(wishes, out))
     return quality_report.write(out, path, settings, indicators, found)

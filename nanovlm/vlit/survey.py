@@ -17,6 +17,7 @@ from nanovlm.vlit.diversity import Options
 from nanovlm.vlit.linting import defects
 from nanovlm.vlit.samples import Unreadable, picture, read
 
+MOST_TASKS = 1000  # different ones; the samples' own field may hold anything
 NAMED = 1000  # unreadable records and defects named one by one in a report; all are counted
 
 
@@ -164,6 +165,8 @@ def _count(found, sample, seed, options, task_field, lexicon):
         task = sample.task if task_field and sample.task else tagging.tag(instruction)
         found.tasks[task] += 1
         if task not in found.instructions:
+            if len(found.tasks) > MOST_TASKS:
+                raise ValueError(f"more than {MOST_TASKS} different tasks, the last {task!r}; leave out --task-field")
             found.instructions[task] = Reservoir(options.instructions, f"{seed}/{task}")
         found.instructions[task].add(instruction)
         clock.append(time.perf_counter())
