@@ -99,6 +99,7 @@ def test_the_report_counts_samples_failures_and_what_was_skipped(made):
     assert report["failures"] == {"refused": 4}  # nothing to deny or to know about the rocket, nor to know about a person
     assert len(failures(out)) == 4
     assert report["skipped"]["illegible texts"] == 1
+    assert report["annotations"] == {"caption": 8, "object": 5, "attribute": 3, "ocr": 1, "vqa": 5}
     assert report["settings"]["temperature"] == 0.8 and report["settings"]["n"] == 5
 
 

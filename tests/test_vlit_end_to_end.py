@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import train
 from PIL import Image, ImageDraw
 
+import train
 from nanovlm.vlit import __main__ as command_line
 from nanovlm.vlit.annotation_files import read
 

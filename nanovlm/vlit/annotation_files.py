@@ -77,7 +77,7 @@ def caption_file(found, path):
         one = element.value
         id, image = (coco.field(one, name, (int, str), where) for name in ("id", "image_id"))
         words = coco.text_field(one, "caption", where)
-        found.picture(image).annotations.append(Annotation(f"caption/{id}", "caption", words, source=path.name))
+        found.picture(image).annotations.append(Annotation(f"caption/{id}", "caption", words))
 
     found.each(path, "annotations", add)
 
@@ -94,9 +94,7 @@ def instance_file(found, path):
         if category not in names:
             raise ValueError(f"category_id {category} is none of the file's {len(names)} categories")
         box = share_box(coco.field(one, "bbox", list, where), picture)
-        note = Annotation(
-            f"object/{id}", "object", names[category], box=box, is_crowd=bool(one.get("iscrowd", 0)), source=path.name
-        )
+        note = Annotation(f"object/{id}", "object", names[category], box=box, is_crowd=bool(one.get("iscrowd", 0)))
         picture.annotations.append(note)
         found.objects[str(id)] = picture, note
 
@@ -125,9 +123,7 @@ def attribute_file(found, path):
         for name, share in zip(names, votes):
             if share > VOTES:
                 id = f"attribute/{element.key}/{name}"
-                picture.annotations.append(
-                    Annotation(id, "attribute", name, box=owner.box, of=owner.id, source=path.name)
-                )
+                picture.annotations.append(Annotation(id, "attribute", name, box=owner.box, of=owner.id))
 
     found.each(path, "ann_vecs", add)
 
@@ -147,9 +143,7 @@ def text_file(found, path):
         picture = found.picture(coco.field(one, "image_id", (int, str), where))
         box = share_box(coco.field(one, "bbox", list, where), picture)
         characters = one["utf8_string"].strip()
-        picture.annotations.append(
-            Annotation(f"ocr/{one.get('id', element.key)}", "ocr", characters, box=box, source=path.name)
-        )
+        picture.annotations.append(Annotation(f"ocr/{one.get('id', element.key)}", "ocr", characters, box=box))
 
     found.each(path, "imgs", add_image)
     found.each(path, "anns", add)
@@ -180,9 +174,7 @@ def answer_file(found, path):
         if EITHER.match(answer) or not answer.strip():
             found.skipped["answers that leave it open"] += 1
             return
-        found.picture(image).annotations.append(
-            Annotation(f"vqa/{id}", "vqa", answer.strip(), question, source=path.name)
-        )
+        found.picture(image).annotations.append(Annotation(f"vqa/{id}", "vqa", answer.strip(), question))
 
     found.each(path, "annotations", add)
 
@@ -192,10 +184,9 @@ def described_file(found, path):
 
     def add(element, where):
         one = element.value
-        notes = [Annotation(f"caption/{one['id']}/{n}", "caption", coco.text_field({"caption": words}, "caption", where),
-                            source=path.name) for n, words in enumerate(one["captions"])]  # fmt: skip
+        notes = [Annotation(f"caption/{one['id']}/{n}", "caption", coco.text_field({"caption": words}, "caption", where)) for n, words in enumerate(one["captions"])]  # fmt: skip
         notes += [Annotation(f"object/{one['id']}/{n}", "object", coco.text_field(thing, "category", where),
-                             box=checked_box(thing["bbox"]), source=path.name) for n, thing in enumerate(one["instances"])]  # fmt: skip
+                             box=checked_box(thing["bbox"])) for n, thing in enumerate(one["instances"])]  # fmt: skip
         found.picture(one["id"], coco.text_field(one, "image", where)).annotations.extend(notes)
 
     found.each(path, None, add)

@@ -17,7 +17,6 @@ class Annotation:
     id: unique, "KIND/…". value: the sentence, the category, the attribute, the characters or the answer.
     question: of kind vqa. box: left, top, right, bottom as shares of the picture, or None.
     of: the object's id, of an attribute. is_crowd: an object that stands for a group of unknown number.
-    source: file name.
     """
 
     id: str
@@ -27,7 +26,6 @@ class Annotation:
     box: tuple[float, float, float, float] | None = None
     of: str = ""
     is_crowd: bool = False
-    source: str = ""
 
 
 @dataclass

@@ -81,7 +81,9 @@ def run(wishes):
     if wishes.images is not None and not Path(wishes.images).is_dir():
         raise FileNotFoundError(f"{wishes.images}: no such folder of pictures")
     if wishes.generator == "template" and (wishes.answers == "sentences" or wishes.more_instructions):
-        raise ValueError("--answers sentences and --more-instructions need a language model; choose another --generator")
+        raise ValueError(
+            "--answers sentences and --more-instructions need a language model; choose another --generator"
+        )
     collection = annotation_files.read(wishes.annotations)
     pictures, failed = planning.find_pictures(collection, wishes.images, wishes.limit)
     if not pictures:
@@ -104,7 +106,7 @@ def run(wishes):
         file.flush()
         os.fsync(file.fileno())
     os.replace(out / "samples.jsonl.unfinished", out / "samples.jsonl")
-    return work.report(out, len(pictures), collection.skipped)
+    return work.report(out, pictures, collection.skipped)
 
 
 def nothing_found(wishes, collection, failed):
@@ -250,30 +252,27 @@ class Work:
         """Note failures, each once."""
         self.failures |= {(kind, one): None for one in said}
 
-    def report(self, out, num_pictures, skipped):
+    def report(self, out, pictures, skipped):
         """Write failures.jsonl and report.json: list of str, what to print."""
         with open(out / "failures.jsonl", "w", encoding="utf-8") as file:
             file.writelines(
                 json.dumps({"kind": kind, "what": said}, ensure_ascii=False) + "\n" for kind, said in self.failures
             )
-        kinds = Counter(kind for kind, _ in self.failures)
-        made = {f"{method} {plan}": number for (method, plan), number in sorted(self.samples.items())}
-        usage = dict(getattr(self.generator, "usage", {}))
-        settings = {name: value for name, value in vars(self.wishes).items() if not name.startswith("_")}
-        report = {"pictures": num_pictures, "samples": made, "failures": kinds, "notes": self.notes, "skipped": skipped,
-                  "usage": usage, "settings": settings}  # fmt: skip
+        counts = {
+            "annotations": Counter(one.kind for picture, _ in pictures for one in picture.annotations),
+            "samples": {f"{method} {plan}": number for (method, plan), number in sorted(self.samples.items())},
+            "failures": Counter(kind for kind, _ in self.failures),
+            "notes": self.notes,
+            "skipped": skipped,
+            "usage": dict(getattr(self.generator, "usage", {})),
+        }
+        report = {"pictures": len(pictures)} | counts | {"settings": vars(self.wishes)}
         (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         lines = [f"{kind}: {said}" for kind, said in list(self.failures)[:SHOWN]]
         more = len(self.failures) - SHOWN
         lines += [f"… and {more} more in {out / 'failures.jsonl'}"] if more > 0 else []
-        for name, counted in (
-            ("samples", made),
-            ("failures", kinds),
-            ("notes", self.notes),
-            ("skipped", skipped),
-            ("usage", usage),
-        ):
+        for name, counted in counts.items():
             if counted:
                 lines.append(f"{name}: " + ", ".join(f"{key} {number}" for key, number in counted.items()))
         total = sum(self.samples.values())
-        return [*lines, f"{total} samples of {num_pictures} pictures in {out / 'samples.jsonl'}"]
+        return [*lines, f"{total} samples of {len(pictures)} pictures in {out / 'samples.jsonl'}"]
