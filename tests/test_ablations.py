@@ -187,13 +187,13 @@ def test_descriptions_become_history():
 
 def test_noise_is_every_second_caption_and_the_picture_stays():
     clean = ablation_recipe.captions(3)
-    noisy = ablation_recipe.Mismatched(clean)
+    noisy = ablation_recipe.Changed(clean, ablation_recipe.mismatched)
     for n in range(4):
         record, told = clean.record(n), noisy.record(n)
         assert told.visuals[0].key == record.visuals[0].key
         assert told.conversations == clean.record(n + n % 2).conversations
     assert (noisy.name, len(noisy)) == (clean.name, len(clean))
-    assert ablation_recipe.Reworded(clean).record(1).conversations[0][0].text.startswith("look at the image. ")
+    assert ablation_recipe.reworded(clean, 1).conversations[0][0].text.startswith("look at the image. ")
 
 
 # tables and pictures

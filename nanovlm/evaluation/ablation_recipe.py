@@ -7,6 +7,7 @@ without mPLUG-Owl2's modality-adaptive parts, and which bridge. `ablations.py` l
     python train.py nanovlm/evaluation/ablation_recipe.py --size mam
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nanovlm.abstractor import Abstractor
@@ -40,10 +41,11 @@ WORDINGS = (  # what stands around a question when prompts are diversified; "{}"
 
 
 @dataclass(frozen=True)
-class Reworded:
-    """A source whose questions stand in one of WORDINGS, in turn."""
+class Changed:
+    """A source whose records are changed. change: function (source, n) -> Record n."""
 
     source: object
+    change: Callable
 
     @property
     def name(self):
@@ -54,28 +56,19 @@ class Reworded:
         return len(self.source)
 
     def record(self, n):
-        """Record n of the source, reworded."""
-        return in_wordings(self.source.record(n), WORDINGS, n)
+        """Record n of the source, changed."""
+        return self.change(self.source, n)
 
 
-@dataclass(frozen=True)
-class Mismatched:
-    """A source of pictures in which every second one comes with what was said of the picture after it: web data's noise."""
+def reworded(source, n):
+    """Record n, its questions in WORDINGS, one after the other."""
+    return in_wordings(source.record(n), WORDINGS, n)
 
-    source: object
 
-    @property
-    def name(self):
-        """The source's."""
-        return self.source.name
-
-    def __len__(self):
-        return len(self.source)
-
-    def record(self, n):
-        """Record n: the picture is always its own."""
-        record = self.source.record(n)
-        return replace(record, conversations=self.source.record(n + 1).conversations) if n % 2 else record
+def mismatched(source, n):
+    """Record n; every second picture comes with what was said of the one after it: web data's noise."""
+    record = source.record(n)
+    return replace(record, conversations=source.record(n + 1).conversations) if n % 2 else record
 
 
 def build(size, vocab_size):
@@ -126,9 +119,9 @@ def sources():
         "texts": texts,
         "plain_texts": lambda seed: texts(seed, plain_caption=1.0),
         "captions": captions,
-        "noisy_captions": lambda seed: Mismatched(captions(seed + 3)),
+        "noisy_captions": lambda seed: Changed(captions(seed + 3), mismatched),
         "questions": questions,
-        "reworded": lambda seed: Reworded(questions(seed)),
+        "reworded": lambda seed: Changed(questions(seed), reworded),
     }
 
 
