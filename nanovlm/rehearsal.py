@@ -151,7 +151,7 @@ def rehearse(work, parameters, bfloat16):
     return returned, rehearsal.cost
 
 
-def example_cost(model, stage, text_tokens, num_frames=1):
+def example_cost(model, stage, text_tokens, num_frames=1, recompute=False):
     """What an example of one visual input costs.
 
     Args:
@@ -159,6 +159,8 @@ def example_cost(model, stage, text_tokens, num_frames=1):
       stage: Stage; its parts are those that train, its precision that of the products. The tower is resized.
       text_tokens: tokens of the row beside the image tokens, all of them trained (what is not costs no scores).
       num_frames: pictures of the visual input; 0 = an example of text alone.
+      recompute: whether blocks are run again in the backward pass (wrapping.surround); work that the model does not need
+        is not counted as its operations.
     Returns: dict part ("vision", "bridge", "decoder", "head") -> Cost.
     """
     model.vision.resize(stage.image_size)
@@ -174,7 +176,17 @@ def example_cost(model, stage, text_tokens, num_frames=1):
     hidden, costs["decoder"] = rehearse(lambda: decode(model, tokens, text_tokens), everything, bfloat16)
     _, costs["head"] = rehearse(lambda: score(model, hidden[0, -text_tokens:], bfloat16), everything, bfloat16)
     settle_head(costs["head"], model, text_tokens, 2 if bfloat16 else 4)
+    if recompute:
+        forget(costs["vision"], num_frames * (model.vision.num_patches(stage.image_size) + model.vision.config.class_token),
+               model.vision.config.width, len(model.vision.blocks))  # fmt: skip
+        forget(costs["decoder"], hidden.shape[1], model.decoder.config.width, len(model.decoder.layers))
     return costs
+
+
+def forget(cost, tokens, width, num_blocks):
+    """Keep of every block what goes into it, in float32, and of one block the inside."""
+    if cost.kept:
+        cost.kept = 4 * tokens * width * num_blocks + cost.kept // num_blocks
 
 
 def settle_head(cost, model, text_tokens, size):

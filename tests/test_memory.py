@@ -13,6 +13,7 @@ from nanovlm.memory import FLOAT32, Memory, outside_and_inside, stage_memory
 from nanovlm.recipes import RECIPES
 from nanovlm.rehearsal import Cost, example_cost, pair_cost
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch
+from nanovlm.wrapping import BLOCK, freeze, surround
 
 TEXT, ROWS = 40, 6
 STAGES = [(name, stage.name) for name in ("lynx", "mplug_owl2", "llava_phi", "blip2", "open_flamingo")
@@ -140,6 +141,28 @@ def test_memory_in_bfloat16(name, stage):
     stage, costs, model = prepared(name, stage, "bfloat16")
     estimate = stage_memory(model.parts(), stage, costs).total(ROWS)
     assert 0.8 < estimate / live_peak(model, stage) < 1.05
+
+
+def test_memory_of_blocks_that_run_again():
+    """LLaVA-Phi, eight layers of it: what goes into each stays, and one of them in full."""
+    config = RECIPES["llava_phi"].published.configs["tiny"]
+    deep = config | {"llm": config["llm"] | {"num_hidden_layers": 8}}
+    stage, _, _ = prepared("llava_phi", "instruct")
+    with torch.device("meta"):
+        plain, again = (example_cost(RECIPES["llava_phi"].published.build(deep), stage, TEXT, recompute=one) for one in (False, True))
+    torch.manual_seed(0)
+    model = RECIPES["llava_phi"].published.build(deep)
+    model.share_prefix = False
+    freeze(model, None, stage)
+    whole = live_peak(model, stage)
+    for name, block in model.named_modules():
+        if BLOCK.fullmatch(name):
+            surround(block, compiled=False, recompute=True)
+    measured = live_peak(model, stage)
+    assert again["decoder"].flops == plain["decoder"].flops
+    estimate, without = (stage_memory(model.parts(), stage, costs).total(ROWS) for costs in (again, plain))
+    assert measured < 0.7 * whole and 0.95 < without / whole < 1.12
+    assert 0.95 < estimate / measured < 1.2  # one block of the tower and one of the decoder are never there at once
 
 
 def test_memory_with_a_large_vocabulary():

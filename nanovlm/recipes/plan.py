@@ -40,17 +40,17 @@ def plan(recipe, wishes):
         lines += [f"stage {stage.name}"]
         lines += [f"  {name} = {value!r}" for name, value in vars(stage).items() if name != "name"]
         lines += [*optimizer.table(all_parts(model, contrastive), stage), ""]
-        lines += [*stage_lines(recipe, stage, model, contrastive), ""]
+        lines += [*stage_lines(recipe, stage, model, contrastive, wishes.recompute), ""]
     return lines + file_lines(recipe, stages)
 
 
-def stage_lines(recipe, stage, model, contrastive):
+def stage_lines(recipe, stage, model, contrastive, recompute):
     """Tokens, operations, hours and memory of one stage: list of str."""
     expected = recipe.expected.get(stage.name, Expected(min(64, stage.max_tokens // 2), num_gpus=1))
     if stage.objective == "contrastive":
         image_tokens, costs = 0, pair_cost(contrastive, stage, expected.text_tokens)
     else:
-        costs = example_cost(model, stage, expected.text_tokens, expected.num_frames)
+        costs = example_cost(model, stage, expected.text_tokens, expected.num_frames, recompute)
         image_tokens = model.num_image_tokens(stage.image_size, expected.num_frames) if expected.num_frames else 0
     examples, tokens = stage.steps * stage.batch_size, image_tokens + expected.text_tokens
     total = examples * sum(costs.values(), Cost()).flops
