@@ -95,12 +95,18 @@ def project(x, weight, bias):
     return torch.addmm(bias, x, weight) if len(x) == 1 else times(x, weight).add_(bias)
 
 
-def normalise(norm, x, eps):
-    """What the norm's own forward computes, x float[R, W]; an RMSNorm by fewer and cheaper calls. eps: float32[]."""
-    if not isinstance(norm, RMSNorm) or x.dtype != torch.float32:
-        return norm(x)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(norm.weight)
+def normaliser(norm):
+    """(x float[R, W]) -> what the norm's own forward computes; an RMSNorm by fewer and cheaper calls."""
+    if not isinstance(norm, RMSNorm) or norm.weight.dtype != torch.float32:
+        return norm
+    weight, share = norm.weight, 1 / len(norm.weight)  # reading them from the module takes as long as a call
+    eps = torch.tensor(norm.eps, dtype=torch.float32, device=weight.device)
+
+    def normalise(x):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * torch.addcmul(eps, length, length, value=share).rsqrt_()).mul_(weight)
+
+    return normalise
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,8 @@ class PackedLayer:
     """One decoder layer's modules and weights for a step; the layer still owns them."""
 
     cross_attention: nn.Module | None
-    norm_1: nn.Module
-    norm_2: nn.Module | None
+    norm_1: Callable
+    norm_2: Callable | None
     qkv: tuple  # of (weight, bias), as all below
     o: tuple
     wide: tuple  # gate and up, or fc_1
@@ -125,8 +131,8 @@ def pack_layer(layer, one_row):
     gated = isinstance(ffn, GatedFeedForward)
     return PackedLayer(
         cross_attention=layer.cross_attention,
-        norm_1=text_branch(layer.norm_1),
-        norm_2=None if layer.norm_2 is None else text_branch(layer.norm_2),
+        norm_1=normaliser(text_branch(layer.norm_1)),
+        norm_2=None if layer.norm_2 is None else normaliser(text_branch(layer.norm_2)),
         qkv=pack((attention.q, text_branch(attention.k), text_branch(attention.v)), one_row),
         o=pack((attention.o,), one_row),
         wide=pack((ffn.gate, ffn.up) if gated else (ffn.fc_1,), one_row),
@@ -150,7 +156,7 @@ class FastDecoder:
         if compiled and not static:
             raise ValueError("compiled=True with static=False: eager steps have other shapes every time; add static=True")
         self.decoder, self.config, self.static = decoder, decoder.config, static
-        self.eps = torch.tensor(decoder.config.norm_eps, dtype=torch.float32, device=decoder.embedding.weight.device)
+        self.norm = normaliser(decoder.norm)
         self.layers = [pack_layer(layer, rows == 1) for layer in decoder.layers]
         if decoder.lm_head is None:
             head = for_reading(decoder.embedding.weight.data.contiguous(), rows == 1)
@@ -185,7 +191,7 @@ class FastDecoder:
         for index, packed in enumerate(self.layers):
             if packed.cross_attention is not None:
                 x = packed.cross_attention(x[:, None], media, self.decoder.backend, index=index)[:, 0]
-            normed = normalise(packed.norm_1, x, self.eps)
+            normed = packed.norm_1(x)
             qkv = project(normed, *packed.qkv).view(num_rows, heads + 2 * kv_heads, width)
             qkv = turn(qkv, cos, sin, config.num_rotary)
             k, v = write(index, qkv[:, heads:].view(num_rows, 2, kv_heads, width).transpose(0, 1))
@@ -193,7 +199,7 @@ class FastDecoder:
             seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x_seen = add_projected(x, seen.reshape(num_rows, -1), *packed.o)
             if packed.norm_2 is not None:
-                normed = normalise(packed.norm_2, x_seen, self.eps)
+                normed = packed.norm_2(x_seen)
             wide = project(normed, *packed.wide)
             if packed.gated:
                 gate, up = wide.chunk(2, dim=-1)
@@ -203,7 +209,7 @@ class FastDecoder:
             x = add_projected(x_seen, wide, *packed.narrow)
             if packed.adapter is not None:
                 x = packed.adapter(x)
-        return project(normalise(self.decoder.norm, x, self.eps), *self.head).float()
+        return project(self.norm(x), *self.head).float()
 
     def by_mask(self, tokens, column, pads, buffers, cos, sin, media):
         """The step of StaticStep: everything that changes is a tensor.

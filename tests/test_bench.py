@@ -41,6 +41,12 @@ def test_report(capsys):
     assert "GB/s, " in out and "of the 10.0 GB/s of a plain sum" in out
 
 
+@pytest.mark.parametrize("rate, word", [(1e-3, "reached"), (1e9, "MISSED")])
+def test_a_rate_may_be_required_instead(rate, word):
+    case = bench.Case("tiny", 1, 4, None, rate=rate)
+    assert f"(required {rate:.0f} tokens/s on an H200: {word})" in "\n".join(bench.compare(case, 1, "cpu", torch.float32))
+
+
 def test_other_tokens_are_no_result(monkeypatch):
     monkeypatch.setattr(bench, "their_generate", lambda model, prompts, decoding: [[1]] * len(prompts))
     with pytest.raises(RuntimeError, match="tokens are those of transformers: no speed to compare"):

@@ -4,10 +4,14 @@ import json
 import pytest
 import torch
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from nanovlm import beam_search, prefill, sampler
+from nanovlm.fast_decode import FastDecoder
 from nanovlm.logits_processors import process
 from nanovlm.sampler import Decoding, generate, stream
 from nanovlm.vlm import Batch
+from nanovlm.workspace import Workspace
 from tiny import GENERATION, random_vlm, recorded_llama
 
 CASES = json.loads((GENERATION / "gen_cases.json").read_text())["cases"]
@@ -164,6 +168,39 @@ def test_shared_generator_draws_for_all_rows_at_every_step(llama):
     assert got == want and len(set(map(len, got))) > 2
     torch.manual_seed(5)
     assert generate(llama, prompts, decoding) == want, "without a generator torch's global one draws"
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a number, or how many elements a mask selects."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        indices = args[1] if name in ("aten.index.Tensor", "aten.index_put_.default") else []
+        masks = [x for x in indices if x is not None and x.dtype == torch.bool]
+        if masks or any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select")):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fast", [None, False, True])
+@pytest.mark.parametrize("name", ["greedy", "penalties", "sampling", "min-p"])
+def test_a_step_waits_for_the_device_once(model, monkeypatch, fast, name):
+    """For the stop test, by tolist; everything else of a step stays on the device."""
+    decoding = dataclasses.replace(DECODINGS[name], eos_ids=(), max_new_tokens=6)
+    workspace = Workspace(None if fast is None else FastDecoder(model.decoder, static=fast))
+    with torch.no_grad():
+        rows, lists = sampler.prefill(model, [[3, 4, 5], [6]], [[], []], decoding, workspace), []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or tolist(self))
+    with torch.no_grad(), Waits() as waits:
+        steps = list(sampler.sample_steps(rows, decoding, torch.Generator().manual_seed(0), workspace))
+        assert waits.names == [] and lists == [(2,)] * 6 and len(steps) == 6
+        bool(rows.logits.sum() > 0)
+        assert len(waits.names) == 1, "a wait would have been seen"
 
 
 def test_ended_rows_leave_the_batch(model, visual_inputs, monkeypatch):
