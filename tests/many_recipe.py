@@ -31,7 +31,9 @@ class Squares(tiny_recipe.Squares):
         picture = dataclasses.replace(tiny_recipe.Squares(self.seed).record(n).visuals[0], key=f"{self.kind}-{n}")
         if self.kind == "clips" and n % 3 == 0:
             picture = Visual(f"clip-{n}", (*picture.frames, Image.new("RGB", (8, 8), color)))
-        return Record(f"{self.kind}-{n}", (picture,), tiny_recipe.Squares(self.seed).record(n).conversations)
+        conversations = tiny_recipe.Squares(self.seed).record(n).conversations
+        regions = ((0.7, 0.2),) * len(conversations) if n % 2 else ()
+        return Record(f"{self.kind}-{n}", (picture,), conversations, regions=regions)
 
 
 class Tower(ViT):

@@ -9,7 +9,8 @@ import pytest
 
 from nanovlm.data import scenes
 from nanovlm.data.scenes import (
-    ALPHABET, COLORS, HELD_OUT, SHAPES, SIZES, TRAIN_PAIRS, Scene, SceneObject, in_held_out_fifth, render, sample_scene,
+    ALPHABET, COLORS, HELD_OUT, SHAPES, SIZES, TRAIN_PAIRS, Scene, SceneObject, in_held_out_fifth, place_string, render,
+    sample_scene, symbol_centres,
 )
 
 
@@ -31,6 +32,15 @@ def pixels_of(scene, *seed):
 def distance_to_box(thing, box):
     left, top, right, bottom = box
     return math.hypot(max(left - thing.x, 0, thing.x - right), max(top - thing.y, 0, thing.y - bottom))
+
+
+def test_symbols_stand_side_by_side_in_the_string_s_box():
+    scene = Scene(64, (), "HHH", place_string(generator(0), "HHH", 64))
+    left, top, right, bottom = scene.string_box
+    (_, first, _), (_, second, y), (_, third, _) = symbol_centres(scene)
+    assert second == (left + right) / 2 and y == (top + bottom) / 2
+    assert second - first == third - second == (right - left + 1) / 3  # a symbol and the pixel behind it
+    assert symbol_centres(Scene(64, ())) == []
 
 
 def test_held_out_pairs_are_four_colors_and_four_shapes_apart_from_easy_vqa():
