@@ -4,6 +4,7 @@ The papers' whole chain in miniature. Two stages make what they take ready-made,
 language model; three more are Lynx's: align the two at a low resolution, raise the resolution, instruct.
 
   vision   ViT with a convolutional stem, 64 pixels, 8 x 8 patches             Sec. 2.1 of each paper
+           its tower stage matches every object's patch with its names         RegionCLIP, arXiv:2112.09106
   bridge   MLP on every patch: 64 image tokens                                 LLaVA-Phi, Sec. 3.1
   decoder  LLaMA's layer with Lynx's adapters and mPLUG-Owl2's split norms, keys and values
   data     easy-VQA (5,000 pictures, questions by others) and drawn scenes
@@ -78,7 +79,7 @@ def sources():
         "scenes_both": lambda seed: Scenes(
             kind="both", seed=seed + 3, min_objects=2, max_objects=3, questions_per_picture=5, weights=ATTRIBUTES | CAPTIONS
         ),
-        "scenes": lambda seed: Course(
+        "scenes": lambda seed: Course(  # all at once, and looking up one thing among several is learned far later
             [
                 Scenes(
                     seed=seed + 4, min_objects=2, max_objects=3, questions_per_picture=6, string_share=0.4,
