@@ -144,6 +144,10 @@ class TwoTowers(nn.Module):
         features = self.image_features(pixels) if looks is None else self.look_features(pixels, looks)
         return F.normalize(features, dim=-1)
 
+    def views(self, pixels):
+        """What of a picture a caption may fit: float[B, 3, H, W] -> float[B, V, E] of length 1; here all of it, V = 1."""
+        return self.embed_images(pixels)[:, None]
+
     def embed_texts(self, ids, lengths):
         """int[B, T], int[B] -> float[B, E] of length 1."""
         return F.normalize(self.text_features(ids, lengths), dim=-1)
@@ -185,6 +189,10 @@ class ContrastiveModel(TwoTowers):
     def image_features(self, pixels):
         """float[B, 3, H, W] -> float[B, E] of any length."""
         return self.pool(self.vision(pixels))
+
+    def views(self, pixels):
+        """Every patch, since regions are learned one patch at a time: float[B, 3, H, W] -> float[B, V, E] of length 1."""
+        return F.normalize(self.project_image(self.vision(pixels)), dim=-1)
 
     def look_features(self, pixels, looks):
         """float[B, 3, H, W], looks float[R, 3] -> float[R, E]: the patch at the centre of a region, or the whole picture's."""
@@ -231,6 +239,8 @@ class CLIP(ContrastiveModel):
         if not vision.config.class_token:
             raise ValueError("CLIP's picture is its class token, but this ViT has none; set class_token=True")
         super().__init__(vision, vision_width, text, text_width, joint_width)
+
+    views = TwoTowers.views  # of a picture as a whole
 
     def pool(self, features):
         """float[B, T, vision_width] of the ViT -> float[B, E], from the class token's."""

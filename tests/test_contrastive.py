@@ -224,6 +224,16 @@ def test_similarity_is_a_scaled_cosine(make):
     assert sum(map(len, parts.values())) == len(list(model.parameters()))
 
 
+def test_views_are_the_patches_of_towers_that_learn_regions_and_the_whole_picture_of_others():
+    pixels = torch.randn(2, 3, 12, 12)
+    model = contrastive_model()
+    patches = model.vision(pixels) @ model.project_image.weight.T  # 2 N E
+    torch.testing.assert_close(model.views(pixels), patches / patches.norm(dim=-1, keepdim=True))
+    assert model.views(pixels).shape[1] > 1
+    for model in (clip(), siglip()):
+        torch.testing.assert_close(model.views(pixels), model.embed_images(pixels)[:, None])
+
+
 def test_only_clip_s_scale_is_clamped():
     images, texts = unit(2, 7), unit(3, 7)
     for model, expected in ((clip(), 100.0), (siglip(), 117.0)):

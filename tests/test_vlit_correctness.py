@@ -201,7 +201,7 @@ def test_matching_degree_by_its_definition(encoder, tmp_path):
     assert encoder.name == "MD (own encoder)"
     # of several pictures the closest
     assert encoder.match([pictures[:1], pictures[1:]], texts) == pytest.approx(
-        [100 * (images[0] @ words[0]).item(), 100 * (images[1:] @ words[1]).max().item()], abs=1e-4
+        [100 * (images[0] @ words[0]).max().item(), 100 * (images[1:] @ words[1]).max().item()], abs=1e-4
     )
     # batches and padding change nothing
     assert torch.allclose(encoder.texts(["yes"])[0], encoder.texts(["yes", texts[1]])[0], atol=1e-6)
@@ -210,7 +210,7 @@ def test_matching_degree_by_its_definition(encoder, tmp_path):
     assert len(encoder.ids(long)) > 12
     parts = encoder.texts(["a red star.", "a blue circle.", "yes no."])
     assert encoder.match([pictures[:1]], [long])[0] == pytest.approx(
-        100 * (images[0] @ parts.T).mean().item(), abs=1e-4
+        100 * (images[0] @ parts.T).amax(0).mean().item(), abs=1e-4
     )
     endless = "a red star " * 30  # one sentence: cut behind, end kept
     assert encoder.texts([endless]).shape == (1, 8)
@@ -298,7 +298,7 @@ def test_the_towers_of_a_model_trained_here(tmp_path):
     with torch.no_grad():
         expected = (
             100
-            * (towers.embed_images(pixels) @ towers.embed_texts(torch.tensor([ids]), torch.tensor([len(ids)])).T).item()
+            * (towers.views(pixels)[0] @ towers.embed_texts(torch.tensor([ids]), torch.tensor([len(ids)])).T).max().item()
         )
     assert encoder.name == "MD (own encoder)" and encoder.match([[picture]], ["red"])[0] == pytest.approx(
         expected, abs=1e-4

@@ -25,7 +25,8 @@ def closest_captions(model, pixels, captions, tokenizer):
     longest, device = max(map(len, rows)), model.log_scale.device
     ids = torch.tensor([row + [tokenizer.pad] * (longest - len(row)) for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    similar = model.embed_images(pixels.to(device)) @ model.embed_texts(ids, lengths).T  # B captions
+    similar = model.views(pixels.to(device)) @ model.embed_texts(ids, lengths).T  # B views captions
+    similar = similar.amax(dim=1)
     return [captions[place] for place in similar.argmax(dim=1).tolist()]
 
 

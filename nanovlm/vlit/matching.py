@@ -43,9 +43,9 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, pictures):
-        """list of N paths, Encoded or PIL images -> float[N, E] of length 1."""
+        """list of N paths, Encoded or PIL images -> float[N, V, E] of length 1, see contrastive.TwoTowers.views."""
         opened = [one.open() if isinstance(one, Encoded) else load(one) for one in pictures]
-        return self.model.embed_images(
+        return self.model.views(
             torch.stack([to_pixels(one, self.image_size, self.image_fit, self.preprocessing) for one in opened])
         )
 
@@ -76,7 +76,7 @@ class Encoder:
         )
         cut = [self.pieces(response) for response in responses]
         read = self.texts([piece for several in cut for piece in several]).split([len(several) for several in cut])
-        return [100 * (image @ text.T).mean(1).max().item() for image, text in zip(seen, read)]
+        return [100 * (image @ text.T).amax(1).mean(1).max().item() for image, text in zip(seen, read)]
 
 
 def load_encoder(folder):
