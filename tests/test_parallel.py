@@ -1,7 +1,11 @@
 """Many processes train as one: the same losses and weights, each with its own share of examples and of parameters."""
 
 import contextlib
+import io
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +16,14 @@ from torch.distributed.tensor import DTensor
 
 import many
 import train
-from nanovlm import optimizer, sharded_checkpoint, trainer, wrapping
+from nanovlm import optimizer, sharded_checkpoint, trainer, update, wrapping
 from nanovlm.checkpoint import complete
+from nanovlm.data import feed
 from nanovlm.interrupts import Stopped, StopRequests
+from nanovlm.recipes.__main__ import main as recipes_main
 
-RECIPE = str(Path(__file__).parent / "many_recipe.py")
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / "tests" / "many_recipe.py")
 
 
 class StopAt(StopRequests):
@@ -156,3 +163,71 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, whole):
         assert sharded == (mode == "fsdp")
     assert_close(out, whole, 1e-10, 1e-10)
     assert "2 processes wrote the checkpoint, 3 go on" in (tmp_path / "run.0.txt").read_text()
+
+
+def troubled(rank, out, trouble):
+    """One of two processes, of which the second finds something wrong in the third update: (exit code, what it said)."""
+    said, calls, loss, next_records = io.StringIO(), [], update.LOSSES["contrastive"], feed.Feed.next
+
+    def bad_loss(*arguments):
+        calls.append(1)
+        found, *rest = loss(*arguments)
+        return (found * float("nan") if len(calls) == 3 else found, *rest)
+
+    def bad_data(self):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("the disk with the pictures is gone")
+        return next_records(self)
+
+    if rank == 1:
+        if trouble == "loss":
+            update.LOSSES["contrastive"] = bad_loss
+        else:
+            feed.Feed.next = bad_data
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = train.main([RECIPE, "--out", str(out), "--threads", "1", *SHORT, "--parallel", "ddp"])
+    return code, said.getvalue()
+
+
+@pytest.mark.parametrize(("trouble", "words"), [
+    ("loss", "step 3 of 4: the loss is nan; records: pictures-1[357], pictures-1[357]"),
+    ("data", "step 3 of 4: the disk with the pictures is gone")])
+def test_what_is_wrong_in_one_process_ends_all_with_a_checkpoint(tmp_path, trouble, words):
+    for code, said in many.run(2, troubled, tmp_path / "run", trouble):
+        assert code == 1 and re.search(words, said), said
+    assert [path.name for path in complete(tmp_path / "run")] == ["step-00000002"]
+
+
+def compiled(rank, out, flags):
+    """A process whose blocks are compiled, if the flags say so: exit code."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train.main([RECIPE, "--out", str(out), "--threads", "1", *SHORT, "--set", "tune.precision=bfloat16", *flags])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_and_half_precision_on_the_wire(tmp_path):
+    """In bfloat16 two processes round otherwise than one, as the weights of a block travel in it; the masters stay float32."""
+    assert many.run(1, compiled, tmp_path / "one", []) == [0]
+    assert many.run(1, compiled, tmp_path / "compiled", ["--compile", "--recompute"]) == [0]
+    assert many.run(2, compiled, tmp_path / "two", ["--parallel", "fsdp"]) == [0, 0]
+    for name in ("compiled", "two"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=0.02)
+        assert {tensor.dtype for tensor in weights(tmp_path / name).values()} == {torch.float32}
+    assert losses(tmp_path / "two") != losses(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_and_a_checkpoint_becomes_a_model(tmp_path, short):
+    """The command of the README, really run; then the newest checkpoint's shards are put together."""
+    out, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(many.free_port()), "train.py",
+               RECIPE, "--out", str(out), "--threads", "1", *SHORT, "--parallel", "fsdp"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_close(out, short, 1e-6, 1e-6)
+    finished = weights(out)
+    (out / "model.safetensors").unlink()
+    assert recipes_main(["consolidate", str(out)]) == 0
+    found = weights(out)
+    assert found.keys() == finished.keys() and all(torch.equal(found[name], finished[name]) for name in found)
