@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import many
 import train
 
-RECIPE = str(Path(__file__).parent / "many_recipe.py")
-SETTINGS = ["--threads", "1", "--set", "tower.steps=6", "--set", "tune.steps=10", "--timeout", "60", "--size", "float32"]
+RECIPE = str(Path(__file__).parent / "faults_recipe.py")
+SETTINGS = ["--threads", "1", "--set", "tower.steps=6", "--set", "tune.steps=10", "--timeout", "300", "--size", "float32"]
 
 
 def work(rank, out, flags, fuse):
@@ -54,7 +54,7 @@ def lines(out):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait(started, seconds=120):
+def wait(started, seconds=600):
     """Exit codes of processes that end by themselves. Fails if one hangs."""
     for process in started:
         process.join(seconds)
@@ -71,7 +71,7 @@ def kill_one(out, mode, size, draw, flags=()):
     said = {rank: out.with_suffix(f".{rank}.txt") for rank in range(size)}
     sizes = {rank: path.stat().st_size if path.exists() else 0 for rank, path in said.items()}
     if draw.random() < 0.5:  # the main process syncs more files than the others
-        started = start(out, mode, size, {victim: draw.randint(1, 14 if victim == 0 else 3)}, flags)
+        started = start(out, mode, size, {victim: draw.randint(1, 30 if victim == 0 else 8)}, flags)
     else:
         started, more = start(out, mode, size, None, flags), draw.randint(0, 6)
         deadline = time.monotonic() + 60
@@ -108,7 +108,7 @@ def same(found, expected):
 def storm(out, mode, size, kills, seed, flags=(), say=lambda text: None):
     """Kill one process of a run again and again; when it is done, begin another in its place, until there were enough.
 
-    Returns: number of (survivors that ended with the message that another process is gone).
+    Returns: (survivors that ended with the message that another process is gone, list of Path of the runs).
     Raises: AssertionError for a survivor that hangs or ends without a word.
     """
     draw, done, runs, warned = random.Random(seed), 0, 0, 0

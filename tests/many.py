@@ -46,7 +46,7 @@ def _child(environment, there, work, rank, arguments):
     os._exit(0)  # nothing of the parent's is to be cleaned up here
 
 
-def results(started, seconds=120):
+def results(started, seconds=600):
     """What the processes return, by rank. Fails with the traceback of one that raised, or if one takes too long."""
     found = []
     for process, here in started:
