@@ -80,7 +80,7 @@ def times(x, weight):
     """The product of x float[R, in] and weight float[in, out], float[R, out].
 
     A CPU's product of a few rows and a wide matrix copies the matrix into blocks first, which takes longer than the
-    product; that of the transposed two does not, and takes a quarter (2 rows) to nine tenths (8 rows) of the time.
+    product; that of the transposed two does not, and takes a third (2 rows) to nine tenths (8 rows) of the time.
     """
     wide = len(x) in FEW_ROWS and weight.shape[1] >= weight.shape[0] and not weight.is_contiguous()
     if wide and x.dtype == torch.float32 and x.device.type == "cpu":
