@@ -148,6 +148,28 @@ def test_what_is_not_finite_is_left_out_on_request(tmp_path, capsys):
     assert "the update is left out: the loss is nan" in capsys.readouterr().out
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path):
+    """The second update's gradient is infinite in one place: without the guard every weight of the optimizer would go."""
+    seen = []
+
+    def build(size, vocab_size):
+        model = RECIPE.build(size, vocab_size)
+        weight = model.bridge.linear.weight
+
+        def spoil(gradient):
+            seen.append(weight.detach().clone())
+            return gradient * float("inf") if len(seen) == 2 else gradient
+
+        weight.register_hook(spoil)
+        return model
+
+    run = train(make(tmp_path / "run", hooked(build=build), **settings(non_finite="skip", micro_batch_size=6, **{"mixture.words": "none"})))
+    (skipped,) = log(run.out, "skipped")
+    assert skipped["step"] == 2 and "the gradient's norm is " in skipped["skipped"] and "it arose in the part bridge" in skipped["skipped"]
+    assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
+    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and not torch.equal(seen[2], seen[3])
+
+
 def test_not_forever(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "MOST_SKIPPED", 2)
     with pytest.raises(TrainingError, match="stage align, step 3 of 6: the loss is nan"):
