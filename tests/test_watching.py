@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import zlib
+from argparse import Namespace
 
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from nanovlm import held_out, trainer, watching
 from nanovlm.checkpoint import CheckpointError
 from nanovlm.data.batching import build_batch
 from nanovlm.data.records import Record, Turn
-from nanovlm.guards import FEWEST, SPIKE, Spikes
+from nanovlm.guards import FEWEST, SPIKE, Spikes, gradient_origin
 from nanovlm.movement import SAMPLE, Movement, gradient_norms, movement_table, sample
 from nanovlm.recipes import RECIPES
 from nanovlm.rehearsal import Cost, example_cost
@@ -168,6 +169,20 @@ def test_a_gradient_that_is_not_finite_moves_nothing(tmp_path):
     assert skipped["step"] == 2 and "the gradient's norm is " in skipped["skipped"] and "it arose in the part bridge" in skipped["skipped"]
     assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
     assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2]) and not torch.equal(seen[2], seen[3])
+
+
+def test_a_bad_gradient_arose_where_it_is_nearest_to_the_loss():
+    def spoiled(value):
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.tensor([1.0, value])
+        return parameter
+
+    bad, good = spoiled(float("nan")), spoiled(1.0)
+    parts = {"vision": {"vision.blocks.9.q": bad}, "bridge": {"bridge.linear": bad},
+             "language_model": {"decoder.layers.1.q": bad, "decoder.layers.10.q": bad, "decoder.layers.11.q": good, "decoder.norm": good}}
+    assert gradient_origin(Namespace(parts=lambda: parts)) == "; it arose in the part language_model, at decoder.layers.10.q"
+    parts["language_model"] = {"decoder.layers.1.q": good}
+    assert gradient_origin(Namespace(parts=lambda: parts)) == "; it arose in the part bridge, at bridge.linear"
 
 
 def test_not_forever(tmp_path, monkeypatch):
