@@ -1,0 +1,33 @@
+"""Muon on shards gives every process its rows of what torch's Muon does with the whole matrix."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import many
+from nanovlm.sharded_muon import ShardedMuon
+
+
+def work(rank):
+    """Four steps of two matrices, one of them with rows that do not divide: (largest difference, rows held)."""
+    dist.init_process_group("gloo")
+    mesh, generator = init_device_mesh("cpu", (2,)), torch.Generator().manual_seed(0)
+    wholes = [torch.nn.Parameter(torch.randn(5, 8, generator=generator)), torch.nn.Parameter(torch.randn(8, 3, generator=generator))]
+    shards = [torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)])) for whole in wholes]
+    plain = torch.optim.Muon(wholes, lr=0.1, weight_decay=0.2, momentum=0.9, nesterov=True, adjust_lr_fn="original")
+    sharded = ShardedMuon([{"params": shards, "lr": 0.1, "weight_decay": 0.2}], momentum=0.9)
+    for _ in range(4):
+        for whole, shard in zip(wholes, shards):
+            whole.grad = torch.randn(whole.shape, generator=generator)
+            shard.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
+        plain.step()
+        sharded.step()
+    state = sharded.state[shards[0]]["momentum_buffer"].to_local().shape[0]
+    return max((shard.full_tensor() - whole).abs().max().item() for shard, whole in zip(shards, wholes)), state
+
+
+def test_sharded_muon_is_muon_of_the_whole_matrix():
+    (first, first_rows), (second, second_rows) = many.run(2, work)
+    assert first < 1e-6 and second < 1e-6
+    assert first_rows + second_rows == 5
