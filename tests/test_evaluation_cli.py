@@ -211,7 +211,7 @@ def test_choices_run_through_a_model(start, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["pop", "--model", "x"], "Did you mean 'pope'"), (["attenton", "x"], "Did you mean 'attention'"), (["pope"], "--model is needed"),
+        (["pop", "--model", "x"], "Did you mean 'pope'"), (["attenton"], "Did you mean 'attention'"), (["pope"], "--model is needed"),
         (["pope", "--model", "x", "--shot", "2"], "Did you mean '--shots'"), (["pope", "--model", "x", "--judge", "y"], "not judged"),
         (["pope", "--model", "x", "--batch-size", "0"], "must be 1 or more"),
     ],
