@@ -30,29 +30,43 @@ MAP = {  # heading -> files in reading order
     "Kernels": tuple(f"nanovlm/{name}.py" for name in (
         "flash_attention", "flash_kernels", "fused_norm", "routed_projection", "linear_cross_entropy")),
     "Training": tuple(f"nanovlm/{name}.py" for name in (
-        "stages", "optimizer", "trainer", "update", "run", "checkpoint", "interrupts", "progress")),
+        "stages", "optimizer", "trainer", "current", "update", "run", "checkpoint", "saving", "interrupts", "progress")),
+    "Many processes": tuple(f"nanovlm/{name}.py" for name in (
+        "parallel", "steps", "wrapping", "sharded_muon", "sharded_checkpoint")),
+    "Watching a run": tuple(f"nanovlm/{name}.py" for name in (
+        "gpus", "rehearsal", "memory", "utilisation", "movement", "guards", "held_out", "watching")),
     "Answers": tuple(f"nanovlm/{name}.py" for name in (
-        "sampler", "prefill", "cache", "logits_processors", "beam_search", "beams", "beam_search_4_28", "length_groups",
+        "sampler", "prefill", "packed_prompts", "cache", "logits_processors", "beam_search", "beams", "beam_search_4_28",
         "shared_prompts", "workspace", "fast_decode", "fast_steps", "chat")),
     "Published weights": tuple(f"nanovlm/{name}.py" for name in (
         "weights", "weight_tables", "weight_files", "weight_loading", "weight_errors", "layouts", "vision_layouts",
         "pair_layouts")),
     "Recipes": tuple(f"nanovlm/recipes/{name}.py" for name in (
         "nano", "nano_resampler", "nano_tests", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo", "small",
-        "bare", "recipe", "start", "opening", "table", "convert", "export", "inspect", "coverage", "compare", "golden",
-        "golden_run", "golden_sizes", "__init__", "__main__")),
+        "bare", "recipe", "start", "sources", "prompts", "homes", "plan", "opening", "table", "convert", "export", "inspect",
+        "coverage", "compare", "golden", "golden_run", "golden_sizes", "__init__", "__main__")),
     "Data": tuple(f"nanovlm/data/{name}.py" for name in (
-        "records", "llava_json", "easy_vqa", "scenes", "scene_questions", "scene_source", "scene_texts", "scene_parsing",
-        "datasets", "images", "augment", "video", "frame_cache", "tokenizer", "published_tokenizers", "sentencepiece",
-        "templates", "batching", "mixture", "show", "__main__")),
+        "records", "json_files", "llava_json", "tar_shards", "easy_vqa", "scenes", "scene_questions", "scene_source",
+        "scene_texts", "scene_parsing", "datasets", "coco", "formats", "picture_formats", "convert", "images", "augment", "video",
+        "frame_cache", "tokenizer", "published_tokenizers", "sentencepiece", "templates", "prepare", "batching", "mixture",
+        "damage", "feed", "show", "__main__")),
     "Evaluation": tuple(f"nanovlm/evaluation/{name}.py" for name in (
-        "short_answer", "nano_results", "zero_shot", "exam", "pictures", "attention_maps", "vqa_accuracy", "captions", "pope",
-        "mme", "choice", "judge", "rankings", "pairwise", "agreement", "protocols", "speaker", "items", "readers",
-        "choice_readers", "tasks", "summaries", "prediction_file", "runner", "report", "__main__")),
-    "Measuring speed": tuple(f"nanovlm/{name}.py" for name in ("bench", "bench_cases", "bench_compile", "bench_kernels")),
-    "Small help": ("nanovlm/names.py",),
+        "short_answer", "nano_results", "zero_shot", "exam", "pictures", "attention_maps", "attention_shares", "vqa_accuracy",
+        "captions", "pope", "mme", "choice", "judge", "rankings", "pairwise", "agreement", "protocols", "speaker", "items",
+        "readers", "choice_readers", "tasks", "summaries", "paired", "submissions", "prediction_file", "runner", "report",
+        "ablations", "ablation_recipe", "ablation_exam", "ablation_runs", "ablation_report", "ablate", "__main__")),
+    "Instruction data": tuple(f"nanovlm/vlit/{name}.py" for name in (
+        "samples", "annotations", "annotation_files", "categories", "descriptions", "examples", "self_instruct", "adaption",
+        "generators", "template", "local", "endpoint", "replies", "generator_flags", "parsing", "linting", "marking", "planning",
+        "asking", "construct", "words", "embedding", "clustering", "simcse", "tagging", "diversity", "complexity", "correctness",
+        "votes", "matching", "survey", "recorded", "indicators", "quality", "quality_report", "duplicates", "filtering", "review",
+        "compare", "__main__")),
+    "Measuring speed": tuple(f"nanovlm/{name}.py" for name in (
+        "bench", "bench_train", "bench_cases", "bench_compile", "bench_sass", "bench_kernels")),
+    "Small help": ("nanovlm/names.py", "nanovlm/provenance.py"),
     "Around the lessons": tuple(f"notebooks/{name}.py" for name in (
-        "lesson", "checks", "solutions", "ablation_04", "ablation_07", "build", "results", "readme_tables", "figures")),
+        "lesson", "checks", "solutions", "ablation_table", "ablation_04", "ablation_07", "chain_08", "ablation_vlit", "quality_memory", "build",
+        "results", "readme_tables", "figures")),
 }  # fmt: skip
 
 
