@@ -19,8 +19,10 @@ from nanovlm.data import __main__ as data_command
 from nanovlm.evaluation import __main__ as evaluation_command
 from nanovlm.evaluation.exam import Exam, exam_records
 from nanovlm.evaluation.pictures import exam_questions
+from nanovlm.bench import make_parser as bench_parser
 from nanovlm.recipes import __main__ as recipes_command
 from nanovlm.recipes import find, start
+from nanovlm.vlit import __main__ as vlit_command
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
@@ -118,10 +120,37 @@ def test_it_shows_commands_of_each_kind():
         data_command.make_parser().parse_args(arguments)
 
 
+TORCHRUN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+SLURM = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}
+
+
+def vlit_parser(name):
+    """The parser of one command of python -m nanovlm.vlit."""
+    parser = vlit_command.Parser(allow_abbrev=False)
+    vlit_command.COMMANDS[name].add_flags(parser)
+    return parser
+
+
+def test_its_commands_about_instruction_data_are_understood():
+    found = commands(["python", "-m", "nanovlm.vlit"])
+    assert {arguments[0] for arguments in found} == {"construct", "quality", "filter"}
+    for name, *rest in found:
+        vlit_parser(name).parse(rest)
+
+
+def test_its_runs_of_many_processes_are_understood():
+    found = commands(["torchrun"])
+    assert len(found) == 2
+    for arguments in found:
+        assert arguments[0] in TORCHRUN and arguments[2] == "train.py"
+        assert train.make_parser().parse(arguments[3:]).parallel in ("ddp", "fsdp")
+
+
 def test_its_flags_exist():
     parsers = [evaluation_command.make_parser(), *map(recipes_command.parser, recipes_command.COMMANDS)]
+    parsers += [*map(vlit_parser, vlit_command.COMMANDS), bench_parser()]
     known = {word for parser in (train.make_parser(), sample.make_parser(), data_command.make_parser(), *parsers)
-             for word in parser._option_string_actions}
+             for word in parser._option_string_actions} | TORCHRUN | SLURM
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", re.sub(r"pip install .*", "", README)))
     assert len(named) > 15 and named <= known
 

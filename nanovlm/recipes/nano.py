@@ -87,7 +87,7 @@ def sources():
                 ),
                 Scenes(seed=seed + 5, max_objects=4, questions_per_picture=6, string_share=0.4, weights=QUESTIONS),
             ],
-            [5200],
+            [6000],
         ),
         "easy_vqa": lambda seed: EasyVQA(seed=seed + 1, questions_per_picture=6),
     }
@@ -106,7 +106,7 @@ def rates(rate, *parts, **others):
 
 def stages(size, smoke):
     """The five stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
-    steps = dict(tower=300, language=150, align=50, resolution=50, instruct=680)
+    steps = dict(tower=300, language=150, align=50, resolution=50, instruct=800)
     common = dict(optimizer="muon", warmup_steps=20, precision="bfloat16", max_tokens=128)
     if smoke:
         steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
@@ -136,7 +136,7 @@ def stages(size, smoke):
         Stage(
             "instruct", "language",
             rates(2e-3, "bridge", "embedding", "language_model", "adapters", "vision_branch", vision=3e-4),
-            {"scenes": 7, "scenes_both": 1.5, "easy_vqa": 2.5, "easy_vqa_texts": 0.5, "texts": 0.5}, steps["instruct"], batch_size=32,
+            {"scenes": 7, "scenes_both": 1.5, "easy_vqa": 2.5, "texts": 0.5}, steps["instruct"], batch_size=32,
             summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}, reading {scenes_reading}", **common,
         ),
     )  # fmt: skip
