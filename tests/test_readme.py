@@ -16,6 +16,7 @@ from PIL import Image
 import sample
 import train
 from nanovlm.data import __main__ as data_command
+from nanovlm.data.datasets import command_line_sources
 from nanovlm.evaluation import __main__ as evaluation_command
 from nanovlm.evaluation.exam import Exam, exam_records
 from nanovlm.evaluation.pictures import exam_questions
@@ -158,7 +159,7 @@ def test_its_flags_exist():
 def test_its_example_of_a_data_file_can_be_read(tmp_path):
     (tmp_path / "my.json").write_text(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])
     Image.new("RGB", (8, 8)).save(tmp_path / "cat.jpg")
-    records = start.command_line_sources(tmp_path / "my.json", tmp_path)["data"]
+    records = command_line_sources(tmp_path / "my.json", tmp_path)[0]["data"]
     assert len(records) == 2
     assert {records.record(n).conversations[0][-1].text for n in (0, 1)} == {"a cat", "small"}
 
@@ -179,7 +180,7 @@ def make_run(folder, *arguments, **changed):
     wishes = train.make_parser().parse(list(arguments))
     recipe = find(wishes.recipe)
     stages = start.choose_stages(recipe, wishes)
-    settings = start.identity(wishes, start.choose_size(recipe, wishes.size), stages, wishes.threads or 2)
+    settings = start.identity(wishes, start.choose_size(recipe, wishes.size), stages, wishes.threads or 2, {})
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings | {"image_size": 64}))
     measures = {"color": 0.25, "shape": 0.5, "text_only": 0.125, "scenes_new": 0.5, "easy_vqa_test": 0.5, "scenes_reading": 0.0}

@@ -108,7 +108,7 @@ def test_a_users_own_file(command, capsys):
     assert lines[0] == "recipe nano, stage instruct: 2 records in 2 rows; 1 cut to 128 tokens"
     assert sorted(lines[1].removeprefix("records: ").split(", ")) == ["first (data)", "second (data)"]
     assert lines[2] == legend(False)
-    assert "<image x16><s>user: what is this?↵bot:[ a Cat</s>]" in lines[3:]
+    assert "<image x64><s>user: what is this?↵bot:[ a Cat</s>]" in lines[3:]
     assert f"<s>[{'X' * 127}]" in lines[3:]
     assert len(lines) == 7
 
@@ -117,7 +117,7 @@ def test_another_stage_and_the_default_number(command, capsys, tmp_path):
     main([*command, "--stage", "align", "--images", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "recipe nano, stage align: 4 records in 4 rows; 2 cut to 128 tokens"
-    assert lines.count("<image x9><s>user: what is this?↵bot:[ a Cat</s>]") == 2
+    assert lines.count("<image x36><s>user: what is this?↵bot:[ a Cat</s>]") == 2
 
 
 def test_the_recipes_own_data_by_seed(command, capsys):
