@@ -282,9 +282,10 @@ def init_folder(folder, data, name, image_size):
 
 
 def datasets_file(path, data, name):
-    """Every data set that the stages name, all of them the same file."""
+    """Every data set that the stages name, all of them the same file, whose questions stay as they are."""
     names = {source for stage in RECIPES[name].stages("tiny", True) for source in stage.mixture}
-    path.write_text(json.dumps({one: {"reader": "llava", "path": str(data / "data.json")} for one in sorted(names)}))
+    entry = {"reader": "llava", "path": str(data / "data.json"), "prompts": ["{question}"]}
+    path.write_text(json.dumps(dict.fromkeys(sorted(names), entry)))
     return path
 
 
