@@ -23,7 +23,7 @@ from nanovlm import optimizer
 from nanovlm.rehearsal import Cost
 from nanovlm.wrapping import BLOCK
 
-FLOAT32, BFLOAT16 = 4, 2  # bytes
+FLOAT32 = 4  # bytes
 GB = 1e9
 
 
@@ -74,8 +74,7 @@ def stage_memory(parts, stage, costs, parallel="none", num_processes=1):
     if parallel == "fsdp":
         share = 1 / num_processes
         blocks, root = outside_and_inside(parts)
-        gathered = 2 * max(blocks.values(), default=0) * (BFLOAT16 if stage.precision == "bfloat16" else FLOAT32)
-        gathered += FLOAT32 * (root + sum(root_of(parts, part) for part in stage.learning_rates))
+        gathered = FLOAT32 * (2 * max(blocks.values(), default=0) + root + sum(root_of(parts, part) for part in stage.learning_rates))
         copies = costs["bridge"].copies if "bridge" in costs else 0  # a block's are let go with it
     return Memory(everything * share, trained * share, state * share, gathered, copies, cost.kept, cost.working)
 

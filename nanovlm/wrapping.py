@@ -57,7 +57,7 @@ def lay_out(run, stage):
         run.training = DistributedDataParallel(run.training)
         run.training.register_comm_hook(None, add_up)
     else:
-        shard(run.training, prepared, run, stage)
+        shard(run.training, prepared, run)
         take_over(run, *old)
 
 
@@ -86,19 +86,18 @@ def add_up(state, bucket):
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
 
-def shard(training, prepared, run, stage):
+def shard(training, prepared, run):
     """FSDP2 around the blocks and the root of a module on the meta device, which then gets memory for its shards."""
     processes, device = run.processes, run.device
     groups = processes.size // processes.shards
     shape, names = ((processes.size,), ("shard",)) if groups == 1 else ((groups, processes.shards), ("replicate", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    half = torch.bfloat16 if stage.precision == "bfloat16" else None  # travels as such; the masters stay float32
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # weights travel as they are; autocast sees to the rest
     for name, block in prepared.named_modules():
         if BLOCK.fullmatch(name):
             fully_shard(block, mesh=mesh, mp_policy=policy)
     scalars = {parameter for parameter in training.parameters() if parameter.ndim == 0}  # nothing to shard
-    fully_shard(training, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), ignored_params=scalars)
+    fully_shard(training, mesh=mesh, mp_policy=policy, ignored_params=scalars)
     for module in training.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

