@@ -127,6 +127,7 @@ def test_names_are_the_caption_and_its_words():
     assert 2 in complete
 
 
+@pytest.mark.slow
 def test_names_stand_where_the_object_is():
     pixels = np.full((40, 20, 3), 240, np.uint8)
     pixels[10:30, 5:7] = 90  # rows 10 to 29, columns 5 and 6

@@ -133,6 +133,7 @@ def test_load_takes_no_bin_files(language):
         recipes.load(language[0])
 
 
+@pytest.mark.slow
 def test_the_command_line_ends_in_one_line_and_a_code(tmp_path):
     call = [sys.executable, "-m", "nanovlm.recipes"]
     done = subprocess.run([*call, "coverage", str(tmp_path / "absent.json")], capture_output=True, text=True)

@@ -123,6 +123,7 @@ def test_ddp_is_one_process(tmp_path, short):
     assert (tmp_path / "run.1.txt").read_text() == "", "one process prints"
 
 
+@pytest.mark.slow
 def test_fsdp_is_one_process_and_each_holds_its_share(tmp_path, short):
     found = many.run(2, work, tmp_path / "run", [*SHORT, "--parallel", "fsdp"])
     assert_close(tmp_path / "run", short, 1e-6, 1e-6)

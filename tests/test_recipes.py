@@ -59,6 +59,7 @@ def test_every_stage_reads_sources_that_the_recipe_provides():
         assert set(stage.mixture) <= set(RECIPES["nano"].sources)
 
 
+@pytest.mark.slow
 def test_every_row_of_every_source_fits_and_trains():
     tokenizer = nano.tokenizer()
     from nanovlm.data.batching import build_batch

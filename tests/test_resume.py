@@ -89,6 +89,7 @@ def test_the_whole_run_has_every_step(whole):
     assert [entry["step"] for entry in whole[0] if "loss" in entry] == list(range(1, 13))
 
 
+@pytest.mark.slow
 # The order of fsync in a process: config.json, tokenizer.json, the log; then for every checkpoint (after steps 4, 6, 8
 # and 12) the log, four files of tensors, state.json, the folder, the folder above; then the results.
 def test_kills_between_the_files_of_a_checkpoint(tmp_path, whole):
