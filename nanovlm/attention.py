@@ -132,7 +132,7 @@ def rope_tables(positions, rotary_width, base):
 def apply_rope(x, cos, sin):
     """Turn the first channels of x float[B, H, T, D] by their position's angle; the rest pass through."""
     half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 

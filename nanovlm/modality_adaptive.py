@@ -35,7 +35,7 @@ class Routing:
     """Where each modality's tokens stand, computed once per batch and used by every layer.
 
     modality: int[B, T], 0 = text, 1 = vision; None where all tokens are text.
-    text, vision: int[N_text], int[N_vision], flat indices of the tokens; None where all are text, or with `order`.
+    text, vision: int[N_text], int[N_vision], flat indices of the tokens; None where there are none, or with `order`.
     order, text_end: what `sort` returns, for `in_place`; None for `routed`.
     """
 
@@ -78,9 +78,8 @@ def route(modality, in_place=None):
         return Routing(modality, None, None, *sort(modality))
     flat = modality.flatten()
     vision = (flat == VISION).nonzero().squeeze(1)
-    if vision.numel() == 0:
-        return Routing(modality, None, None)
-    return Routing(modality, (flat != VISION).nonzero().squeeze(1), vision)
+    text = (flat != VISION).nonzero().squeeze(1)
+    return Routing(modality, text if len(text) else None, vision if len(vision) else None)
 
 
 class ModalityAdaptive(nn.Module):
@@ -102,8 +101,8 @@ class ModalityAdaptive(nn.Module):
 
     def routed(self, x, routing):
         """The same, but each token meets only its own branch: gather, apply, put back."""
-        if routing.vision is None:
-            return self.text(x)
+        if routing.text is None or routing.vision is None:
+            return self.text(x) if routing.vision is None else self.vision(x)
         flat = x.flatten(0, 1)  # BT W
         text = self.text(flat[routing.text])
         vision = self.vision(flat[routing.vision])

@@ -108,12 +108,23 @@ def groups(parts, stage):
     return list(result.values())
 
 
-def build(parts, stage):
+def portions(groups, number):
+    """Groups in at most `number` lists of about as many parameters each."""
+    lists, sizes = [[] for _ in range(number)], [0] * number
+    for group in sorted(groups, key=lambda group: -sum(parameter.numel() for parameter in group["params"])):
+        smallest = sizes.index(min(sizes))
+        lists[smallest].append(group)
+        sizes[smallest] += sum(parameter.numel() for parameter in group["params"])
+    return [one for one in lists if one]
+
+
+def build(parts, stage, num_threads=1):
     """Make the optimizers of a stage. Frozen parts get no state.
 
     Args:
       parts: dict part -> dict name -> Parameter (`VLM.parts()`).
       stage: Stage.
+      num_threads: int, into so many Muons the matrices are divided, which then can take their steps side by side.
     Returns: list of torch.optim.Optimizer: Muon (if the stage asks for it and trains matrices), then AdamW. Each
       group keeps the keys of `groups`.
     Raises: ValueError if the stage names a part that the model does not have.
@@ -127,7 +138,8 @@ def build(parts, stage):
     if to_muon and any(isinstance(parameter, DTensor) for group in to_muon for parameter in group["params"]):
         optimizers.append(ShardedMuon(to_muon, stage.momentum))
     elif to_muon:
-        optimizers.append(torch.optim.Muon(to_muon, momentum=stage.momentum, nesterov=True, adjust_lr_fn="original"))
+        optimizers += [torch.optim.Muon(one, momentum=stage.momentum, nesterov=True, adjust_lr_fn="original")
+                       for one in portions(to_muon, num_threads)]
     if to_adamw:
         optimizers.append(torch.optim.AdamW(to_adamw, betas=stage.betas, eps=stage.eps, fused=True))
     return optimizers

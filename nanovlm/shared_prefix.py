@@ -38,8 +38,15 @@ class LentKeys:
 
     def update(self, layer_index, k, v):
         """k, v float[B, K, T, D] -> float[B, K, N + T, D]."""
-        image_k, image_v = (x.index_select(0, self.picture) for x in self.layers[layer_index])
+        image_k, image_v = (self.lend(x) for x in self.layers[layer_index])
         return torch.cat([image_k, k], dim=2), torch.cat([image_v, v], dim=2)
+
+    def lend(self, kept):
+        """float[M, K, N, D], one a picture -> float[B, K, N, D], one a row."""
+        lent = kept.index_select(0, self.picture)
+        if lent.requires_grad:
+            lent.register_hook(torch.Tensor.contiguous)  # adding up rows of a slice costs index_select many times the time
+        return lent
 
 
 def can_share(batch, is_image):
@@ -77,16 +84,20 @@ def two_lengths(lengths):
     return [order] if best == 0 else [order[:best], order[best:]]
 
 
-def hidden(decoder, batch, image_tokens, is_image, only_text=False):
+def hidden(decoder, batch, image_tokens, is_image, wanted=None, lean=True):
     """Hidden states of rows that share their pictures.
 
     Args:
       decoder: decoder.Decoder. batch: vlm.Batch for which `can_share` holds.
       image_tokens: float[M, N, W]. is_image: bool[B, T].
-      only_text: bool; True: nothing will be predicted from image tokens, so what only that needs is left out.
-    Returns: float[B, T, W], as the decoder would give for the whole rows; zeros at padding, and with only_text at images.
+      wanted: bool[B, T], positions whose states are returned; None = all.
+      lean: bool; where no image token is wanted, the last layer computes no more of them than their keys and values.
+    Returns: as the decoder would give for the whole rows: float[B, T, W], zeros at padding; of wanted positions
+      float[N, W], row by row.
     """
     num_image_tokens, device = image_tokens.shape[1], batch.ids.device
+    everything = torch.ones_like(is_image) if wanted is None else wanted
+    only_text = lean and not bool((everything & is_image).any())
 
     # The pictures, once each, at the positions that they have in any row that shows them.
     row_of = torch.zeros(len(image_tokens), dtype=torch.long, device=device).index_copy(0, batch.shown, batch.owner)
@@ -99,7 +110,7 @@ def hidden(decoder, batch, image_tokens, is_image, only_text=False):
         cache=kept,
         only_fill=only_text,
     )
-    out = None
+    states, places = [], []
 
     # The text: short rows and long rows apart. A row without a picture is lent some picture and does not see it.
     skip = is_image.sum(1)  # B
@@ -118,9 +129,16 @@ def hidden(decoder, batch, image_tokens, is_image, only_text=False):
             torch.full_like(ids, TEXT),
             cache=LentKeys(kept.layers, picture[rows]),
         )
-        if out is None:
-            out = text_hidden.new_zeros(*batch.ids.shape, text_hidden.shape[-1])
-        out = out.index_put((rows[:, None].expand_as(column)[real], column[real]), text_hidden[real])
-    if only_text:
-        return out
-    return out.index_put((batch.owner[:, None], torch.arange(num_image_tokens, device=device)), image_hidden[batch.shown])
+        chosen = real & everything[rows].gather(1, column)
+        states.append(text_hidden[chosen])
+        places.append((rows[:, None] * batch.ids.shape[1] + column)[chosen])
+    if not only_text:
+        place = batch.owner[:, None] * batch.ids.shape[1] + torch.arange(num_image_tokens, device=device)
+        chosen = everything.flatten()[place]
+        states.append(image_hidden[batch.shown][chosen])
+        places.append(place[chosen])
+    states, places = torch.cat(states), torch.cat(places)
+    if wanted is not None:
+        return states[places.argsort()]
+    out = states.new_zeros(batch.ids.numel(), states.shape[-1])
+    return out.index_copy(0, places, states).unflatten(0, batch.ids.shape)

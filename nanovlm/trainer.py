@@ -118,7 +118,7 @@ class Trainer:
         plan = Plan(Mixture(sources, stage.mixture), stage.batch_size, stage.steps, stage.group, prepare.length, run.seed)
         damage = DamageReport(run.out / "damaged.jsonl", stage.name, self.step, run.max_damaged)
         feed = Feed(plan, prepare, self.processes.rank, self.processes.size, run.workers)
-        current = Current(index, stage, optimizer.build(parts, stage), feed, damage, Watch(self, stage))
+        current = Current(index, stage, optimizer.build(parts, stage, torch.get_num_threads()), feed, damage, Watch(self, stage))
         if saved:
             current.restore(run, *saved)
         else:
@@ -184,7 +184,7 @@ class Trainer:
                 raise
         if loss is not None:
             optimizer.set_lr(current.optimizers, optimizer.lr_factor(current.step, stage))
-            step(current.optimizers)
+            step(current.optimizers, run.device)
         current.step += 1
         self.step += 1
         self.tell(current, bar, records if loss is not None else [], loss, norm, tokens, time.monotonic() - began)

@@ -91,6 +91,15 @@ BATCHES = {"language": language_batch, "contrastive": pairs_batch}
 LOSSES = {"language": language_loss, "contrastive": contrastive_loss}
 
 
+def autocast(device, stage):
+    """The context of a forward pass in the stage's precision.
+
+    Without torch's cache of cast weights on a CPU: all threads share it, and the first to finish its pass empties it. How
+    often a weight is cast, and so how its gradient is rounded, would depend on which thread was faster.
+    """
+    return torch.autocast(device.type, torch.bfloat16, stage.precision == "bfloat16", cache_enabled=device.type != "cpu")
+
+
 def micro_batches(records, size):
     """Cut an update into micro-batches of at most `size` records, pictures and plain text apart.
 
@@ -162,7 +171,7 @@ def one_after_another(run, stage, records, report, backward, size=None):
         part, batch = (parts[index], batches[index]) if index < len(parts) else ((), no_rows())
         pictures += any(record.visuals for record in part)
         with last(run, index == number - 1):
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"):
+            with autocast(run.device, stage):
                 loss, trained, count = LOSSES[stage.objective](run, stage, batch)
             try:
                 check_finite(loss, "loss", part, lambda: loss_origin(run, stage, batch))
@@ -236,10 +245,9 @@ def contrastive_by_threads(run, stage, records, parameters, report, num_threads)
     """
     model = run.contrastive
     pixels, ids, lengths, right, looks = pairs_batch(run, stage, records, report)
-    autocast = lambda: torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16")
 
     def forward(share):
-        with autocast():
+        with autocast(run.device, stage):
             return model.embed_images(*share)
 
     def backward(features, gradient):
@@ -250,7 +258,7 @@ def contrastive_by_threads(run, stage, records, parameters, report, num_threads)
     with workers(num_threads) as pool:
         features = list(pool.map(forward, shares_of_pictures(pixels, looks, num_threads)))
         leaves = [one.detach().requires_grad_() for one in features]
-        with autocast():
+        with autocast(run.device, stage):
             loss = model.match(torch.cat(leaves), model.embed_texts(ids, lengths), right)
         check_finite(loss, "loss", records, lambda: loss_origin(run, stage, (pixels, ids, lengths, right, looks)))
         gradients = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
@@ -273,15 +281,14 @@ def shares_of_pictures(pixels, looks, number):
 BY_THREADS = {"language": language_by_threads, "contrastive": contrastive_by_threads}
 
 
-def step(optimizers):
-    """Take a step with each optimizer; on the CPU by one thread, or Muon's small products would wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+def step(optimizers, device):
+    """Take a step with each optimizer; on a CPU by a thread each, as Muon's products are too small for several."""
+    if device.type != "cpu":
         for one in optimizers:
             one.step()
-    finally:
-        torch.set_num_threads(before)
+        return
+    with workers(min(torch.get_num_threads(), len(optimizers))) as pool:
+        list(pool.map(lambda one: one.step(), optimizers))
 
 
 def check_finite(value, what, records, origin):

@@ -175,10 +175,12 @@ class VLM(nn.Module):
             return self.embed(ids, image_tokens, shown), None
         return self.embed(ids), self.media(ids, segments, image_tokens, shown, owner)
 
-    def hidden(self, batch, out=None, only_text=False):
-        """Hidden states of a batch: float[B, T, W], for `decoder.logits`.
+    def hidden(self, batch, out=None, wanted=None, lean=True):
+        """Hidden states of a batch, for `decoder.logits`.
 
-        out: dict for attention maps. only_text: those of image tokens are not wanted and may be anything.
+        out: dict for attention maps. wanted: bool[B, T], the positions whose states are returned; None = all.
+        lean: as in `loss`.
+        Returns: float[B, T, W]; of wanted positions float[N, W], row by row.
         """
         image_tokens = []
         if batch.pixels is not None:
@@ -189,10 +191,11 @@ class VLM(nn.Module):
         if can_share and shared_prefix.can_share(batch, is_image):
             check_counts(is_image, [image_tokens[m] for m in shown])
             tokens = torch.stack(image_tokens).to(self.decoder.embedding.weight.dtype)
-            return shared_prefix.hidden(self.decoder, batch, tokens, is_image, only_text)
+            return shared_prefix.hidden(self.decoder, batch, tokens, is_image, wanted, lean)
         embeddings, media = self.place(batch.ids, batch.segments, image_tokens, shown, batch.owner)
         visible = visible_rows(batch.segments)
-        return self.decoder(embeddings, batch.positions, visible, is_image.long(), out=out, media=media)
+        found = self.decoder(embeddings, batch.positions, visible, is_image.long(), out=out, media=media)
+        return found if wanted is None else found[wanted]
 
     def forward(self, batch, out=None):
         """Scores of the next token everywhere: Batch -> float[B, T, V]."""
@@ -206,10 +209,9 @@ class VLM(nn.Module):
         Returns: (float[] summed in nats, int number of trained tokens): dividing is left to the caller, who knows
           the trained tokens of the whole update.
         """
-        labels = batch.labels[:, 1:]  # token t is predicted at t - 1
+        labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)  # token t is predicted at t - 1
         trained = labels != IGNORE
-        only_text = lean and not bool((trained & (batch.ids[:, :-1] == IMAGE_TOKEN)).any())
-        hidden = self.hidden(batch, only_text=only_text)[:, :-1][trained]  # only trained positions meet the vocabulary
+        hidden = self.hidden(batch, wanted=trained, lean=lean)  # only trained positions meet the vocabulary
         head = self.decoder.lm_head
         if self.chunked_loss and (head is None or type(head) is nn.Linear):  # a low-rank update is more than a weight
             weight, bias = (self.decoder.embedding.weight, None) if head is None else (head.weight, head.bias)

@@ -76,13 +76,15 @@ def test_route_finds_the_tokens():
         routing.text = None
     assert routing.text.tolist() == [0, 3, 4] and routing.vision.tolist() == [1, 2, 5]
     alone = route(torch.zeros(2, 3, dtype=torch.long))
-    assert alone.text is None and alone.vision is None
-    assert route(torch.ones(1, 2, dtype=torch.long)).text.tolist() == []
+    assert alone.text.tolist() == list(range(6)) and alone.vision is None
+    pictures = route(torch.ones(1, 2, dtype=torch.long))
+    assert pictures.text is None and pictures.vision.tolist() == [0, 1]
 
 
-def test_text_alone_never_runs_the_vision_branch():
-    layer = ModalityAdaptive(nn.Linear(6, 4), nn.Linear(5, 4))  # the vision branch would raise
-    assert layer(torch.randn(2, 3, 6), route(torch.zeros(2, 3, dtype=torch.long))).shape == (2, 3, 4)
+def test_one_modality_alone_never_runs_the_other_branch():
+    layer = ModalityAdaptive(nn.Linear(6, 4), nn.Linear(5, 4))  # the other branch would raise
+    for width, modality in ((6, torch.zeros(2, 3, dtype=torch.long)), (5, torch.ones(2, 3, dtype=torch.long))):
+        assert layer(torch.randn(2, 3, width), route(modality)).shape == (2, 3, 4)
 
 
 def test_routed_computes_each_token_once():

@@ -119,6 +119,25 @@ def test_muon_takes_the_matrices_at_its_own_rate():
     assert sum(len(g["params"]) for one in (muon, adamw) for g in one.param_groups) == len(parts()["vision"])
 
 
+def test_muons_that_share_the_matrices_do_what_one_does():
+    made, weights = stage(optimizer="muon", weight_decay=0.1), [parts(), parts()]
+    one, many = (optimizer.build(found, made, number) for found, number in zip(weights, (1, 2)))
+    assert [[g["name"] for g in each.param_groups] for each in many[:2]] == [["vision/2/matrix"], ["vision/1/matrix"]]
+    assert len(many) == 3 and len(optimizer.build(parts(), made, 8)) == 3, "no thread without a matrix"
+    for found, optimizers in zip(weights, (one, many)):
+        torch.manual_seed(0)
+        for parameter in found["vision"].values():
+            parameter.data, parameter.grad = torch.randn(parameter.shape), torch.randn(parameter.shape)
+        for each in optimizers:
+            each.step()
+    assert all(torch.equal(a, b) for a, b in zip(weights[0]["vision"].values(), weights[1]["vision"].values()))
+
+
+def test_portions_are_about_equal():
+    made = [{"name": name, "params": [torch.zeros(size)]} for name, size in (("a", 3), ("b", 9), ("c", 4), ("d", 1))]
+    assert [[g["name"] for g in one] for one in optimizer.portions(made, 2)] == [["b"], ["c", "a", "d"]]
+
+
 def test_adamw_alone_unless_there_is_something_for_muon():
     assert [type(one) for one in optimizer.build(parts(), STAGE)] == [torch.optim.AdamW]
     assert [g["lr"] for g in optimizer.build(parts(), STAGE)[0].param_groups] == [1e-3] * 6

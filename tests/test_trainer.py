@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import threading
+import types
 from argparse import Namespace
 
 import pytest
@@ -553,21 +555,61 @@ def test_threads_that_share_a_contrastive_update_change_nothing(run, threads, nu
     assert all(torch.equal(parameter.grad, value) for parameter, value in zip(parameters, shared))
 
 
-def test_a_step_is_taken_by_one_thread(threads):
+def test_every_optimizer_takes_its_step_on_a_thread_of_its_own(threads):
     threads(3)
-    seen = []
+    seen, together = [], threading.Barrier(2, timeout=60)
 
     class Optimizer:
         def step(self):
-            seen.append(torch.get_num_threads())
+            seen.append((torch.get_num_threads(), threading.current_thread()))
             if len(seen) == 3:
                 raise RuntimeError("out of luck")
+            together.wait()
 
-    update.step([Optimizer(), Optimizer()])
-    assert seen == [1, 1] and torch.get_num_threads() == 3
+    update.step([Optimizer(), Optimizer()], torch.device("cpu"))
+    assert [number for number, _ in seen] == [1, 1] and torch.get_num_threads() == 3
     with pytest.raises(RuntimeError, match="out of luck"):
-        update.step([Optimizer()])
+        update.step([Optimizer()], torch.device("cpu"))
     assert torch.get_num_threads() == 3
+
+
+def test_away_from_the_cpu_steps_follow_one_another():
+    seen = []
+    one = types.SimpleNamespace(step=lambda: seen.append(threading.current_thread()))
+    update.step([one, one], torch.device("meta"))
+    assert seen == [threading.current_thread()] * 2
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_gradient_does_not_depend_on_which_thread_is_faster(run, threads, monkeypatch, precision):
+    threads(2)
+    stage, parameters = language(precision=precision), list(run.model.parameters())
+    records = [dataclasses.replace(one, conversations=one.conversations * 2, kinds=()) for one in RECORDS[:4]]
+    check = update.check_finite
+
+    def gradient(module):
+        """Where one thread stops behind its first pass through a module, until the other has its loss."""
+        slow, ready = [], threading.Event()
+
+        def stop(*_):
+            if not slow:
+                slow.append(threading.get_ident())
+                ready.wait(60)
+
+        def go_on(*arguments):
+            check(*arguments)
+            if threading.get_ident() not in slow:
+                ready.set()
+
+        monkeypatch.setattr(update, "check_finite", go_on)
+        hook = module.register_forward_hook(stop)
+        update.gradient(run, stage, records, parameters, Report())
+        hook.remove()
+        assert slow and ready.is_set()
+        return [parameter.grad for parameter in parameters]
+
+    at_once, in_the_middle = gradient(run.model.vision), gradient(run.model.decoder)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(at_once, in_the_middle))
 
 
 @pytest.mark.parametrize("number", [1, 2])

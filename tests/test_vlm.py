@@ -550,3 +550,14 @@ def test_batch_moves_as_a_whole():
         value = getattr(moved, field.name)
         assert value.device.type == "meta" and value.shape == getattr(batch, field.name).shape
     assert text_batch([[1, 2]]).to("meta").pixels is None
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("lean", [True, False])
+def test_wanted_states_are_those_of_all_row_by_row(share, lean):
+    model, batch = small_vlm(), repeated_batch()
+    model.share_prefix = share
+    everything, real = model.hidden(batch), batch.segments >= 0
+    words = real & (batch.ids != IMAGE_TOKEN)
+    for wanted in (words, real, words & (batch.positions % 2 == 0)):
+        torch.testing.assert_close(model.hidden(batch, wanted=wanted, lean=lean), everything[wanted], atol=1e-5, rtol=1e-4)
