@@ -216,3 +216,17 @@ def test_texts_put_the_questions_to_a_caption_that_tells_colour_and_shape():
             told, words = question.parts
             assert told == f"{complete[image_id]}. "
             assert (words, answer.text) in asked
+
+
+def test_denials_are_of_pictures_where_one_is_false():
+    everything, source = EasyVQA("test"), EasyVQA("test", kind="denials", seed=3)
+    expected = {}
+    for n in range(len(everything)):
+        record = everything.record(n)
+        asked = {tuple(turn.text for turn in turns) for turns in record.conversations}
+        denials = {one for one in asked if {"not", "no"} & set(one[0][:-1].split())}
+        if any(answer == "no" for _, answer in denials):
+            expected[record.id] = denials
+    found = [source.record(n) for n in range(len(source))]
+    assert {one.id: {tuple(turn.text for turn in turns) for turns in one.conversations} for one in found} == expected
+    assert 0.3 < len(expected) / len(everything) < 0.6 and found[0].visuals and set(found[0].kinds) == {"yes_no"}

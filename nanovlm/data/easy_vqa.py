@@ -40,6 +40,11 @@ def kind_of(answer):
     return "color" if answer in COLORS else "shape"
 
 
+def is_denial(question):
+    """Whether a question asks after what is not there."""
+    return not {"not", "no"}.isdisjoint(question.rstrip("?").split())
+
+
 def reveal(asked):
     """What questions and their answers say about the one object of a picture, exclusions included.
 
@@ -50,8 +55,7 @@ def reveal(asked):
     colors, shapes = set(COLORS), set(SHAPES)
     for question, answer in asked:
         words = question.rstrip("?").split()
-        denied = "not" in words or "no" in words
-        if kind_of(answer) == "yes_no" and (answer == "yes") == denied:
+        if kind_of(answer) == "yes_no" and (answer == "yes") == is_denial(question):
             colors -= set(words)
             shapes -= set(words)
         else:
@@ -80,7 +84,8 @@ class EasyVQA:
         """
         Args:
           split: "train" or "test".
-          kind: "questions", or "captions" such as "blue rectangle", made from what the split's own answers reveal;
+          kind: "questions"; or "denials", those with "not" or "no", of the pictures where one of them is false (of all, seven
+            in ten are true); or "captions" such as "blue rectangle", made from what the split's own answers reveal;
             `num_incomplete` counts those that do not reveal both; or "names", such a caption and its words alone, each a
             conversation of its own with the object's centre as region; or "texts", the questions put to such a caption in place of the picture, where it
             tells both.
@@ -89,7 +94,7 @@ class EasyVQA:
         Raises: ValueError for a name that does not exist; ImportError or FileNotFoundError, with what to install,
           if the package or its data is missing.
         """
-        kinds = ("questions", "captions", "names", "texts")
+        kinds = ("questions", "denials", "captions", "names", "texts")
         for name, value, known in (("split", split, ("train", "test")), ("kind", kind, kinds)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}.{nearest(value, known)}")
@@ -101,9 +106,13 @@ class EasyVQA:
         self.asked = {image_id: [] for image_id in sorted(self.paths)}  # image id -> its (question, answer)
         for question, answer, image_id in zip(questions, answers, image_ids):
             self.asked[image_id].append((question, answer))
+        if kind == "denials":
+            denials = {image_id: [one for one in asked if is_denial(one[0])] for image_id, asked in self.asked.items()}
+            self.asked = {image_id: asked for image_id, asked in denials.items() if any(answer == "no" for _, answer in asked)}
         self.image_ids = [image_id for image_id, asked in self.asked.items() if asked]
         self.pixels = {}  # image id -> uint8[64, 64, 3], filled as pictures are first asked for
-        revealed = [reveal(self.asked[image_id]) for image_id in self.image_ids] if kind != "questions" else []
+        told = kind in ("captions", "names", "texts")
+        revealed = [reveal(self.asked[image_id]) for image_id in self.image_ids] if told else []
         self.captions = {image_id: caption_of(*words) for image_id, words in zip(self.image_ids, revealed)}
         self.num_incomplete = sum(None in words for words in revealed)  # captions that lack colour or shape
         if kind == "texts":

@@ -90,6 +90,7 @@ def sources():
             [6000],
         ),
         "easy_vqa": lambda seed: EasyVQA(seed=seed + 1, questions_per_picture=6),
+        "easy_vqa_denials": lambda seed: EasyVQA(kind="denials", seed=seed + 2),
     }
 
 
@@ -106,7 +107,7 @@ def rates(rate, *parts, **others):
 
 def stages(size, smoke):
     """The five stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
-    steps = dict(tower=300, language=150, align=50, resolution=50, instruct=800)
+    steps = dict(tower=300, language=150, align=50, resolution=50, instruct=650)
     common = dict(optimizer="muon", warmup_steps=20, precision="bfloat16", max_tokens=128)
     if smoke:
         steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
@@ -136,7 +137,8 @@ def stages(size, smoke):
         Stage(
             "instruct", "language",
             rates(2e-3, "bridge", "embedding", "language_model", "adapters", "vision_branch", vision=3e-4),
-            {"scenes": 7, "scenes_both": 1.5, "easy_vqa": 2.5, "texts": 0.5}, steps["instruct"], batch_size=32,
+            {"scenes": 7, "scenes_both": 1.5, "easy_vqa": 2, "easy_vqa_denials": 0.7, "texts": 0.5}, steps["instruct"],
+            batch_size=48, decay_share=0.5,
             summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}, reading {scenes_reading}", **common,
         ),
     )  # fmt: skip
