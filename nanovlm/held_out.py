@@ -5,8 +5,6 @@ takes the next record of the source instead, as for a damaged one.
 """
 
 import zlib
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -26,27 +24,13 @@ def is_held_out(record):
     return zlib.crc32(record.id.encode()) % EVERY == 0
 
 
-@dataclass
-class Training:
-    """A source without its held-out records: in the place of one stands the next that is not."""
-
-    source: Any
-
-    @property
-    def name(self):
-        """The source's."""
-        return self.source.name
-
-    def __len__(self):
-        return len(self.source)
-
-    def record(self, n):
-        """Record n of the source, or the next that may be trained on. Raises: ValueError if there is none."""
-        for place in range(n, n + IN_A_ROW):
-            record = self.source.record(place)
-            if not is_held_out(record):
-                return record
-        raise ValueError(f"{self.source.name}: {IN_A_ROW} held-out records behind record {n}; records need ids of their own")
+def next_to_train(source, n):
+    """Record n of a source, or the next that is not held out. Raises: ValueError if there is none."""
+    for place in range(n, n + IN_A_ROW):
+        record = source.record(place)
+        if not is_held_out(record):
+            return record
+    raise ValueError(f"{source.name}: {IN_A_ROW} held-out records behind record {n}; records need ids of their own")
 
 
 def held_out(source):

@@ -25,12 +25,13 @@ from nanovlm.data.augment import augmented
 from nanovlm.data.damage import DamageReport
 from nanovlm.data.feed import Feed, Plan
 from nanovlm.data.mixture import Mixture
+from nanovlm.data.records import Changed
 from nanovlm.interrupts import Stopped
 from nanovlm.names import nearest
 from nanovlm.progress import Bar, Log, NoLog, measures_table, plot_curves, say
 from nanovlm.run import text_side
 from nanovlm.saving import Writer
-from nanovlm.held_out import Training
+from nanovlm.held_out import next_to_train
 from nanovlm.guards import MOST_SKIPPED
 from nanovlm.update import NotFinite, TrainingError, gradient, preparation, reading, step
 from nanovlm.watching import Watch
@@ -111,7 +112,7 @@ class Trainer:
         if stage.copy_vision_branch:
             run.model.copy_vision_branch()
         parts = run.parts()
-        chosen = {name: Training(run.sources[name]) if run.held_out else run.sources[name] for name in stage.mixture}
+        chosen = {name: Changed(run.sources[name], next_to_train) if run.held_out else run.sources[name] for name in stage.mixture}
         sources = {name: Later(augmented(source, stage.augmentation, run.seed), self.starts[name])
                    for name, source in chosen.items()}
         prepare = preparation(run, stage)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import interpreter
 from nanovlm.data.batching import build_batch, packed
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.templates import Row
@@ -74,9 +75,8 @@ def learned(model, batch, backend):
     return loss.detach(), trained, {name: gradient for name, gradient in zip(names, found) if gradient is not None}
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_packed_rows_train_as_rows_of_their_own(tiny, backend):
-    model, found = tiny
+def trains_alike(model, found, backend):
+    """Assert that records train a model packed as they do in rows of their own: loss, trained tokens and gradients."""
     apart, together = (batch_of(model, found, pack) for pack in (False, True))
     assert len(apart.ids) == 6 and len(together.ids) < 4 and int(together.segments.max()) >= 2
     assert (together.segments >= 0).sum() == (apart.segments >= 0).sum()
@@ -88,6 +88,15 @@ def test_packed_rows_train_as_rows_of_their_own(tiny, backend):
     for name, gradient in gradients.items():
         close = dict(atol=2e-5 * max(1.0, float(gradient.abs().max())), rtol=1e-4)
         torch.testing.assert_close(ours[name], gradient, **close, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_packed_rows_train_as_rows_of_their_own(tiny, backend):
+    trains_alike(*tiny, backend)
+
+
+def test_packed_rows_under_the_fused_kernels():
+    interpreter.run("packing.py")
 
 
 def test_neighbours_in_a_row_are_not_seen(tiny):

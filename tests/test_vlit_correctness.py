@@ -85,6 +85,7 @@ KITCHEN = Facts(
         (SCENE, "how many red objects are there?", "2", False),
         (SCENE, "is there a blue star?", "yes", True),
         (SCENE, "is there a red circle?", "yes", False),
+        (SCENE, "is there not a red circle?", "yes", None), (SCENE, "is there no blue star?", "no", None),
         (SCENE, "what color is the circle?", "blue", True),
         (SCENE, "what color is the circle?", "red", False),
         (SCENE, "what shape is the red object?", "star", True),

@@ -19,7 +19,7 @@ import train as command_line
 from nanovlm import held_out, trainer, watching
 from nanovlm.checkpoint import CheckpointError
 from nanovlm.data.batching import build_batch
-from nanovlm.data.records import Record, Turn
+from nanovlm.data.records import Changed, Record, Turn
 from nanovlm.guards import FEWEST, SPIKE, Spikes, gradient_origin
 from nanovlm.movement import SAMPLE, Movement, gradient_norms, movement_table, sample
 from nanovlm.recipes import RECIPES
@@ -251,7 +251,7 @@ HELD = [n for n in range(300) if zlib.crc32(str(n).encode()) % 100 == 0]  # 37, 
 
 
 def test_held_out_records_are_never_trained_on():
-    source = held_out.Training(Numbers())
+    source = Changed(Numbers(), held_out.next_to_train)
     seen = [source.record(n).id for n in range(600) if n % 300 != 7]
     assert not set(map(int, seen)) & set(HELD) and len(HELD) == 4
     assert seen[:6] == ["0", "1", "2", "3", "4", "5"] and source.record(37).id == "38" and source.record(337).id == "38"
@@ -264,7 +264,7 @@ def test_records_without_names_of_their_own_are_refused():
             return Record("37", (), ((Turn("user", ("a",)), Turn("assistant", ("b",))),))
 
     with pytest.raises(ValueError, match="numbers: 1000 held-out records behind record 3; records need ids of their own"):
-        held_out.Training(Same()).record(3)
+        Changed(Same(), held_out.next_to_train).record(3)
 
 
 class Named(Squares):

@@ -9,14 +9,15 @@ time).
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy
 from PIL import Image, ImageOps
 
+from nanovlm.data.records import Changed
 from nanovlm.names import nearest
 
 TRIES = 10  # until the picture's own shape, cut to the limits of the ratio, is taken
@@ -61,31 +62,18 @@ class View:
 AUGMENTATIONS = {"none": None, "crop": View(), "crop_flip": View((0.5, 1.0), flip=0.5)}
 
 
-@dataclass(frozen=True)
-class Views:
-    """A source whose pictures are seen through random views; otherwise as the source inside."""
+def through_views(view, seed, source, n):
+    """Record n of a source with a view of its own for every visual input; the frames of a clip share theirs.
 
-    source: Any
-    view: View
-    seed: int
-
-    @property
-    def name(self):
-        """Name of the source inside."""
-        return self.source.name
-
-    def __len__(self):
-        return len(self.source)
-
-    def record(self, n):
-        """Record n with a view of its own for every visual input; the frames of a clip share theirs."""
-        record = self.source.record(n)
-        name = zlib.crc32(self.name.encode())
-        visuals = []
-        for place, visual in enumerate(record.visuals):
-            view = dataclasses.replace(self.view, seed=(self.seed, name, n, place))
-            visuals.append(dataclasses.replace(visual, key=f"{visual.key}, view {view.seed}", view=view))
-        return dataclasses.replace(record, visuals=tuple(visuals))
+    Args: view: View. seed: int, the run's.
+    """
+    record = source.record(n)
+    name = zlib.crc32(source.name.encode())
+    visuals = []
+    for place, visual in enumerate(record.visuals):
+        own = dataclasses.replace(view, seed=(seed, name, n, place))
+        visuals.append(dataclasses.replace(visual, key=f"{visual.key}, view {own.seed}", view=own))
+    return dataclasses.replace(record, visuals=tuple(visuals))
 
 
 def augmented(source, augmentation, seed):
@@ -93,10 +81,10 @@ def augmented(source, augmentation, seed):
 
     Args:
       source: with name, length and record(n). augmentation: a key of AUGMENTATIONS. seed: int, the run's.
-    Returns: the source itself for "none", else Views.
+    Returns: the source itself for "none", else one of as many records.
     Raises: ValueError for an unknown augmentation.
     """
     if augmentation not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {augmentation!r}.{nearest(augmentation, AUGMENTATIONS)}")
     view = AUGMENTATIONS[augmentation]
-    return source if view is None else Views(source, view, seed)
+    return source if view is None else Changed(source, functools.partial(through_views, view, seed))

@@ -5,6 +5,7 @@ any n >= 0, the same one every time, so that the integer n is all that a checkpo
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,29 @@ class Record:
         for part in (part for turns in self.conversations for turn in turns for part in turn.parts):
             if not isinstance(part, str) and not 0 <= part < len(self.visuals):
                 raise ValueError(f"record {self.id!r} mentions visual input {part}; it has {len(self.visuals)}")
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A source of as many records as another, and of its name, that gives others.
+
+    source: with name, length and record(n). change: function (source, n) -> Record n.
+    """
+
+    source: Any
+    change: Callable
+
+    @property
+    def name(self):
+        """The source's."""
+        return self.source.name
+
+    def __len__(self):
+        return len(self.source)
+
+    def record(self, n):
+        """Record n of the source, changed."""
+        return self.change(self.source, n)
 
 
 def check_order(roles, last="assistant"):

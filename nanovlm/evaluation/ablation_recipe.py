@@ -7,11 +7,11 @@ without mPLUG-Owl2's modality-adaptive parts, and which bridge. `ablations.py` l
     python train.py nanovlm/evaluation/ablation_recipe.py --size mam
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from nanovlm.abstractor import Abstractor
 from nanovlm.contrastive import ContrastiveModel, TextTower
+from nanovlm.data.records import Changed
 from nanovlm.data.scene_source import Scenes
 from nanovlm.data.scene_texts import SceneTexts
 from nanovlm.data.templates import NANO
@@ -38,26 +38,6 @@ TEXT_KINDS = {"described": 2.0, "listed": 1.0}
 WORDINGS = (  # what stands around a question when prompts are diversified; "{}" is the question
     "{}", "look at the image. {}", "{} answer with few words.", "question: {}", "i would like to know: {}", "{} be short.",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Changed:
-    """A source whose records are changed. change: function (source, n) -> Record n."""
-
-    source: object
-    change: Callable
-
-    @property
-    def name(self):
-        """The source's."""
-        return self.source.name
-
-    def __len__(self):
-        return len(self.source)
-
-    def record(self, n):
-        """Record n of the source, changed."""
-        return self.change(self.source, n)
 
 
 def reworded(source, n):

@@ -155,7 +155,7 @@ def verify(instruction, response, facts):
 def _existence(question, answer, facts):
     found = EXISTENCE.search(question) or SEE.search(question)
     said = parse_verdict(answer)
-    if not found or said is None:
+    if not found or said is None or re.match(r"not?\b", found[1]):  # "no" to "is there no dog": some mean there is one
         return None
     things = facts.find(re.sub(SEEN, "", found[1]))
     if things is None:
