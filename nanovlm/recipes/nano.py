@@ -137,7 +137,7 @@ def stages(size, smoke):
         Stage(
             "instruct", "language",
             rates(2e-3, "bridge", "embedding", "language_model", "adapters", "vision_branch", vision=3e-4),
-            {"scenes": 7, "scenes_both": 1.5, "easy_vqa": 2, "easy_vqa_denials": 0.7, "texts": 0.5}, steps["instruct"],
+            {"scenes": 6.5, "scenes_both": 1.2, "easy_vqa": 3, "easy_vqa_denials": 0.6, "texts": 0.5}, steps["instruct"],
             batch_size=48, decay_share=0.5,
             summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}, reading {scenes_reading}", **common,
         ),
