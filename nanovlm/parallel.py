@@ -18,6 +18,7 @@ import pickle
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanovlm.names import nearest
@@ -180,7 +181,10 @@ def join(mode, device, shards=None, timeout=600.0):
         device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        # torch tries once more when this time is over
+        store, *_ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout / 2)))
+        store.set_timeout(datetime.timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), store=store, rank=rank, world_size=size)
         return Processes(mode, rank, size, shards or size, timeout), device
     except RuntimeError as error:
         raise ValueError(f"the other processes do not come together ({error}); are they all started, with the same "

@@ -17,6 +17,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import faults  # noqa: E402  (the paths above come first)
 
+PATIENCE = ["--timeout", "60"]  # seconds; who is killed before the processes have met costs the others so many
+
 
 def soak(out, mode, size, kills, seed, flags):
     """One storm, and the comparison: a line for the report."""
@@ -42,7 +44,8 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         out = wishes.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        storms = (("ddp", wishes.kills - wishes.kills // 2, []), ("fsdp", wishes.kills // 2, ["--save-in-background", "--keep", "2"]))
+        storms = (("ddp", wishes.kills - wishes.kills // 2, PATIENCE),
+                  ("fsdp", wishes.kills // 2, [*PATIENCE, "--save-in-background", "--keep", "2"]))
         for line in [soak(out, mode, wishes.processes, kills, wishes.seed, flags) for mode, kills, flags in storms]:
             print(line)
 

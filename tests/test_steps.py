@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanovlm import steps, update
+from nanovlm import parallel, steps, update
 from nanovlm.data.batching import Report
 from nanovlm.parallel import Processes, check_environment, join
 from nanovlm.recipes import RECIPES
@@ -96,6 +96,21 @@ def test_shards_belong_to_fsdp(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="--shards 4 does not divide the 6 processes"):
         join("fsdp", "cpu", shards=4)
+
+
+def test_a_process_that_nobody_meets_gives_up_within_the_timeout(monkeypatch):
+    def nobody(url, timeout):
+        waits.append(timeout.total_seconds())
+        raise RuntimeError("timed out")
+
+    waits = []
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel, "rendezvous", nobody)
+    with pytest.raises(ValueError, match=r"do not come together \(timed out\).*MASTER_ADDR"):
+        join("ddp", "cpu", timeout=8.0)
+    assert waits == [4.0], "torch waits twice"
+
 
 
 def test_one_process_agrees_with_itself():
