@@ -80,7 +80,7 @@ def kill_one(out, mode, size, draw, flags=()):
         time.sleep(draw.uniform(0, 0.05))
         os.kill(started[victim].pid, signal.SIGKILL)
     codes = wait(started)
-    words = "".join(said[rank].read_text()[sizes[rank]:] for rank in range(size) if rank != victim and said[rank].exists())
+    words = "".join(said[rank].read_bytes()[sizes[rank]:].decode() for rank in range(size) if rank != victim and said[rank].exists())
     return codes, words
 
 
