@@ -154,7 +154,7 @@ def _cell(page, left, top, answer, truth):
 
     right = exact_match(answer, truth)
     page.add_patch(Rectangle((left, top), 1.31, 0.66, color=GROUND[right], linewidth=0))
-    _write(page, left + 0.66, top + 0.33, "\n".join(_wrap(said(answer, truth), 18, 3)), INK[right])
+    _write(page, left + 0.66, top + 0.33, "\n".join(_wrap(said(answer, truth), 17, 3)), INK[right])
 
 
 def _wrap(text, width, lines):
