@@ -90,7 +90,7 @@ def hidden(decoder, batch, image_tokens, is_image, wanted=None, lean=True):
     Args:
       decoder: decoder.Decoder. batch: vlm.Batch for which `can_share` holds.
       image_tokens: float[M, N, W]. is_image: bool[B, T].
-      wanted: bool[B, T], positions whose states are returned; None = all.
+      wanted: bool[B, T], positions whose states are returned, none of them padding; None = all.
       lean: bool; where no image token is wanted, the last layer computes no more of them than their keys and values.
     Returns: as the decoder would give for the whole rows: float[B, T, W], zeros at padding; of wanted positions
       float[N, W], row by row.
