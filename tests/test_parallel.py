@@ -45,7 +45,7 @@ def work(rank, out, flags, last=None):
     """One process of a run of `many_recipe`, stopped after step `last`: what it has seen."""
     seen = {"optimizers": [], "exchanged": []}
     build, add_up = optimizer.build, wrapping.add_up
-    optimizer.build = lambda parts, stage: seen["optimizers"].append(build(parts, stage)) or seen["optimizers"][-1]
+    optimizer.build = lambda *arguments: seen["optimizers"].append(build(*arguments)) or seen["optimizers"][-1]
     wrapping.add_up = lambda state, bucket: seen["exchanged"].append(bucket.buffer().numel()) or add_up(state, bucket)
     many.READ.clear()
     parser = train.make_parser()
