@@ -76,7 +76,7 @@ def draw(table, ablation, path):
             panel.barh(place, sum(values) / len(values), color="#88aacc", height=0.6)
             panel.plot([min(values), max(values)], [place] * 2, color="#223355", linewidth=1.5)
             panel.plot(values, [place] * len(values), "o", color="#223355", markersize=3)
-        panel.set(xlim=(0, 1), xlabel="share right")
+        panel.set(xlim=(0, 1), xticks=(0, 0.5, 1), xlabel="share right")
         panel.set_title(column, fontsize="medium", parse_math=False)
         panel.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(names)), names, parse_math=False)
