@@ -15,15 +15,15 @@ import numpy
 import torch
 
 from nanovlm import recipes
-from nanovlm.chat import Chat
+from nanovlm.generation.chat import Chat
 from nanovlm.data import images, video
-from nanovlm.data.scene_parsing import parse_scene
+from nanovlm.data.scene_questions import parse_scene
 from nanovlm.data.scenes import render
 from nanovlm.evaluation import attention_maps
-from nanovlm.fast_decode import FastDecoder
+from nanovlm.generation.fast_decode import FastDecoder
 from nanovlm.names import nearest
 from nanovlm.vlm import VLM
-from nanovlm.workspace import Workspace
+from nanovlm.generation.prefill import Workspace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMMANDS = ("/image", "/video", "/reset", "/exit")

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.checkpoint import CheckpointError, complete
-from nanovlm.interrupts import Stopped, StopRequests
+from nanovlm.training.checkpoint import CheckpointError, complete
+from nanovlm.training.progress import StopRequests, Stopped
 from nanovlm.names import nearest
-from nanovlm.parallel import join, leave
+from nanovlm.training.processes import join, leave
 from nanovlm.recipes import find
-from nanovlm.recipes.plan import plan
-from nanovlm.recipes.start import make_run
-from nanovlm.trainer import Trainer
-from nanovlm.update import TrainingError
+from nanovlm.training.cost import plan
+from nanovlm.training.start import make_run
+from nanovlm.training.trainer import Trainer
+from nanovlm.training.update import TrainingError
 
 
 class Parser(argparse.ArgumentParser):

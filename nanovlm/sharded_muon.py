@@ -6,7 +6,7 @@ only the direction is gathered, made orthogonal by every process in the same way
 
 import torch
 
-from nanovlm.parallel import shard_of
+from nanovlm.training.processes import shard_of
 
 
 class ShardedMuon(torch.optim.Optimizer):

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm import shared_prefix
+from nanovlm.training import shared_prefix
 from nanovlm.attention import BACKENDS, causal, causal_rows
 from nanovlm.cross_attention import gather_media
-from nanovlm.linear_cross_entropy import LARGE_VOCABULARY, linear_cross_entropy
+from nanovlm.training.linear_cross_entropy import LARGE_VOCABULARY, linear_cross_entropy
 from nanovlm.modality_adaptive import ModalityAdaptive
 from nanovlm.names import nearest
 

@@ -12,7 +12,7 @@
 # **Time**: 25 minutes to read, half a minute to run on one core.
 #
 # **Reads**: `nanovlm/vlm.py`, `nanovlm/vit.py`, `nanovlm/resampler.py`, `nanovlm/decoder.py`, `nanovlm/contrastive.py`,
-# `nanovlm/optimizer.py`, `nanovlm/stages.py`, `nanovlm/sampler.py`, `nanovlm/data/scene_source.py`, `nanovlm/data/scenes.py`, `nanovlm/data/records.py`,
+# `nanovlm/training/optimizer.py`, `nanovlm/training/stages.py`, `nanovlm/generation/sampler.py`, `nanovlm/data/scene_questions.py`, `nanovlm/data/scenes.py`, `nanovlm/data/records.py`,
 # `nanovlm/data/tokenizer.py`, `nanovlm/data/templates.py`, `nanovlm/data/batching.py`
 #
 # A vision-language model (VLM) looks at a picture and answers in words. It needs three parts: something that
@@ -30,18 +30,18 @@ import solutions
 import torch
 from lesson import grouped_bars, show_pictures, show_source
 
-from nanovlm import optimizer
+from nanovlm.training import optimizer
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import build_batch, contrastive_batch, pixels_of, prompt_row
 from nanovlm.data.records import Record, Visual
-from nanovlm.data.scene_source import Scenes, majority_baseline
+from nanovlm.data.scene_questions import Scenes, majority_baseline
 from nanovlm.data.scenes import COLORS, SHAPES
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.resampler import Resampler
-from nanovlm.sampler import Decoding, generate
-from nanovlm.stages import Stage
+from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, VLM
 

@@ -11,8 +11,8 @@
 #
 # **Time**: 20 minutes to read, one minute to run on one core.
 #
-# **Reads**: `nanovlm/cross_attention.py`, `nanovlm/decoder.py`, `nanovlm/vlm.py`, `nanovlm/optimizer.py`,
-# `nanovlm/stages.py`, `nanovlm/data/batching.py`, `nanovlm/data/templates.py`
+# **Reads**: `nanovlm/cross_attention.py`, `nanovlm/decoder.py`, `nanovlm/vlm.py`, `nanovlm/training/optimizer.py`,
+# `nanovlm/training/stages.py`, `nanovlm/data/batching.py`, `nanovlm/data/templates.py`
 #
 # Flamingo (arXiv:2204.14198) teaches a frozen language model to see by putting new blocks *between* its layers. A new
 # block is random, and a random block in front of every layer is the end of any language model. Its answer is two numbers
@@ -31,12 +31,12 @@ import solutions
 import torch
 from lesson import show_source
 
-from nanovlm import optimizer
+from nanovlm.training import optimizer
 from nanovlm.cross_attention import GatedCrossAttention
 from nanovlm.data.batching import build_batch
 from nanovlm.data.templates import NANO
 from nanovlm.decoder import Decoder, DecoderLayer, LayerOptions
-from nanovlm.stages import Stage
+from nanovlm.training.stages import Stage
 from nanovlm.vlm import VLM
 
 SEED = 0

@@ -11,7 +11,7 @@
 #
 # **Time**: 20 minutes to read, a minute to run on one core.
 #
-# **Reads**: `nanovlm/stages.py`, `nanovlm/movement.py`, `nanovlm/optimizer.py`, `nanovlm/vit.py`,
+# **Reads**: `nanovlm/training/stages.py`, `nanovlm/training/diagnostics.py`, `nanovlm/training/optimizer.py`, `nanovlm/vit.py`,
 # `nanovlm/recipes/mplug_owl2.py`
 #
 # None of the papers trains its model in one go. A stage frees some parts, freezes all others, and often shows larger
@@ -30,10 +30,10 @@ import solutions
 import torch
 from lesson import show_source
 
-from nanovlm.movement import Movement
-from nanovlm.optimizer import groups
+from nanovlm.training.diagnostics import Movement
+from nanovlm.training.optimizer import groups
 from nanovlm.recipes import RECIPES, mplug_owl2
-from nanovlm.stages import PARTS
+from nanovlm.training.stages import PARTS
 from nanovlm.vit import resize_positions
 
 SEED = 0

@@ -11,8 +11,8 @@
 #
 # **Time**: 35 minutes to read, a minute to run on one core.
 #
-# **Reads**: `nanovlm/attention.py`, `nanovlm/fused_norm.py`, `nanovlm/flash_kernels.py`,
-# `nanovlm/flash_attention.py`, `nanovlm/bench_cases.py`
+# **Reads**: `nanovlm/attention.py`, `notebooks/support/fused_norm.py`, `nanovlm/flash_attention.py`,
+# `nanovlm/flash_attention.py`, `nanovlm/bench/kernels.py`
 #
 # Attention is two matrix products with a softmax between. A GPU's tensor cores do such products faster than its
 # memory can hand them numbers, so whoever writes the scores to memory and reads them again waits for the memory. This
@@ -33,10 +33,10 @@ import torch
 from lesson import show_source
 
 from nanovlm.attention import causal, causal_rows, reference, sliding_window
-from nanovlm.bench_cases import BYTES, FLOPS, Case
-from nanovlm.fused_norm import forward_kernel, rms_norm
+from nanovlm.bench.kernels import BYTES, Case, FLOPS
+from fused_norm import forward_kernel, rms_norm
 from nanovlm.flash_attention import flash_attention, seen_by
-from nanovlm.flash_kernels import edges, see
+from nanovlm.flash_attention import edges, see
 
 SEED = 0
 torch.manual_seed(SEED);

@@ -25,17 +25,17 @@ import ablation_table
 import torch
 from ablation_table import write
 
-from nanovlm import optimizer
+from nanovlm.training import optimizer
 from nanovlm.abstractor import Abstractor
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import build_batch, contrastive_batch
-from nanovlm.data.scene_source import Scenes, majority_baseline
+from nanovlm.data.scene_questions import Scenes, majority_baseline
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.resampler import Resampler
-from nanovlm.stages import Stage
+from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import IGNORE, VLM
 

@@ -21,15 +21,15 @@ import torch
 import torch.nn.functional as F
 from ablation_table import write
 
-from nanovlm import optimizer
+from nanovlm.training import optimizer
 from nanovlm.data.batching import build_batch
-from nanovlm.data.scene_source import Scenes
-from nanovlm.data.scene_texts import SceneTexts
+from nanovlm.data.scene_questions import Scenes
+from nanovlm.data.scene_questions import SceneTexts
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.resampler import Resampler
-from nanovlm.stages import Stage
+from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import IGNORE, VLM
 

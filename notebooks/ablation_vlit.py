@@ -30,9 +30,9 @@ from ablation_04 import (
 )  # fmt: skip
 
 from nanovlm.data.llava_json import LlavaJson
-from nanovlm.data.scene_source import Scenes
+from nanovlm.data.scene_questions import Scenes
 from nanovlm.evaluation.agreement import pearson
-from nanovlm.stages import Stage
+from nanovlm.training.stages import Stage
 from nanovlm.vlit import annotation_files, filtering
 from nanovlm.vlit.__main__ import Parser
 from nanovlm.vlit.correctness import facts_of

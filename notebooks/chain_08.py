@@ -22,15 +22,15 @@ from ablation_04 import KINDS, NUM_HEADS, WIDTH, captions, records, train
 
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import build_batch, contrastive_batch
-from nanovlm.data.scene_source import Scenes
-from nanovlm.data.scene_texts import SceneTexts
+from nanovlm.data.scene_questions import Scenes
+from nanovlm.data.scene_questions import SceneTexts
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
-from nanovlm.movement import Movement
+from nanovlm.training.diagnostics import Movement
 from nanovlm.projector import PixelShuffleProjector
-from nanovlm.run import all_parts
-from nanovlm.stages import Stage
+from nanovlm.training.processes import all_parts
+from nanovlm.training.stages import Stage
 from nanovlm.vlm import IGNORE, VLM
 
 LARGE, SMALL = 48, 32  # pixels

@@ -9,7 +9,7 @@ from torch import nn
 from nanovlm.adapter import Adapter
 from nanovlm.attention import Visible, attention, full
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
-from nanovlm.logits_processors import top_p
+from nanovlm.generation.logits_processors import top_p
 from nanovlm.modality_adaptive import ModalityAdaptive, route
 from nanovlm.projector import LinearProjector
 from nanovlm.vit import ViT, ViTConfig, resize_positions

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from PIL import Image
 
-from nanovlm.evaluation.exam import exam_records
-from nanovlm.evaluation.pictures import answers_over_time, exam_moments, exam_questions
+from nanovlm.recipes.nano_tests import exam_records
+from nanovlm.recipes.nano_tests import answers_over_time, exam_moments, exam_questions
 
 PICTURE = Path(__file__).resolve().parent / "figures" / "answers_over_time.png"
 MOMENTS = 6  # columns

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nanovlm.evaluation.nano_results import BLANK, BY_KIND, NAMES, results_table
+from nanovlm.recipes.nano_tests import BLANK, BY_KIND, NAMES, results_table
 from nanovlm.names import nearest
 from nanovlm.recipes import find
 from nanovlm.recipes import table as models
@@ -63,7 +63,7 @@ MAP = {  # heading -> files in reading order
         "compare", "__main__")),
     "Measuring speed": tuple(f"nanovlm/{name}.py" for name in (
         "bench", "bench_train", "bench_cases", "bench_compile", "bench_sass", "bench_kernels")),
-    "Small help": ("nanovlm/names.py", "nanovlm/provenance.py"),
+    "Small help": ("nanovlm/names.py", "nanovlm/machine.py"),
     "Around the lessons": tuple(f"notebooks/{name}.py" for name in (
         "lesson", "checks", "solutions", "ablation_table", "ablation_04", "ablation_07", "chain_08", "ablation_vlit", "quality_memory", "build",
         "results", "readme_tables", "figures")),

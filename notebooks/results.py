@@ -21,9 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 import torch
 from readme_tables import RESULTS, TESTS, fill
 
-from nanovlm.provenance import commit, machine
+from nanovlm.machine import commit, machine
 from nanovlm.recipes import find
-from nanovlm.recipes.start import DEFAULT_THREADS
+from nanovlm.training.start import DEFAULT_THREADS
 
 README = ROOT / "README.md"
 FLAGS = ("init", "data", "images", "datasets")  # of train.py, kept in config.json under these names

@@ -13,7 +13,7 @@ from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.records import Record, Visual
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.resampler import Resampler
-from nanovlm.stages import Stage
+from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 

@@ -8,10 +8,10 @@ import torch
 from nanovlm import recipes
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder
-from nanovlm.layouts import LLAMA, llama_config
+from nanovlm.published.language import LLAMA, llama_config
 from nanovlm.vit import ViT, ViTConfig
-from nanovlm.weight_files import write_checkpoint
-from nanovlm.weights import to_published
+from nanovlm.published.weights import write_checkpoint
+from nanovlm.published.weights import to_published
 from tests.random_models import randomise
 
 WORDS = ["what is in the picture? a red circle and a blue star, left of a green square.", "user: describe\nbot: yes"] * 9

@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from nanovlm import recipes
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.recipes.__main__ import main
-from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch
-from nanovlm.weights import to_ours
+from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
+from nanovlm.published.weights import to_ours
 
 
 def make_batch(model, rows, side="right", pad=0):

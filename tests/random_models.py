@@ -6,7 +6,7 @@ from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.projector import MLPProjector
 from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT, ViTConfig
-from nanovlm.vlm import IGNORE, IMAGE_TOKEN, VLM, Batch
+from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, VLM
 
 
 def randomise(module, spread=0.2):

@@ -18,11 +18,12 @@ import train
 from nanovlm.data import __main__ as data_command
 from nanovlm.data.datasets import command_line_sources
 from nanovlm.evaluation import __main__ as evaluation_command
-from nanovlm.evaluation.exam import Exam, exam_records
-from nanovlm.evaluation.pictures import exam_questions
-from nanovlm.bench import make_parser as bench_parser
+from nanovlm.recipes.nano_tests import Exam, exam_records
+from nanovlm.recipes.nano_tests import exam_questions
+from nanovlm.bench.decode import make_parser as bench_parser
 from nanovlm.recipes import __main__ as recipes_command
-from nanovlm.recipes import find, start
+from nanovlm.recipes import find
+from nanovlm.training import start
 from nanovlm.vlit import __main__ as vlit_command
 
 ROOT = Path(__file__).resolve().parent.parent

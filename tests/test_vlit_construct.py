@@ -16,7 +16,7 @@ from PIL import Image
 
 from nanovlm.data.llava_json import LlavaJson
 from nanovlm.decoder import Decoder
-from nanovlm.layouts import LLAMA, llama_config
+from nanovlm.published.language import LLAMA, llama_config
 from nanovlm.vlit import __main__ as command_line
 from nanovlm.vlit import adaption
 from nanovlm.vlit.annotation_files import read

@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.images import to_pixels
 from nanovlm.data.tokenizer import train_tokenizer
-from nanovlm.pair_layouts import CLIP_PAIR, clip_pair
+from nanovlm.published.vision import CLIP_PAIR, clip_pair
 from nanovlm.recipes.recipe import from_file
-from nanovlm.recipes.start import build_models
-from nanovlm.run import text_side
+from nanovlm.training.start import build_models
+from nanovlm.training.processes import text_side
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlit import annotation_files
 from nanovlm.vlit.correctness import Facts, Thing, facts_of, known, verify
 from nanovlm.vlit.matching import BEGIN, END, grounding, load_encoder, own_encoder
 from nanovlm.vlit.samples import sample
 from nanovlm.vlit.votes import judge_chat, vote
-from nanovlm.weight_files import write_checkpoint
+from nanovlm.published.weights import write_checkpoint
 from tests.random_models import randomise
 
 TINY = Path(__file__).parent / "tiny_recipe.py"

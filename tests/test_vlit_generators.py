@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from nanovlm.data.templates import NANO
-from nanovlm.recipes.opening import Loaded
+from nanovlm.published.load import Loaded
 from nanovlm.vlit import asking
 from nanovlm.vlit.annotation_files import read
 from nanovlm.vlit.annotations import Picture

@@ -10,7 +10,7 @@ from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.projector import MLPProjector
 from nanovlm.recipes.recipe import Recipe
-from nanovlm.stages import Stage
+from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 

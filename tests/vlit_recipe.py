@@ -9,7 +9,7 @@ import tiny_recipe
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.projector import MLPProjector
-from nanovlm.stages import Stage
+from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 

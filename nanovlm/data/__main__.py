@@ -20,8 +20,8 @@ import torch
 
 from nanovlm.data.batching import Report, build_batch
 from nanovlm.data.convert import convert
-from nanovlm.data.formats import Job
-from nanovlm.data.mixture import Mixture
+from nanovlm.data.convert import Job
+from nanovlm.data.feed import Mixture
 from nanovlm.data.show import legend, paint, use_color
 from nanovlm.data.tar_shards import write_index
 from nanovlm.names import nearest
@@ -85,8 +85,8 @@ def show(wishes, color):
     """
     # recipes stand above data: only this command line knows both
     from nanovlm.recipes import find
-    from nanovlm.recipes.sources import find_sources
-    from nanovlm.recipes.start import build_models, choose_size, choose_stages
+    from nanovlm.training.start import find_sources
+    from nanovlm.training.start import build_models, choose_size, choose_stages
 
     if wishes.n < 1:
         raise ValueError(f"-n {wishes.n}: at least one record must be shown")

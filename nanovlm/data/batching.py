@@ -3,15 +3,70 @@
     B rows, T tokens, F frames, M visual inputs, S appearances of visual inputs, S x S also a picture's size in pixels
 """
 
-from dataclasses import dataclass
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
+from PIL import Image
 
 from nanovlm.data import images, templates
-from nanovlm.data.frame_cache import FRAMES
-from nanovlm.vlm import IGNORE, Batch
+from nanovlm.data.images import CLIP, Preprocessing
+from nanovlm.vlm import Batch, IGNORE
+
+
+# Picture files that were decoded and resized before, as many as fit into a fixed amount of memory.
+#
+# A key names the file as it stands on the disk (path, size in bytes, time of its last change), so that a picture that was
+# replaced is read anew. What was used longest ago goes first.
+
+
+MAX_BYTES = 256 * 2**20  # about 800 pictures of 336 x 336 pixels, or 20,000 of 64 x 64
+
+
+class FrameCache:
+    """Arrays by key, at most `max_bytes` of them; several threads may use it."""
+
+    def __init__(self, max_bytes=MAX_BYTES):
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self.arrays = OrderedDict()  # the longest unused first
+        self.lock = threading.Lock()
+
+    def get(self, path, how, make):
+        """The array of a picture file, made only if it is not there.
+
+        Args:
+          path: str or Path of the file. how: hashable, all else that decides the array. make: () -> numpy array.
+        Returns: uint8 array that cannot be written to.
+        Raises: whatever make raises; nothing is kept then.
+        """
+        try:
+            status = os.stat(path)
+        except OSError:
+            return make()  # which says what is wrong with the file
+        key = (str(path), status.st_size, status.st_mtime_ns, how)
+        with self.lock:
+            if key in self.arrays:
+                self.arrays.move_to_end(key)
+                return self.arrays[key]
+        array = make()
+        array.setflags(write=False)
+        with self.lock:
+            if key not in self.arrays:
+                self.arrays[key] = array
+                self.num_bytes += array.nbytes
+            while self.num_bytes > self.max_bytes:
+                _, dropped = self.arrays.popitem(last=False)
+                self.num_bytes -= dropped.nbytes
+        return array
+
+
+FRAMES = FrameCache()
 
 
 @dataclass
@@ -260,3 +315,57 @@ def _pad(documents, max_tokens, pad_to, pad):
             segments[b, start:stop] = segment
             positions[b, start:stop] = range(stop - start)
     return tuple(torch.from_numpy(values) for values in (ids, labels, segments, positions))
+
+
+# Records made ready for a stage: pictures decoded and fitted, conversations written as rows.
+#
+# All of it needs no model, so that workers can do it ahead of the training; what they hand over is a record again, whose
+# batch is the same to the last bit as that of the record they were given.
+
+
+CHARACTERS = 4  # of English text in one token, roughly
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What one stage does with a record before it can be batched.
+
+    image_size, fit, preprocessing: as in images.to_pixels.
+    template, tokenizer, num_image_tokens, max_tokens: as in batching.build_batch. Without a template (a contrastive
+      stage) only the pictures are made ready, and every record must be one picture with captions.
+    """
+
+    image_size: int
+    fit: str
+    preprocessing: Preprocessing = CLIP
+    template: Any = None
+    tokenizer: Any = None
+    num_image_tokens: Callable | None = None
+    max_tokens: int = 0
+
+    def __call__(self, record):
+        """The record with its pictures fitted and its rows written.
+
+        Raises: ValueError (images.ImageError among them) or OSError, naming record or file, if a picture cannot be
+          used or a conversation gives no row.
+        """
+        rows = ()
+        if self.template is None:
+            captions_of(record)  # before its picture is changed
+        else:
+            rows = tuple(rows_of(record, self.template, self.tokenizer, self.num_image_tokens, self.image_size))
+            for where, row in rows:
+                checked(row, self.max_tokens, Report(), where)  # cut and counted when the batch is built
+        return replace(record, visuals=tuple(map(self._visual, record.visuals)), rows=rows)
+
+    def _visual(self, visual):
+        if visual.view is None and all(isinstance(frame, Image.Image) for frame in visual.frames):
+            return visual  # in memory already
+        squares = (fitted(frame, visual.view, self.image_size, self.fit, self.preprocessing) for frame in visual.frames)
+        return replace(visual, frames=tuple(map(Image.fromarray, squares)), view=None)
+
+    def length(self, record):
+        """About how many tokens a record has, without tokenising it: int."""
+        characters = sum(len(turn.text) for turns in record.conversations for turn in turns)
+        visuals = (self.num_image_tokens(self.image_size, len(visual.frames)) for visual in record.visuals)
+        return characters // CHARACTERS + sum(visuals)

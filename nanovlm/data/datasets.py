@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy
 
 from nanovlm.data.llava_json import LlavaJson
-from nanovlm.data.picture_formats import asked
+from nanovlm.data.convert import asked
 from nanovlm.data.records import Turn
 from nanovlm.data.tar_shards import TarShards
 from nanovlm.names import nearest

@@ -9,16 +9,198 @@ and on how many processes an update is spread change nothing of it, and a resume
 """
 
 import itertools
+import json
+import math
+import os
 import signal
 import time
 import weakref
 from collections import deque
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 
 import numpy
 import torch
 from torch.utils.data import DataLoader
 
-from nanovlm.data.damage import MAX_IN_A_ROW, usable
+from nanovlm.names import nearest
+
+
+# Mixture: several sources read together, each in an exact share.
+#
+# The next record comes from the source that is furthest behind its share, so that after n records every source has
+# given its share of n to within a record or so, in every run, without a random draw.
+
+
+class Course:
+    """One source after another: the first `lengths[0]` records from the first, and so on; the last has no end.
+
+    Args:
+      sources: list of sources, easy ones first. lengths: list of int, one fewer.
+    """
+
+    def __init__(self, sources, lengths):
+        if len(lengths) != len(sources) - 1 or min(lengths, default=1) < 1:
+            raise ValueError(f"{len(sources)} sources and lengths {lengths}; every source but the last needs a length from 1")
+        self.name, self.sources, self.lengths = sources[-1].name, sources, lengths
+
+    def __len__(self):
+        return sum(self.lengths) + len(self.sources[-1])
+
+    def record(self, n):
+        """Record n of the whole course."""
+        for source, length in zip(self.sources, self.lengths):
+            if n < length:
+                return source.record(n)
+            n -= length
+        return self.sources[-1].record(n)
+
+
+class Mixture:
+    """Reads sources in proportion to their weights.
+
+    A source has `name`, `__len__` and `record(n)`; its cursor is the number of records drawn from it.
+    """
+
+    def __init__(self, sources, weights):
+        """
+        Args:
+          sources: dict name -> source.
+          weights: dict name -> positive number, relative; only the sources named here are read.
+        Raises: ValueError for a name without a source, no weights, or a weight that is not positive and finite.
+        """
+        if not weights:
+            raise ValueError("a mixture needs at least one weight: {name: weight}")
+        for name, weight in weights.items():
+            if name not in sources:
+                raise ValueError(f"no source is called {name!r}.{nearest(name, sources)}")
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"source {name!r} has weight {weight}; it must be positive, or the source left out")
+        exact = {name: Fraction(str(float(weight))) for name, weight in weights.items()}  # as written, not as stored
+        denominator = math.lcm(*(weight.denominator for weight in exact.values()))
+        self.sources = {name: sources[name] for name in weights}
+        self.shares = {name: int(weight * denominator) for name, weight in exact.items()}
+        self.drawn = dict.fromkeys(weights, 0)
+
+    def draw(self):
+        """(name, n): which record comes next, of the source furthest behind; ties go to the one named first."""
+        count, total = sum(self.drawn.values()) + 1, sum(self.shares.values())
+        behind = {name: count * share - self.drawn[name] * total for name, share in self.shares.items()}
+        name = max(behind, key=behind.get)
+        self.drawn[name] += 1
+        return name, self.drawn[name] - 1
+
+    def next(self):
+        """(name, record): the record that `draw` names."""
+        name, n = self.draw()
+        return name, self.sources[name].record(n)
+
+    def state(self):
+        """dict name -> int, records drawn: all that a resume needs."""
+        return dict(self.drawn)
+
+    def load_state(self, state):
+        """Continue where `state()` was taken.
+
+        Raises: ValueError if the names are not this mixture's or a count is no whole number >= 0.
+        """
+        if set(state) != set(self.drawn):
+            both = f"the saved mixture reads {sorted(state)}, this one {sorted(self.drawn)}"
+            raise ValueError(f"{both}; resume with the same sources")
+        for name, drawn in state.items():
+            if not isinstance(drawn, int) or drawn < 0:
+                raise ValueError(f"source {name!r}: {drawn!r} records drawn; a whole number >= 0 was expected")
+        self.drawn = {name: state[name] for name in self.drawn}  # order decides ties
+
+
+# Damaged records: counted, named in a file, and too many of them stop the run.
+#
+#     damaged.jsonl, one JSON object a line:
+#     {"stage", "step", "source", "record": n, "id": its own name if it could be read, "error", "replaced_by": n}
+#
+# A record that cannot be used is replaced by the next of its source, never by a random other, so that what a run trains
+# on stays a function of the data alone: not of the number of workers, nor of where it was interrupted.
+
+
+MAX_IN_A_ROW = 100  # damaged records one behind the other; then something else is wrong than a record
+FEW = 100  # records; the share of damaged ones is taken of at least so many
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One record that could not be used. record, replaced_by: its number and the next one's, in its source."""
+
+    source: str
+    record: int
+    id: str | None
+    error: str
+    replaced_by: int
+
+
+def usable(source, name, n, prepare):
+    """Record n of a source made ready, or the next one that can be.
+
+    Args:
+      source: with record(n). name: str. n: int.
+      prepare: function(Record) -> Record that raises ValueError or OSError for what cannot be used.
+    Returns: (Record, or None if MAX_IN_A_ROW in a row are damaged; tuple of Damage).
+    """
+    damaged = []
+    for place in range(n, n + MAX_IN_A_ROW):
+        record = None
+        try:
+            record = source.record(place)
+            return prepare(record), tuple(damaged)
+        except (ValueError, OSError) as error:
+            damaged.append(Damage(name, place, record and record.id, str(error), place + 1))
+    return None, tuple(damaged)
+
+
+class DamageReport:
+    """The file of a run's damaged records, and their count in a stage."""
+
+    def __init__(self, path, stage, step, limit):
+        """
+        Args:
+          path: Path of the file; lines of steps after `step` are forgotten, and one that a kill cut short.
+          stage: str. step: int, optimizer steps of the whole run that are done.
+          limit: share of the records that may be damaged.
+        """
+        self.path, self.stage, self.limit, self.count = path, stage, limit, 0
+        if path.exists():
+            self._cut(step)
+
+    def _cut(self, step):
+        kept = 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line) if line.endswith(b"\n") else {"step": step + 1}
+                except ValueError:
+                    break
+                if entry["step"] > step:
+                    break
+                kept += len(line)
+                self.count += entry["stage"] == self.stage
+        os.truncate(self.path, kept)
+
+    def add(self, step, damaged, read):
+        """Write down what was damaged in a step.
+
+        Args:
+          step: int, of the whole run. damaged: list of Damage. read: int, records of the stage so far.
+        Raises: ValueError if they are too many now.
+        """
+        if not damaged:
+            return
+        with open(self.path, "a") as file:
+            file.writelines(json.dumps({"stage": self.stage, "step": step} | asdict(one)) + "\n" for one in damaged)
+        self.count += len(damaged)
+        if self.count > self.limit * max(read, FEW):
+            raise ValueError(
+                f"{self.count} of {read} records are damaged, more than max_damaged {self.limit:g} allows (all are listed in "
+                f"{self.path}); the last: {damaged[-1].error}"
+            )
 
 
 class Plan:

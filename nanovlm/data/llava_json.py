@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nanovlm.data.json_files import PACKED, read_at, records
 from nanovlm.data.records import Record, Turn, Visual, check_order, permutation
-from nanovlm.data.video import SAMPLINGS, Clip
+from nanovlm.data.video import Clip, SAMPLINGS
 from nanovlm.names import nearest
 
 PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"

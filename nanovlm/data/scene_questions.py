@@ -4,7 +4,18 @@ Every question has exactly one right, short answer by construction: what is ambi
 is not asked. Training never names a held-out colour-shape pair, not even to say that it is absent.
 """
 
-from nanovlm.data.scenes import COLORS, SHAPES, TRAIN_PAIRS, pick, symbol_centres
+import re
+from collections import Counter
+
+import numpy as np
+
+from nanovlm.data.records import Record, Turn, Visual
+from nanovlm.data.scenes import (
+    ALPHABET, COLORS, HELD_OUT, in_held_out_fifth, MIN_CANVAS, pick, place_object, place_string, render,
+    sample_scene, sample_string, Scene, SHAPES, SIZES, SPLITS, symbol_centres, TRAIN_PAIRS,
+)
+from nanovlm.names import nearest
+
 
 REGION_MARGIN = 2.0  # pixels an object's centre keeps from the borders of its ninth of the picture
 RELATION_MARGIN = 4.0  # pixels between two centres before one is called left of or above the other
@@ -213,3 +224,386 @@ def ask(scene, rng, number, weights, pairs=TRAIN_PAIRS):
             if len(found) == number:
                 break
     return list(found.values())
+
+
+# Text-only instructions: scenes in words, small facts, and plain captions, for training the language model alone.
+#
+# No picture belongs to them. The same colour-shape pairs and strings are held out as from the pictures, and a part of
+# their own: a fixed fifth of all described scenes, sums, spellings and phrases is only in the split "new".
+
+
+OPPOSITES = (("left", "right"), ("above", "below"), ("big", "small"), ("top", "bottom"), ("yes", "no"),
+             ("hot", "cold"), ("light", "dark"), ("up", "down"), ("day", "night"), ("old", "new"))
+PHRASE_WORDS = tuple(word for pair in OPPOSITES for word in pair)
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+STREAM = 100  # added to the split's number, so that pictures of the same seed draw other random numbers
+CAPTION_QUESTIONS = {name: 1.0 for name in QUESTIONS if name != "relation"}  # a caption does not tell all relations
+
+
+def _related(rng):
+    """Two different pairs in a relation: (one, relation, other), the pairs in words."""
+    one, other = pick(rng, TRAIN_PAIRS), pick(rng, TRAIN_PAIRS)
+    while other == one:
+        other = pick(rng, TRAIN_PAIRS)
+    return " ".join(one), pick(rng, RELATIONS), " ".join(other)
+
+
+def _sentence(one, relation, other):
+    return f"{with_article(one)} is {relation} {with_article(other)}"
+
+
+def _described_relation(rng):
+    """One sentence and a question about it, which turns it round in half of the cases."""
+    one, relation, other = _related(rng)
+    sentence = _sentence(one, relation, other)
+    if rng.random() < 0.5:
+        one, relation, other = other, OPPOSITE_RELATIONS[relation], one
+    if rng.random() < 0.5:
+        return f"{sentence}. what is {relation} the {other}?", one, sentence
+    present = rng.random() < 0.5
+    asked = relation if present else OPPOSITE_RELATIONS[relation]
+    return f"{sentence}. is the {one} {asked} the {other}?", "yes" if present else "no", sentence
+
+
+def _opposite(rng):
+    pair = pick(rng, OPPOSITES)
+    word, opposite = pair if rng.random() < 0.5 else pair[::-1]
+    return f"what is the opposite of {word}?", opposite, None
+
+
+def _addition(rng):
+    """Sums up to 18; a sum and its commuted form are held out together."""
+    one, other = int(rng.random() * 10), int(rng.random() * 10)
+    return f"what is {one} plus {other}?", str(one + other), f"{min(one, other)} plus {max(one, other)}"
+
+
+def _spelling(rng):
+    string = sample_string(rng)
+    return f"spell {string}.", " ".join(string), f"spell {string}"
+
+
+def _next_letter(rng):
+    at = int(rng.random() * (len(LETTERS) - 1))
+    return f"which letter comes after {LETTERS[at]}?", LETTERS[at + 1], None
+
+
+def _word_of_phrase(rng):
+    words = [pick(rng, PHRASE_WORDS) for _ in range(pick(rng, (2, 3, 4)))]
+    phrase, end = " ".join(words), pick(rng, ("first", "last"))
+    return f"what is the {end} word of: {phrase}", words[0 if end == "first" else -1], phrase
+
+
+# Each: rng -> (question, answer, text that decides whether it is held out; None = trained as a whole, never "new").
+FACTS = {"described_relation": _described_relation, "opposite": _opposite, "addition": _addition, "spelling": _spelling,
+         "next_letter": _next_letter, "word_of_phrase": _word_of_phrase}
+DESCRIPTIONS = {  # how a scene is told, and what can then be asked about it
+    "described": (caption, CAPTION_QUESTIONS),
+    "listed": (caption_words, {name: 1.0 for name in ("color", "shape", "count", "existence", "reading")}),
+}
+TEXT_TYPES = (*DESCRIPTIONS, *FACTS, "plain_caption")
+NOT_HELD_OUT = ("opposite", "next_letter")
+
+
+class SceneTexts:
+    """Source of text-only records of one conversation each; endless, `length` is what counts as an epoch."""
+
+    def __init__(self, split="train", seed=0, max_objects=4, string_share=0.3, weights=None, length=10_000,
+                 questions_per_text=1):
+        """
+        Args:
+          split: "train" or "new" (only the held-out part; opposites and letters have none and are absent from it).
+          seed: int, 0 or more.
+          max_objects: at most this many objects in a described scene.
+          string_share: share of described scenes with a text, 0 to 1.
+          weights: {type: weight}, types as in TEXT_TYPES; one left out is never used. None = all equally often.
+            "described" and "listed" give records of the kinds "described_color", "listed_count", …
+          length: records per epoch; record(n) goes on beyond it with new texts.
+          questions_per_text: exchanges about a described scene at most, one after the other in one conversation.
+        Raises: ValueError for a name that does not exist or a number out of range.
+        """
+        weights = dict.fromkeys(TEXT_TYPES, 1.0) if weights is None else weights
+        check_source(split, ("train", "new"), weights, TEXT_TYPES, seed, length)
+        unused = NOT_HELD_OUT if split == "new" else ()
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0 and name not in unused}
+        if not self.weights:
+            raise ValueError(f"no type of the split {split!r} has a weight above 0; known: {', '.join(TEXT_TYPES)}")
+        if min(max_objects, questions_per_text) < 1 or not 0 <= string_share <= 1:
+            raise ValueError(
+                f"max_objects {max_objects} and questions_per_text {questions_per_text} must be 1 or more, "
+                f"string_share {string_share} from 0 to 1"
+            )
+        self.name, self.split, self.seed, self.length = f"scene_texts_{split}", split, seed, length
+        self.max_objects, self.string_share, self.questions_per_text = max_objects, string_share, questions_per_text
+
+    def __len__(self):
+        return self.length
+
+    def record(self, n):
+        """Record n, n >= 0: a question and its answer, or for "plain_caption" an assistant turn alone."""
+        rng = np.random.default_rng((self.seed, STREAM + (self.split == "new"), n))
+        kind, made = pick_weighted(rng, self.weights), None
+        while made is None:
+            made = self._make(rng, kind)
+        kind, exchanges = made
+        spoken = (pair for exchange in exchanges for pair in zip(("user", "assistant"), exchange))
+        turns = tuple(Turn(role, (words,)) for role, words in spoken if words)
+        return Record(f"{self.name}/{self.seed}/{n}", (), (turns,), (kind,))
+
+    def _make(self, rng, kind):
+        """(kind, exchanges of a question or None and its answer); None if there is none or it is of the other split."""
+        if kind in FACTS:
+            question, answer, key = FACTS[kind](rng)
+            made = kind, [(question, answer)]
+        else:
+            with_string = rng.random() < self.string_share
+            scene = sample_scene(rng, self.max_objects, self.split, with_string)
+            if kind in DESCRIPTIONS:
+                tell, questions = DESCRIPTIONS[kind]
+                key = tell(scene)
+                asked = ask(scene, rng, self.questions_per_text, questions)
+                if not asked:
+                    return None
+                exchanges = [(question, answer) for _, question, answer in asked]
+                exchanges[0] = f"{key}. {exchanges[0][0]}", exchanges[0][1]
+                made = f"{kind}_{asked[0][0]}", exchanges
+            else:
+                key = pick(rng, (caption(scene), caption_words(scene), _sentence(*_related(rng))))
+                made = kind, [(None, key)]
+        return made if key is None or in_held_out_fifth(key) == (self.split == "new") else None
+
+
+# The source of drawn scenes with captions or questions, and what a blind model scores on such records.
+
+
+KINDS = ("captions", "questions", "both", "names")
+MAX_PICTURES = 100  # drawn before a record gives up finding one about which its types of question can be asked
+
+
+def check_source(split, splits, weights, known, seed, length):
+    """Raise ValueError for a split or type that does not exist, or a number that no source of scenes can have."""
+    if split not in splits:
+        raise ValueError(f"unknown split {split!r}.{nearest(split, splits)}")
+    for name, weight in weights.items():
+        if name not in known:
+            raise ValueError(f"unknown type {name!r}.{nearest(name, known)}")
+        if weight < 0:
+            raise ValueError(f"the weight of {name!r} is {weight}; it must be 0 or more")
+    if seed < 0 or length < 1:
+        raise ValueError(f"seed {seed} and length {length}; the seed must be 0 or more, the length 1 or more")
+
+
+class Scenes:
+    """Source of drawn scenes with captions or questions; endless, `length` is what counts as an epoch."""
+
+    def __init__(self, split="train", kind="questions", seed=0, max_objects=4, min_objects=1, questions_per_picture=6,
+                 string_share=0.3, canvas=64, weights=None, length=10_000):
+        """
+        Args:
+          split: "train"; "new" = other pictures of the same distribution; "unseen_pairs" = only held-out pairs;
+            "reading" = only held-out strings, one in every picture, and only the reading question.
+          kind: "captions" (one), "questions", "both" (the caption first), or "names": all that can be said in few words of
+            each thing, conversations of their own with its centre as region; for these, questions_per_picture and
+            weights mean nothing.
+          seed: int, 0 or more.
+          max_objects, min_objects: range of the number of objects.
+          questions_per_picture: at most this many, all different.
+          string_share: share of pictures with a string, 0 to 1.
+          canvas: width and height, pixels. Objects keep their size in pixels.
+          weights: {type: weight}, types as in TYPES; one left out is never used. None = all equally often.
+          length: records per epoch; record(n) goes on beyond it with new pictures.
+        Raises: ValueError for a name that does not exist or a number out of range.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}.{nearest(kind, KINDS)}")
+        if split == "reading":
+            kind, string_share, weights = "questions", 1.0, {"reading": 1.0}
+        weights = dict.fromkeys(TYPES, 1.0) if weights is None else weights
+        check_source(split, SPLITS, weights, TYPES, seed, length)
+        if questions_per_picture < 1 or not 0 <= string_share <= 1:
+            raise ValueError(
+                f"questions_per_picture is {questions_per_picture} and must be 1 or more; "
+                f"string_share is {string_share} and must lie between 0 and 1"
+            )
+        self.name, self.split, self.kind, self.seed, self.length = f"scenes_{split}", split, kind, seed, length
+        self.max_objects, self.min_objects = max_objects, min_objects
+        self.string_share, self.canvas = string_share, canvas
+        self.wanted = []  # (how many, {type: weight}) for captions, questions or both
+        for number, types, users in (
+            (1, CAPTIONS, ("captions", "both")), (questions_per_picture, QUESTIONS, ("questions", "both"))
+        ):  # fmt: skip
+            if kind in users:
+                self.wanted.append((number, {name: weights[name] for name in types if weights.get(name)}))
+                if not self.wanted[-1][1]:
+                    raise ValueError(f"kind is {kind!r} but none of {', '.join(types)} has a weight above 0")
+        # all that the pictures depend on, so that the same ones have the same key whatever is asked about them
+        self.key = f"{self.name}/{seed}/{canvas}/{min_objects}-{max_objects}/{string_share}"
+        self.pairs = HELD_OUT if split == "unseen_pairs" else TRAIN_PAIRS
+
+    def __len__(self):
+        return self.length
+
+    def scene(self, n):
+        """The Scene of record n."""
+        return self._draw(n)[0]
+
+    def record(self, n):
+        """Record n, n >= 0: one picture, each conversation one question about it and its answer."""
+        scene, picture, asked = self._draw(n)
+        conversations = ((Turn("user", (0, question)), Turn("assistant", (answer,))) for _, question, answer in asked)
+        regions = ()
+        if self.kind == "names":
+            regions = tuple((x / self.canvas, y / self.canvas) for _, x, y in all_names(scene))
+        return Record(
+            picture.key, (picture,), tuple(conversations), tuple(kind for kind, _, _ in asked), regions=regions
+        )
+
+    def _draw(self, n):
+        """(Scene, Visual, list of (type, question, answer)) of record n."""
+        for attempt in range(MAX_PICTURES):
+            rng = np.random.default_rng((self.seed, SPLITS.index(self.split), n, attempt))
+            with_string = rng.random() < self.string_share
+            scene = sample_scene(rng, self.max_objects, self.split, with_string, self.min_objects, self.canvas)
+            picture = Visual(f"{self.key}/{n}.{attempt}", (render(scene, rng),))
+            asked = [made for number, weights in self.wanted for made in ask(scene, rng, number, weights, self.pairs)]
+            if self.kind == "names":
+                asked = [("name", NAME_PROMPT, name) for name, _, _ in all_names(scene)]
+            if asked:
+                return scene, picture, asked
+        raise ValueError(
+            f"none of {MAX_PICTURES} pictures of up to {self.max_objects} objects gave a question of the types "
+            f"{', '.join(self.wanted[-1][1])}; allow more objects, more strings or more types"
+        )
+
+
+def _answers(records):
+    """{kind: {question: Counter of its answers}}."""
+    answers = {}
+    for record in records:
+        for kind, (*_, question, answer) in zip(record.kinds, record.conversations):
+            answers.setdefault(kind, {}).setdefault(question.text, Counter())[answer.text] += 1
+    return answers
+
+
+def majority_baseline(records, training=None):
+    """What can be scored per question type without looking.
+
+    Args:
+      records: iterable of Record with `kinds`.
+      training: records from which the most frequent answers are taken; None = the other ones of `records`.
+    Returns: {kind: share of right answers}, the better of always giving the type's most frequent answer, and giving the
+      answer most frequent for that very question (the type's where it is never asked).
+    """
+    asked = _answers(records)
+    known = asked if training is None else _answers(training)
+    shares = {}
+    for kind, questions in asked.items():
+        if kind not in known:
+            raise ValueError(f"the training records hold no question of the type {kind!r}.{nearest(kind, known)}")
+        total, favourite = sum(questions.values(), Counter()), sum(known[kind].values(), Counter()).most_common(1)[0][0]
+        right = 0
+        for question, counts in questions.items():
+            seen_before = known[kind].get(question, Counter())
+            for answer, count in counts.items():
+                # without the one to be answered, or questions asked once would answer themselves
+                seen = seen_before - Counter([answer]) if training is None else seen_before
+                right += count * (answer == (seen.most_common(1)[0][0] if seen else favourite))
+        shares[kind] = max(total[favourite], right) / total.total()
+    return shares
+
+
+# A scene from a user's words: "red circle left of a big blue star, text A7K".
+
+
+FILLERS = ("a", "an", "the", "is", "to")
+WORDS = (*COLORS, *SHAPES, *SIZES, *RELATIONS, *FILLERS, "and", "text", "reading")
+SEPARATOR = re.compile(rf"\s*(\b(?:{'|'.join(RELATIONS)}|and)\b|[,/])\s*")
+STRING = re.compile(r"\b(?:text|reading)\b\s*(\"[^\"]*\"|\w*)", re.IGNORECASE)
+RELATION_DISTANCE = 6.0  # pixels between centres: clear to the eye, and to every question about the relation
+PLACES = 20  # free places tried for one object before the whole scene begins anew
+ATTEMPTS = 500  # scenes begun before the picture counts as too crowded
+
+
+def parse_scene(text, rng, canvas=64):
+    """Pose a scene as described; what is not said (places, sizes) is drawn at random.
+
+    Args:
+      text: objects as "[small | big] COLOR SHAPE", with "left of", "right of", "above" or "below" (which relate the
+        object before to the one after), "and", "," or "/" between them; at most one string, as 'text A7K' or
+        'reading "A7K"'.
+      rng: numpy Generator.
+      canvas: width and height, pixels.
+    Returns: Scene. It may hold held-out pairs and strings.
+    Raises: ValueError for an unknown word (with the nearest known one), an incomplete object or relation, a string that
+      is not two or three symbols of ALPHABET, no object at all, or if no room was found.
+    """
+    if canvas < MIN_CANVAS:
+        raise ValueError(f"a canvas of {canvas} px is too small; use {MIN_CANVAS} px or more")
+    strings = [string.strip('"').upper() for string in STRING.findall(text)]
+    described = _read_objects(STRING.sub("", text).lower())
+    if len(strings) > 1:
+        raise ValueError(f"a picture holds one string, found {len(strings)}: {', '.join(strings)}")
+    for string in strings:
+        if not 2 <= len(string) <= 3 or not set(string) <= set(ALPHABET):
+            raise ValueError(f"the text {string!r} cannot be drawn; write two or three of the symbols {ALPHABET}")
+    for attempt in range(ATTEMPTS):
+        sizes = tuple(SIZES) if attempt < ATTEMPTS // 2 else ("small",)  # where none is said
+        box = place_string(rng, strings[0], canvas) if strings else None
+        objects = _pose(rng, described, sizes, box, canvas)
+        if objects:
+            return Scene(canvas, tuple(objects), strings[0] if strings else None, box)
+    raise ValueError(
+        f"found no room on {canvas} x {canvas} px for the {len(described)} objects described; use fewer or small ones"
+    )
+
+
+def _read_objects(text):
+    """List of (relation to the object before or None, size or None, color, shape)."""
+    first, *rest = SEPARATOR.split(text)
+    described, last = [], None
+    for separator, phrase in [(None, first), *zip(rest[::2], rest[1::2])]:
+        thing = _read_object(phrase)
+        if separator in RELATIONS:
+            if not (thing and last):
+                raise ValueError(f"{separator!r} needs an object on both sides: 'red circle {separator} blue star'")
+            described.append((separator, *thing))
+        elif thing:
+            described.append((None, *thing))
+        last = thing
+    if not described:
+        raise ValueError("no object is described; write for example 'red circle left of blue star'")
+    return described
+
+
+def _read_object(phrase):
+    """(size or None, color, shape), or None if the phrase is empty."""
+    words = [word for word in phrase.split() if word not in FILLERS]
+    for word in words:
+        if word not in WORDS:
+            raise ValueError(f"unknown word {word!r}.{nearest(word, WORDS)}")
+    found = [[word for word in words if word in known] for known in (SIZES, COLORS, SHAPES)]
+    if not words:
+        return None
+    sizes, colors, shapes = found
+    if len(sizes) > 1 or len(colors) != 1 or len(shapes) != 1 or len(words) != sum(map(len, found)):
+        raise ValueError(
+            f"{' '.join(words)!r} is not one object; write a color ({', '.join(COLORS)}) and a shape "
+            f"({', '.join(SHAPES)}), small or big before them if you like, and 'and' or ',' between objects"
+        )
+    return (sizes or [None])[0], colors[0], shapes[0]
+
+
+def _pose(rng, described, sizes, box, canvas):
+    """The objects at places that fulfil every relation, or None if there was none for one of them."""
+    objects = []
+    for relation, size, color, shape in described:
+        for _ in range(PLACES):
+            thing = place_object(rng, color, shape, size or pick(rng, sizes), objects, box, canvas)
+            if thing is None:
+                return None
+            if relation is None or offset(objects[-1], relation, thing) >= RELATION_DISTANCE:
+                objects.append(thing)
+                break
+        else:
+            return None
+    return objects

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from nanovlm import recipes
-from nanovlm.evaluation import ablate, attention_shares, paired, pairwise, protocols
+import ablate
+from nanovlm.evaluation import attention_maps, pairwise, pairwise as paired, protocols
 from nanovlm.evaluation.runner import Wishes, generator_judge, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.names import nearest
@@ -165,7 +166,7 @@ def listing():
 
 
 COMMANDS = {  # beside the tasks
-    "rank": rank_main, "compare": paired.main, "attention": attention_shares.main, "ablate": ablate.main,
+    "rank": rank_main, "compare": paired.main, "attention": attention_maps.main, "ablate": ablate.main,
 }  # fmt: skip
 
 

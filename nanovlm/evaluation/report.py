@@ -2,15 +2,18 @@
 
 import json
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 
 from nanovlm.data import images
+from nanovlm.evaluation import yes_no as mme_metric, yes_no as pope_metric
+from nanovlm.evaluation.captions import caption_scores
 from nanovlm.evaluation.items import Encoded
-from nanovlm.evaluation.pictures import sample_sheet
-from nanovlm.evaluation.short_answer import Answer, wilson
-from nanovlm.evaluation.summaries import by, mean
+from nanovlm.evaluation.protocols import Answer, LETTERS, wilson
+from nanovlm.recipes.nano_tests import sample_sheet
+
 
 WORST = 12  # pictures on the contact sheet
 MOST_BARS = 40
@@ -130,3 +133,170 @@ def write(folder, settings, task, predictions, missing, problems, pictures):
     for file, text in (task.submission(predictions) if task.submission else {}).items():
         (folder / file).write_text(text, encoding="utf-8")
     return lines
+
+
+# From predictions to the numbers that a benchmark reports: each function takes predictions and gives {name: number}.
+#
+# A number that needs what is not there (true answers, a judge) is None.
+
+
+def mean(scores):
+    """Mean of the scores that are there: float or None."""
+    scores = [score for score in scores if score is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def by(predictions, key):
+    """{value of a field: predictions}, in order of appearance."""
+    groups = defaultdict(list)
+    for one in predictions:
+        groups[one[key]].append(one)
+    return dict(groups)
+
+
+def mean_scores(predictions):
+    """The mean score, over all and per kind."""
+    kinds = {kind: mean(one["score"] for one in several) for kind, several in by(predictions, "kind").items() if kind}
+    return {"all": mean(one["score"] for one in predictions)} | kinds
+
+
+def captions(predictions):
+    """BLEU, ROUGE-L and CIDEr of the corpus."""
+    found = caption_scores([one["prediction"] for one in predictions], [one["answers"] for one in predictions])
+    return {name: value for name, value in found.items() if name != "CIDEr of each"}
+
+
+def pope(predictions):
+    """Accuracy, precision, recall, F1 and the share of yes per split, and the mean F1."""
+    splits = by(predictions, "kind")
+    return pope_metric.pope_scores(
+        {
+            split: ([one["said"] for one in several], [one["answers"][0] for one in several])
+            for split, several in splits.items()
+        }
+    )
+
+
+def mme(predictions):
+    """The score of every task and the two sums, as far as both questions of every picture were asked."""
+    answers = {}
+    for task, several in by(predictions, "kind").items():
+        pairs = [pair for pair in by(several, "group").values() if len(pair) == 2]
+        answers[task] = [(one["group"], one["said"], one["answers"][0]) for pair in pairs for one in pair]
+    return mme_metric.mme_scores({task: several for task, several in answers.items() if several})
+
+
+def circular(predictions):
+    """A question is right only if all of its rotations are; beside it the share of rotations."""
+    groups = by(predictions, "group")
+    if any(one["score"] is None for one in predictions):
+        return {"all": None, "single": None}
+    whole = [several for several in groups.values() if len(several) == len(several[0]["options"])]
+    right = {
+        kind: mean(_all_right(several) for several in whole if several[0]["kind"] == kind)
+        for kind in by(predictions, "kind")
+    }
+    totals = {"all": mean(map(_all_right, whole)), "single": mean(one["score"] for one in predictions)}
+    return totals | {kind: share for kind, share in right.items() if kind}
+
+
+def _all_right(several):
+    return float(all(one["score"] for one in several))
+
+
+def science_qa(predictions):
+    """Accuracy over all, with a picture, per subject, per grade band, and the share of answers that could not be read."""
+    scores = mean_scores(predictions)
+    scores["with picture"] = mean(one["score"] for one in predictions if one["media"])
+    for band, grades in (("grades 1-6", range(1, 7)), ("grades 7-12", range(7, 13))):
+        names = {f"grade{grade}" for grade in grades}
+        scores[band] = mean(one["score"] for one in predictions if one["group"] in names)
+    return scores | {"unparsed": mean(float(one["said"] is None) for one in predictions)}
+
+
+def mm_vet(predictions):
+    """MM-Vet's total, and the mean grade of every capability and of every combination of them that is asked for."""
+    scores = judged(predictions)
+    names = dict.fromkeys(name for one in predictions for name in one["kind"].split("+"))
+    return scores | {
+        f"capability {name}": mean(one["score"] for one in predictions if name in one["kind"].split("+")) for name in names
+    }
+
+
+def judged(predictions):
+    """Share of answers that the judge found right, per kind, the mean mark, and how many verdicts could not be read."""
+    done = [one for one in predictions if "judgement" in one]
+    scores = mean_scores(predictions)
+    if done:
+        scores |= {"unparsed": sum(one["verdict"] is None for one in done), "judged": len(done)}
+    if any(one.get("mark") is not None for one in done):
+        scores["mean mark"] = mean(one["mark"] for one in done)
+    return scores
+
+
+# The files that benchmarks' servers and official programs take: functions from predictions to {file name: text}.
+#
+# Names of fields and files are those of the benchmarks' own pages, as far as remembered; the public tools decide.
+
+
+def records(id_field, answer_field):
+    """A list of objects in submission.json: VQAv2, OK-VQA, TextVQA, GQA, VizWiz, COCO captions."""
+
+    def write(predictions):
+        entries = [{id_field: one["submit"], answer_field: one["prediction"]} for one in predictions]
+        return {"submission.json": json.dumps(entries, ensure_ascii=False)}
+
+    return write
+
+
+def by_id(predictions):
+    """One object of answers by id: MM-Vet."""
+    return {"submission.json": json.dumps({one["submit"]: one["prediction"] for one in predictions}, ensure_ascii=False)}
+
+
+def letter(said):
+    """The letter of a place; "" where none could be read."""
+    return "" if said is None else LETTERS[said]
+
+
+def letter_lines(predictions):
+    """A line {question_id, prediction: letter} each: SEED-Bench."""
+    lines = [json.dumps({"question_id": one["id"], "prediction": letter(one["said"])}) + "\n" for one in predictions]
+    return {"submission.jsonl": "".join(lines)}
+
+
+def science_qa_submission(predictions):
+    """Places of the chosen options by id, -1 where none could be read: ScienceQA."""
+    chosen = {one["submit"]: -1 if one["said"] is None else one["said"] for one in predictions}
+    return {"submission.json": json.dumps({"results": chosen, "outputs": {one["submit"]: one["prediction"] for one in predictions}})}
+
+
+def mmbench(predictions):
+    """A table with the unturned question of every index: MMBench. Its server takes the same columns as an Excel file."""
+    lines = ["index\tquestion\tA\tB\tC\tD\tE\tprediction"]
+    for one in predictions:
+        if one["id"].endswith("#0"):
+            options = [*one["options"], *[""] * (5 - len(one["options"]))]
+            cells = [one["submit"], one["question"], *options, letter(one["said"])]
+            lines.append("\t".join(" ".join(str(cell).split()) for cell in cells))
+    return {"submission.tsv": "\n".join(lines) + "\n"}
+
+
+def pope_submission(predictions):
+    """Lines {question, answer} in the order of the questions, a file per split: POPE's evaluate.py."""
+    files = {}
+    for one in predictions:
+        line = json.dumps({"question": one["question"], "answer": one["prediction"]}, ensure_ascii=False)
+        files.setdefault(f"submission_{one['kind']}.jsonl", []).append(line + "\n")
+    return {name: "".join(lines) for name, lines in files.items()}
+
+
+def mme_submission(predictions):
+    """A text file per task, picture TAB question TAB truth TAB answer: MME's eval tool."""
+    files = {}
+    for one in predictions:
+        picture = (one["media"] or [one["group"]])[0].rpartition("/")[2]
+        cells = (picture, one["question"], one["answers"][0].capitalize(), one["prediction"])
+        line = "\t".join(" ".join(cell.split()) for cell in cells) + "\n"
+        files.setdefault(f"submission_{one['kind']}.txt", []).append(line)
+    return {name: "".join(lines) for name, lines in files.items()}

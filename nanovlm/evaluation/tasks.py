@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from nanovlm.evaluation import choice_readers, protocols, readers, submissions, summaries
-from nanovlm.evaluation.choice import LETTERS, parse_letter, parse_science_qa
-from nanovlm.evaluation.mme import parse as parse_mme
-from nanovlm.evaluation.pope import parse_official, parse_strict
+from nanovlm.evaluation import protocols, readers as choice_readers, readers, report
+from nanovlm.evaluation.protocols import LETTERS, parse_letter, parse_science_qa
+from nanovlm.evaluation.yes_no import parse as parse_mme
+from nanovlm.evaluation.yes_no import parse_official, parse_strict
 
 SHORT = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5, arXiv:2310.03744, Sec. 3.2
 WITH_OCR = "{question}\nReference OCR token: {ocr}\nAnswer the question using a single word or phrase."
@@ -36,7 +36,7 @@ class Task:
     protocol: Callable
     read: Callable
     prompt: str
-    summarise: Callable = summaries.mean_scores
+    summarise: Callable = report.mean_scores
     presets: tuple[str, ...] = VQA_PRESETS
     score: str = "exact"
     parse: Callable | None = None
@@ -54,9 +54,9 @@ def science_qa_place(text, options):
 
 short, likely = partial(Task, protocols.short_answer), partial(Task, protocols.choice, way="likelihood")
 lettered = partial(Task, protocols.choice, prompt=LETTER, way="letter", parse=parse_letter)
-yes_no, captioned = partial(Task, protocols.yes_no), partial(Task, protocols.caption, summarise=summaries.captions)
-judged = partial(Task, protocols.judged, summarise=summaries.judged)
-answer_file = submissions.records("question_id", "answer")
+yes_no, captioned = partial(Task, protocols.yes_no), partial(Task, protocols.caption, summarise=report.captions)
+judged = partial(Task, protocols.judged, summarise=report.judged)
+answer_file = report.records("question_id", "answer")
 
 TASKS = {
     "vqav2": short(readers.vqa, SHORT, score="vqa", submission=answer_file),
@@ -66,25 +66,25 @@ TASKS = {
     "textvqa_own": short(readers.text_vqa, SHORT, score="vqa", submission=answer_file),
     "textvqa_ocr": short(readers.text_vqa, WITH_OCR, score="vqa", submission=answer_file),
     "vizwiz": short(readers.vqa, SHORT, score="vqa", submission=answer_file),  # in VQA format
-    "vizwiz_own": short(readers.vizwiz, SHORT, score="vqa", submission=submissions.records("image", "answer")),
-    "gqa": short(readers.gqa, SHORT, score="lower", submission=submissions.records("questionId", "prediction")),
+    "vizwiz_own": short(readers.vizwiz, SHORT, score="vqa", submission=report.records("image", "answer")),
+    "gqa": short(readers.gqa, SHORT, score="lower", submission=report.records("questionId", "prediction")),
     "video_qa": short(readers.video_qa, SHORT, score="lower"),
     "easy_vqa": short(readers.easy_vqa, PLAIN, presets=("default",)),
     "scenes": short(readers.scenes, PLAIN, presets=("default",)),
-    "coco_caption": captioned(readers.captions, DESCRIBE, presets=CAPTION_PRESETS, submission=submissions.records("image_id", "caption")),
+    "coco_caption": captioned(readers.captions, DESCRIBE, presets=CAPTION_PRESETS, submission=report.records("image_id", "caption")),
     "flickr30k": captioned(readers.captions, DESCRIBE, presets=CAPTION_PRESETS),
-    "pope": yes_no(readers.pope, SHORT, summaries.pope, parse=parse_official, submission=submissions.pope),
-    "pope_strict": yes_no(readers.pope, SHORT, summaries.pope, parse=parse_strict, submission=submissions.pope),
+    "pope": yes_no(readers.pope, SHORT, report.pope, parse=parse_official, submission=report.pope_submission),
+    "pope_strict": yes_no(readers.pope, SHORT, report.pope, parse=parse_strict, submission=report.pope_submission),
     "mme": yes_no(
-        readers.mme, PLAIN, summaries.mme, parse=parse_mme, presets=("mme", *VQA_PRESETS), submission=submissions.mme
+        readers.mme, PLAIN, report.mme, parse=parse_mme, presets=("mme", *VQA_PRESETS), submission=report.mme_submission
     ),
-    "seed_bench": likely(choice_readers.seed_bench, SEED, submission=submissions.letter_lines),
+    "seed_bench": likely(choice_readers.seed_bench, SEED, submission=report.letter_lines),
     "seed_bench_mean": Task(protocols.choice, choice_readers.seed_bench, SEED, way="likelihood_mean"),
     "mmbench": lettered(
-        choice_readers.mmbench, summarise=summaries.circular, prepare=protocols.rotated, submission=submissions.mmbench
+        choice_readers.mmbench, summarise=report.circular, prepare=protocols.rotated, submission=report.mmbench
     ),
     "science_qa": lettered(
-        choice_readers.science_qa, summarise=summaries.science_qa, parse=science_qa_place, submission=submissions.science_qa
+        choice_readers.science_qa, summarise=report.science_qa, parse=science_qa_place, submission=report.science_qa_submission
     ),
     "q_bench": lettered(choice_readers.q_bench),
     "mmlu": Task(protocols.choice, choice_readers.mmlu, MMLU, way="likelihood_letter"),
@@ -93,7 +93,7 @@ TASKS = {
     "open_vqa": judged(readers.open_vqa, PLAIN, presets=("open_vqa_image", "default")),
     "open_vqa_video": judged(readers.open_vqa_video, PLAIN, presets=("open_vqa_video", "default")),
     "mm_vet": judged(
-        readers.mm_vet, PLAIN, way="share", presets=("default",), summarise=summaries.mm_vet, submission=submissions.by_id
+        readers.mm_vet, PLAIN, way="share", presets=("default",), summarise=report.mm_vet, submission=report.by_id
     ),
     "video_qa_score": judged(readers.video_qa, PLAIN, way="score", presets=("default",)),
     "owleval": judged(readers.owl_eval, PLAIN, presets=("owleval", "default"), border=8),

@@ -6,8 +6,8 @@ import torch
 
 from nanovlm.names import nearest
 from nanovlm.recipes import blip2, llava, llava_phi, lynx, mplug_owl2, nano, nano_resampler, open_flamingo, small
-from nanovlm.recipes.bare import BARE
-from nanovlm.recipes.opening import Loaded, family_of, open_published, open_trained, read_config
+from nanovlm.published.load import BARE
+from nanovlm.published.load import Loaded, family_of, open_published, open_trained, read_config
 from nanovlm.recipes.recipe import from_file
 
 __all__ = ["FAMILIES", "OF_FAMILY", "RECIPES", "Loaded", "find", "load"]

@@ -51,22 +51,22 @@ def parser(command):
 def run(command, wishes):
     """Run a command: its exit code. Each is imported when it is needed."""
     if command == "compare":
-        from nanovlm.recipes.compare import main
+        from compare import main
         return main(wishes.file)
     if command == "list":
         from nanovlm.recipes.table import main
         return main()
     if command == "coverage":
-        from nanovlm.recipes.coverage import check
+        from nanovlm.published.convert import check
         lines = check(wishes.file).lines()
     elif command == "inspect":
-        from nanovlm.recipes.inspect import inspect
+        from nanovlm.published.inspect import inspect
         lines = inspect(wishes.path, wishes.family)
     elif command == "consolidate":
-        from nanovlm.sharded_checkpoint import consolidate
+        from nanovlm.training.checkpoint import consolidate
         lines = consolidate(Path(wishes.folder))
     else:
-        from nanovlm.recipes.convert import convert
+        from nanovlm.published.convert import convert
         lines = convert(wishes)
     print("\n".join(lines))
     return 0

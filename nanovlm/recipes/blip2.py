@@ -16,15 +16,15 @@ Differs from Table 7: answers are generated, not ranked among 128 candidates.
 
 from nanovlm.data.templates import BLIP2, BLIP2_CAPTION
 from nanovlm.decoder import Decoder
-from nanovlm.layouts import OPT, expect, number, opt_config, section, size
+from nanovlm.published.language import OPT, expect, number, opt_config, section, size
 from nanovlm.qformer import QFormer
 from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
-from nanovlm.sampler import Decoding
-from nanovlm.stages import Stage
-from nanovlm.vision_layouts import EVA, eva_config
+from nanovlm.generation.sampler import Decoding
+from nanovlm.training.stages import Stage
+from nanovlm.published.vision import EVA, eva_config
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.weight_tables import Computed, Reshaped, prefixed
+from nanovlm.published.weights import Computed, Reshaped, prefixed
 
 FULL = {
     "vision_config": {

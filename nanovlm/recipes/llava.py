@@ -18,15 +18,15 @@ import math
 
 from nanovlm.data.templates import LLAVA, PLAIN
 from nanovlm.decoder import Decoder
-from nanovlm.layouts import LLAMA, expect, llama_config, section
+from nanovlm.published.language import LLAMA, expect, llama_config, section
 from nanovlm.projector import LinearProjector, MLPProjector
 from nanovlm.recipes.recipe import Expected, Published, at_size, published_recipe
-from nanovlm.sampler import Decoding
-from nanovlm.stages import Stage
-from nanovlm.vision_layouts import CLIP, clip_config
+from nanovlm.generation.sampler import Decoding
+from nanovlm.training.stages import Stage
+from nanovlm.published.vision import CLIP, clip_config
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.weight_tables import Alias, prefixed
+from nanovlm.published.weights import Alias, prefixed
 
 CLIP_L = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,

@@ -22,15 +22,15 @@ import dataclasses
 
 from nanovlm.data.templates import LLAVA_PHI, PLAIN
 from nanovlm.decoder import Decoder
-from nanovlm.layouts import expect, phi_config, phi_fused, section
+from nanovlm.published.language import expect, phi_config, phi_fused, section
 from nanovlm.projector import MLPProjector
 from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
-from nanovlm.sampler import Decoding
-from nanovlm.stages import Stage
-from nanovlm.vision_layouts import CLIP, clip_config
+from nanovlm.generation.sampler import Decoding
+from nanovlm.training.stages import Stage
+from nanovlm.published.vision import CLIP, clip_config
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.weight_tables import prefixed
+from nanovlm.published.weights import prefixed
 
 CONFIGS = {
     "full": {

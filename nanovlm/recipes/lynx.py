@@ -23,15 +23,15 @@ from pathlib import Path
 
 from nanovlm.data.templates import LYNX
 from nanovlm.decoder import Decoder, LayerOptions
-from nanovlm.layouts import LLAMA, llama_config
+from nanovlm.published.language import LLAMA, llama_config
 from nanovlm.recipes.prompts import lynx_prompts
 from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
 from nanovlm.resampler import Resampler
-from nanovlm.sampler import Decoding
-from nanovlm.stages import Stage
+from nanovlm.generation.sampler import Decoding
+from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
-from nanovlm.weight_tables import Alias, Fused, Reshaped, prefixed
+from nanovlm.published.weights import Alias, Fused, Reshaped, prefixed
 
 CONFIGS = {
     "full": {

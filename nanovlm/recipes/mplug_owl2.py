@@ -21,13 +21,13 @@ import dataclasses
 from nanovlm.abstractor import Abstractor
 from nanovlm.data.templates import MPLUG_OWL2
 from nanovlm.decoder import Decoder, LayerOptions
-from nanovlm.layouts import LLAMA, activation, llama_config, section
+from nanovlm.published.language import LLAMA, activation, llama_config, section
 from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
-from nanovlm.sampler import Decoding
-from nanovlm.stages import Stage
+from nanovlm.generation.sampler import Decoding
+from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
-from nanovlm.weight_tables import Computed, Fused, Reshaped, prefixed
+from nanovlm.published.weights import Computed, Fused, Reshaped, prefixed
 
 CONFIGS = {
     "full": {

@@ -20,16 +20,16 @@ import dataclasses
 
 from nanovlm.data.templates import OPEN_FLAMINGO
 from nanovlm.decoder import Decoder, LayerOptions
-from nanovlm.layouts import OPT, expect, opt_config, size
+from nanovlm.published.language import OPT, expect, opt_config, size
 from nanovlm.recipes.lynx import RESAMPLER
 from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe, with_vocabulary
 from nanovlm.resampler import Resampler
-from nanovlm.sampler import Decoding
-from nanovlm.stages import Stage
-from nanovlm.vision_layouts import clip_config
+from nanovlm.generation.sampler import Decoding
+from nanovlm.training.stages import Stage
+from nanovlm.published.vision import clip_config
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.weight_tables import Alias, Fused, Unused, as_entry, prefixed
+from nanovlm.published.weights import Alias, Fused, Unused, as_entry, prefixed
 
 CLIP_L = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,

@@ -26,15 +26,15 @@ import math
 from nanovlm.data import images
 from nanovlm.data.templates import CHATML, PLAIN
 from nanovlm.decoder import Decoder
-from nanovlm.layouts import LLAMA, llama_config, section, size
+from nanovlm.published.language import LLAMA, llama_config, section, size
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
-from nanovlm.sampler import Decoding
-from nanovlm.stages import Stage
-from nanovlm.vision_layouts import SIGLIP, siglip_config
+from nanovlm.generation.sampler import Decoding
+from nanovlm.training.stages import Stage
+from nanovlm.published.vision import SIGLIP, siglip_config
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.weight_tables import prefixed
+from nanovlm.published.weights import prefixed
 
 FULL = {
     "vision_config": {

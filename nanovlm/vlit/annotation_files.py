@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from nanovlm.data import coco
+from nanovlm.data import convert
 from nanovlm.data.json_files import elements, records
 from nanovlm.vlit.annotations import Annotation, Collection, checked_box, share_box
 
@@ -63,8 +63,8 @@ def image_file(found, path):
 
     def add(element, where):
         one = element.value
-        size = (coco.field(one, side, int, where) if side in one else 0 for side in ("width", "height"))
-        found.picture(coco.field(one, "id", (int, str), where), coco.text_field(one, "file_name", where), *size)
+        size = (convert.field(one, side, int, where) if side in one else 0 for side in ("width", "height"))
+        found.picture(convert.field(one, "id", (int, str), where), convert.text_field(one, "file_name", where), *size)
 
     found.each(path, "images", add)
 
@@ -75,8 +75,8 @@ def caption_file(found, path):
 
     def add(element, where):
         one = element.value
-        id, image = (coco.field(one, name, (int, str), where) for name in ("id", "image_id"))
-        words = coco.text_field(one, "caption", where)
+        id, image = (convert.field(one, name, (int, str), where) for name in ("id", "image_id"))
+        words = convert.text_field(one, "caption", where)
         found.picture(image).annotations.append(Annotation(f"caption/{id}", "caption", words))
 
     found.each(path, "annotations", add)
@@ -85,15 +85,15 @@ def caption_file(found, path):
 def instance_file(found, path):
     """instances_*.json."""
     image_file(found, path)
-    names = coco.categories(path)
+    names = convert.categories(path)
 
     def add(element, where):
         one = element.value
-        id, image = (coco.field(one, name, (int, str), where) for name in ("id", "image_id"))
-        category, picture = coco.field(one, "category_id", int, where), found.picture(image)
+        id, image = (convert.field(one, name, (int, str), where) for name in ("id", "image_id"))
+        category, picture = convert.field(one, "category_id", int, where), found.picture(image)
         if category not in names:
             raise ValueError(f"category_id {category} is none of the file's {len(names)} categories")
-        box = share_box(coco.field(one, "bbox", list, where), picture)
+        box = share_box(convert.field(one, "bbox", list, where), picture)
         note = Annotation(f"object/{id}", "object", names[category], box=box, is_crowd=bool(one.get("iscrowd", 0)))
         picture.annotations.append(note)
         found.objects[str(id)] = picture, note
@@ -140,8 +140,8 @@ def text_file(found, path):
         if one.get("legibility", "legible") != "legible" or not one.get("utf8_string", "").strip():
             found.skipped["illegible texts"] += 1
             return
-        picture = found.picture(coco.field(one, "image_id", (int, str), where))
-        box = share_box(coco.field(one, "bbox", list, where), picture)
+        picture = found.picture(convert.field(one, "image_id", (int, str), where))
+        box = share_box(convert.field(one, "bbox", list, where), picture)
         characters = one["utf8_string"].strip()
         picture.annotations.append(Annotation(f"ocr/{one.get('id', element.key)}", "ocr", characters, box=box))
 
@@ -154,8 +154,8 @@ def question_file(found, path):
 
     def add(element, where):
         one = element.value
-        id, image = (coco.field(one, name, (int, str), where) for name in ("question_id", "image_id"))
-        found.questions[str(id)] = image, coco.text_field(one, "question", where)
+        id, image = (convert.field(one, name, (int, str), where) for name in ("question_id", "image_id"))
+        found.questions[str(id)] = image, convert.text_field(one, "question", where)
 
     found.each(path, "questions", add)
 
@@ -165,7 +165,7 @@ def answer_file(found, path):
 
     def add(element, where):
         one = element.value
-        id = str(coco.field(one, "question_id", (int, str), where))
+        id = str(convert.field(one, "question_id", (int, str), where))
         answers = [answer if isinstance(answer, str) else answer["answer"] for answer in one.get("answers", ())]
         answer = one.get("multiple_choice_answer") or (Counter(answers).most_common(1)[0][0] if answers else "")
         if id not in found.questions:
@@ -184,10 +184,10 @@ def described_file(found, path):
 
     def add(element, where):
         one = element.value
-        notes = [Annotation(f"caption/{one['id']}/{n}", "caption", coco.text_field({"caption": words}, "caption", where)) for n, words in enumerate(one["captions"])]  # fmt: skip
-        notes += [Annotation(f"object/{one['id']}/{n}", "object", coco.text_field(thing, "category", where),
+        notes = [Annotation(f"caption/{one['id']}/{n}", "caption", convert.text_field({"caption": words}, "caption", where)) for n, words in enumerate(one["captions"])]  # fmt: skip
+        notes += [Annotation(f"object/{one['id']}/{n}", "object", convert.text_field(thing, "category", where),
                              box=checked_box(thing["bbox"])) for n, thing in enumerate(one["instances"])]  # fmt: skip
-        found.picture(one["id"], coco.text_field(one, "image", where)).annotations.extend(notes)
+        found.picture(one["id"], convert.text_field(one, "image", where)).annotations.extend(notes)
 
     found.each(path, None, add)
 

@@ -8,7 +8,7 @@ names of things with an attribute that none of them has.
 import re
 from dataclasses import dataclass
 
-from nanovlm.evaluation.judge import parse_verdict
+from nanovlm.evaluation.protocols import parse_verdict
 from nanovlm.vlit.words import COCO, COLORS, named, number, singular, tokens
 
 ANYTHING = frozenset("object thing item shape figure".split())  # words for whatever is there

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanovlm.evaluation.short_answer import wilson
+from nanovlm.evaluation.protocols import wilson
 from nanovlm.vlit import tagging
 from nanovlm.vlit.complexity import LEXICON, marks
 from nanovlm.vlit.correctness import known, verify

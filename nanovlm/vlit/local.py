@@ -10,7 +10,7 @@ from nanovlm.data.batching import pixels_of, prompt_row
 from nanovlm.data.records import Turn, Visual
 from nanovlm.data.templates import end_ids
 from nanovlm.decoder import Decoder
-from nanovlm.sampler import Decoding, generate
+from nanovlm.generation.sampler import Decoding, generate
 from nanovlm.vlit.generators import Refused
 from nanovlm.vlm import VLM
 

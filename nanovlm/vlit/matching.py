@@ -22,7 +22,7 @@ from nanovlm.data.images import CLIP, Preprocessing, load, to_pixels
 from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.evaluation.items import Encoded
 from nanovlm.recipes import find, load as load_model
-from nanovlm.recipes.start import build_models, load_weights
+from nanovlm.training.start import build_models, load_weights
 from nanovlm.vlit.words import named, tokens
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")

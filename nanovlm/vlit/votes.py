@@ -3,7 +3,7 @@
 The review's way (Sec. 4.2.3): LLaVA-1.5 and examples written by hand there, any generator of generators.py here.
 """
 
-from nanovlm.evaluation.judge import parse_verdict
+from nanovlm.evaluation.protocols import parse_verdict
 from nanovlm.vlit.generators import Chat
 
 JUDGED = (

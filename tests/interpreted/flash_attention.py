@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from nanovlm import bench_kernels
+from nanovlm.bench import kernels
 from nanovlm import flash_attention as module
 from nanovlm.attention import Visible, attention, causal, causal_rows, full, prefix, sliding_window
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.flash_attention import Tile, flash_attention, seen_by
 from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT, ViTConfig
-from nanovlm.vlm import VLM, Batch
+from nanovlm.vlm import Batch, VLM
 
 assert module.INTERPRETED
 
@@ -275,8 +275,8 @@ def test_intervals_are_checked_when_asked(monkeypatch):
 
 @pytest.mark.slow
 def test_the_benchmark_compares_what_is_right(monkeypatch):
-    bench_kernels.check(64, "cpu", torch.float16, tokens=64, repeats=1)
+    kernels.check(64, "cpu", torch.float16, tokens=64, repeats=1)
     good = module.forward
     monkeypatch.setattr(module, "forward", lambda *arguments: [good(*arguments)[0] * 1.01])
     with pytest.raises(RuntimeError, match="head width 64: out is off by"):
-        bench_kernels.check(64, "cpu", torch.float16, tokens=64, repeats=0)
+        kernels.check(64, "cpu", torch.float16, tokens=64, repeats=0)

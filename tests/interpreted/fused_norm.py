@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nanovlm import fused_norm as module
+import fused_norm as module
 from nanovlm.decoder import RMSNorm
-from nanovlm.fused_norm import rms_norm
+from fused_norm import rms_norm
 
 assert module.INTERPRETED
 

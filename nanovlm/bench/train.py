@@ -1,0 +1,240 @@
+"""How fast a training step is: `python -m nanovlm.bench train`.
+
+On a CPU against `transformers`: the same LLaMA with the same random weights, the same rows, the same AdamW of torch, by
+turns, round after round, so that a busy machine disturbs both alike. Every step's loss must be the same on both sides, or
+there is no speed to compare; the ratio is that of the medians of one thread's time.
+
+On a GPU (`--device cuda`) there is nothing to compare with but the GPU itself: tokens per second, the share of its peak
+(utilisation.py), and the memory that a step took beside the estimate (memory.py), with torch's and with our own
+attention, into a dated table:
+
+    python -m nanovlm.bench train --device cuda --compile
+"""
+
+import csv
+import dataclasses
+import datetime
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanovlm.bench import decode
+from nanovlm.training import optimizer
+from nanovlm.decoder import Decoder
+from nanovlm.training.cost import peak_flops
+from nanovlm.published.language import llama_config
+from nanovlm.training.cost import GB, stage_memory
+from nanovlm.projector import MLPProjector
+from nanovlm.recipes import RECIPES
+from nanovlm.training.cost import Cost, example_cost
+from nanovlm.training.stages import Stage
+from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, VLM
+from nanovlm.training.processes import BLOCK, freeze, surround
+
+SAME = 1e-4  # how far apart the two sides' losses may be: sums are taken in another order
+LEARNING_RATE = 1e-5  # AdamW turns the last digit of a small gradient into a whole step: larger ones drift apart
+REQUIRED = 0.95  # ratio of the medians
+CASES = {"4M": (8, 128), "135M": (2, 64)}  # size of bench.SIZES -> rows, tokens
+SETTLE, MEASURED = 3, 10  # steps on a GPU: before the clock starts, and under it
+DECODER_PARTS = ("embedding", "language_model", "lm_head")
+
+
+def text_batch(rows, tokens, vocab_size, device="cpu"):
+    """Rows of random words, all of them trained: Batch."""
+    ids = torch.randint(1, vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(2)).to(device)
+    none = torch.zeros(0, dtype=torch.long)
+    positions = torch.arange(tokens, device=device).expand_as(ids)
+    return Batch(ids, ids, torch.zeros_like(ids), positions, None, none, none, none)
+
+
+def stepper(loss_of, parameters):
+    """A function that takes one step of AdamW and returns the loss before it: () -> float."""
+    adamw = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step():
+        adamw.zero_grad(set_to_none=True)
+        loss = loss_of()
+        loss.backward()
+        adamw.step()
+        return loss.item()
+
+    return step
+
+
+def sides(size, rows, tokens):
+    """The two contenders: {"transformers" and "nanovlm": stepper}, equal weights and equal rows."""
+    theirs, model = decode.build(size, "cpu", torch.float32)
+    batch = text_batch(rows, tokens, model.decoder.config.vocab_size)
+
+    def our_loss():
+        loss, count = model.loss(batch)
+        return loss / count
+
+    return {
+        "transformers": stepper(lambda: theirs(input_ids=batch.ids, labels=batch.ids).loss, list(theirs.train().parameters())),
+        "nanovlm": stepper(our_loss, list(model.train().decoder.parameters())),
+    }
+
+
+def compare(size, rows, tokens, rounds):
+    """Measure one size on a CPU: (list of lines, ratio of the medians).
+
+    Raises: RuntimeError where the losses differ.
+    """
+    contenders = sides(size, rows, tokens)
+    times, losses = {name: [] for name in contenders}, {name: [] for name in contenders}
+    for number in range(rounds + 1):  # the first round warms up
+        for name, step in contenders.items():
+            seconds, loss = decode.seconds(step, "cpu")
+            losses[name].append(loss)
+            if number:
+                times[name].append(seconds)
+    for number, (one, other) in enumerate(zip(*losses.values()), 1):
+        if abs(one - other) > SAME * abs(one):
+            raise RuntimeError(f"step {number}: the loss is {one:.6f} in transformers and {other:.6f} here: no speed to compare")
+    middle = {name: statistics.median(found) for name, found in times.items()}
+    ratio = middle["transformers"] / middle["nanovlm"]
+    lines = [f"{name:<13}{rows * tokens / middle[name]:9.1f} tokens/s   median {middle[name]:.3f} s, "
+             f"{min(found):.3f} to {max(found):.3f}" for name, found in times.items()]  # fmt: skip
+    verdict = "reached" if ratio >= REQUIRED else "MISSED"
+    lines.append(f"ratio of medians {ratio:.2f} (required {REQUIRED}: {verdict}); {rounds + 1} losses equal, "
+                 f"{losses['nanovlm'][0]:.4f} to {losses['nanovlm'][-1]:.4f}")  # fmt: skip
+    return lines, ratio
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measurement on a GPU."""
+
+    what: str
+    backend: str
+    rows: int
+    tokens: int  # of a row, image tokens included
+    tokens_per_second: float
+    utilisation: float  # share of the GPU's peak
+    required: float
+    gb_measured: float
+    gb_estimated: float
+
+
+def slice_of_7b():
+    """Four layers as wide as LLaMA-7B's behind a bridge and a tower of no size, text alone: (VLM, Stage, rows, text, frames)."""
+    config = llama_config(decode.SIZES["7B"] | {"num_hidden_layers": 4, "max_position_embeddings": 2048})
+    vision = ViT(ViTConfig(28, 14, width=64, num_layers=0, num_heads=1, mlp_width=64, class_token=False))
+    stage = Stage("slice", "language", dict.fromkeys(DECODER_PARTS, 1e-4), {"words": 1}, 20, 8, max_tokens=2048, image_size=28,
+                  precision="bfloat16")  # fmt: skip
+    return VLM(vision, MLPProjector(64, config.width), Decoder(config)), stage, 8, 2048, 0
+
+
+def whole_llava_phi():
+    """LLaVA-Phi in its last stage, which trains tower, bridge and language model."""
+    recipe = RECIPES["llava_phi"]
+    stage = recipe.stages("full", False)[-1]
+    return recipe.build("full", 0), stage, 4, 512, 1
+
+
+GPU_CASES = {"7B-slice": (slice_of_7b, 0.45), "llava_phi": (whole_llava_phi, 0.40)}  # what, and the share of the peak aimed at
+
+
+def gpu_batch(model, stage, rows, text, frames, device):
+    """Rows of a picture (frames = 1) or none, and `text` trained words."""
+    batch = text_batch(rows, text, model.decoder.config.vocab_size, device)
+    if not frames:
+        return batch
+    count = model.num_image_tokens(stage.image_size)
+    ids = torch.cat([batch.ids.new_full((rows, count), IMAGE_TOKEN), batch.ids], dim=1)
+    each = torch.arange(rows)
+    return dataclasses.replace(
+        batch, ids=ids, labels=torch.where(ids == IMAGE_TOKEN, IGNORE, ids), segments=torch.zeros_like(ids),
+        positions=torch.arange(ids.shape[1], device=device).expand_as(ids), frames=torch.ones_like(each), shown=each, owner=each,
+        pixels=torch.randn(rows, 3, stage.image_size, stage.image_size, device=device),
+    )  # fmt: skip
+
+
+def measure(name, backend, compiled, device="cuda"):
+    """Train some steps on a GPU: Line."""
+    make, required = GPU_CASES[name]
+    with torch.device("meta"):
+        shape, stage, rows, text, frames = make()
+        costs = example_cost(shape, stage, text, frames)
+    with torch.device(device):
+        model = make()[0]
+    freeze(model, None, stage)
+    model.set_backend(backend)
+    if compiled:
+        for block_name, block in model.named_modules():
+            if BLOCK.fullmatch(block_name):
+                surround(block, compiled=True, recompute=False)
+    optimizers, batch = optimizer.build(model.parts(), stage), gpu_batch(model, stage, rows, text, frames, device)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16):
+            loss, count = model.loss(batch)
+        (loss / count).backward()
+        for one in optimizers:
+            one.step()
+            one.zero_grad(set_to_none=True)
+
+    for _ in range(SETTLE):
+        step()
+    torch.cuda.reset_peak_memory_stats()
+    seconds, _ = decode.seconds(lambda: [step() for _ in range(MEASURED)], device)
+    flops, tokens = rows * sum(costs.values(), Cost()).flops, batch.ids.numel()
+    peak = peak_flops(torch.cuda.get_device_name()) or float("nan")
+    return Line(
+        name, backend + (", compiled" if compiled else ""), rows, batch.ids.shape[1], tokens * MEASURED / seconds,
+        flops * MEASURED / seconds / peak, required, torch.cuda.max_memory_allocated() / GB,
+        stage_memory(model.parts(), stage, costs).total(rows) / GB,
+    )  # fmt: skip
+
+
+def on_gpu(wishes):
+    """All cases with both backends; a line is written as soon as it is measured. Returns the exit code."""
+    if not torch.cuda.is_available():
+        print("bench: --device cuda, but torch finds no GPU here; run it where there is one, or leave --device out", file=sys.stderr)
+        return decode.BAD_INPUT
+    path = Path(wishes.out) / f"train_{datetime.date.today().isoformat()}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"training steps on {torch.cuda.get_device_name()}; torch {torch.__version__}; table: {path}")
+    with open(path, "a", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([field.name for field in dataclasses.fields(Line)] + ["gpu", "torch", "command"])
+        for name in wishes.case or GPU_CASES:
+            for backend in ("sdpa", "triton"):
+                try:
+                    line = measure(name, backend, wishes.compile)
+                except torch.cuda.OutOfMemoryError as error:
+                    print(f"{name}, {backend}: does not fit: {error}", file=sys.stderr)
+                    continue
+                table.writerow([*dataclasses.astuple(line), torch.cuda.get_device_name(), torch.__version__, " ".join(sys.argv)])
+                file.flush()
+                print(f"{line.what:<11}{line.backend:<18}{line.rows} rows of {line.tokens}: {line.tokens_per_second:,.0f} tokens/s, "
+                      f"{line.utilisation:.1%} of peak (aim {line.required:.0%}), {line.gb_measured:.1f} GB "
+                      f"(estimated {line.gb_estimated:.1f})")  # fmt: skip
+    return 0
+
+
+def train(wishes):
+    """Run `bench train`; returns the exit code: 0 also for a ratio that is missed, which is said."""
+    known = GPU_CASES if wishes.device == "cuda" else CASES
+    unknown = [name for name in wishes.case or () if name not in known]
+    if unknown:
+        print(f"bench: --case {unknown[0]} is none of {', '.join(known)} on {wishes.device}", file=sys.stderr)
+        return decode.BAD_INPUT
+    if wishes.device == "cuda":
+        return on_gpu(wishes)
+    torch.set_num_threads(1)
+    print(f"training steps on {decode.cpu_name()}, one thread; torch {torch.__version__}; {wishes.rounds} rounds in turns; float32")
+    for name in wishes.case or CASES:
+        rows, tokens = CASES[name]
+        print(f"\n{name}: {rows} rows of {tokens} tokens")
+        try:
+            print("\n".join(compare(name, rows, tokens, wishes.rounds)[0]), flush=True)
+        except ImportError:
+            print("bench: transformers is missing; pip install -r tests/requirements.txt", file=sys.stderr)
+            return decode.BAD_INPUT
+    return 0

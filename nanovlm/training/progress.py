@@ -1,0 +1,233 @@
+"""What a run shows and records: the JSON-lines log, the progress bar, and curves.png.
+
+log.jsonl holds one JSON object a line, each with "stage" and "step":
+    {"loss", "lr", "gradient_norm", "tokens_per_second", "data_seconds", "seconds"}  one per optimizer step; "utilisation",
+        the share of the GPU's peak, where that is known; "spike", the limit, where loss exceeds it (guards.py)
+    {"skipped": message}                                      an update that was left out (Stage.non_finite)
+    {"when": "before" | "after", "measures": {name: number}}  held-out measures of a stage
+    {"exam": [line, ...]}                                     answers, when one has changed
+    {"parts": {part: {"gradient", "moved"}}}                  see movement.py
+    {"held_out": {source: loss}, "answers": [line, ...]}      see held_out.py
+where step counts the optimizer steps of the whole run, lr is the largest of all groups, data_seconds those that the step
+waited for its records, and seconds those since the run began. To follow a run elsewhere, give a recipe of your own a
+function that takes one such entry; after an interruption some steps are told again:
+
+    import dataclasses, wandb
+    from nanovlm.recipes import lynx
+    tracker = wandb.init(project="lynx")
+    RECIPE = dataclasses.replace(lynx.RECIPE, log=lambda entry: tracker.log(entry, step=entry["step"]))
+"""
+
+import contextlib
+import json
+import os
+import signal
+import time
+
+from tqdm import tqdm
+
+from nanovlm.training.checkpoint import CheckpointError
+
+
+PLAIN_LINES = 10  # lines per stage where there is no terminal to draw a bar on
+
+
+class Log:
+    """The file log.jsonl, appended to line by line."""
+
+    def __init__(self, path, follow=None):
+        """path: where. follow: function(entry: dict) that is told every entry too, or None; its errors are the run's."""
+        self.path = path
+        self.follow = follow
+
+    def write(self, **entry):
+        """Append one entry. It is in the file when this returns, though perhaps not on the disk; see `size`.
+
+        Raises: CheckpointError if the file cannot be written: a full disk, a folder that is gone or read-only.
+        """
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written ({error}); make room or give the folder back") from error
+        if self.follow is not None:
+            self.follow(entry)
+
+    def size(self):
+        """Bytes of the file, forced to the disk: what a checkpoint remembers."""
+        with open(self.path, "a") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def cut(self, size):
+        """Forget what was written after a checkpoint.
+
+        Raises: CheckpointError if the file holds less than the checkpoint remembers.
+        """
+        found = self.size()
+        if found < size:
+            raise CheckpointError(f"{self.path} has {found} bytes, but {size} when the checkpoint was written; "
+                                  "put the file back, or start again in another --out")
+        os.truncate(self.path, size)
+
+    def read(self):
+        """All entries: list of dict; none before the first is written."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines]
+
+
+class NoLog:
+    """The log of a process that keeps none, as the main process does that."""
+
+    def write(self, **entry):
+        """Nothing."""
+
+    def size(self):
+        """Nothing."""
+
+    def cut(self, size):
+        """Nothing."""
+
+    def read(self):
+        """Nothing: an empty list."""
+        return []
+
+
+def say(text):
+    """Print a line or several without tearing the progress bar."""
+    tqdm.write(text)
+
+
+class Bar:
+    """Progress of one stage: a bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, stage, done, shown=True):
+        self.stage = stage
+        self.bar = tqdm(desc=stage.name, total=stage.steps, initial=done, disable=None if shown else True, unit="step",
+                        mininterval=0.5)
+        self.done, self.began = done, time.monotonic()
+
+    def update(self, step, loss, lr, tokens_per_second, waited, utilisation=None):
+        """Show that `step` steps of the stage are done.
+
+        Args:
+          loss: nats; None = the update was left out. lr: largest learning rate of all groups.
+          waited: share of the step that went by waiting for data. utilisation: share of the GPU's peak, or None.
+        """
+        numbers = "update left out" if loss is None else f"loss {loss:.4f}, lr {lr:.2g}, {tokens_per_second:,.0f} tokens/s"
+        if utilisation is not None:
+            numbers += f", {utilisation:.0%} of peak"
+        numbers += f", {waited:.0%} waiting for data"
+        self.bar.set_postfix_str(numbers, refresh=False)
+        self.bar.update()
+        every = max(1, self.stage.steps // PLAIN_LINES)
+        if self.bar.disable and (step % every == 0 or step == self.stage.steps):
+            left = (self.stage.steps - step) * (time.monotonic() - self.began) / max(1, step - self.done)
+            print(f"{self.stage.name} {step}/{self.stage.steps}: {numbers}, {tqdm.format_interval(left)} left", flush=True)
+
+    def close(self):
+        """Leave the finished bar standing."""
+        self.bar.close()
+
+
+def measures_table(measures):
+    """Held-out measures before and after each stage.
+
+    Args:
+      measures: dict stage name -> {"before": {name: number}, "after": {name: number}}.
+    Returns: list of str, lines: a row per stage and measure.
+    """
+    lines = [f"{'stage':<12}{'measure':<26}{'before':>9}{'after':>9}"]
+    for stage, moments in measures.items():
+        for name, before in moments["before"].items():
+            lines.append(f"{stage:<12}{name:<26}{before:>9.1%}{moments['after'][name]:>9.1%}")
+    return lines
+
+
+def plot_curves(entries, path, seed):
+    """Draw curves.png: the loss of every step, and the measures before and after each stage.
+
+    Args:
+      entries: list of dict, `Log.read()`.
+      path: where the PNG goes.
+      seed: int, of the run; stands in the title.
+    """
+    from matplotlib.figure import Figure  # takes a second to import, which only the end of a run should pay
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
+    steps = [entry for entry in entries if "loss" in entry]
+    for stage in dict.fromkeys(entry["stage"] for entry in steps):
+        mine = [entry for entry in steps if entry["stage"] == stage]
+        top.plot([entry["step"] for entry in mine], [entry["loss"] for entry in mine], label=stage, linewidth=0.8)
+    asked = [entry for entry in entries if "held_out" in entry]
+    for name in dict.fromkeys(name for entry in asked for name in entry["held_out"]):
+        mine = [entry for entry in asked if name in entry["held_out"]]
+        top.plot([entry["step"] for entry in mine], [entry["held_out"][name] for entry in mine], ".--", label=f"held out: {name}")
+    points = [entry for entry in entries if "measures" in entry]
+    for name in dict.fromkeys(name for entry in points for name in entry["measures"]):
+        mine = [entry for entry in points if name in entry["measures"]]
+        bottom.plot([entry["step"] for entry in mine], [entry["measures"][name] for entry in mine], "o-", label=name)
+    top.set(yscale="log", ylabel="loss (nats)", title=f"seed {seed}")
+    bottom.set(ylabel="held-out accuracy (share)", xlabel="optimizer step of the whole run", ylim=(-0.02, 1.02))
+    for axes in (top, bottom):
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(path, format="png", dpi=100)
+
+
+# Ctrl-C and SIGTERM as requests: finish the step, write a checkpoint, leave. Asking twice leaves at once.
+
+
+class Stopped(Exception):
+    """The run ended before its last step, with everything saved.
+
+    exit_code: int, of the process. reason: str.
+    """
+
+    def __init__(self, exit_code, reason):
+        super().__init__(exit_code, reason)  # both, so that it can be sent to another process
+        self.exit_code = exit_code
+        self.reason = reason
+
+    def __str__(self):
+        return self.reason
+
+
+class StopRequests:
+    """Context in which SIGINT and SIGTERM set `requested` instead of ending the process.
+
+    requested: Stopped to raise at the next safe moment, or None.
+    """
+
+    def __init__(self):
+        self.requested = None
+        self.safe = False
+        self.previous = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        if self.requested is not None:
+            os._exit(128 + number)
+        self.requested = Stopped(128 + number, f"{signal.Signals(number).name} received")
+        if self.safe:
+            raise self.requested
+
+    @contextlib.contextmanager
+    def anywhere(self):
+        """Within, nothing trains and nothing is unsaved: a request takes effect immediately."""
+        if self.requested is not None:
+            raise self.requested
+        self.safe = True
+        try:
+            yield
+        finally:
+            self.safe = False

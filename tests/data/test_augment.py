@@ -1,0 +1,179 @@
+"""Augmentation: boxes are drawn as documented, the same ones for the same seed and record, in training alone."""
+
+import dataclasses
+import json
+import math
+import statistics
+from argparse import Namespace
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import tiny_recipe
+from nanovlm.data import images
+from nanovlm.data.augment import AUGMENTATIONS, View, augmented
+from nanovlm.data.batching import build_batch, pixels_of
+from nanovlm.data.records import Record, Turn, Visual
+from nanovlm.data.templates import NANO
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.training.progress import StopRequests, Stopped
+from nanovlm.training.start import make_run
+from nanovlm.training.stages import AUGMENTATIONS as NAMES
+from nanovlm.training.trainer import Trainer
+
+
+def noise(width, height, seed=0):
+    values = numpy.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=numpy.uint8)
+    return Image.fromarray(values)
+
+
+class Source:
+    """Record n shows picture n % 3, and a clip."""
+
+    name = "source"
+
+    def __len__(self):
+        return 3
+
+    def record(self, n):
+        clip = Visual(f"clip {n % 3}", (noise(30, 20, n % 3), noise(30, 20, n % 3)))
+        picture = Visual(f"picture {n % 3}", (noise(30, 20, n % 3),))
+        talk = Turn("user", (0, 1, "what?")), Turn("assistant", ("that",))
+        return Record(str(n), (picture, clip), (talk,))
+
+
+def boxes(view, width, height, number=4000):
+    return [dataclasses.replace(view, seed=(seed,)).box(width, height) for seed in range(number)]
+
+
+@pytest.mark.parametrize("name, scale, flip", [("crop", (0.9, 1.0), 0.0), ("crop_flip", (0.5, 1.0), 0.5)])
+def test_areas_ratios_and_mirrors_are_drawn_as_documented(name, scale, flip):
+    """On a large square no draw of BLIP-2's is refused, but those wider or higher than the picture."""
+    view, side = AUGMENTATIONS[name], 1000
+    drawn = boxes(view, side, side)
+    widths = [right - left for (left, _, right, _), _ in drawn]
+    heights = [bottom - top for (_, top, _, bottom), _ in drawn]
+    for (left, top, right, bottom), _ in drawn:
+        assert 0 <= left < right <= side and 0 <= top < bottom <= side
+    areas = [w * h / side**2 for w, h in zip(widths, heights)]
+    ratios = [w / h for w, h in zip(widths, heights)]
+    assert scale[0] - 0.005 < min(areas) < scale[0] + 0.02 and scale[1] - 0.02 < max(areas) <= scale[1]
+    assert 0.745 < min(ratios) and max(ratios) < 1.34
+    assert abs(statistics.mean(map(math.log, ratios))) < 0.02, "as often higher as wider"
+    assert abs(statistics.mean(flipped for _, flipped in drawn) - flip) < 0.03
+    assert len({flipped for _, flipped in drawn}) == (2 if flip else 1)
+
+
+def test_boxes_lie_everywhere():
+    """Small parts of a fixed shape: uniform areas, uniform places, from the first pixel to the last."""
+    view = View(scale=(0.01, 0.04), ratio=(0.5, 2.0))
+    drawn = [box for box, _ in boxes(view, 200, 100, 6000)]
+    lefts = [left / (200 - right + left) for left, _, right, _ in drawn]
+    tops = [top / (100 - bottom + top) for _, top, _, bottom in drawn]
+    areas = [(right - left) * (bottom - top) / 20_000 for left, top, right, bottom in drawn]
+    ratios = [math.log((right - left) / (bottom - top), 2) for left, top, right, bottom in drawn]
+    for values, low, high in ((lefts, 0, 1), (tops, 0, 1), (areas, 0.01, 0.04), (ratios, -1, 1)):
+        quarters = [low + (high - low) * share for share in (0.25, 0.5, 0.75)]
+        found = statistics.quantiles(values, n=4)
+        assert all(abs(a - b) < 0.04 * (high - low) for a, b in zip(found, quarters)), (found, quarters)
+    assert min(lefts) == 0 == min(tops) and max(lefts) == 1 == max(tops)
+
+
+@pytest.mark.parametrize(
+    "size, box",
+    [((400, 20), (186, 0, 213, 20)), ((20, 400), (0, 186, 20, 213)), ((1, 1), (0, 0, 1, 1)), ((1, 50), (0, 24, 1, 25))],
+)
+def test_a_picture_too_long_gives_its_middle(size, box):
+    """Its own shorter side, and as much of the longer as the ratio allows."""
+    assert boxes(View(), *size, number=5) == [(box, False)] * 5
+
+
+def test_a_view_is_the_resized_part():
+    image, found = noise(40, 30), set()
+    for seed in range(20):
+        view = View((0.5, 1.0), flip=0.5, seed=(seed,))
+        box, flipped = view.box(40, 30)
+        part = image.crop(box).resize((8, 8), Image.Resampling.BICUBIC)
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else part
+        assert view.apply(image, 8).tobytes() == part.tobytes()
+        found.add(flipped)
+    assert found == {True, False}
+    whole = View((1.0, 1.0), (1.0, 1.0)).apply(noise(9, 9), 9)
+    assert whole.tobytes() == noise(9, 9).tobytes()
+
+
+def test_a_view_depends_on_seed_source_record_and_place_alone():
+    source = augmented(Source(), "crop_flip", 5)
+    seeds = [visual.view.seed for n in range(6) for visual in source.record(n).visuals]
+    assert len(set(seeds)) == 12, "another one in every epoch, and for every visual input"
+    again = augmented(Source(), "crop_flip", 5)
+    assert [visual.view for visual in again.record(4).visuals] == [visual.view for visual in source.record(4).visuals]
+    assert augmented(Source(), "crop_flip", 6).record(4).visuals[0].view != source.record(4).visuals[0].view
+    other = Source()
+    other.name = "other"
+    assert augmented(other, "crop_flip", 5).record(4).visuals[0].view != source.record(4).visuals[0].view
+    assert (source.name, len(source), source.record(4).id) == ("source", 3, "4")
+    assert source.record(4).conversations == Source().record(4).conversations
+
+
+def test_none_leaves_a_source_alone():
+    source = Source()
+    assert augmented(source, "none", 0) is source
+    with pytest.raises(ValueError, match="unknown augmentation 'flip_crop'. Did you mean 'crop'"):
+        augmented(source, "flip_crop", 0)
+    assert tuple(AUGMENTATIONS) == NAMES
+
+
+def test_the_frames_of_a_clip_share_their_view():
+    visual = augmented(Source(), "crop_flip", 0).record(1).visuals[1]
+    pixels = pixels_of([visual], 8, "pad")
+    assert torch.equal(pixels[0], pixels[1])
+    square = numpy.asarray(visual.view.apply(visual.frames[0], 8))
+    assert torch.equal(pixels[:1], images.normalise(square[None])), "a view goes before the fit"
+    assert torch.equal(pixels_of([visual], 8, "pad", images.SIGLIP)[:1], images.normalise(square[None], images.SIGLIP))
+
+
+def test_two_views_of_a_picture_are_two_pictures():
+    source = augmented(Source(), "crop_flip", 0)
+    tokenizer = train_tokenizer(["what?"], 270)
+    batch = build_batch([source.record(0), source.record(3)], NANO, tokenizer, lambda size, frames: 2, 8, "crop", 99)
+    assert batch.frames.tolist() == [1, 2, 1, 2]
+    assert not torch.equal(batch.pixels[0], batch.pixels[3])
+
+
+WISHES = {
+    "recipe": "tiny", "size": None, "stages": ["align"], "without": [], "init": None, "lora": None, "data": None,
+    "images": None, "datasets": None, "device": "cpu", "threads": 1, "seed": 0, "max_minutes": None, "workers": 0, "max_damaged": 0.01, "allow_missing": False, "smoke": False,
+}  # fmt: skip
+
+
+class Pictures(tiny_recipe.Squares):
+    """Squares with something to see in them."""
+
+    def record(self, n):
+        record = super().record(n)
+        visuals = tuple(dataclasses.replace(visual, frames=(noise(12, 9, n % 10),)) for visual in record.visuals)
+        return dataclasses.replace(record, visuals=visuals)
+
+
+def losses(out, augmentation, stopped=False):
+    """The losses of a tiny run; stopped: after its first step, then resumed."""
+    sources = tiny_recipe.RECIPE.sources | {"pictures": Pictures}
+    recipe = dataclasses.replace(tiny_recipe.RECIPE, sources=sources)
+    setting = [f"align.augmentation={augmentation}"]
+    wishes = WISHES | {"set": setting}
+    if stopped:
+        with pytest.raises(Stopped):
+            run = make_run(recipe, Namespace(**wishes | {"max_minutes": 0, "resume": False}), out)
+            Trainer(run, StopRequests()).train()
+    Trainer(make_run(recipe, Namespace(**wishes, resume=stopped), out), StopRequests()).train()
+    entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
+
+
+def test_a_resumed_run_sees_the_same_views(tmp_path):
+    whole = losses(tmp_path / "whole", "crop_flip")
+    assert losses(tmp_path / "stopped", "crop_flip", stopped=True) == whole
+    assert losses(tmp_path / "plain", "none") != whole

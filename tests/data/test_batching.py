@@ -1,0 +1,335 @@
+"""Batches: rows, padding, pictures shared between rows, and what happens to rows that are too long."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from nanovlm.data import batching, images
+from nanovlm.data.augment import View
+from nanovlm.data.batching import Report, build_batch, contrastive_batch, pixels_of, prompt_row
+from nanovlm.data.batching import FrameCache
+from nanovlm.data.records import Record, Turn, Visual
+from nanovlm.data.templates import LYNX, NANO, Template, segments, write
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.vlm import IGNORE, IMAGE_TOKEN
+
+INLINE = Template(turn_prefix="\n")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["user: what is this?\nbot: a cat"] * 20, 290)
+
+
+def picture(shade, frames=1):
+    return Visual(f"shade {shade}", tuple(Image.new("RGB", (8, 8), (shade + f, 0, 0)) for f in range(frames)))
+
+
+def talk(question, answer, *pictures):
+    return Turn("user", (*pictures, question)), Turn("assistant", (answer,))
+
+
+def counted(image_size, frames):
+    """Image tokens of a visual input: depends on both arguments, so that swapping them shows."""
+    return image_size // 4 + 10 * (frames - 1)
+
+
+def batch_of(records, tokenizer, template=NANO, max_tokens=99, **options):
+    return build_batch(records, template, tokenizer, counted, 8, "crop", max_tokens, **options)
+
+
+RECORDS = [
+    Record("one", (picture(10),), (talk("what?", "a cat", 0), talk("is this a cat?", "yes it is", 0))),
+    Record("two", (), (talk("hi", "hello"),)),
+    Record("three", (picture(20, 2), picture(10)), (talk("which?", "this", 0, 1), talk("?", "a", 1))),
+]
+
+
+def test_every_conversation_is_a_row_and_padding_stands_on_the_right(tokenizer):
+    batch = batch_of(RECORDS, tokenizer)
+    counts = {"one": [2], "two": [], "three": [12, 2]}
+    rows = [write(segments(c, NANO), tokenizer, counts[r.id]) for r in RECORDS for c in r.conversations]
+    lengths = [len(row.ids) for row in rows]
+    assert batch.ids.shape == (5, max(lengths))
+    for b, (row, length) in enumerate(zip(rows, lengths)):
+        pad = max(lengths) - length
+        assert batch.ids[b].tolist() == row.ids + [tokenizer.pad] * pad
+        assert batch.labels[b].tolist() == row.labels + [IGNORE] * pad
+        assert batch.segments[b].tolist() == [0] * length + [-1] * pad
+        assert batch.positions[b].tolist() == list(range(length)) + [0] * pad
+    for values in (batch.ids, batch.labels, batch.segments, batch.positions, batch.frames, batch.shown, batch.owner):
+        assert values.dtype == torch.int64
+
+
+def test_a_picture_in_many_rows_is_encoded_once(tokenizer):
+    batch = batch_of(RECORDS, tokenizer)
+    assert batch.frames.tolist() == [1, 2]  # shade 10, and the clip; shade 10 again is not a third
+    assert batch.shown.tolist() == [0, 0, 1, 0, 0]
+    assert batch.owner.tolist() == [0, 1, 3, 3, 4]
+    assert batch.pixels.shape == (3, 3, 8, 8)
+    for frame, shade in enumerate((10, 20, 21)):
+        expected = images.to_pixels(Image.new("RGB", (8, 8), (shade, 0, 0)), 8)
+        assert torch.equal(batch.pixels[frame], expected)
+
+
+@pytest.mark.parametrize("template", [NANO, INLINE])
+def test_image_tokens_are_as_many_as_the_pictures_shown(tokenizer, template):
+    batch = batch_of(RECORDS, tokenizer, template)
+    tokens = [counted(8, frames) for frames in batch.frames.tolist()]
+    assert int((batch.ids == IMAGE_TOKEN).sum()) == sum(tokens[visual] for visual in batch.shown.tolist())
+    per_row = [0] * 5
+    for visual, row in zip(batch.shown.tolist(), batch.owner.tolist()):
+        per_row[row] += tokens[visual]
+    assert (batch.ids == IMAGE_TOKEN).sum(1).tolist() == per_row
+
+
+def test_appearances_follow_the_row_not_the_record(tokenizer):
+    record = Record("r", (picture(1), picture(2)), ((Turn("user", (1, "a", 0, 1)), Turn("assistant", ("b",))),))
+    batch = batch_of([record], tokenizer, INLINE)
+    assert batch.frames.tolist() == [1, 1] and batch.shown.tolist() == [0, 1, 0] and batch.owner.tolist() == [0, 0, 0]
+    assert batch.pixels[0, 0, 0, 0] > batch.pixels[1, 0, 0, 0]  # picture(2) appears first
+
+
+def test_text_only_batches_have_no_pixels(tokenizer):
+    unused = Record("r", (picture(1),), (talk("hi", "hello"),))  # a picture that no turn mentions is not encoded
+    for records in ([RECORDS[1]], [unused]):
+        batch = batch_of(records, tokenizer)
+        assert batch.pixels is None
+        assert batch.frames.shape == batch.shown.shape == batch.owner.shape == (0,)
+        assert batch.frames.dtype == batch.shown.dtype == torch.int64
+
+
+def test_rounds_are_rows(tokenizer):
+    talks = talk("what?", "a cat", 0) + talk("sure?", "yes")
+    record = Record("r", (picture(1),), (talks, talk("hi", "hello")))
+    batch = batch_of([record], tokenizer, LYNX)
+    rows = [write(segments(talk, LYNX), tokenizer, [2]) for talk in (talks[:2], talks, record.conversations[1])]
+    assert [ids[: len(row.ids)].tolist() for ids, row in zip(batch.ids, rows)] == [row.ids for row in rows]
+    assert batch.shown.tolist() == [0, 0] and batch.owner.tolist() == [0, 1]
+
+
+def test_a_batch_of_nothing(tokenizer):
+    with pytest.raises(ValueError, match="at least one record"):
+        batch_of([], tokenizer)
+
+
+def test_pictures_are_fitted(tokenizer):
+    red = Image.new("RGB", (16, 8), (255, 0, 0))
+    record = Record("r", (Visual("v", (red,)),), (talk("what?", "red", 0),))
+    for fit in images.FITS:
+        batch = build_batch([record], NANO, tokenizer, counted, 4, fit, 99)
+        assert torch.equal(batch.pixels[0], images.to_pixels(red, 4, fit))
+    assert (batch.ids == IMAGE_TOKEN).sum() == counted(4, 1)
+
+
+def test_pictures_from_files(tokenizer, tmp_path):
+    Image.new("L", (8, 8), 77).save(tmp_path / "a.png")
+    pixels = pixels_of([Visual("a", (str(tmp_path / "a.png"), tmp_path / "a.png"))], 8, "pad")
+    assert pixels.shape == (2, 3, 8, 8)
+    assert torch.equal(pixels[1], images.to_pixels(Image.new("RGB", (8, 8), (77, 77, 77)), 8))
+
+
+def test_length_rounded_up(tokenizer):
+    longest = batch_of(RECORDS, tokenizer).ids.shape[1]
+    rounded = -(-longest // 8) * 8
+    assert longest % 8 and batch_of(RECORDS, tokenizer, pad_to=8).ids.shape[1] == rounded
+    assert batch_of(RECORDS, tokenizer, pad_to=longest).ids.shape[1] == longest
+    assert batch_of(RECORDS, tokenizer, pad_to=8, max_tokens=longest).ids.shape[1] == longest  # never beyond max_tokens
+
+
+def test_a_long_row_is_an_error_unless_cuts_are_counted(tokenizer):
+    longest = batch_of(RECORDS, tokenizer).ids.shape[1]
+    batch_of(RECORDS, tokenizer, max_tokens=longest)
+    message = f"record 'three', conversation 0 has {longest} tokens, more than max_tokens {longest - 1}"
+    with pytest.raises(ValueError, match=message):
+        batch_of(RECORDS, tokenizer, max_tokens=longest - 1)
+
+
+def test_cuts_are_on_the_right_and_counted(tokenizer):
+    record = Record("r", (picture(1),), (talk("q", "ABCDEF", 0), talk("q", "A", 0)))
+    whole, report = batch_of([record], tokenizer), Report()
+    cut = batch_of([record], tokenizer, max_tokens=whole.ids.shape[1] - 4, report=report)
+    length = cut.ids.shape[1]
+    assert length == whole.ids.shape[1] - 4
+    assert torch.equal(cut.ids[0], whole.ids[0, :length]) and torch.equal(cut.labels[0], whole.labels[0, :length])
+    assert report == Report(rows=2, truncated_rows=1, truncated_tokens=4)
+    batch_of([record], tokenizer, report=report)
+    batch_of([record], tokenizer, max_tokens=length - 1, report=report)
+    assert report == Report(rows=6, truncated_rows=2, truncated_tokens=9)
+
+
+def test_no_cut_without_a_trained_token(tokenizer):
+    record = Record("r", (picture(1),), (talk("q", "AB", 0),))
+    first = batch_of([record], tokenizer).labels[0].ne(IGNORE).nonzero()[0].item()
+    batch_of([record], tokenizer, max_tokens=first + 1, report=Report())
+    with pytest.raises(ValueError, match=f"'r', conversation 0: cut to max_tokens {first} it has no trained token"):
+        batch_of([record], tokenizer, max_tokens=first, report=Report())
+
+
+def test_no_cut_through_a_picture_but_a_later_one_may_go(tokenizer):
+    turns = (*talk("q", "A", 0), Turn("user", ("and ", 1)), Turn("assistant", ("B",)))
+    record = Record("r", (picture(1), picture(2)), (turns,))
+    ids = batch_of([record], tokenizer, INLINE).ids[0]
+    start = (ids == IMAGE_TOKEN).nonzero()[2].item()
+    for keep, shown in ((start, [0]), (start + 2, [0, 1])):
+        batch = batch_of([record], tokenizer, INLINE, keep, report=Report())
+        assert batch.ids.tolist() == [ids[:keep].tolist()]
+        assert batch.shown.tolist() == shown and len(batch.pixels) == len(shown)
+    with pytest.raises(ValueError, match=f"'r', conversation 0: cutting it to max_tokens {start + 1} would cut"):
+        batch_of([record], tokenizer, INLINE, start + 1, report=Report())
+
+
+def test_conversations_without_a_trained_token(tokenizer):
+    silent = Template(answer_prefix="", end_with_eos=False)
+    with pytest.raises(ValueError, match="record 'r', conversation 1 has no trained token"):
+        batch_of([Record("r", (), (talk("q", "a"), talk("q", "")))], tokenizer, silent)
+
+
+def test_turns_out_of_order_name_the_record(tokenizer):
+    with pytest.raises(ValueError, match="record 'r', conversation 0: the conversation ends with the user"):
+        batch_of([Record("r", (), ((Turn("user", ("q",)),),))], tokenizer)
+
+
+def test_prompts(tokenizer):
+    turns = (Turn("user", (0, "what?")),)
+    row = prompt_row(turns, NANO, tokenizer, [3], 50)
+    assert row.ids == [IMAGE_TOKEN] * 3 + [tokenizer.bos, *tokenizer.encode("user: what?\nbot:")]
+    assert row.images == [(0, 0, 3)]
+    assert prompt_row(turns, NANO, tokenizer, [3], len(row.ids)) == row
+    with pytest.raises(ValueError, match=f"has {len(row.ids)} tokens, there is room for {len(row.ids) - 1}"):
+        prompt_row(turns, NANO, tokenizer, [3], len(row.ids) - 1)
+
+
+def caption(name, shade, text):
+    return Record(name, (picture(shade),), ((Turn("user", (0, "describe")), Turn("assistant", (text,))),))
+
+
+def test_contrastive_batch(tokenizer):
+    texts = ["a cat", "this is a cat", "A"]
+    records = [caption(str(n), n, text) for n, text in enumerate(texts)]
+    records[2] = Record("2", (picture(2),), ((Turn("assistant", (0, "A")),), talk("other", "B"), talk("more", "a cat")))
+    pixels, ids, lengths, right, looks = contrastive_batch(records, tokenizer, 8, "crop", 20)
+    rows = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in (*texts, "B")]
+    assert looks.tolist() == [[n, -1, -1] for n in range(3)]
+    assert right.tolist() == [[True, False, False, False], [False, True, False, False], [True, False, True, True]]
+    assert lengths.tolist() == [len(row) for row in rows] and lengths.dtype == torch.int64
+    longest = max(map(len, rows))
+    assert ids.tolist() == [row + [tokenizer.pad] * (longest - len(row)) for row in rows]
+    assert torch.equal(pixels, torch.stack([images.to_pixels(picture(n).frames[0], 8) for n in range(3)]))
+
+
+def test_captions_of_regions_belong_to_looks(tokenizer):
+    whole = caption("0", 0, "a cat")
+    turns = talk("q", "A"), talk("q", "a cat"), talk("q", "B"), talk("q", "A")
+    parts = Record("1", (picture(1),), turns, regions=((0.25, 0.5), (0.25, 0.5), None, (0.75, 0)))
+    _, ids, _, right, looks = contrastive_batch([whole, parts], tokenizer, 8, "crop", 20)
+    assert looks.tolist() == [[0, -1, -1], [1, 0.25, 0.5], [1, -1, -1], [1, 0.75, 0]]
+    assert ids[:, 1].tolist() == [tokenizer.encode(text)[0] for text in ("a cat", "A", "B")]
+    assert right.tolist() == [[True, False, False], [True, True, False], [False, False, True], [False, True, False]]
+
+
+@pytest.mark.parametrize("visual, seen", [
+    (Visual("wide", (Image.new("RGB", (9, 8)),)), "as a square cut out of 9 x 8 pixels"),
+    (Visual("seen", (Image.new("RGB", (8, 8)),), View()), "through an augmentation"),
+])
+def test_regions_need_a_picture_seen_as_it_is(tokenizer, visual, seen):
+    record = Record("r", (visual,), (talk("q", "A"),), regions=((0.5, 0.5),))
+    with pytest.raises(ValueError, match=f"record 'r' has regions, but its picture is seen {seen}"):
+        contrastive_batch([record], tokenizer, 8, "crop", 20)
+
+
+def test_long_captions_are_cut_only_where_that_is_counted(tokenizer):
+    records = [caption("r", 1, "ABCDEF")]
+    with pytest.raises(ValueError, match="record 'r' has 8 tokens, more than max_tokens 7"):
+        contrastive_batch(records, tokenizer, 8, "crop", 7)
+    report = Report()
+    _, ids, lengths, _, _ = contrastive_batch(records, tokenizer, 8, "crop", 7, report)
+    assert ids.tolist() == [[tokenizer.bos, *tokenizer.encode("ABCDEF")]] and lengths.tolist() == [7]
+    assert report == Report(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "visuals, turns, message",
+    [
+        ((), talk("q", "a"), "record 'r' has 0 visual inputs; a contrastive batch needs one picture"),
+        ((picture(1), picture(2)), talk("q", "a"), "record 'r' has 2 visual inputs"),
+        ((picture(1, frames=2),), talk("q", "a"), "needs one picture"),
+        ((picture(1),), talk("q", " "), "record 'r' has no caption"),
+        ((picture(1),), (Turn("user", ("q",)),), "record 'r' has no caption"),
+    ],
+)
+def test_what_cannot_be_contrasted(tokenizer, visuals, turns, message):
+    with pytest.raises(ValueError, match=message):
+        contrastive_batch([Record("r", visuals, (turns,))], tokenizer, 8, "crop", 20)
+
+
+# ---- pictures decoded before ----
+
+
+def test_files_are_decoded_once_as_long_as_they_stay_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(batching, "FRAMES", FrameCache())
+    loaded, load = [], images.load
+    monkeypatch.setattr(images, "load", lambda source: loaded.append(source) or load(source))
+    path = tmp_path / "a.png"
+
+    def pixels(fit="crop", size=8, preprocessing=images.CLIP, shade=None, view=None):
+        if shade is not None:
+            Image.new("RGB", (16, 12), (shade, 0, 0)).save(path)
+            os.utime(path, ns=(shade, shade))  # as a later save would
+        return pixels_of([Visual("a", (str(path),), view)], size, fit, preprocessing)
+
+    first = pixels(shade=10)
+    assert torch.equal(pixels(), first) and len(loaded) == 1
+    first.zero_()
+    assert torch.equal(pixels(), images.to_pixels(load(path), 8)[None]), "the caller's changes are the caller's"
+    for number, options in enumerate(({"fit": "pad"}, {"size": 9}, {"fit": "pad", "preprocessing": images.SIGLIP}), 2):
+        expected = images.to_pixels(load(path), options.get("size", 8), options.get("fit", "crop"),
+                                    options.get("preprocessing", images.CLIP))  # fmt: skip
+        assert torch.equal(pixels(**options)[0], expected) and len(loaded) == number
+    assert torch.equal(pixels(preprocessing=images.SIGLIP)[0], images.to_pixels(load(path), 8, "crop", images.SIGLIP))
+    assert not torch.equal(pixels(shade=90), pixels(shade=10)), "a file that was replaced"
+    seen = len(loaded)
+    pixels(view=View(seed=(1,))), pixels(view=View(seed=(2,)))
+    assert len(loaded) == seen + 2, "a random view is never the same again"
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="a.png: no such image"):
+        pixels()
+
+
+def test_the_cache_keeps_to_its_memory(tmp_path):
+    cache, made = FrameCache(max_bytes=100), []
+    for name in "abcd":
+        (tmp_path / name).touch()
+
+    def get(name, size=40):
+        return cache.get(tmp_path / name, size, lambda: made.append(name) or numpy.zeros(size, dtype=numpy.uint8))
+
+    for name in "abacac":  # c drives b out, which was unused for longest
+        get(name)
+    assert made == ["a", "b", "c"] and cache.num_bytes == 80 == sum(array.nbytes for array in cache.arrays.values())
+    get("b"), get("a")
+    assert made == ["a", "b", "c", "b", "a"]
+    get("d", 100)
+    assert [key[3] for key in cache.arrays] == [100], "what fits exactly stays"
+    assert get("d", 101).nbytes == 101 and not cache.arrays and cache.num_bytes == 0, "what does not fit is not kept"
+    with pytest.raises(ValueError, match="read-only"):
+        get("d")[0] = 1
+
+
+def test_the_cache_with_many_threads(tmp_path):
+    cache = FrameCache(max_bytes=300)
+    for name in range(20):
+        (tmp_path / str(name)).touch()
+
+    def work(seed):
+        for name in numpy.random.default_rng(seed).integers(0, 20, 300).tolist():
+            array = cache.get(tmp_path / str(name), None, lambda: numpy.full(40, name, dtype=numpy.uint8))
+            assert (array == name).all()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert cache.num_bytes == sum(array.nbytes for array in cache.arrays.values()) == 280

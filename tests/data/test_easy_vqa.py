@@ -1,0 +1,232 @@
+"""easy-VQA: the official split and its counts, captions from the answers, and helpful errors."""
+
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nanovlm.data import easy_vqa
+from nanovlm.data.easy_vqa import COLORS, EasyVQA, SHAPES, caption_of, centre_of, kind_of, reveal
+from nanovlm.data.scene_questions import SHORT_CAPTION_PROMPTS
+
+package = pytest.importorskip("easy_vqa")
+RGB = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "gray": (128, 128, 128),
+       "teal": (0, 128, 128), "black": (0, 0, 0), "brown": (165, 42, 42)}  # as the package's README draws them
+
+
+@pytest.fixture(scope="module")
+def test_split():
+    return EasyVQA("test")
+
+
+@pytest.mark.parametrize("split, pictures, questions", [("train", 4000, 38575), ("test", 1000, 9673)])
+def test_one_epoch_holds_the_official_split_exactly_once(split, pictures, questions):
+    source, asked = EasyVQA(split, seed=1), Counter()
+    assert len(source) == pictures and source.name == f"easy_vqa_{split}"
+    seen = set()
+    for n in range(pictures):
+        record = source.record(n)
+        (picture,) = record.visuals
+        assert record.id == picture.key
+        seen.add(picture.key)
+        image_id = int(picture.key.removeprefix(f"easy_vqa_{split}/"))
+        for kind, (user, assistant) in zip(record.kinds, record.conversations, strict=True):
+            assert (user.role, assistant.role, user.parts[0]) == ("user", "assistant", 0)
+            assert kind == ("yes_no" if assistant.text in ("yes", "no") else
+                            "color" if assistant.text in RGB else "shape")
+            asked[user.text, assistant.text, image_id] += 1
+    official = getattr(package, f"get_{split}_questions")()
+    assert len(seen) == pictures and asked.total() == questions and asked == Counter(zip(*official))
+
+
+def test_pictures_are_the_files_and_are_kept(test_split):
+    paths = package.get_test_image_paths()
+    for n in range(5):
+        picture = test_split.record(n).visuals[0]
+        with Image.open(paths[int(picture.key.split("/")[1])]) as image:
+            assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(picture.frames[0]))
+        assert picture.frames[0].mode == "RGB" and picture.frames[0].size == (64, 64)
+    (picture,) = test_split.record(0).visuals
+    image_id = int(picture.key.split("/")[1])
+    assert test_split.pixels[image_id].dtype == np.uint8
+    test_split.paths[image_id] = "gone"  # the file is not opened again
+    assert test_split.record(0).visuals[0].frames[0].tobytes() == picture.frames[0].tobytes()
+
+
+def test_epochs_are_permutations_of_seed_and_epoch(test_split):
+    ids = [[test_split.record(epoch * 1000 + n).id for n in range(1000)] for epoch in range(2)]
+    assert sorted(ids[0]) == sorted(ids[1]) and len(set(ids[0])) == 1000
+    assert sum(one == other for one, other in zip(*ids)) < 20
+    again, other = EasyVQA("test"), EasyVQA("test", seed=1)
+    assert [again.record(n).id for n in range(30)] == ids[0][:30]
+    assert [other.record(n).id for n in range(30)] != ids[0][:30]
+
+
+def test_a_sample_of_questions_changes_with_the_epoch():
+    sampled = EasyVQA("test", questions_per_picture=3)
+    everything = EasyVQA("test")
+    changed = 0
+    for n in range(60):
+        one, all_of_it = sampled.record(n), everything.record(n)
+        assert len(one.conversations) == len(one.kinds) == min(3, len(all_of_it.kinds))
+        assert one == _without_picture(one, sampled.record(n))
+        assert len(set(one.conversations) & set(all_of_it.conversations)) == len(one.conversations)
+        later = next(r for r in map(sampled.record, range(1000, 2000)) if r.id == one.id) if n < 4 else one
+        changed += later.conversations != one.conversations
+    assert changed >= 3
+    many = EasyVQA("test", questions_per_picture=1000)
+    assert many.record(0).conversations == everything.record(0).conversations
+    exact = len(everything.record(0).conversations)
+    assert EasyVQA("test", questions_per_picture=exact).record(0).conversations == everything.record(0).conversations
+    assert len(EasyVQA("test", questions_per_picture=1).record(0).conversations) == 1
+
+
+def _without_picture(one, other):
+    """`other` with the picture object of `one`, after comparing their pixels."""
+    assert other.visuals[0].frames[0].tobytes() == one.visuals[0].frames[0].tobytes()
+    return type(other)(other.id, one.visuals, other.conversations, other.kinds)
+
+
+@pytest.mark.parametrize("asked, revealed", [
+    ([("what color is the circle?", "blue")], ("blue", "circle")),
+    ([("what is the color of the shape?", "teal")], ("teal", None)),
+    ([("what is the gray shape?", "triangle")], ("gray", "triangle")),
+    ([("what shape is in the image?", "rectangle")], (None, "rectangle")),
+    ([("is there a red shape?", "yes")], ("red", None)),
+    ([("is there a red shape?", "no")], (None, None)),
+    ([("is there not a red shape?", "no")], ("red", None)),
+    ([("is there not a red shape?", "yes")], (None, None)),
+    ([("is no circle present?", "no")], (None, "circle")),
+    ([("does the image not contain a brown shape?", "no"), ("is a triangle present?", "yes")], ("brown", "triangle")),
+    ([("is there a circle?", "no"), ("is there not a triangle in the image?", "yes")], (None, "rectangle")),
+    ([(f"is a {color} shape present?", "no") for color in COLORS if color != "black"], ("black", None)),
+    ([(f"is a {color} shape present?", "no") for color in COLORS[2:]], (None, None)),
+    ([], (None, None)),
+])
+def test_reveal_reads_questions_denials_and_exclusions(asked, revealed):
+    assert reveal(asked) == revealed
+
+
+def test_captions_say_what_is_known():
+    assert [caption_of(*known) for known in (("blue", "circle"), ("blue", None), (None, "circle"), (None, None))] == [
+        "blue circle", "blue shape", "circle", "shape"]
+    assert [kind_of(answer) for answer in ("yes", "no", "teal", "circle")] == ["yes_no", "yes_no", "color", "shape"]
+
+
+def test_names_are_the_caption_and_its_words():
+    source, captions = EasyVQA(kind="names"), EasyVQA(kind="captions")
+    complete = set()
+    for n in range(len(source)):
+        names, caption = source.record(n), captions.record(n).conversations[0][-1].text
+        said = [conversation[-1].text for conversation in names.conversations]
+        known = [word for word in caption.split() if word != "shape"]
+        complete.add(len(known))
+        assert said == ([caption, *known] if len(known) == 2 else known or ["shape"]) and names.kinds == ("name",) * len(said)
+    assert 2 in complete
+
+
+@pytest.mark.slow
+def test_names_stand_where_the_object_is():
+    pixels = np.full((40, 20, 3), 240, np.uint8)
+    pixels[10:30, 5:7] = 90  # rows 10 to 29, columns 5 and 6
+    assert centre_of(pixels) == (6 / 20, 20 / 40)
+    for n in range(30):
+        record = EasyVQA(kind="names").record(n)
+        (x, y), *others = record.regions
+        assert others == [(x, y)] * (len(record.conversations) - 1)
+        picture = np.asarray(record.visuals[0].frames[0])
+        assert picture[int(64 * y), int(64 * x)].tolist() != np.median(picture, axis=(0, 1)).tolist()
+    assert EasyVQA().record(0).regions == ()
+
+
+@pytest.mark.parametrize("split, complete", [("train", 4000 - 422), ("test", 1000 - 112)])
+def test_captions_are_true_of_the_pictures(split, complete):
+    source = EasyVQA(split, "captions")
+    assert len(source) - source.num_incomplete == complete
+    words, prompts = Counter(), Counter()
+    for n in range(300):
+        record = source.record(n)
+        ((user, assistant),) = record.conversations
+        assert record.kinds == ("short_caption",) and user.parts[0] == 0
+        prompts[user.text] += 1
+        pixels = np.asarray(record.visuals[0].frames[0]).reshape(-1, 3).astype(int)
+        for word in assistant.text.split():
+            words[word] += 1
+            if word in COLORS:
+                assert (np.abs(pixels - RGB[word]).max(1) < 60).sum() > 8, record.id
+    assert set(words) == {*COLORS, *SHAPES, "shape"}
+    assert set(prompts) == set(SHORT_CAPTION_PROMPTS) and min(prompts.values()) > 60
+    assert source.record(3).conversations == EasyVQA(split, "captions").record(3).conversations
+
+
+@pytest.mark.parametrize("split, complete", [("train", 4000 - 422), ("test", 1000 - 112)])
+def test_texts_ask_the_same_questions_about_a_caption_that_tells_both(split, complete):
+    source, questions = EasyVQA(split, "texts"), EasyVQA(split)
+    assert len(source) == complete and source.num_incomplete == len(questions) - complete
+    for n in range(100):
+        record = source.record(n)
+        asked = questions.asked[int(record.id.split("/")[1])]
+        color, shape = reveal(asked)
+        assert record.visuals == () and record.id.startswith(f"easy_vqa_{split}/")
+        assert [(user.parts, assistant.text) for user, assistant in record.conversations] == [
+            ((f"{color} {shape}. ", question), answer) for question, answer in asked]
+        assert record.kinds == tuple(kind_of(answer) for _, answer in asked)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"split": "tset"}, "unknown split 'tset'. Did you mean 'test'"),
+    ({"kind": "caption"}, "unknown kind 'caption'. Did you mean 'captions'"),
+    ({"questions_per_picture": 0}, "questions_per_picture is 0"),
+    ({"questions_per_picture": -2}, "questions_per_picture is -2"),
+])
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError) as error:
+        EasyVQA(**options)
+    assert message in str(error.value)
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(ImportError, match="pip install easy-vqa"):
+        EasyVQA()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_missing_data_says_what_to_install(monkeypatch, tmp_path, split):
+    monkeypatch.setattr("easy_vqa.easy_vqa.BASE_PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="data of the package easy-vqa is missing.*pip install --force-rein"):
+        EasyVQA(split)
+    assert easy_vqa.SHAPES == SHAPES
+
+
+def test_texts_put_the_questions_to_a_caption_that_tells_colour_and_shape():
+    texts, captions = EasyVQA(kind="texts"), EasyVQA(kind="captions")
+    complete = {captions.image_ids[n]: captions.captions[captions.image_ids[n]] for n in range(len(captions))}
+    both = (set(COLORS), set(SHAPES))
+    complete = {id: words for id, words in complete.items() if all(known & set(words.split()) for known in both)}
+    assert len(texts) == len(complete) == len(captions) - captions.num_incomplete
+    for n in range(50):
+        record = texts.record(n)
+        image_id = int(record.id.split("/")[-1])
+        assert record.visuals == ()
+        asked = {(question, answer) for question, answer in texts.asked[image_id]}
+        for question, answer in record.conversations:
+            told, words = question.parts
+            assert told == f"{complete[image_id]}. "
+            assert (words, answer.text) in asked
+
+
+def test_denials_are_of_pictures_where_one_is_false():
+    everything, source = EasyVQA("test"), EasyVQA("test", kind="denials", seed=3)
+    expected = {}
+    for n in range(len(everything)):
+        record = everything.record(n)
+        asked = {tuple(turn.text for turn in turns) for turns in record.conversations}
+        denials = {one for one in asked if {"not", "no"} & set(one[0][:-1].split())}
+        if any(answer == "no" for _, answer in denials):
+            expected[record.id] = denials
+    found = [source.record(n) for n in range(len(source))]
+    assert {one.id: {tuple(turn.text for turn in turns) for turns in one.conversations} for one in found} == expected
+    assert 0.3 < len(expected) / len(everything) < 0.6 and found[0].visuals and set(found[0].kinds) == {"yes_no"}

@@ -1,0 +1,124 @@
+"""Mixture: exact shares, exact resume."""
+
+import json
+
+import pytest
+
+from nanovlm.data.feed import Course, Mixture
+
+
+class Counter:
+    """A source whose n-th record is (name, n)."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __len__(self):
+        return 5
+
+    def record(self, n):
+        return self.name, n
+
+
+SOURCES = {name: Counter(name) for name in "abc"}
+
+
+def draw(mixture, number):
+    return [mixture.next() for _ in range(number)]
+
+
+def test_shares_are_exact_at_every_moment():
+    weights = {"a": 0.7, "b": 0.2, "c": 0.1}
+    mixture = Mixture(SOURCES, weights)
+    drawn = {name: 0 for name in weights}
+    for n in range(1, 301):
+        name, record = mixture.next()
+        assert record == (name, drawn[name])  # every source is read in its own order, nothing left out
+        drawn[name] += 1
+        for source, weight in weights.items():
+            assert abs(drawn[source] - n * weight) < 1
+    assert drawn == {"a": 210, "b": 60, "c": 30} == mixture.state()
+
+
+def test_weights_are_relative():
+    for weights in ({"a": 3, "b": 1}, {"a": 0.3, "b": 0.1}, {"a": 3e-7, "b": 1e-7}):
+        assert [name for name, _ in draw(Mixture(SOURCES, weights), 8)] == list("aabaaaba")
+
+
+def test_ties_go_to_the_one_named_first():
+    assert [name for name, _ in draw(Mixture(SOURCES, {"b": 1, "a": 1}), 4)] == list("baba")
+    # 0.1 + 0.2 is not 0.3 in floating point; as written it is
+    names = [name for name, _ in draw(Mixture(SOURCES, {"a": 0.1, "b": 0.2, "c": 0.3}), 6)]
+    assert names == [name for name, _ in draw(Mixture(SOURCES, {"a": 1, "b": 2, "c": 3}), 6)]
+
+
+def test_only_named_sources_are_read():
+    assert {name for name, _ in draw(Mixture(SOURCES, {"c": 2}), 5)} == {"c"}
+
+
+def test_resume_is_exact_from_any_moment_and_through_sorted_json():
+    weights = {"c": 0.5, "a": 0.3, "b": 0.2}
+    whole = draw(Mixture(SOURCES, weights), 40)
+    for cut in (0, 1, 7, 23):
+        first = Mixture(SOURCES, weights)
+        draw(first, cut)
+        state = json.loads(json.dumps(first.state(), sort_keys=True))
+        second = Mixture(SOURCES, weights)
+        second.load_state(state)
+        assert draw(second, 40 - cut) == whole[cut:]
+
+
+def test_the_state_is_a_copy():
+    mixture = Mixture(SOURCES, {"a": 1})
+    state = mixture.state()
+    mixture.next()
+    assert state == {"a": 0}
+    mixture.load_state(state)
+    mixture.next()
+    assert state == {"a": 0}
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({}, "at least one weight"),
+        ({"aa": 1}, "no source is called 'aa'. Did you mean 'a'"),
+        ({"a": 0}, "'a' has weight 0"),
+        ({"a": 1, "b": -1}, "'b' has weight -1"),
+        ({"a": float("nan")}, "weight nan"),
+        ({"a": float("inf")}, "weight inf"),
+    ],
+)
+def test_bad_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture(SOURCES, weights)
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({"a": 1}, r"reads \['a'\], this one \['a', 'b'\]"),
+        ({"a": 1, "c": 1}, r"reads \['a', 'c'\]"),
+        ({"a": 1, "b": -1}, "'b': -1 records drawn"),
+        ({"a": 1.0, "b": 1}, "'a': 1.0 records drawn"),
+    ],
+)
+def test_bad_states(state, message):
+    mixture = Mixture(SOURCES, {"a": 1, "b": 1})
+    with pytest.raises(ValueError, match=message):
+        mixture.load_state(state)
+    assert mixture.state() == {"a": 0, "b": 0}
+
+
+def test_a_course_reads_one_source_after_another():
+    course = Course([Counter("easy"), Counter("fair"), Counter("hard")], [2, 3])
+    expected = [("easy", 0), ("easy", 1), ("fair", 0), ("fair", 1), ("fair", 2), ("hard", 0), ("hard", 1)]
+    assert [course.record(n) for n in range(7)] == expected
+    assert course.name == "hard" and len(course) == 2 + 3 + 5
+    assert Course([Counter("only")], []).record(9) == ("only", 9)
+
+
+@pytest.mark.parametrize("lengths", [[], [1, 2], [0]])
+def test_a_course_needs_a_length_for_all_but_the_last(lengths):
+    with pytest.raises(ValueError, match="every source but the last needs a length from 1"):
+        Course([Counter("a"), Counter("b")], lengths)

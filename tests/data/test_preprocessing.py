@@ -1,0 +1,93 @@
+"""A model's own preprocessing reaches training and conversation: batches, both losses, chat."""
+
+import dataclasses
+from argparse import Namespace
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import tiny_recipe
+from nanovlm.training import update
+from nanovlm.generation.chat import Chat
+from nanovlm.training.checkpoint import replace_tensors
+from nanovlm.data import images
+from nanovlm.data.batching import Report, build_batch, contrastive_batch, pixels_of
+from nanovlm.data.records import Record, Turn, Visual
+from nanovlm.data.templates import CHATML, NANO, PLAIN
+from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
+from nanovlm.published.load import open_trained
+from nanovlm.training.start import make_run
+from nanovlm.generation.sampler import Decoding
+from tiny import random_vlm
+
+WISHES = Namespace(recipe="tiny", size=None, stages=None, without=[], set=[], init=None, lora=None, resume=False,
+                   data=None, images=None, datasets=None, device="cpu", threads=1, seed=0, max_minutes=None, workers=0, max_damaged=0.01, allow_missing=False, smoke=True)
+PICTURE = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=numpy.uint8))
+RECORD = Record("r", (Visual("v", (PICTURE,)),), ((Turn("user", (0, "what?")), Turn("assistant", ("red",))),))
+
+
+def wanted(size, fit, preprocessing):
+    return images.to_pixels(PICTURE, size, fit, preprocessing)[None]
+
+
+@pytest.mark.parametrize("preprocessing", [images.CLIP, images.SIGLIP])
+def test_batches(preprocessing):
+    tokenizer = train_tokenizer(["what?"], 270)
+    batch = build_batch([RECORD], NANO, tokenizer, lambda *_: 2, 8, "pad", 60, preprocessing=preprocessing)
+    assert torch.equal(batch.pixels, wanted(8, "pad", preprocessing))
+    pixels, *_ = contrastive_batch([RECORD], tokenizer, 8, "pad", 60, preprocessing=preprocessing)
+    assert torch.equal(pixels, wanted(8, "pad", preprocessing))
+    assert torch.equal(pixels_of(RECORD.visuals, 8, "pad", preprocessing), pixels)
+
+
+def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path):
+    recipe = dataclasses.replace(tiny_recipe.RECIPE, preprocessing=images.SIGLIP, stage_templates={"align": PLAIN})
+    run = make_run(recipe, WISHES, tmp_path / "run")
+    tower, align = run.stages
+    seen = []
+    run.model.loss = lambda batch, lean: seen.append(batch) or (torch.zeros(()), 1)
+    run.contrastive.loss = lambda pixels, ids, lengths, right, looks: seen.append(pixels) or torch.zeros(())
+    update.language_loss(run, align, update.language_batch(run, align, [RECORD], Report()))
+    update.contrastive_loss(run, tower, update.pairs_batch(run, tower, [RECORD], Report()))
+    assert torch.equal(seen[0].pixels, wanted(align.image_size, align.image_fit, images.SIGLIP))
+    assert torch.equal(seen[1], wanted(tower.image_size, tower.image_fit, images.SIGLIP))
+    written = [id for id in seen[0].ids[0].tolist() if id >= 0]
+    assert written == [run.tokenizer.bos, *run.tokenizer.encode("red\n")]
+    plain = make_run(tiny_recipe.RECIPE, WISHES, tmp_path / "plain")
+    plain.model.loss = run.model.loss
+    update.language_loss(plain, align, update.language_batch(plain, align, [RECORD], Report()))
+    assert torch.equal(seen[2].pixels, wanted(align.image_size, align.image_fit, images.CLIP))
+
+
+def test_a_folder_is_asked_in_the_form_of_its_last_stage(tmp_path):
+    recipe = dataclasses.replace(tiny_recipe.RECIPE, stage_templates={"align": PLAIN})
+    run = make_run(recipe, WISHES, tmp_path / "run")
+    replace_tensors(run.out / "model.safetensors", run.model.state_dict())
+    config = run.identity | {"image_size": run.model.vision.image_size}
+    assert open_trained(run.out, config, recipe, torch.float32, "cpu").template == PLAIN
+    config |= {"stages": {"tower": config["stages"]["tower"]}}
+    assert open_trained(run.out, config, recipe, torch.float32, "cpu").template == NANO
+
+
+def test_a_chat_sees_the_models_pixels():
+    tokenizer = train_tokenizer(["what?"], 270)
+    model = random_vlm(tokenizer.vocab_size, context_length=60)
+    for preprocessing in (images.CLIP, images.SIGLIP):
+        chat = Chat(model, tokenizer, NANO, Decoding(max_new_tokens=2), 8, "pad", preprocessing=preprocessing)
+        list(chat.ask("what?", [PICTURE]))
+        assert torch.equal(chat.last.visual_inputs[0], wanted(8, "pad", preprocessing))
+
+
+def test_a_chat_stops_where_the_template_ends_a_reply():
+    """A reply of ChatML ends with <|im_end|>, whatever the tokenizer's end token is."""
+    trained = train_tokenizer(["what?"], 270)
+    trained.backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = Tokenizer(trained.backend)
+    model = random_vlm(tokenizer.vocab_size, context_length=60)
+    bias = torch.zeros(tokenizer.vocab_size)
+    bias[tokenizer.special_id("<|im_end|>")] = 1e4
+    model.decoder.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    chat = Chat(model, tokenizer, CHATML, Decoding(max_new_tokens=5), 8)
+    assert "".join(chat.ask("what?")) == "" and chat.last.answer == []

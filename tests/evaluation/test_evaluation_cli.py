@@ -1,0 +1,346 @@
+"""`python -m nanovlm.evaluation`: from files to report, stopped and taken up again, with what is missing or broken named."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from tiny import random_vlm
+
+from nanovlm.data.images import CLIP
+from nanovlm.data.templates import NANO
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.evaluation import __main__ as cli
+from nanovlm.evaluation import pairwise, protocols, protocols as speaker, report, runner
+from nanovlm.evaluation.items import Item
+from nanovlm.evaluation.runner import PredictionFile
+from nanovlm.evaluation.tasks import TASKS
+from nanovlm.generation.sampler import Decoding
+from nanovlm.vlit.generators import GeneratorError, Refused
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    tokenizer = train_tokenizer(["user: what color is this? yes no\nbot: red blue"] * 3, 300)
+    decodings = {"default": Decoding(max_new_tokens=4), "vqa": Decoding(max_new_tokens=2), "describe": Decoding(max_new_tokens=3)}
+    return SimpleNamespace(
+        model=random_vlm(tokenizer.vocab_size, context_length=400), tokenizer=tokenizer, template=NANO, image_size=8,
+        image_fit="crop", decodings=decodings, preprocessing=CLIP,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def start(loaded, monkeypatch, capsys, tmp_path):
+    """Run the command line on the loaded model: (code, what it printed, what it complained)."""
+    monkeypatch.setattr(cli.recipes, "load", lambda folder, **options: loaded)
+
+    def start(task, *arguments):
+        code = cli.main([task, "--model", "folder/tiny", "--out", str(tmp_path / "out"), "--data", str(tmp_path), *arguments])
+        return SimpleNamespace(code=code, folder=tmp_path / "out", **dict(zip(("out", "err"), capsys.readouterr())))
+
+    return start
+
+
+@pytest.fixture
+def pope(tmp_path):
+    """Six questions about three pictures, one of which is missing; a broken line."""
+    for name in "ab":
+        Image.new("RGB", (9, 9), "red").save(tmp_path / f"{name}.png")
+    lines = [
+        json.dumps({"question_id": n, "image": f"{'abc'[n // 2]}.png", "text": "Is there a dog?", "label": "yes" if n % 2 else "no"})
+        for n in range(6)
+    ]
+    (tmp_path / "coco_pope_random.json").write_text("\n".join([*lines[:3], "{oh", *lines[3:]]) + "\n")
+    return tmp_path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def test_a_report_with_what_is_missing_and_broken(start, pope):
+    done = start("pope")
+    assert done.code == 0 and "NOT ASKED: 2 questions" in done.out and "c.png" in done.out and "NOT READ OR PUT: 1 records" in done.out
+    told = json.loads((done.folder / "report.json").read_text())
+    assert told["missing"] == {f"random/{n}": [str(pope / "c.png")] for n in (4, 5)} and told["answered"] == 4
+    assert "line 4" in told["problems"][0] and told["preset"] == "vqa" and told["scores"]["random accuracy"] == 0.5
+    assert [row["class"] for row in told["classes"]] == ["all", "random"] and told["classes"][0]["answers"] == 4
+    assert (done.folder / "report.txt").read_text().splitlines() == done.out.splitlines()[:-1]
+    with Image.open(done.folder / "classes.png") as bars, Image.open(done.folder / "worst.png") as sheet:
+        assert bars.size[0] == 800 and sheet.size[0] > 800
+    head, *predictions = read(done.folder / "predictions.jsonl")
+    assert head["settings"]["task"] == "pope" and [one["id"] for one in predictions] == [f"random/{n}" for n in range(4)]
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(start, pope, monkeypatch):
+    whole = read(start("pope").folder / "predictions.jsonl")
+    path = pope / "out" / "predictions.jsonl"
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # two answers, and the run ended inside the third
+    asked, replies = [], speaker.Speaker.replies
+    monkeypatch.setattr(speaker.Speaker, "replies", lambda self, several: asked.extend(several) or replies(self, several))
+    assert start("pope").code == 0
+    assert [one.id for one in asked] == ["random/2", "random/3"] and read(path) == whole
+
+
+def test_an_interrupted_run_keeps_its_answers(start, pope, monkeypatch):
+    replies = speaker.Speaker.replies
+
+    def once(self, several):
+        if several[0].id != "random/0":
+            raise KeyboardInterrupt
+        return replies(self, several)
+
+    monkeypatch.setattr(speaker.Speaker, "replies", once)
+    done = start("pope", "--batch-size", "2")
+    assert done.code == 130 and "goes on" in done.err and len(read(done.folder / "predictions.jsonl")) == 3
+
+
+def test_other_settings_are_refused(start, pope):
+    start("pope", "--limit", "2")
+    assert start("pope").code == 0  # a limit is no setting
+    again = start("pope", "--seed", "1")
+    assert again.code == 2 and "seed 0, now it is 1" in again.err
+    (pope / "out" / "predictions.jsonl").write_text("no json\n")
+    assert "no file of predictions" in start("pope").err
+
+
+def test_shots_are_shown_and_not_asked(start, pope, monkeypatch):
+    told = {}
+    monkeypatch.setattr(runner, "Speaker", lambda *args: told.update(args=args) or speaker.Speaker(*args))
+    done = start("pope", "--shots", "1", "--describe-first", "--prompt", "see: {question}", "--preset", "default")
+    loaded, decoding, describe, shots, *_ = told["args"]
+    assert [(asked.text, answer) for asked, answer in shots] == [("see: Is there a dog?", "no")]
+    assert decoding == loaded.decodings["default"] and describe == loaded.decodings["describe"]
+    assert [one["id"] for one in read(done.folder / "predictions.jsonl")[1:]] == ["random/1", "random/2", "random/3"]
+
+
+def test_a_damaged_picture_or_a_question_too_long_stops_nothing(start, pope):
+    (pope / "b.png").write_bytes((pope / "b.png").read_bytes()[:45])
+    long = {"question_id": 6, "image": "a.png", "text": "dog? " * 400, "label": "no"}
+    with open(pope / "coco_pope_random.json", "a") as file:
+        file.write(json.dumps(long) + "\n")
+    done = start("pope")
+    problems = json.loads((done.folder / "report.json").read_text())["problems"]
+    assert done.code == 0 and "2 answers" in done.out and len(problems) == 4  # and the broken line
+    assert all(any(word in problem for problem in problems) for word in ("random/2: ", "b.png", "random/6: ", "shorten"))
+    (pope / "a.png").write_bytes(b"")
+    (pope / "out" / "predictions.jsonl").unlink()
+    nothing = start("pope")
+    assert nothing.code == 2 and "no question of pope could be put" in nothing.err and "a.png" in nothing.err
+
+
+def test_nothing_can_be_asked_without_media(start, pope):
+    for name in "ab":
+        (pope / f"{name}.png").unlink()
+    done = start("pope")
+    assert done.code == 0 and "0 answers" in done.out and "NOT ASKED: 6 questions" in done.out
+
+
+def test_judgements_now_later_and_by_a_model(start, tmp_path):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    lines = [{"index": n, "question": "what?", "answer": ["red"], "image": "a.png", "class": "Color"} for n in range(3)]
+    (tmp_path / "Open_VQA_images.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = start("open_vqa")
+    prompts = read(done.folder / "judge_prompts.jsonl")
+    assert [one["id"] for one in prompts] == ["0", "1", "2"] and 'imply the answer "red"' in prompts[0]["prompt"]
+    assert json.loads((done.folder / "report.json").read_text())["scores"]["all"] is None and not (done.folder / "classes.png").exists()
+    said = tmp_path / "said.jsonl"
+    said.write_text('{"id": "0", "judgement": "Yes."}\n{"id": "1", "judgement": "Hm"}\n')
+    scores = json.loads((start("open_vqa", "--judgements", str(said)).folder / "report.json").read_text())["scores"]
+    assert (scores["all"], scores["judged"], scores["unparsed"]) == (0.5, 2, 1)
+    done = start("open_vqa", "--judgements", str(said), "--judge", "folder")  # only the third is left
+    assert [one["id"] for one in read(done.folder / "judgements.jsonl")] == ["2"] and not read(done.folder / "judge_prompts.jsonl")
+    start("open_vqa", "--judge", "folder")
+    assert sorted(one["id"] for one in read(done.folder / "judgements.jsonl")) == ["0", "1", "2"]
+    said.write_text('{"id": "0"}\n')
+    assert "no object with id and judgement" in start("open_vqa", "--judgements", str(said)).err
+    assert "no such file" in start("open_vqa", "--judgements", "nowhere").err
+
+
+class Server:
+    """Stands for an endpoint: refuses the second question, breaks down at a call that is told."""
+
+    workers, calls, breaks_at = 2, 0, 0
+
+    def __init__(self, name):
+        assert name == "gpt-x"
+
+    def generate(self, chats, *, n, temperature, max_tokens, seed, stop):
+        Server.calls += 1
+        ((role, prompt),) = chats[0].messages
+        assert (role, n, temperature) == ("user", 1, 0.0) and 'imply the answer "red"' in prompt
+        if Server.calls == Server.breaks_at:
+            raise GeneratorError("the server is gone")
+        if "second" in prompt:
+            raise Refused("too long")
+        return [["Yes."]]
+
+
+def test_an_endpoint_judges_and_one_that_fails_leaves_a_run_that_goes_on(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "OpenAICompatible", Server)
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    lines = [{"index": n, "question": q, "answer": ["red"], "image": "a.png"} for n, q in enumerate(("first?", "second?", "third?"))]
+    (tmp_path / "Open_VQA_images.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Server.breaks_at = 3
+    broken = start("open_vqa", "--judge-endpoint", "gpt-x", "--batch-size", "2")
+    assert broken.code == 2 and "the server is gone" in broken.err
+    done = start("open_vqa", "--judge-endpoint", "gpt-x", "--batch-size", "2")
+    assert done.code == 0 and Server.calls == 4  # what was judged is not judged again
+    scores = json.loads((done.folder / "report.json").read_text())["scores"]
+    assert (scores["all"], scores["judged"], scores["unparsed"]) == (pytest.approx(2 / 3), 3, 1)
+
+
+def test_submission_files(start, tmp_path):
+    questions = [{"question_id": 7, "image_id": "a.png", "question": "what?"}]
+    (tmp_path / "test_questions.json").write_text(json.dumps({"questions": questions}))
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    done = start("vqav2")
+    (entry,) = json.loads((done.folder / "submission.json").read_text())
+    assert entry["question_id"] == 7 and isinstance(entry["answer"], str)
+
+
+def test_choices_run_through_a_model(start, tmp_path):
+    (tmp_path / "biology_test.csv").write_text("what?,red,blue,yes,no,B\nwhat color?,red,blue,red blue,no,A\n")
+    done = start("mmlu", "--batch-size", "1")
+    _, one, two = read(done.folder / "predictions.jsonl")
+    assert done.code == 0 and all(item["losses"].index(min(item["losses"])) == item["said"] for item in (one, two))
+    assert one["prediction"] in ("red", "blue", "yes", "no") and one["score"] == float(one["said"] == 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pop", "--model", "x"], "Did you mean 'pope'"), (["attenton"], "Did you mean 'attention'"), (["pope"], "--model is needed"),
+        (["pope", "--model", "x", "--shot", "2"], "Did you mean '--shots'"), (["pope", "--model", "x", "--judge", "y"], "not judged"),
+        (["pope", "--model", "x", "--batch-size", "0"], "must be 1 or more"),
+    ],
+)  # fmt: skip
+def test_bad_flags(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_bad_input(start, tmp_path, pope):
+    assert "Did you mean 'default'" in start("pope", "--preset", "defaul").err
+    assert start("gqa").code == 2
+    (tmp_path / "coco_pope_random.json").write_text("{oh\n")
+    empty = start("pope")
+    assert empty.code == 2 and "line 1" in empty.err
+
+
+def test_the_table_lists_every_task(capsys):
+    assert cli.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(TASKS)
+    assert {task.protocol for task in TASKS.values()} == {
+        protocols.short_answer, protocols.caption, protocols.yes_no, protocols.choice, protocols.judged
+    }  # fmt: skip
+
+
+def test_intervals_and_table():
+    predictions = [{"id": str(n), "kind": "k" if n else "", "score": float(n < 3)} for n in range(4)]
+    (everything, alone) = report.classes(predictions + [{"id": "x", "kind": "k", "score": None}])
+    assert everything[:3] == ("all", 4, 0.75) and alone[:3] == ("k", 3, pytest.approx(2 / 3))
+    assert everything[3][0] < 0.75 < everything[3][1]
+    lines = report.table({"all": 0.75, "none": None, "unparsed": 2}, [everything])
+    assert lines[0].split() == ["all", "0.7500"] and lines[1].split() == ["none", "-"] and lines[2].split() == ["unparsed", "2"]
+
+
+def test_a_prediction_file_survives_odd_characters(tmp_path):
+    file = PredictionFile(tmp_path / "p.jsonl", {"a": 1})
+    file.add({"id": "1", "prediction": "one\u2028two \U0001f600"})
+    assert PredictionFile(tmp_path / "p.jsonl", {"a": 1}).predictions == file.predictions
+
+
+def test_an_unrelated_image_goes_with_questions_of_text_alone(start, tmp_path):
+    (tmp_path / "biology_test.csv").write_text("what?,red,blue,yes,no,B\n")
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "x.png")
+    alone = read(start("mmlu").folder / "predictions.jsonl")[1]
+    other = str(tmp_path / "with")
+    assert start("mmlu", "--unrelated-image", str(tmp_path / "x.png"), "--out", other).code == 0
+    (_, shown) = read(tmp_path / "with" / "predictions.jsonl")
+    assert alone["media"] == [] and shown["media"] == [str(tmp_path / "x.png")] and alone["losses"] != shown["losses"]
+    assert "no such image" in start("mmlu", "--unrelated-image", "nowhere.png").err
+
+
+def answers_of(folder, answers):
+    folder.mkdir(parents=True)
+    lines = [{"settings": {}}, *({"id": str(n), "question": "q?", "prediction": text, "media": []} for n, text in enumerate(answers))]
+    (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder)
+
+
+def test_two_runs_are_compared_question_by_question(tmp_path, capsys):
+    folders = []
+    for name, scores in (("x", (1, 1, 0, 0, 1, None)), ("y", (0, 1, 0, 1, 0.5, 1))):
+        lines = [{"settings": {}}, *({"id": str(n), "kind": "ab"[n % 2], "score": score} for n, score in enumerate(scores))]
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        (folders[-1] / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert cli.main(["compare", *map(str, folders)]) == 0
+    head, _, whole, *kinds = capsys.readouterr().out.splitlines()
+    assert head == "first: x, second: y"
+    assert whole.split()[:5] == ["all", "5", "60.0%", "50.0%", "-10.0%"] and whole.endswith("2, 1")
+    low, high = (float(words.strip("%+")) for words in whole.split("  ")[-2].split("   ")[0].split(" to "))
+    assert -100 < low < -10 < high < 100
+    assert [line.split()[:5] for line in kinds] == [["a", "3", "66.7%", "16.7%", "-50.0%"], ["b", "2", "50.0%", "100.0%", "+50.0%"]]
+    (tmp_path / "y" / "predictions.jsonl").write_text('{"settings": {}}\n{"id": "5", "score": 1}')
+    assert cli.main(["compare", *map(str, folders)]) == 2 and "scored in both" in capsys.readouterr().err
+
+
+def test_models_are_ranked_by_comparing_both_orders(tmp_path, capsys, monkeypatch):
+    folders = [answers_of(tmp_path / name / "task", [text] * 6) for name, text in (("x", "good"), ("y", "bad"), ("z", "bad"))]
+    judged = []
+
+    def judge(prompts):  # prefers "good", and of two equal ones the first
+        judged.extend(prompts)
+        return ["B" if "Answer B: good" in prompt else "Answer A." for prompt in prompts]
+
+    monkeypatch.setattr(cli, "open_judge", lambda wishes: judge)
+    assert cli.main(["rank", *folders, "--out", str(tmp_path / "r")]) == 0
+    told = json.loads((tmp_path / "r" / "ranking.json").read_text())
+    assert list(told["models"])[0] == "x/task" and len(judged) == 36 and (told["games"], told["unread"]) == (18, 0)
+    good, bad = told["models"]["x/task"], told["models"]["y/task"]
+    assert (good["wins"], bad["wins"]) == (12, 3)  # a preference for the first place makes ties
+    assert good["bradley-terry interval"][0] > bad["bradley-terry"] and good["elo interval"][0] > bad["elo interval"][1]
+    assert cli.main(["rank", *folders, "--out", str(tmp_path / "r")]) == 0 and len(judged) == 36  # nothing is judged twice
+    monkeypatch.setattr(cli, "open_judge", lambda wishes: None)
+    assert cli.main(["rank", *folders[:2], "--out", str(tmp_path / "s")]) == 0 and "12 prompts wait" in capsys.readouterr().out
+    assert cli.main(["rank", folders[0], "--out", str(tmp_path / "s")]) == 2 and "two at least" in capsys.readouterr().err
+
+
+def test_sheets_of_marks(tmp_path, capsys):
+    folders = [answers_of(tmp_path / name, ["a", "b"]) for name in ("x", "y", "z")]
+    sheet = tmp_path / "ann.csv"
+    assert cli.main(["rank", *folders, "--sheet", str(sheet)]) == 0
+    lines = sheet.read_text().splitlines()
+    assert len(lines) == 7 and lines[1] == "0,x,q?,,a,"
+    sheet.write_text("\n".join([lines[0], *(line + mark for line, mark in zip(lines[1:], "555421"))]))
+    capsys.readouterr()
+    assert cli.main(["rank", *folders, "--marks", str(sheet)]) == 0
+    *means, breach = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in means] == [["x", "4.50"], ["y", "3.50"], ["z", "3.00"]] and "3 models tied" in breach
+
+
+def test_a_judge_of_pairs_is_read_by_its_first_word():
+    assert [pairwise.parse_which(text) for text in ("A", "b.", "Answer B", "Tie", "Both", "")] == [1.0, 0.0, 0.0, 0.5, None, None]
+    assert "Answer A: ANSWER_B\n" in pairwise.ask_which("q", "ANSWER_B", "y")
+
+
+def test_what_a_shot_says():
+    item = Item("1", "q", (1,), options=("red", "blue"))
+    assert runner.shot_answer(item, TASKS["mmbench"]) == "B" and runner.shot_answer(item, TASKS["mmlu_text"]) == "blue"
+    assert runner.shot_answer(item, TASKS["mmlu"]) == "B"
+    assert runner.shot_answer(Item("1", "q", ({"answer": "x"}, {"answer": "y"})), TASKS["vqav2"]) == "x"
+    assert runner.shot_answer(Item("1", "q", ("z",)), TASKS["gqa"]) == "z"
+    with pytest.raises(ValueError, match="cannot be a shot"):
+        runner.shot_answer(Item("1", "q"), TASKS["gqa"])
+
+
+def test_a_model_that_cannot_be_asked_is_refused(loaded, tmp_path):
+    (tmp_path / "a_test.csv").write_text("q,a,b,c,d,A\n")
+    alone = SimpleNamespace(**{**vars(loaded), "model": loaded.model.decoder})
+    with pytest.raises(ValueError, match="Decoder cannot be asked"):
+        runner.run("mmlu", TASKS["mmlu"], alone, "x", runner.Wishes(str(tmp_path), out=str(tmp_path / "out")))

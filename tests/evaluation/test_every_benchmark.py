@@ -1,0 +1,298 @@
+"""Every task from its files, as they are published, to report and submission: a tiny model answers two or three questions."""
+
+import base64
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+from tiny import random_vlm
+
+from nanovlm.data.images import CLIP
+from nanovlm.data.templates import NANO
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.evaluation import report, runner
+from nanovlm.evaluation.tasks import TASKS
+from nanovlm.generation.sampler import Decoding
+
+TEN = [{"answer": "red", "answer_id": n} for n in range(10)]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    tokenizer = train_tokenizer(["user: what color is this? A. B. C. yes no\nbot: red blue"] * 3, 300)
+    return SimpleNamespace(
+        model=random_vlm(tokenizer.vocab_size, context_length=600), tokenizer=tokenizer, template=NANO, image_size=8,
+        image_fit="crop", decodings={"default": Decoding(max_new_tokens=3)}, preprocessing=CLIP,
+    )  # fmt: skip
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def lines(*records):
+    return "\n".join(map(json.dumps, records)) + "\n"
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 8), "red").save(path)
+
+
+def film(path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def vqa(folder):
+    picture(folder / "COCO_val2014_000000000042.jpg")
+    write(folder / "v2_val_questions.json", {"questions": [{"question_id": n, "image_id": 42, "question": "what?"} for n in (1, 2)]})
+    notes = [{"question_id": n, "image_id": 42, "answers": TEN, "answer_type": "other"} for n in (1, 2)]
+    write(folder / "v2_val_annotations.json", {"annotations": notes})
+
+
+def text_vqa(folder):
+    picture(folder / "i.jpg")
+    asked = {"question_id": 5, "image_id": "i", "question": "what?", "answers": ["red"] * 10}
+    write(folder / "TextVQA_0.5.1_val.json", {"data": [asked, asked | {"question_id": 6}]})
+    write(folder / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [{"image_id": "i", "ocr_tokens": ["stop"]}]})
+
+
+def vizwiz(folder):
+    for name in ("a.jpg", "b.jpg"):
+        picture(folder / name)
+    asked = [{"image": name, "question": "what?", "answers": TEN, "answer_type": "other"} for name in ("a.jpg", "b.jpg")]
+    write(folder / "val.json", asked)
+
+
+def gqa(folder):
+    picture(folder / "n1.jpg")
+    one = {"imageId": "n1", "question": "what?", "answer": "red", "types": {"structural": "query"}}
+    write(folder / "testdev_balanced_questions.json", {"7": one, "8": one})
+
+
+def video_qa(folder):
+    film(folder / "video3.gif")
+    write(folder / "test_qa.json", [{"id": n, "question": "what?", "answer": "red", "video_id": 3} for n in (1, 2)])
+
+
+def coco_caption(folder):
+    picture(folder / "a.jpg")
+    notes = [{"image_id": 1, "caption": text} for text in ("a red square", "red all over")]
+    images = [{"id": n, "file_name": "a.jpg"} for n in (1, 2)]
+    write(folder / "captions_val2014.json", {"images": images, "annotations": notes + [{"image_id": 2, "caption": "red"}]})
+
+
+def flickr30k(folder):
+    picture(folder / "a.jpg")
+    images = [{"filename": "a.jpg", "imgid": n, "split": "test", "sentences": [{"raw": "a red square"}]} for n in (1, 2)]
+    write(folder / "dataset_flickr30k.json", {"images": images})
+
+
+def pope(folder):
+    picture(folder / "val2014" / "a.jpg")
+    for split in ("random", "popular", "adversarial"):
+        asked = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "no"}
+        write(folder / f"coco_pope_{split}.json", lines(asked))
+
+
+def mme(folder):
+    picture(folder / "color" / "images" / "a.jpg")
+    write(folder / "color" / "questions_answers_YN" / "a.txt", "Is it red?\tYes\nIs it blue?\tNo\n")
+
+
+def seed_bench(folder):
+    picture(folder / "i.jpg")
+    one = {"question_id": "1_0", "question": "what?", "answer": "B", "data_id": "i.jpg", "data_type": "image", "question_type_id": 1}
+    one |= {f"choice_{letter}": word for letter, word in zip("abcd", ("red", "blue", "yes", "no"))}
+    write(folder / "SEED-Bench.json", {"questions": [one, one | {"question_id": "1_1"}], "question_type": {"Scene": 1}})
+
+
+def mmbench(folder):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "BMP")
+    text = base64.b64encode(file.getvalue()).decode()
+    head = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n"
+    write(folder / "mmbench_dev.tsv", f"{head}4\twhat?\tnan\tred\tblue\t\tnan\tB\tcolor\t{text}\n")
+
+
+def science_qa(folder):
+    picture(folder / "test" / "5" / "image.png")
+    one = {"question": "what?", "choices": ["red", "blue"], "answer": 1, "image": "image.png", "hint": "see", "subject": "s", "grade": "grade2"}
+    write(folder / "problems.json", {"5": one, "6": one | {"image": None}})
+    write(folder / "pid_splits.json", {"test": ["5", "6"]})
+
+
+def q_bench(folder):
+    picture(folder / "i.jpg")
+    one = {"img_path": "i.jpg", "question": "what?", "candidates": ["red", "blue"], "correct_ans": "red", "concern": 0}
+    write(folder / "llvisionqa_dev.json", [one, one])
+
+
+def mmlu(folder):
+    write(folder / "test" / "anatomy_test.csv", "what?,red,blue,yes,no,B\nwho?,red,blue,yes,no,A\n")
+    write(folder / "test" / "law_test.csv", "what?,red,blue,yes,no,C\n")
+    write(folder / "dev" / "anatomy_dev.csv", "how?,red,blue,yes,no,D\n")
+    write(folder / "dev" / "law_dev.csv", "when?,red,blue,yes,no,B\n")
+
+
+def arc(folder):
+    one = {"question": {"stem": "what?", "choices": [{"text": word, "label": n} for n, word in zip("12", ("red", "blue"))]}, "answerKey": "2"}
+    write(folder / "ARC-Challenge-Test.jsonl", lines(one | {"id": "a"}, one | {"id": "b"}))
+
+
+def open_vqa(folder):
+    picture(folder / "a.jpg")
+    film(folder / "v.gif")
+    one = {"question": "what?", "answer": ["red"], "class": "Color"}
+    write(folder / "Open_VQA_images.jsonl", lines(*(one | {"index": n, "image": "a.jpg"} for n in (1, 2))))
+    write(folder / "Open_VQA_videos.jsonl", lines(*(one | {"index": n, "video": "v.gif"} for n in (1, 2))))
+
+
+def mm_vet(folder):
+    picture(folder / "a.png")
+    one = {"imagename": "a.png", "question": "what?", "answer": "red<OR>crimson", "capability": ["rec", "ocr"]}
+    write(folder / "mm-vet.json", {"v1_0": one, "v1_1": one | {"capability": ["rec"]}})
+
+
+def owleval(folder):
+    picture(folder / "1.jpg")
+    write(folder / "questions.jsonl", lines(*({"image": "1.jpg", "question_id": n, "question": "what?", "category": ["k"]} for n in (1, 2))))
+
+
+def visit_bench(folder):
+    picture(folder / "a.png")
+    row = '"[""http://x/a.png"", ""http://x/a.png""]",which?,k,red\n'
+    write(folder / "visit_bench_multi_images.csv", f"images,instruction,instruction_category,reference_output\n{row}{row}")
+
+
+FILES = {  # task -> (what writes its files, questions that are asked)
+    "vqav2": (vqa, 2), "vqav2_official": (vqa, 2), "ok_vqa": (vqa, 2), "textvqa": (vqa, 2), "vizwiz": (vqa, 2),
+    "textvqa_own": (text_vqa, 2), "textvqa_ocr": (text_vqa, 2), "vizwiz_own": (vizwiz, 2), "gqa": (gqa, 2),
+    "video_qa": (video_qa, 2), "coco_caption": (coco_caption, 2), "flickr30k": (flickr30k, 2), "pope": (pope, 3),
+    "pope_strict": (pope, 3), "mme": (mme, 2), "seed_bench": (seed_bench, 2), "seed_bench_mean": (seed_bench, 2),
+    "mmbench": (mmbench, 2), "science_qa": (science_qa, 2), "q_bench": (q_bench, 2), "mmlu": (mmlu, 3), "mmlu_text": (mmlu, 3),
+    "arc": (arc, 2), "open_vqa": (open_vqa, 2), "open_vqa_video": (open_vqa, 2), "mm_vet": (mm_vet, 2),
+    "video_qa_score": (video_qa, 2), "owleval": (owleval, 2), "visit_bench": (visit_bench, 2),
+    "easy_vqa": (lambda folder: None, 2), "scenes": (lambda folder: None, 2),  # bring their own
+}  # fmt: skip
+SUBMITTED = {  # task -> {file: what is in it, the model's own words and choices left out}
+    "vqav2": {"submission.json": [{"question_id": 1}, {"question_id": 2}]},
+    "textvqa_ocr": {"submission.json": [{"question_id": 5}, {"question_id": 6}]},
+    "vizwiz_own": {"submission.json": [{"image": "a.jpg"}, {"image": "b.jpg"}]},
+    "gqa": {"submission.json": [{"questionId": "7"}, {"questionId": "8"}]},
+    "coco_caption": {"submission.json": [{"image_id": 1}, {"image_id": 2}]},
+}
+
+
+def run(task, folder, loaded, **wishes):
+    wishes = {"limit": 3, **wishes}
+    chosen = runner.Wishes(str(folder / "data"), out=str(folder / "out"), batch_size=4, **wishes)
+    judge = (lambda prompts: ["Yes, 0.5"] * len(prompts)) if TASKS[task].summarise.__name__ in ("judged", "mm_vet") else None
+    runner.run(task, TASKS[task], loaded, "tiny", chosen, judge)
+    predictions = [json.loads(line) for line in (folder / "out" / "predictions.jsonl").read_text().splitlines()[1:]]
+    return predictions, json.loads((folder / "out" / "report.json").read_text())
+
+
+def test_every_task_has_files_here():
+    assert FILES.keys() == TASKS.keys()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_from_files_to_report(task, loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)  # drawn in test_evaluation_cli
+    monkeypatch.setattr(report, "worst", lambda *args: False)
+    make, number = FILES[task]
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data")
+    predictions, told = run(task, tmp_path, loaded, limit=2 if make in (FILES["easy_vqa"][0], FILES["scenes"][0]) else 3)
+    assert (len(predictions), told["answered"], told["missing"], told["problems"]) == (number, number, {}, [])
+    assert told["scores"] and all(isinstance(one["prediction"], str) for one in predictions)
+    judged = [one for one in predictions if one["answers"] and TASKS[task].summarise.__name__ in ("judged", "mm_vet")]
+    if judged:
+        half, whole = told["scores"]["all"] == 0.5, told["scores"]["all"] == 1.0
+        assert half if task == "mm_vet" else whole
+    for name, wanted in SUBMITTED.get(task, {}).items():
+        written = json.loads((tmp_path / "out" / name).read_text())
+        assert [{key: one[key] for key in first} for one, first in zip(written, wanted, strict=True)] == wanted
+        assert [list(one.values())[-1] for one in written] == [one["prediction"] for one in predictions]
+
+
+def made(task, loaded, tmp_path, monkeypatch):
+    """The predictions and a function that reads a submission file."""
+    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)
+    monkeypatch.setattr(report, "worst", lambda *args: False)
+    (tmp_path / "data").mkdir()
+    FILES[task][0](tmp_path / "data")
+    predictions, _ = run(task, tmp_path, loaded)
+    return predictions, lambda name: (tmp_path / "out" / name).read_text()
+
+
+def test_files_for_official_programs(loaded, tmp_path, monkeypatch):
+    done = {}
+    for task in ("pope", "mme", "seed_bench", "mmbench", "science_qa", "mm_vet"):
+        (tmp_path / task).mkdir()
+        done[task] = made(task, loaded, tmp_path / task, monkeypatch)
+    answers, text = done["pope"]
+    for one in answers:
+        assert json.loads(text(f"submission_{one['kind']}.jsonl")) == {"question": "Is there a dog?", "answer": one["prediction"]}
+    answers, text = done["mme"]
+    first, second = text("submission_color.txt").split("\n")[:2]
+    assert first.split("\t")[:3] == ["a.jpg", "Is it red?", "Yes"] and second.split("\t")[:3] == ["a.jpg", "Is it blue?", "No"]
+    answers, text = done["seed_bench"]
+    lined = [json.loads(line) for line in text("submission.jsonl").splitlines()]
+    assert lined == [{"question_id": one["id"], "prediction": "ABCD"[one["said"]]} for one in answers]
+    answers, text = done["mmbench"]
+    head, row = text("submission.tsv").splitlines()
+    assert head.split("\t")[0] == "index" and row.split("\t")[:4] == ["4", "what?", "red", "blue"] and len(head.split("\t")) == len(row.split("\t"))
+    answers, text = done["science_qa"]
+    chosen = json.loads(text("submission.json"))["results"]
+    assert chosen == {one["id"]: -1 if one["said"] is None else one["said"] for one in answers}
+    answers, text = done["mm_vet"]
+    assert answers[0]["judge_prompt"].endswith(f"Ground truth: red<OR>crimson\nPrediction: {answers[0]['prediction']}\nGrade:")
+    assert json.loads(text("submission.json")) == {one["id"]: one["prediction"] for one in answers}
+    told = json.loads(text("report.json"))["scores"]
+    assert told["capability rec"] == told["capability ocr"] == 0.5 and told["ocr+rec"] == 0.5
+
+
+def test_shots_of_another_split_are_those_of_the_questions_kind(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)
+    (tmp_path / "data").mkdir()
+    mmlu(tmp_path / "data")
+    seen, put = [], runner.Speaker._conversation
+
+    def look(self, asked, before):
+        turns, media = put(self, asked, before)
+        seen.append([turn.text for turn in turns])
+        return turns, media
+
+    monkeypatch.setattr(runner.Speaker, "_conversation", look)
+    _, told = run("mmlu", tmp_path, loaded, shots=1, shots_split="dev")
+    assert told["answered"] == 3 and told["shots"] == ["anatomy/0", "law/0"]
+    letters = "\nA. red\nB. blue\nC. yes\nD. no\nAnswer:"
+    assert seen[0] == [f"how?{letters}", "D", f"what?{letters}"] and seen[2] == [f"when?{letters}", "B", f"what?{letters}"]
+    with pytest.raises(ValueError, match="--shots 3: the split 'dev' has 2 questions"):
+        run("mmlu", tmp_path, loaded, shots=3, shots_split="dev")
+
+
+def test_letters_are_judged_by_likelihood(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)
+    (tmp_path / "data").mkdir()
+    mmlu(tmp_path / "data")
+    asked, losses = [], runner.Speaker.losses
+    monkeypatch.setattr(runner.Speaker, "losses", lambda self, one, options: asked.extend(options) or losses(self, one, options))
+    predictions, _ = run("mmlu", tmp_path, loaded)
+    assert asked == ["ABCD"] * 3 and all(one["prediction"] == one["options"][one["said"]] for one in predictions)
+
+
+def test_a_description_stands_before_a_choice_by_likelihood(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)
+    (tmp_path / "data").mkdir()
+    seed_bench(tmp_path / "data")
+    told = [run("seed_bench", tmp_path, loaded)[0]]
+    (tmp_path / "out" / "predictions.jsonl").unlink()
+    told.append(run("seed_bench", tmp_path, loaded, describe_first=True)[0])
+    assert told[0][0]["losses"] != told[1][0]["losses"]

@@ -1,0 +1,331 @@
+"""Metrics on small cases counted by hand, against naive computations, and on the traps of the official programs."""
+
+import itertools
+import math
+import random
+
+import numpy
+import pytest
+import torch
+from random_models import randomise
+from tiny import random_vlm
+
+from nanovlm.evaluation import agreement, captions, pairwise, protocols, yes_no
+from nanovlm.evaluation.vqa_accuracy import CONTRACTIONS, normalize, vqa_accuracy
+from nanovlm.recipes import RECIPES
+from nanovlm.vlm import Batch, IMAGE_TOKEN
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("The Dog.", "dog"), ("two", "2"), ("None", "0"), ("dont", "don't"), ("couldntve", "couldntve"),
+        ("a\tred\nbus ", "red bus"), ("red,blue", "red blue"), ("red, blue", "red blue"), ("1,000", "1000"), ("3.5", "3.5"),
+        ("half-eaten", "half eaten"), ("half- eaten x-ray", "half eaten xray"), ("1,000 e-mails", "1000 emails"), ("5.", "5"),
+        ("...", ""), ("shouldnt've", "shouldn't've"), ("wed", "wed"), ("?", ""),
+    ],
+)  # fmt: skip
+def test_vqa_normalisation(text, form):
+    assert normalize(text) == form
+
+
+def test_contractions_are_the_official_ones():
+    assert len(CONTRACTIONS) == 120 - 6  # without the six that lower-cased text never meets, or that map to themselves
+    assert CONTRACTIONS["somebody'd"] == "somebodyd" and "shed" not in CONTRACTIONS and "its" not in CONTRACTIONS
+    assert all(key != word and key.replace("'", "") == word.replace("'", "") for key, word in CONTRACTIONS.items())
+
+
+def test_vqa_accuracy_leaves_one_annotator_out():
+    answers = ["cat"] * 3 + ["dog"] * 7
+    assert vqa_accuracy("Cat.", answers) == pytest.approx((3 * 2 / 3 + 7 * 1) / 10)
+    assert vqa_accuracy("cat", answers, "min3") == 1.0
+    assert vqa_accuracy("the cow", answers) == 0.0
+    assert vqa_accuracy("cat", ["cat"]) == 1.0  # no other to agree with
+
+
+def test_official_vqa_accuracy_has_its_two_quirks():
+    numbered = [{"answer": "cat", "answer_id": n} for n in range(10)]
+    assert vqa_accuracy("Cat.", numbered, "official") == 0.0  # all ten are equal: nothing is normalised
+    assert vqa_accuracy("cat", numbered, "official") == 1.0
+    alike = [{"answer": "cat"}] * 10
+    assert vqa_accuracy("cat", alike, "official") == 0.0  # without ids, equal records vanish from "the others"
+    assert vqa_accuracy("cat", alike) == 1.0
+    mixed = [{"answer": "The cat", "answer_id": 0}] + [{"answer": "a cat.", "answer_id": n} for n in range(1, 10)]
+    assert vqa_accuracy("CAT", mixed, "official") == 1.0
+
+
+def test_vqa_accuracy_errors():
+    with pytest.raises(ValueError, match="always"):
+        vqa_accuracy("x", ["x"], "alway")
+    with pytest.raises(ValueError, match="at least one"):
+        vqa_accuracy("x", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),  # as Stanford's PTBTokenizer 3.4.1 gives them, punctuation removed
+    [
+        ("He can't go; won't they?", "he ca n't go wo n't they"),
+        ("She's got 3,000 dogs (and 10:30 a.m.)", "she 's got 3,000 dogs -lrb- and 10:30 a.m. -rrb-"),
+        ("U.S. flag on Mr. Smith's st. paul's", "u.s. flag on mr. smith 's st. paul 's"),
+        ("a black/white cat -- and dog", "a black/white cat and dog"),
+        ("gonna wanna cannot", "gon na wan na can not"),
+        ("$5 and 50% off #1 A&W rock'n'roll", "$ 5 and 50 % off # 1 a&w rock 'n' roll"),
+        ("the dogs' tails wait...what", "the dogs tails wait what"),
+        ("e-mail foo@bar.com http://x.org/y", "e-mail foo@bar.com http://x.org/y"),
+        ("o'clock y'all it's they're I've I'd I'm we'll", "o'clock y' all it 's they 're i 've i 'd i 'm we 'll"),
+        ("don’t “curly” quotes – dash", "do n't curly quotes dash"),
+        ("'tis 'twas ain't", "'t is 't was ai n't"),
+        ("no. 5 end of no.", "no. 5 end of no"),
+        ("end.Start man,woman the 1990's", "end.start man woman the 1990 's"),
+    ],
+)
+def test_ptb_tokens(text, tokens):
+    assert captions.tokenize(text) == tokens.split()
+
+
+def test_bleu_by_hand():
+    (one, two, three, four) = captions.bleu([["a", "b", "b"]], [[["a", "b", "c", "d"], ["b", "b"]]])
+    # matches: a, b, b of 3; (a b) (b b) of 2; none. Both references are one token away: the shorter counts, no penalty
+    assert one == pytest.approx(1) and two == pytest.approx(1) and three < 1e-3 and four < 1e-2
+    assert captions.bleu([["a"]], [[["a", "b", "c"]]])[0] == pytest.approx(math.exp(1 - 3))
+
+
+def test_common_subsequence_against_all_subsequences():
+    draw = random.Random(0)
+    for _ in range(50):
+        one, other = ([draw.choice("abc") for _ in range(draw.randrange(7))] for _ in range(2))
+        subsequences = [{c for n in range(8) for c in itertools.combinations(words, n)} for words in (one, other)]
+        assert captions.common_subsequence(one, other) == max(map(len, subsequences[0] & subsequences[1]))
+
+
+def test_rouge_takes_precision_and_recall_from_different_references():
+    (score,) = captions.rouge_l([["a", "b", "c", "d"]], [[["a", "b", "c", "x", "y", "z"], ["a"]]])
+    precision, recall = 3 / 4, 1.0
+    assert score == pytest.approx((1 + 1.44) * precision * recall / (recall + 1.44 * precision))
+    assert captions.rouge_l([[]], [[["a"]]]) == [0.0]
+
+
+def test_cider_of_one_picture_is_zero_and_length_counts_in_bigrams():
+    same = ["a", "b", "c", "d"]
+    assert captions.Cider([[same]]).scores([same]) == [0.0]
+    corpus = [[same], [["e", "f", "g", "h"]]]
+    assert captions.Cider(corpus).scores([same, ["x"]]) == [pytest.approx(10), 0.0]
+    longer = captions.Cider(corpus).scores([same + ["z"], ["x"]])[0]
+    assert 0 < longer < 10
+    with pytest.raises(ValueError, match="2 pictures"):
+        captions.Cider(corpus).scores([same])
+
+
+@pytest.mark.parametrize(
+    ("text", "official", "strict"),
+    [
+        ("Yes, there is.", "yes", "yes"), ("No, there is no dog.", "no", "no"), ("No!", "yes", "no"), ("NO", "yes", "no"),
+        ("There is not. Yes.", "no", "other"), ("I see. no", "yes", "other"), ("", "yes", "other"),
+    ],
+)  # fmt: skip
+def test_pope_parsers(text, official, strict):
+    assert (yes_no.parse_official(text), yes_no.parse_strict(text)) == (official, strict)
+
+
+def test_pope_scores():
+    scores = yes_no.yes_no_scores(["yes", "yes", "no", "other"], ["yes", "no", "no", "yes"])
+    assert scores == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5}
+    assert yes_no.yes_no_scores(["no"], ["no"])["f1"] == 0.0
+    both = yes_no.pope_scores({"random": (["yes"], ["yes"]), "popular": (["no"], ["yes"])})
+    assert both["mean f1"] == 0.5 and both["random accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("Yes", "yes"), ("no.", "no"), ("\nYES, it is", "yes"), ("Ah, no", "other"), ("It is", "other"), ("a no", "no")]
+)
+def test_mme_parser(text, word):
+    assert yes_no.parse(text) == word
+
+
+def test_mme_scores():
+    answers = [("a", "yes", "yes"), ("a", "no", "no"), ("b", "yes", "yes"), ("b", "other", "no")]
+    assert yes_no.task_scores(answers) == {"accuracy": 0.75, "accuracy+": 0.5, "score": 125.0}
+    with pytest.raises(ValueError, match="'b' has 1"):
+        yes_no.task_scores(answers[:3])
+    assert "perception" not in yes_no.mme_scores({"count": answers})
+    assert yes_no.is_possible(124.83, 294) and not yes_no.is_possible(124.90, 294) and not yes_no.is_possible(200.01, 294)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("B", 1), ("(B) dogs", 1), ("b", None), ("B. a dog", 1), ("The answer is C", 2), ("answer: A.", 0), ("The answer is a dog", 1),
+        ("Two cats", 0), ("Both two cats and a dog", None), ("D", None), ("A dog", 1), ("Cats", None), ("", None), ("C: x", 2),
+    ],
+)  # fmt: skip
+def test_letters(text, place):
+    assert protocols.parse_letter(text, ["two cats", "a dog", "a red bus"]) == place
+
+
+def test_rotations_move_every_option_through_every_letter():
+    asked = protocols.rotations(["w", "x", "y"], 1)
+    assert asked == [(["w", "x", "y"], 1), (["x", "y", "w"], 0), (["y", "w", "x"], 2)]
+    assert all(options[answer] == "x" for options, answer in asked)
+    assert protocols.listed(["w", "x"]) == "A. w\nB. x"
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"), ("B. West", "B"), ("Because. The answer is C.", "C"), ("The answer is C", None), ("b", None), ("", None),
+        ("The answer is A. The answer is B.", None), ("AB", None), (" D ", "D"),
+    ],
+)  # fmt: skip
+def test_science_qa_answers(text, letter):
+    assert protocols.parse_science_qa(text) == letter
+
+
+def test_open_vqa_prompt_is_the_papers_and_is_filled_in_one_pass():
+    asked = protocols.judge_prompt("Is GROUND_TRUTH here?", "PREDICTION", "no")
+    assert asked == (
+        'Given the question "Is GROUND_TRUTH here?", does the answer "PREDICTION" imply the answer "no"? Answer with Yes or No.'
+    )
+
+
+def test_verdicts():
+    assert [protocols.parse_verdict(text) for text in ("Yes.", '"No", it', "Well yes", "", "yesterday")] == [True, False, None, None, None]
+    assert protocols.parse_score("{'pred': 'no', 'score': 3}") == (False, 3)
+    assert protocols.parse_score("Yes, 4.5 of 9") == (True, None) and protocols.parse_score("maybe 5") == (None, 5)
+    scores = protocols.open_vqa_scores([True, None, False, True], ["b", "a", "a", "b"])
+    assert scores == {"all": 0.5, "b": 1.0, "a": 0.0, "unparsed": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "marks"),
+    [
+        ("8 9.5\nGood.", (8, 9.5)), ("8, 9", (8, 9)), ("Let me solve it.\n\n1. x\nOutput: (1, 7)", (1, 7)),
+        ("Hm.\nAssistant 1: 10/10\nAssistant 2: 4 (slip)", (10, 4)), ("First\n3 4\nthen\n8 9", (8, 9)), ("none", None), ("8 9 10", None),
+    ],
+)  # fmt: skip
+def test_review_marks(text, marks):
+    assert pairwise.parse_review(text) == marks
+
+
+def test_review_totals_count_what_could_not_be_read():
+    total = pairwise.review_totals([(1.0, 2.0), None, (3.0, 3.0), (5.0, 1.0)])
+    assert total == {"totals": (9.0, 6.0), "win": 1, "lose": 1, "tie": 1, "unparsed": 1}
+    assert [pairwise.both_orders(*pair) for pair in ((1, 1), (1, 0.5), (1, 0), (0.5, 0), (0.5, 0.5))] == [1, 1, 0.5, 0, 0.5]
+
+
+def test_elo_by_hand_and_depends_on_the_order():
+    assert pairwise.elo([("a", "b", 1.0)]) == {"a": 1016.0, "b": 984.0}
+    assert pairwise.elo([("a", "b", 0.5)]) == {"a": 1000.0, "b": 1000.0}
+    games = [("a", "b", 1.0), ("b", "c", 1.0), ("c", "a", 1.0)]
+    assert pairwise.elo(games) != pairwise.elo(games[::-1])
+    rng = numpy.random.default_rng(0)
+    assert numpy.ptp(list(pairwise.mean_elo(games, rng, shuffles=400).values())) < 6
+    with pytest.raises(ValueError, match="game 0"):
+        pairwise.elo([("a", "a", 1.0)])
+    with pytest.raises(ValueError, match="no games"):
+        pairwise.mean_elo([], rng)
+
+
+def test_bradley_terry_finds_the_strengths_that_made_the_games():
+    rng, points = numpy.random.default_rng(1), {"a": 1150.0, "b": 1000.0, "c": 850.0}
+    games = []
+    for one, other in itertools.combinations(points, 2):
+        chance = 1 / (1 + 10 ** ((points[other] - points[one]) / 400))
+        games += [(one, other, float(rng.random() < chance)) for _ in range(1500)]
+    found = pairwise.bradley_terry(games)
+    assert all(abs(found[model] - points[model]) < 25 for model in points)
+    assert pairwise.bradley_terry(games[::-1]) == pytest.approx(found)
+    won = pairwise.bradley_terry([("a", "b", 1.0)] * 5)
+    assert won["a"] > won["b"] and math.isfinite(won["a"])
+    few = games[::100]
+    intervals = pairwise.bootstrap(few, pairwise.bradley_terry, rng, draws=50)
+    assert all(low < pairwise.bradley_terry(few)[model] < high for model, (low, high) in intervals.items())
+
+
+def test_owleval_rules_for_ties():
+    fair = {"ann": {"1": {"a": 5, "b": 5, "c": 3}, "2": {"a": 1, "b": 2, "c": 4}}}
+    assert pairwise.ties_allowed(fair) == []
+    assert len(pairwise.ties_allowed({"ann": {"1": {"a": 5, "b": 5, "c": 5}, "2": {"a": 6}}})) == 2
+    assert len(pairwise.ties_allowed({"ann": {str(n): {"a": 1, "b": 1} for n in range(11)}})) == 1
+
+
+def test_icc_against_a_published_table():
+    table = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]
+    wanted = (0.17, 0.29, 0.71, 0.44, 0.62, 0.91)  # Shrout & Fleiss 1979, Table 4
+    assert [round(agreement.icc(table, form), 2) for form in agreement.FORMS] == list(wanted)
+    with pytest.raises(ValueError, match="ICC"):
+        agreement.icc(table, "ICC(4,1)")
+    with pytest.raises(ValueError, match="shape"):
+        agreement.icc([[1, 2]])
+
+
+def test_pearson():
+    rng = numpy.random.default_rng(0)
+    for _ in range(5):
+        r, p = agreement.pearson(rng.normal(size=4), rng.normal(size=4))
+        assert p == pytest.approx(1 - abs(r), abs=1e-6)  # exact for four points
+    x, y = rng.normal(size=(2, 12))
+    r, p = agreement.pearson(x, y)
+    assert r == pytest.approx(numpy.corrcoef(x, y)[0, 1])
+    shuffled = [abs(numpy.corrcoef(x, rng.permutation(y))[0, 1]) >= abs(r) for _ in range(1500)]
+    assert p == pytest.approx(numpy.mean(shuffled), abs=0.06)
+    with pytest.raises(ValueError, match="constant"):
+        agreement.pearson([1, 1, 1], [1, 2, 3])
+
+
+def naive_loss(model, prompt, ids, pixels):
+    """One whole row at a time, nothing shared."""
+    row = torch.tensor([prompt + ids])
+    shown = torch.arange(len(pixels))
+    batch = Batch(
+        row, torch.where(torch.arange(row.shape[1])[None] < len(prompt), -100, row), torch.zeros_like(row),
+        torch.arange(row.shape[1])[None], torch.cat(pixels) if pixels else None,
+        torch.tensor([len(one) for one in pixels], dtype=torch.long), shown, torch.zeros_like(shown),
+    )  # fmt: skip
+    with torch.no_grad():
+        return float(model.loss(batch)[0])
+
+
+def test_choices_behind_a_shared_prefix_have_the_losses_of_whole_rows():
+    model = random_vlm()
+    picture, other = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
+    prompts = [[1] + [IMAGE_TOKEN] * 4 + [5, 6, 7], [2] + [IMAGE_TOKEN] * 4 + [8], [3, 4]]
+    inputs = [[picture], [other], []]
+    choices = [[[9], [10, 11, 12], [13, 3]], [[4, 5], [6]], [[7, 8, 9]]]
+    found = protocols.score_choices(model, prompts, choices, inputs)
+    for prompt, several, pixels, scores in zip(prompts, choices, inputs, found):
+        for ids, (total, mean) in zip(several, scores, strict=True):
+            wanted = naive_loss(model, prompt, ids, pixels)
+            assert total == pytest.approx(wanted, abs=1e-4) and mean == pytest.approx(wanted / len(ids), abs=1e-4)
+    single = protocols.score_choices(model, prompts[:1], [[[9], [10]]], inputs[:1])
+    assert single[0][0][0] == pytest.approx(found[0][0][0], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["open_flamingo", "blip2", "llava_phi", "mplug_owl2"])
+def test_choices_of_every_kind_of_decoder(name):
+    """Media aside, learned positions, parallel layers, a vision branch."""
+    published = RECIPES[name].published
+    model = randomise(published.build(published.configs["tiny"])).eval()
+    size = model.vision.image_size
+    inputs = [[torch.randn(1, 3, size, size) for _ in range(number)] for number in (2, 1, 0)]
+    picture = [IMAGE_TOKEN] * model.num_image_tokens(size) if model.media_token is None else [model.media_token]
+    prompts = [[5, *picture, 6, *picture, 7], [*picture, 8, 9, 4], [3, 4]]
+    choices = [[[9], [10, 11, 12]], [[4, 5], [6, 3]], [[7, 8, 9]]]
+    for prompt, several, pixels, scores in zip(prompts, choices, inputs, protocols.score_choices(model, prompts, choices, inputs)):
+        for ids, (total, _) in zip(several, scores, strict=True):
+            assert total == pytest.approx(naive_loss(model, prompt, ids, pixels), abs=1e-3)
+
+
+def test_choices_errors():
+    model = random_vlm()
+    with pytest.raises(ValueError, match="prompt 0 has 0 choices"):
+        protocols.score_choices(model, [[1]], [[]], [[]])
+    with pytest.raises(ValueError, match="context of 40"):
+        protocols.score_choices(model, [[1] * 38], [[[1, 2, 3]]], [[]])
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("0.5", 0.5), ("Grade: 1.0", 1.0), ("1", 1.0), ("I say 7, so 0.7", 0.7), ("0", 0.0), ("-", None), ("2.5 of 5", None), ("12", None)],
+)
+def test_a_grade_is_the_first_number_between_0_and_1(text, share):
+    assert protocols.parse_share(text) == share

@@ -1,0 +1,373 @@
+"""The five protocols with a model that is told what to say, a real tiny one, and every trap of the benchmarks' files."""
+
+import base64
+import gzip
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from tiny import random_vlm
+
+from nanovlm.data.batching import prompt_row
+from nanovlm.data.images import CLIP, ImageError
+from nanovlm.data.records import Turn
+from nanovlm.data.templates import NANO
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.evaluation import protocols, readers as choice_readers, readers, report
+from nanovlm.evaluation.items import Encoded, Item, Reading, find, read_json, read_records
+from nanovlm.evaluation.protocols import Asked, Speaker
+from nanovlm.evaluation.tasks import TASKS
+from nanovlm.generation.sampler import Decoding, generate
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "evaluation"
+
+
+class Parrot:
+    """Stands for a Speaker: says what it is told, remembers what it was asked."""
+
+    def __init__(self, *answers, losses=()):
+        self.answers, self.told, self.asked = list(answers), list(losses), []
+
+    def replies(self, asked):
+        self.asked += asked
+        return [self.answers.pop(0) for _ in asked]
+
+    def losses(self, asked, options):
+        self.asked += asked
+        return [self.told.pop(0) for _ in asked]
+
+
+def run(task, items, *answers, **options):
+    task = TASKS[task]
+    return list(task.protocol(task.prepare(items), Parrot(*answers, **options), task, batch_size=2))
+
+
+def test_short_answers_are_scored_by_the_tasks_metric():
+    items = [Item("1", "what {is} it?", ({"answer": "Cat"},) * 3 + ({"answer": "dog"},) * 7, "other", submit=1), Item("2", "x", ("y",))]
+    one, two = run("vqav2", items, "a cat.", "y")
+    assert one["score"] == pytest.approx(0.9) and two["score"] == 1.0 and (one["submit"], "submit" in two) == (1, False)
+    assert run("gqa", [Item("1", "q", ("Left",))], " left ")[0]["score"] == 1.0
+    assert run("vqav2", [Item("1", "q")], "x")[0]["score"] is None  # a test split
+
+
+def test_a_question_is_put_in_one_pass():
+    item = Item("1", "what is {options}?", options=("a", "b"), extra={"hint": "{question} "})
+    assert protocols.put(item, TASKS["mmbench"]).text.startswith("{question} what is {options}?\nA. a\nB. b\nAnswer")
+    assert protocols.put(Item("1", "q"), TASKS["easy_vqa"]).text == "q"
+
+
+def test_captions_are_scored_together():
+    items = [Item(name, "", (f"a {name} dog on grass", f"the {name} dog is on the grass")) for name in ("red", "blue")]
+    predictions = run("coco_caption", items, "A red dog on grass.", "a cat")
+    scores = report.captions(predictions)
+    assert [one["score"] for one in predictions] == [None, None] and 0.3 < scores["BLEU-1"] < 0.9 and scores["CIDEr"] > 1
+
+
+def test_yes_no_with_pope_and_mme():
+    items = [Item(str(n), "q", (truth,), "random", "a") for n, truth in enumerate(("yes", "no"))]
+    predictions = run("pope", items, "No!", "no, it is not")
+    assert [one["said"] for one in predictions] == ["yes", "no"] and report.pope(predictions)["random accuracy"] == 1.0
+    assert [one["said"] for one in run("pope_strict", items, "No!", "Hm")] == ["no", "other"]
+    scores = report.mme(run("mme", items, "Yes", "it is"))
+    assert scores == {"random score": 50.0}
+
+
+def test_choice_by_likelihood_takes_the_sum_or_the_mean():
+    item = Item("1", "q", (1,), options=("a", "b b b"))
+    losses = [[(2.0, 2.0), (3.0, 1.0)]]
+    (summed,) = run("seed_bench", [item], losses=[*losses])
+    (mean,) = run("seed_bench_mean", [item], losses=[*losses])
+    assert (summed["said"], summed["score"], mean["said"], mean["score"]) == (0, 0.0, 1, 1.0)
+
+
+def test_circular_evaluation_wants_every_rotation_right():
+    items = [Item("1", "q", (1,), "k", options=("w", "x", "y")), Item("2", "q", (0,), "k", options=("w", "x"))]
+    predictions = run("mmbench", items, "B", "A. x", "y", "A", "B")
+    assert [one["id"] for one in predictions] == ["1#0", "1#1", "1#2", "2#0", "2#1"]
+    assert [one["score"] for one in predictions] == [1, 1, 0, 1, 1]  # "y" is an option, not the letter of x
+    scores = report.circular(predictions)
+    assert scores == {"all": 0.5, "single": 0.8, "k": 0.5}
+    assert report.circular(predictions[:4])["all"] == 0.0  # an unfinished question is not counted
+    always_a = run("mmbench", items, *"AAAAA")
+    assert report.circular(always_a)["all"] == 0.0
+
+
+def test_science_qa_counts_pictures_grades_and_what_cannot_be_read():
+    items = [
+        Item("1", "q", (0,), "social", "grade3", (Path("a.png"),), options=("x", "y")),
+        Item("2", "q", (1,), "natural", "grade8", options=("x", "y")),
+    ]
+    scores = report.science_qa(run("science_qa", items, "A", "hm"))
+    assert (scores["all"], scores["with picture"], scores["grades 1-6"], scores["grades 7-12"], scores["unparsed"]) == (0.5, 1, 1, 0, 0.5)
+
+
+def test_judged_answers_with_and_without_a_judge():
+    items = [Item("1", "what?", ("cat", "kitten"), "Others"), Item("2", "why?", (), "")]
+    task, asked = TASKS["open_vqa"], []
+    waiting = list(protocols.judged(items, Parrot("a cat", "so"), task))
+    assert waiting[0]["judge_prompt"] == (
+        'Given the question "what?", does the answer "a cat" imply the answer "cat or kitten"? Answer with Yes or No.'
+    )
+    assert waiting[0]["score"] is None and waiting[1]["judge_prompt"] == ""  # nothing true to compare with
+
+    def judge(prompts):
+        asked.extend(prompts)
+        return ["Yes."] * len(prompts)
+
+    done = protocols.judge_all(waiting, task, judge)
+    assert done[0]["score"] == 1.0 and done[1]["score"] is None and len(asked) == 1
+    assert protocols.judge_all(done, task, judge)[0] == done[0] and len(asked) == 1  # not asked twice
+    assert report.judged(done) == {"all": 1.0, "Others": 1.0, "unparsed": 0, "judged": 1}
+    (marked,) = protocols.judged(items[:1], Parrot("a"), TASKS["video_qa_score"], judge=lambda prompts: ["{'pred': 'no', 'score': 2}"])
+    assert (marked["score"], marked["mark"], report.judged([marked])["mean mark"]) == (0.0, 2, 2)
+
+
+# the Speaker, with a real model
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    tokenizer = train_tokenizer(["user: what color is this? describe the image.\nbot: red blue"] * 3, 300)
+    return SimpleNamespace(
+        model=random_vlm(tokenizer.vocab_size, context_length=120), tokenizer=tokenizer, template=NANO, image_size=8,
+        image_fit="crop", decodings={"default": Decoding(max_new_tokens=5)}, preprocessing=CLIP,
+    )  # fmt: skip
+
+
+def picture(tmp_path, name, color):
+    Image.new("RGB", (9, 8), color).save(tmp_path / name)
+    return tmp_path / name
+
+
+def test_a_speaker_says_what_generate_says_alone(loaded, tmp_path):
+    red, blue = picture(tmp_path, "a.png", "red"), picture(tmp_path, "b.png", "blue")
+    asked = [Asked("1", "what color is this?", (red,)), Asked("2", "red or blue?", (blue, red)), Asked("3", "what?")]
+    speaker = Speaker(loaded, loaded.decodings["default"])
+    together = speaker.replies(asked)
+    assert together == [speaker.replies([one])[0] for one in asked]
+    row = prompt_row((Turn("user", ("what?",)),), NANO, loaded.tokenizer, [], 100)
+    (ids,) = generate(loaded.model, [row.ids], Decoding(max_new_tokens=5, eos_ids=(loaded.tokenizer.eos,)))
+    assert together[2] == loaded.tokenizer.decode(ids).strip()
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(loaded):
+    asked = [Asked(str(n), "what color is this?") for n in range(4)]
+    decoding = Decoding(max_new_tokens=5, do_sample=True, temperature=2.0)
+    speaker = Speaker(loaded, decoding)
+    assert speaker.replies(asked) == [speaker.replies([one])[0] for one in asked]
+    assert len(set(speaker.replies(asked))) > 1 and Speaker(loaded, decoding, seed=1).replies(asked) != speaker.replies(asked)
+
+
+def test_shots_and_descriptions_stand_before_the_question(loaded, tmp_path):
+    red, blue = picture(tmp_path, "a.png", "red"), picture(tmp_path, "b.png", "blue")
+    shots = ((Asked("s", "what color is this?", (red,)), "red"),)
+    speaker = Speaker(loaded, loaded.decodings["default"], shots=shots)
+    turns, media = speaker._conversation(Asked("1", "and this?", (blue,)), (("describe", "blue"),))
+    assert [turn.parts for turn in turns] == [(0, "what color is this?"), ("red",), (1, "describe"), ("blue",), ("and this?",)]
+    assert media == [(red, False), (blue, False)]
+    described = Speaker(loaded, loaded.decodings["default"], describe=Decoding(max_new_tokens=3))
+    plain = Speaker(loaded, loaded.decodings["default"])
+    asked = [Asked("1", "what?", (blue,)), Asked("2", "what?")]
+    (description,) = Speaker(loaded, Decoding(max_new_tokens=3)).replies([Asked("1", "describe the image.", (blue,))])
+    said = ((Asked("x", "describe the image.", (blue,)), description),)
+    wanted = Speaker(loaded, loaded.decodings["default"], shots=said).replies([Asked("1", "what?")])
+    assert described.replies(asked) == [wanted[0], plain.replies(asked[1:])[0]]
+
+
+def test_losses_are_those_of_the_training_row(loaded, tmp_path):
+    red = picture(tmp_path, "a.png", "red")
+    (found,) = Speaker(loaded, loaded.decodings["default"]).losses([Asked("1", "what color?", (red,))], [("red", "blue blue")])
+    from nanovlm.data.batching import build_batch
+    from nanovlm.data.records import Record, Visual
+
+    for option, (total, mean) in zip(("red", "blue blue"), found):
+        turns = (Turn("user", (0, "what color?")), Turn("assistant", (option,)))
+        record = Record("r", (Visual("v", (red,)),), (turns,))
+        batch = build_batch([record], NANO, loaded.tokenizer, loaded.model.num_image_tokens, 8, "crop", 100)
+        batch.labels[batch.labels == loaded.tokenizer.eos] = -100  # the text of the option alone is scored
+        with torch.no_grad():
+            loss, number = loaded.model.loss(batch)
+        assert total == pytest.approx(float(loss), abs=1e-4) and mean == pytest.approx(total / number, abs=1e-4)
+
+
+def test_a_border_and_films(loaded, tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    white = picture(tmp_path, "w.png", "white")
+    speaker = Speaker(loaded, loaded.decodings["default"], num_frames=2, border=8)
+    (shown,) = speaker._visual(white, False).frames
+    assert shown.size == (25, 24) and shown.getpixel((0, 0)) == (0, 0, 0) and shown.getpixel((12, 12)) == (255, 255, 255)
+    assert len(speaker._visual(tmp_path / "film.gif", True).frames) == 2
+    assert isinstance(speaker.replies([Asked("1", "what?", (tmp_path / "film.gif",), True)])[0], str)
+
+
+# files as they are published, and their traps
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_lines_end_at_newlines_only_and_broken_ones_are_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"q": "one\u2028two"}\n\n{"q": 1,\n{"q": 2, "q": 3}\n{"q": 4}\n')
+    (_, first), (second_where, second), (third_where, third), (_, fourth) = read_records(path)
+    assert first["q"] == "one\u2028two" and fourth["q"] == 4
+    assert isinstance(second, ValueError) and second_where.endswith("line 3")
+    assert third_where.endswith("line 4") and "'q' stands twice" in str(third)
+    reading = Reading().collect(read_records(path), lambda record, place: Item(str(place), record["question"]))
+    assert [problem.split(": ", 1)[1] for problem in reading.problems][0] == "lacks 'question'" and len(reading.problems) == 4
+
+
+def test_a_json_file_may_hold_a_list_lines_or_pretty_objects(tmp_path):
+    records = [{"a": 1, "b": [2]}, {"a": 3, "b": []}]
+    for text in (json.dumps(records), "\n".join(map(json.dumps, records)), "\n".join(json.dumps(r, indent=2) for r in records)):
+        assert [record for _, record in read_records(write(tmp_path / "x.json", text))] == records
+    where, error = read_records(write(tmp_path / "x.json", json.dumps(records[0], indent=1) + "\n{oh"))[1]
+    assert isinstance(error, ValueError) and where.endswith("line 7")
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b'\xef\xbb\xbf{"a": 1}'))
+    assert read_json(tmp_path / "x.gz") == {"a": 1}
+    with pytest.raises(ValueError, match="line 2: no JSON"):
+        read_json(write(tmp_path / "y.json", '{\n"a"}'))
+    with pytest.raises(ValueError, match="'a' stands twice"):
+        read_json(write(tmp_path / "y.json", '{"a": 1, "a": 2}'))
+
+
+def test_pictures_in_base64_with_and_without_a_prefix():
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), "red").save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    for form in (text, f"data:image/png;base64,{text}"):
+        assert Encoded(form).open().size == (3, 2)
+    for broken in (text[:40], "?" * 8):
+        with pytest.raises(ImageError, match="base64"):
+            Encoded(broken).open()
+
+
+def test_finding_files(tmp_path):
+    write(tmp_path / "v2_val_questions.json", {})
+    assert find(tmp_path, "*annotations*", "*questions*").name == "v2_val_questions.json"
+    write(tmp_path / "v2_train_questions.json", {})
+    assert find(tmp_path, "*questions*", split="train").name == "v2_train_questions.json"
+    with pytest.raises(ValueError, match="several files"):
+        find(tmp_path, "*questions*")
+    with pytest.raises(FileNotFoundError, match="none of"):
+        find(tmp_path, "*.tsv")
+    with pytest.raises(FileNotFoundError, match="--data"):
+        find(tmp_path / "nowhere", "*")
+
+
+def test_vqa_format(tmp_path):
+    questions = [{"question_id": 7, "image_id": 42, "question": "what?"}, {"question_id": 8, "image_id": "x1", "question": "who?"}]
+    answers = [{"answer": "cat"}] * 10
+    write(tmp_path / "q_questions.json", {"questions": [*questions, {"question_id": 9, "image_id": 1, "question": "?"}]})
+    write(tmp_path / "q_annotations.json", {"annotations": [{"question_id": n, "answers": answers, "answer_type": "other"} for n in (7, 8)]})
+    (tmp_path / "x1.jpg").touch()
+    reading = readers.vqa(tmp_path, tmp_path, "")
+    seven, eight = reading.items
+    assert seven.missing == [tmp_path / "COCO_val2014_000000000042.jpg"] and eight.missing == [] and seven.kind == "other"
+    assert reading.problems == ["question 2: question 9 has no annotation"] and len(seven.answers) == 10
+    (tmp_path / "q_annotations.json").unlink()
+    assert len(readers.vqa(tmp_path, tmp_path, "").items) == 3  # a test split has none
+
+
+def test_files_of_short_answers_and_captions(tmp_path):
+    write(tmp_path / "t" / "TextVQA_0.5.1_val.json", {"data": [{"question_id": 1, "image_id": "i", "question": "q", "answers": ["a"]}]})
+    write(tmp_path / "t" / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [{"image_id": "i", "ocr_tokens": ["dog", "7"]}]})
+    (item,) = readers.text_vqa(tmp_path / "t", tmp_path, "val").items
+    assert protocols.put(item, TASKS["textvqa_ocr"]).text.split("\n")[1] == "Reference OCR token: dog, 7"
+    write(tmp_path / "v" / "val.json", [{"image": "i.jpg", "question": "q", "answers": [{"answer": "a"}]}])
+    assert readers.vizwiz(tmp_path / "v", tmp_path, "").items[0].submit == "i.jpg"
+    write(tmp_path / "g" / "testdev_balanced_questions.json", {"9": {"imageId": "n1", "question": "q", "answer": "a"}})
+    assert readers.gqa(tmp_path / "g", tmp_path, "").items[0].media[0].name == "n1.jpg"
+    write(tmp_path / "m" / "test_qa.json", [{"id": 3, "question": "q", "answer": "a", "video_id": 12}])
+    (tmp_path / "video12.mp4").touch()
+    assert readers.video_qa(tmp_path / "m", tmp_path, "").items[0].missing == []
+    coco = {"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}], "annotations": [{"image_id": 1, "caption": "c"}]}
+    reading = readers.captions(write(tmp_path / "captions_val.json", coco), tmp_path, "")
+    assert reading.items[0].answers == ("c",) and reading.problems == ["picture 1: picture 2 has no caption"]
+    images = [{"filename": "a.jpg", "imgid": n, "split": s, "sentences": [{"raw": "x"}]} for n, s in enumerate(("train", "test"))]
+    assert len(readers.captions(write(tmp_path / "dataset_f.json", {"images": images}), tmp_path, "").items) == 1
+
+
+def test_pope_and_open_vqa_as_published(tmp_path):
+    for path in (GOLDEN / "pope").glob("*.gz"):
+        (tmp_path / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    reading = readers.pope(tmp_path, tmp_path, "")
+    assert len(reading.items) == 9000 and reading.problems == [] and {item.kind for item in reading.items} == {"random", "popular", "adversarial"}
+    predictions = run("pope", reading.items, *["Yes"] * 9000)
+    assert report.pope(predictions)["mean f1"] == pytest.approx(2 / 3)
+    images, videos = readers.open_vqa(GOLDEN / "open_vqa", tmp_path, ""), readers.open_vqa_video(GOLDEN / "open_vqa", tmp_path, "")
+    assert (len(images.items), len(videos.items)) == (302, 148) and videos.items[0].is_clip and not images.problems + videos.problems
+    broken = write(tmp_path / "o.jsonl", '{"index": 1, "question": "q", "image": "i", "answer": "no list"}')
+    assert "is no list" in readers.open_vqa(broken, tmp_path, "").problems[0]
+
+
+def test_mme_folders(tmp_path):
+    write(tmp_path / "count" / "questions_answers_YN" / "a.txt", "two?\tYes\r\nthree?\tNo\n")
+    write(tmp_path / "color" / "b.txt", "red?\tyes\nblue? no\n")
+    Path(tmp_path / "count" / "images").mkdir()
+    (tmp_path / "count" / "images" / "a.jpg").touch()
+    reading = readers.mme(tmp_path, tmp_path, "")
+    assert [(item.kind, item.group, item.answers) for item in reading.items][1:] == [
+        ("count", "count/a", ("yes",)), ("count", "count/a", ("no",))
+    ]  # fmt: skip
+    assert reading.items[1].missing == [] and len(reading.items[0].missing) == 1
+    assert len(reading.problems) == 1 and "b.txt, line 2" in reading.problems[0]
+
+
+def test_choice_files(tmp_path):
+    one = {"question_id": "1", "question": "q", "answer": "C", "data_id": "i", "data_type": "video", "question_type_id": 2}
+    one |= {f"choice_{letter}": letter for letter in "abcd"}
+    seed = write(tmp_path / "SEED-Bench.json", {"questions": [one, one, {"question_id": "2"}], "question_type": {"Scene": 2}})
+    reading = choice_readers.seed_bench(seed, tmp_path, "")
+    assert (reading.items[0].answers, reading.items[0].kind, reading.items[0].is_clip) == ((2,), "Scene", True)
+    assert "twice" in reading.problems[0] and len(reading.problems) == 2
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "BMP")
+    text = base64.b64encode(file.getvalue()).decode()
+    head = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n"
+    rows = f"4\tq\tnan\tw\tx\t\tnan\tB\tk\t{text}\n1000004\tq\tsee\tw\tx\ty\tz\tD\tk\t4\n"
+    first, second = choice_readers.mmbench(write(tmp_path / "m.tsv", head + rows), tmp_path, "").items
+    assert (first.options, first.answers, first.extra["hint"], second.extra["hint"]) == (("w", "x"), (1,), "", "see\n")
+    assert second.media[0].open().size == (8, 8)  # the picture of the question that it names
+    problems = {"5": {"question": "q", "choices": ["a", "b"], "answer": 1, "image": None, "hint": "", "subject": "s", "grade": "grade2"},
+                "6": {"question": "q", "choices": ["a"], "answer": 0, "image": "image.png", "hint": "h"}}
+    write(tmp_path / "s" / "problems.json", problems)
+    write(tmp_path / "s" / "pid_splits.json", {"test": ["5", "6", "7"]})
+    reading = choice_readers.science_qa(tmp_path / "s", tmp_path, "")
+    assert [item.media for item in reading.items][0] == () and reading.items[1].extra["hint"] == "Context: h\n"
+    assert reading.problems == ["problem 7: lacks '7'"]
+    write(tmp_path / "q.json", [{"img_path": "i", "question": "q", "candidates": ["a", "b"], "correct_ans": "b", "concern": 1}])
+    assert choice_readers.q_bench(tmp_path / "q.json", tmp_path, "").items[0].answers == (1,)
+    write(tmp_path / "test" / "anatomy_test.csv", '"a, b?",1,2,3,4,D\nbroken,1,2,3,4,E\n')
+    reading = choice_readers.mmlu(tmp_path, tmp_path, "")
+    assert (reading.items[0].question, reading.items[0].kind, reading.items[0].answers) == ("a, b?", "anatomy", (3,))
+    assert "row 2" in reading.problems[0]
+    arc = {"id": "a", "question": {"stem": "q", "choices": [{"text": t, "label": n} for n, t in zip("123", "xyz")]}, "answerKey": "2"}
+    assert choice_readers.arc(write(tmp_path / "ARC-Test.jsonl", json.dumps(arc)), tmp_path, "").items[0].answers == (1,)
+
+
+def test_judged_files(tmp_path):
+    vet = {"v1_0": {"imagename": "a.png", "question": "q", "answer": "x<OR>y", "capability": ["ocr", "math"]}}
+    assert readers.mm_vet(write(tmp_path / "mm-vet.json", vet), tmp_path, "").items[0].kind == "math+ocr"
+    owl = write(tmp_path / "owl.jsonl", '{"image": "1.jpg", "question_id": 3, "question": "q", "category": ["a", "b"]}')
+    (item,) = readers.owl_eval(owl, tmp_path, "").items
+    assert (item.answers, item.kind, TASKS["owleval"].border) == ((), "a+b", 8)
+    table = 'images,instruction,instruction_category,reference_output\n"[""http://x/a.png"", ""http://x/b.png""]",do,k,done\n'
+    (item,) = readers.visit_bench(write(tmp_path / "visit.csv", table), tmp_path, "").items
+    assert [path.name for path in item.media] == ["a.png", "b.png"] and item.answers == ("done",)
+    one = "image_url,instruction_category,instruction,output_human_annotated\nhttp://x/c.png,k,do,done\n"
+    assert readers.visit_bench(write(tmp_path / "one.csv", one), tmp_path, "").items[0].media[0].name == "c.png"
+
+
+def test_sources_become_items():
+    pytest.importorskip("easy_vqa")
+    items = readers.scenes("", "", "").items[:20]
+    assert all(item.answers and item.kind and isinstance(item.media[0], Image.Image) for item in items)
+    assert len({item.id for item in items}) == 20

@@ -1,0 +1,248 @@
+import dataclasses
+
+import pytest
+import torch
+from PIL import Image
+
+from nanovlm.generation import sampler
+from nanovlm.generation.chat import Chat, DESCRIBE
+from nanovlm.data.records import Turn
+from nanovlm.data.templates import NANO, Template
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.generation.sampler import Decoding, generate
+from tiny import random_vlm
+
+TEXT = ["user: what color is the circle?\nbot: red\nuser: describe the image.\nbot: a blue star"]
+IMAGE = [-1] * 4
+RED = Image.new("RGB", (8, 8), "red")
+BLUE = Image.new("RGB", (9, 7), "blue")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXT * 3, 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return random_vlm(tokenizer.vocab_size, context_length=60)
+
+
+def chat_with(model, tokenizer, template=NANO, **options):
+    options = {"max_new_tokens": 6} | options
+    return Chat(model, tokenizer, template, Decoding(**options), image_size=8)
+
+
+@pytest.fixture
+def script(monkeypatch, tokenizer):
+    """The model says what the list `answers` holds; `calls` keeps what it was asked."""
+    answers, calls = [], []
+
+    def say(model, prompt, decoding, visual_inputs, generator, workspace):
+        calls.append((prompt, decoding, visual_inputs, generator))
+        return tokenizer.encode(answers.pop(0))
+
+    monkeypatch.setattr(sampler, "stream", lambda *args: iter(say(*args)))
+    monkeypatch.setattr(
+        sampler, "generate",
+        lambda model, prompts, decoding, inputs, generator, workspace: [
+            say(model, prompts[0], decoding, inputs[0], generator, workspace)
+        ],
+    )
+    return answers, calls
+
+
+def test_an_answer_is_that_of_the_sampler(model, tokenizer):
+    chat = chat_with(model, tokenizer)
+    pieces = list(chat.ask("What color?", [RED]))
+    ids = [*IMAGE, tokenizer.bos, *tokenizer.encode("user: what color?\nbot:")]
+    decoding = Decoding(max_new_tokens=6, eos_ids=(tokenizer.eos,))
+    new = generate(model, [ids], decoding, [chat.last.visual_inputs])[0]
+    assert new and "".join(pieces) == tokenizer.decode(new).removeprefix(" ")
+    assert chat.last.row.ids == ids and chat.last.answer == new
+    assert chat.last.row.images == [(0, 0, 4)]
+    (pixels,) = chat.last.visual_inputs
+    assert pixels.shape == (1, 3, 8, 8) and pixels[0, 0].mean() > 1 and pixels[0, 2].mean() < 0, "red"
+
+
+def test_history_grows_by_whole_exchanges(model, tokenizer, script):
+    answers, calls = script
+    answers += [" a red circle", "blue", " no"]
+    generator = object()
+    chat = Chat(model, tokenizer, NANO, Decoding(max_new_tokens=6, eos_ids=(3,)), 8, generator=generator)
+    assert chat.last is None
+    assert "".join(chat.ask("What is it?", [RED])) == "a red circle"
+    assert "".join(chat.ask("Color?")) == "blue"
+    assert "".join(chat.ask("And this?", [BLUE])) == "no"
+    assert [turn.role for turn in chat.turns] == ["user", "assistant"] * 3
+    assert chat.turns[:2] == [Turn("user", (0, "What is it?")), Turn("assistant", ("a red circle",))]
+    assert chat.turns[4] == Turn("user", (1, "And this?"))
+    end = [tokenizer.eos]
+    text = [
+        "user: what is it?\nbot:", " a red circle", "\nuser: color?\nbot:", " blue", "\nuser: and this?\nbot:"
+    ]  # fmt: skip
+    q1, a1, q2, a2, q3 = map(tokenizer.encode, text)
+    head = [tokenizer.bos, *q1]
+    assert calls[0][0] == [*IMAGE, *head]
+    assert calls[1][0] == [*IMAGE, *head, *a1, *end, *q2]
+    assert calls[2][0] == [*IMAGE, *IMAGE, *head, *a1, *end, *q2, *a2, *end, *q3]
+    first, second = calls[2][2]
+    assert first is calls[0][2][0] is calls[1][2][0], "a picture is made into pixels once"
+    assert first[0, 0].mean() > 1 and second[0, 2].mean() > 1
+    assert all(call[1].eos_ids == (3,) and call[3] is generator for call in calls)
+    assert chat.forgotten == 0
+    chat.reset()
+    assert chat.turns == [] and chat.pictures == [] and chat.last is None
+
+
+def test_pictures_stand_where_the_template_puts_them(model, tokenizer, script):
+    answers, calls = script
+    answers += ["one", "two"]
+    chat = chat_with(model, tokenizer, Template(image_place="inline", turn_prefix="\n"))
+    list(chat.ask("a", [RED, BLUE]))
+    list(chat.ask("b", [RED]))
+    ids = calls[1][0]
+    assert calls[0][0][0] == tokenizer.bos
+    places = [place for place, token in enumerate(ids) if token == -1]
+    assert places[:8] == list(range(places[0], places[0] + 8)) and places[8] > places[7] + 1
+    assert len(calls[1][2]) == 3
+    assert chat.turns[0].parts == (0, 1, "a") and chat.turns[2].parts == (2, "b")
+
+
+def test_a_clip_is_one_visual_input(model, tokenizer, script):
+    answers, calls = script
+    answers += ["x"]
+    chat = chat_with(model, tokenizer)
+    list(chat.ask("a", [(RED, BLUE)]))
+    assert calls[0][0][:9] == [*IMAGE, *IMAGE, tokenizer.bos]
+    assert [pixels.shape for pixels in calls[0][2]] == [(2, 3, 8, 8)]
+
+
+def test_the_oldest_exchanges_without_picture_are_forgotten_whole(tokenizer, script):
+    answers, calls = script
+
+    def four_questions(context_length):
+        """A picture is shown with the second one."""
+        answers[:] = ["first answer", "second", "third", "fourth"]
+        chat = chat_with(random_vlm(tokenizer.vocab_size, context_length), tokenizer)
+        for question in ("one?", "two?", "three?", "four?"):
+            list(chat.ask(question, [RED] if question == "two?" else []))
+        return chat, len(calls[-1][0])
+
+    _, whole = four_questions(200)
+    chat, length = four_questions(whole + 6)
+    assert chat.forgotten == 0 and length == whole, "what fits exactly is kept"
+    chat, length = four_questions(whole + 5)
+    assert str(chat.forgotten) == "1" and length < whole and calls[-1][0][:4] == IMAGE
+    assert [turn.text for turn in chat.turns[::2]] == ["two?", "three?", "four?"]
+    assert chat.turns[0].parts == (0, "two?")
+    words = tokenizer.decode([token for token in calls[-1][0] if token >= 0])
+    assert words.startswith("user: two?") and "first" not in words
+    answers += ["fifth"]
+    question = "what color is the circle above the star?"
+    list(chat.ask(question))
+    assert [turn.text for turn in chat.turns[::2]] == ["two?", "four?", question], "the picture stays"
+    assert chat.turns[0].parts == (0, "two?") and chat.forgotten == 2
+
+
+def test_pictures_that_do_not_fit_are_an_error_and_change_nothing(model, tokenizer, script):
+    answers, calls = script
+    answers += ["a"]
+    chat = chat_with(model, tokenizer)
+    list(chat.ask("one?", [RED]))
+    turns = list(chat.turns)
+    with pytest.raises(ValueError, match=r"need \d+ tokens and the answer up to 6, but the context has 60"):
+        chat.ask("two?", [RED] * 12)
+    assert chat.turns == turns and len(chat.pictures) == 1 and len(calls) == 1
+    with pytest.raises(ValueError, match="the context has 60"):
+        chat.ask("one?", decoding=Decoding(max_new_tokens=60))
+
+
+def test_an_exchange_is_remembered_only_when_it_is_complete(model, tokenizer, script):
+    answers, calls = script
+    answers += ["red circle is", "blue"]
+    chat = chat_with(model, tokenizer)
+    pieces = chat.ask("one?", [RED])
+    next(pieces)
+    assert chat.turns == [] and chat.pictures == []
+    pieces.close()
+    assert chat.turns == [] and chat.last is None
+    assert "".join(chat.ask("two?")) == "blue"
+    assert all(call[1].eos_ids == (tokenizer.eos,) for call in calls), "unless the decoding says otherwise"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        chat.last.answer = []
+    assert [turn.text for turn in chat.turns] == ["two?", "blue"]
+
+
+def test_bad_questions_and_pictures(model, tokenizer, tmp_path):
+    chat = chat_with(model, tokenizer)
+    for question in ("", "  \n"):
+        with pytest.raises(ValueError, match="the question is empty"):
+            chat.ask(question)
+    with pytest.raises(FileNotFoundError, match="no such image"):
+        chat.ask("what?", [tmp_path / "nothing.png"])
+
+
+def test_text_streams_as_it_is_made_without_the_gap_before_it(model, tokenizer, script):
+    answers, _ = script
+    answers += [" red circle is", "red", " ", "", "  two", "né"]
+    chat = chat_with(model, tokenizer)
+    ids = tokenizer.encode(" red circle is")
+    pieces = list(chat.ask("a"))
+    assert 1 < len(pieces) <= len(ids) and "".join(pieces) == "red circle is" and "" not in pieces
+    for want in ("red", "", "", " two", "né"):
+        assert "".join(chat.ask("a")) == want
+    assert chat.turns[-1].text == "né"
+
+
+def test_a_template_without_gap_and_a_longer_one(model, tokenizer, script):
+    answers, _ = script
+    for template, said, want in ((Template(answer_prefix=""), " red", " red"), (Template(answer_prefix="bot"), "both", "h")):
+        answers.append(said)
+        assert "".join(chat_with(model, tokenizer, template).ask("a")) == want
+
+
+def test_a_character_that_the_answer_breaks_off_is_given_last(model, tokenizer, monkeypatch):
+    ids = tokenizer.encode("né")[:-1]
+    monkeypatch.setattr(sampler, "stream", lambda *args: iter(ids))
+    assert "".join(chat_with(model, tokenizer).ask("a")) == tokenizer.decode(ids) and "n" in tokenizer.decode(ids)
+
+
+def test_beams_give_one_piece(model, tokenizer):
+    chat = chat_with(model, tokenizer, num_beams=2)
+    text = "".join(chat.ask("a", [RED]))
+    decoding = dataclasses.replace(chat.decoding, eos_ids=(tokenizer.eos,))
+    want = generate(model, [chat.last.row.ids], decoding, [chat.last.visual_inputs])[0]
+    assert text == tokenizer.decode(want).removeprefix(" ")
+
+
+def test_describe_first_answers_in_the_history_of_its_own_description(model, tokenizer, script):
+    answers, calls = script
+    answers += [" a blue star", " blue"]
+    chat = chat_with(model, tokenizer)
+    own = Decoding(max_new_tokens=9, num_beams=2, eos_ids=(5,))
+    description, pieces = chat.describe_first("What color?", [BLUE], own)
+    assert description == "a blue star" and "".join(pieces) == "blue"
+    assert calls[0][1] == own and calls[1][1].max_new_tokens == 6
+    assert [turn.text for turn in chat.turns] == [DESCRIBE, "a blue star", "What color?", "blue"]
+    want = f"user: {DESCRIBE}\nbot: a blue star\nuser: what color?\nbot:"
+    assert tokenizer.decode([token for token in calls[1][0] if token >= 0]) == want
+    assert calls[1][0][:4] == IMAGE and calls[1][2] == calls[0][2]
+    answers += [" x", " y"]
+    chat.describe_first("And?", [RED], own, describe="list the objects.")
+    assert chat.turns[4].text == "list the objects."
+
+
+def test_a_picture_is_encoded_when_it_is_first_shown_and_not_again(model, tokenizer):
+    chat = chat_with(model, tokenizer)
+    list(chat.ask("a", [RED, BLUE]))
+    assert chat.workspace.num_images == 2
+    list(chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2)))
+    assert chat.workspace.num_images == 2 and len(chat.workspace.pictures) == 2
+    again = chat.last.answer
+    chat.workspace.pictures.clear()
+    chat.turns = chat.turns[:2]
+    list(chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2)))
+    assert chat.last.answer == again and chat.workspace.num_images == 4
+    chat.reset()
+    assert not chat.workspace.pictures

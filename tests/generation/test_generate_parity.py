@@ -1,0 +1,248 @@
+"""The same tokens as transformers.generate, live: tiny random LLaMA and Phi with the same weights on both sides."""
+
+import random
+
+import pytest
+import torch
+
+from nanovlm.generation import sampler
+from nanovlm.decoder import DecoderConfig, LayerOptions
+from nanovlm.generation.logits_processors import process
+from nanovlm.generation.sampler import Decoding, generate
+from tiny import vision_language_model
+
+transformers = pytest.importorskip("transformers")
+transformers.utils.logging.set_verbosity_error()
+
+VOCABULARY, CONTEXT, PAD = 29, 32, 28  # prompts never hold PAD
+SIZES = dict(
+    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=CONTEXT, tie_word_embeddings=False,
+)  # fmt: skip
+OURS = dict(
+    vocab_size=VOCABULARY, width=16, num_heads=4, ffn_width=24, context_length=CONTEXT, layers=(LayerOptions(),) * 2,
+)  # fmt: skip
+RENAMES = {
+    "llama": {
+        "model.embed_tokens": "embedding", "model.": "", "input_layernorm": "norm_1", "post_attention_layernorm": "norm_2",
+        "self_attn": "attention", "mlp": "ffn", "_proj": "",
+    },
+    "phi": {
+        "model.embed_tokens": "embedding", "model.final_layernorm": "norm", "model.": "", "input_layernorm": "norm_1",
+        "self_attn": "attention", "attention.dense": "attention.o", "mlp.fc1": "ffn.fc_1", "mlp.fc2": "ffn.fc_2", "_proj": "",
+    },
+}  # fmt: skip
+
+
+def pair(family):
+    """The same random weights as (transformers' model, ours)."""
+    torch.manual_seed(5)
+    if family == "llama":
+        config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
+        theirs = transformers.LlamaForCausalLM(config)
+        ours = DecoderConfig(**OURS, num_kv_heads=2, norm_eps=config.rms_norm_eps)
+    else:
+        theirs = transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES, partial_rotary_factor=0.5))
+        ours = DecoderConfig(
+            **OURS, num_kv_heads=4, norm="layer", ffn="plain", activation="gelu_tanh", qkv_bias="qkv", output_bias=True,
+            ffn_bias=True, head_bias=True, parallel=True, rotary_width=2, norm_eps=1e-5,
+        )  # fmt: skip
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.5)
+    weights = {}
+    for name, tensor in theirs.state_dict().items():
+        for old, new in RENAMES[family].items():
+            name = name.replace(old, new)
+        weights[name] = tensor
+    model = vision_language_model(ours)
+    model.decoder.load_state_dict(weights)
+    theirs.generation_config = transformers.GenerationConfig()
+    return theirs.eval(), model
+
+
+PAIRS = {}
+
+
+@pytest.fixture(scope="module", params=["llama", "phi"])
+def models(request):
+    return PAIRS.setdefault(request.param, pair(request.param))
+
+
+def their_answers(model, prompts, decoding, seed, **more):
+    """transformers.generate on one left-padded batch; its sequences without prompt, and without what follows the end."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts])
+    torch.manual_seed(seed)
+    names = (
+        "max_new_tokens", "num_beams", "repetition_penalty", "no_repeat_ngram_size", "do_sample",
+        "length_penalty", "early_stopping", "num_return_sequences",
+    )  # fmt: skip
+    options = {name: vars(decoding)[name] for name in names}
+    if decoding.do_sample:
+        options |= {name: vars(decoding)[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+    if decoding.min_new_tokens:
+        options["min_new_tokens"] = decoding.min_new_tokens
+    made = model.generate(
+        ids, attention_mask=torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+        pad_token_id=PAD, eos_token_id=list(decoding.eos_ids) or None, return_dict_in_generate=True,
+        renormalize_logits=decoding.renormalize, **options, **more,
+    )  # fmt: skip
+    answers = []
+    for row in made.sequences[:, longest:].tolist():
+        ends = [place for place, token in enumerate(row) if token in decoding.eos_ids]
+        answers.append(row[: ends[0]] if ends else row)
+    return answers, made
+
+
+def random_case(chance, kind):
+    """One setting and its prompts, drawn from a random.Random."""
+    num_ends = chance.choice([0, 1, 1, 2, 5])
+    length = chance.randint(3, 9)
+    options = dict(
+        max_new_tokens=length, eos_ids=tuple(chance.sample(range(PAD), num_ends)),
+        repetition_penalty=chance.choice([1.0, 1.0, 0.7, 1.6]), no_repeat_ngram_size=chance.choice([0, 0, 1, 2, 3]),
+        min_new_tokens=chance.choice([0, 0, 1, length // 2]),
+    )  # fmt: skip
+    if "sampling" in kind:
+        options |= dict(
+            do_sample=True, temperature=chance.choice([1.0, 0.6, 1.8]), top_k=chance.choice([0, 0, 3, 12]),
+            top_p=chance.choice([1.0, 0.95, 0.6]), min_p=chance.choice([0.0, 0.0, 0.05, 0.3]), renormalize=chance.random() < 0.2,
+        )  # fmt: skip
+    if "beam" in kind:
+        options |= dict(
+            num_beams=chance.choice([2, 3, 4]), length_penalty=chance.choice([-2.0, 0.0, 0.6, 1.0, 2.0]),
+            early_stopping=chance.choice([False, True, "never"]),
+        )  # fmt: skip
+    if kind != "greedy":
+        options["num_return_sequences"] = chance.randint(1, options.get("num_beams", 3))
+    if kind == "beam sampling":  # it draws so many without replacement, from at least so many
+        options["no_repeat_ngram_size"] = 0
+    lengths = [chance.randint(1, 7) for _ in range(chance.randint(2, 4))]
+    if options["no_repeat_ngram_size"] == 1:  # transformers takes padding for a word that must not be repeated
+        lengths = [lengths[0]] * len(lengths)
+    if not options["eos_ids"] and options["no_repeat_ngram_size"]:
+        lengths = [lengths[0]] * len(lengths)
+    prompts = [[chance.randrange(PAD) for _ in range(number)] for number in lengths]
+    return Decoding(**options), prompts
+
+
+@pytest.mark.parametrize("kind", [
+    "greedy", "sampling", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("beam search", "beam sampling"))
+])  # fmt: skip
+def test_the_same_tokens(models, kind):
+    theirs, ours = models
+    chance = random.Random(kind)
+    lengths = set()
+    for number in range(55):
+        decoding, prompts = random_case(chance, kind)
+        want, _ = their_answers(theirs, prompts, decoding, seed=number)
+        got = generate(ours, prompts, decoding, generator=torch.Generator().manual_seed(number))
+        assert got == want, f"setting {number}: {decoding}, prompts {prompts}"
+        lengths |= {len(answer) for answer in got}
+    assert len(lengths) > 5, "answers must be of many lengths for this test to mean something"
+
+
+@pytest.mark.parametrize("kind", ["sampling", "greedy"])
+def test_the_same_probabilities_at_every_step(models, kind, monkeypatch):
+    theirs, ours = models
+    chance = random.Random(f"steps of {kind}")
+    seen = []
+    monkeypatch.setattr(sampler, "process", lambda *args: seen.append(process(*args)) or seen[-1])
+    for number in range(12):
+        decoding, prompts = random_case(chance, kind)
+        prompts = prompts[:1]  # ended rows leave our batch, but not theirs
+        decoding = Decoding(**vars(decoding) | {"num_return_sequences": 1})
+        _, made = their_answers(theirs, prompts, decoding, number, output_scores=True)
+        seen.clear()
+        generate(ours, prompts, decoding, generator=torch.Generator().manual_seed(number))
+        assert len(seen) == len(made.scores)
+        for want, got in zip(made.scores, seen):
+            assert torch.equal(want.isinf(), got.isinf()), "the same ids are left"
+            torch.testing.assert_close(got.softmax(-1), want.softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def next_log_probabilities(model, ids):
+    """Of the id behind a row, by transformers, without a cache: float32[V]."""
+    with torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=False).logits[0, -1].float().log_softmax(-1)
+
+
+def chi_square_is_honest(counts, expected):
+    """Whether counts {outcome: number} fit expected {outcome: number}; fails one honest case in about 30,000.
+
+    Outcomes expected less than five times count together; the square's mean is its degrees of freedom, the variance twice.
+    """
+    assert not set(counts) - set(expected), f"outcomes of probability 0: {set(counts) - set(expected)}"
+    often = [(counts.get(outcome, 0), number) for outcome, number in expected.items() if number >= 5]
+    rare = [(counts.get(outcome, 0), number) for outcome, number in expected.items() if number < 5]
+    cells = often + ([tuple(map(sum, zip(*rare)))] if rare else [])
+    square = sum((got - want) ** 2 / want for got, want in cells if want)
+    freedom = len(cells) - 1
+    assert freedom > 3, "too few outcomes to judge"
+    return square < freedom + 4 * (2 * freedom) ** 0.5 + 8
+
+
+def test_samples_are_distributed_as_the_probabilities_say(models):
+    theirs, ours = models
+    prompt, end, draws = [3, 11, 7], 4, 4000
+    decoding = Decoding(max_new_tokens=2, do_sample=True, temperature=1.5, top_k=6, top_p=0.95, eos_ids=(end,), num_return_sequences=draws)
+
+    def truncated(ids):
+        scores = next_log_probabilities(theirs, ids) / 1.5
+        best = scores.argsort(descending=True)[:6].tolist()
+        weights = scores[best].softmax(-1).tolist()
+        kept = [token for place, token in enumerate(best) if sum(weights[:place]) < 0.95]
+        weights = scores[kept].softmax(-1).tolist()
+        return dict(zip(kept, weights))
+
+    expected = {}
+    for first, chance in truncated(prompt).items():
+        if first == end:
+            expected[()] = chance * draws
+        else:
+            for second, then in truncated([*prompt, first]).items():
+                text = (first,) if second == end else (first, second)
+                expected[text] = expected.get(text, 0) + chance * then * draws
+    for drawn in (
+        generate(ours, [prompt], decoding, generator=torch.Generator().manual_seed(1)),
+        their_answers(theirs, [prompt], decoding, seed=2)[0],
+    ):
+        counts = {text: drawn.count(list(text)) for text in {tuple(text) for text in drawn}}
+        assert chi_square_is_honest(counts, expected)
+
+
+def test_drawn_beams_are_distributed_as_the_probabilities_say(models):
+    """All ways in which two beams can draw their candidates, two tokens deep, written out."""
+    theirs, ours = models
+    prompt, draws, penalty = [3, 11, 7], 3000, 0.5
+    end = int(next_log_probabilities(theirs, prompt).argsort(descending=True)[1])
+    decoding = Decoding(max_new_tokens=2, num_beams=2, do_sample=True, top_k=4, eos_ids=(end,), length_penalty=penalty)
+
+    def candidates(text, score):
+        scores = next_log_probabilities(theirs, [*prompt, *text])
+        return [((*text, token), score + float(scores[token])) for token in scores.argsort(descending=True)[:4].tolist()]
+
+    def pairs(found):
+        """(probability, first, second) of drawing two of them without replacement, one after the other."""
+        weights = torch.tensor([score for _, score in found]).softmax(-1).tolist()
+        for i, one in enumerate(found):
+            for j, other in enumerate(found):
+                if i != j:
+                    yield weights[i] * weights[j] / (1 - weights[i]), one, other
+
+    first = candidates((), 0.0)  # four, and four are drawn: all of them, but only the first two drawn may end
+    running = [one for one in sorted(first, key=lambda one: -one[1]) if one[0][-1] != end][:2]
+    second = [longer for text, score in running for longer in candidates(text, score)]
+    expected = {}
+    for chance, *drawn in pairs(first):
+        ended = [(score, text) for text, score in drawn if text[-1] == end]
+        for then, *last in pairs(second):
+            _, best = max(ended + [(score / 2**penalty, text) for text, score in last])
+            best = best[:-1] if best[-1] == end else best
+            expected[best] = expected.get(best, 0) + chance * then * draws
+    for drawn in (
+        generate(ours, [prompt] * draws, decoding, generator=torch.Generator().manual_seed(1)),
+        their_answers(theirs, [prompt] * draws, decoding, seed=2)[0],
+    ):
+        counts = {text: drawn.count(list(text)) for text in {tuple(text) for text in drawn}}
+        assert chi_square_is_honest(counts, expected)

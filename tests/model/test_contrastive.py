@@ -1,0 +1,359 @@
+"""InfoNCE against a double loop, the text tower's view, and a toy matching learned in a few steps."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovlm.contrastive import CLIP, ContrastiveModel, MAX_SCALE, TextTower, caption_lengths, info_nce
+from nanovlm.contrastive import BidirectionalTextTower, SigLIP, sigmoid_loss
+from nanovlm.vit import ViT, ViTConfig
+from random_models import randomise, small_vit
+
+
+def naive_info_nce(images, texts, scale, same):
+    total = 0.0
+    for rows, columns, right in ((images, texts, same), (texts, images, same.T)):
+        for i in range(len(rows)):
+            scores = [scale * float(rows[i] @ columns[j]) for j in range(len(columns))]
+            partition = math.log(sum(math.exp(score) for score in scores))
+            answers = [j for j in range(len(columns)) if right[i, j]]
+            total += sum(partition - scores[j] for j in answers) / len(answers) / len(rows) / 2
+    return total
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(shape), dim=-1)
+
+
+@pytest.mark.parametrize(
+    "captions", [[0, 1, 2, 3, 4], [0, 0, 1, 2, 1], [3, 3, 3, 3, 3]], ids=["all different", "two twice", "all equal"]
+)
+def test_info_nce_by_a_double_loop(captions):
+    images, texts, captions = unit(5, 6), unit(5, 6), torch.tensor(captions)
+    same = captions[:, None] == captions
+    for scale in (1.0, 14.0):
+        found = info_nce(images, texts, torch.tensor(scale), same)
+        assert float(found) == pytest.approx(naive_info_nce(images, texts, scale, same), rel=1e-5)
+        exchanged = info_nce(texts, images, torch.tensor(scale), same.T)
+        torch.testing.assert_close(found, exchanged)
+
+
+def test_info_nce_when_rights_differ_between_pictures_and_captions():
+    """A caption may fit two pictures of which one is fitted by a second caption alone."""
+    images, texts = unit(4, 6), unit(4, 6)
+    same = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 1, 1]]).bool()
+    found = info_nce(images, texts, torch.tensor(5.0), same)
+    assert float(found) == pytest.approx(naive_info_nce(images, texts, 5.0, same), rel=1e-5)
+
+
+def test_info_nce_is_cross_entropy_where_all_captions_differ():
+    images, texts = unit(5, 6), unit(5, 6)
+    logits, right = 3.0 * images @ texts.T, torch.arange(5)
+    expected = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    torch.testing.assert_close(info_nce(images, texts, torch.tensor(3.0), torch.eye(5).bool()), expected)
+    assert info_nce(texts, texts, torch.tensor(1e3), torch.eye(5).bool()) < 1e-3
+
+
+def text_tower(**options):
+    sizes = dict(vocab_size=20, width=12, num_layers=2, num_heads=3, mlp_width=18, context_length=8)
+    return randomise(TextTower(**(sizes | options)))
+
+
+def test_text_tower_by_hand():
+    tower, ids = text_tower(), torch.randint(20, (1, 6))
+    x = tower.embedding(ids) + tower.positions[:6]
+    for block in tower.blocks:
+        normed = F.layer_norm(x, (12,), block.norm_1.weight, block.norm_1.bias, 1e-6)
+        q, k, v = (getattr(block.attention, name)(normed).unflatten(-1, (3, 4)).transpose(1, 2) for name in "qkv")
+        scores = (q @ k.transpose(-2, -1) / 2).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
+        x = x + block.attention.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        x = x + block.fc_2(F.gelu(block.fc_1(F.layer_norm(x, (12,), block.norm_2.weight, block.norm_2.bias, 1e-6))))
+    expected = F.layer_norm(x[:, -1], (12,), tower.norm.weight, tower.norm.bias, 1e-5)
+    torch.testing.assert_close(tower(ids, torch.tensor([6])), expected, atol=1e-5, rtol=1e-4)
+    assert len(tower.blocks) == 2 and tower.blocks[0].fc_1.out_features == 18
+
+
+def test_text_tower_reads_up_to_the_length_and_no_further():
+    tower, ids = text_tower(), torch.randint(20, (3, 7))
+    lengths = torch.tensor([7, 4, 1])
+    together = tower(ids, lengths)
+    assert together.shape == (3, 12)
+    for b, length in enumerate(lengths.tolist()):
+        alone = tower(ids[b : b + 1, :length], lengths[b : b + 1])
+        torch.testing.assert_close(together[b : b + 1], alone, atol=1e-5, rtol=1e-4)
+        for t in range(7):
+            changed = ids.clone()
+            changed[b, t] = (changed[b, t] + 1) % 20
+            moved = (tower(changed, lengths) - together)[b].abs().max().item()
+            assert moved > 1e-5 if t < length else moved == 0
+
+
+def test_captions_beyond_the_context():
+    tower = text_tower()
+    assert tower(torch.zeros(1, 8, dtype=torch.long), torch.tensor([8])).shape == (1, 12)
+    with pytest.raises(ValueError, match="a caption of 9 tokens, but the text tower reads 8"):
+        tower(torch.zeros(1, 9, dtype=torch.long), torch.tensor([9]))
+
+
+def contrastive_model():
+    return randomise(ContrastiveModel(small_vit(class_token=False), 12, text_tower(), 12, joint_width=7), spread=0.1)
+
+
+def test_embeddings():
+    model = contrastive_model()
+    pixels, ids, lengths = torch.randn(3, 3, 12, 12), torch.randint(20, (3, 5)), torch.tensor([5, 2, 3])
+    images, texts = model.embed_images(pixels), model.embed_texts(ids, lengths)
+    assert images.shape == texts.shape == (3, 7)
+    for b in range(3):
+        projected = model.vision(pixels)[b] @ model.project_image.weight.T  # patches, channels
+        expected = torch.stack([max(column) for column in projected.T])
+        torch.testing.assert_close(images[b], expected / expected.square().sum().sqrt(), atol=1e-5, rtol=1e-4)
+    expected = model.text(ids, lengths) @ model.project_text.weight.T
+    torch.testing.assert_close(texts, expected / expected.square().sum(1, keepdim=True).sqrt(), atol=1e-5, rtol=1e-4)
+    assert model.project_image.bias is None and model.project_text.bias is None
+
+
+def test_loss_finds_equal_captions():
+    model = contrastive_model()
+    pixels = torch.randn(5, 3, 12, 12)
+    ids = torch.tensor([[3, 4, 5, 0], [3, 4, 0, 0], [3, 4, 5, 0], [3, 4, 0, 0], [3, 4, 5, 6]])
+    lengths = torch.tensor([3, 2, 3, 3, 4])  # rows 1 and 3: the same ids, but in row 3 the 0 is a word
+    captions = torch.tensor([0, 1, 0, 2, 3])
+    images, texts = model.embed_images(pixels), model.embed_texts(ids, lengths)
+    scale = float(model.log_scale.detach().exp())
+    expected = naive_info_nce(images.detach(), texts.detach(), scale, captions[:, None] == captions)
+    assert model.loss(pixels, ids, lengths).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_loss_with_several_captions_a_picture():
+    model = contrastive_model()
+    pixels, ids, lengths = torch.randn(3, 3, 12, 12), torch.randint(20, (4, 5)), torch.tensor([5, 2, 3, 4])
+    right = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0]]).bool()
+    images, texts = model.embed_images(pixels).detach(), model.embed_texts(ids, lengths).detach()
+    expected = naive_info_nce(images, texts, float(model.log_scale.detach().exp()), right)
+    assert model.loss(pixels, ids, lengths, right).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_looks_see_a_whole_picture_or_the_patch_at_a_place():
+    model = contrastive_model()
+    pixels = torch.randn(2, 3, 12, 12)
+    patches = model.project_image(model.vision(pixels))  # 3 x 3 patches of 4 pixels
+    looks = torch.tensor([[0, 0.34, 0.99], [0, -1, -1], [1, 0.0, 0.0], [1, 0.7, 0.4]])
+    expected = torch.stack([patches[0, 7], patches[0].amax(0), patches[1, 0], patches[1, 5]])
+    rows = model.embed_images(pixels, looks).detach()
+    torch.testing.assert_close(rows, F.normalize(expected, dim=-1))
+    ids, lengths, right = torch.randint(20, (4, 5)), torch.tensor([5, 2, 3, 4]), torch.eye(4, dtype=torch.bool)
+    loss = model.loss(pixels, ids, lengths, right, looks)
+    assert loss.item() == pytest.approx(naive_info_nce(rows, model.embed_texts(ids, lengths), model.scale().item(), right), rel=1e-4)
+
+
+def test_scale_starts_at_clip_s_and_is_clamped():
+    model = contrastive_model()
+    fresh = ContrastiveModel(model.vision, 12, model.text, 12, 7)
+    assert float(fresh.log_scale.detach().exp()) == pytest.approx(1 / 0.07, rel=1e-5)
+    assert MAX_SCALE == 100.0
+    pixels, ids, lengths = torch.randn(3, 3, 12, 12), torch.randint(20, (3, 5)), torch.tensor([5, 2, 3])
+    losses = []
+    for scale in (50.0, 100.0, 400.0):
+        model.log_scale.data.fill_(math.log(scale))
+        losses.append(model.loss(pixels, ids, lengths).item())
+    assert losses[1] == pytest.approx(losses[2], rel=1e-4) and losses[0] != pytest.approx(losses[1], rel=1e-2)
+
+
+def test_parts():
+    model = contrastive_model()
+    parts = model.parts()
+    assert set(parts) == {"vision", "text_tower"}
+    by_name = dict(model.named_parameters())
+    assert set(parts["vision"]) == {name for name in by_name if name.startswith("vision.")}
+    assert set(parts["text_tower"]) == set(by_name) - set(parts["vision"])
+    assert {"log_scale", "project_image.weight", "project_text.weight", "text.positions"} <= set(parts["text_tower"])
+    assert all(by_name[name] is parameter for part in parts.values() for name, parameter in part.items())
+
+
+def test_start():
+    tower = TextTower(vocab_size=200, width=64, num_layers=1, num_heads=2, mlp_width=8, context_length=40)
+    assert tower.positions.shape == (40, 64) and 0.0095 < tower.positions.std() < 0.0105
+    assert tower.embedding.weight.shape == (200, 64) and 0.0195 < tower.embedding.weight.std() < 0.0205
+    assert tower.context_length == 40
+
+
+def test_a_toy_matching_is_learned():
+    vision = ViT(ViTConfig(8, 4, width=16, num_layers=1, num_heads=2, mlp_width=16, class_token=False))
+    text = TextTower(vocab_size=10, width=16, num_layers=1, num_heads=2, mlp_width=16, context_length=4)
+    model = ContrastiveModel(vision, 16, text, 16, joint_width=8)
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
+    ids = torch.stack([torch.zeros(6, dtype=torch.long), torch.arange(1, 7)], dim=1)
+    lengths = torch.full((6,), 2)
+    make = lambda: colours[:, :, None, None] + 0.1 * torch.randn(6, 3, 8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    before = model.loss(make(), ids, lengths).item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(make(), ids, lengths).backward()
+        optimizer.step()
+    after = model.loss(make(), ids, lengths).item()
+    chosen = (model.embed_images(make()) @ model.embed_texts(ids, lengths).T).argmax(1)
+    assert before > 1.0 and after < 0.1 and chosen.tolist() == list(range(6))
+
+
+def clip():
+    return randomise(CLIP(small_vit(), 12, text_tower(activation="quick_gelu", norm_eps=1e-5), 12, joint_width=7), 0.1)
+
+
+def siglip(**options):
+    text = BidirectionalTextTower(20, 10, num_layers=2, num_heads=2, mlp_width=18, context_length=8, pad_id=1)
+    return randomise(SigLIP(small_vit(class_token=False, activation="gelu_tanh", **options), text, 10), spread=0.1)
+
+
+@pytest.mark.parametrize("make", [contrastive_model, clip, siglip])
+def test_similarity_is_a_scaled_cosine(make):
+    model = make()
+    pixels, ids, lengths = torch.randn(2, 3, 12, 12), torch.randint(20, (3, 5)), torch.tensor([5, 2, 3])
+    images, texts = model.embed_images(pixels), model.embed_texts(ids, lengths)
+    for embedded in (images, texts):
+        torch.testing.assert_close(embedded.norm(dim=1), torch.ones(len(embedded)))
+    scale, bias = model.log_scale.exp(), getattr(model, "bias", 0.0)
+    expected = torch.stack([torch.stack([scale * (a * b).sum() + bias for b in texts]) for a in images])
+    torch.testing.assert_close(model.similarity(images, texts), expected, atol=1e-5, rtol=1e-4)
+    parts = model.parts()
+    assert set(parts) == {"vision", "text_tower"}
+    assert all(name.startswith("vision.") for name in parts["vision"]) and "log_scale" in parts["text_tower"]
+    assert sum(map(len, parts.values())) == len(list(model.parameters()))
+
+
+def test_views_are_the_patches_of_towers_that_learn_regions_and_the_whole_picture_of_others():
+    pixels = torch.randn(2, 3, 12, 12)
+    model = contrastive_model()
+    patches = model.vision(pixels) @ model.project_image.weight.T  # 2 N E
+    torch.testing.assert_close(model.views(pixels), patches / patches.norm(dim=-1, keepdim=True))
+    assert model.views(pixels).shape[1] > 1
+    for model in (clip(), siglip()):
+        torch.testing.assert_close(model.views(pixels), model.embed_images(pixels)[:, None])
+
+
+def test_only_clip_s_scale_is_clamped():
+    images, texts = unit(2, 7), unit(3, 7)
+    for model, expected in ((clip(), 100.0), (siglip(), 117.0)):
+        model.log_scale.data.fill_(math.log(117.0))  # where SigLIP's published one stands
+        found = model.similarity(images, texts) - getattr(model, "bias", 0.0)
+        torch.testing.assert_close(found, expected * images @ texts.T, atol=1e-4, rtol=1e-4)
+
+
+def test_clip_s_picture_is_its_class_token():
+    model, pixels = clip(), torch.randn(2, 3, 12, 12)
+    expected = F.normalize(model.vision(pixels)[:, 0] @ model.project_image.weight.T, dim=-1)
+    torch.testing.assert_close(model.embed_images(pixels), expected)
+    assert set(model.state_dict()) >= {"project_image.weight", "project_text.weight", "text.norm.bias", "log_scale"}
+
+
+def test_the_text_tower_s_options():
+    tower = TextTower(20, 12, 2, 3, 18, 8, activation="quick_gelu", norm_eps=1e-3, last_norm_eps=1e-2)
+    assert tower.norm.eps == 1e-2 and {block.norm_1.eps for block in tower.blocks} == {1e-3}
+    x = torch.linspace(-2, 2, 5)
+    torch.testing.assert_close(tower.blocks[0].activation(x), x * torch.sigmoid(1.702 * x))
+    plain = TextTower(20, 12, 2, 3, 18, 8)
+    assert plain.norm.eps == 1e-5 and plain.blocks[0].norm_2.eps == 1e-6
+    torch.testing.assert_close(plain.blocks[0].activation(x), F.gelu(x))
+
+
+def test_caption_lengths():
+    ids = torch.tensor([[3, 9, 9, 9], [9, 3, 4, 5], [3, 4, 5, 9]])
+    assert caption_lengths(ids, end=9).tolist() == [2, 1, 4]
+    ids[1, 0] = ids[0, 1:] = 0
+    with pytest.raises(ValueError, match=r"captions \[0, 1\] have no end-of-text token 9; close every caption with it"):
+        caption_lengths(ids, end=9)
+
+
+def test_siglip_reads_its_whole_context_in_both_directions():
+    tower = siglip().text
+    ids, lengths = torch.randint(2, 20, (3, 6)), torch.tensor([6, 3, 1])
+    found = tower(ids, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        caption = ids[row, :length].tolist() + [1] * (8 - length)
+        torch.testing.assert_close(tower(torch.tensor([caption]), torch.tensor([8]))[0], found[row], atol=1e-6, rtol=1e-5)
+        changed = ids.clone()
+        changed[row, length:] = 13  # what stands behind a caption has no effect
+        assert torch.equal(tower(changed, lengths), found)
+    x = tower.embedding(torch.tensor([[5, 1, 1, 1, 1, 1, 1, 1]])) + tower.positions
+    for block in tower.blocks:
+        normed = block.norm_1(x)
+        q, k, v = (getattr(block.attention, name)(normed).unflatten(-1, (2, 5)).transpose(1, 2) for name in "qkv")
+        seen = (q @ k.transpose(-2, -1) / 5**0.5).softmax(-1) @ v
+        x = x + block.attention.o(seen.transpose(1, 2).flatten(2))
+        x = x + block.fc_2(F.gelu(block.fc_1(block.norm_2(x)), approximate="tanh"))
+    expected = F.layer_norm(x[:, -1], (10,), tower.norm.weight, tower.norm.bias, 1e-6)
+    torch.testing.assert_close(tower(torch.tensor([[5]]), torch.tensor([1])), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="a caption of 9 tokens, but the text tower reads 8"):
+        tower(torch.zeros(1, 9, dtype=torch.long), torch.tensor([9]))
+
+
+def test_siglip_s_loss_by_a_double_loop():
+    model, pixels = siglip(), torch.randn(4, 3, 12, 12)
+    ids = torch.tensor([[3, 4, 5, 0], [3, 4, 0, 0], [3, 4, 5, 0], [3, 4, 0, 0]])
+    lengths, captions = torch.tensor([3, 2, 3, 3]), [0, 1, 0, 2]
+    logits = model.similarity(model.embed_images(pixels), model.embed_texts(ids, lengths)).tolist()
+    total = 0.0
+    for i in range(4):
+        for j in range(4):
+            sign = 1 if captions[i] == captions[j] else -1
+            total += math.log1p(math.exp(-sign * logits[i][j])) / 4
+    assert model.loss(pixels, ids, lengths).item() == pytest.approx(total, rel=1e-5)
+    certain = torch.full((3, 3), -1e4).fill_diagonal_(1e4)
+    assert sigmoid_loss(certain, torch.eye(3).bool()) == 0 and sigmoid_loss(certain, torch.ones(3, 3).bool()) > 1e4
+
+
+def test_siglip_starts_at_no_match():
+    model = siglip()
+    fresh = SigLIP(model.vision, model.text, 10)
+    assert float(fresh.log_scale.detach().exp()) == pytest.approx(10.0) and float(fresh.bias.detach()) == -10.0
+    assert fresh.project_text.bias is not None and fresh.project_text.weight.shape == (12, 10)
+    assert [getattr(fresh.pool, name).bias is not None for name in ("q", "k", "v", "o")] == [True] * 4
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_siglip_s_probe_by_hand(backend):
+    model, features = siglip(), torch.randn(2, 9, 12)
+    pool, norm = model.pool, model.pool.norm
+    pool.backend = backend
+    heads = []
+    for head in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        q, k, v = pool.q(pool.probe)[head], pool.k(features)[..., head], pool.v(features)[..., head]
+        heads.append(torch.einsum("fn,fnd->fd", (k @ q / 2).softmax(-1), v))
+    x = pool.o(torch.cat(heads, dim=-1))
+    hidden = F.gelu(pool.fc_1(F.layer_norm(x, (12,), norm.weight, norm.bias, 1e-6)), approximate="tanh")
+    torch.testing.assert_close(pool(features), x + pool.fc_2(hidden), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(feature_layer=1), dict(post_norm=False)])
+def test_towers_meet_behind_the_last_norm(options):
+    with pytest.raises(ValueError, match="the towers meet behind the ViT's last norm"):
+        siglip(**options)
+    with pytest.raises(ValueError, match="the towers meet behind the ViT's last norm"):
+        CLIP(small_vit(**options), 12, text_tower(), 12, 7)
+
+
+def test_clip_needs_its_class_token():
+    with pytest.raises(ValueError, match="drop_class_token=True"):
+        CLIP(small_vit(drop_class_token=True), 12, text_tower(), 12, 7)
+    with pytest.raises(ValueError, match="this ViT has none; set class_token=True"):
+        CLIP(small_vit(class_token=False), 12, text_tower(), 12, 7)
+
+
+def test_published_pairs_have_their_parameters():
+    with torch.device("meta"):
+        sizes = dict(image_size=224, patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096)
+        vision = ViT(ViTConfig(**sizes, pre_norm=True, patch_bias=False, activation="quick_gelu", norm_eps=1e-5))
+        text = TextTower(49408, 768, 12, 12, 3072, 77, activation="quick_gelu", norm_eps=1e-5)
+        model = CLIP(vision, 1024, text, 768, joint_width=768)
+        assert sum(parameter.numel() for parameter in model.parameters()) == 427_616_513
+        sizes = dict(image_size=224, patch_size=16, width=768, num_layers=12, num_heads=12, mlp_width=3072)
+        vision = ViT(ViTConfig(**sizes, class_token=False, activation="gelu_tanh"))
+        text = BidirectionalTextTower(32000, 768, 12, 12, 3072, 64, pad_id=1)
+        model = SigLIP(vision, text, 768)
+        assert sum(parameter.numel() for parameter in model.parameters()) == 203_155_970
+    pixels, ids, lengths = (torch.empty(shape, device="meta") for shape in ((3, 3, 224, 224), (3, 9), (3,)))
+    assert model.embed_images(pixels).shape == (3, 768)
+    assert model.embed_texts(ids.long(), lengths.long()).shape == (3, 768)  # masks are made where the ids are

@@ -1,0 +1,484 @@
+"""Flamingo's cross-attention: OpenFlamingo's own numbers, whom each token sees, gates, and what must not matter.
+
+The golden file meets plain modules and a rename of its own here; through recipe and table it stands in test_official.py.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from nanovlm.attention import causal
+from nanovlm.cross_attention import GatedCrossAttention, gather_media, latest_picture
+from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
+from nanovlm.projector import LinearProjector
+from nanovlm.resampler import Resampler
+from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, VLM
+from random_models import image_batch, randomise, small_vit, text_batch
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "openflamingo_tiny.safetensors"
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+PLAIN, CROSS = LayerOptions(), LayerOptions(cross_attention=True)
+MEDIA = 20  # the media token of the small model
+OPT = [
+    (r"^layers\.(\d+)\.decoder_layer\.", r"layers.\1."),
+    (r"^embed_tokens\.", "embedding."),
+    (r"^embed_positions\.weight", "positions"),
+    (r"^final_layer_norm\.", "norm."),
+    (r"self_attn_layer_norm\.", "norm_1."),
+    (r"final_layer_norm\.", "norm_2."),
+    (r"self_attn\.([qkv])_proj\.", r"attention.\1."),
+    (r"self_attn\.out_proj\.", "attention.o."),
+    (r"(\d\.)fc([12])\.", r"\1ffn.fc_\2."),
+    (r"gated_cross_attn_layer\.", "cross_attention."),
+    (r"attn_gate", "attention_gate"),
+    (r"ff_gate", "ffn_gate"),
+    (r"cross_attention\.attn\.(to_)?", "cross_attention."),
+    (r"cross_attention\.out\.", "cross_attention.o."),
+    (r"cross_attention\.ff\.", "cross_attention.ffn."),
+]
+
+
+RESAMPLER = [
+    (r"(\d+)\.0\.norm_media\.", r"\1.norm_patches."),
+    (r"(\d+)\.0\.norm_latents\.", r"\1.norm_latents."),
+    (r"(\d+)\.0\.to_([qkv])\.", r"\1.\2."),
+    (r"(\d+)\.0\.to_out\.", r"\1.o."),
+    (r"(\d+)\.1\.([013])\.", r"\1.ffn.\2."),
+]
+
+
+def read_golden():
+    """config, and tensors by `inputs`, `outputs` and `weights`."""
+    with safe_open(GOLDEN, "pt") as file:
+        found = {kind: {} for kind in ("in", "out", "weights")}
+        for key in file.keys():
+            kind, name = key.split("/", 1)
+            found[kind][name] = file.get_tensor(key)
+        config = json.loads(file.metadata()["config"])
+    return SimpleNamespace(config=config, inputs=found["in"], outputs=found["out"], weights=found["weights"])
+
+
+def load(module, golden, prefix, rules):
+    """Rename what lies below a prefix and load it; keys and values stand in one matrix, keys first."""
+    ours = {}
+    for name, tensor in golden.weights.items():
+        if not name.startswith(prefix):
+            continue
+        halves = zip("kv", tensor.chunk(2)) if "to_kv" in name else [("q", tensor)]
+        for letter, part in halves:
+            key = name.removeprefix(prefix).replace("to_kv", f"to_{letter}")
+            for pattern, replacement in rules:
+                key = re.sub(pattern, replacement, key)
+            ours[key] = part
+    module.load_state_dict(ours)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def flamingo():
+    """The golden file, and OpenFlamingo on OPT: cross-attention before layers 1 and 3."""
+    golden = read_golden()
+    sizes, width = golden.config["llm"], golden.config["vision_width"]
+    layers = (PLAIN, CROSS, PLAIN, CROSS)
+    decoder = Decoder(DecoderConfig(
+        sizes["vocab_size"], sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_attention_heads"],
+        sizes["ffn_dim"], sizes["max_position_embeddings"], layers, norm="layer", norm_eps=1e-5, ffn="plain",
+        activation="relu", qkv_bias="qkv", output_bias=True, ffn_bias=True, tied_head=True, rotary_width=0,
+        position_offset=2, cross_attention_width=width,
+    ))  # fmt: skip
+    load(decoder, golden, "lang_encoder.model.decoder.", OPT)
+    resampler = Resampler(
+        width, width, golden.config["resampler"]["num_latents"], golden.config["resampler"]["depth"], 8, 64, 4 * width,
+        attend_to_latents=True,
+    )  # fmt: skip
+    load(resampler, golden, "perceiver.", RESAMPLER)
+    return golden, VLM(None, resampler, decoder, golden.config["media_token_id"])
+
+
+def flamingo_logits(golden, model, ids=None, segments=None, positions=None):
+    """The batch as VLM.forward would run it, from features instead of pixels: (image tokens, logits)."""
+    batch = text_batch(golden.inputs["input_ids"] if ids is None else ids, segments=segments, positions=positions)
+    features = golden.inputs["vision_features"].flatten(0, 2)  # 4 pictures of one frame
+    image_tokens = model.encode_features(features, torch.ones(4, dtype=torch.long))
+    owner = torch.tensor([0, 0, 1, 1])
+    media = model.media(batch.ids, batch.segments, image_tokens, [0, 1, 2, 3], owner)
+    embeddings, modality = model.embed(batch.ids), torch.zeros_like(batch.ids)
+    hidden = model.decoder(embeddings, batch.positions, causal(batch.segments), modality, media=media)
+    return image_tokens, model.decoder.logits(hidden)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_openflamingo(flamingo, backend):
+    golden, model = flamingo
+    model.set_backend(backend)
+    image_tokens, logits = flamingo_logits(golden, model)
+    torch.testing.assert_close(torch.stack(image_tokens), golden.outputs["visual_tokens"].flatten(0, 1), **CLOSE)
+    torch.testing.assert_close(logits, golden.outputs["logits"], **CLOSE)
+
+
+def test_openflamingo_padded(flamingo):
+    """Pads in front of one row and behind the other change nothing."""
+    golden, model = flamingo
+    ids = golden.inputs["input_ids"]
+    pad = torch.tensor([[7, 8, 9]])  # any words
+    ids = torch.stack([torch.cat([pad[0], ids[0]]), torch.cat([ids[1], pad[0]])])
+    real = torch.ones_like(ids)
+    real[0, :3] = real[1, 12:] = 0
+    _, logits = flamingo_logits(golden, model, ids, real - 1, (real.cumsum(1) - 1).clamp(min=0))
+    found = torch.stack([logits[0, 3:], logits[1, :12]])
+    torch.testing.assert_close(found, golden.outputs["logits"], **CLOSE)
+
+
+def test_openflamingo_s_numbers_depend_on_gates_and_on_the_latest_picture(flamingo, monkeypatch):
+    """Otherwise the agreement above would say nothing about them."""
+    golden, model = flamingo
+    layers = [layer.cross_attention for layer in model.decoder.layers if layer.cross_attention is not None]
+    for gate in [gate for layer in layers for gate in (layer.attention_gate, layer.ffn_gate)]:
+        before = gate.detach().clone()
+        gate.data.zero_()
+        assert (flamingo_logits(golden, model)[1] - golden.outputs["logits"]).abs().max() > 1e-2
+        gate.data.copy_(before)
+
+    def all_before(is_media, segments, num_image_tokens):
+        visible = latest_picture(is_media, segments, num_image_tokens)
+        return dataclasses.replace(visible, first=torch.zeros_like(visible.first))  # `>=` in place of `==`
+
+    monkeypatch.setattr("nanovlm.cross_attention.latest_picture", all_before)
+    assert (flamingo_logits(golden, model)[1] - golden.outputs["logits"]).abs().max() > 1e-2
+
+
+def test_whom_each_token_sees():
+    for _ in range(20):
+        is_media = torch.rand(3, 11) < 0.3
+        segments = torch.tensor([[0] * 4 + [1] * 5 + [-1] * 2, [-1] * 3 + [0] * 8, [-1] + [0] * 3 + [3] * 4 + [-1] * 3])
+        is_media &= segments >= 0
+        mask = latest_picture(is_media, segments, 2).check(22).mask(22)
+        for b in range(3):
+            for t in range(11):
+                seen = [p for p in range(t + 1) if is_media[b, p] and segments[b, p] == segments[b, t]]
+                expected = torch.zeros(22, dtype=torch.bool)
+                if seen:
+                    place = int(is_media[b, : seen[-1]].sum())
+                    expected[2 * place : 2 * place + 2] = True
+                assert torch.equal(mask[b, t], expected), (b, t)
+
+
+def test_pictures_stand_behind_one_another_in_their_rows():
+    is_media = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]).bool()
+    pictures = [torch.full((2, 5), float(m + 1)) for m in range(3)]
+    media = gather_media(pictures, [2, 0, 2], is_media, torch.zeros(3, 4, dtype=torch.long))
+    assert media.tokens.shape == (3, 4, 5)
+    assert media.tokens[..., 0].tolist() == [[3, 3, 1, 1], [0, 0, 0, 0], [3, 3, 0, 0]]
+    assert gather_media(pictures, [], is_media[1:2], torch.zeros(1, 4, dtype=torch.long)) is None
+    step, other = media.step(), media.select(torch.tensor([2, 2, 0]))
+    assert step.tokens is media.tokens
+    assert step.visible.first.tolist() == [[2], [0], [0]] and step.visible.stop.tolist() == [[4], [0], [2]]
+    assert torch.equal(other.tokens, media.tokens[[2, 2, 0]])
+    assert torch.equal(other.visible.mask(4), media.visible.mask(4)[[2, 2, 0]])
+    with pytest.raises(ValueError, match=r"pictures of \[2, 3\] image tokens in one batch"):
+        gather_media([pictures[0], torch.ones(3, 5)], [0, 1], is_media[:1], torch.zeros(1, 4, dtype=torch.long))
+
+
+def naive(layer, x, pictures):
+    """One token and one head at a time; pictures: per token float[L, media_width] or None."""
+    norm = torch.nn.functional.layer_norm(x, x.shape[-1:], layer.norm.weight, layer.norm.bias)
+    rows = []
+    for t, picture in enumerate(pictures):
+        row = x[t]
+        if picture is not None:
+            q, k, v = layer.q(norm[t]).chunk(8), layer.k(picture).chunk(8, -1), layer.v(picture).chunk(8, -1)
+            heads = [(k[h] @ q[h] / 64**0.5).softmax(0) @ v[h] for h in range(8)]
+            row = row + layer.attention_gate.tanh() * layer.o(torch.cat(heads))
+        inner = torch.nn.functional.layer_norm(row, row.shape, layer.ffn[0].weight, layer.ffn[0].bias)
+        inner = layer.ffn[3].weight @ torch.nn.functional.gelu(layer.ffn[1].weight @ inner)
+        rows.append(row + layer.ffn_gate.tanh() * inner)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_the_equations_by_hand(backend):
+    layer = randomise(GatedCrossAttention(6, 5))
+    x, pictures = torch.randn(2, 4, 6), [torch.randn(3, 5) for _ in range(2)]
+    is_media = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]]).bool()
+    media, out = gather_media(pictures, [1, 0], is_media, torch.zeros(2, 4, dtype=torch.long)), {}
+    found = layer(x, media, backend, out)
+    seen = [[None, pictures[1], pictures[1], pictures[0]], [None] * 4]
+    for b in range(2):
+        torch.testing.assert_close(found[b], naive(layer, x[b], seen[b]), atol=1e-5, rtol=1e-4)
+    (weights,) = out["cross_attention"]
+    assert weights.shape == (2, 8, 4, 6)
+    torch.testing.assert_close(weights.sum(-1)[0], torch.tensor([0.0, 1, 1, 1]).expand(8, 4))
+    assert (weights[0, :, 1:3, 3:] == 0).all() and (weights[0, :, 3, :3] == 0).all() and (weights[1] == 0).all()
+    torch.testing.assert_close(layer(x[1:], None, backend)[0], naive(layer, x[1], [None] * 4), atol=1e-5, rtol=1e-4)
+
+
+def test_gates_start_closed():
+    layer, x = GatedCrossAttention(6, 5), torch.randn(1, 3, 6)
+    media = gather_media([torch.randn(2, 5)], [0], torch.tensor([[True, False, False]]), torch.zeros(1, 3).long())
+    assert torch.equal(layer(x, media), x)
+    assert layer.attention_gate.shape == layer.ffn_gate.shape == (1,)
+    biases = {name for name, _ in layer.named_parameters() if name.endswith("bias")}
+    assert biases == {"norm.bias", "ffn.0.bias"}
+
+
+LAYERS = (CROSS, PLAIN, CROSS)
+
+
+def small_flamingo(layers=LAYERS, bridge="resampler", **options):
+    """Cross-attention before the first and the last of three layers; pictures of 3 latents, or of 9 patches."""
+    config = DecoderConfig(23, 16, 4, 2, 20, 32, layers, cross_attention_width=12, **options)
+    if bridge == "resampler":
+        bridge = Resampler(12, 12, 3, 2, num_heads=2, head_width=5, ffn_width=18, max_frames=2, attend_to_latents=True)
+    else:
+        bridge = LinearProjector(12, 12)
+    decoder = randomise(Decoder(config))
+    return VLM(small_vit(class_token=False), randomise(bridge), decoder, MEDIA).eval()
+
+
+def mixed_batch(front=0, behind=0):
+    """Two pictures in a row, text alone, a clip behind words, the first picture again; pads as asked for."""
+    rows = [[MEDIA, 4, 5, MEDIA, 6, 7], [8, 9, 10, 11, 12, 13], [3, 4, MEDIA, 5, 6], [MEDIA, 2, 3]]
+    length = max(map(len, rows)) + front + behind
+    ids, segments, positions = torch.full((4, length), 5), torch.full((4, length), -1), torch.zeros(4, length).long()
+    for b, row in enumerate(rows):
+        start = length - behind - len(row) if front else 0
+        ids[b, start : start + len(row)] = torch.tensor(row)
+        segments[b, start : start + len(row)] = 0
+        positions[b, start : start + len(row)] = torch.arange(len(row))
+    torch.manual_seed(3)
+    labels = torch.where((segments < 0) | (positions == 0), IGNORE, ids)  # nothing predicts a row's first token
+    return image_batch(ids, [1, 2, 1], [2, 0, 1, 2], [0, 0, 2, 3], labels, segments, positions)
+
+
+def one_by_one(model, batch):
+    """Logits of each row alone, unpadded, its pictures encoded for it alone."""
+    begins, shown, rows = [0, *batch.frames.cumsum(0).tolist()], iter(batch.shown.tolist()), []
+    for b, segments in enumerate(batch.segments):
+        ids = batch.ids[b : b + 1, segments >= 0]
+        chosen = [next(shown) for _ in range(int((ids == MEDIA).sum()))]
+        pixels = torch.cat([batch.pixels[begins[m] : begins[m + 1]] for m in chosen]) if chosen else None
+        none = torch.zeros(len(chosen), dtype=torch.long)
+        rows.append(model(Batch(
+            ids, ids, torch.zeros_like(ids), torch.arange(ids.shape[1])[None], pixels, batch.frames[chosen],
+            torch.arange(len(chosen)), none,
+        ))[0])  # fmt: skip
+    return rows
+
+
+@pytest.mark.parametrize("padding", [(0, 0), (2, 0), (0, 2), (1, 2)])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_rows_run_together_as_alone(padding, backend):
+    model, batch = small_flamingo(), mixed_batch(*padding)
+    model.set_backend(backend)
+    logits, loss, count = model(batch), 0, 0
+    for b, expected in enumerate(one_by_one(model, batch)):
+        torch.testing.assert_close(logits[b][batch.segments[b] >= 0], expected, atol=1e-5, rtol=1e-4)
+        words = batch.ids[b][batch.segments[b] >= 0]
+        loss = loss - expected[:-1].log_softmax(-1).gather(1, words[1:, None]).sum()
+        count += len(words) - 1
+    found, trained = model.loss(batch)
+    assert trained == count
+    torch.testing.assert_close(found, loss, atol=1e-4, rtol=1e-5)
+
+
+def test_packed_documents_see_their_own_pictures():
+    model = small_flamingo()
+    packed = image_batch(
+        [[4, MEDIA, 5, 6, 7, MEDIA, 8, 9, 10]], [1, 1], [1, 0], [0, 0], segments=[[0, 0, 0, 1, 1, 1, 1, 2, 2]],
+        positions=[[0, 1, 2, 0, 1, 2, 3, 0, 1]],
+    )  # fmt: skip
+    apart = image_batch(
+        [[4, MEDIA, 5, 0], [6, 7, MEDIA, 8], [9, 10, 0, 0]], [1, 1], [1, 0], [0, 1],
+        segments=[[0, 0, 0, -1], [0] * 4, [0, 0, -1, -1]],
+    )  # fmt: skip
+    apart.pixels = packed.pixels
+    found, expected = model(packed)[0], model(apart)
+    for part, alone in ((found[:3], expected[0, :3]), (found[3:7], expected[1]), (found[7:], expected[2, :2])):
+        torch.testing.assert_close(part, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_media_token_among_the_pads_shows_nothing():
+    model, batch = small_flamingo(), mixed_batch(2)
+    before, real = model(batch), batch.segments >= 0
+    batch.ids[~real] = MEDIA
+    torch.testing.assert_close(model(batch)[real], before[real])
+
+
+def test_half_precision_of_the_language_model_alone():
+    """The tower and the bridge stay in float32; their image tokens take the decoder's type."""
+    model, batch = small_flamingo(), mixed_batch()
+    exact = model(batch)
+    model.decoder.bfloat16()
+    logits = model(batch)
+    assert logits.dtype == torch.bfloat16 and (logits - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_kept_keys_and_values():
+    """Made once, they are what each layer would make again; and they are used."""
+    model, batch = small_flamingo(), mixed_batch()
+    image_tokens = model.encode(batch.pixels, batch.frames)
+    media = model.media(batch.ids, batch.segments, image_tokens, batch.shown.tolist(), batch.owner)
+    kept = model.decoder.keep(media)
+    assert [one is None for one in kept.kept] == [False, True, False] and model.decoder.keep(None) is None
+
+    def hidden(media):
+        visible, modality = causal(batch.segments), torch.zeros_like(batch.ids)
+        return model.decoder(model.embed(batch.ids), batch.positions, visible, modality, media=media)
+
+    expected = hidden(media)
+    assert torch.equal(hidden(kept), expected)
+    for layer in (0, 2):
+        randomise(model.decoder.layers[layer].cross_attention.k)
+    assert torch.equal(hidden(kept), expected) and not torch.equal(hidden(media), expected)
+
+
+def test_text_alone_reads_no_picture():
+    model = small_flamingo()
+    batch = text_batch([[3, 4, 5, 6]])
+    model.vision.forward = model.bridge.forward = None  # calling either would raise
+    alone = model(batch)
+    other = small_flamingo(layers=(PLAIN, CROSS, PLAIN))
+    assert alone.isfinite().all() and other.num_image_tokens(12) == 0
+    loss, trained = model.loss(batch)
+    assert trained == 3
+    loss.backward()
+    layer = model.decoder.layers[0].cross_attention
+    assert layer.ffn_gate.grad.abs() > 0 and layer.attention_gate.grad is None
+
+
+def test_every_parameter_gets_a_finite_gradient():
+    for backend in ("reference", "sdpa"):
+        model, batch = small_flamingo(), mixed_batch()
+        model.set_backend(backend)
+        model.loss(batch)[0].backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+
+
+def test_attention_maps():
+    model, batch, out = small_flamingo(), mixed_batch(), {}
+    plain = model(batch)
+    torch.testing.assert_close(model(batch, out), plain)
+    assert [weights.shape for weights in out["attention"]] == [(4, 4, 6, 6)] * 3
+    assert [weights.shape for weights in out["cross_attention"]] == [(4, 8, 6, 6)] * 2  # two pictures of 3 tokens
+    sees = out["cross_attention"][0].sum(-1)[:, 0]
+    expected = torch.tensor([[1, 1, 1, 1, 1, 1], [0] * 6, [0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).float()
+    torch.testing.assert_close(sees, expected)
+
+
+def test_parts():
+    model = small_flamingo(tied_head=True)
+    parts = model.parts()
+    assert {name.split(".")[2] for name in parts["cross_attention"]} == {"0", "2"}
+    assert all(".cross_attention." in name for name in parts["cross_attention"])
+    names = {"norm.weight", "norm.bias", "q.weight", "k.weight", "v.weight", "o.weight", "ffn.0.weight", "ffn.0.bias",
+             "ffn.1.weight", "ffn.3.weight", "attention_gate", "ffn_gate"}  # fmt: skip
+    assert set(parts["cross_attention"]) == {f"decoder.layers.{i}.cross_attention.{name}" for i in (0, 2) for name in names}
+
+
+def test_what_does_not_fit():
+    model, batch = small_flamingo(), mixed_batch()
+    spoiled = dataclasses.replace(batch, ids=batch.ids.clone())
+    spoiled.ids[2, 0] = MEDIA
+    with pytest.raises(ValueError, match=r"row 2 has 2 media tokens \(id 20\) for 1 visual inputs"):
+        model(spoiled)
+    spoiled.ids[2] = 5
+    with pytest.raises(ValueError, match="row 2 has 0 media tokens .* for 1 visual inputs"):
+        model(spoiled)
+    with pytest.raises(ValueError, match="row 0 has 1 media tokens .* for 0 visual inputs"):
+        model(text_batch([[MEDIA, 4, 5]]))
+    with pytest.raises(ValueError, match="in all rows there are 4 for 1"):
+        model.media(batch.ids, batch.segments, [torch.randn(3, 12)], [0])
+    with pytest.raises(ValueError, match="1 image-token ids for 0 image tokens"):
+        model(text_batch([[IMAGE_TOKEN, 4, 5]]))
+    with pytest.raises(ValueError, match=r"pictures of \[9, 18\] image tokens"):
+        small_flamingo(bridge="projector")(batch)
+
+
+def test_models_that_do_not_fit_together():
+    model, plain = small_flamingo(), Decoder(DecoderConfig(23, 12, 2, 2, 20, 32, (PLAIN,)))
+    for vlm, words in (
+        (lambda: VLM(model.vision, model.bridge, model.decoder), "media_token is None and .* 12"),
+        (lambda: VLM(model.vision, model.bridge, plain, MEDIA), "media_token is 20 and .* None"),
+        (lambda: VLM(model.vision, model.bridge, model.decoder, 23), "media_token 23 lies outside the vocabulary of 23"),
+        (lambda: VLM(model.vision, LinearProjector(12, 16), model.decoder, 3), "produces width 16, the decoder reads 12"),
+        (lambda: DecoderConfig(23, 16, 4, 2, 20, 32, LAYERS), "cross_attention_width is None"),
+        (lambda: DecoderConfig(23, 16, 4, 2, 20, 32, (PLAIN,), cross_attention_width=5), "cross_attention_width is 5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            vlm()
+
+
+def prompts_and_pictures():
+    """Of unequal length: two pictures, none, and a clip."""
+    torch.manual_seed(5)
+    one, two, clip = torch.randn(1, 3, 12, 12), torch.randn(1, 3, 12, 12), torch.randn(2, 3, 12, 12)
+    return [[MEDIA, 4, 5, MEDIA, 6], [7, 8], [3, MEDIA, 9]], [[one, two], [], [clip]]
+
+
+def greedy(model, prompt, pictures, steps):
+    """Token by token through VLM.forward, with no cache. A media token that the model itself says shows no picture."""
+    ids, frames = list(prompt), torch.tensor([len(pixels) for pixels in pictures], dtype=torch.long)
+    for _ in range(steps):
+        batch = text_batch([ids])
+        if pictures:
+            batch.pixels, batch.frames = torch.cat(pictures), frames
+            batch.shown, batch.owner = torch.arange(len(pictures)), torch.zeros(len(pictures), dtype=torch.long)
+        scores = model(batch)[0, -1]
+        ids.append(int(scores.argmax()))
+    return ids[len(prompt) :]
+
+
+@torch.no_grad()
+def test_cached_equals_uncached():
+    model = small_flamingo()
+    model.decoder.lm_head.weight[MEDIA] = 0  # never the largest of 23 scores
+    prompts, pictures = prompts_and_pictures()
+    expected = [greedy(model, prompt, shown, 6) for prompt, shown in zip(prompts, pictures)]
+    assert generate(model, prompts, Decoding(max_new_tokens=6), pictures) == expected
+    alone = [generate(model, [prompt], Decoding(max_new_tokens=6), [shown])[0] for prompt, shown in zip(prompts, pictures)]
+    assert alone == expected
+    blind = [generate(model, [prompt], Decoding(max_new_tokens=6), [[0 * pixels for pixels in shown]])[0]
+             for prompt, shown in zip(prompts, pictures)]  # fmt: skip
+    assert blind[0] != expected[0] and blind[1] == expected[1] and blind[2] != expected[2]
+
+
+@torch.no_grad()
+def test_generation_makes_the_pictures_keys_once(monkeypatch):
+    """Once for the prompts, once for all steps; not again for every new token."""
+    calls, make = [], GatedCrossAttention.keys_and_values
+    monkeypatch.setattr(GatedCrossAttention, "keys_and_values", lambda self, tokens: calls.append(1) or make(self, tokens))
+    prompts, pictures = prompts_and_pictures()
+    generate(small_flamingo(), prompts, Decoding(max_new_tokens=6), pictures)
+    assert len(calls) == 2 * 2
+
+
+@torch.no_grad()
+def test_beams_and_samples_keep_their_pictures():
+    model = small_flamingo()
+    prompts, pictures = prompts_and_pictures()
+    beams = Decoding(max_new_tokens=5, num_beams=3, eos_ids=(2,))
+    together = generate(model, prompts, beams, pictures)
+    assert together == [generate(model, [prompt], beams, [shown])[0] for prompt, shown in zip(prompts, pictures)]
+    samples = Decoding(max_new_tokens=5, do_sample=True, num_return_sequences=2, eos_ids=(2, 3))
+    draws = lambda seeds: [torch.Generator().manual_seed(seed) for seed in seeds]
+    together = generate(model, prompts, samples, pictures, draws(range(6)))
+    alone = [generate(model, [prompt], samples, [shown], draws((2 * i, 2 * i + 1)))
+             for i, (prompt, shown) in enumerate(zip(prompts, pictures))]  # fmt: skip
+    assert together == [answer for answers in alone for answer in answers]
+
+
+def test_prompts_with_other_media_tokens_than_pictures():
+    model = small_flamingo()
+    prompts, pictures = prompts_and_pictures()
+    with pytest.raises(ValueError, match=r"prompt 1 has 0 media tokens \(id 20\) for 1 visual inputs"):
+        generate(model, prompts, Decoding(), [pictures[0], pictures[2], pictures[2]])
+    with pytest.raises(ValueError, match="prompt 0 has 1 image-token ids"):
+        generate(model, [[IMAGE_TOKEN, 3]], Decoding())

@@ -1,0 +1,564 @@
+"""Pictures put in place, rows kept apart, the loss, and the parts."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovlm import lora
+from nanovlm.training import shared_prefix
+from nanovlm.attention import causal
+from nanovlm.decoder import LayerOptions
+from nanovlm.projector import LinearProjector
+from nanovlm.resampler import Resampler
+from nanovlm.vlm import IGNORE, IMAGE_TOKEN, PARTS, VLM, part_of, visible_rows
+from random_models import image_batch, randomise, small_decoder, small_vit, small_vlm, text_batch
+
+I = IMAGE_TOKEN
+
+
+def mixed_batch():
+    """Four rows, padded: a clip and an image, text alone, the image again, another image behind text; 3 tokens each."""
+    return image_batch(
+        ids=[
+            [I, I, I, 4, I, I, I, 5, 6],
+            [7, 8, 9, 10, 11, 12, 13, 0, 0],
+            [I, I, I, 14, 15, 0, 0, 0, 0],
+            [16, I, I, I, 17, 18, 19, 20, 0],
+        ],
+        segments=[[0] * 9, [0] * 7 + [-1] * 2, [0] * 5 + [-1] * 4, [0] * 8 + [-1]],
+        labels=[
+            [I, I, I, IGNORE, I, I, I, IGNORE, 6],
+            [IGNORE, IGNORE, 9, 10, IGNORE, 12, 13, IGNORE, IGNORE],
+            [I, I, I, 14, 15, IGNORE, IGNORE, IGNORE, IGNORE],
+            [16, I, I, I, IGNORE, 18, 19, 20, IGNORE],
+        ],
+        frames=[1, 2, 1],
+        shown=[1, 0, 0, 2],
+        owner=[0, 0, 2, 3],
+    )
+
+
+def repeated_batch():
+    """Pictures in front, several rows about each: what `share_prefix` is for."""
+    return image_batch(
+        ids=[
+            [I, I, I, 4, 5, 6, 0],
+            [7, 8, 9, 0, 0, 0, 0],
+            [I, I, I, 10, 0, 12, 13],
+            [I, I, I, 14, 0, 0, 0],
+            [I, I, I, 15, 16, 0, 0],
+        ],
+        segments=[[0] * 6 + [-1], [0] * 3 + [-1] * 4, [0] * 7, [0] * 4 + [-1] * 3, [0] * 5 + [-1] * 2],
+        labels=[
+            [I, I, I, IGNORE, 5, 6, IGNORE],
+            [IGNORE, 8, 9, IGNORE, IGNORE, IGNORE, IGNORE],
+            [I, I, I, 10, IGNORE, 12, 13],
+            [I, I, I, 14, IGNORE, IGNORE, IGNORE],
+            [I, I, I, IGNORE, 16, IGNORE, IGNORE],
+        ],
+        frames=[1, 1],
+        shown=[1, 0, 1, 1],
+        owner=[0, 2, 3, 4],
+    )
+
+
+def uneven_batch():
+    """One picture; two long rows, of which only one shows it, and three short ones."""
+    pad, short = [IGNORE] * 4, [[I, I, I, 4, 0, 0, 0, 0]] * 3
+    return image_batch(
+        ids=[[I, I, I, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 0, 0], *short],
+        segments=[[0] * 8, [0] * 6 + [-1] * 2, *[[0] * 4 + [-1] * 4] * 3],
+        labels=[[I, I, I, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, *pad[:2]], *[[I, I, I, 4, *pad]] * 3],
+        frames=[1],
+        shown=[0, 0, 0, 0],
+        owner=[0, 2, 3, 4],
+    )
+
+
+def test_constants():
+    assert IMAGE_TOKEN == -1 and IGNORE == -100
+
+
+def test_the_kth_image_token_stands_in_the_kth_place():
+    model, batch = small_vlm(), mixed_batch()
+    image_tokens = [torch.full((3, 16), 10.0 * m) + torch.arange(3.0)[:, None] for m in range(3)]
+    embeddings = model.embed(batch.ids, image_tokens, batch.shown)
+    place = iter([10, 11, 12, 0, 1, 2, 0, 1, 2, 20, 21, 22])  # clip 1, image 0, image 0 again, image 2
+    for b, row in enumerate(batch.ids.tolist()):
+        for t, token in enumerate(row):
+            expected = torch.full((16,), float(next(place))) if token == I else model.decoder.embedding.weight[token]
+            assert torch.equal(embeddings[b, t], expected)
+    assert next(place, None) is None
+
+
+def test_embed_lets_gradients_through_to_both():
+    model, batch = small_vlm(), mixed_batch()
+    image_tokens = [torch.randn(3, 16, requires_grad=True) for _ in range(3)]
+    model.embed(batch.ids, image_tokens, batch.shown).sum().backward()
+    assert [float(tokens.grad.unique()) for tokens in image_tokens] == [2.0, 1.0, 1.0]  # image 0 stands in two rows
+    counts = torch.bincount(batch.ids[batch.ids >= 0], minlength=23).float()
+    assert torch.equal(model.decoder.embedding.weight.grad, counts[:, None].expand(23, 16))
+
+
+def test_embed_takes_the_type_of_the_words():
+    model = small_vlm()
+    model.decoder.bfloat16()
+    assert model.embed(torch.tensor([[I, 3]]), [torch.randn(1, 16)], [0]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("found", [2, 4])
+def test_counts_that_do_not_agree(found):
+    model = small_vlm()
+    ids = torch.tensor([[I] * found + [5] * (5 - found)])
+    with pytest.raises(ValueError, match=f"{found} image-token ids for 3 image tokens of 1 visual inputs"):
+        model.embed(ids, [torch.randn(3, 16)], [0])
+    with pytest.raises(ValueError, match=f"{found} image-token ids for 0 image tokens"):
+        model.embed(ids)
+    with pytest.raises(ValueError, match=f"{found} image-token ids"):
+        model(image_batch(ids, [1], [0], [0]))
+    with pytest.raises(ValueError, match=f"{2 * found} image-token ids"):
+        model(image_batch(ids.expand(2, 5), [1], [0, 0], [0, 1]))  # one picture, two rows
+
+
+def test_frames_that_do_not_add_up():
+    with pytest.raises(ValueError, match="visual inputs of 4 frames in all, but pixels hold 3"):
+        small_vlm().encode(torch.randn(3, 3, 12, 12), torch.tensor([1, 3]))
+
+
+@pytest.mark.parametrize("bridge", ["resampler", "projector"])
+def test_encode_mixes_clips_and_images(bridge):
+    model, pixels = small_vlm(bridge), torch.randn(7, 3, 12, 12)
+    tokens = model.encode(pixels, torch.tensor([1, 3, 1, 2]))
+    assert len(tokens) == 4
+    for m, columns in enumerate((slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 7))):
+        num_frames = columns.stop - columns.start
+        features = model.vision(pixels[columns]).reshape(1, num_frames * 9, 12)
+        torch.testing.assert_close(tokens[m], model.bridge(features, num_frames)[0], atol=1e-5, rtol=1e-4)
+        assert len(tokens[m]) == model.num_image_tokens(12, num_frames)
+
+
+def test_encode_hands_out_the_bridge_s_attention():
+    model, out = small_vlm(), {}
+    model.encode(torch.randn(2, 3, 12, 12), torch.tensor([1, 1]), out)
+    assert [weights.shape for weights in out["latents"]] == [(2, 2, 3, 9)] * 2
+
+
+def test_number_of_image_tokens():
+    assert small_vlm().num_image_tokens(12) == small_vlm().num_image_tokens(24, 3) == 3
+    projector = small_vlm("projector")
+    assert [projector.num_image_tokens(12), projector.num_image_tokens(24), projector.num_image_tokens(12, 2)] == [9, 36, 18]
+
+
+def naive_logits(model, batch):
+    """One row at a time, its pictures encoded for it alone, no padding."""
+    begins = [0, *batch.frames.cumsum(0).tolist()]
+    appearances, rows = iter(batch.shown.tolist()), []
+    for ids, segments, positions in zip(batch.ids, batch.segments, batch.positions):
+        ids, positions = ids[segments >= 0], positions[segments >= 0]
+        embeddings, t = [], 0
+        while t < len(ids):
+            if ids[t] >= 0:
+                embeddings.append(model.decoder.embedding(ids[t : t + 1]))
+                t += 1
+                continue
+            m = next(appearances)
+            features = model.vision(batch.pixels[begins[m] : begins[m + 1]]).flatten(0, 1)[None]
+            embeddings.append(model.bridge(features, int(batch.frames[m]))[0])
+            t += len(embeddings[-1])
+        visible = causal(torch.zeros(1, len(ids), dtype=torch.long))
+        hidden = model.decoder(torch.cat(embeddings)[None], positions[None], visible, (ids[None] == I).long())
+        rows.append(model.decoder.logits(hidden)[0])
+    return rows
+
+
+@pytest.mark.parametrize("make_batch", [mixed_batch, repeated_batch, uneven_batch])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_forward_and_loss_equal_rows_run_one_by_one(make_batch, backend):
+    model, batch = small_vlm(), make_batch()
+    model.set_backend(backend)
+    logits, expected = model(batch), naive_logits(model, batch)
+    assert logits.shape == (*batch.ids.shape, 23)
+    total, count = torch.zeros(()), 0
+    for b, row in enumerate(expected):
+        torch.testing.assert_close(logits[b][batch.segments[b] >= 0], row, atol=2e-5, rtol=1e-4)
+        for t in range(1, len(row)):
+            if batch.labels[b, t] != IGNORE:
+                total = total - row[t - 1].log_softmax(-1)[batch.labels[b, t]]
+                count += 1
+    loss, trained = model.loss(batch)
+    assert trained == count and isinstance(trained, int)
+    torch.testing.assert_close(loss, total, atol=1e-4, rtol=1e-5)
+    names, parameters = zip(*model.named_parameters())
+    expected_grads = torch.autograd.grad(total, parameters, allow_unused=True)
+    for name, expected, found in zip(names, expected_grads, torch.autograd.grad(loss, parameters, allow_unused=True)):
+        if expected is None:  # no clip in the batch: no frame embedding
+            assert found is None, name
+        else:
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3, msg=lambda text: f"{name}: {text}")
+
+
+def test_backends_agree_and_unknown_ones_are_refused():
+    model, batch = small_vlm(), mixed_batch()
+    assert [module.backend for module in (model.vision, model.bridge, model.decoder)] == ["sdpa"] * 3
+    before = model(batch)
+    model.set_backend("reference")
+    assert [module.backend for module in (model.vision, model.bridge, model.decoder)] == ["reference"] * 3
+    torch.testing.assert_close(model(batch), before, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="unknown attention backend 'refrence'. Did you mean 'reference'?"):
+        model.set_backend("refrence")
+    assert model.decoder.backend == "reference"
+
+
+def sharing(model, batch):
+    """The decoder's calls for one batch: their [B, T]."""
+    calls = []
+    hook = model.decoder.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape[:2])))
+    model(batch)
+    hook.remove()
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([4, 4, 4], [{0, 1, 2}]),
+        ([9, 2, 2, 8], [{1, 2}, {0, 3}]),
+        ([3], [{0}]),
+        ([5, 1, 1, 1, 5, 4], [{1, 2, 3}, {0, 4, 5}]),
+    ],
+)
+def test_short_and_long_rows_are_split_where_padding_is_least(lengths, groups):
+    found = shared_prefix.two_lengths(torch.tensor(lengths))
+    assert [set(rows.tolist()) for rows in found] == groups
+
+
+def test_shared_prefix_runs_a_picture_once():
+    model, batch = small_vlm(), repeated_batch()
+    assert model.share_prefix
+    assert sharing(model, batch) == [(2, 3), (2, 2), (3, 4)]  # pictures, then short and long rows
+    shared, real = model(batch), batch.segments >= 0
+    assert sharing(model, uneven_batch()) == [(1, 3), (3, 1), (2, 6)]
+    model.share_prefix = False
+    assert sharing(model, batch) == [(5, 7)]
+    torch.testing.assert_close(shared[real], model(batch)[real], atol=1e-5, rtol=1e-4)
+
+
+def test_a_lean_loss_is_the_loss_with_its_gradient():
+    model, batch = small_vlm(layers=(LayerOptions(modality_adaptive=True),) * 2), repeated_batch()
+    after_image = torch.zeros_like(batch.ids, dtype=torch.bool)
+    after_image[:, 1:] = (batch.ids[:, :-1] == IMAGE_TOKEN) & (batch.ids[:, 1:] != IMAGE_TOKEN)
+
+    def gradients(batch, lean):
+        model.zero_grad()
+        loss, trained = model.loss(batch, lean)
+        loss.backward()
+        return loss.item(), trained, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    last = f"decoder.layers.{len(model.decoder.layers) - 1}.norm_2.vision.weight"
+    quiet = batch.labels.masked_fill(after_image, IGNORE)
+    for labels, left_out in ((batch.labels, set()), (quiet, {last})):  # an image token predicts a word; none does
+        batch.labels = labels
+        loss, trained, whole = gradients(batch, False)
+        lean_loss, lean_trained, lean = gradients(batch, True)
+        expected = F.cross_entropy(model(batch)[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum").item()
+        assert loss == pytest.approx(expected, rel=1e-5) == lean_loss and lean_trained == trained
+        assert whole.keys() - lean.keys() == left_out and not any(whole[name].any() for name in left_out)
+        for name, value in lean.items():
+            torch.testing.assert_close(value, whole[name], atol=1e-6, rtol=1e-5)
+
+
+def not_shareable():
+    """Batches for which a picture's keys would not be the same in all rows, or that gain nothing."""
+    short = dict(segments=[[0] * 5] * 3)
+    yield "behind a word", image_batch([[3, I, I, I, 4], [I, I, I, 4, 5], [I, I, I, 4, 6]], [1, 1], [0, 1, 1], [0, 1, 2], **short)
+    yield "two in a row", image_batch([[I, I, I, I, I, I, 4], [I, I, I, 5, 6, 7, 8]], [1, 1], [0, 1, 0], [0, 0, 1])
+    yield "twice in each row", image_batch([[I, I, I, I, I, I, 4]] * 2, [1, 1], [0, 1, 1, 0], [0, 0, 1, 1])
+    yield "shown once each", image_batch([[I, I, I, 4, 5], [I, I, I, 5, 6]], [1, 1], [1, 0], [0, 1])
+    yield "packed", image_batch([[I, I, I, 4, 5], [I, I, I, 5, 6]], [1], [0, 0], [0, 1], segments=[[0] * 5, [0] * 4 + [1]])
+    pads = dict(segments=[[-1] + [0] * 4, [0] * 5], positions=[[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]])
+    yield "padding in front", image_batch([[0, I, I, I, 4], [I, I, I, 5, 6]], [1], [0, 0], [0, 1], **pads)
+    yield "padding inside", image_batch(
+        [[I, I, I, 0, 4], [I, I, I, 5, 6]], [1], [0, 0], [0, 1], segments=[[0, 0, 0, -1, 0], [0] * 5]
+    )
+    yield "other positions", image_batch(
+        [[I, I, I, 4, 5], [I, I, I, 5, 6]], [1], [0, 0], [0, 1], positions=[[0, 1, 2, 3, 4], [0, 2, 4, 6, 8]]
+    )
+
+
+@pytest.mark.parametrize("batch", [pytest.param(batch, id=name) for name, batch in not_shareable()])
+def test_rows_that_cannot_share_run_themselves(batch):
+    model = small_vlm()
+    assert sharing(model, batch) == [tuple(batch.ids.shape)]
+    if (batch.segments.diff(dim=1) == 0).all():
+        for found, expected in zip(model(batch), naive_logits(model, batch)):
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_pictures_of_one_token_share_as_well():
+    model = small_vlm(num_latents=1)
+    positions = [[0, 1, 2, 3], [0, 1, 2, 3], [9, 1, 2, 3]]
+    batch = image_batch([[I, 5, 6, 7], [I, 8, 9, 10], [11, 12, 13, 14]], [1], [0, 0], [0, 1], positions=positions)
+    assert sharing(model, batch) == [(1, 1), (2, 3), (1, 4)]
+    for found, expected in zip(model(batch), naive_logits(model, batch)):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    batch.positions[1] += 1
+    assert sharing(model, batch) == [(3, 4)]
+
+
+def test_shared_rows_of_any_positions():
+    model = small_vlm()
+    positions = torch.tensor([[3, 4, 6, 7, 9], [3, 4, 6, 8, 9], [0, 5, 6, 7, 20]])
+    batch = image_batch([[I, I, I, 4, 5], [I, I, I, 5, 6], [3, 4, 5, 6, 7]], [1], [0, 0], [0, 1], positions=positions)
+    assert sharing(model, batch) == [(1, 3), (2, 2), (1, 5)]
+    for found, expected in zip(model(batch), naive_logits(model, batch)):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_clips_of_unequal_length_do_not_share():
+    model = small_vlm("projector")
+    ids = torch.full((3, 20), 4)
+    ids[0, :9] = ids[1, :9] = ids[2, :18] = I
+    batch = image_batch(ids, [1, 2], [0, 0, 1], [0, 1, 2])
+    assert sharing(model, batch) == [(3, 20)]
+    for found, expected in zip(model(batch), naive_logits(model, batch)):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_picture_that_no_row_shows():
+    model = small_vlm()
+    batch = image_batch([[3, 4, 5], [6, 7, 8]], [1], [0], [0])
+    batch.shown = batch.owner = batch.shown[:0]
+    torch.testing.assert_close(model(batch), model(text_batch(batch.ids)), atol=1e-5, rtol=1e-4)
+
+
+def test_text_alone_needs_no_picture():
+    model = small_vlm()
+    batch = text_batch([[3, 4, 5, 6], [7, 8, 9, 10]])
+    model.vision.forward = model.bridge.forward = None  # calling either would raise
+    logits = model(batch)
+    for b in range(2):
+        torch.testing.assert_close(logits[b], naive_logits(model, batch)[b], atol=1e-5, rtol=1e-4)
+    loss, trained = model.loss(batch)
+    assert trained == 6
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="sum"))
+
+
+def test_a_batch_with_nothing_to_train_has_no_loss():
+    batch = text_batch([[3, 4, 5]], labels=[[3, IGNORE, IGNORE]])  # nothing predicts the first token of a row
+    loss, trained = small_vlm().loss(batch)
+    assert trained == 0 and loss == 0
+
+
+def test_only_labelled_tokens_train():
+    model, batch = small_vlm(), mixed_batch()
+    loss, trained = model.loss(batch)
+    assert trained == int((batch.labels[:, 1:] != IGNORE).sum())
+    head_grad = torch.autograd.grad(loss, model.decoder.lm_head.weight)[0]
+    hidden = model.hidden(batch)
+    expected = torch.zeros_like(head_grad)
+    for b, t in (batch.labels[:, 1:] != IGNORE).nonzero().tolist():
+        error = model.decoder.logits(hidden[b, t]).softmax(-1)
+        error[batch.labels[b, t + 1]] -= 1
+        expected += error[:, None] * hidden[b, t]
+    torch.testing.assert_close(head_grad, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_half_precision_keeps_a_float32_loss():
+    model = small_vlm()
+    model.decoder.bfloat16()  # the tower and the bridge stay in float32
+    for batch in (mixed_batch(), repeated_batch()):
+        logits, trained = model(batch), batch.labels[:, 1:] != IGNORE
+        assert logits.dtype == torch.bfloat16
+        loss, count = model.loss(batch)
+        expected = F.cross_entropy(logits[:, :-1][trained].float(), batch.labels[:, 1:][trained], reduction="sum")
+        assert loss.dtype == torch.float32 and count == int(trained.sum())
+        torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_packed_documents_do_not_see_one_another():
+    model = small_vlm()
+    packed = image_batch(
+        [[3, 4, I, I, I, 5, 6, I, I, I, 7, 0]], [1, 1], [1, 0], [0, 0],
+        segments=[[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1]], positions=[[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 0]],
+    )  # fmt: skip
+    apart = image_batch(
+        [[3, 4, I, I, I, 5], [6, I, I, I, 7, 0]], [1, 1], [1, 0], [0, 1], segments=[[0] * 6, [0] * 5 + [-1]]
+    )
+    apart.pixels = packed.pixels
+    found, expected = model(packed)[0], model(apart)
+    torch.testing.assert_close(found[:6], expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[6:11], expected[1, :5], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_in_front_changes_nothing():
+    model = small_vlm()
+    batch = image_batch([[I, I, I, 5, 6], [7, I, I, I, 8]], [1, 1], [0, 1], [0, 1])
+    front = lambda x, value: F.pad(x, (2, 0), value=value)
+    padded = dataclasses.replace(
+        batch, ids=front(batch.ids, 0), labels=front(batch.labels, IGNORE), segments=front(batch.segments, -1),
+        positions=front(batch.positions, 0),
+    )  # fmt: skip
+    torch.testing.assert_close(model(padded)[:, 2:], model(batch), atol=1e-5, rtol=1e-4)
+
+
+def test_visible_rows_takes_the_fast_case_only_where_it_is_exact():
+    for segments, pattern in (
+        ([[0, 0, 0], [0, 0, -1]], "causal"),
+        ([[0, 0, 0], [-1, -1, -1]], "causal"),
+        ([[0, 0, 0], [-1, 0, 0]], "intervals"),
+        ([[0, 0, 0], [0, -1, 0]], "intervals"),
+        ([[0, 0, 0], [0, 1, 1]], "intervals"),
+        ([[0, 0, 0], [1, 1, 1]], "intervals"),
+    ):
+        segments = torch.tensor(segments)
+        visible = visible_rows(segments)
+        assert visible.pattern == pattern
+        real = segments >= 0
+        assert torch.equal(visible.mask(3)[real], causal(segments).mask(3)[real])
+
+
+OPTIONS = {
+    "llama": dict(),
+    "qwen2": dict(qkv_bias="qkv", tied_head=True),
+    "phi": dict(norm="layer", ffn="plain", activation="gelu_tanh", qkv_bias="qkv", output_bias=True, ffn_bias=True,
+                head_bias=True, parallel=True, rotary_width=2),
+    "opt": dict(norm="layer", ffn="plain", activation="relu", qkv_bias="qkv", output_bias=True, ffn_bias=True,
+                tied_head=True, rotary_width=0, position_offset=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OPTIONS)
+def test_every_family_shares_prefixes_and_runs_rows_alone(family):
+    model = small_vlm(**OPTIONS[family])
+    for batch in (mixed_batch(), repeated_batch()):
+        logits = model(batch)
+        for b, row in enumerate(naive_logits(model, batch)):
+            torch.testing.assert_close(logits[b][batch.segments[b] >= 0], row, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("family", OPTIONS)
+def test_parts_of_every_family(family, with_lora):
+    layers = (LayerOptions(3, modality_adaptive=True), LayerOptions(2, cross_attention=True), LayerOptions())
+    decoder = small_decoder(layers, cross_attention_width=12, **OPTIONS[family])
+    model = VLM(small_vit(), Resampler(12, 12, 3, 1, 2, 5, 18), decoder, media_token=4)
+    if with_lora:
+        lora.add(model, 2, 2, ("vision", "bridge", "decoder"))
+    parts = model.parts()
+    names = [name for part in parts.values() for name in part]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    filled = {part for part in PARTS if parts[part]}
+    assert ("lora" in filled, "lm_head" in filled) == (with_lora, not decoder.config.tied_head)
+    assert filled >= set(PARTS) - {"lora", "lm_head"}
+    own = {name.split(".")[3] for name in parts["language_model"] if name.startswith("decoder.layers.")}
+    assert own == {"norm_1", "attention", "ffn"} | (set() if family == "phi" else {"norm_2"})
+    others = {name for name in parts["language_model"] if not name.startswith("decoder.layers.")}
+    table = {"decoder.positions"} if family == "opt" else set()
+    norm = {"decoder.norm.weight"} | ({"decoder.norm.bias"} if family in ("phi", "opt") else set())
+    assert others == table | norm
+    assert {name.split(".")[2] for name in parts["cross_attention"]} == {"1"}
+
+
+def test_image_tokens_from_features():
+    model, pixels, frames = small_vlm(), torch.randn(4, 3, 12, 12), torch.tensor([1, 3])
+    given = model.encode_features(model.vision(pixels), frames, out := {})
+    for found, expected in zip(given, model.encode(pixels, frames), strict=True):
+        assert torch.equal(found, expected)
+    assert len(out["latents"]) == 4  # two layers, for one frame and for three
+    model.vision = None
+    with pytest.raises(ValueError, match="visual inputs of 4 frames in all, but pixels hold 3"):
+        model.encode_features(torch.randn(3, 9, 12), frames)
+
+
+def test_attention_maps_of_both_kinds():
+    model, out = small_vlm(), {}
+    for batch in (mixed_batch(), repeated_batch()):
+        out = {}
+        logits, plain = model(batch, out), model(batch)
+        torch.testing.assert_close(logits[batch.segments >= 0], plain[batch.segments >= 0], atol=1e-5, rtol=1e-4)
+        rows, length = batch.ids.shape
+        assert [weights.shape for weights in out["attention"]] == [(rows, 4, length, length)] * 2
+        assert out["latents"][0].shape[1:3] == (2, 3)
+
+
+def test_parts_hold_every_parameter_once():
+    layers = (LayerOptions(3, modality_adaptive=True), LayerOptions(), LayerOptions(2), LayerOptions(modality_adaptive=True))
+    model = small_vlm(layers=layers)
+    parts = model.parts()
+    assert tuple(parts) == PARTS
+    names = [name for part in parts.values() for name in part]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    by_name = dict(model.named_parameters())
+    assert all(by_name[name] is parameter for part in parts.values() for name, parameter in part.items())
+    adapter = {"norm.weight", "norm.bias", "down.weight", "down.bias", "up.weight", "up.bias", "scale"}
+    assert set(parts["adapters"]) == {f"decoder.layers.{i}.adapter.{name}" for i in (0, 2) for name in adapter}
+    copies = {"norm_1", "norm_2", "attention.k", "attention.v"}
+    assert set(parts["vision_branch"]) == {f"decoder.layers.{i}.{name}.vision.weight" for i in (0, 3) for name in copies}
+    assert set(parts["embedding"]) == {"decoder.embedding.weight"}
+    assert set(parts["lm_head"]) == {"decoder.lm_head.weight"}
+    assert set(parts["vision"]) == {f"vision.{name}" for name, _ in model.vision.named_parameters()}
+    assert set(parts["bridge"]) == {f"bridge.{name}" for name, _ in model.bridge.named_parameters()}
+    shared = {"norm_1.text", "norm_2.text", "attention.k.text", "attention.v.text"}
+    for name in shared:
+        assert f"decoder.layers.0.{name}.weight" in parts["language_model"]
+    assert "decoder.norm.weight" in parts["language_model"] and "decoder.layers.1.attention.k.weight" in parts["language_model"]
+
+
+def test_image_copies_are_made_anew_from_the_text_s():
+    model = small_vlm()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.copy_vision_branch()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == set(model.parts()["vision_branch"])
+    for name in moved:
+        assert torch.equal(model.get_parameter(name), model.get_parameter(name.replace(".vision.", ".text.")))
+        assert model.get_parameter(name) is not model.get_parameter(name.replace(".vision.", ".text."))
+
+
+def test_parts_of_plain_and_tied_models():
+    plain = small_vlm(layers=(LayerOptions(),), tied_head=True).parts()
+    assert not plain["adapters"] and not plain["vision_branch"] and not plain["lm_head"]
+    assert set(plain["embedding"]) == {"decoder.embedding.weight"}
+    assert part_of("decoder.layers.0.norm_1.vision.weight", ()) == "language_model"
+
+
+def test_widths_that_do_not_meet():
+    with pytest.raises(ValueError, match="the bridge produces width 9, the decoder reads 16"):
+        VLM(small_vit(), LinearProjector(12, 9), small_decoder())
+
+
+def test_own_modules_fit_in():
+    class Eye(nn.Module):  # neither has a backend to switch
+        def num_tokens(self, image_size):
+            return 2
+
+        def forward(self, pixels):
+            return pixels.mean((2, 3), keepdim=True).flatten(1)[:, None].expand(-1, 2, -1)
+
+    model = VLM(Eye(), randomise(LinearProjector(3, 16)), small_decoder())
+    model.set_backend("reference")
+    assert model.decoder.backend == "reference" and not hasattr(model.vision, "backend")
+    assert model(image_batch([[I, I, 4]], [1], [0], [0])).shape == (1, 3, 23)
+
+
+def test_batch_moves_as_a_whole():
+    batch = mixed_batch()
+    moved = batch.to("meta")
+    for field in dataclasses.fields(batch):
+        value = getattr(moved, field.name)
+        assert value.device.type == "meta" and value.shape == getattr(batch, field.name).shape
+    assert text_batch([[1, 2]]).to("meta").pixels is None
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("lean", [True, False])
+def test_wanted_states_are_those_of_all_row_by_row(share, lean):
+    model, batch = small_vlm(), repeated_batch()
+    model.share_prefix = share
+    everything, real = model.hidden(batch), batch.segments >= 0
+    words = real & (batch.ids != IMAGE_TOKEN)
+    for wanted in (words, real, words & (batch.positions % 2 == 0)):
+        torch.testing.assert_close(model.hidden(batch, wanted=wanted, lean=lean), everything[wanted], atol=1e-5, rtol=1e-4)

@@ -1,0 +1,786 @@
+"""Lessons: the executed notebooks show what sources and package say, and the exercises' checks judge rightly."""
+
+import ast
+import base64
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import jupytext
+import nbclient
+import nbformat
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "notebooks"
+MAX_BYTES = 200_000
+MAX_SECONDS = 60  # CPU-seconds of one lesson, on one core
+
+LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+every_lesson = pytest.mark.parametrize("source", LESSONS, ids=lambda path: path.stem)
+
+
+def load(name):
+    """A module of the notebooks' folder; the folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+build, checks, solutions, ablation, ablation_04, chain_08 = (
+    load(name) for name in ("build", "checks", "solutions", "ablation_07", "ablation_04", "chain_08")
+)
+
+
+def executed(source):
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+
+
+def outputs(source):
+    return [output for cell in executed(source).cells for output in cell.get("outputs", [])]
+
+
+def cells(source, kind):
+    return [cell.source for cell in jupytext.read(source).cells if cell.cell_type == kind]
+
+
+def imported(tree):
+    """Files of the package that a syntax tree imports from, as "nanovlm/…"."""
+    files = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "nanovlm":
+            path = node.module.replace(".", "/")
+            names = [alias.name for alias in node.names]
+            inside = [f"{path}/{name}.py" for name in names if (ROOT / path / f"{name}.py").is_file()]
+            files.update(inside or [f"{path}.py"])
+    return files
+
+
+def defined(nodes):
+    """Names of the classes and functions among syntax nodes."""
+    return {node.name for node in nodes if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+
+
+def png_outputs(notebook):
+    """The pictures of a notebook, base64."""
+    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [data["image/png"] for data in shown if "image/png" in data]
+
+
+# ---- what stands beside the sources
+
+def test_the_lessons_are_there():
+    assert [path.stem[:2] for path in LESSONS] == ["01", "02", "03", "04", "05", "06", "07", "08", "09", "10", "11"]
+
+
+@every_lesson
+def test_cells_equal_the_source(source):
+    wanted = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
+    found = [(cell.cell_type, cell.source) for cell in executed(source).cells]
+    assert found == wanted, f"run: python notebooks/build.py {source.stem[:2]}"
+
+
+@every_lesson
+def test_the_notebook_was_run_from_top_to_bottom(source):
+    counts = [cell.execution_count for cell in executed(source).cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not [output for output in outputs(source) if output.output_type == "error"]
+
+
+@every_lesson
+def test_the_notebook_is_small_and_was_quick(source):
+    assert source.with_suffix(".ipynb").stat().st_size < MAX_BYTES
+    assert 0 < executed(source).metadata["cpu_seconds"] <= MAX_SECONDS
+
+
+@every_lesson
+def test_the_notebook_shows_pictures(source):
+    sizes = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in png_outputs(executed(source))]
+    assert sizes and all(100 < width < 800 and 50 < height < 800 for width, height in sizes)
+
+
+@every_lesson
+def test_the_code_it_shows_is_the_code_of_today(source):
+    """Cells that print a module's source must not show an older one."""
+    shown = re.findall(r"^`([\w/.]+)`\n```python\n(.*?)\n```$", "\n".join(
+        output["data"]["text/markdown"] for output in outputs(source) if "text/markdown" in output.get("data", {})
+    ), re.DOTALL | re.MULTILINE)  # fmt: skip
+    assert len(shown) >= 3
+    for path, code in shown:
+        text = (ROOT / path).read_text()
+        assert code in text or textwrap.indent(code, "    ") in text, (
+            f"{path} has changed; run: python notebooks/build.py {source.stem[:2]}"
+        )
+
+
+# ---- what every lesson is made of
+
+@every_lesson
+def test_it_opens_with_its_question_time_and_modules(source):
+    opening = cells(source, "markdown")[0]
+    assert re.match(rf"# {source.stem[:2]} · .+\?\n", opening)
+    assert re.search(r"^\*\*Time\*\*: .*minutes to read", opening, re.MULTILINE)
+    assert "**Reads**: " in opening
+
+
+@every_lesson
+def test_it_names_exactly_the_modules_it_reads(source):
+    opening = cells(source, "markdown")[0]
+    named = re.findall(r"`(nanovlm/[\w/]+\.py)`", opening.split("**Reads**")[1])
+    assert len(named) == len(set(named))
+    assert [path for path in named if not (ROOT / path).is_file()] == []
+    assert set(named) == imported(ast.parse(source.read_text()))
+
+
+@every_lesson
+def test_it_ends_with_what_it_did_not_show(source):
+    assert cells(source, "markdown")[-1].startswith("## What this lesson did not show\n")
+
+
+@every_lesson
+def test_it_never_redefines_what_a_module_owns(source):
+    """No class of the package under its name, and no function of a module that the lesson reads."""
+    tree, owned = ast.parse(source.read_text()), set()
+    read = {ROOT / path for path in imported(tree)}
+    for path in (ROOT / "nanovlm").rglob("*.py"):
+        body = ast.parse(path.read_text()).body
+        owned |= defined(body if path in read else (node for node in body if isinstance(node, ast.ClassDef)))
+    assert defined(ast.walk(tree)) & owned == set()
+
+
+@every_lesson
+def test_its_exercise_is_judged_and_solved(source):
+    """Each lesson lets the reader try, and runs the check on the solution without forgiving anything."""
+    code = "\n".join(cells(source, "code"))
+    tried = re.findall(r"checks\.attempt\(checks\.(\w+), \w+\)", code)
+    solved = re.findall(r"^checks\.(\w+)\(solutions\.\w+\)", code, re.MULTILINE)
+    assert tried and tried == solved
+    assert set(tried) <= EXERCISES.keys()
+
+
+# ---- exercises: the solution passes, known wrong answers fail
+
+def patches_by_column(pixels, patch_size):
+    patches = pixels.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return patches.permute(0, 4, 2, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def colors_last(pixels, patch_size):
+    patches = pixels.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def plain_reshape(pixels, patch_size):
+    return pixels.reshape(len(pixels), -1, 3 * patch_size**2)
+
+
+def transposed(pixels, patch_size):
+    return solutions.patchify(pixels, patch_size).transpose(1, 2)
+
+
+def sees_all_before(is_media):
+    return is_media.cumsum(0)[:, None] >= torch.arange(1, int(is_media.sum()) + 1)
+
+
+def not_its_own(is_media):
+    return (is_media.cumsum(0) - is_media.long())[:, None] == torch.arange(1, int(is_media.sum()) + 1)
+
+
+def the_first_from_the_start(is_media):
+    return is_media.cumsum(0).clamp(min=1)[:, None] == torch.arange(1, int(is_media.sum()) + 1)
+
+
+def starts_again_in_every_row(embeddings, is_image, image_tokens):
+    placed = embeddings.clone()
+    for row, where in zip(placed, is_image):
+        row[where] = image_tokens[: int(where.sum())]
+    return placed
+
+
+def column_by_column(embeddings, is_image, image_tokens):
+    placed = embeddings.transpose(0, 1).clone()
+    placed[is_image.T] = image_tokens
+    return placed.transpose(0, 1)
+
+
+def adds_instead_of_replacing(embeddings, is_image, image_tokens):
+    placed = embeddings.clone()
+    placed[is_image] += image_tokens
+    return placed
+
+
+def at_the_front(embeddings, is_image, image_tokens):
+    placed = embeddings.clone().flatten(0, 1)
+    placed[: len(image_tokens)] = image_tokens
+    return placed.view_as(embeddings)
+
+
+def overwrites_its_input(embeddings, is_image, image_tokens):
+    embeddings[is_image] = image_tokens
+    return embeddings
+
+
+def forgets_the_root(q, k, v):
+    return solutions.look(q * q.shape[-1] ** 0.5, k, v)
+
+
+def patches_shared_out_among_latents(q, k, v):
+    return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-2) @ v
+
+
+def takes_the_mean(q, k, v):
+    return v.mean(dim=2, keepdim=True).expand_as(q)
+
+
+def takes_the_nearest_patch(q, k, v):
+    best = (q @ k.transpose(-1, -2)).argmax(-1, keepdim=True)
+    return v.gather(2, best.expand(*best.shape[:-1], v.shape[-1]))
+
+
+def leaves_the_bias(adapter):
+    torch.nn.init.zeros_(adapter.up.weight)
+
+
+def only_makes_it_small(adapter):
+    adapter.scale.data *= 1e-3
+
+
+def silent_for_good(adapter):
+    for parameter in adapter.parameters():
+        torch.nn.init.zeros_(parameter)
+
+
+def zeroes_both_matrices(adapter):
+    for linear in (adapter.down, adapter.up):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+
+
+def freezes_it(adapter):
+    solutions.silence(adapter)
+    adapter.requires_grad_(False)
+    adapter.scale.requires_grad_(True)  # so that there is something to differentiate
+
+
+def forgets_the_slope(gate, update, dy):
+    return (dy * update).sum(), gate.tanh() * dy
+
+
+def one_gate_per_number(gate, update, dy):
+    return (1 - gate.tanh() ** 2) * dy * update, gate.tanh() * dy
+
+
+def an_open_gate(gate, update, dy):
+    return solutions.gate_gradients(gate, update, dy)[0], dy
+
+
+def numbered_as_in_the_paper(x, modality, text, vision):
+    return solutions.route_by_hand(x, 1 - modality, text, vision)
+
+
+def masks_before_the_layer(x, modality, text, vision):
+    is_vision = modality[..., None].float()
+    return vision(x * is_vision) + text(x * (1 - is_vision))
+
+
+def text_for_everything(x, modality, text, vision):
+    return text(x)
+
+
+def adds_both_branches(x, modality, text, vision):
+    return text(x) + vision(x)
+
+
+def leaves_out_the_word_that_crosses(probabilities, p):
+    values, order = probabilities.sort(descending=True)
+    return torch.zeros_like(probabilities, dtype=torch.bool).scatter(0, order, values.cumsum(0) < p)
+
+
+def answers_in_sorted_order(probabilities, p):
+    values = probabilities.sort(descending=True).values
+    return values.cumsum(0) - values < p
+
+
+def everything_above_a_threshold(probabilities, p):
+    return probabilities >= 1 - p
+
+
+def sorts_what_it_was_given(probabilities, p):
+    kept = solutions.nucleus(probabilities, p)
+    probabilities.copy_(probabilities.sort(descending=True).values)
+    return kept
+
+
+class ColumnBridge(solutions.RowBridge):
+    def forward(self, patches, num_frames=1, out=None):
+        side = math.isqrt(patches.shape[1] // num_frames)
+        return self.linear(patches.unflatten(1, (num_frames, side, side)).mean(dim=2)).flatten(1, 2)
+
+
+class OneTokenBridge(solutions.RowBridge):
+    def num_image_tokens(self, num_patches, num_frames=1):
+        return 1
+
+
+class StillsOnlyBridge(solutions.RowBridge):
+    def num_image_tokens(self, num_patches, num_frames=1):
+        return super().num_image_tokens(num_patches)
+
+
+class SumBridge(solutions.RowBridge):
+    def forward(self, patches, num_frames=1, out=None):
+        side = math.isqrt(patches.shape[1] // num_frames)
+        return self.linear(patches.unflatten(1, (num_frames * side, side)).sum(dim=2))
+
+
+def stretched_like(table, side, **how):
+    old = math.isqrt(len(table) - 1)
+    grid = torch.nn.functional.interpolate(table[1:].T.reshape(1, -1, old, old), size=(side, side), **how)
+    return torch.cat([table[:1], grid[0].flatten(1).T])
+
+
+def aligns_the_corners(table, side):
+    return stretched_like(table, side, mode="bicubic", align_corners=True)
+
+
+def copies_the_nearest(table, side):
+    return stretched_like(table, side, mode="nearest")
+
+
+def exchanges_rows_and_columns(table, side):
+    found = solutions.stretch(table, side)
+    return torch.cat([found[:1], found[1:].unflatten(0, (side, side)).transpose(0, 1).flatten(0, 1)])
+
+
+def stretches_the_class_token_too(table, side):
+    return torch.nn.functional.interpolate(table.T[None], size=1 + side**2, mode="linear")[0].T + 1e-3
+
+
+def leaves_the_class_token_out(table, side):
+    return solutions.stretch(table, side)[1:]
+
+
+def unfinished(*arguments):
+    return None
+
+
+def adds_without_rescaling(one, other):
+    return torch.maximum(one[0], other[0]), one[1] + other[1], one[2] + other[2]
+
+
+def rescales_the_wrong_part(one, other):
+    top = torch.maximum(one[0], other[0])
+    a, b = (other[0] - top).exp(), (one[0] - top).exp()
+    return top, one[1] * a + other[1] * b, one[2] * a[:, None] + other[2] * b[:, None]
+
+
+def forgets_the_values(one, other):
+    top, total, _ = solutions.merge(one, other)
+    return top, total, one[2] + other[2]
+
+
+def full_as_soon_as_seen(first, stop, num_keys, size):
+    return (solutions.tile_kinds(first, stop, num_keys, size) > 0).long() * 2
+
+
+def trusts_the_ends(first, stop, num_keys, size):
+    """Looks at the first and the last query of a tile only, where a window may slide past the tile."""
+    kinds = [[
+        sum(any((a <= key) & (key < b) for key in range(begin, min(begin + size, num_keys)))
+            for a, b in ((int(lo[0]), int(hi[0])), (int(lo[-1]), int(hi[-1]))))
+        for begin in range(0, num_keys, size)] for lo, hi in zip(first.split(size), stop.split(size))]  # fmt: skip
+    return torch.tensor(kinds)
+
+
+def blind_rows_see(first, stop, num_keys, size):
+    return solutions.tile_kinds(first, torch.maximum(stop, first + 1), num_keys, size)
+
+
+def without_the_others(shares, d_shares):
+    return shares * d_shares
+
+
+def as_for_a_sigmoid(shares, d_shares):
+    return shares * (1 - shares) * d_shares
+
+
+def mean_instead_of_sum(shares, d_shares):
+    return shares * (d_shares - (shares * d_shares).mean(-1, keepdim=True))
+
+
+EXERCISES = {
+    "check_patchify": (solutions.patchify, (patches_by_column, colors_last, plain_reshape, transposed)),
+    "check_sees": (solutions.sees_latest, (sees_all_before, not_its_own, the_first_from_the_start)),
+    "check_place": (solutions.place, (
+        starts_again_in_every_row, column_by_column, adds_instead_of_replacing, at_the_front, overwrites_its_input,
+    )),
+    "check_look": (solutions.look, (
+        forgets_the_root, patches_shared_out_among_latents, takes_the_mean, takes_the_nearest_patch,
+    )),
+    "check_silence": (solutions.silence, (
+        leaves_the_bias, only_makes_it_small, silent_for_good, zeroes_both_matrices, freezes_it,
+    )),
+    "check_gate_gradients": (solutions.gate_gradients, (forgets_the_slope, one_gate_per_number, an_open_gate)),
+    "check_route": (solutions.route_by_hand, (
+        numbered_as_in_the_paper, masks_before_the_layer, text_for_everything, adds_both_branches,
+    )),
+    "check_stretch": (solutions.stretch, (
+        stretches_the_class_token_too, exchanges_rows_and_columns, aligns_the_corners, copies_the_nearest, leaves_the_class_token_out,
+    )),
+    "check_merge": (solutions.merge, (adds_without_rescaling, rescales_the_wrong_part, forgets_the_values)),
+    "check_tile_kinds": (solutions.tile_kinds, (full_as_soon_as_seen, trusts_the_ends, blind_rows_see)),
+    "check_blame": (solutions.blame_scores, (without_the_others, as_for_a_sigmoid, mean_instead_of_sum)),
+    "check_nucleus": (solutions.nucleus, (
+        leaves_out_the_word_that_crosses, answers_in_sorted_order, everything_above_a_threshold, sorts_what_it_was_given,
+    )),
+    "check_bridge": (solutions.RowBridge, (ColumnBridge, OneTokenBridge, StillsOnlyBridge, SumBridge)),
+}  # fmt: skip
+WRONG = [(check, wrong) for check, (_, answers) in EXERCISES.items() for wrong in (*answers, unfinished)]
+
+
+def test_every_check_is_tested():
+    assert EXERCISES.keys() == {name for name in vars(checks) if name.startswith("check_")}
+
+
+@pytest.mark.parametrize("check", EXERCISES)
+def test_the_solution_passes(check):
+    getattr(checks, check)(EXERCISES[check][0])
+
+
+@pytest.mark.parametrize("check, wrong", WRONG, ids=lambda value: value if isinstance(value, str) else value.__name__)
+def test_a_wrong_answer_fails(check, wrong):
+    with pytest.raises(AssertionError):
+        getattr(checks, check)(wrong)
+
+
+@pytest.mark.parametrize("check, wrong, hint", [
+    ("check_patchify", patches_by_column, "another order; go along the rows"),
+    ("check_patchify", colors_last, "channel, row, column"),
+    ("check_patchify", transposed, r"shape \(2, 48, 15\), expected \(2, 15, 48\)"),
+    ("check_sees", sees_all_before, "its own picture and that alone"),
+    ("check_sees", not_its_own, "counts up to and with the token"),
+    ("check_sees", the_first_from_the_start, "before the first picture sees one"),
+    ("check_place", starts_again_in_every_row, "without starting again"),
+    ("check_place", at_the_front, "a word's embedding changed"),
+    ("check_place", overwrites_its_input, "return a new tensor"),
+    ("check_look", forgets_the_root, "square root of D"),
+    ("check_look", patches_shared_out_among_latents, "the latents compete"),
+    ("check_look", takes_the_mean, "the mean of all patches"),
+    ("check_look", takes_the_nearest_patch, "scores, softmax, weighted sum"),
+    ("check_silence", leaves_the_bias, "biases add too"),
+    ("check_silence", unfinished, "it still adds"),
+    ("check_silence", silent_for_good, "down.weight has not moved"),
+    ("check_silence", zeroes_both_matrices, "has not moved in four steps"),
+    ("check_gate_gradients", forgets_the_slope, "slope of tanh"),
+    ("check_gate_gradients", one_gate_per_number, "every token and channel adds"),
+    ("check_gate_gradients", an_open_gate, "the gate scales it"),
+    ("check_gate_gradients", unfinished, "must return a pair"),
+    ("check_stretch", stretches_the_class_token_too, "the first row is the class token's"),
+    ("check_stretch", exchanges_rows_and_columns, "rows and columns of the grid are exchanged"),
+    ("check_stretch", aligns_the_corners, "align_corners=False"),
+    ("check_route", numbered_as_in_the_paper, "the paper counts the other way round"),
+    ("check_route", masks_before_the_layer, "two LayerNorms it differs"),
+    ("check_route", text_for_everything, "two Linears it differs"),
+    ("check_route", unfinished, "returned None"),
+    ("check_merge", rescales_the_wrong_part, "from which maximum"),
+    ("check_merge", forgets_the_values, "acc is not that of all keys"),
+    ("check_merge", unfinished, r"must return \(top, total, acc\)"),
+    ("check_tile_kinds", full_as_soon_as_seen, "for the mask of causal some tiles"),
+    ("check_tile_kinds", blind_rows_see, "padding that sees nothing"),
+    ("check_blame", without_the_others, "takes from the others of its row"),
+    ("check_nucleus", leaves_out_the_word_that_crosses, "the one that crosses p belongs to the nucleus too"),
+    ("check_nucleus", answers_in_sorted_order, "stands in sorted order; put it back"),
+    ("check_nucleus", everything_above_a_threshold, "words instead of"),
+    ("check_nucleus", sorts_what_it_was_given, "changed the probabilities"),
+    ("check_nucleus", unfinished, "returned None"),
+    ("check_bridge", ColumnBridge, "these are the columns"),
+    ("check_bridge", OneTokenBridge, "3 x 3 patches have 3 rows"),
+    ("check_bridge", StillsOnlyBridge, "forgets the frames"),
+    ("check_bridge", SumBridge, "not the mean of its row"),
+    ("check_bridge", unfinished, "no bridge yet"),
+])  # fmt: skip
+def test_the_hint_names_the_mistake(check, wrong, hint):
+    with pytest.raises(AssertionError, match=hint):
+        getattr(checks, check)(wrong)
+
+
+def test_an_attempt_tells_and_goes_on(capsys):
+    checks.attempt(checks.check_place, unfinished)
+    checks.attempt(checks.check_place, solutions.place)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("Not yet: your function returned None") and second == "Right!"
+
+
+def test_a_check_refuses_what_is_no_tensor():
+    with pytest.raises(AssertionError, match="returned a list; a tensor was expected"):
+        checks.check_place(lambda embeddings, is_image, image_tokens: [embeddings])
+
+
+# ---- the ablation of lesson 07
+
+def test_the_table_says_how_it_came_about_and_is_complete():
+    note, results = ablation.read()
+    assert note.startswith("python notebooks/ablation_07.py, 20") and "CPU-seconds, seeds 0 to 2" in note
+    wanted = [(seed, arm.name) for seed in (0, 1, 2) for arm in ablation.ARMS]
+    assert [(result.seed, result.arm) for result in results] == wanted
+    assert len({result.text_loss_before for result in results}) == 3  # one language model per seed, in all its arms
+
+
+def test_the_table_holds_what_must_be_true():
+    """Words never meet the image copies, so training these alone cannot change an answer about words."""
+    for result in ablation.read()[1]:
+        if result.arm == "separate, only K/V and norms train":
+            assert result.text_loss_after == result.text_loss_before
+            assert result.text_right_after == result.text_right_before
+        for share in (result.text_right_before, result.text_right_after, result.picture_right):
+            assert 0 <= share <= 1
+
+
+def test_the_table_bears_out_the_lesson():
+    """What the lesson concludes from it holds in every seed."""
+    by_arm = {arm.name: [result for result in ablation.read()[1] if result.arm == arm.name] for arm in ablation.ARMS}
+    shared, separate, *whole = by_arm.values()
+    assert all(result.text_right_after < result.text_right_before - 0.1 for result in shared)
+    assert all(result.text_right_after < result.text_right_before / 2 for result in (*whole[0], *whole[1]))
+    one, other = ([result.picture_right for result in results] for results in (shared, separate))
+    assert max(min(one), min(other)) <= min(max(one), max(other))  # the ranges overlap
+
+
+def test_a_table_survives_writing_and_reading(tmp_path):
+    results = [ablation.Result("an arm, with a comma", 2, 1234, 0.5, 1.25, 1.0, 0.125, 0.75)]
+    ablation.write(results, tmp_path / "table.csv", "how it came about")
+    assert ablation.read(tmp_path / "table.csv") == ("how it came about", results)
+    assert list(tmp_path.iterdir()) == [tmp_path / "table.csv"]
+
+
+def test_a_separated_decoder_is_the_same_at_first():
+    found = ablation.sources(0)
+    tokenizer = ablation.make_tokenizer(found["words"])
+    model = ablation.make_model(tokenizer, 0)
+    batch = ablation.rows(ablation.records(found["pictures"], 0, 2), model, tokenizer)
+    before = model(batch)
+    model.decoder = ablation.separate(model.decoder)
+    assert torch.equal(before, model(batch))
+    assert len(model.parts()["vision_branch"]) == 4 * ablation.NUM_LAYERS
+
+
+def test_the_arms_train_what_they_say():
+    """Shared and separate train equally many numbers, so that neither has more room to learn."""
+    settings = ablation.Settings(language_steps=1, picture_steps=2, batch_size=2, exam=2)
+    model, tokenizer, found = ablation.learn_words(0, settings)
+    trained = {}
+    for arm in ablation.ARMS:
+        seeing, result = ablation.learn_to_see(model, arm, tokenizer, found, settings, 0)
+        trained[arm] = result.trained
+        started = ablation.separate(model.decoder) if arm.separate else model.decoder
+        now, then = seeing.decoder.state_dict(), started.state_dict()
+        changed = {name for name in then if not torch.equal(now[name], then[name])}
+        idle = {"layers.1.norm_2.vision.weight"} if arm.separate else set()  # no token reads what comes behind it
+        if arm.everything:
+            expected = set(then)
+        elif arm.separate:
+            expected = {name for name in then if ".vision." in name}
+        else:
+            expected = {name for name in then if re.search(r"\.(norm_1|norm_2|k|v)\.", name)}
+        assert changed == expected - idle
+    shared, separate, *_ = (trained[arm] for arm in ablation.ARMS)
+    assert shared == separate > 0
+
+
+# ---- the ablation of lesson 04
+
+SHORTEST = ablation_04.Settings(tower_steps=1, answer_steps=2, pictures=2, exam=4)
+
+
+def test_the_table_of_lesson_04_says_how_it_came_about_and_is_complete():
+    note, results = ablation_04.read()
+    assert note.startswith("python notebooks/ablation_04.py, 20") and "CPU-seconds, seeds 0 to 2" in note
+    wanted = [(seed, arm) for seed in (0, 1, 2) for arm in ablation_04.ARMS]
+    found = [(result.seed, ablation_04.Arm(**{name: getattr(result, name) for name in vars(arm)}))
+             for result, (_, arm) in zip(results, wanted)]  # fmt: skip
+    assert found == wanted and len(results) == len(wanted)
+    assert all(0 <= getattr(result, kind) <= 1 for result in results for kind in ablation_04.KINDS)
+
+
+def test_the_table_bears_out_lesson_04():
+    """What the lesson concludes from it holds in every seed."""
+    results, blind = ablation_04.read()[1], ablation_04.blind(ablation_04.Settings())
+
+    def right(arm, kind):
+        fitting = [each for each in results if all(getattr(each, name) == value for name, value in vars(arm).items())]
+        return [getattr(each, kind) for each in fitting]
+
+    for arm in ablation_04.BRIDGE_ARMS:
+        assert min(right(arm, "color")) > 0.9 and min(right(arm, "size")) > 0.8  # even through one token
+    resampler, mlp, abstractor = (ablation_04.Arm(bridge, 4) for bridge in ("resampler", "MLP", "abstractor"))
+    assert min(right(mlp, "place")) > max(right(resampler, "place") + right(abstractor, "place") + [blind["place"] + 0.1])
+    for arm in ablation_04.START_ARMS:
+        found = right(arm, "shape")
+        if arm.longer:
+            assert sum(share > blind["shape"] + 0.1 for share in found) == 1
+        else:
+            assert max(found) < min(right(resampler, "shape"))
+            assert arm.tower or max(found) < blind["shape"] + 0.1
+
+
+def test_a_table_of_lesson_04_survives_writing_and_reading(tmp_path):
+    results = [ablation_04.Result("MLP", 36, True, False, False, 2, 1234, 0.5, 1.0, 0.125, 0.75)]
+    ablation_04.write(results, tmp_path / "table.csv", "how it came about")
+    assert ablation_04.read(tmp_path / "table.csv") == ("how it came about", results)
+    assert list(tmp_path.iterdir()) == [tmp_path / "table.csv"]
+
+
+@pytest.mark.parametrize("arm", ablation_04.BRIDGE_ARMS, ids=lambda arm: f"{arm.bridge}-{arm.num_tokens}")
+def test_every_bridge_makes_as_many_tokens_as_its_arm_says(arm):
+    model = ablation_04.make_model(arm, ablation_04.make_vision(0), 0)
+    pixels = torch.zeros(2, 3, ablation_04.IMAGE_SIZE, ablation_04.IMAGE_SIZE)
+    tokens = model.encode(pixels, torch.tensor([1, 1]))
+    assert [len(each) for each in tokens] == [arm.num_tokens] * 2
+    assert model.num_image_tokens(ablation_04.IMAGE_SIZE) == arm.num_tokens
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_tower_stays_as_it_is_and_another_does_not(frozen):
+    """The tower that an arm starts from never changes: the next arm starts from it too."""
+    vision = ablation_04.learn_captions(0, SHORTEST)
+    then = {name: tensor.clone() for name, tensor in vision.state_dict().items()}
+    assert not all(torch.equal(then[name], tensor) for name, tensor in ablation_04.make_vision(0).state_dict().items())
+    model, result = ablation_04.run_arm(ablation_04.Arm("resampler", 4, frozen=frozen), vision, 0, SHORTEST)
+    assert all(torch.equal(then[name], tensor) for name, tensor in vision.state_dict().items())
+    changed = {name for name, tensor in model.vision.state_dict().items() if not torch.equal(then[name], tensor)}
+    assert bool(changed) != frozen
+    assert result.bridge_parameters == sum(p.numel() for p in model.parts()["bridge"].values())
+
+
+def test_longer_means_as_many_steps_more_as_the_tower_takes(monkeypatch):
+    steps = []
+    monkeypatch.setattr(ablation_04, "train", lambda parts, stage, loss_of: steps.append(stage.steps))
+    for longer in (False, True):
+        arm = ablation_04.Arm("resampler", 4, tower=False, frozen=False, longer=longer)
+        ablation_04.learn_answers(arm, ablation_04.make_vision(0), 0, SHORTEST)
+    assert steps == [2, 3]
+
+
+# ---- building
+
+def test_build_finds_lessons_by_number():
+    assert build.lessons() == LESSONS
+    assert [path.stem for path in build.lessons(["07", "01"])] == ["07_modality_adaptive", "01_image_to_tokens"]
+    with pytest.raises(ValueError, match="no lesson '12'; lessons: 01, 02, 03, "):
+        build.lessons(["12"])
+
+
+def test_shrinking_keeps_a_picture_and_makes_it_small():
+    picture = Image.effect_noise((60, 40), 40).convert("RGB")
+    large = io.BytesIO()
+    picture.save(large, "png")
+    output = nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(large.getvalue()).decode()})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[output])])
+    build.shrink_pictures(notebook)
+    small = base64.b64decode(notebook.cells[0].outputs[0]["data"]["image/png"])
+    assert len(small) < len(large.getvalue())
+    shrunk = Image.open(io.BytesIO(small)).convert("RGB")
+    assert shrunk.size == (60, 40)
+    difference = torch.frombuffer(bytearray(shrunk.tobytes()), dtype=torch.uint8).float()
+    difference -= torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+    assert difference.abs().mean() < 3
+
+
+# ---- running: slow
+
+OFFLINE = '''
+import socket
+
+connect, LOCAL = socket.socket.connect, ("127.0.0.1", "::1", "localhost")
+
+def guarded(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in LOCAL:
+        raise OSError(f"the network is off; {address} was asked for")
+    return connect(self, address)
+
+def resolve(host, *arguments, resolve=socket.getaddrinfo, **options):
+    if host not in LOCAL:
+        raise OSError(f"the network is off; {host} was asked for")
+    return resolve(host, *arguments, **options)
+
+socket.socket.connect, socket.getaddrinfo = guarded, resolve
+'''
+
+
+@pytest.fixture
+def offline(tmp_path):
+    """Environment of a Python whose sockets reach this machine only."""
+    (tmp_path / "sitecustomize.py").write_text(OFFLINE)
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [
+    "urllib.request.urlopen('http://192.0.2.1/', timeout=1)",
+    "socket.create_connection(('example.org', 80))",
+])  # fmt: skip
+def test_offline_means_offline(offline, tmp_path, call):
+    source = tmp_path / "99_online.py"
+    source.write_text(f"# %%\nimport socket\nimport urllib.request\n{call}\n")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="the network is off"):
+        build.execute(source, offline)
+
+
+@pytest.mark.slow
+@every_lesson
+def test_it_runs_offline(source, offline):
+    notebook, cpu_seconds = build.execute(source, offline)
+    assert cpu_seconds > 0
+    assert len(png_outputs(notebook)) == len(png_outputs(executed(source)))
+
+
+@pytest.mark.slow
+def test_building_writes_the_notebook_whole(tmp_path, monkeypatch, capsys):
+    (tmp_path / "42_answer.py").write_text("# %% [markdown]\n# # Hello\n\n# %%\n6 * 7\n")
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    build.main(["42"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["42_answer.ipynb", "42_answer.py"]
+    notebook = json.loads((tmp_path / "42_answer.ipynb").read_text())
+    assert notebook["cells"][1]["outputs"][0]["data"]["text/plain"] in ("42", ["42"])
+    assert notebook["metadata"]["cpu_seconds"] > 0
+    assert [cell["id"] for cell in notebook["cells"]] == ["cell-0", "cell-1"]
+    assert capsys.readouterr().out.startswith("42_answer: ")
+
+
+# ---- lesson 08's chain
+
+def test_a_chain_without_a_stage_is_as_long_as_the_whole():
+    whole = sum(stage.steps for stage in chain_08.STAGES)
+    for name in ("tower", "words", "align", "resolution"):
+        stages = chain_08.chain(name)
+        assert [stage.name for stage in stages] == [stage.name for stage in chain_08.STAGES if stage.name != name]
+        assert sum(stage.steps for stage in stages) == whole
+    assert chain_08.chain(None) == chain_08.STAGES
+
+
+def test_the_chains_stages_move_what_they_name_and_nothing_else():
+    short = tuple(replace(stage, steps=2, warmup_steps=1, batch_size=4) for stage in chain_08.STAGES)
+    told, model, towers, tokenizer, sources = {}, *chain_08.begin(0)
+    before = {}
+
+    def watch(stage, moved):
+        told[stage.name] = {part for part, far in moved.items() if far > 0}
+        for part in ("vision", "bridge", "embedding", "language_model"):
+            now = torch.cat([p.detach().flatten() for p in model.parts()[part].values()])
+            assert part not in before or len(now) != len(before[part]) or torch.equal(now, before[part]) == (part not in stage.learning_rates)
+            before[part] = now
+
+    chain_08.run(short, model, towers, tokenizer, sources, watch)
+    assert told == {stage.name: set(stage.learning_rates) - {"text_tower"} for stage in chain_08.STAGES}
+    assert len(model.vision.positions) == 36 and set(chain_08.examine(model, tokenizer, sources["exam"], 40)) == set(chain_08.KINDS)

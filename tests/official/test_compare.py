@@ -1,0 +1,419 @@
+"""`python -m nanovlm.recipes compare`: files of other sizes agree, spoiled ones are refused with a reason."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import reference as official
+from nanovlm import recipes
+from compare import main
+from golden import read
+from nanovlm.published.weights import to_published
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parents[1] / "golden"
+FILES = {"lynx": "lynx_tiny", "mplug_owl2": "mplug_owl2_tiny", "llava_phi": "llava_phi_tiny", "open_flamingo": "openflamingo_tiny"}
+I = official.IMAGE
+EVERY = pytest.mark.parametrize("family", FILES)
+
+
+def compared(capsys, path):
+    """Exit code and all that was printed."""
+    code = main(path)
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def llama(**changes):
+    """A small LLaMA's config."""
+    return {
+        "vocab_size": 53, "hidden_size": 40, "intermediate_size": 36, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    } | changes  # fmt: skip
+
+
+def lynx_case(freq, num_layers, num_frames, side, kv_heads=4, prefixed_pads=(0, 4, 7)):
+    """Lynx of other sizes: config and inputs, one row per number of pads."""
+    rows, length = len(prefixed_pads), 9
+    config = {
+        "vision": {"image_size": 14 * side, "width": 24, "depth": 3, "heads": 2, "mlp_ratio": 1.7},
+        "llm": llama(num_hidden_layers=num_layers, num_key_value_heads=kv_heads),
+        "bridge": {"depth": 1, "num_latents": 3, "heads": 8}, "adapter_freq": freq, "num_frames": num_frames,
+    }  # fmt: skip
+    mask = torch.arange(length) >= torch.tensor(prefixed_pads)[:, None]
+    size = config["vision"]["image_size"]
+    return config, {
+        "pixel_values": torch.randn(rows, 3, size, size), "video": torch.randn(rows, num_frames, 3, size, size),
+        "input_ids": torch.randint(0, 53, (rows, length)) * mask, "attention_mask": mask.long(),
+    }  # fmt: skip
+
+
+def labelled(ids):
+    """Labels of rows of ids: the first third of a row, pictures and padding (0) are not trained."""
+    labels = torch.where((ids == I) | (ids == 0), -100, ids)
+    labels[:, : ids.shape[1] // 3] = -100
+    return labels
+
+
+def owl_case(ids, side, kv_heads, num_layers=2, queries=7, mask=None, frames=()):
+    """mPLUG-Owl2 of other sizes, with these rows of ids; frames: (number of pictures at one placeholder,)."""
+    config = {
+        "vision": {
+            "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
+            "image_size": 14 * side, "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        },
+        "abstractor": {
+            "num_learnable_queries": queries, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "intermediate_size": 28, "encoder_hidden_size": 24, "grid_size": side, "layer_norm_eps": 1e-4,
+        },
+        "llm": llama(num_hidden_layers=num_layers, num_key_value_heads=kv_heads, rms_norm_eps=1e-4),
+    }  # fmt: skip
+    pictures = sum(max(row.count(I), 1) for row in ids)
+    ids = torch.tensor(ids)
+    return config, {
+        "pixel_values": torch.randn(pictures, *frames, 3, 14 * side, 14 * side), "input_ids": ids, "labels": labelled(ids),
+        "text_ids": torch.randint(0, 53, (3, 5)),
+    } | ({"attention_mask": torch.tensor(mask)} if mask else {})  # fmt: skip
+
+
+def phi_case(ids, share, layer, feature, heads=2, patch=8):
+    """LLaVA-Phi of other sizes, with these rows of ids."""
+    config = {
+        "vision": {
+            "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": 3 * patch,
+            "patch_size": patch, "mm_vision_select_layer": layer, "mm_vision_select_feature": feature,
+        },
+        "llm": {
+            "vocab_size": 61, "hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": heads,
+            "partial_rotary_factor": share, "max_position_embeddings": 32,
+        },
+    }  # fmt: skip
+    pictures = sum(max(row.count(I), 1) for row in ids)
+    ids = torch.tensor(ids)
+    return config, {
+        "pixel_values": torch.randn(pictures, 3, 3 * patch, 3 * patch), "input_ids": ids, "labels": labelled(ids),
+    }  # fmt: skip
+
+
+def flamingo_case(ids, every, num_layers, num_frames, pads=None):
+    """OpenFlamingo of other sizes, with these rows of ids; 50 is the media token. pads: how many in front of each row."""
+    config = {
+        "vision_width": 20, "media_token_id": 50, "cross_attn_every_n_layers": every, "resampler": {"depth": 3, "num_latents": 4},
+        "llm": {
+            "vocab_size": 51, "hidden_size": 24, "ffn_dim": 44, "num_hidden_layers": num_layers, "num_attention_heads": 3,
+            "max_position_embeddings": 40, "word_embed_proj_dim": 24, "do_layer_norm_before": True,
+        },
+    }  # fmt: skip
+    pictures = max(row.count(50) for row in ids)
+    ids = torch.tensor(ids)
+    inputs = {"vision_features": torch.randn(len(ids), pictures, num_frames, 10, 20), "input_ids": ids}
+    if pads:
+        inputs["attention_mask"] = (torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]).long()
+    return config, inputs
+
+
+OTHER_SIZES = {
+    "lynx, adapters after every third of 5 layers": ("lynx", lambda: lynx_case(3, 5, 2, 3)),
+    "lynx, adapters everywhere, grouped queries": ("lynx", lambda: lynx_case(1, 2, 4, 2, kv_heads=2)),
+    "lynx, one row, no padding": ("lynx", lambda: lynx_case(2, 5, 2, 1, prefixed_pads=(0,))),
+    "lynx, one adapter": ("lynx", lambda: lynx_case(7, 4, 3, 2)),
+    "lynx, clips of one frame": ("lynx", lambda: lynx_case(2, 2, 1, 2)),
+    "mplug_owl2, grouped queries": ("mplug_owl2", lambda: owl_case([[5, I, 6, 7, 8, 9, 3]], 3, 2)),
+    "mplug_owl2, several pictures": ("mplug_owl2", lambda: owl_case([[5, I, 6, I, 8, 9], [I, I, 3, 4, 5, 9]], 2, 4)),
+    "mplug_owl2, unequal rows": ("mplug_owl2", lambda: owl_case([[5, 4, 6, 1, 8, 9], [7, I, 3, 4, I, 9], [I, 1, 2, 3, 4, 5]], 2, 1)),
+    "mplug_owl2, a clip at a placeholder": ("mplug_owl2", lambda: owl_case([[5, I, 7, 8, 9]], 2, 4, frames=(3,))),
+    "mplug_owl2, padded at either end": (
+        "mplug_owl2", lambda: owl_case([[5, I, 6, 7, 0, 0], [0, 0, 0, 4, I, 5]], 2, 4, mask=[[1] * 4 + [0] * 2, [0] * 3 + [1] * 3]),
+    ),
+    "llava_phi, 0.4 of a head": ("llava_phi", lambda: phi_case([[I, 6, 7, 8, 9, 3]], 0.4, -2, "patch")),
+    "llava_phi, last block": ("llava_phi", lambda: phi_case([[5, I, 7, 8, 9], [1, 2, 3, I, 4]], 0.4, -1, "cls_patch", 4)),
+    "llava_phi, several pictures": ("llava_phi", lambda: phi_case([[5, I, 7, I, 9], [1, 2, 3, 5, 4]], 1.0, -3, "patch", 4, 14)),
+    "open_flamingo, every layer": ("open_flamingo", lambda: flamingo_case([[1, 50, 3, 4, 50, 5, 50], [50, 2, 3, 4, 5, 6, 7]], 1, 3, 2)),
+    "open_flamingo, every third, padded": (
+        "open_flamingo", lambda: flamingo_case([[0, 0, 3, 50, 6, 5, 50], [4, 2, 3, 4, 5, 6, 7]], 3, 6, 1, pads=(2, 0)),
+    ),
+}  # fmt: skip
+
+
+def make(path, family, config, inputs, weights=None):
+    """A golden file with random weights, made without any module of the package; returns its path."""
+    published = recipes.FAMILIES[family]
+    shapes = {n: t.shape for n, t in to_published(published.layout(config), published.build(config).state_dict()).items()}
+    if family == "open_flamingo":
+        shapes["lang_encoder.lm_head.weight"] = shapes["lang_encoder.model.decoder.embed_tokens.weight"]
+    weights = official.random_weights(shapes) if weights is None else weights
+    if family == "open_flamingo":
+        weights["lang_encoder.lm_head.weight"] = weights["lang_encoder.model.decoder.embed_tokens.weight"].clone()
+    with torch.no_grad():
+        outputs = official.OFFICIAL[family](weights, config, inputs)
+    return official.write(path, config, weights, inputs, outputs)
+
+
+@EVERY
+def test_the_golden_files_agree(family, capsys):
+    code, printed = compared(capsys, GOLDEN / f"{FILES[family]}.safetensors")
+    assert code == 0, printed
+    golden = read(GOLDEN / f"{FILES[family]}.safetensors")
+    for name in golden.outputs:
+        assert f"{name} " in printed
+    assert printed.count("agrees") == len(golden.outputs)
+
+
+@EVERY
+def test_the_plain_forward_passes_are_the_official_ones(family):
+    """Only so do the files of other sizes say anything."""
+    golden = read(GOLDEN / f"{FILES[family]}.safetensors")
+    with torch.no_grad():
+        found = official.OFFICIAL[family](golden.weights, golden.config, golden.inputs)
+    for name, expected in golden.outputs.items():
+        if name.endswith("logits") and "attention_mask" in golden.inputs:  # Lynx: pads lie behind the image tokens
+            real = golden.inputs["attention_mask"].bool()
+            found[name], expected = found[name][:, -real.shape[1] :][real], expected[:, -real.shape[1] :][real]
+        torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", OTHER_SIZES)
+def test_other_sizes_agree(case, capsys, tmp_path):
+    family, inputs = OTHER_SIZES[case]
+    config, inputs = inputs()
+    code, printed = compared(capsys, make(tmp_path / "other.safetensors", family, config, inputs))
+    assert code == 0, printed
+
+
+@pytest.mark.parametrize("case", ["lynx, adapters after every third of 5 layers", "mplug_owl2, grouped queries",
+                                  "llava_phi, 0.4 of a head", "open_flamingo, every third, padded"])
+def test_sizes_that_the_config_leaves_out_are_read_off_the_weights(case, capsys, tmp_path):
+    family, inputs = OTHER_SIZES[case]
+    config, inputs = inputs()
+    path = make(tmp_path / "whole.safetensors", family, config, inputs)
+    golden, kept = read(path), ("heads", "eps", "factor", "select", "token", "mlp_ratio")
+    silent = {
+        key: {k: v for k, v in part.items() if any(word in k for word in kept)} if isinstance(part, dict) else part
+        for key, part in config.items() if isinstance(part, dict) or any(word in key for word in kept)
+    }  # fmt: skip
+    assert silent != config
+    official.write(path, silent, golden.weights, golden.inputs, golden.outputs)
+    code, printed = compared(capsys, path)
+    assert code == 0, printed
+
+
+@EVERY
+def test_tables_that_are_computed_may_be_absent(family, capsys, tmp_path):
+    """As in released checkpoints."""
+
+    def spoil(config, weights, inputs, outputs):
+        for name in [name for name in weights if name.endswith(("inv_freq", "q_pos_embed", "k_pos_embed"))]:
+            del weights[name]
+
+    code, printed = compared(capsys, spoiled(tmp_path, family, spoil))
+    assert code == 0, printed
+
+
+def list_twice(config, weights, inputs, outputs):
+    """OpenFlamingo's files name every layer and cross-attention at a second place."""
+    for name in list(weights):
+        parts = name.split(".")
+        if "layers" in parts and name.startswith("lang_encoder"):
+            rest = ".".join(parts[parts.index("layers") + 1 :])
+            second = "gated_cross_attn_layers" if "gated_cross_attn_layer" in parts else "old_decoder_blocks"
+            rest = rest.replace("gated_cross_attn_layer.", "").replace("decoder_layer.", "")
+            weights[f"lang_encoder.{second}.{rest}"] = weights[name].clone()
+
+
+def test_open_flamingo_lists_its_layers_twice(capsys, tmp_path):
+    code, printed = compared(capsys, spoiled(tmp_path, "open_flamingo", list_twice))
+    assert code == 0, printed
+
+    def spoil(config, weights, inputs, outputs):
+        list_twice(config, weights, inputs, outputs)
+        weights["lang_encoder.gated_cross_attn_layers.1.attn_gate"] += 1
+
+    code, printed = compared(capsys, spoiled(tmp_path, "open_flamingo", spoil))
+    assert code == 1 and "second copy" in printed
+
+
+def test_llava_phi_from_the_pieces_of_transformers(capsys, tmp_path):
+    """CLIP and Phi of transformers, joined by hand."""
+    transformers = pytest.importorskip("transformers")
+    config, inputs = phi_case([[5, I, 7, 8, 9, 11, 2], [1, 2, 3, I, 4, 8, 9]], 0.4, -2, "patch", heads=4)
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**{
+        k: v for k, v in config["vision"].items() if not k.startswith("mm")
+    }))  # fmt: skip
+    phi = transformers.PhiForCausalLM(transformers.PhiConfig(**config["llm"], pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    projector = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 40))
+    with torch.no_grad():
+        for module in (tower, phi, projector):
+            for parameter in module.eval().parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+        outputs = {"visual_tokens": projector(hidden[:, 1:])}
+        weights = {f"model.mm_projector.{n}": t for n, t in projector.state_dict().items()}
+        for name, tensor in tower.state_dict().items():
+            if "position_ids" not in name:
+                weights[f"model.vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = tensor
+        state = {n: t for n, t in phi.state_dict().items() if "inv_freq" not in n}
+        for name in [name for name in state if "q_proj" in name]:
+            parts = [state.pop(name.replace("q_proj", f"{letter}_proj")).unflatten(0, (4, -1)) for letter in "qkv"]
+            state[name.replace("q_proj", "query_key_value")] = torch.cat(parts, dim=1).flatten(0, 1)
+        x, labels, _, _ = official.splice(weights | state, inputs, outputs["visual_tokens"])
+        found = phi(inputs_embeds=x, labels=labels)
+        outputs |= {"logits": found.logits, "loss": found.loss[None]}
+    code, printed = compared(capsys, official.write(tmp_path / "hf.safetensors", config, weights | state, inputs, outputs))
+    assert code == 0, printed
+
+
+def parts_of(path):
+    """Config, weights, inputs and outputs of a golden file, to be spoiled."""
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    kinds = ("weights/", "in/", "out/")
+    return config, *({n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)} for kind in kinds)
+
+
+def swap(tensors, one, other):
+    """Two names exchanged."""
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def spoiled(tmp_path, family, spoil):
+    """The golden file of a family after spoil(config, weights, inputs, outputs), which changes them in place."""
+    parts = [copy.copy(part) for part in parts_of(GOLDEN / f"{FILES[family]}.safetensors")]
+    spoil(*parts)
+    return official.write(tmp_path / "spoiled.safetensors", *parts)
+
+
+FIRST_Q = {
+    "lynx": "LLM.model.layers.0.self_attn.q_proj.weight",
+    "mplug_owl2": "model.layers.0.self_attn.q_proj.weight",
+    "llava_phi": "model.layers.0.self_attn.query_key_value.weight",
+    "open_flamingo": "lang_encoder.model.decoder.layers.0.decoder_layer.self_attn.q_proj.weight",
+}
+ANY = {  # what happened to the file: (what is done to it, words of the message)
+    "a weight moved": (lambda f, c, w, i, o: w.update({FIRST_Q[f]: w[FIRST_Q[f]] + 1e-3}), "DIFFERS"),
+    "a weight of NaN": (lambda f, c, w, i, o: w.update({FIRST_Q[f]: w[FIRST_Q[f]] * torch.nan}), "NaN or infinite"),
+    "a weight missing": (lambda f, c, w, i, o: w.pop(FIRST_Q[f]), r"missing \(\d\): .*"),
+    "a weight too many": (lambda f, c, w, i, o: w.update({f"{FIRST_Q[f]}_old": torch.ones(2)}), r"unexpected \(1\)"),
+    "a weight of another shape": (lambda f, c, w, i, o: w.update({FIRST_Q[f]: w[FIRST_Q[f]][:, :-1]}), "mis-shaped"),
+    "a weight of whole numbers": (lambda f, c, w, i, o: w.update({FIRST_Q[f]: w[FIRST_Q[f]].long()}), "floating-point"),
+    "an output missing": (lambda f, c, w, i, o: o.pop("visual_tokens"), "visual_tokens +missing"),
+    "an output too many": (lambda f, c, w, i, o: o.update(extra=torch.ones(1)), "extra +unknown"),
+    "an output of another shape": (lambda f, c, w, i, o: o.update(logits=o["logits"][:, 1:]), "logits +misshapen"),
+    "an output moved": (lambda f, c, w, i, o: o["logits"].view(-1)[-1].add_(2e-5), "logits +largest.*DIFFERS"),
+    "an output of NaN": (lambda f, c, w, i, o: o["logits"].view(-1)[-1].mul_(torch.nan), "out/logits has 1 of"),
+    "an input missing": (lambda f, c, w, i, o: i.pop("input_ids"), "in/input_ids is missing"),
+    "an input too many": (lambda f, c, w, i, o: i.update(extra=torch.ones(1)), "in/extra is unknown"),
+    "an id too large": (lambda f, c, w, i, o: i["input_ids"].view(-1)[-1].fill_(1000), "1000, which is no id"),
+    "no sizes": (lambda f, c, w, i, o: c["llm"].update(hidden_size="wide"), "hidden_size is 'wide', but the weights say"),
+    "another vocabulary": (lambda f, c, w, i, o: c["llm"].update(vocab_size=7), "vocab_size is 7, but the weights say"),
+    "other heads": (lambda f, c, w, i, o: c["llm"].update(num_attention_heads=3), "DIFFERS|weights say"),
+    "a placeholder or a label out of place": (
+        lambda f, c, w, i, o: i.update({"labels": i["input_ids"] * 0 + 999}), "in/labels holds 999, which is no id",
+    ),
+    "part of another family": (lambda f, c, w, i, o: w.update({"perceiver.x": torch.ones(1), "LLM.x": torch.ones(1)}), "several"),
+}  # fmt: skip
+
+
+@EVERY
+@pytest.mark.parametrize("what", ANY)
+def test_spoiled_files_are_refused(family, what, capsys, tmp_path):
+    spoil, words = ANY[what]
+    path = spoiled(tmp_path, family, lambda *parts: spoil(family, *parts))
+    code, printed = compared(capsys, path)
+    assert code == 1, printed
+    assert re.search(words, printed), printed
+    assert "Traceback" not in printed
+
+
+def layer(number, name):
+    """A tensor of mPLUG-Owl2's language model."""
+    return f"model.layers.{number}.self_attn.{name}.weight"
+
+
+OWN = {  # spoilt in a family's own way
+    "eps of the language model": ("lynx", lambda c, w, i, o: c["llm"].update(rms_norm_eps=1e-5), "DIFFERS"),
+    "eps of the tower": ("mplug_owl2", lambda c, w, i, o: c["vision"].update(layer_norm_eps=1e-5), "DIFFERS"),
+    "eps of the abstractor": ("mplug_owl2", lambda c, w, i, o: c["abstractor"].update(layer_norm_eps=1e-3), "DIFFERS"),
+    "adapter_freq": ("lynx", lambda c, w, i, o: c.update(adapter_freq=3), "adapter_freq is 3, but the weights say 2"),
+    "num_frames": ("lynx", lambda c, w, i, o: c.update(num_frames=4), "num_frames is 4, but the weights say 3"),
+    "a shorter clip": ("lynx", lambda c, w, i, o: i.update(video=i["video"][:, :2]), "video_tokens +largest.*DIFFERS"),
+    "a longer clip": ("lynx", lambda c, w, i, o: i.update(video=torch.cat([i["video"]] * 2, 1)), "a clip of 6 frames"),
+    "fewer rows of pictures": ("lynx", lambda c, w, i, o: i.update(video=i["video"][:1]), "1 visual inputs for 2 rows"),
+    "rotary angles": (
+        "lynx", lambda c, w, i, o: w["LLM.model.layers.0.self_attn.rotary_emb.inv_freq"].mul_(2), "no parameter but a table",
+    ),
+    "another patch size": ("lynx", lambda c, w, i, o: c["vision"].update(patch_size=7), "patch_size is 7"),
+    "other mask": ("lynx", lambda c, w, i, o: i["attention_mask"].fill_(1), "DIFFERS"),
+    "a placeholder": ("lynx", lambda c, w, i, o: i["input_ids"].view(-1)[-1].fill_(-200), "holds -200, which is no id"),
+    "a placeholder in text": (
+        "mplug_owl2", lambda c, w, i, o: i["text_ids"].view(-1)[-1].fill_(-200), "in/text_ids holds -200, which is no id",
+    ),
+    "mask of another shape": ("lynx", lambda c, w, i, o: i.update(attention_mask=i["attention_mask"][:, 1:]), "must be equal"),
+    "layers exchanged": ("mplug_owl2", lambda c, w, i, o: swap(w, layer(0, "o_proj"), layer(1, "o_proj")), "DIFFERS"),
+    "branches exchanged": (
+        "mplug_owl2", lambda c, w, i, o: swap(w, layer(0, "k_proj.multiway.0"), layer(0, "k_proj.multiway.1")), "DIFFERS",
+    ),
+    "another grid": ("mplug_owl2", lambda c, w, i, o: c["abstractor"].update(grid_size=5), "grid_size is 5, but the tower gives"),
+    "position table": (
+        "mplug_owl2", lambda c, w, i, o: w[
+            "model.visual_abstractor.encoder.layers.0.crossattention.attention.k_pos_embed"].add_(1e-3), "but a table",
+    ),
+    "activation": ("mplug_owl2", lambda c, w, i, o: c["vision"].update(hidden_act="gelu"), "DIFFERS"),
+    "too few pictures": (
+        "mplug_owl2", lambda c, w, i, o: i.update(pixel_values=i["pixel_values"][:1]), "1 pictures, but .* ask for 2",
+    ),
+    "labels": ("mplug_owl2", lambda c, w, i, o: i["labels"][:, -1].fill_(-100), "loss +largest.*DIFFERS"),
+    "rotary share": ("llava_phi", lambda c, w, i, o: c["llm"].update(partial_rotary_factor=0.34), "DIFFERS"),
+    "feature layer": ("llava_phi", lambda c, w, i, o: c["vision"].update(mm_vision_select_layer=-1), "DIFFERS"),
+    "class token kept": ("llava_phi", lambda c, w, i, o: c["vision"].update(mm_vision_select_feature="cls_patch"), "misshapen"),
+    "unknown feature": ("llava_phi", lambda c, w, i, o: c["vision"].update(mm_vision_select_feature="all"), "is 'all'"),
+    "media token": ("open_flamingo", lambda c, w, i, o: c.update(media_token_id=1), "DIFFERS|media tokens"),
+    "every": (
+        "open_flamingo", lambda c, w, i, o: c.update(cross_attn_every_n_layers=1), "cross_attn_every_n_layers is 1, but",
+    ),
+    "head and embedding differ": (
+        "open_flamingo", lambda c, w, i, o: w["lang_encoder.lm_head.weight"].mul_(2), "second copy",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OWN)
+def test_what_a_family_alone_can_have_wrong(what, capsys, tmp_path):
+    family, spoil, words = OWN[what]
+    code, printed = compared(capsys, spoiled(tmp_path, family, spoil))
+    assert code == 1, printed
+    assert re.search(words, printed), printed
+
+
+def test_files_that_are_no_golden_files(capsys, tmp_path):
+    whole = (GOLDEN / "lynx_tiny.safetensors").read_bytes()
+    for content, words in ((whole[:-1], "cut short"), (whole[:5], "cut short"), (b"", "cut short"), (b"x" * 99, "damaged")):
+        (tmp_path / "bad.safetensors").write_bytes(content)
+        code, printed = compared(capsys, tmp_path / "bad.safetensors")
+        assert code == 1 and words in printed
+    config, weights, inputs, outputs = parts_of(GOLDEN / "lynx_tiny.safetensors")
+    for parts, words in (
+        ((None, weights, inputs, outputs), "no 'config'"),
+        (("{", weights, inputs, outputs), "is not JSON"),
+        (("[1]", weights, inputs, outputs), "an object with the model's sizes"),
+        (({"llm": 3} | {k: v for k, v in config.items() if k != "llm"}, weights, inputs, outputs), "llm is 3"),
+        ((config, {}, inputs, outputs), "no tensor under weights/"),
+        ((config, weights, inputs, {}), "no tensor under out/"),
+        ((config, {"fc.weight": torch.ones(2)}, inputs, outputs), "no family's names"),
+    ):  # fmt: skip
+        code, printed = compared(capsys, official.write(tmp_path / "bad.safetensors", *parts))
+        assert code == 1 and words in printed, printed
+    assert compared(capsys, tmp_path / "nowhere.safetensors")[0] == 1
+
+
+def test_command_line():
+    command = [sys.executable, "-m", "nanovlm.recipes", "compare", str(GOLDEN / "llava_phi_tiny.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("agrees") == 3

@@ -1,0 +1,178 @@
+"""Our models with the official implementations' weights give the official outputs, through recipe and rename table.
+
+tests/golden/: lynx_tiny from bytedance/lynx-llm 24680d1; mplug_owl2_tiny from X-PLUG/mPLUG-Owl 0f3068f; llava_phi_tiny
+from zhuyiche/llava-phi 2b42029; openflamingo_tiny from mlfoundations/open_flamingo 655f693. Random weights, float32.
+Here the batches are those that training builds; `compare` lines the rows up by itself (test_compare.py).
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanovlm import recipes
+from golden import read
+from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, visible_rows
+from nanovlm.published.weights import to_ours, to_published
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CLOSE = dict(atol=1e-5, rtol=0)
+FILES = {"lynx": "lynx_tiny", "mplug_owl2": "mplug_owl2_tiny", "llava_phi": "llava_phi_tiny", "open_flamingo": "openflamingo_tiny"}
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "sdpa"])
+
+
+def opened(family):
+    """The golden file of a family, its recipe's model with the file's weights, and the rename table."""
+    golden, published = read(GOLDEN / f"{FILES[family]}.safetensors"), recipes.FAMILIES[family]
+    model, table = published.build(golden.config), published.layout(golden.config)
+    model.load_state_dict(to_ours(table, golden.weights, model.state_dict()))
+    return golden, model.eval(), table
+
+
+@pytest.fixture(scope="module", params=FILES)
+def every(request):
+    return opened(request.param)
+
+
+@pytest.fixture(scope="module")
+def lynx():
+    return opened("lynx")
+
+
+@pytest.fixture(scope="module")
+def owl():
+    return opened("mplug_owl2")
+
+
+@pytest.fixture(scope="module")
+def phi():
+    return opened("llava_phi")
+
+
+@pytest.fixture(scope="module")
+def flamingo():
+    return opened("open_flamingo")
+
+
+def batch_of(ids, labels=None, pixels=None, num_frames=1, positions=None, segments=None, shown=None, owner=None):
+    """A Batch: what is not given is one picture a row, or none, and one document a row."""
+    shown = torch.arange(0 if pixels is None else len(ids)) if shown is None else shown
+    return Batch(
+        ids=ids,
+        labels=torch.full_like(ids, IGNORE) if labels is None else labels,
+        segments=torch.zeros_like(ids) if segments is None else segments,
+        positions=torch.arange(ids.shape[1]).expand_as(ids) if positions is None else positions,
+        pixels=pixels, frames=torch.full((len(shown),), num_frames), shown=shown, owner=shown if owner is None else owner,
+    )  # fmt: skip
+
+
+def lynx_batch(golden, pixels, num_frames):
+    """Image tokens first, then the text; pads between them move to the front, real tokens keep official positions."""
+    image = torch.full((2, golden.config["bridge"]["num_latents"]), IMAGE_TOKEN)
+    ids = torch.cat([image, golden.inputs["input_ids"]], dim=1)
+    real = torch.cat([torch.ones_like(image), golden.inputs["attention_mask"]], dim=1)
+    order = real.argsort(dim=1, stable=True)  # pads first
+    segments = real.gather(1, order) - 1
+    batch = batch_of(ids.gather(1, order), None, pixels, num_frames, positions=order, segments=segments)
+    return batch, order.argsort(dim=1), real.bool()
+
+
+def spliced(golden, num_image_tokens):
+    """Each -200 becomes a picture's image tokens, whose labels are ignored."""
+    ids, labels = [], []
+    for row, row_labels in zip(golden.inputs["input_ids"].tolist(), golden.inputs["labels"].tolist()):
+        at = row.index(-200)
+        ids.append(row[:at] + [IMAGE_TOKEN] * num_image_tokens + row[at + 1 :])
+        labels.append(row_labels[:at] + [IGNORE] * num_image_tokens + row_labels[at + 1 :])
+    return batch_of(torch.tensor(ids), torch.tensor(labels), golden.inputs["pixel_values"])
+
+
+def encoded(model, batch):
+    """Image tokens of all visual inputs: float[M, N, W]."""
+    return torch.stack(model.encode(batch.pixels, batch.frames))
+
+
+def check_language(model, golden, batch):
+    """Logits and loss of a batch are the official ones."""
+    torch.testing.assert_close(model(batch), golden.outputs["logits"], **CLOSE)
+    loss, trained = model.loss(batch)
+    torch.testing.assert_close(loss / trained, golden.outputs["loss"][0], **CLOSE)
+
+
+@BACKENDS
+def test_lynx(lynx, backend):
+    golden, model, _ = lynx
+    model.set_backend(backend)
+    image, video = golden.inputs["pixel_values"], golden.inputs["video"]
+    torch.testing.assert_close(model.vision(image), golden.outputs["vision_features"], **CLOSE)
+    for pixels, num_frames, tokens, logits in (
+        (image, 1, "visual_tokens", "logits"),
+        (video.flatten(0, 1), 3, "video_tokens", "video_logits"),
+    ):
+        batch, columns, real = lynx_batch(golden, pixels, num_frames)
+        torch.testing.assert_close(encoded(model, batch), golden.outputs[tokens], **CLOSE)
+        found = model(batch)[torch.arange(2)[:, None], columns]
+        assert real.sum() == 2 * 14 - 3  # the logits of the three pads mean nothing
+        torch.testing.assert_close(found[real], golden.outputs[logits][real], **CLOSE)
+
+
+@BACKENDS
+def test_mplug_owl2(owl, backend):
+    golden, model, _ = owl
+    model.set_backend(backend)
+    pixels = golden.inputs["pixel_values"]
+    torch.testing.assert_close(model.vision(pixels), golden.outputs["vision_features"], **CLOSE)
+    batch = spliced(golden, model.num_image_tokens(pixels.shape[-1]))
+    torch.testing.assert_close(encoded(model, batch), golden.outputs["visual_tokens"], **CLOSE)
+    check_language(model, golden, batch)
+    text = golden.inputs["text_ids"]
+    torch.testing.assert_close(model(batch_of(text)), golden.outputs["text_logits"], **CLOSE)
+
+
+@BACKENDS
+def test_llava_phi(phi, backend):
+    golden, model, _ = phi
+    model.set_backend(backend)
+    batch = spliced(golden, model.num_image_tokens(golden.inputs["pixel_values"].shape[-1]))
+    torch.testing.assert_close(encoded(model, batch), golden.outputs["visual_tokens"], **CLOSE)
+    check_language(model, golden, batch)
+
+
+@BACKENDS
+def test_open_flamingo(flamingo, backend):
+    golden, model, _ = flamingo
+    model.set_backend(backend)
+    features, ids = golden.inputs["vision_features"], golden.inputs["input_ids"]  # 2 rows of 2 pictures of 1 frame
+    tokens = torch.stack(model.encode_features(features.flatten(0, 2), torch.ones(4, dtype=torch.long)))
+    torch.testing.assert_close(tokens.unflatten(0, (2, 2)), golden.outputs["visual_tokens"], **CLOSE)
+    batch = batch_of(ids)
+    embeddings, media = model.place(ids, batch.segments, list(tokens), range(4), torch.tensor([0, 0, 1, 1]))
+    hidden = model.decoder(embeddings, batch.positions, visible_rows(batch.segments), torch.zeros_like(ids), media=media)
+    torch.testing.assert_close(model.decoder.logits(hidden), golden.outputs["logits"], **CLOSE)
+
+
+def test_what_is_read_can_be_written_again(every):
+    """Bit for bit, and without what is computed or tied."""
+    golden, model, table = every
+    written = to_published(table, model.state_dict())
+    for name, tensor in written.items():
+        assert torch.equal(tensor, golden.weights[name]), name
+    left = {name for name in golden.weights.keys() - written.keys() if not name.endswith(("inv_freq", "_pos_embed"))}
+    assert left <= {"lang_encoder.lm_head.weight"}  # OPT's head is its embedding
+
+
+def test_the_official_outputs_depend_on_adapters_and_image_copies(lynx, owl):
+    """Otherwise the agreement above would say nothing about them."""
+    (lynx_golden, model, _), (owl_golden, owl_model, _) = lynx, owl
+    batch, _, _ = lynx_batch(lynx_golden, lynx_golden.inputs["pixel_values"], 1)
+    before = model(batch)
+    for index in (0, 2):
+        adapter = model.decoder.layers[index].adapter
+        model.decoder.layers[index].adapter = torch.nn.Identity()
+        assert (model(batch) - before).abs().max() > 0.1
+        model.decoder.layers[index].adapter = adapter
+    batch = spliced(owl_golden, owl_model.num_image_tokens(56))
+    embeddings = owl_model.embed(batch.ids, owl_model.encode(batch.pixels, batch.frames), [0, 1])
+    is_image, visible = (batch.ids == IMAGE_TOKEN).long(), visible_rows(batch.segments)
+    both, text = (owl_model.decoder(embeddings, batch.positions, visible, modality) for modality in (is_image, is_image * 0))
+    assert (both - text).abs().max() > 0.1

@@ -1,0 +1,166 @@
+"""Published folders open with any type and resolution; whatever is wrong with one is said by name."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sample
+from nanovlm import recipes
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.decoder import Decoder
+from nanovlm.published.language import LLAMA, llama_config
+from nanovlm.vit import resize_positions
+from tests.published_folders import LLAMA_SIZES, WORDS, folder_with, language  # noqa: F401
+from tests.random_models import randomise
+
+
+def test_bare_language_model_in_other_types(language):
+    loaded = recipes.load(language[0], dtype=torch.bfloat16)
+    assert isinstance(loaded.model, Decoder) and loaded.image_size == 0
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, language[1].state_dict()[name].bfloat16())
+
+
+def test_another_resolution_only_when_asked(tmp_path):
+    published, config = recipes.FAMILIES["llava_phi"], recipes.FAMILIES["llava_phi"].configs["tiny"]
+    model = randomise(published.build(config))
+    folder = folder_with(tmp_path / "phi", config | {"model_type": "llava_phi"}, published.layout(config), model.state_dict())
+    assert recipes.load(folder).notes[0].startswith("512 embedding rows")
+    loaded = recipes.load(folder, image_size=28)
+    assert loaded.image_size == 28 and "17 rows resized to 5" in " ".join(loaded.notes)
+    assert torch.equal(loaded.model.vision.positions, resize_positions(model.vision.positions.data, 4))
+    wrong = config | {"vision": config["vision"] | {"image_size": 28}, "model_type": "llava_phi"}
+    (folder / "config.json").write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match="image_size"):
+        recipes.load(folder)
+
+
+@pytest.mark.parametrize("config", [{"visual_config": {"visual_model": 3}}, {"vision": {"image_size": "x"}}, {"llm": [1]}])
+def test_nonsense_sizes_are_a_message(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mplug_owl2"}))
+    with pytest.raises(ValueError, match="config"):
+        recipes.load(tmp_path)
+
+
+def test_a_bare_language_model_is_not_asked_about_pictures(language, capsys):
+    assert sample.main([str(language[0]), "what is it?"]) == 2
+    assert "Decoder alone" in capsys.readouterr().err
+
+
+def spoil_shard(folder):
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-40])
+    return shard.name
+
+
+def lose_shard(folder):
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    return shard.name
+
+
+def corrupt_header(folder):
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    shard.write_bytes(b"\xff" * 64)
+    return shard.name
+
+
+def pointer(folder):
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    return "git lfs pull"
+
+
+def broken_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    return "model.safetensors.index.json"
+
+
+def other_family(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "opt"}))
+    return "another family"
+
+
+def unknown_type(folder):
+    (folder / "config.json").write_text('{"model_type": "llame"}')
+    return "llama"
+
+
+def old_phi(folder):
+    (folder / "config.json").write_text('{"model_type": "phi-msft"}')
+    return "January 2024"
+
+
+def stretched_rope(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": {"rope_type": "yarn"}}))
+    return "yarn"
+
+
+def fewer_layers(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    return "model.layers.3.self_attn.q_proj.weight"
+
+
+def small_vocabulary(folder):
+    train_tokenizer(WORDS * 3, 600).save(folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 511}))
+    return "vocabulary"
+
+
+@pytest.mark.parametrize("spoil", [spoil_shard, lose_shard, corrupt_header, pointer, broken_index, other_family,
+                                   unknown_type, old_phi, stretched_rope, fewer_layers, small_vocabulary])
+def test_bad_folders_are_refused_by_name(language, spoil):
+    words = spoil(language[0])
+    with pytest.raises((ValueError, OSError)) as caught:
+        recipes.load(language[0])
+    assert words in str(caught.value)
+
+
+def test_load_takes_no_bin_files(language):
+    for shard in language[0].glob("model*"):
+        shard.unlink()
+    torch.save(language[1].state_dict(), language[0] / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="convert"):
+        recipes.load(language[0])
+
+
+@pytest.mark.slow
+def test_the_command_line_ends_in_one_line_and_a_code(tmp_path):
+    call = [sys.executable, "-m", "nanovlm.recipes"]
+    done = subprocess.run([*call, "coverage", str(tmp_path / "absent.json")], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "absent.json" in done.stderr
+    assert subprocess.run([*call, "coverage"], capture_output=True).returncode == 2
+
+
+def test_tied_and_untied_heads(tmp_path):
+    sizes = LLAMA_SIZES | {"tie_word_embeddings": True, "model_type": "llama", "num_key_value_heads": 1}
+    decoder = randomise(Decoder(llama_config(sizes)))
+    folder = folder_with(tmp_path / "tied", sizes, LLAMA, decoder.state_dict())
+    tensors = load_file(folder / "model.safetensors")
+    for change, fits in ((lambda t: {"lm_head.weight": t.pop("model.embed_tokens.weight")}, True),
+                         (lambda t: {"lm_head.weight": t["model.embed_tokens.weight"].clone()}, True),
+                         (lambda t: {"lm_head.weight": t["model.embed_tokens.weight"] + 1}, False)):  # fmt: skip
+        changed = dict(tensors)
+        changed |= change(changed)
+        save_file(changed, folder / "model.safetensors")
+        if fits:
+            assert torch.equal(recipes.load(folder).model.embedding.weight, decoder.embedding.weight)
+        else:
+            with pytest.raises(ValueError, match="second copy"):
+                recipes.load(folder)
+
+
+def test_a_tokenizer_of_another_model(language):
+    words = [f"{chr(97 + n % 26)}{chr(97 + n // 26 % 26)}{chr(97 + n // 7 % 26)}x" for n in range(2000)]
+    train_tokenizer(words, 900).save(language[0] / "tokenizer.json")
+    with pytest.raises(ValueError, match="embeddings"):
+        recipes.load(language[0])

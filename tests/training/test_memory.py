@@ -1,0 +1,243 @@
+"""Operations and memory of a training step: foretold without numbers, measured on tiny models."""
+
+import dataclasses
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanovlm.training import optimizer
+from nanovlm.training.cost import PEAKS, peak_flops
+from nanovlm.training.cost import FLOAT32, Memory, outside_and_inside, stage_memory
+from nanovlm.recipes import RECIPES
+from nanovlm.training.cost import Cost, example_cost, pair_cost
+from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
+from nanovlm.training.processes import BLOCK, freeze, surround
+
+TEXT, ROWS = 40, 6
+STAGES = [(name, stage.name) for name in ("lynx", "mplug_owl2", "llava_phi", "blip2", "open_flamingo")
+          for stage in RECIPES[name].stages("tiny", False) if stage.name != "tune_phi"]  # fmt: skip
+every_stage = pytest.mark.parametrize(("name", "stage"), STAGES)
+
+
+def prepared(name, stage_name, precision="float32", vocab_size=0):
+    """(stage, costs, model with the stage's parts trainable)."""
+    recipe = RECIPES[name]
+    stage = next(one for one in recipe.stages("tiny", False) if one.name == stage_name)
+    stage = dataclasses.replace(stage, precision=precision)
+    with torch.device("meta"):
+        costs = example_cost(recipe.build("tiny", vocab_size), stage, TEXT)
+    torch.manual_seed(0)
+    model = recipe.build("tiny", vocab_size)
+    model.share_prefix = False  # rows of their own, as the estimate has them
+    model.vision.resize(stage.image_size)
+    for part, parameters in model.parts().items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(part in stage.learning_rates)
+    return stage, costs, model
+
+
+def batch(model, stage, rows):
+    """Rows of a picture and TEXT trained words."""
+    count = model.num_image_tokens(stage.image_size)
+    first = [IMAGE_TOKEN] * count if model.media_token is None else [model.media_token]
+    ids = torch.tensor([first + [1] * (TEXT + (model.media_token is None) - 1)] * rows)
+    labels = torch.where(ids == 1, ids, IGNORE)
+    positions, each = torch.arange(ids.shape[1]).expand_as(ids), torch.arange(rows)
+    pixels = torch.randn(rows, 3, stage.image_size, stage.image_size)
+    return Batch(ids, labels, torch.zeros_like(ids), positions, pixels, torch.ones_like(each), each, each)
+
+
+@every_stage
+def test_operations_are_those_of_torchs_counter(name, stage):
+    """torch counts the products of a real step, forward and backward; attention, where it hides nothing, by hand."""
+    stage, costs, model = prepared(name, stage)
+    rows = batch(model, stage, 1)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(rows)[0].backward()
+    products = sum(number for kind, number in counter.get_flop_counts()["Global"].items() if "attention" not in str(kind))
+    assert sum(costs.values(), Cost()).flops == pytest.approx(products + attention_operations(model, stage), rel=0.01)
+
+
+def attention_operations(model, stage):
+    """q k^T and the weighted sum: 2 * 2 * width operations a visible pair, twice that for the way back where it exists."""
+    trained = stage.learning_rates
+    tower, decoder = model.vision.config, model.decoder.config
+    sides = model.vision.num_patches(stage.image_size) + tower.class_token
+    blocks = tower.feature_layer or tower.num_layers
+    total = 4 * sides**2 * tower.width * blocks * (3 if "vision" in trained else 1)
+    text = TEXT + model.num_image_tokens(stage.image_size)
+    total += 4 * text * (text + 1) / 2 * decoder.width * len(decoder.layers) * 3  # the way back leads through to the bridge
+    if model.media_token is not None:
+        inside = 8 * 64 * model.bridge.num_image_tokens(model.vision.num_tokens(stage.image_size))
+        total += 4 * TEXT * inside * 3 * sum(layer.cross_attention for layer in decoder.layers)
+    return total + bridge_attention(model, stage) * 3
+
+
+def bridge_attention(model, stage):
+    """The forward pass of the bridge's attention, by its own shapes."""
+    patches, total = model.vision.num_tokens(stage.image_size), 0
+    for layer in getattr(model.bridge, "layers", ()):
+        if hasattr(layer, "attend_to_latents"):  # resampler: inner width 512 or as configured
+            latents = len(model.bridge.latents)
+            total += 4 * latents * (patches + latents * layer.attend_to_latents) * layer.q.out_features
+        elif hasattr(layer, "norm_queries"):  # abstractor
+            queries = len(model.bridge.queries)
+            total += 4 * queries * (queries + patches) * layer.q.out_features
+        elif hasattr(layer, "cross_attention"):  # Q-Former
+            queries, width = len(model.bridge.queries), layer.attention.q.out_features
+            total += 4 * queries * queries * width + (4 * queries * patches * width if layer.cross_attention is not None else 0)
+    return total
+
+
+def test_a_layer_that_trains_costs_three_passes_a_frozen_one_behind_it_two_a_frozen_tower_one():
+    """LLaVA-Phi's products at full size, from the table of its layers alone."""
+    with torch.device("meta"):
+        model = RECIPES["llava_phi"].build("full", 0)
+    _, align, instruct = RECIPES["llava_phi"].stages("full", False)
+    words, patches, text = 300, 576, 2 * 32 * (4 * 2560**2 + 2 * 2560 * 10240)  # operations of a token in Phi-2's layers
+    attention = 4 * 2560 * 32 * (876 * 877 / 2)
+    for stage, passes in ((align, 2), (instruct, 3)):
+        costs = example_cost(model, stage, words)
+        assert costs["decoder"].flops == pytest.approx(passes * (words + patches) * text + 3 * attention, rel=1e-6)
+        assert costs["head"].flops == pytest.approx(2 * passes * words * 2560 * 51200, rel=1e-6)
+        tower = costs["vision"]
+        assert (tower.backward == 0) == (stage is align)
+    assert tower.backward == pytest.approx(2 * tower.forward, rel=2e-3)  # pixels want no gradient
+
+
+def live_peak(model, stage, micro_batches=2):
+    """Bytes at the fullest moment of a step of AdamW, micro-batches accumulated."""
+    optimizers, rows = optimizer.build(model.parts(), stage), batch(model, stage, ROWS)
+
+    def step():
+        for _ in range(micro_batches):
+            with torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bfloat16"):
+                loss = model.loss(rows)[0]
+            loss.backward()
+            del loss
+        for one in optimizers:
+            one.step()
+
+    step()
+    state = [tensor for one in optimizers for found in one.state.values() for tensor in found.values()]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    with LiveBytes([*model.parameters(), *gradients, *state]) as live:
+        step()
+    return live.peak
+
+
+@every_stage
+def test_memory_is_what_a_step_takes(name, stage):
+    stage, costs, model = prepared(name, stage)
+    estimate = stage_memory(model.parts(), stage, costs).total(ROWS)
+    assert 0.95 < estimate / live_peak(model, stage) < 1.12
+
+
+@pytest.mark.parametrize(("name", "stage"), [STAGES[0], STAGES[3], STAGES[5]])
+def test_memory_in_bfloat16(name, stage):
+    """On a CPU attention runs in float32 (attention.sdpa), which a GPU spares itself: the estimate lies below."""
+    stage, costs, model = prepared(name, stage, "bfloat16")
+    estimate = stage_memory(model.parts(), stage, costs).total(ROWS)
+    assert 0.8 < estimate / live_peak(model, stage) < 1.05
+
+
+def test_memory_of_blocks_that_run_again():
+    """LLaVA-Phi, eight layers of it: what goes into each stays, and one of them in full."""
+    config = RECIPES["llava_phi"].published.configs["tiny"]
+    deep = config | {"llm": config["llm"] | {"num_hidden_layers": 8}}
+    stage, _, _ = prepared("llava_phi", "instruct")
+    with torch.device("meta"):
+        plain, again = (example_cost(RECIPES["llava_phi"].published.build(deep), stage, TEXT, recompute=one) for one in (False, True))
+    torch.manual_seed(0)
+    model = RECIPES["llava_phi"].published.build(deep)
+    model.share_prefix = False
+    freeze(model, None, stage)
+    whole = live_peak(model, stage)
+    for name, block in model.named_modules():
+        if BLOCK.fullmatch(name):
+            surround(block, compiled=False, recompute=True)
+    measured = live_peak(model, stage)
+    assert again["decoder"].flops == plain["decoder"].flops
+    estimate, without = (stage_memory(model.parts(), stage, costs).total(ROWS) for costs in (again, plain))
+    assert measured < 0.7 * whole and 0.95 < without / whole < 1.12
+    assert 0.95 < estimate / measured < 1.2  # one block of the tower and one of the decoder are never there at once
+
+
+def test_memory_with_a_large_vocabulary():
+    """The loss in chunks keeps no scores, but the gradient of the head."""
+    stage, costs, model = prepared("llava_phi", "instruct", vocab_size=20_000)
+    assert model.chunked_loss and costs["head"].kept < 8 * TEXT * model.decoder.config.width
+    assert 0.95 < stage_memory(model.parts(), stage, costs).total(ROWS) / live_peak(model, stage) < 1.2
+
+
+def test_what_several_processes_share():
+    stage, costs, model = prepared("lynx", "resolution")
+    parts = model.parts()
+    alone, shared = stage_memory(parts, stage, costs), stage_memory(parts, stage, costs, "fsdp", 4)
+    assert stage_memory(parts, stage, costs, "ddp", 4) == dataclasses.replace(alone, gathered=alone.gradients)
+    size = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (alone.weights, alone.gradients, alone.optimizer) == (FLOAT32 * size, FLOAT32 * trained, 2 * FLOAT32 * trained)
+    assert (shared.weights, shared.gradients, shared.optimizer) == (alone.weights / 4, alone.gradients / 4, alone.optimizer / 4)
+    blocks = [*model.vision.blocks, *model.decoder.layers]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    outside = {name: p for name, p in model.named_parameters() if ".blocks." not in name and not name.startswith("decoder.layers.")}
+    trained_outside = sum(p.numel() for name, p in outside.items() if p.requires_grad)
+    assert size == sum(sizes) + sum(p.numel() for p in outside.values()) and "bridge.latents" in outside
+    assert shared.gathered == FLOAT32 * (2 * max(sizes) + size - sum(sizes) + trained_outside)
+    assert shared.activations == alone.activations
+    muon = stage_memory(parts, dataclasses.replace(stage, optimizer="muon"), costs)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and optimizer.is_matrix(name, p))
+    assert muon.optimizer == alone.optimizer - FLOAT32 * matrices
+
+
+def test_lynxs_blocks_and_what_lies_outside():
+    with torch.device("meta"):
+        blocks, root = outside_and_inside(RECIPES["lynx"].build("full", 0).parts())
+    layer, adapter = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096, 16_791_553
+    assert max(blocks.values()) == layer + adapter and len(blocks) == 39 + 32
+    assert sum(blocks.values()) + root == 8_413_647_120 and root > 419_765_376 + 2 * 32000 * 4096  # bridge, words, head
+
+
+def test_what_fits():
+    memory = Memory(weights=40, gradients=20, optimizer=10, gathered=5, copies=4, activations=7, working=1)
+    assert memory.total(0) == 80 and memory.total(2) == 94
+    assert [memory.fitting(size) for size in (79, 80, 86, 87, 101)] == [0, 0, 0, 1, 3]
+
+
+def test_text_alone_has_no_picture_to_pay_for():
+    stage, _, model = prepared("llava_phi", "instruct")
+    with torch.device("meta"):
+        model = RECIPES["llava_phi"].build("tiny", 0)
+    costs = example_cost(model, stage, TEXT, num_frames=0)
+    assert costs["vision"] == costs["bridge"] == Cost() and costs["decoder"].flops > 0
+
+
+def test_frames_are_paid_one_by_one():
+    with torch.device("meta"):
+        model = RECIPES["lynx"].build("tiny", 0)
+    stage = RECIPES["lynx"].stages("tiny", False)[2]
+    one, five = (example_cost(model, stage, TEXT, frames) for frames in (1, 5))
+    assert five["vision"].flops == 5 * one["vision"].flops and five["decoder"] == one["decoder"]
+
+
+def test_a_contrastive_stage():
+    """nano's tower: a picture through the ViT and a caption through the text tower, both trained."""
+    recipe = RECIPES["nano"]
+    stage = recipe.stages("full", False)[0]
+    with torch.device("meta"):
+        model = recipe.build("full", 512)
+        costs = pair_cost(recipe.contrastive("full", model), stage, 20)
+    for cost in costs.values():
+        assert 1.8 < cost.backward / cost.forward <= 2 and cost.kept > 0
+    width, layers = 128, 1
+    caption = 20 * 2 * (4 * width**2 + 2 * width * 4 * width) * layers + 4 * 20 * 21 / 2 * width * layers + 2 * width**2
+    assert costs["text_tower"].forward == pytest.approx(caption, rel=0.02)
+
+
+def test_peaks_of_gpus():
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12 and peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA L40S") == 362e12 and peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("AMD EPYC") is None and all(peak_flops(name) == peak for name, peak in PEAKS.items())

@@ -1,0 +1,200 @@
+"""Which parameter learns how fast, and when."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nanovlm.training import optimizer
+from nanovlm.training.stages import Stage
+
+STAGE = Stage("align", "language", {"vision": 1e-3}, {"scenes": 1.0}, steps=100, batch_size=8, schedule="constant")
+
+
+def stage(**values):
+    return dataclasses.replace(STAGE, **values)
+
+
+def factors(**values):
+    made = stage(**values)
+    return [optimizer.lr_factor(step, made) for step in range(made.steps)]
+
+
+def test_constant():
+    assert factors() == [1.0] * 100
+
+
+def test_warmup_is_a_straight_line_to_the_peak():
+    found = factors(warmup_steps=4, start_lr_factor=0.2)
+    assert found[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_linear_meets_the_end_factor_one_past_the_last_update():
+    found = factors(schedule="linear", end_lr_factor=0.2)
+    assert found[0] == 1.0 and found[50] == pytest.approx(0.6) and found[99] == pytest.approx(0.2 + 0.8 / 100)
+
+
+def test_linear_after_a_warmup_falls_over_what_is_left():
+    found = factors(schedule="linear", warmup_steps=20, start_lr_factor=0.0)
+    assert found[0] == 0.0 and found[10] == 0.5 and found[20] == 1.0 and found[60] == pytest.approx(0.5)
+    assert found[99] == pytest.approx(1 / 80)
+
+
+def test_cosine():
+    found = factors(schedule="cosine", end_lr_factor=0.1)
+    assert found[0] == 1.0 and found[50] == pytest.approx(0.55)
+    assert found[25] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert all(later < earlier for earlier, later in zip(found, found[1:]))
+
+
+def test_trapezoid_is_flat_then_falls_over_its_share():
+    found = factors(schedule="trapezoid", decay_share=0.4, end_lr_factor=0.1)
+    assert found[:61] == [1.0] * 61
+    assert found[61] == pytest.approx(0.1 + 0.9 * 39 / 40) and found[80] == pytest.approx(0.55)
+    assert found[99] == pytest.approx(0.1 + 0.9 / 40)
+
+
+def test_trapezoid_never_decays_during_the_warmup():
+    found = factors(schedule="trapezoid", decay_share=1.0, warmup_steps=50, start_lr_factor=0.0)
+    assert found[49] == pytest.approx(0.98) and found[50] == 1.0 and found[75] == pytest.approx(0.5)
+
+
+def test_depths_count_from_the_top_as_in_beit():
+    names = ["positions", "patch.weight", "blocks.0.q.weight", "blocks.1.q.weight", "blocks.1.norm.bias",
+             "blocks.10.q.weight", "norm.weight"]
+    assert optimizer.depths_from_top(names) == dict(zip(names, [4, 4, 3, 2, 2, 1, 0]))
+    assert optimizer.depths_from_top(["a", "b.weight"]) == {"a": 0, "b.weight": 0}
+    assert optimizer.depths_from_top(["decoder.layers.0.q", "decoder.norm", "decoder.head"])["decoder.head"] == 0
+
+
+@pytest.mark.parametrize(("name", "shape", "expected"), [
+    ("vision.blocks.0.q.weight", (4, 4), True), ("layers.11.q.weight", (4, 3), True),
+    ("vision.blocks.0.q.bias", (4,), False),
+    ("vision.blocks.0.latents", (4, 4), False), ("vision.patch.weight", (4, 4), False),
+    ("blocks.0.conv.weight", (4, 4, 1, 1), False),
+    ("blocks.0.norm.weight", (4,), False), ("superblocks.0.q.weight", (4, 4), False),
+    ("blocks.x.q.weight", (4, 4), False),
+])
+def test_matrices_are_two_dimensional_weights_inside_blocks(name, shape, expected):
+    assert optimizer.is_matrix(name, nn.Parameter(torch.ones(shape))) is expected
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(2, 4))
+        self.blocks = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4), "norm": nn.LayerNorm(4)}) for _ in range(2))
+        self.norm = nn.LayerNorm(4)
+
+
+def parts():
+    return {"vision": {f"vision.{name}": p for name, p in Tower().named_parameters()},
+            "bridge": {"bridge.weight": nn.Parameter(torch.randn(4, 4))}, "adapters": {}}
+
+
+def test_groups_are_part_by_depth_by_kind():
+    found = {group["name"]: group for group in optimizer.groups(parts(), stage(layer_decay={"vision": 0.5}, weight_decay=0.1))}
+    assert {name: (group["peak_lr"], group["weight_decay"]) for name, group in found.items()} == {
+        "vision/3/other": (1.25e-4, 0.0), "vision/2/matrix": (2.5e-4, 0.1), "vision/2/other": (2.5e-4, 0.0),
+        "vision/1/matrix": (5e-4, 0.1), "vision/1/other": (5e-4, 0.0), "vision/0/other": (1e-3, 0.0)}
+    assert found["vision/1/other"]["param_names"] == [f"vision.blocks.1.{n}" for n in ("q.bias", "norm.weight", "norm.bias")]
+    assert [p.shape for p in found["vision/1/matrix"]["params"]] == [(4, 4)]
+
+
+def test_layer_decay_touches_only_its_part():
+    found = optimizer.groups(parts(), stage(learning_rates={"vision": 1e-3, "bridge": 2e-3}, layer_decay={"bridge": 0.5}))
+    assert {group["peak_lr"] for group in found} == {1e-3, 2e-3}
+
+
+def test_muon_takes_the_matrices_at_its_own_rate():
+    made = stage(optimizer="muon", muon_factor=4.0, momentum=0.8, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-5)
+    muon, adamw = optimizer.build(parts(), made)
+    assert type(muon) is torch.optim.Muon and type(adamw) is torch.optim.AdamW
+    assert [(g["name"], g["lr"], g["momentum"], g["weight_decay"], g["nesterov"]) for g in muon.param_groups] == [
+        ("vision/2/matrix", 4e-3, 0.8, 0.1, True), ("vision/1/matrix", 4e-3, 0.8, 0.1, True)]
+    assert {(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in adamw.param_groups} == {(1e-3, (0.8, 0.9), 1e-5, 0.0)}
+    assert all(g["fused"] for g in adamw.param_groups), "one kernel for all parameters, several times faster on a CPU"
+    assert sum(len(g["params"]) for one in (muon, adamw) for g in one.param_groups) == len(parts()["vision"])
+
+
+def test_muons_that_share_the_matrices_do_what_one_does():
+    made, weights = stage(optimizer="muon", weight_decay=0.1), [parts(), parts()]
+    one, many = (optimizer.build(found, made, number) for found, number in zip(weights, (1, 2)))
+    assert [[g["name"] for g in each.param_groups] for each in many[:2]] == [["vision/2/matrix"], ["vision/1/matrix"]]
+    assert len(many) == 3 and len(optimizer.build(parts(), made, 8)) == 3, "no thread without a matrix"
+    for found, optimizers in zip(weights, (one, many)):
+        torch.manual_seed(0)
+        for parameter in found["vision"].values():
+            parameter.data, parameter.grad = torch.randn(parameter.shape), torch.randn(parameter.shape)
+        for each in optimizers:
+            each.step()
+    assert all(torch.equal(a, b) for a, b in zip(weights[0]["vision"].values(), weights[1]["vision"].values()))
+
+
+def test_portions_are_about_equal():
+    made = [{"name": name, "params": [torch.zeros(size)]} for name, size in (("a", 3), ("b", 9), ("c", 4), ("d", 1))]
+    assert [[g["name"] for g in one] for one in optimizer.portions(made, 2)] == [["b"], ["c", "a", "d"]]
+
+
+def test_adamw_alone_unless_there_is_something_for_muon():
+    assert [type(one) for one in optimizer.build(parts(), STAGE)] == [torch.optim.AdamW]
+    assert [g["lr"] for g in optimizer.build(parts(), STAGE)[0].param_groups] == [1e-3] * 6
+    only_bridge = stage(optimizer="muon", learning_rates={"bridge": 1e-3})
+    assert [type(one) for one in optimizer.build(parts(), only_bridge)] == [torch.optim.AdamW]
+
+
+def test_muon_alone_if_all_is_matrices():
+    made = {"language_model": {"layers.0.q.weight": nn.Parameter(torch.randn(4, 4))}}
+    found = optimizer.build(made, stage(optimizer="muon", learning_rates={"language_model": 1e-3}))
+    assert [type(one) for one in found] == [torch.optim.Muon]
+
+
+def test_muon_scales_tall_matrices_as_in_its_source():
+    weight = nn.Parameter(torch.zeros(16, 4))
+    made = stage(optimizer="muon", muon_factor=1.0, learning_rates={"language_model": 1.0})
+    (muon,) = optimizer.build({"language_model": {"layers.0.q.weight": weight}}, made)
+    weight.grad = torch.randn(16, 4)
+    muon.step()
+    singular = torch.linalg.svdvals(weight.detach()) / 2  # sqrt(16 / 4)
+    assert ((singular > 0.6) & (singular < 1.3)).all()
+
+
+def test_decay_shrinks_matrices_and_nothing_else():
+    made = stage(weight_decay=0.5, learning_rates={"vision": 0.1})
+    held = parts()
+    before = {name: p.detach().clone() for name, p in held["vision"].items()}
+    (adamw,) = optimizer.build(held, made)
+    for parameter in held["vision"].values():
+        parameter.grad = torch.zeros_like(parameter)
+    adamw.step()
+    for name, parameter in held["vision"].items():
+        expected = before[name] * (0.95 if name.endswith("q.weight") else 1.0)
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_set_lr_scales_every_peak():
+    optimizers = optimizer.build(parts(), stage(optimizer="muon", layer_decay={"vision": 0.5}))
+    optimizer.set_lr(optimizers, 0.5)
+    optimizer.set_lr(optimizers, 0.25)
+    for one in optimizers:
+        for group in one.param_groups:
+            assert group["lr"] == 0.25 * group["peak_lr"] > 0
+
+
+@pytest.mark.parametrize("values", [{"learning_rates": {"lora": 1e-3}}, {"layer_decay": {"lora": 0.9}}])
+def test_a_part_that_the_model_lacks_is_named(values):
+    with pytest.raises(ValueError, match="'lora', which this model does not have. It has: vision, bridge, adapters"):
+        optimizer.groups(parts(), stage(**values))
+
+
+def test_table():
+    lines = optimizer.table(parts(), stage(layer_decay={"vision": 0.5}, learning_rates={"vision": 1e-3, "adapters": 1e-3}))
+    assert [line.split() for line in lines] == [
+        ["part", "parameters", "trained", "peak", "learning", "rate"],
+        ["vision", "72", "yes", "0.000125", "to", "0.001"], ["bridge", "16", "frozen", "-"], ["adapters", "0", "frozen", "-"],
+        ["all", "88", "72", "trained", "(82%)"]]
+    assert optimizer.table(parts(), stage())[1].split() == ["vision", "72", "yes", "0.001"]
+    with_muon = optimizer.table(parts(), stage(optimizer="muon", muon_factor=4.0))
+    assert with_muon[1].split() == ["vision", "72", "yes", "0.001", "to", "0.004"]

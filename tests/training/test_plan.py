@@ -1,0 +1,65 @@
+"""`train.py --print`: a plan of every recipe, without a weight, a file or a folder."""
+
+import argparse
+
+import pytest
+
+from nanovlm.recipes import RECIPES
+from nanovlm.training.start import HOMES, SIZES, UNKNOWN, home
+from nanovlm.training.cost import UTILISATION, hours, hours_lines, plan
+from nanovlm.recipes.recipe import Expected
+
+UNNAMED = {"AirCrowdFood", "HAR", "Pascal Sentences", "Pexels 110k", "TimeClassification", "VLN Caption", "VLN VQA"}
+
+
+def wishes(**values):
+    return argparse.Namespace(**{"size": None, "smoke": False, "stages": None, "without": [], "set": [], "data": None, "seed": 0,
+                                 "lora": None, "recompute": False} | values)  # fmt: skip
+
+
+def test_every_data_set_of_a_paper_has_a_page_and_a_size():
+    """Seven of Lynx's data sets are named nowhere but in its table."""
+    names = {name for recipe in RECIPES.values() if recipe.published for size in recipe.sizes
+             for stage in recipe.stages(size, False) for name in stage.mixture}  # fmt: skip
+    assert {name for name in names if UNKNOWN in home(name)} == UNNAMED
+    assert not set(HOMES) - names, "a page for a data set that no recipe reads"
+    assert home("VQAv2") == " 443.8K  visualqa.org" and "?" in home("COYO") and SIZES["BlipCapFilt"] == "102.8M"
+
+
+def test_every_published_recipe_says_what_its_stages_expect_and_which_weights():
+    for recipe in (recipe for recipe in RECIPES.values() if recipe.published):
+        assert {stage.name for stage in recipe.stages("full", False)} == recipe.expected.keys(), recipe.name
+        assert len(recipe.weights) >= 2 and all(expected.source for expected in recipe.expected.values() if expected.hours)
+    stated = [(e.num_gpus, e.gpu, e.hours) for name in ("lynx", "llava_phi") for e in RECIPES[name].expected.values() if e.hours]
+    assert stated == [(32, "A100", 72), (32, "A100", 8), (24, "A100", 16), (8, "A100", 1.5), (8, "A100", 8)]
+
+
+def test_hours_by_hand():
+    """3.6e18 operations at 40% of two A100: 3.6e18 / (0.4 * 2 * 312e12) = 14,423 s = 4.0 hours."""
+    assert UTILISATION == 0.4
+    lines = hours_lines(Expected(9, num_gpus=2, hours=8.0, source="Table 1"), 3.6e18)
+    assert lines[0] == "time    4.0 hours on 2 A100 at 40% of their peak"
+    assert lines[1] == "        8.0 hours on 2 A100 by the paper (Table 1), 20% of their peak"
+    assert [hours(number) for number in (0.5, 1, 47.9, 48)] == ["30.0 minutes", "1.0 hours", "47.9 hours", "2.0 days (48 hours)"]
+
+
+@pytest.mark.parametrize("name", ["nano", "blip2", "open_flamingo", "llava", "small"])
+def test_a_plan_of_the_tiny_size(name):
+    recipe = RECIPES[name]
+    lines = plan(recipe, wishes(size="tiny"))
+    assert [line for line in lines if line.startswith("stage ")] == [f"stage {stage.name}" for stage in recipe.stages("tiny", False)]
+    for start in ("data ", "work ", "time ", "memory "):
+        assert sum(line.startswith(start) for line in lines) == len(recipe.stages("tiny", False))
+    assert any(line.startswith("files   none: ") for line in lines) == (recipe.published is None)
+
+
+def test_what_is_tuned_decides_the_cost():
+    """LLaVA's second stage: bridge alone, low rank, all."""
+    found = {}
+    for choice, lora in (("bridge", None), ("lora", {"rank": 2, "alpha": 2.0}), ("all", None)):
+        lines = plan(RECIPES["llava"], wishes(size="tiny", stages=["instruct"], set=[f"instruct.tune={choice}"], lora=lora))
+        work = next(line for line in lines if line.startswith("work "))
+        found[choice] = float(work.split(" GFLOP")[0].removeprefix("work").replace(",", "")), next(
+            int(line.split()[2].replace(",", "")) for line in lines if line.startswith("all ")
+        )
+    assert found["bridge"][1] < found["lora"][1] < found["all"][1] and found["bridge"][0] <= found["lora"][0] < found["all"][0]

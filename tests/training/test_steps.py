@@ -1,0 +1,130 @@
+"""What makes a stage's loss one module: blank pictures that change nothing, captions of all processes merged."""
+
+import pytest
+import torch
+
+from nanovlm.training import processes, update
+from nanovlm.data.batching import Report
+from nanovlm.training.processes import Processes, check_environment, join
+from nanovlm.recipes import RECIPES
+from nanovlm.training.stages import Stage
+from nanovlm.vlm import Batch
+from nanovlm.training.processes import freeze
+from test_trainer import RECORDS, make
+from tiny import random_vlm
+from tiny_recipe import RECIPE
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make(tmp_path / "run")
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    loss, trained = processes.LanguageStep(model)(batch)
+    loss.backward()
+    return loss.item(), trained, {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_a_blank_picture_reaches_everything_and_changes_nothing(run):
+    stage, words = RECIPE.stages("full", False)[1], [one for one in RECORDS if not one.visuals]
+    batch = update.language_batch(run, stage, words, Report())
+    run.model.vision.resize(stage.image_size)
+    loss, trained, alone = gradients(run.model, batch)
+    same, same_trained, blank = gradients(run.model, processes.with_blank_picture(batch, run.model, stage.image_size))
+    assert same == pytest.approx(loss, rel=1e-6) and same_trained == trained > 0
+    assert not any(name.startswith("vision") for name, value in alone.items() if value is not None)
+    for name, value in blank.items():
+        assert value is not None, name
+        wanted = torch.zeros_like(value) if alone[name] is None else alone[name]
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_a_process_without_rows_has_a_loss_of_zero(run):
+    model = run.model
+    loss, trained, found = gradients(model, processes.with_blank_picture(processes.no_rows(), model, 8))
+    assert loss == 0 and trained == 0
+    assert all(value is not None and not value.any() for value in found.values())
+
+
+@pytest.mark.parametrize(("name", "size"), [
+    ("llava", "tiny"), ("lynx", "tiny"), ("mplug_owl2", "tiny"), ("llava_phi", "tiny"), ("blip2", "tiny"),
+    ("open_flamingo", "tiny"), ("small", "tiny"), ("nano", "tiny")])
+def test_a_blank_picture_reaches_every_parameter_of_the_papers_models(name, size):
+    torch.manual_seed(0)
+    model = RECIPES[name].build(size, 300)
+    freeze(model, None, Stage("s", "language", {part: 1e-3 for part, held in model.parts().items() if held}, {"x": 1}, 1, 1))
+    ids = torch.randint(1, 250, (2, 5))
+    words = Batch(ids, ids.clone(), torch.zeros_like(ids), torch.arange(5).expand(2, 5), None, *[torch.zeros(0).long()] * 3)
+    loss, _, alone = gradients(model, words)
+    same, _, blank = gradients(model, processes.with_blank_picture(words, model, model.vision.image_size))
+    assert same == pytest.approx(loss, rel=1e-5)
+    wanted = {parameter for parameter, one in model.named_parameters() if one.requires_grad}
+    assert {parameter for parameter, value in blank.items() if value is not None} == wanted
+    for parameter in wanted:
+        expected = torch.zeros_like(blank[parameter]) if alone[parameter] is None else alone[parameter]
+        torch.testing.assert_close(blank[parameter], expected, rtol=1e-4, atol=1e-6, msg=parameter)
+
+
+def test_captions_of_all_processes_each_once():
+    first = ([(1, 5, 2), (1, 6, 2)], [[True, False], [True, True]])
+    second = ([(1, 7, 2), (1, 5, 2)], [[True, True]])
+    places, right = processes.merge_captions([first, second])
+    assert places.tolist() == [0, 1, 2]
+    assert right.tolist() == [[True, False, False], [True, True, False], [True, False, True]]
+
+
+ENVIRONMENT = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(("mode", "device", "environment", "words"), [
+    ("dpp", "cpu", {}, "'dpp' is unknown. Did you mean 'ddp'"),
+    ("ddp", "cpu", {}, "torchrun --nproc-per-node 2 train.py ... --parallel ddp"),
+    ("fsdp", "cpu", {"RANK": "0"}, "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
+    ("none", "cpu", ENVIRONMENT, "torchrun has started 2 processes, but --parallel is none"),
+    ("ddp", "cuda", ENVIRONMENT | {"LOCAL_RANK": "64"}, "NCCL|GPUs")])
+def test_what_cannot_be_one_of_many_is_told_so(mode, device, environment, words):
+    with pytest.raises(ValueError, match=words):
+        check_environment(mode, device, environment)
+
+
+def test_shards_belong_to_fsdp(monkeypatch):
+    with pytest.raises(ValueError, match="--shards 2 says how --parallel fsdp cuts the model"):
+        join("none", "cpu", shards=2)
+    for name, value in (ENVIRONMENT | {"WORLD_SIZE": "6"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="--shards 4 does not divide the 6 processes"):
+        join("fsdp", "cpu", shards=4)
+
+
+def test_a_process_that_nobody_meets_gives_up_within_the_timeout(monkeypatch):
+    def nobody(url, timeout):
+        waits.append(timeout.total_seconds())
+        raise RuntimeError("timed out")
+
+    waits = []
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "rendezvous", nobody)
+    with pytest.raises(ValueError, match=r"do not come together \(timed out\).*MASTER_ADDR"):
+        join("ddp", "cpu", timeout=8.0)
+    assert waits == [4.0], "torch waits twice"
+
+
+
+def test_one_process_agrees_with_itself():
+    alone = Processes()
+    assert alone.main and alone.share([1, 2, 3]) == [1, 2, 3] and alone.sum([1, 2.5]) == [1, 2.5]
+    assert alone.gather("x") == ["x"] and alone.first(None) is None and alone.first(3) == 3
+    assert alone.by_main(lambda: 5) == alone.together(lambda: 5) == 5
+    assert alone.sum_up(Report(3, 2, 1)) == Report(3, 2, 1)
+    with pytest.raises(KeyError):
+        alone.together(lambda: {}["x"])
+    assert not alone.is_lost(RuntimeError("Connection closed by peer"))
+
+
+def test_a_block_that_no_loss_reaches_is_frozen(run):
+    model = random_vlm()
+    freeze(model, None, Stage("s", "language", {"vision": 1e-3}, {"x": 1}, steps=1, batch_size=1))
+    assert all(p.requires_grad == name.startswith("vision.") for name, p in model.named_parameters())

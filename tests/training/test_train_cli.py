@@ -1,0 +1,200 @@
+"""The command line of train.py: what it accepts, and one clean line for what it does not."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train
+from nanovlm.recipes import RECIPES
+from nanovlm.training.start import DEFAULT_THREADS
+
+RECIPE = str(Path(__file__).parents[1] / "tiny_recipe.py")
+FAST = ["--threads", "1", "--set", "tower.steps=1", "--set", "align.steps=1", "--set", "align.warmup_steps=0"]
+
+
+def run(*arguments, recipe=RECIPE):
+    return train.main([*([recipe] if recipe else []), *map(str, arguments)])
+
+
+def refuse(capsys, *arguments, recipe=RECIPE):
+    """The one line that a mistake is answered with."""
+    with pytest.raises(SystemExit) as exit:
+        run(*arguments, recipe=recipe)
+    assert exit.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("train.py: ") and printed.endswith("\n") and "Traceback" not in printed
+    return printed
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert run("--out", out, *FAST) == 0
+    return out
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--resum"], "unknown argument '--resum'. Did you mean '--resume'"),
+    (["--thread", "1"], "Did you mean '--threads'"),
+    (["--parallel", "fdsp"], "--parallel 'fdsp' is unknown. Did you mean 'fsdp'"), (["--threads", "0"], "0 is less than 1"),
+    (["--threads", "two"], "--threads"), (["--size", "ful"], "no size 'ful'. Did you mean 'full'"),
+    (["--stages", "towr"], "no stage 'towr'. Did you mean 'tower'"), (["--without", "alig"], "Did you mean 'align'"),
+    (["--without", "align,tower"], "no stage is left"),
+    (["--set", "align.step=3"], "no field 'step'. Did you mean 'steps'"),
+    (["--set", "align.learning_rates.brigde=1"], "Did you mean 'bridge'"),
+    (["--set", "align.learning_rates.lora=1"], "'lora', which this model does not have"),
+    (["--set", "align.mixture.word=1"], "reads 'word', which neither the recipe nor --datasets provides. Did you mean 'words'"),
+    (["--set", "align.image_size=17"], "no multiple of patch_size 4; try 16"),
+    (["--set", "align.max_tokens=65"], "stage 'align': max_tokens is 65, but the context is 64"),
+    (["--set", "tower.max_tokens=25"], "stage 'tower': max_tokens is 25, but the context is 24"),
+    (["--set", "tower.group=2"], "group and packing are for language stages"), (["--workers", "-1"], "-1 is less than 0"),
+    (["--set", "tower.packing=true"], "group and packing are for language stages"),
+    (["--max-damaged", "2"], "2 is no share between 0 and 1"),
+    (["--data", "nowhere.json"], "nowhere.json: no such file"),
+    (["--images", "."], "--images is the image folder of --data"),
+    (["--datasets", "nowhere.json"], "no such datasets file"), (["--init", "nowhere"], "nowhere"),
+])
+def test_mistakes_are_answered_in_one_line(capsys, tmp_path, arguments, words):
+    assert words in refuse(capsys, *arguments, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "a mistake must not leave a folder behind"
+
+
+def test_recipes_are_found_by_name_or_file(capsys, tmp_path):
+    assert "no recipe 'tny'" in refuse(capsys, recipe="tny")
+    assert "nowhere.py" in refuse(capsys, recipe=str(tmp_path / "nowhere.py"))
+    (tmp_path / "empty.py").write_text("RECIPE = 3")
+    assert "empty.py defines no RECIPE" in refuse(capsys, recipe=str(tmp_path / "empty.py"))
+
+
+def test_an_output_folder_is_never_overwritten(capsys, trained):
+    assert "already holds config.json; continue that run with --resume" in refuse(capsys, "--out", trained, *FAST)
+    assert "stages.align.steps was 1, is now 2" in refuse(capsys, "--out", trained, *FAST, "--set", "align.steps=2", "--resume")
+    assert "seed was 0, is now 1" in refuse(capsys, "--out", trained, *FAST, "--seed", "1", "--resume")
+    assert "size was 'full', is now 'tiny'" in refuse(capsys, "--out", trained, *FAST, "--size", "tiny", "--resume")
+    assert "threads was 1, is now 2" in refuse(capsys, "--out", trained, *FAST, "--threads", "2", "--resume")
+    assert "stage_names was" in refuse(capsys, "--out", trained, *FAST[:4], "--stages", "tower", "--resume")
+
+
+def test_a_run_of_another_recipe_is_refused(capsys, tmp_path, trained):
+    shutil.copy(RECIPE, tmp_path / "other.py")
+    printed = refuse(capsys, "--out", trained, *FAST, "--resume", recipe=str(tmp_path / "other.py"))
+    assert f"recipe was {RECIPE!r}, is now" in printed
+
+
+def test_a_foreign_folder_is_no_run(capsys, tmp_path):
+    (tmp_path / "holiday.jpg").write_text("")
+    assert "holds holiday.jpg but no config.json" in refuse(capsys, "--out", tmp_path, "--resume")
+
+
+def test_resume_without_a_checkpoint_begins_at_the_start(capsys, tmp_path, trained):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(trained / "config.json", out)
+    (out / "log.jsonl").write_text('{"stage": "tower", "step": 1, "loss": 1')
+    assert run("--out", out, *FAST, "--resume") == 0
+    assert "no checkpoint in" in capsys.readouterr().out
+    assert (out / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    assert ["loss" in json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()].count(True) == 2
+
+
+def test_stages_can_be_left_out_and_start_from_a_model(tmp_path, trained):
+    out = tmp_path / "run"
+    assert run("--out", out, "--init", trained, "--without", "tower", *FAST[:2], *FAST[4:]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["stage_names"] == ["align"] and config["init"] == str(trained)
+    before, after = load_file(trained / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"bridge", "decoder"}
+    assert torch.equal(before["decoder.embedding.weight"], after["decoder.embedding.weight"])
+    assert (out / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
+    tower = load_file(trained / "text_tower.safetensors")
+    assert all(torch.equal(tower[name], value) for name, value in load_file(out / "text_tower.safetensors").items())
+
+
+def test_a_model_that_does_not_fit_is_named(capsys, tmp_path, trained):
+    init = tmp_path / "init"
+    shutil.copytree(trained, init)
+    weights = load_file(init / "model.safetensors")
+    weights["bridge.old"] = weights.pop("bridge.linear.bias")
+    save_file(weights, init / "model.safetensors")
+    printed = refuse(capsys, "--out", tmp_path / "run", "--init", init, *FAST)
+    assert "missing (1): bridge.linear.bias" in printed and "unexpected (1): bridge.old" in printed
+    (init / "text_tower.safetensors").unlink()
+    shutil.copy(trained / "model.safetensors", init)
+    assert run("--out", tmp_path / "other", "--init", init, "--stages", "tower", *FAST[:4]) == 0, "a text tower may be absent"
+
+
+def test_own_data_replaces_the_mixture_of_the_last_stage(tmp_path):
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "a.png")
+    talk = [{"from": "human", "value": "<image>\ncolour?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "own.json").write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": talk}]))
+    out = tmp_path / "run"
+    assert run("--out", out, "--data", tmp_path / "own.json", "--images", tmp_path, *FAST) == 0
+    stages = json.loads((out / "config.json").read_text())["stages"]
+    assert stages["align"]["mixture"] == {"data": 1.0} and stages["tower"]["mixture"] == {"pictures": 1}
+    alone = tmp_path / "alone"
+    assert run("--out", alone, "--data", tmp_path / "own.json", "--stages", "align", *FAST[:2], *FAST[4:]) == 0
+    assert json.loads((alone / "config.json").read_text())["stage_names"] == ["align"]
+    (tmp_path / "more.json").write_text(json.dumps({"own": {"reader": "llava", "path": "own.json", "images": "."}}))
+    listed = ["--datasets", tmp_path / "more.json", "--set", "align.mixture.own=1"]
+    assert run("--out", tmp_path / "other", *listed, *FAST) == 0
+
+
+def test_all_that_is_missing_is_listed_at_once(capsys, tmp_path):
+    file = tmp_path / "missing.py"
+    file.write_text(f"""
+import dataclasses, sys
+sys.path.insert(0, {os.path.dirname(RECIPE)!r})
+import tiny_recipe
+def gone(name):
+    def make(seed):
+        raise FileNotFoundError(name + ".zip: no such file")
+    return make
+RECIPE = dataclasses.replace(tiny_recipe.RECIPE, sources={{"pictures": gone("p"), "words": gone("w")}})
+""")
+    printed = refuse(capsys, "--out", tmp_path / "run", recipe=str(file))
+    assert printed.count("p.zip: no such file") == printed.count("w.zip: no such file") == 1 and "2 data sets are missing" in printed
+
+
+def test_print_shows_stages_and_trains_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        run("--print", "--set", "align.steps=77")
+    assert exit.value.code == 0
+    printed = capsys.readouterr().out
+    assert "stage tower\n  objective = 'contrastive'" in printed and "  steps = 77\n" in printed
+    assert "text_tower               7,241  yes     0.002" in printed
+    assert os.listdir(tmp_path) == []
+    assert "no multiple of patch_size" in refuse(capsys, "--print", "--set", "align.image_size=17")
+
+
+def test_defaults(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", {0: range(1)}.get)
+    torch.set_num_threads(3)
+    assert run("--stages", "tower", "--set", "tower.steps=1") == 0
+    config = json.loads((tmp_path / "out" / "tiny" / "config.json").read_text())
+    assert config["threads"] == 1 == torch.get_num_threads() and config["size"] == "full" and config["seed"] == 0
+    assert DEFAULT_THREADS == 2 and RECIPES["nano"].save_every == 100
+    assert "no checkpoint" not in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_first_step(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "find", lambda name: os.kill(os.getpid(), signal.SIGINT))
+    assert run("--out", tmp_path / "run") == 130
+    command = f"python train.py {RECIPE} --out {tmp_path / 'run'} --resume"
+    assert capsys.readouterr().out == f"stopped: SIGINT received. To go on:\n  {command}\n"
+
+
+def test_a_failed_training_ends_with_one_line_and_the_command(capsys, tmp_path):
+    out = tmp_path / "run"
+    assert run("--out", out, *FAST, "--set", "tower.learning_rates.vision=1e30", "--set", "tower.steps=3") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("train.py: stage tower, step 2 of 3: the loss is nan; records: ")
+    assert printed.endswith("--resume\n") and str(out) in printed

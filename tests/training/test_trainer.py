@@ -1,0 +1,743 @@
+"""The loop in one process: what trains, what is divided by what, what is written, and that any step can be the last."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import types
+from argparse import Namespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanovlm.training import checkpoint, trainer, update
+from nanovlm.training.checkpoint import CheckpointError, complete, read
+from nanovlm.data.batching import Report
+from nanovlm.training.progress import StopRequests, Stopped
+from nanovlm.training.start import make_run
+from nanovlm.training.update import TrainingError, micro_batches
+from tiny_recipe import RECIPE, Squares
+
+WISHES = {"recipe": "tiny", "size": None, "stages": None, "without": [], "set": [], "init": None, "lora": None, "resume": False,
+          "data": None, "images": None, "datasets": None, "device": "cpu", "threads": 1, "seed": 0, "max_minutes": None,
+          "workers": 0, "max_damaged": 0.01, "allow_missing": False,
+          "smoke": False}
+
+
+def make(out, recipe=RECIPE, **wishes):
+    """A run of the tiny recipe; resumed if the folder holds one."""
+    return make_run(recipe, Namespace(**WISHES | {"resume": out.exists()} | wishes), out)
+
+
+def hooked(**hooks):
+    return dataclasses.replace(RECIPE, **hooks)
+
+
+def train(run, stop=None):
+    trainer.Trainer(run, stop or StopRequests()).train()
+    return run
+
+
+def log(out, key="loss"):
+    return [entry for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if key in entry]
+
+
+def losses(out):
+    return [(entry["step"], entry["loss"]) for entry in log(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One uninterrupted run."""
+    torch.manual_seed(1)  # a run must not depend on what was drawn before it
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return train(make(out))
+
+
+def assert_same(out, whole):
+    assert losses(out) == losses(whole.out)
+    for name in ("model", "text_tower"):
+        found, expected = load_file(out / f"{name}.safetensors"), load_file(whole.out / f"{name}.safetensors")
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    for key in ("measures", "exam"):
+        assert log(out, key) == log(whole.out, key)
+
+
+def test_what_a_run_leaves_behind(whole):
+    assert sorted(os.listdir(whole.out)) == [
+        "config.json", "curves.png", "log.jsonl", "model.safetensors", "results.json", "state", "text_tower.safetensors",
+        "tokenizer.json"]
+    assert [path.name for path in complete(whole.out)] == ["step-00000012"]
+    results = json.loads((whole.out / "results.json").read_text())
+    assert results["parameters"] == sum(p.numel() for p in whole.model.parameters()) and results["seconds"] > 0
+    assert set(results) == {"color", "parameters", "seconds", "cpu_seconds"} and results["cpu_seconds"] > 0
+    config = json.loads((whole.out / "config.json").read_text())
+    assert config["image_size"] == 16 and config["recipe"] == "tiny" and config["threads"] == 1
+    assert (whole.out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_log_has_a_line_per_step(whole):
+    entries = log(whole.out)
+    assert [entry["step"] for entry in entries] == list(range(1, 13))
+    assert [entry["stage"] for entry in entries] == ["tower"] * 6 + ["align"] * 6
+    assert all(entry["tokens_per_second"] > 0 and entry["gradient_norm"] > 0 for entry in entries)
+    seconds = [entry["seconds"] for entry in entries]
+    assert seconds == sorted(seconds) and 0 < seconds[0]
+    moments = [(entry["stage"], entry["step"], entry["when"]) for entry in log(whole.out, "measures")]
+    assert moments == [("tower", 0, "before"), ("tower", 6, "after"), ("align", 6, "before"), ("align", 12, "after")]
+    assert [entry["step"] for entry in log(whole.out, "exam")] == [10], "a tower cannot answer"
+
+
+def test_learning_rates_follow_the_schedule(whole):
+    rates = [entry["lr"] for entry in log(whole.out)]
+    assert rates[:4] == [2e-3] * 4 and rates[4] > rates[5] > 0  # trapezoid over 6 steps
+    warmup = [0.1, 0.55] + [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates[6:] == pytest.approx([5 * 2e-3 * factor for factor in warmup])  # the largest is Muon's
+
+
+def test_the_sources_read_on_where_the_stage_before_stopped(tmp_path):
+    asked = []
+
+    class Spy(Squares):
+        def record(self, n):
+            asked.append((self.kind, n))
+            return super().record(n)
+
+    train(make(tmp_path / "run", hooked(sources={"pictures": Spy, "words": lambda seed: Spy(seed, "text")})))
+    assert sorted(n for kind, n in asked if kind == "picture") == list(range(36 + 24))
+    assert sorted(n for kind, n in asked if kind == "text") == list(range(12))
+    assert len(trainer.Later(Squares(0), 3)) == 10
+
+
+class StopAfter(StopRequests):
+    """A request to stop that comes when the log has so many steps."""
+
+    def __init__(self, out, last):
+        super().__init__()
+        self.out, self.last = out, last
+
+    @property
+    def requested(self):
+        return Stopped(130, "test") if (self.out / "log.jsonl").exists() and len(losses(self.out)) == self.last else None
+
+    @requested.setter
+    def requested(self, value):
+        assert value is None
+
+
+@pytest.mark.parametrize("last", [1, 4, 5, 6, 7, 9, 12])
+def test_any_step_can_be_the_last_of_a_process(tmp_path, whole, last):
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(make(out), StopAfter(out, last))
+    assert losses(out)[-1][0] == last
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')  # a line that the kill cut short
+    torch.rand(5)
+    train(make(out))
+    assert_same(out, whole)
+
+
+def test_a_finished_run_can_be_resumed(tmp_path, whole, capsys):
+    out = tmp_path / "run"
+    train(make(out))
+    (out / "results.json").unlink()
+    capsys.readouterr()
+    train(make(out))
+    assert_same(out, whole)
+    assert (out / "results.json").exists()
+    shown = capsys.readouterr().out
+    assert "continuing after step 12, in stage align" in shown and "stage align: 6 steps of 6 examples at 16 pixels" in shown
+    assert "bridge                     544  yes     0.002" in shown
+    assert "stage align: none of the 64 frozen tensors has moved" in shown
+
+
+class Spoiled(Squares):
+    """A source with one bad record."""
+
+    broken = True
+
+    def record(self, n):
+        if n == 40 and self.broken:  # read in step 2 of the second stage
+            torch.rand(3)
+            raise ValueError("square-40: the picture is damaged")
+        return super().record(n)
+
+
+def test_a_bad_record_stops_the_run_with_everything_saved(tmp_path, whole):
+    out = tmp_path / "run"
+    recipe = hooked(sources=RECIPE.sources | {"pictures": Spoiled})
+    message = "stage align, step 2 of 6: 1 of 12 records are damaged, more than .* square-40: the picture is damaged"
+    with pytest.raises(TrainingError, match=message):
+        train(make(out, recipe, max_damaged=0.0))
+    assert [path.name for path in complete(out)] == ["step-00000007"]
+    random = [read(complete(folder)[0])[0]["random"]["cpu"] for folder in (out, whole.out)]
+    assert torch.equal(*random), "what the failed step has drawn is forgotten"
+    train(make(out))
+    assert_same(out, whole)
+
+
+def test_time_that_is_over_stops_the_run(tmp_path, whole):
+    out = tmp_path / "run"
+    with pytest.raises(Stopped, match="--max-minutes 0 are over") as stopped:
+        train(make(out, max_minutes=0))
+    assert stopped.value.exit_code == 0 and losses(out)[-1][0] == 1 and len(complete(out)) == 1
+    train(make(out, max_minutes=60))
+    assert_same(out, whole)
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self, monkeypatch, step):
+        self.now, self.cpu = 1000.0, 0.0
+        monkeypatch.setattr(trainer.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(trainer.time, "process_time", lambda: self.cpu)
+        self.tokens, real = [], trainer.gradient
+
+        def gradient(*arguments):
+            self.now += step
+            self.cpu += 2 * step
+            self.tokens.append(real(*arguments)[2])
+            return 1.5, 2.5, self.tokens[-1]
+
+        monkeypatch.setattr(trainer, "gradient", gradient)
+
+
+def test_time_is_told_right(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, step=2)
+    out = tmp_path / "run"
+    with pytest.raises(Stopped, match="0.1 are over"):
+        train(make(out, max_minutes=0.1))
+    assert [entry["seconds"] for entry in log(out)] == [2.0, 4.0, 6.0]
+    assert [entry["tokens_per_second"] for entry in log(out)] == [round(tokens / 2) for tokens in clock.tokens]
+    assert {(entry["loss"], entry["gradient_norm"]) for entry in log(out)} == {(1.5, 2.5)}
+    clock.now = clock.cpu = 0.0  # another process, other clocks
+    train(make(out))
+    assert [entry["seconds"] for entry in log(out)] == [2.0 * step for step in range(1, 13)]
+    results = json.loads((out / "results.json").read_text())
+    assert (results["seconds"], results["cpu_seconds"]) == (24.0, 48.0)
+
+
+def test_checkpoints_come_when_due(tmp_path, monkeypatch):
+    written, save = [], checkpoint.Writer.save
+    monkeypatch.setattr(checkpoint.Writer, "save",
+                        lambda self, out, step, *rest: (written.append(step), save(self, out, step, *rest)))
+    train(make(tmp_path / "run"))
+    assert written == [4, 6, 8, 12]
+
+
+def test_the_bar_follows_and_is_left_behind(tmp_path, monkeypatch):
+    seen = []
+
+    class Bar:
+        def __init__(self, stage, done, shown):
+            assert shown
+            seen.append((stage.name, done))
+
+        def update(self, step, loss, lr, rate, waited, utilisation):
+            assert loss > 0 and lr > 0 and rate > 0 and 0 <= waited <= 1 and utilisation is None  # on a CPU
+            seen.append(step)
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setattr(trainer, "Bar", Bar)
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(make(out, max_minutes=0))
+    train(make(out))
+    assert seen == [("tower", 0), 1, "closed", ("tower", 1), *range(2, 7), "closed", ("align", 0), *range(1, 7), "closed"]
+
+
+def test_torchs_random_state_is_resumed(tmp_path, monkeypatch):
+    run = make(tmp_path / "run")
+    one = trainer.Trainer(run, StopRequests())
+    current = one.begin(0, None)
+    kept = trainer.random_state(run.device)
+    assert list(kept) == ["cpu"] and torch.equal(kept["cpu"], torch.get_rng_state())
+    one.save(current, current.feed.state(), kept)
+    torch.rand(5)
+    again = trainer.Trainer(run, StopRequests())
+    again.begin(0, again.last_checkpoint())
+    assert torch.equal(torch.get_rng_state(), kept["cpu"])
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index], dtype=torch.uint8))
+    state, found = trainer.random_state(gpu), []
+    assert state.keys() == {"cpu", "cuda"} and state["cuda"].tolist() == [1]
+    folder, saved = again.last_checkpoint()
+    tensors = read(folder)[0] | {"random": state}
+    monkeypatch.setattr(checkpoint, "read", lambda *_: tensors)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: found.append((value.tolist(), device)))
+    again.run.device = gpu
+    current.restore(again.run, folder, saved)
+    assert found == [([1], gpu)]
+
+
+def test_a_recipe_without_a_contrastive_model(tmp_path, whole):
+    recipe = hooked(contrastive=None)
+    run = train(make(tmp_path / "run", recipe, without=["tower"]))
+    assert not (run.out / "text_tower.safetensors").exists() and "text_tower" not in run.parts()
+    assert "text_tower" in whole.parts() and len(losses(run.out)) == 6
+    assert make(tmp_path / "again", recipe, without=["tower"], init=str(whole.out)).contrastive is None
+    with pytest.raises(ValueError, match="'tower' is contrastive, but the recipe has no contrastive model"):
+        make(tmp_path / "other", recipe)
+
+
+def test_the_tokenizer_is_made_once(tmp_path):
+    def fail():
+        raise AssertionError
+
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(make(out, max_minutes=0))
+    make(out, hooked(tokenizer=fail))
+
+
+def test_models_go_to_the_device(tmp_path):
+    run = make(tmp_path / "run", device="meta")
+    assert all(p.is_meta for p in [*run.model.parameters(), *run.contrastive.parameters()])
+
+
+def test_seconds_go_on_counting(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(make(out, max_minutes=0))
+    (folder,) = complete(out)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"seconds": 1000.0}))
+    with pytest.raises(Stopped):
+        train(make(out, max_minutes=0))
+    assert 1000 < log(out)[-1]["seconds"] < 1500
+
+
+def test_a_signal_finishes_the_step_and_saves(tmp_path, whole):
+    out = tmp_path / "run"
+
+    def exam(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return RECIPE.exam(run)
+
+    with StopRequests() as stop, pytest.raises(Stopped) as stopped:
+        train(make(out, hooked(exam=exam)), stop)
+    assert stopped.value.exit_code == 143 and stopped.value.reason == "SIGTERM received"
+    assert losses(out)[-1][0] == 10 and [path.name for path in complete(out)] == ["step-00000010"]
+    train(make(out))
+    assert_same(out, whole)
+
+
+def test_a_signal_during_a_measurement_takes_effect_at_once(tmp_path, whole):
+    out, reached = tmp_path / "run", []
+
+    def evaluate(run, stage):
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(stage)
+
+    with StopRequests() as stop, pytest.raises(Stopped) as stopped:
+        train(make(out, hooked(evaluate=evaluate)), stop)
+    assert stopped.value.exit_code == 130 and reached == [] and str(stopped.value) == "SIGINT received"
+    train(make(out))
+    assert_same(out, whole)
+
+
+def test_asking_twice_leaves_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequests() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == [] and stop.requested.exit_code == 130
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert left == [143]
+        with pytest.raises(Stopped), stop.anywhere():
+            pytest.fail("a request made before must not wait for the end")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_only_the_parts_of_a_stage_move(tmp_path):
+    run = make(tmp_path / "run")
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    one = trainer.Trainer(run, StopRequests())
+    one.train_stage(one.begin(0, None))
+    for name, parameter in run.model.named_parameters():
+        assert torch.equal(parameter, before[name]) is not name.startswith("vision.")
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    tower = {name: p.detach().clone() for name, p in trainer.text_side(run.contrastive).items()}
+    current = one.begin(1, None)
+    assert run.model.vision.positions.shape[0] == 16 and before["vision.positions"].shape[0] == 4
+    before["vision.positions"] = run.model.vision.positions.detach().clone()
+    one.train_stage(current)
+    parts = run.model.parts()
+    for part in parts:
+        for name, parameter in parts[part].items():
+            if part in ("bridge", "adapters", "vision_branch"):
+                assert not torch.equal(parameter, before[name])
+            else:
+                assert torch.equal(parameter, before[name]) and not parameter.requires_grad
+    assert all(torch.equal(p, tower[name]) for name, p in trainer.text_side(run.contrastive).items())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_vision_branch_may_start_as_a_copy_of_the_text(tmp_path, wanted):
+    run = make(tmp_path / "run", set=[f"align.copy_vision_branch={wanted}"])
+    run.model.decoder.layers[0].norm_1.text.weight.data += 1
+    trainer.Trainer(run, StopRequests()).begin(1, None)
+    norm = run.model.decoder.layers[0].norm_1
+    assert torch.equal(norm.vision.weight, norm.text.weight) is wanted
+
+
+@pytest.mark.parametrize("broken", ["decoder.embedding.weight", "log_scale"])
+def test_a_frozen_tensor_that_moves_is_found(tmp_path, broken):
+    def exam(run):
+        tensors = run.model.state_dict() | trainer.text_side(run.contrastive)
+        tensors[broken].view(-1)[:1] += 1e-3
+        return []
+
+    run = make(tmp_path / "run", hooked(exam=exam, exam_every=10))
+    with pytest.raises(TrainingError, match=f"stage align: frozen tensors have moved: {broken}$"):
+        train(run)
+
+
+def test_the_proof_survives_a_resume(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(make(out, max_minutes=0))
+    run = make(out)
+    one = trainer.Trainer(run, StopRequests())
+    current = one.begin(0, one.last_checkpoint())
+    run.model.decoder.embedding.weight.data += 1  # as if it had been damaged before the process began
+    assert current.frozen == read(complete(out)[0])[1]["frozen"]
+    with pytest.raises(TrainingError, match="decoder.embedding.weight"):
+        one.train_stage(current)
+
+
+def test_measuring_leaves_no_trace(tmp_path, whole):
+    """evaluate of the tiny recipe draws random numbers; exam and evaluate see the models in evaluation mode."""
+    modes = []
+
+    def evaluate(run, stage):
+        modes.append((run.model.training, run.contrastive.training, torch.is_grad_enabled()))
+        return {"color": 0.5}
+
+    run = make(tmp_path / "run", hooked(evaluate=evaluate))
+    state = torch.get_rng_state()
+    one = trainer.Trainer(run, StopRequests())
+    with one.looking():
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert run.model.training and run.contrastive.training
+    train(run)
+    assert modes == [(False, False, False)] * 4
+    assert losses(run.out) == losses(whole.out)
+
+
+def test_a_summary_is_filled_and_checked(tmp_path, capsys):
+    shares = iter([0.43, 0.985, 0.5, 0.5])
+    train(make(tmp_path / "run", hooked(evaluate=lambda run, stage: {"color": next(shares)})))
+    shown = capsys.readouterr().out
+    assert "tower: colours told apart 43.0% → 98.5%\n" in shown and shown.count("colours told apart") == 1
+    assert "align       color                         50.0%    50.0%" in shown and "results: ['color'" in shown
+    with pytest.raises(TrainingError, match="stage 'tower' names 'color', which is not measured. Did you mean 'colour'"):
+        train(make(tmp_path / "other", hooked(evaluate=lambda run, stage: {"colour": 0.5})))
+
+
+def test_the_exam_prints_only_what_has_changed(tmp_path, capsys):
+    answers = iter([["a", "b"], ["a", "b"], ["a", "c"], ["a"], ["a", "c", "d"], ["a", "c", "d"]])
+    train(make(tmp_path / "run", hooked(exam=lambda run: next(answers), exam_every=1)))
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert shown == ["step 7: a", "step 7: b", "step 9: c", "step 11: c", "step 11: d"]
+    assert [(entry["step"], entry["exam"]) for entry in log(tmp_path / "run", "exam")] == [
+        (7, ["a", "b"]), (9, ["a", "c"]), (10, ["a"]), (11, ["a", "c", "d"])]
+
+
+def test_cut_rows_are_reported(tmp_path, capsys):
+    train(make(tmp_path / "run", set=["align.max_tokens=14", "align.mixture.pictures=none", "align.steps=4"]))
+    assert "align: 24 of 24 rows were cut to max_tokens 14, 72 tokens lost" in capsys.readouterr().out
+    assert read(complete(tmp_path / "run")[0])[1]["report"] == {"rows": 24, "truncated_rows": 24, "truncated_tokens": 72}
+
+
+def test_another_run_in_the_checkpoint_is_refused(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(make(out, max_minutes=0))
+    with pytest.raises(CheckpointError, match="stages.align.steps was 6, is now 7"):
+        make(out, set=["align.steps=7"])
+    run = make(out)
+    run.identity["seed"] = 1
+    with pytest.raises(CheckpointError, match="step-00000001 belongs to another run: seed was 0, is now 1"):
+        train(run)
+
+
+def test_a_log_shorter_than_the_checkpoint_is_refused(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        train(make(out, max_minutes=0))
+    os.truncate(out / "log.jsonl", 10)
+    with pytest.raises(CheckpointError, match="has 10 bytes, but"):
+        train(make(out))
+
+
+# --- the gradient of one update ---
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make(tmp_path / "run")
+
+
+def gradients(run, stage, records):
+    parameters = list(run.model.parameters())
+    loss, norm, tokens = update.gradient(run, stage, records, parameters, Report())
+    return loss, norm, tokens, {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+RECORDS = [Squares(0).record(n) for n in range(5)] + [Squares(0, "text").record(0)]
+
+
+def language(**values):
+    return dataclasses.replace(RECIPE.stages("full", False)[1], image_size=8, **{"clip": None} | values)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number, size", [(2, None), (3, 2), (8, 1)])
+def test_threads_that_share_an_update_change_nothing(run, threads, number, size):
+    stage = language(micro_batch_size=size)
+    threads(1)
+    report, many_report = Report(), Report()
+    parameters = list(run.model.parameters())
+    loss, norm, tokens = update.gradient(run, stage, RECORDS, parameters, report)
+    alone = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    threads(number)
+    many = update.gradient(run, stage, RECORDS, parameters, many_report)
+    assert many == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5), tokens) and many_report == report
+    assert report.rows > 0 and torch.get_num_threads() == number
+    shared = {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+    assert shared.keys() == alone.keys()
+    for name, value in shared.items():
+        torch.testing.assert_close(value, alone[name], atol=1e-6, rtol=1e-4)
+    update.gradient(run, stage, RECORDS, parameters, Report())
+    assert all(torch.equal(p.grad, shared[name]) for name, p in run.model.named_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("frozen", ["", "vision.", "text."])
+@pytest.mark.parametrize("regions", [(), ((0.1, 0.9), (0.6, 0.2))])
+def test_threads_that_share_a_contrastive_update_change_nothing(run, threads, number, frozen, regions):
+    stage = dataclasses.replace(RECIPE.stages("full", False)[0], image_size=8, clip=None)
+    records = [Squares(0).record(n) for n in range(5)]
+    for n in range(1, 5) if regions else ():
+        (turns, *_) = records[n].conversations
+        records[n] = dataclasses.replace(records[n], conversations=(turns, turns), kinds=(), regions=regions)
+    for name, parameter in run.contrastive.named_parameters():
+        parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+    parameters = [parameter for parameter in run.contrastive.parameters() if parameter.requires_grad]
+    threads(1)
+    report, many_report = Report(), Report()
+    loss, norm, tokens = update.gradient(run, stage, records, parameters, report)
+    alone = [parameter.grad for parameter in parameters]
+    threads(number)
+    many = update.gradient(run, stage, records, parameters, many_report)
+    assert many == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-5), tokens) and many_report == report
+    assert torch.get_num_threads() == number and all(value is not None for value in alone)
+    shared = [parameter.grad.clone() for parameter in parameters]
+    for value, expected in zip(shared, alone):
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-4)
+    update.gradient(run, stage, records, parameters, Report())
+    assert all(torch.equal(parameter.grad, value) for parameter, value in zip(parameters, shared))
+
+
+def test_every_optimizer_takes_its_step_on_a_thread_of_its_own(threads):
+    threads(3)
+    seen, together = [], threading.Barrier(2, timeout=60)
+
+    class Optimizer:
+        def step(self):
+            seen.append((torch.get_num_threads(), threading.current_thread()))
+            if len(seen) == 3:
+                raise RuntimeError("out of luck")
+            together.wait()
+
+    update.step([Optimizer(), Optimizer()], torch.device("cpu"))
+    assert [number for number, _ in seen] == [1, 1] and torch.get_num_threads() == 3
+    with pytest.raises(RuntimeError, match="out of luck"):
+        update.step([Optimizer()], torch.device("cpu"))
+    assert torch.get_num_threads() == 3
+
+
+def test_away_from_the_cpu_steps_follow_one_another():
+    seen = []
+    one = types.SimpleNamespace(step=lambda: seen.append(threading.current_thread()))
+    update.step([one, one], torch.device("meta"))
+    assert seen == [threading.current_thread()] * 2
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_gradient_does_not_depend_on_which_thread_is_faster(run, threads, monkeypatch, precision):
+    threads(2)
+    stage, parameters = language(precision=precision), list(run.model.parameters())
+    records = [dataclasses.replace(one, conversations=one.conversations * 2, kinds=()) for one in RECORDS[:4]]
+    check = update.check_finite
+
+    def gradient(module):
+        """Where one thread stops behind its first pass through a module, until the other has its loss."""
+        slow, ready = [], threading.Event()
+
+        def stop(*_):
+            if not slow:
+                slow.append(threading.get_ident())
+                ready.wait(60)
+
+        def go_on(*arguments):
+            check(*arguments)
+            if threading.get_ident() not in slow:
+                ready.set()
+
+        monkeypatch.setattr(update, "check_finite", go_on)
+        hook = module.register_forward_hook(stop)
+        update.gradient(run, stage, records, parameters, Report())
+        hook.remove()
+        assert slow and ready.is_set()
+        return [parameter.grad for parameter in parameters]
+
+    at_once, in_the_middle = gradient(run.model.vision), gradient(run.model.decoder)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(at_once, in_the_middle))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_error_in_an_update_names_its_records_on_any_thread(run, threads, number):
+    threads(number)
+    with torch.no_grad():
+        run.model.decoder.embedding.weight.fill_(float("nan"))
+        run.contrastive.project_text.weight.fill_(float("nan"))
+    with pytest.raises(update.TrainingError, match=f"the loss is nan; records: .*{RECORDS[0].id}"):
+        gradients(run, language(), RECORDS)
+    stage = RECIPE.stages("full", False)[0]
+    with pytest.raises(update.TrainingError, match=f"the loss is nan; records: {RECORDS[0].id}"):
+        update.gradient(run, stage, RECORDS[:3], list(run.contrastive.parameters()), Report())
+    assert torch.get_num_threads() == number
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_text_that_reaches_no_trained_parameter_adds_no_gradient(run, threads, number):
+    threads(number)
+    bridge = list(run.model.bridge.parameters())
+    for parameter in run.model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in bridge:
+        parameter.requires_grad_(True)
+    with_text = update.gradient(run, language(), RECORDS, bridge, Report())
+    grads = [parameter.grad * with_text[2] for parameter in bridge]
+    assert all(parameter.grad is not None for parameter in bridge) and len(grads) == len(bridge)
+    text = [Squares(0, "text").record(n) for n in range(2)]
+    loss, norm, _ = update.gradient(run, language(), text, bridge, Report())
+    assert math.isfinite(loss) and norm == 0 and all(parameter.grad is None for parameter in bridge)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+def test_micro_batches_change_nothing(run, size):
+    loss, norm, tokens, whole = gradients(run, language(micro_batch_size=None), RECORDS)
+    other_loss, other_norm, other_tokens, parts = gradients(run, language(micro_batch_size=size), RECORDS)
+    assert other_loss == pytest.approx(loss, rel=1e-5) and other_norm == pytest.approx(norm, rel=1e-5) and other_tokens == tokens
+    assert parts.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-7)
+
+
+def test_the_loss_is_per_trained_token(run):
+    batch = update.build_batch(RECORDS, run.template, run.tokenizer, run.model.num_image_tokens, 8, "crop", 40)
+    total, trained = run.model.loss(batch)
+    loss, norm, tokens, found = gradients(run, language(micro_batch_size=2), RECORDS)
+    assert loss == pytest.approx(total.item() / trained, rel=1e-6) and trained > 11
+    assert tokens == (batch.segments >= 0).sum() < batch.ids.numel()
+    run.model.zero_grad()
+    (total / trained).backward()
+    expected = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
+    assert norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in expected.values())), rel=1e-4)
+
+
+def test_clipping_shortens_the_whole_gradient(run):
+    _, norm, _, free = gradients(run, language(), RECORDS)
+    _, same, _, clipped = gradients(run, language(clip=norm / 4), RECORDS)
+    assert same == pytest.approx(norm)
+    for name in free:
+        torch.testing.assert_close(clipped[name], free[name] / 4, rtol=1e-4, atol=1e-8)
+    _, _, _, untouched = gradients(run, language(clip=norm * 4), RECORDS)
+    assert all(torch.equal(untouched[name], free[name]) for name in free)
+
+
+def test_gradients_do_not_pile_up(run):
+    first = gradients(run, language(), RECORDS)
+    again = gradients(run, language(), RECORDS)
+    assert first[0] == again[0] and all(torch.equal(first[3][name], again[3][name]) for name in first[3])
+
+
+def test_parameters_that_the_records_do_not_reach_get_no_gradient(run):
+    _, _, tokens, found = gradients(run, language(), [Squares(0, "text").record(n) for n in range(3)])
+    assert not any(name.startswith(("vision", "bridge")) for name in found) and "decoder.embedding.weight" in found
+    assert tokens > 0
+
+
+def test_the_contrastive_loss_is_that_of_the_batch(run):
+    stage = RECIPE.stages("full", False)[0]
+    records = RECORDS[:4]
+    pixels, ids, lengths, right, _ = update.contrastive_batch(records, run.tokenizer, 8, "crop", 24)
+    expected = run.contrastive.loss(pixels, ids, lengths, right)
+    loss, norm, tokens = update.gradient(run, stage, records, list(run.contrastive.parameters()), Report())
+    assert loss == pytest.approx(expected.item()) and tokens == lengths.sum()
+
+
+def test_bfloat16_is_autocast_of_the_forward_pass(run):
+    exact, _, _, _ = gradients(run, language(), RECORDS)
+    loss, _, _, found = gradients(run, language(precision="bfloat16"), RECORDS)
+    assert loss != exact and loss == pytest.approx(exact, rel=0.02)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+
+
+def test_pictures_and_plain_text_run_apart():
+    found = [[one.id for one in part] for part in micro_batches(RECORDS, 2)]
+    assert sorted(sum(found, [])) == sorted(one.id for one in RECORDS)
+    kinds = [{one.startswith("text") for one in part} for part in found]
+    assert all(len(kind) == 1 for kind in kinds) and {True, False} == set.union(*kinds)
+    assert max(map(len, found)) == 2
+
+
+def test_a_loss_that_is_not_finite_names_the_records(run):
+    run.model.decoder.norm.weight.data[0] = float("nan")
+    with pytest.raises(TrainingError, match="the loss is nan; records: square-4; a weight of the part language_model is not "
+                       "finite itself: decoder.norm.weight$"):
+        gradients(run, language(micro_batch_size=4), RECORDS[4:])
+
+
+def test_a_gradient_that_is_not_finite_names_the_records(run):
+    run.model.decoder.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="the gradient's norm is .*; records: square-0, square-1; it arose in the part language_model, at decoder.norm.weight$"):
+        gradients(run, language(), RECORDS[:2])
+
+
+def test_a_run_that_diverges_says_where(tmp_path):
+    def exam(run):
+        run.model.bridge.linear.weight.data[0, 0] = float("nan")
+        return []
+
+    with pytest.raises(TrainingError, match="stage align, step 3 of 6: the loss is nan; records: .*square-"):
+        train(make(tmp_path / "run", hooked(exam=exam, exam_every=8)))
+
+
+def test_bad_data_is_a_training_error_and_a_bug_is_not(run):
+    with pytest.raises(TrainingError, match="max_tokens"):
+        gradients(run, language(max_tokens=3), RECORDS)
+    run.model.vision.resize(16)
+    with pytest.raises(ValueError, match="stands at"):
+        gradients(run, language(), RECORDS[:1])
