@@ -22,54 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
 TESTS = NAMES | {BLANK: "easy-VQA over grey pictures"}
 OBJECTIVES = {"contrastive": "pictures against captions", "language": "the next token"}
-MAP = {  # heading -> files in reading order
-    "To begin with": ("train.py", "sample.py"),
-    "The model": tuple(f"nanovlm/{name}.py" for name in (
-        "vit", "contrastive", "siglip", "projector", "resampler", "abstractor", "qformer", "attention", "modality_adaptive",
-        "adapter", "cross_attention", "lora", "feed_forward", "decoder", "vlm", "shared_prefix")),
-    "Kernels": tuple(f"nanovlm/{name}.py" for name in (
-        "flash_attention", "flash_kernels", "fused_norm", "routed_projection", "linear_cross_entropy")),
-    "Training": tuple(f"nanovlm/{name}.py" for name in (
-        "stages", "optimizer", "trainer", "current", "update", "run", "checkpoint", "saving", "interrupts", "progress")),
-    "Many processes": tuple(f"nanovlm/{name}.py" for name in (
-        "parallel", "steps", "wrapping", "sharded_muon", "sharded_checkpoint")),
-    "Watching a run": tuple(f"nanovlm/{name}.py" for name in (
-        "gpus", "rehearsal", "memory", "utilisation", "movement", "guards", "held_out", "watching")),
-    "Answers": tuple(f"nanovlm/{name}.py" for name in (
-        "sampler", "prefill", "packed_prompts", "cache", "logits_processors", "beam_search", "beams", "beam_search_4_28",
-        "shared_prompts", "workspace", "fast_decode", "fast_steps", "chat")),
-    "Published weights": tuple(f"nanovlm/{name}.py" for name in (
-        "weights", "weight_tables", "weight_files", "weight_loading", "weight_errors", "layouts", "vision_layouts",
-        "pair_layouts")),
-    "Recipes": tuple(f"nanovlm/recipes/{name}.py" for name in (
-        "nano", "nano_resampler", "nano_tests", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo", "small",
-        "bare", "recipe", "start", "sources", "prompts", "homes", "plan", "opening", "table", "convert", "export", "inspect",
-        "coverage", "compare", "golden", "golden_run", "golden_sizes", "__init__", "__main__")),
-    "Data": tuple(f"nanovlm/data/{name}.py" for name in (
-        "records", "json_files", "llava_json", "tar_shards", "easy_vqa", "scenes", "scene_questions", "scene_source",
-        "scene_texts", "scene_parsing", "datasets", "coco", "formats", "picture_formats", "convert", "images", "augment", "video",
-        "frame_cache", "tokenizer", "published_tokenizers", "sentencepiece", "templates", "prepare", "batching", "mixture",
-        "damage", "feed", "show", "__main__")),
-    "Evaluation": tuple(f"nanovlm/evaluation/{name}.py" for name in (
-        "short_answer", "nano_results", "zero_shot", "exam", "pictures", "attention_maps", "attention_shares", "vqa_accuracy",
-        "captions", "pope", "mme", "choice", "judge", "rankings", "pairwise", "agreement", "protocols", "speaker", "items",
-        "readers", "choice_readers", "tasks", "summaries", "paired", "submissions", "prediction_file", "runner", "report",
-        "ablations", "ablation_recipe", "ablation_exam", "ablation_runs", "ablation_report", "ablate", "__main__")),
-    "Instruction data": tuple(f"nanovlm/vlit/{name}.py" for name in (
-        "samples", "annotations", "annotation_files", "categories", "descriptions", "examples", "self_instruct", "adaption",
-        "generators", "template", "local", "endpoint", "replies", "generator_flags", "parsing", "linting", "marking", "planning",
-        "asking", "construct", "words", "embedding", "clustering", "simcse", "tagging", "diversity", "complexity", "correctness",
-        "votes", "matching", "survey", "recorded", "indicators", "quality", "quality_report", "duplicates", "filtering", "review",
-        "compare", "__main__")),
-    "Measuring speed": tuple(f"nanovlm/{name}.py" for name in (
-        "bench", "bench_train", "bench_cases", "bench_compile", "bench_sass", "bench_kernels")),
-    "Small help": ("nanovlm/names.py", "nanovlm/machine.py"),
-    "Around the lessons": tuple(f"notebooks/{name}.py" for name in (
-        "lesson", "checks", "solutions", "ablation_table", "ablation_04", "ablation_07", "chain_08", "ablation_vlit", "quality_memory", "build",
-        "results", "readme_tables", "figures")),
-}  # fmt: skip
-
-
 def printed_block(names):
     """What train.py prints of the first run: a sentence per stage, and the results without the question types."""
     run = read(names[0])["runs"][0]
@@ -151,19 +103,9 @@ def models_block(names):
     return table(*chosen[0])
 
 
-def files_block(names):
-    """All files of the project's code, their lines, and the first sentence of each."""
-    rows = []
-    for title, paths in MAP.items():
-        lines = {path: len((ROOT / path).read_text().splitlines()) for path in paths}
-        rows.append([f"**{title}**", f"**{sum(lines.values()):,}**", ""])
-        rows += [[f"[{path.removeprefix('nanovlm/')}]({path})", lines[path], _first_sentence(path)] for path in paths]
-    return table(["file", "lines", "what it is"], rows)
-
-
 BLOCKS = {
     "printed": printed_block, "results": results_block, "kinds": kinds_block, "compare": compare_block,
-    "recipe": recipe_block, "files": files_block, "models": models_block,
+    "recipe": recipe_block, "models": models_block,
 }  # fmt: skip
 
 
@@ -216,9 +158,3 @@ def table(head, rows):
     numbers = [any(re.match(r"\**\d", str(cell)) for cell in column) for column in zip(*rows)]
     rules = ["---:" if number else "---" for number in numbers]
     return ["| " + " | ".join(map(str, cells)).rstrip() + " |" for cells in (head, rules, *rows)]
-
-
-def _first_sentence(path):
-    """The first sentence of a file's docstring."""
-    paragraph = ast.get_docstring(ast.parse((ROOT / path).read_text())).partition("\n\n")[0]
-    return " ".join(paragraph.split()).partition(". ")[0].removesuffix(".")

@@ -58,14 +58,14 @@ class Found:
 
 def attention_variants():
     """Forward, dQ, dK and dV of flash_attention.TILES, with 88 channels where they are padded."""
-    from nanovlm import flash_attention, flash_attention as flash_kernels
+    from nanovlm import flash_attention
 
     scalars = ("visible_stride", "seen_by_stride", "num_heads", "group", "num_queries", "num_keys")
     types = dict.fromkeys(scalars, "i32") | dict(scale="fp32", lse="*fp32", delta="*fp32", seen_by="*i32")
     for (architecture, widest), tiles in flash_attention.TILES.items():
         for width in (88,) if widest == 96 else (88, 128) if architecture == 80 and widest == 128 else (widest,):
             for name, tile in zip(("forward", "dq", "dkv"), tiles):
-                function = getattr(flash_kernels, f"{name}_kernel")
+                function = getattr(flash_attention, f"{name}_kernel")
                 interval = "*i64" if name == "forward" else "*i32"
                 own = {n: "*bf16" for n in function.arg_names if n in ("q", "k", "v", "out", "do", "dq", "dk", "dv")}
                 own |= {n: ("i32",) * 3 for n in function.arg_names if n.endswith("strides")}
@@ -89,19 +89,6 @@ def projection_variants():
         ):
             constants = dict(BLOCK_M=module.TILE, BLOCK_N=columns, BLOCK_K=summed) | ({one: 1} if one else {})
             yield Variant(name, function, architecture, constants, types, warps, stages, sizes)
-
-
-def norm_variants():
-    """Both kernels of fused_norm, for 4,096 channels."""
-    import fused_norm as module
-
-    types = dict.fromkeys(("x", "gain", "y", "dy", "dx"), "*bf16") | dict(root="*fp32", dgain="*fp32", eps="fp32")
-    types |= dict.fromkeys(("width", "num_rows", "rows_each"), "i32")
-    options = module.launch_options(4096)
-    for name in ("forward", "backward"):
-        for architecture in SHARED_LIMIT:
-            yield Variant(f"norm {name}", getattr(module, f"{name}_kernel"), architecture, dict(BLOCK=options["BLOCK"]),
-                          types, options["num_warps"], 3, ("width",), products=False)  # fmt: skip
 
 
 def compiled(variant):
@@ -198,7 +185,7 @@ def faults(variant, found, longest=None):
     return wrong
 
 
-def compile_all(names=("attention", "projection", "norm"), record=False):
+def compile_all(names=("attention", "projection"), record=False):
     """Compile and judge all variants of some files; prints a table.
 
     Args: record: write the loops' lengths to bench_sass.json instead of judging them.
@@ -206,7 +193,7 @@ def compile_all(names=("attention", "projection", "norm"), record=False):
     """
     import triton
 
-    makers = dict(attention=attention_variants, projection=projection_variants, norm=norm_variants)
+    makers = dict(attention=attention_variants, projection=projection_variants)
     known = {} if record else recorded(triton.__version__)
     print(f"Triton {triton.__version__}; registers and spilled bytes of a thread, shared bytes of a program, instructions of "
           f"the loop over whole tiles ({'recorded' if record else 'at most 5% more than recorded' if known else 'nothing recorded'})")
@@ -231,7 +218,7 @@ def compile_all(names=("attention", "projection", "norm"), record=False):
 
 def judge_all(wishes):
     """The command `bench compile`; returns the exit code, 1 if a kernel has a fault."""
-    return int(compile_all(wishes.kernel or ("attention", "projection", "norm"), wishes.record) > 0)
+    return int(compile_all(wishes.kernel or ("attention", "projection"), wishes.record) > 0)
 
 
 # How many machine instructions a kernel's loop has: a ratchet against code that grows slower without a GPU to notice.

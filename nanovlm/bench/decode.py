@@ -243,7 +243,7 @@ def make_parser():
     command.add_argument("--only", default="", metavar="WORD", help="what has this in its name: causal, projection, loss …")
     command.set_defaults(run=lambda wishes: importlib.import_module("nanovlm.bench.kernels").measure_all(wishes))
     command = commands.add_parser("compile", allow_abbrev=False, help="registers, spills and memory of every kernel, without a GPU")
-    command.add_argument("--kernel", action="append", choices=("attention", "projection", "norm"), help="may be given several times")
+    command.add_argument("--kernel", action="append", choices=("attention", "projection"), help="may be given several times")
     command.add_argument("--record", action="store_true", help="remember how long the loops are, for later runs to compare with")
     command.set_defaults(rounds=1, run=lambda wishes: importlib.import_module("nanovlm.bench.compile").judge_all(wishes))
     return parser

@@ -8,7 +8,6 @@
     python -m nanovlm.evaluation rank OUT_A OUT_B --sheet FILE.csv              a sheet for people's marks, 1 to 5
     python -m nanovlm.evaluation compare OUT_A OUT_B                            two runs, question by question
     python -m nanovlm.evaluation attention MODEL --ask "…" --image PATH         attention on picture and words, by layer
-    python -m nanovlm.evaluation ablate --help                                  the papers' ablations at nano scale
 
 Answers go to predictions.jsonl as they are made; the same command again goes on where it stopped.
 """
@@ -21,8 +20,7 @@ from pathlib import Path
 import torch
 
 from nanovlm import recipes
-import ablate
-from nanovlm.evaluation import attention_maps, pairwise, pairwise as paired, protocols
+from nanovlm.evaluation import attention_maps, pairwise, protocols
 from nanovlm.evaluation.runner import Wishes, generator_judge, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.names import nearest
@@ -166,12 +164,15 @@ def listing():
 
 
 COMMANDS = {  # beside the tasks
-    "rank": rank_main, "compare": paired.main, "attention": attention_maps.main, "ablate": ablate.main,
+    "rank": rank_main, "compare": pairwise.main, "attention": attention_maps.main,
 }  # fmt: skip
 
 
 def main(arguments):
     """Run the command line: exit code."""
+    if arguments[:1] == ["ablate"]:
+        print("python -m nanovlm.evaluation ablate: use python notebooks/ablations/ablate.py", file=sys.stderr)
+        return BAD_INPUT
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
     wishes = parse(arguments)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from nanovlm.evaluation import protocols, readers as choice_readers, readers, report
+from nanovlm.evaluation import protocols, readers, report
 from nanovlm.evaluation.protocols import LETTERS, parse_letter, parse_science_qa
 from nanovlm.evaluation.yes_no import parse as parse_mme
 from nanovlm.evaluation.yes_no import parse_official, parse_strict
@@ -78,18 +78,18 @@ TASKS = {
     "mme": yes_no(
         readers.mme, PLAIN, report.mme, parse=parse_mme, presets=("mme", *VQA_PRESETS), submission=report.mme_submission
     ),
-    "seed_bench": likely(choice_readers.seed_bench, SEED, submission=report.letter_lines),
-    "seed_bench_mean": Task(protocols.choice, choice_readers.seed_bench, SEED, way="likelihood_mean"),
+    "seed_bench": likely(readers.seed_bench, SEED, submission=report.letter_lines),
+    "seed_bench_mean": Task(protocols.choice, readers.seed_bench, SEED, way="likelihood_mean"),
     "mmbench": lettered(
-        choice_readers.mmbench, summarise=report.circular, prepare=protocols.rotated, submission=report.mmbench
+        readers.mmbench, summarise=report.circular, prepare=protocols.rotated, submission=report.mmbench
     ),
     "science_qa": lettered(
-        choice_readers.science_qa, summarise=report.science_qa, parse=science_qa_place, submission=report.science_qa_submission
+        readers.science_qa, summarise=report.science_qa, parse=science_qa_place, submission=report.science_qa_submission
     ),
-    "q_bench": lettered(choice_readers.q_bench),
-    "mmlu": Task(protocols.choice, choice_readers.mmlu, MMLU, way="likelihood_letter"),
-    "mmlu_text": likely(choice_readers.mmlu, SEED),
-    "arc": likely(choice_readers.arc, SEED),
+    "q_bench": lettered(readers.q_bench),
+    "mmlu": Task(protocols.choice, readers.mmlu, MMLU, way="likelihood_letter"),
+    "mmlu_text": likely(readers.mmlu, SEED),
+    "arc": likely(readers.arc, SEED),
     "open_vqa": judged(readers.open_vqa, PLAIN, presets=("open_vqa_image", "default")),
     "open_vqa_video": judged(readers.open_vqa_video, PLAIN, presets=("open_vqa_video", "default")),
     "mm_vet": judged(

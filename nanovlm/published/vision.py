@@ -4,7 +4,7 @@
 vision-language model takes is the recipe's choice (`dataclasses.replace(config, feature_layer=23)`).
 """
 
-from nanovlm import contrastive, contrastive as siglip
+from nanovlm import contrastive
 from nanovlm.published.language import activation, expect, number, section, size
 from nanovlm.published.weights import Alias, Computed, Fused, prefixed, Reshaped, Unused
 from nanovlm.vit import ViT, ViTConfig
@@ -256,13 +256,13 @@ def clip_pair(config):
 
 
 def siglip_pair(config):
-    """SigLIP, both towers. Arguments and errors as `clip_pair`; returns siglip.SigLIP."""
+    """SigLIP, both towers. Arguments and errors as `clip_pair`; returns contrastive.SigLIP."""
     vision, text = siglip_config(config), text_of(config)
     defaults = dict(vocab_size=32000, width=768, num_layers=12, num_heads=12, mlp_width=3072, context_length=64)
     sizes = text_sizes(text, **defaults)
     pad_id = text.get("pad_token_id")
-    tower = siglip.BidirectionalTextTower(
+    tower = contrastive.BidirectionalTextTower(
         **sizes, pad_id=1 if pad_id is None else pad_id, norm_eps=number(text, "layer_norm_eps", 1e-6),
         activation=activation(text, "hidden_act", "gelu_pytorch_tanh"),
     )
-    return siglip.SigLIP(ViT(vision), tower, sizes["width"])
+    return contrastive.SigLIP(ViT(vision), tower, sizes["width"])

@@ -1,4 +1,4 @@
-"""python -m nanovlm.recipes [list | compare | coverage | inspect | convert | consolidate]"""
+"""python -m nanovlm.recipes [list | coverage | inspect | convert | consolidate]"""
 
 import argparse
 import sys
@@ -8,7 +8,6 @@ from nanovlm.names import nearest
 
 COMMANDS = {
     "list": "the table of the models: tokens, parameters, memory (also without a command)",
-    "compare": "run the official code's golden file through the port and compare",
     "coverage": "check every tensor of a published checkpoint's manifest",
     "inspect": "what a checkpoint holds, and what it lacks",
     "convert": "published weights into our folder, or back; separate towers into a model to train",
@@ -24,8 +23,6 @@ def parser(command):
     """The command line of a command: argparse.ArgumentParser."""
     one = argparse.ArgumentParser(prog=f"python -m nanovlm.recipes {command}", description=COMMANDS[command],
                                   allow_abbrev=False)
-    if command == "compare":
-        one.add_argument("file", metavar="GOLDEN.safetensors")
     if command == "coverage":
         one.add_argument("file", metavar="MANIFEST.json")
     if command == "consolidate":
@@ -50,9 +47,6 @@ def parser(command):
 
 def run(command, wishes):
     """Run a command: its exit code. Each is imported when it is needed."""
-    if command == "compare":
-        from compare import main
-        return main(wishes.file)
     if command == "list":
         from nanovlm.recipes.table import main
         return main()
@@ -79,6 +73,9 @@ def main(arguments=None):
     if command in ("-h", "--help"):
         print(USAGE_TEXT)
         return 0
+    if command == "compare":
+        print("recipes compare: use python tests/official/compare.py FILE.safetensors", file=sys.stderr)
+        return USAGE
     if command not in COMMANDS:
         print(f"{USAGE_TEXT}\n\nrecipes: unknown command {command!r}.{nearest(command, COMMANDS)}", file=sys.stderr)
         return USAGE

@@ -28,7 +28,7 @@ from nanovlm.data.batching import Report
 from nanovlm.data.feed import DamageReport, Feed, Mixture, Plan
 from nanovlm.data.records import Changed
 from nanovlm.names import nearest
-from nanovlm.training import checkpoint, checkpoint as sharded_checkpoint, optimizer
+from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.checkpoint import Writer
 from nanovlm.training.diagnostics import next_to_train, Watch
 from nanovlm.training.processes import lay_out, text_side, whole
@@ -87,7 +87,7 @@ class Current:
           folder: Path of the checkpoint. state: dict of its state.json.
         """
         targets = self.tensors(run) | {"optimizer": checkpoint.optimizer_places(self.optimizers)}
-        tensors = sharded_checkpoint.read(folder, targets, run.processes)
+        tensors = checkpoint.read_sharded(folder, targets, run.processes)
         checkpoint.copy_into(run.model.state_dict(), tensors["model"], "model.safetensors")
         checkpoint.copy_into(text_side(run.contrastive), tensors["text_tower"], "text_tower.safetensors")
         checkpoint.load_optimizer(self.optimizers, tensors["optimizer"])

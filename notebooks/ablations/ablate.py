@@ -1,8 +1,8 @@
 """Train the variants of the papers' ablations at nano scale, each with several seeds, and draw what they found.
 
-    python -m nanovlm.evaluation ablate                       all of them
-    python -m nanovlm.evaluation ablate queries tower         some of them
-    python -m nanovlm.evaluation ablate --draw                tables and pictures anew, from the CSV files alone
+    python notebooks/ablations/ablate.py                       all of them
+    python notebooks/ablations/ablate.py queries tower         some of them
+    python notebooks/ablations/ablate.py --draw                tables and pictures anew, from the CSV files alone
 
 Finished runs are kept: the same command again trains only what is missing.
 """
@@ -23,7 +23,7 @@ TABLES = ROOT / "notebooks" / "results" / "ablations"
 def make_parser():
     """The command line, as an argparse parser."""
     parser = argparse.ArgumentParser(
-        prog="python -m nanovlm.evaluation ablate", description=__doc__, allow_abbrev=False,
+        prog="python notebooks/ablations/ablate.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ABLATIONS)}")
@@ -55,6 +55,10 @@ def main(arguments):
         for name, path in done:
             print("\n".join([*ablation_report.write(path, ABLATIONS[name]), ""]), flush=True)
     except (AblationError, ValueError, OSError) as error:
-        print(f"python -m nanovlm.evaluation ablate: {error}", file=sys.stderr)
+        print(f"python notebooks/ablations/ablate.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -195,7 +195,7 @@ def run(ablations, seeds, out, tables, smoke=False, train=train):
     total = sum(len(ablation.variants) for ablation in ablations.values()) * len(seeds)
     with tqdm(total=total, unit="run", disable=None) as bar:
         for name, ablation in ablations.items():
-            command = f"python -m nanovlm.evaluation ablate {name} --seeds {','.join(map(str, seeds))}"
+            command = f"python notebooks/ablations/ablate.py {name} --seeds {','.join(map(str, seeds))}"
             rows = []
             for variant in ablation.variants:
                 for seed in seeds:

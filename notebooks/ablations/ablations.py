@@ -1,7 +1,7 @@
 """The papers' ablations at nano scale, as data: what is compared, and what the paper found.
 
-    python -m nanovlm.evaluation ablate                    all of them, in order of interest
-    python -m nanovlm.evaluation ablate queries tower --seeds 0,1,2
+    python notebooks/ablations/ablate.py                    all of them, in order of interest
+    python notebooks/ablations/ablate.py queries tower --seeds 0,1,2
 
 Every variant is an ordinary `train.py` run of ablation_recipe.py, from a tower and a decoder that all variants of a seed
 share; ablation_runs.py trains them, ablation_report.py makes tables and pictures. Variants that stand in several ablations

@@ -26,13 +26,13 @@ def tool(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["attention", "projection", "norm"])
+@pytest.mark.parametrize("kernel", ["attention", "projection"])
 def test_every_shipped_tile_compiles_well(kernel):
     pytest.importorskip("triton")
     done = tool("--kernel", kernel)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     verdicts = [line for line in done.stdout.splitlines() if line.endswith("good")]
-    assert len(verdicts) == {"attention": 18, "projection": 6, "norm": 4}[kernel]
+    assert len(verdicts) == {"attention": 18, "projection": 6}[kernel]
 
 
 def test_the_variants_are_the_tables_of_tiles():

@@ -11,7 +11,7 @@ from nanovlm.data.images import CLIP
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import __main__ as cli
-from nanovlm.evaluation import pairwise, protocols, protocols as speaker, report, runner
+from nanovlm.evaluation import pairwise, protocols, report, runner
 from nanovlm.evaluation.items import Item
 from nanovlm.evaluation.runner import PredictionFile
 from nanovlm.evaluation.tasks import TASKS
@@ -77,21 +77,21 @@ def test_a_stopped_run_goes_on_where_it_stopped(start, pope, monkeypatch):
     path = pope / "out" / "predictions.jsonl"
     lines = path.read_text().split("\n")
     path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])  # two answers, and the run ended inside the third
-    asked, replies = [], speaker.Speaker.replies
-    monkeypatch.setattr(speaker.Speaker, "replies", lambda self, several: asked.extend(several) or replies(self, several))
+    asked, replies = [], protocols.Speaker.replies
+    monkeypatch.setattr(protocols.Speaker, "replies", lambda self, several: asked.extend(several) or replies(self, several))
     assert start("pope").code == 0
     assert [one.id for one in asked] == ["random/2", "random/3"] and read(path) == whole
 
 
 def test_an_interrupted_run_keeps_its_answers(start, pope, monkeypatch):
-    replies = speaker.Speaker.replies
+    replies = protocols.Speaker.replies
 
     def once(self, several):
         if several[0].id != "random/0":
             raise KeyboardInterrupt
         return replies(self, several)
 
-    monkeypatch.setattr(speaker.Speaker, "replies", once)
+    monkeypatch.setattr(protocols.Speaker, "replies", once)
     done = start("pope", "--batch-size", "2")
     assert done.code == 130 and "goes on" in done.err and len(read(done.folder / "predictions.jsonl")) == 3
 
@@ -107,7 +107,7 @@ def test_other_settings_are_refused(start, pope):
 
 def test_shots_are_shown_and_not_asked(start, pope, monkeypatch):
     told = {}
-    monkeypatch.setattr(runner, "Speaker", lambda *args: told.update(args=args) or speaker.Speaker(*args))
+    monkeypatch.setattr(runner, "Speaker", lambda *args: told.update(args=args) or protocols.Speaker(*args))
     done = start("pope", "--shots", "1", "--describe-first", "--prompt", "see: {question}", "--preset", "default")
     loaded, decoding, describe, shots, *_ = told["args"]
     assert [(asked.text, answer) for asked, answer in shots] == [("see: Is there a dog?", "no")]

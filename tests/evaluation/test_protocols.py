@@ -17,7 +17,7 @@ from nanovlm.data.images import CLIP, ImageError
 from nanovlm.data.records import Turn
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
-from nanovlm.evaluation import protocols, readers as choice_readers, readers, report
+from nanovlm.evaluation import protocols, readers, report
 from nanovlm.evaluation.items import Encoded, Item, Reading, find, read_json, read_records
 from nanovlm.evaluation.protocols import Asked, Speaker
 from nanovlm.evaluation.tasks import TASKS
@@ -325,7 +325,7 @@ def test_choice_files(tmp_path):
     one = {"question_id": "1", "question": "q", "answer": "C", "data_id": "i", "data_type": "video", "question_type_id": 2}
     one |= {f"choice_{letter}": letter for letter in "abcd"}
     seed = write(tmp_path / "SEED-Bench.json", {"questions": [one, one, {"question_id": "2"}], "question_type": {"Scene": 2}})
-    reading = choice_readers.seed_bench(seed, tmp_path, "")
+    reading = readers.seed_bench(seed, tmp_path, "")
     assert (reading.items[0].answers, reading.items[0].kind, reading.items[0].is_clip) == ((2,), "Scene", True)
     assert "twice" in reading.problems[0] and len(reading.problems) == 2
     file = io.BytesIO()
@@ -333,24 +333,24 @@ def test_choice_files(tmp_path):
     text = base64.b64encode(file.getvalue()).decode()
     head = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n"
     rows = f"4\tq\tnan\tw\tx\t\tnan\tB\tk\t{text}\n1000004\tq\tsee\tw\tx\ty\tz\tD\tk\t4\n"
-    first, second = choice_readers.mmbench(write(tmp_path / "m.tsv", head + rows), tmp_path, "").items
+    first, second = readers.mmbench(write(tmp_path / "m.tsv", head + rows), tmp_path, "").items
     assert (first.options, first.answers, first.extra["hint"], second.extra["hint"]) == (("w", "x"), (1,), "", "see\n")
     assert second.media[0].open().size == (8, 8)  # the picture of the question that it names
     problems = {"5": {"question": "q", "choices": ["a", "b"], "answer": 1, "image": None, "hint": "", "subject": "s", "grade": "grade2"},
                 "6": {"question": "q", "choices": ["a"], "answer": 0, "image": "image.png", "hint": "h"}}
     write(tmp_path / "s" / "problems.json", problems)
     write(tmp_path / "s" / "pid_splits.json", {"test": ["5", "6", "7"]})
-    reading = choice_readers.science_qa(tmp_path / "s", tmp_path, "")
+    reading = readers.science_qa(tmp_path / "s", tmp_path, "")
     assert [item.media for item in reading.items][0] == () and reading.items[1].extra["hint"] == "Context: h\n"
     assert reading.problems == ["problem 7: lacks '7'"]
     write(tmp_path / "q.json", [{"img_path": "i", "question": "q", "candidates": ["a", "b"], "correct_ans": "b", "concern": 1}])
-    assert choice_readers.q_bench(tmp_path / "q.json", tmp_path, "").items[0].answers == (1,)
+    assert readers.q_bench(tmp_path / "q.json", tmp_path, "").items[0].answers == (1,)
     write(tmp_path / "test" / "anatomy_test.csv", '"a, b?",1,2,3,4,D\nbroken,1,2,3,4,E\n')
-    reading = choice_readers.mmlu(tmp_path, tmp_path, "")
+    reading = readers.mmlu(tmp_path, tmp_path, "")
     assert (reading.items[0].question, reading.items[0].kind, reading.items[0].answers) == ("a, b?", "anatomy", (3,))
     assert "row 2" in reading.problems[0]
     arc = {"id": "a", "question": {"stem": "q", "choices": [{"text": t, "label": n} for n, t in zip("123", "xyz")]}, "answerKey": "2"}
-    assert choice_readers.arc(write(tmp_path / "ARC-Test.jsonl", json.dumps(arc)), tmp_path, "").items[0].answers == (1,)
+    assert readers.arc(write(tmp_path / "ARC-Test.jsonl", json.dumps(arc)), tmp_path, "").items[0].answers == (1,)
 
 
 def test_judged_files(tmp_path):

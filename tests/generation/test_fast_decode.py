@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovlm import lora
-from nanovlm.generation import fast_decode as fast_steps, fast_decode
+from nanovlm.generation import fast_decode
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.generation.fast_decode import FastDecoder
 from nanovlm.generation.prefill import Rows
@@ -163,7 +163,7 @@ def test_static_steps_are_kept_for_the_next_rows_and_serve_one_set_at_a_time():
     decoding = Decoding(max_new_tokens=5)
     want = [generate(model, [prompt], decoding)[0] for prompt in ([3], [4, 5, 6])]
     got = [generate(model, [prompt], decoding, workspace=Workspace(fast))[0] for prompt in ([3], [4, 5, 6])]
-    assert got == want and list(fast.static_steps) == [(1, fast_steps.COLUMNS)]
+    assert got == want and list(fast.static_steps) == [(1, fast_decode.COLUMNS)]
     memory = [buffer.data_ptr() for step in fast.static_steps.values() for buffer in step.cache.layers]
     one = stream(model, [3], decoding, workspace=Workspace(fast))
     first = [next(one), next(one)]

@@ -133,3 +133,7 @@ def main(path):
     print(f"{path}: {golden.family}")
     print("\n".join(line for _, line in lines))
     return 0 if all(agrees for agrees, _ in lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(max(main(path) for path in sys.argv[1:]))

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from nanovlm.data import templates
-from nanovlm.published import tokenizers as sentencepiece
+from nanovlm.published import tokenizers as published_tokenizers
 from nanovlm.published.tokenizers import PADDED_ROWS, load_tokenizer
 from nanovlm.data.records import Turn
 from nanovlm.data.tokenizer import check_vocabulary, train_tokenizer
@@ -117,9 +117,9 @@ def test_every_piece_is_read(trained, tmp_path):
     spm = pytest.importorskip("sentencepiece")
     processor = spm.SentencePieceProcessor(model_proto=trained)
     (tmp_path / "a.model").write_bytes(trained)
-    model = sentencepiece.read(tmp_path / "a.model")
-    kinds = {sentencepiece.UNKNOWN: processor.is_unknown, sentencepiece.CONTROL: processor.is_control,
-             sentencepiece.BYTE: processor.is_byte}
+    model = published_tokenizers.read(tmp_path / "a.model")
+    kinds = {published_tokenizers.UNKNOWN: processor.is_unknown, published_tokenizers.CONTROL: processor.is_control,
+             published_tokenizers.BYTE: processor.is_byte}
     assert len(model.pieces) == processor.get_piece_size()
     for id, (text, score, kind) in enumerate(model.pieces):
         assert (text, score) == (processor.id_to_piece(id), processor.get_score(id))
@@ -129,7 +129,7 @@ def test_every_piece_is_read(trained, tmp_path):
 
 def naive(pieces, text):
     """SentencePiece's rule: join the neighbours whose piece scores highest, the first of equals."""
-    score = {text: score for text, score, kind in pieces if kind == sentencepiece.NORMAL}
+    score = {text: score for text, score, kind in pieces if kind == published_tokenizers.NORMAL}
     parts = list(text)
     while True:
         known = [(score[a + b], -place) for place, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in score]
@@ -216,7 +216,7 @@ def test_whatever_is_broken_in_a_model_gives_the_named_error(trained, tmp_path):
             broken[rng.randrange(len(broken))] = rng.randrange(256)
         path.write_bytes(broken[: rng.choice([len(broken), rng.randrange(len(broken))])])
         try:
-            assert sentencepiece.read(path).pieces
+            assert published_tokenizers.read(path).pieces
         except ValueError as error:
             assert "tokenizer.model: not a SentencePiece model, or damaged" in str(error)
 
@@ -243,7 +243,7 @@ def byte_level(special=(), added=(), template=None, prefix=False, size=420):
 def llama_json(trained, tmp_path):
     """A tokenizer.json in LLaMA's form, with what LLaVA adds."""
     (tmp_path / "llama.model").write_bytes(trained)
-    backend = sentencepiece.convert(sentencepiece.read(tmp_path / "llama.model"))
+    backend = published_tokenizers.convert(sentencepiece.read(tmp_path / "llama.model"))
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     backend.add_special_tokens(["<image>", "<pad>"])
     return backend
@@ -593,6 +593,6 @@ def test_rows_equal_the_published_tokenisation(trained, tmp_path, name, text):
 
 def sentencepiece_backend(trained, tmp_path):
     (tmp_path / "a.model").write_bytes(trained)
-    backend = sentencepiece.convert(sentencepiece.read(tmp_path / "a.model"))
+    backend = published_tokenizers.convert(sentencepiece.read(tmp_path / "a.model"))
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return backend

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from nanovlm.training import checkpoint, checkpoint as saving, optimizer
+from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.checkpoint import CheckpointError
 from nanovlm.training.stages import Stage
 
@@ -27,7 +27,7 @@ def held(out):
 def test_round_trip(tmp_path):
     kept = tensors(0.1) | {"nothing": {}}
     kept["model"]["turned"] = torch.randn(4, 3).T
-    folder = saving.save(tmp_path, 7, kept, {"step": 7, "loss": 0.1})
+    folder = checkpoint.save(tmp_path, 7, kept, {"step": 7, "loss": 0.1})
     assert folder == tmp_path / "state" / "step-00000007" and checkpoint.complete(tmp_path) == [folder]
     found, state = checkpoint.read(folder)
     assert state == {"step": 7, "loss": 0.1} and found.keys() == kept.keys()
@@ -38,20 +38,20 @@ def test_round_trip(tmp_path):
 
 def test_only_the_newest_stays(tmp_path):
     for step in (8, 9, 10, 100):
-        saving.save(tmp_path, step, tensors(step), {})
+        checkpoint.save(tmp_path, step, tensors(step), {})
     assert held(tmp_path) == ["step-00000100"]
     assert checkpoint.read(checkpoint.complete(tmp_path)[-1])[0]["model"]["w"][0, 0] == 100
 
 
 def test_the_same_step_is_not_written_twice(tmp_path):
-    saving.save(tmp_path, 3, tensors(1), {})
-    saving.save(tmp_path, 3, tensors(2), {})
+    checkpoint.save(tmp_path, 3, tensors(1), {})
+    checkpoint.save(tmp_path, 3, tensors(2), {})
     assert checkpoint.read(checkpoint.complete(tmp_path)[0])[0]["model"]["w"][0, 0] == 1
 
 
 def test_nothing_there_yet(tmp_path):
     assert checkpoint.complete(tmp_path) == []
-    saving.remove_unfinished(tmp_path)
+    checkpoint.remove_unfinished(tmp_path)
 
 
 def fail(at, error):
@@ -71,46 +71,46 @@ def test_everything_is_forced_to_the_disk_before_the_rename(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda number: seen.append(os.path.basename(os.readlink(path.format(number)))))
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda old, new: (seen.append("rename"), rename(old, new)))
-    saving.save(tmp_path, 1, tensors(1), {})
+    checkpoint.save(tmp_path, 1, tensors(1), {})
     assert seen == ["model.safetensors", "random.safetensors", "state.json", "step-00000001.tmp", "rename", "state"]
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, at):
-    saving.save(tmp_path, 1, tensors(1), {"step": 1})
+    checkpoint.save(tmp_path, 1, tensors(1), {"step": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail(at, OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(CheckpointError, match="step 2 could not be .*No space left.*step-00000001 is intact.*--resume"):
-            saving.save(tmp_path, 2, tensors(2), {})
+            checkpoint.save(tmp_path, 2, tensors(2), {})
     assert held(tmp_path) == ["step-00000001"]
     assert checkpoint.read(checkpoint.complete(tmp_path)[0])[1] == {"step": 1}
-    saving.save(tmp_path, 2, tensors(2), {"step": 2})
+    checkpoint.save(tmp_path, 2, tensors(2), {"step": 2})
     assert held(tmp_path) == ["step-00000002"]
 
 
 def test_a_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail(1, OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(CheckpointError, match="There is no earlier checkpoint"):
-        saving.save(tmp_path, 2, tensors(2), {})
+        checkpoint.save(tmp_path, 2, tensors(2), {})
     assert held(tmp_path) == []
 
 
 def test_an_error_of_the_tensor_writer_is_a_failed_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="could not be written"):
-        saving.save(tmp_path, 1, {"no/such/folder": {"w": torch.ones(1)}}, {})
+        checkpoint.save(tmp_path, 1, {"no/such/folder": {"w": torch.ones(1)}}, {})
     assert held(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "state").write_text("")
     with pytest.raises(CheckpointError, match="could not be written.*There is no earlier checkpoint"):
-        saving.save(tmp_path, 1, tensors(1), {})
+        checkpoint.save(tmp_path, 1, tensors(1), {})
 
 
 def test_no_file_stays_open(tmp_path):
-    saving.save(tmp_path, 1, tensors(1), {})
+    checkpoint.save(tmp_path, 1, tensors(1), {})
     before = len(os.listdir("/proc/self/fd"))
-    saving.save(tmp_path, 2, tensors(2), {})
+    checkpoint.save(tmp_path, 2, tensors(2), {})
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -120,29 +120,29 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("at", range(1, 6))
 def test_a_kill_anywhere_leaves_a_whole_checkpoint(tmp_path, monkeypatch, at):
-    saving.save(tmp_path, 1, tensors(1), {"step": 1})
+    checkpoint.save(tmp_path, 1, tensors(1), {"step": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail(at, Killed()))
         with pytest.raises(Killed):
-            saving.save(tmp_path, 2, tensors(2), {"step": 2})
+            checkpoint.save(tmp_path, 2, tensors(2), {"step": 2})
     newest = checkpoint.complete(tmp_path)[-1]
     found, state = checkpoint.read(newest)
     assert state["step"] == found["model"]["w"][0, 0] == (2 if at == 5 else 1)
-    saving.save(tmp_path, 3, tensors(3), {"step": 3})
+    checkpoint.save(tmp_path, 3, tensors(3), {"step": 3})
     assert held(tmp_path) == ["step-00000003"]
 
 
 def test_a_kill_while_the_old_one_is_removed(tmp_path, monkeypatch):
-    saving.save(tmp_path, 1, tensors(1), {})
+    checkpoint.save(tmp_path, 1, tensors(1), {})
     def rmtree(path):
         (path / "state.json").unlink()
         raise Killed
     with monkeypatch.context() as patch:
-        patch.setattr(saving.shutil, "rmtree", rmtree)
+        patch.setattr(checkpoint.shutil, "rmtree", rmtree)
         with pytest.raises(Killed):
-            saving.save(tmp_path, 2, tensors(2), {})
+            checkpoint.save(tmp_path, 2, tensors(2), {})
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000002"]
-    saving.save(tmp_path, 3, tensors(3), {})
+    checkpoint.save(tmp_path, 3, tensors(3), {})
     assert held(tmp_path) == ["step-00000003"]
 
 
@@ -150,7 +150,7 @@ def test_a_kill_while_the_old_one_is_removed(tmp_path, monkeypatch):
     lambda folder: (folder / "state.json").unlink(), lambda folder: (folder / "state.json").write_text("{"),
     lambda folder: os.truncate(folder / "model.safetensors", 20)])
 def test_damage_is_named(tmp_path, damage):
-    folder = saving.save(tmp_path, 1, tensors(1), {})
+    folder = checkpoint.save(tmp_path, 1, tensors(1), {})
     damage(folder)
     with pytest.raises(CheckpointError, match="step-00000001 is damaged"):
         checkpoint.read(folder)
