@@ -117,8 +117,7 @@ def open_chat(loaded, wishes):
     if wishes.fast:
         fast = FastDecoder(loaded.model.decoder, static=on_gpu, compiled=on_gpu, rows=decoding.num_beams)
     generator = torch.Generator(wishes.device).manual_seed(wishes.seed)
-    return Chat(loaded.model, loaded.tokenizer, loaded.template, decoding, loaded.image_size, loaded.image_fit, generator,
-                loaded.preprocessing, Workspace(fast))
+    return Chat(loaded, decoding, generator, Workspace(fast))
 
 
 def first_pictures(loaded, wishes):

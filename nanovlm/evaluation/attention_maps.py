@@ -189,10 +189,7 @@ def look(name, loaded, question, pictures, as_text=False, max_new_tokens=None):
     decoding = loaded.decodings["default"]
     if max_new_tokens is not None:
         decoding = dataclasses.replace(decoding, max_new_tokens=max_new_tokens)
-    chat = Chat(
-        loaded.model, loaded.tokenizer, loaded.template, decoding, loaded.image_size, loaded.image_fit,
-        torch.Generator(loaded.model.decoder.embedding.weight.device).manual_seed(0), loaded.preprocessing,
-    )  # fmt: skip
+    chat = Chat(loaded, decoding, torch.Generator(loaded.model.decoder.embedding.weight.device).manual_seed(0))
     answer = "".join(chat.ask(question, pictures))
     said = chat.last
     if not said.answer:

@@ -7,19 +7,14 @@ Describe-first: the model first describes the picture, then answers in that hist
 it to follow an instruction it was never trained for. Lynx, arXiv:2307.02469, Sec. 2.3 and 3.2.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 
-from nanovlm.generation import sampler
-from nanovlm.data.batching import pixels_of
-from nanovlm.data.images import CLIP
 from nanovlm.data.records import Turn, Visual
-from nanovlm.data.templates import Row, end_ids, prompt, write
+from nanovlm.data.templates import Row
+from nanovlm.generation.answer import DESCRIBE, PromptTooLong, make_prompt, stream
 from nanovlm.generation.prefill import Workspace
-
-DESCRIBE = "describe the image."
 
 
 @dataclass(frozen=True)
@@ -39,30 +34,25 @@ class Chat:
     """A conversation with a model.
 
     Args:
-      model: vlm.VLM. tokenizer: Tokenizer. template: templates.Template.
+      assistant: answer.Assistant or recipes.Loaded.
       decoding: sampler.Decoding; without eos_ids, what ends a reply in this form does (templates.end_ids).
-      image_size, fit, preprocessing: as in images.to_pixels.
       generator: as in sampler.generate, for one row.
       workspace: as in sampler.generate; pictures are encoded when they are first shown, and not again for later answers.
 
     Attributes:
-      turns: list of Turn, the history as the model will see it.
+      turns: list of Turn, the history as the model will see it. visuals: list of records.Visual shown in it.
       forgotten: int, exchanges dropped since the context was full.
       last: Exchange of the latest answer; None before the first.
     """
 
-    def __init__(
-        self, model, tokenizer, template, decoding, image_size, fit="crop", generator=None, preprocessing=CLIP, workspace=None
-    ):
+    def __init__(self, assistant, decoding, generator=None, workspace=None):
+        self.assistant, self.decoding, self.generator = assistant, decoding, generator
         self.workspace = Workspace() if workspace is None else workspace
-        self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.decoding, self.generator = decoding, generator
-        self.image_size, self.fit, self.preprocessing = image_size, fit, preprocessing
         self.reset()
 
     def reset(self):
         """Forget everything said and shown."""
-        self.turns, self.pictures, self.forgotten, self.last = [], [], 0, None
+        self.turns, self.visuals, self.pixels, self.forgotten, self.last = [], [], {}, 0, None
         self.workspace.pictures.clear()
 
     def ask(self, question, pictures=(), decoding=None):
@@ -79,23 +69,24 @@ class Chat:
         """
         if not question.strip():
             raise ValueError("the question is empty")
-        decoding = self.decoding if decoding is None else decoding
-        if not decoding.eos_ids:
-            decoding = dataclasses.replace(decoding, eos_ids=end_ids(self.template, self.tokenizer))
-        clips = [picture if isinstance(picture, tuple) else (picture,) for picture in pictures]
-        visuals = [Visual("shown in a chat", frames) for frames in clips]
-        new = [pixels_of([visual], self.image_size, self.fit, self.preprocessing) for visual in visuals]
-        asked = Turn("user", (*range(len(self.pictures), len(self.pictures) + len(new)), question))
-        shown = self.pictures + new
-        turns, row = self._fit([*self.turns, asked], shown, decoding.max_new_tokens)
-        visual_inputs = [shown[visual] for visual, _, _ in row.images]
-        if decoding.num_beams > 1:
-            (ids,) = sampler.generate(
-                self.model, [row.ids], decoding, [visual_inputs], self.generator, workspace=self.workspace
-            )
-        else:
-            ids = sampler.stream(self.model, row.ids, decoding, visual_inputs, self.generator, self.workspace)
-        return self._answer(ids, row, turns, shown, visual_inputs)
+        decoding, shown = decoding or self.decoding, list(self.visuals)
+        for picture in pictures:
+            frames = picture if isinstance(picture, tuple) else (picture,)
+            shown.append(Visual(f"shown in a chat, {len(shown)}", frames))
+        turns = [*self.turns, Turn("user", (*range(len(self.visuals), len(shown)), question))]
+        pixels = dict(self.pixels)
+        while True:
+            try:
+                prompt = make_prompt(self.assistant, turns, shown, decoding.max_new_tokens, pixels)
+                break
+            except PromptTooLong:
+                place = next((i for i in range(0, len(turns) - 1, 2) if not has_picture(turns[i])), None)
+                if place is None:
+                    raise
+                turns = turns[:place] + turns[place + 2 :]
+        exchange = Exchange(prompt.row, [], prompt.visual_inputs)
+        pieces = stream(self.assistant, prompt, decoding, exchange.answer, self.generator, self.workspace)
+        return self._remember(pieces, exchange, turns, shown, pixels)
 
     def describe_first(self, question, pictures, decoding, describe=DESCRIBE):
         """Round 0 describes the pictures with its own decoding, then the question is asked in that history.
@@ -106,55 +97,17 @@ class Chat:
         description = "".join(self.ask(describe, pictures, decoding))
         return description, self.ask(question)
 
-    def _fit(self, turns, shown, max_new_tokens):
-        """Drop the oldest exchanges without a picture until prompt and answer fit: (turns, Row)."""
-        counts = [self.model.num_image_tokens(self.image_size, len(pixels)) for pixels in shown]
-        context = self.model.decoder.config.context_length
-        while True:
-            row = write(prompt(turns, self.template), self.tokenizer, counts)
-            if len(row.ids) + max_new_tokens <= context:
-                return turns, row
-            place = next((i for i in range(0, len(turns) - 1, 2) if not has_picture(turns[i])), None)
-            if place is None:
-                raise ValueError(
-                    f"the question and the turns with pictures need {len(row.ids)} tokens and the answer up to "
-                    f"{max_new_tokens}, but the context has {context}: ask something shorter, lower max_new_tokens, "
-                    "or begin anew"
-                )
-            turns = turns[:place] + turns[place + 2 :]
-
-    def _answer(self, ids, row, turns, shown, visual_inputs):
-        """Turn ids into pieces of text, then remember the exchange."""
-        answer, pieces, decoder = [], [], self.tokenizer.stream()
-        for piece in without_prefix(decoded(ids, answer, decoder), self.template.answer_prefix):
-            pieces.append(piece)
+    def _remember(self, pieces, exchange, turns, shown, pixels):
+        """The same pieces; behind the last one, the exchange enters the history."""
+        text = ""
+        for piece in pieces:
+            text += piece
             yield piece
         self.forgotten += len(self.turns) // 2 - len(turns) // 2
-        self.turns = [*turns, Turn("assistant", ("".join(pieces),))]
-        self.pictures, self.last = shown, Exchange(row, answer, visual_inputs)
+        self.turns = [*turns, Turn("assistant", (text,))]
+        self.visuals, self.pixels, self.last = shown, pixels, exchange
 
 
 def has_picture(turn):
     """Whether a visual input stands in a turn."""
     return any(not isinstance(part, str) for part in turn.parts)
-
-
-def decoded(ids, answer, decoder):
-    """Text of ids as they come, which are also appended to `answer`; decoder: tokenizer.TextStream."""
-    for token in ids:
-        answer.append(token)
-        yield decoder.push(token)
-    yield decoder.finish()
-
-
-def without_prefix(pieces, prefix):
-    """The same text without the template's gap before an answer, in pieces that are never empty."""
-    held = ""
-    for piece in pieces:
-        if prefix:
-            held += piece
-            if prefix.startswith(held):  # not yet more than the gap, perhaps
-                continue
-            piece, prefix = held.removeprefix(prefix), ""
-        if piece:
-            yield piece

@@ -10,6 +10,7 @@ from PIL import Image
 
 import tiny_recipe
 from nanovlm.training import update
+from nanovlm.generation.answer import Assistant
 from nanovlm.generation.chat import Chat
 from nanovlm.training.checkpoint import replace_tensors
 from nanovlm.data import images
@@ -75,7 +76,7 @@ def test_a_chat_sees_the_models_pixels():
     tokenizer = train_tokenizer(["what?"], 270)
     model = random_vlm(tokenizer.vocab_size, context_length=60)
     for preprocessing in (images.CLIP, images.SIGLIP):
-        chat = Chat(model, tokenizer, NANO, Decoding(max_new_tokens=2), 8, "pad", preprocessing=preprocessing)
+        chat = Chat(Assistant(model, tokenizer, NANO, 8, "pad", preprocessing), Decoding(max_new_tokens=2))
         list(chat.ask("what?", [PICTURE]))
         assert torch.equal(chat.last.visual_inputs[0], wanted(8, "pad", preprocessing))
 
@@ -89,5 +90,5 @@ def test_a_chat_stops_where_the_template_ends_a_reply():
     bias = torch.zeros(tokenizer.vocab_size)
     bias[tokenizer.special_id("<|im_end|>")] = 1e4
     model.decoder.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
-    chat = Chat(model, tokenizer, CHATML, Decoding(max_new_tokens=5), 8)
+    chat = Chat(Assistant(model, tokenizer, CHATML, 8), Decoding(max_new_tokens=5))
     assert "".join(chat.ask("what?")) == "" and chat.last.answer == []

@@ -1,11 +1,11 @@
 import dataclasses
 
 import pytest
-import torch
 from PIL import Image
 
 from nanovlm.generation import sampler
-from nanovlm.generation.chat import Chat, DESCRIBE
+from nanovlm.generation.answer import DESCRIBE, Assistant, PromptTooLong
+from nanovlm.generation.chat import Chat
 from nanovlm.data.records import Turn
 from nanovlm.data.templates import NANO, Template
 from nanovlm.data.tokenizer import train_tokenizer
@@ -29,8 +29,7 @@ def model(tokenizer):
 
 
 def chat_with(model, tokenizer, template=NANO, **options):
-    options = {"max_new_tokens": 6} | options
-    return Chat(model, tokenizer, template, Decoding(**options), image_size=8)
+    return Chat(Assistant(model, tokenizer, template, 8), Decoding(**{"max_new_tokens": 6} | options))
 
 
 @pytest.fixture
@@ -69,7 +68,7 @@ def test_history_grows_by_whole_exchanges(model, tokenizer, script):
     answers, calls = script
     answers += [" a red circle", "blue", " no"]
     generator = object()
-    chat = Chat(model, tokenizer, NANO, Decoding(max_new_tokens=6, eos_ids=(3,)), 8, generator=generator)
+    chat = Chat(Assistant(model, tokenizer, NANO, 8), Decoding(max_new_tokens=6, eos_ids=(3,)), generator)
     assert chat.last is None
     assert "".join(chat.ask("What is it?", [RED])) == "a red circle"
     assert "".join(chat.ask("Color?")) == "blue"
@@ -92,7 +91,7 @@ def test_history_grows_by_whole_exchanges(model, tokenizer, script):
     assert all(call[1].eos_ids == (3,) and call[3] is generator for call in calls)
     assert chat.forgotten == 0
     chat.reset()
-    assert chat.turns == [] and chat.pictures == [] and chat.last is None
+    assert chat.turns == [] and chat.visuals == [] and not chat.pixels and chat.last is None
 
 
 def test_pictures_stand_where_the_template_puts_them(model, tokenizer, script):
@@ -151,10 +150,10 @@ def test_pictures_that_do_not_fit_are_an_error_and_change_nothing(model, tokeniz
     chat = chat_with(model, tokenizer)
     list(chat.ask("one?", [RED]))
     turns = list(chat.turns)
-    with pytest.raises(ValueError, match=r"need \d+ tokens and the answer up to 6, but the context has 60"):
+    with pytest.raises(PromptTooLong, match="the context has 60"):
         chat.ask("two?", [RED] * 12)
-    assert chat.turns == turns and len(chat.pictures) == 1 and len(calls) == 1
-    with pytest.raises(ValueError, match="the context has 60"):
+    assert chat.turns == turns and len(chat.visuals) == len(chat.pixels) == 1 and len(calls) == 1
+    with pytest.raises(PromptTooLong, match="the context has 60"):
         chat.ask("one?", decoding=Decoding(max_new_tokens=60))
 
 
@@ -164,7 +163,7 @@ def test_an_exchange_is_remembered_only_when_it_is_complete(model, tokenizer, sc
     chat = chat_with(model, tokenizer)
     pieces = chat.ask("one?", [RED])
     next(pieces)
-    assert chat.turns == [] and chat.pictures == []
+    assert chat.turns == [] and chat.visuals == []
     pieces.close()
     assert chat.turns == [] and chat.last is None
     assert "".join(chat.ask("two?")) == "blue"
@@ -190,16 +189,16 @@ def test_text_streams_as_it_is_made_without_the_gap_before_it(model, tokenizer, 
     ids = tokenizer.encode(" red circle is")
     pieces = list(chat.ask("a"))
     assert 1 < len(pieces) <= len(ids) and "".join(pieces) == "red circle is" and "" not in pieces
-    for want in ("red", "", "", " two", "né"):
+    for want in ("red", "", "", "two", "né"):
         assert "".join(chat.ask("a")) == want
     assert chat.turns[-1].text == "né"
 
 
 def test_a_template_without_gap_and_a_longer_one(model, tokenizer, script):
     answers, _ = script
-    for template, said, want in ((Template(answer_prefix=""), " red", " red"), (Template(answer_prefix="bot"), "both", "h")):
+    for prefix, said, want in (("", " red", "red"), ("bot", "both", "h"), ("bot", "bo", "bo")):
         answers.append(said)
-        assert "".join(chat_with(model, tokenizer, template).ask("a")) == want
+        assert "".join(chat_with(model, tokenizer, Template(answer_prefix=prefix)).ask("a")) == want
 
 
 def test_a_character_that_the_answer_breaks_off_is_given_last(model, tokenizer, monkeypatch):

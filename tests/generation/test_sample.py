@@ -63,7 +63,7 @@ def test_an_answer_without_picture(run, loaded):
     assert done.code == 0 and done.err == ""
     ids = [loaded.tokenizer.bos, *loaded.tokenizer.encode("user: how many?\nbot:")]
     decoding = Decoding(max_new_tokens=5, eos_ids=(loaded.tokenizer.eos,))
-    want = sample.Chat(loaded.model, loaded.tokenizer, NANO, decoding, SIZE)
+    want = sample.Chat(loaded, decoding)
     assert done.out == "".join(want.ask("how many?")) + "\n" and want.last.row.ids == ids
     assert done.calls[0][1] == {"dtype": torch.float32, "device": sample.make_parser().get_default("device")}
 

@@ -1,0 +1,141 @@
+"""A question becomes an answer: turns and pictures become a row, the row is continued, its new ids become text.
+
+Everything that puts questions to a model does it here: the chat, the benchmarks, the questions during training.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from nanovlm.data import templates
+from nanovlm.data.batching import pixels_of
+from nanovlm.data.images import CLIP, Preprocessing
+from nanovlm.data.templates import Row, Template
+from nanovlm.data.tokenizer import Tokenizer
+from nanovlm.generation import sampler
+from nanovlm.vlm import VLM
+
+DESCRIBE = "describe the image."  # asked first where the answer is given in the history of a description
+
+
+@dataclass(frozen=True)
+class Assistant:
+    """A model and all that decides how it is asked. recipes.Loaded has the same fields and serves everywhere as one."""
+
+    model: VLM
+    tokenizer: Tokenizer
+    template: Template
+    image_size: int  # pixels
+    image_fit: str = "crop"  # as in images.to_pixels
+    preprocessing: Preprocessing = CLIP
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as the model reads it. visual_inputs: float32[f, 3, S, S] each, in the order of row.images."""
+
+    row: Row
+    visual_inputs: list[torch.Tensor]
+
+
+class PromptTooLong(ValueError):
+    """A conversation for which the context has no room."""
+
+
+def make_prompt(assistant, turns, visuals, max_new_tokens, pixels=None):
+    """Write a conversation up to where the assistant speaks.
+
+    Args:
+      assistant: Assistant.
+      turns: list of Turn, any history and the user's last. visuals: list of records.Visual that they mention by number.
+      max_new_tokens: room for the answer.
+      pixels: dict Visual.key -> float32[f, 3, S, S], filled here; share one among prompts, and a picture of theirs is read
+        and encoded once.
+    Returns: Prompt.
+    Raises: PromptTooLong; ValueError if the turns are out of order; what reading a picture raises.
+    """
+    model, size, pixels = assistant.model, assistant.image_size, {} if pixels is None else pixels
+    counts = [model.num_image_tokens(size, len(visual.frames)) for visual in visuals]
+    row = templates.write(templates.prompt(turns, assistant.template), assistant.tokenizer, counts)
+    context = model.decoder.config.context_length
+    if len(row.ids) + max_new_tokens > context:
+        raise PromptTooLong(
+            f"the prompt has {len(row.ids)} tokens and the answer up to {max_new_tokens}, but the context has {context}: "
+            "ask something shorter, drop earlier turns or pictures, or lower max_new_tokens"
+        )
+    shown = [visuals[place] for place, _, _ in row.images]
+    for visual in shown:
+        if visual.key not in pixels:
+            pixels[visual.key] = pixels_of([visual], size, assistant.image_fit, assistant.preprocessing)
+    return Prompt(row, [pixels[visual.key] for visual in shown])
+
+
+def reply(assistant, prompts, decoding, generators=None, stop=(), batch_size=None):
+    """Answer prompts: list of str, as `clean` leaves them. Without sampling, equal prompts are run once, short ones first.
+
+    Args:
+      assistant: Assistant. prompts: list of Prompt.
+      decoding: sampler.Decoding of one sequence; without eos_ids, what ends a reply in this form does.
+      generators, batch_size: as in sampler.generate. stop: words before which an answer ends.
+    """
+    model, keys = assistant.model, range(len(prompts))
+    if not decoding.do_sample:
+        keys = [(tuple(prompt.row.ids), tuple(map(id, prompt.visual_inputs))) for prompt in prompts]
+    runs = dict(zip(keys, prompts))
+    if not decoding.do_sample:
+        runs = dict(sorted(runs.items(), key=lambda run: len(run[1].row.ids)))
+    ids, inputs = [run.row.ids for run in runs.values()], [run.visual_inputs for run in runs.values()]
+    found = sampler.generate(model, ids, with_end(assistant, decoding), inputs, generators, batch_size)
+    texts = {key: clean(assistant.tokenizer.decode(new), assistant.template, stop) for key, new in zip(runs, found)}
+    return [texts[key] for key in keys]
+
+
+def stream(assistant, prompt, decoding, said, generator=None, workspace=None):
+    """Answer one prompt as it is made; args as of `reply` and sampler.stream. said: list that receives the new ids.
+
+    Returns: iterator of str, pieces that are never empty; together what `clean` leaves of the whole.
+    """
+    model, decoding, inputs = assistant.model, with_end(assistant, decoding), prompt.visual_inputs
+    if decoding.num_beams > 1:
+        (ids,) = sampler.generate(model, [prompt.row.ids], decoding, [inputs], generator, workspace=workspace)
+    else:
+        ids = sampler.stream(model, prompt.row.ids, decoding, inputs, generator, workspace)
+    return pieces(decoded(ids, assistant.tokenizer.stream(), said), assistant.template)
+
+
+def with_end(assistant, decoding):
+    """A decoding that stops where a reply of this template ends, unless it says itself where."""
+    if decoding.eos_ids:
+        return decoding
+    return dataclasses.replace(decoding, eos_ids=templates.end_ids(assistant.template, assistant.tokenizer))
+
+
+def clean(text, template, stop=()):
+    """The answer in a model's text: without the template's suffix, what follows a stop word, its prefix, blanks around."""
+    text = text.removesuffix(template.answer_suffix)
+    text = text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
+    return text.removeprefix(template.answer_prefix).strip()
+
+
+def decoded(ids, decoder, said):
+    """Text of ids as they come, which are also appended to `said`."""
+    for token in ids:
+        said.append(token)
+        yield decoder.push(token)
+    yield decoder.finish()
+
+
+def pieces(texts, template):
+    """What `clean` makes of the joined texts, piece by piece; what may be the prefix or the suffix waits."""
+    whole, given, suffix = "", 0, template.answer_suffix
+    for text in texts:
+        whole += text
+        waits = next((n for n in range(len(suffix), 0, -1) if whole.endswith(suffix[:n])), 0)
+        sure = whole[: len(whole) - waits]
+        answer = "" if template.answer_prefix.startswith(sure) else clean(sure, template)
+        if answer[given:]:
+            yield answer[given:]
+            given = len(answer)
+    if rest := clean(whole, template)[given:]:
+        yield rest
