@@ -22,14 +22,14 @@
 # %%
 import itertools
 
-import lesson
-import checks
+from support import lesson
+from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-import solutions
+from support import solutions
 import torch
 import torch.nn.functional as F
-from lesson import grouped_bars, show_pictures, show_source
+from support.lesson import grouped_bars, show_pictures, show_source
 
 from nanovlm.training import optimizer
 from nanovlm.contrastive import ContrastiveModel, TextTower

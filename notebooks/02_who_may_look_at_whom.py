@@ -18,13 +18,13 @@
 # believe the drawings: it *measures* who influences whom.
 
 # %%
-import lesson
-import checks
+from support import lesson
+from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-import solutions
+from support import solutions
 import torch
-from lesson import show_source
+from support.lesson import show_source
 
 from nanovlm.attention import Visible, attention, causal, causal_rows, full, prefix, sliding_window
 from nanovlm.cross_attention import latest_picture

@@ -20,15 +20,15 @@
 # every paper begin with a tower that has seen captions before the first question is asked?
 
 # %%
-import lesson
-import ablation_04
-import checks
+from support import lesson
+from ablations import ablation_04
+from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-import solutions
+from support import solutions
 import torch
 from IPython.display import Markdown
-from lesson import show_source
+from support.lesson import show_source
 
 from nanovlm.abstractor import Abstractor, AbstractorLayer
 from nanovlm.data.batching import pixels_of

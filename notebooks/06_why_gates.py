@@ -22,14 +22,14 @@
 import copy
 from dataclasses import replace
 
-import lesson
-import ablation_07
-import checks
+from support import lesson
+from ablations import ablation_07
+from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-import solutions
+from support import solutions
 import torch
-from lesson import show_source
+from support.lesson import show_source
 
 from nanovlm.training import optimizer
 from nanovlm.cross_attention import GatedCrossAttention

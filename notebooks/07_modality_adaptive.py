@@ -21,15 +21,15 @@
 # %%
 import inspect
 
-import lesson
-import ablation_07
-import checks
+from support import lesson
+from ablations import ablation_07
+from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-import solutions
+from support import solutions
 import torch
 from IPython.display import Markdown
-from lesson import show_source
+from support.lesson import show_source
 
 from nanovlm.decoder import DecoderAttention, DecoderLayer
 from nanovlm.modality_adaptive import ModalityAdaptive, route

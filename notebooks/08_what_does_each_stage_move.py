@@ -21,14 +21,14 @@
 # %%
 import copy
 
-import lesson
-import chain_08
-import checks
+from support import lesson
+from support import chain_08
+from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-import solutions
+from support import solutions
 import torch
-from lesson import show_source
+from support.lesson import show_source
 
 from nanovlm.training.diagnostics import Movement
 from nanovlm.training.optimizer import groups

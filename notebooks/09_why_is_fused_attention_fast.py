@@ -24,17 +24,17 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are made: they then run as numpy
 
-import lesson
-import checks
+from support import lesson
+from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-import solutions
+from support import solutions
 import torch
-from lesson import show_source
+from support.lesson import show_source
 
 from nanovlm.attention import causal, causal_rows, reference, sliding_window
 from nanovlm.bench.kernels import BYTES, Case, FLOPS
-from fused_norm import forward_kernel, rms_norm
+from support.fused_norm import forward_kernel, rms_norm
 from nanovlm.flash_attention import flash_attention, seen_by
 from nanovlm.flash_attention import edges, see
 

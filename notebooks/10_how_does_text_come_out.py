@@ -22,12 +22,12 @@
 # %%
 import itertools
 
-import lesson
-import checks
+from support import lesson
+from support import checks
 import matplotlib.pyplot as plt
-import solutions
+from support import solutions
 import torch
-from lesson import show_source
+from support.lesson import show_source
 
 from nanovlm.generation import beam_search, logits_processors, sampler
 from nanovlm.attention import causal_rows

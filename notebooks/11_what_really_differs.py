@@ -22,14 +22,14 @@
 # %%
 import dataclasses
 
-import lesson
-import checks
+from support import lesson
+from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-import solutions
+from support import solutions
 import torch
 from IPython.display import Markdown
-from lesson import show_source
+from support.lesson import show_source
 
 from nanovlm.abstractor import Abstractor
 from nanovlm.data.batching import build_batch

@@ -1,12 +1,10 @@
 """The study of data quality: its table, its sets with controlled defects, and one small run of everything."""
 
-import importlib.util
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from ablations import ablation_vlit
 import torch
 from PIL import Image
 
@@ -14,16 +12,11 @@ from nanovlm.vlit import annotation_files
 from nanovlm.vlit.correctness import facts_of, known, verify
 from nanovlm.vlit.samples import read
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 @pytest.fixture(scope="module")
 def study():
-    sys.path.insert(0, str(NOTEBOOKS))
-    specification = importlib.util.spec_from_file_location("ablation_vlit", NOTEBOOKS / "ablation_vlit.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return ablation_vlit
 
 
 def samples(folder):

@@ -1,16 +1,14 @@
 """The README says what is: its tables are those of the results and of the code, its commands and links work."""
 
-import ast
-import importlib.util
 import json
 import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import figures, readme_tables as tables, results
 from PIL import Image
 
 import sample
@@ -32,23 +30,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAX_BYTES = 200_000
 
 
-def load(name):
-    """A module of the notebooks' folder; the folder is no package."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that results finds this very readme_tables
-    spec.loader.exec_module(module)
-    return module
-
-
-tables = load("readme_tables")
-results, figures = load("results"), load("figures")
 
 
 # ---- the README
 
 def test_its_tables_are_made_from_the_files():
-    """To mend it: python notebooks/results.py readme"""
+    """To mend it: python notebooks/support/results.py readme"""
     assert tables.fill(README) == README
 
 

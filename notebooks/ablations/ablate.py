@@ -11,9 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import ablation_report
-from ablation_runs import AblationError, run
-from ablations import ABLATIONS
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+
+from ablations import ablation_report
+from ablations.ablation_runs import AblationError, run
+from ablations.variants import ABLATIONS
 from nanovlm.names import nearest
 from nanovlm.machine import ROOT
 

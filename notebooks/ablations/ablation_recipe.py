@@ -17,7 +17,7 @@ from nanovlm.data.scene_questions import SceneTexts
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
-from ablation_exam import PICTURE_KINDS, finish, in_wordings
+from ablations.ablation_exam import PICTURE_KINDS, finish, in_wordings
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.recipes.recipe import Recipe
 from nanovlm.generation.sampler import Decoding

@@ -20,14 +20,13 @@ import shlex
 import shutil
 import time
 import zlib
-from pathlib import Path
 
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from nanovlm import machine
 from nanovlm.training import checkpoint
-from ablation_recipe import RECIPE
+from ablations.ablation_recipe import RECIPE
 from nanovlm.training.start import build_models, choose_stages
 from nanovlm.training.stages import Stage
 from nanovlm.published.weights import SINGLE

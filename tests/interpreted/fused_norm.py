@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import fused_norm as module
+from support import fused_norm as module
 from nanovlm.decoder import RMSNorm
-from fused_norm import rms_norm
+from support.fused_norm import rms_norm
 
 assert module.INTERPRETED
 

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nanovlm.training.checkpoint import replace_tensors
-import ablate, ablation_exam, ablation_recipe, ablation_report, ablation_runs
-from ablation_recipe import RECIPE
-from ablation_runs import AblationError
-from ablations import ABLATIONS, Ablation, Variant
+from ablations import ablate, ablation_exam, ablation_recipe, ablation_report, ablation_runs
+from ablations.ablation_recipe import RECIPE
+from ablations.ablation_runs import AblationError
+from ablations.variants import ABLATIONS, Ablation, Variant
 from nanovlm.evaluation.protocols import Answer
 from nanovlm.training.start import add_lora, build_models, check_stages, choose_stages
 from nanovlm.vlm import Batch
@@ -95,7 +95,7 @@ def test_starts_are_trained_once_per_seed_and_equal_variants_once(tmp_path):
     assert names == "variant,seed,pictures,text before,text,text beside a picture,parameters,cpu_seconds"
     assert [row.split(",")[:6] for row in rows][-2:] == [["c", "0", "0.25", "0.75", "0.25", "0.25"], ["c", "1", "0.25", "0.75", "0.25", "0.25"]]
     assert float(rows[0].split(",")[-1]) < 900  # the run's own, not those of the whole process
-    assert head.startswith("# python -m nanovlm.evaluation ablate small --seeds 0,1; commit ") and str(date.today()) in head
+    assert head.startswith("# python notebooks/ablations/ablate.py small --seeds 0,1; commit ") and str(date.today()) in head
 
 
 def test_a_stopped_ablation_trains_only_what_is_missing(tmp_path):
@@ -115,7 +115,7 @@ def test_a_stopped_ablation_trains_only_what_is_missing(tmp_path):
     run(tmp_path, {"small": SMALL}, [0, 1], third)
     assert third.calls == []
     head = done["small"].read_text().splitlines()[0]
-    assert head.startswith("# python -m nanovlm.evaluation ablate small --seeds 0,1; commit early; long ago; commit ") and str(date.today()) in head
+    assert head.startswith("# python notebooks/ablations/ablate.py small --seeds 0,1; commit early; long ago; commit ") and str(date.today()) in head
 
 
 def test_a_run_of_other_settings_is_another(tmp_path, monkeypatch):
@@ -239,7 +239,7 @@ def test_a_broken_table_is_named(tmp_path, rows, head, words):
 def test_committed_tables_say_where_they_come_from_and_have_three_seeds(path, tmp_path):
     table = ablation_report.read(path, ABLATIONS[path.stem])
     command, *stamps = re.split("; (?=commit )", table.note)
-    assert re.fullmatch(rf"python -m nanovlm.evaluation ablate {path.stem} --seeds \d+(,\d+)*", command)
+    assert re.fullmatch(rf"python (-m nanovlm.evaluation ablate|notebooks/ablations/ablate.py) {path.stem} --seeds \d+(,\d+)*", command)
     assert stamps and all(re.fullmatch(r"commit [0-9a-f]{10}; .+, \d+ cores; torch [\d.]+\S*; 20\d\d-\d\d-\d\d", one) for one in stamps)
     assert [one.name for one in ABLATIONS[path.stem].variants] == ablation_report.variants(table)
     for row in table.rows:

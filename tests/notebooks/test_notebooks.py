@@ -2,13 +2,11 @@
 
 import ast
 import base64
-import importlib.util
 import io
 import json
 import math
 import os
 import re
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,9 @@ import nbclient
 import nbformat
 import pytest
 import torch
+from ablations import ablation_04, ablation_07 as ablation
 from PIL import Image
+from support import build, chain_08, checks, solutions
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
@@ -29,18 +29,6 @@ LESSONS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 every_lesson = pytest.mark.parametrize("source", LESSONS, ids=lambda path: path.stem)
 
 
-def load(name):
-    """A module of the notebooks' folder; the folder is no package."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-build, checks, solutions, ablation, ablation_04, chain_08 = (
-    load(name) for name in ("build", "checks", "solutions", "ablation_07", "ablation_04", "chain_08")
-)
 
 
 def executed(source):
@@ -88,7 +76,7 @@ def test_the_lessons_are_there():
 def test_cells_equal_the_source(source):
     wanted = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
     found = [(cell.cell_type, cell.source) for cell in executed(source).cells]
-    assert found == wanted, f"run: python notebooks/build.py {source.stem[:2]}"
+    assert found == wanted, f"run: python notebooks/support/build.py {source.stem[:2]}"
 
 
 @every_lesson
@@ -120,7 +108,7 @@ def test_the_code_it_shows_is_the_code_of_today(source):
     for path, code in shown:
         text = (ROOT / path).read_text()
         assert code in text or textwrap.indent(code, "    ") in text, (
-            f"{path} has changed; run: python notebooks/build.py {source.stem[:2]}"
+            f"{path} has changed; run: python notebooks/support/build.py {source.stem[:2]}"
         )
 
 
@@ -531,7 +519,7 @@ def test_a_check_refuses_what_is_no_tensor():
 
 def test_the_table_says_how_it_came_about_and_is_complete():
     note, results = ablation.read()
-    assert note.startswith("python notebooks/ablation_07.py, 20") and "CPU-seconds, seeds 0 to 2" in note
+    assert note.startswith("python notebooks/ablations/ablation_07.py, 20") and "CPU-seconds, seeds 0 to 2" in note
     wanted = [(seed, arm.name) for seed in (0, 1, 2) for arm in ablation.ARMS]
     assert [(result.seed, result.arm) for result in results] == wanted
     assert len({result.text_loss_before for result in results}) == 3  # one language model per seed, in all its arms
@@ -605,7 +593,7 @@ SHORTEST = ablation_04.Settings(tower_steps=1, answer_steps=2, pictures=2, exam=
 
 def test_the_table_of_lesson_04_says_how_it_came_about_and_is_complete():
     note, results = ablation_04.read()
-    assert note.startswith("python notebooks/ablation_04.py, 20") and "CPU-seconds, seeds 0 to 2" in note
+    assert note.startswith("python notebooks/ablations/ablation_04.py, 20") and "CPU-seconds, seeds 0 to 2" in note
     wanted = [(seed, arm) for seed in (0, 1, 2) for arm in ablation_04.ARMS]
     found = [(result.seed, ablation_04.Arm(**{name: getattr(result, name) for name in vars(arm)}))
              for result, (_, arm) in zip(results, wanted)]  # fmt: skip

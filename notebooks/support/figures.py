@@ -1,6 +1,6 @@
 """The README's picture, made from the log of a run: answers about held-out pictures turning from wrong to right.
 
-    python notebooks/figures.py out/nano        writes notebooks/figures/answers_over_time.png
+    python notebooks/support/figures.py out/nano        writes notebooks/figures/answers_over_time.png
 """
 
 import io
@@ -9,14 +9,14 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 from PIL import Image
 
 from nanovlm.recipes.nano_tests import exam_records
 from nanovlm.recipes.nano_tests import answers_over_time, exam_moments, exam_questions
 
-PICTURE = Path(__file__).resolve().parent / "figures" / "answers_over_time.png"
+PICTURE = Path(__file__).resolve().parent.parent / "figures" / "answers_over_time.png"
 MOMENTS = 6  # columns
 
 

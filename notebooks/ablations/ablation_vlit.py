@@ -5,7 +5,7 @@ many steps, but the instructions have controlled defects: wrong answers, one tas
 samples repeated, or all of these; and what `filter` leaves of a larger pool that has them all. Every set is written to
 disk with its pictures and annotations and goes through the same commands as real data.
 
-    python notebooks/ablation_vlit.py        writes notebooks/ablation_vlit.csv and notebooks/ablation_vlit.png
+    python notebooks/ablations/ablation_vlit.py        writes notebooks/ablations/ablation_vlit.csv and notebooks/ablations/ablation_vlit.png
 """
 
 import csv
@@ -20,12 +20,12 @@ from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-import ablation_04
+from ablations import ablation_04
 import numpy
 import torch
-from ablation_04 import (
+from ablations.ablation_04 import (
     IMAGE_SIZE, KINDS, ONE_OBJECT, Arm, blind, examine, exam_records, make_model, make_tokenizer, records, rows, train, write,
 )  # fmt: skip
 
@@ -287,7 +287,7 @@ if __name__ == "__main__":
         results.append(result)
         print(result, flush=True)
         note = (
-            f"python notebooks/ablation_vlit.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
+            f"python notebooks/ablations/ablation_vlit.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
             f"{time.process_time():.0f} CPU-seconds, seeds 0 to {result.seed}"
         )
         write(results, CSV_PATH, note)

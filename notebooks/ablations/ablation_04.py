@@ -8,7 +8,7 @@ questions about pictures of one object. Two tables in one:
 - starts: one bridge; with the tower stage and without, the ViT frozen or training along, and once without the tower
   stage but longer, by as many steps.
 
-    python notebooks/ablation_04.py        writes notebooks/ablation_04.csv
+    python notebooks/ablations/ablation_04.py        writes notebooks/ablations/ablation_04.csv
 """
 
 import functools
@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-import ablation_table
+from ablations import ablation_table
 import torch
-from ablation_table import write
+from ablations.ablation_table import write
 
 from nanovlm.training import optimizer
 from nanovlm.abstractor import Abstractor
@@ -278,6 +278,6 @@ if __name__ == "__main__":
         results.append(result)
         print(result, flush=True)
     write(results, CSV_PATH, (
-        f"python notebooks/ablation_04.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
+        f"python notebooks/ablations/ablation_04.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
         f"{time.process_time():.0f} CPU-seconds, seeds 0 to 2"
     ))  # fmt: skip

@@ -4,7 +4,7 @@ A small decoder first learns to answer questions about scenes told in words. The
 pictures alone, with no text beside them, and its words are examined again. Keys, values and norms are either shared by
 both modalities or kept separate; what trains is either these alone, or the whole decoder.
 
-    python notebooks/ablation_07.py        writes notebooks/ablation_07.csv
+    python notebooks/ablations/ablation_07.py        writes notebooks/ablations/ablation_07.csv
 """
 
 import platform
@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-import ablation_table
+from ablations import ablation_table
 import torch
 import torch.nn.functional as F
-from ablation_table import write
+from ablations.ablation_table import write
 
 from nanovlm.training import optimizer
 from nanovlm.data.batching import build_batch
@@ -229,6 +229,6 @@ if __name__ == "__main__":
         results.append(result)
         print(result, flush=True)
     write(results, CSV_PATH, (
-        f"python notebooks/ablation_07.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
+        f"python notebooks/ablations/ablation_07.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
         f"{time.process_time():.0f} CPU-seconds, seeds 0 to 2"
     ))  # fmt: skip

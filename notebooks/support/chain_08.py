@@ -13,12 +13,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-import ablation_04
+from ablations import ablation_04
 import torch
 import torch.nn.functional as F
-from ablation_04 import KINDS, NUM_HEADS, WIDTH, captions, records, train
+from ablations.ablation_04 import KINDS, NUM_HEADS, WIDTH, captions, records, train
 
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import build_batch, contrastive_batch

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown, display
 
-ROOT = Path(__file__).resolve().parent.parent  # the folder that holds nanovlm/
+ROOT = Path(__file__).resolve().parents[2]  # the folder that holds nanovlm/
 sys.path.insert(0, str(ROOT))
 
 TEXT_COLOR, VISION_COLOR, GREY = "#3f6fb0", "#e07b39", "#9a9a9a"

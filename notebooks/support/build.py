@@ -1,4 +1,4 @@
-"""Run lessons and keep what they show: python notebooks/build.py [01 …] writes NN_name.ipynb beside NN_name.py.
+"""Run lessons and keep what they show: python notebooks/support/build.py [01 …] writes NN_name.ipynb beside NN_name.py.
 
 Without a number all lessons run. A lesson runs in its own process, on one core, in this folder.
 """
@@ -15,7 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent.parent  # the lessons
 CELL_SECONDS = 3600  # a cell that takes longer hangs, even on a busy machine
 
 

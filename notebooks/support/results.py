@@ -1,7 +1,7 @@
 """Results of finished runs as files, and the README's tables, which are made from these files and from the code.
 
-    python notebooks/results.py collect nano out/seed0 out/seed1 out/seed2    writes notebooks/results/nano.json
-    python notebooks/results.py readme                                        rewrites the tables in README.md
+    python notebooks/support/results.py collect nano out/seed0 out/seed1 out/seed2    writes notebooks/results/nano.json
+    python notebooks/support/results.py readme                                        rewrites the tables in README.md
 
 Collect where the runs were trained, before the code changes: machine and commit are written down with the numbers. What
 the tables are made of stands in readme_tables.py.
@@ -15,11 +15,11 @@ import sys
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import torch
-from readme_tables import RESULTS, TESTS, fill
+from support.readme_tables import RESULTS, TESTS, fill
 
 from nanovlm.machine import commit, machine
 from nanovlm.recipes import find

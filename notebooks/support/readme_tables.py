@@ -1,10 +1,9 @@
 """The README's tables, made from the results of runs, from the recipe and from the code, so that none of them can be wrong.
 
 In the README, what stands between `<!-- BLOCK:NAMES -->` and `<!-- end -->` is made here; BLOCKS lists the kinds of block.
-To make all of them anew: python notebooks/results.py readme
+To make all of them anew: python notebooks/support/results.py readme
 """
 
-import ast
 import functools
 import json
 import re
@@ -18,7 +17,7 @@ from nanovlm.names import nearest
 from nanovlm.recipes import find
 from nanovlm.recipes import table as models
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results"
 TESTS = NAMES | {BLANK: "easy-VQA over grey pictures"}
 OBJECTIVES = {"contrastive": "pictures against captions", "language": "the next token"}
@@ -127,7 +126,7 @@ def read(name):
     """The content of a results file."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such results; make them with: python notebooks/results.py collect {name} FOLDER …")
+        raise FileNotFoundError(f"{path}: no such results; make them with: python notebooks/support/results.py collect {name} FOLDER …")
     return json.loads(path.read_text())
 
 

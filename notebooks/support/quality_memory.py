@@ -1,8 +1,8 @@
 """How much memory and time `quality` and `filter` take on many records: a synthetic file, measured in a process of its
 own.
 
-python notebooks/quality_memory.py quality 1000000
-python notebooks/quality_memory.py filter 100000
+python notebooks/support/quality_memory.py quality 1000000
+python notebooks/support/quality_memory.py filter 100000
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 THINGS = "dog cat car bus person bicycle chair table cup bird kite pizza horse clock".split()
 COLORS = "red blue green white black brown".split()
 
