@@ -16,7 +16,6 @@ import itertools
 import math
 import re
 import string
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,15 @@ from PIL import Image, ImageOps
 from nanovlm.attention import Visible
 from nanovlm.cross_attention import Media
 from nanovlm.data import images
-from nanovlm.data.batching import pixels_of, prompt_row
 from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.data.records import Turn, Visual
-from nanovlm.data.templates import end_ids, prompt
+from nanovlm.data.templates import prompt
 from nanovlm.data.video import Clip
 from nanovlm.evaluation.items import Encoded
 from nanovlm.evaluation.vqa_accuracy import vqa_accuracy
-from nanovlm.generation.chat import DESCRIBE
+from nanovlm.generation.answer import Assistant, DESCRIBE, make_prompt, reply
 from nanovlm.generation.prefill import encode, Rows
-from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.generation.sampler import Decoding
 
 
 SCORES = {  # name -> function (prediction str, answers) -> float between 0 and 1
@@ -215,12 +213,9 @@ class Speaker:
     def __init__(self, loaded, decoding, describe=None, shots=(), num_frames=4, seed=0, border=0, kind_shots=None):
         if decoding.num_return_sequences > 1:
             raise ValueError("one answer per question is measured; use num_return_sequences=1")
-        ends = end_ids(loaded.template, loaded.tokenizer)
         self.loaded, self.num_frames, self.seed, self.border = loaded, num_frames, seed, border
         self.shots, self.kind_shots = tuple(shots), kind_shots or {}
-        self.decoding, self.describe = (
-            one and (one if one.eos_ids else dataclasses.replace(one, eos_ids=ends)) for one in (decoding, describe)
-        )
+        self.decoding, self.describe = decoding, describe
 
     def replies(self, asked):
         """Answers: list of Asked -> list of str, without the template's end."""
@@ -241,27 +236,21 @@ class Speaker:
         Returns: per question a list of (sum, mean) float, see choice.score_choices.
         """
         before = self._descriptions(asked)
-        rows, inputs = self._rows(asked, before, 0)
+        prompts = self._prompts(asked, before, 0)
         template, tokenizer = self.loaded.template, self.loaded.tokenizer
         ids = []
         for one, said, several in zip(asked, before, options):
             last = prompt(self._conversation(one, said)[0], template)[-1]
             continues = last.visual is None and last.special is None
             ids.append([tokenizer.encode(template.answer_prefix + option, continues=continues) for option in several])
+        rows, inputs = [one.row.ids for one in prompts], [one.visual_inputs for one in prompts]
         return score_choices(self.loaded.model, rows, ids, inputs)
 
     def _reply(self, asked, before, decoding):
         if not asked:
             return []
-        rows, inputs = self._rows(asked, before, decoding.max_new_tokens)
-        generators = None
-        if decoding.do_sample:
-            device = self.loaded.model.decoder.embedding.weight.device
-            seeds = [zlib.crc32(f"{self.seed}/{one.id}".encode()) for one in asked]
-            generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        found = generate(self.loaded.model, rows, decoding, inputs, generators)
-        ending = self.loaded.template.answer_suffix
-        return [self.loaded.tokenizer.decode(ids).removesuffix(ending).strip() for ids in found]
+        prompts = self._prompts(asked, before, decoding.max_new_tokens)
+        return reply(self.loaded, prompts, decoding, [f"{self.seed}/{one.id}" for one in asked])
 
     def _conversation(self, asked, before):
         """(turns, media of all of them) of a question behind the shots and what was said before."""
@@ -270,30 +259,22 @@ class Speaker:
             places = range(len(media), len(media) + len(one.media))
             media += [(path, one.is_clip) for path in one.media]
             said = [*(before if answer is None else ()), (one.text, answer)]
-            for number, (text, reply) in enumerate(said):
+            for number, (text, response) in enumerate(said):
                 turns.append(Turn("user", (*(places if number == 0 else ()), text)))
-                turns += [Turn("assistant", (reply,))] if reply is not None else []
+                turns += [Turn("assistant", (response,))] if response is not None else []
         return turns, media
 
-    def _rows(self, asked, before, new_tokens):
-        """Ids of the prompts, and the pictures of each; a picture that several questions share is one tensor."""
-        model, loaded, pixels = self.loaded.model, self.loaded, {}
-        room = model.decoder.config.context_length - new_tokens
-        rows, inputs = [], []
+    def _prompts(self, asked, before, new_tokens):
+        """The questions as the model reads them: list of answer.Prompt; a picture that several share is one tensor."""
+        prompts, pixels = [], {}
         for one, said in zip(asked, before, strict=True):
             turns, media = self._conversation(one, said)
             visuals = [self._visual(path, is_clip) for path, is_clip in media]
-            counts = [model.num_image_tokens(loaded.image_size, len(visual.frames)) for visual in visuals]
             try:
-                row = prompt_row(turns, loaded.template, loaded.tokenizer, counts, room)
+                prompts.append(make_prompt(self.loaded, turns, visuals, new_tokens, pixels))
             except ValueError as error:
                 raise ValueError(f"question {one.id!r}: {error}") from error
-            for visual in visuals:
-                if visual.key not in pixels:
-                    pixels[visual.key] = pixels_of([visual], loaded.image_size, loaded.image_fit, loaded.preprocessing)
-            rows.append(row.ids)
-            inputs.append([pixels[visuals[image[0]].key] for image in row.images])
-        return rows, inputs
+        return prompts
 
     def _visual(self, source, is_clip):
         key = str(source) if isinstance(source, Path) else f"{id(source)}"
@@ -473,10 +454,9 @@ class Examiner:
 
     def answers(self, model, records, blank=False, progress=None):
         """`answer_questions` with these settings: list of Answer."""
-        decoding = Decoding(max_new_tokens=self.max_new_tokens, eos_ids=end_ids(self.template, self.tokenizer))
         return answer_questions(
-            model, records, self.tokenizer, self.template, model.vision.image_size, self.image_fit, decoding,
-            self.batch_size, blank, progress, self.preprocessing,
+            model, records, self.tokenizer, self.template, model.vision.image_size, self.image_fit,
+            Decoding(max_new_tokens=self.max_new_tokens), self.batch_size, blank, progress, self.preprocessing,
         )  # fmt: skip
 
 
@@ -503,24 +483,14 @@ def answer_questions(
     """
     if decoding.do_sample or decoding.num_return_sequences > 1:
         raise ValueError("answers are measured once and without chance; use do_sample=False and num_return_sequences=1")
-    room = model.decoder.config.context_length - decoding.max_new_tokens
+    assistant = Assistant(model, tokenizer, template, image_size, image_fit, preprocessing)
     asked = ((record, number) for record in records for number in range(len(record.conversations)))
     answers = []
     while chunk := list(itertools.islice(asked, CHUNK * batch_size)):
-        prompts, pixels = [], {}  # (ids, keys of the pictures in order of appearance), and key -> picture
-        for record, number in chunk:
-            visuals = [_grey(visual, image_size) if blank else visual for visual in record.visuals]
-            counts = [model.num_image_tokens(image_size, len(visual.frames)) for visual in visuals]
-            row = _row(record, number, template, tokenizer, counts, room)
-            shown = [visuals[image[0]] for image in row.images]
-            prompts.append((tuple(row.ids), tuple(visual.key for visual in shown)))
-            for visual in shown:
-                if visual.key not in pixels:
-                    pixels[visual.key] = pixels_of([visual], image_size, image_fit, preprocessing)
-        replies = _replies(model, prompts, pixels, decoding, batch_size)
-        for (record, number), prompt in zip(chunk, prompts):
-            text = tokenizer.decode(replies[prompt]).removesuffix(template.answer_suffix).strip()
-            answers.append(_answer(record, number, text))
+        pixels = {}
+        prompts = [_prompt(assistant, record, number, decoding, pixels, blank) for record, number in chunk]
+        texts = reply(assistant, prompts, decoding, batch_size=batch_size)
+        answers += [_answer(record, number, text) for (record, number), text in zip(chunk, texts)]
         if progress is not None:
             progress(len(chunk))
     return answers
@@ -532,23 +502,17 @@ def _grey(visual, image_size):
     return Visual(f"blank/{len(visual.frames)}", (frame,) * len(visual.frames))
 
 
-def _row(record, number, template, tokenizer, num_image_tokens, room):
-    """The prompt of a conversation: templates.Row."""
+def _prompt(assistant, record, number, decoding, pixels, blank):
+    """The last question of a conversation: answer.Prompt."""
     where = f"record {record.id!r}, conversation {number}"
     conversation = record.conversations[number]
     if len(conversation) < 2:
         raise ValueError(f"{where} has no question; it needs a user turn and the true answer after it")
+    visuals = [_grey(visual, assistant.image_size) if blank else visual for visual in record.visuals]
     try:
-        return prompt_row(conversation[:-1], template, tokenizer, num_image_tokens, room)
+        return make_prompt(assistant, conversation[:-1], visuals, decoding.max_new_tokens, pixels)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _replies(model, prompts, pixels, decoding, batch_size):
-    """Each different prompt run once, short ones first: {prompt: list of new ids}."""
-    order = sorted(dict.fromkeys(prompts), key=lambda prompt: len(prompt[0]))  # a set has another order in every run
-    inputs = [[pixels[key] for key in keys] for _, keys in order]
-    return dict(zip(order, generate(model, [list(ids) for ids, _ in order], decoding, inputs, batch_size=batch_size)))
 
 
 def _answer(record, number, text):

@@ -4,6 +4,7 @@ Everything that puts questions to a model does it here: the chat, the benchmarks
 """
 
 import dataclasses
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -71,20 +72,24 @@ def make_prompt(assistant, turns, visuals, max_new_tokens, pixels=None):
     return Prompt(row, [pixels[visual.key] for visual in shown])
 
 
-def reply(assistant, prompts, decoding, generators=None, stop=(), batch_size=None):
+def reply(assistant, prompts, decoding, seeds=None, stop=(), batch_size=None):
     """Answer prompts: list of str, as `clean` leaves them. Without sampling, equal prompts are run once, short ones first.
 
     Args:
       assistant: Assistant. prompts: list of Prompt.
       decoding: sampler.Decoding of one sequence; without eos_ids, what ends a reply in this form does.
-      generators, batch_size: as in sampler.generate. stop: words before which an answer ends.
+      seeds: list of str, one per prompt, each of which alone decides its random numbers; None = torch's generator.
+      stop: words before which an answer ends. batch_size: as in sampler.generate.
     """
-    model, keys = assistant.model, range(len(prompts))
-    if not decoding.do_sample:
+    model, generators = assistant.model, None
+    if decoding.do_sample:
+        keys, runs = range(len(prompts)), dict(enumerate(prompts))
+        if seeds is not None:
+            device, numbers = model.decoder.embedding.weight.device, [zlib.crc32(seed.encode()) for seed in seeds]
+            generators = [torch.Generator(device).manual_seed(number) for number in numbers]
+    else:
         keys = [(tuple(prompt.row.ids), tuple(map(id, prompt.visual_inputs))) for prompt in prompts]
-    runs = dict(zip(keys, prompts))
-    if not decoding.do_sample:
-        runs = dict(sorted(runs.items(), key=lambda run: len(run[1].row.ids)))
+        runs = dict(sorted(dict(zip(keys, prompts)).items(), key=lambda run: len(run[1].row.ids)))
     ids, inputs = [run.row.ids for run in runs.values()], [run.visual_inputs for run in runs.values()]
     found = sampler.generate(model, ids, with_end(assistant, decoding), inputs, generators, batch_size)
     texts = {key: clean(assistant.tokenizer.decode(new), assistant.template, stop) for key, new in zip(runs, found)}

@@ -310,7 +310,7 @@ def run_shared(decoder, cache, plan, embeddings, modality, pads):
       decoder: decoder.Decoder. cache: empty cache.KeyValueCache of B rows. plan: Plan.
       embeddings: float[B, P, W], left-padded. modality: int[B, P]. pads: list of B int, columns of padding.
     """
-    device, groups, start = embeddings.device, plan_shared.groups, plan_shared.start
+    device, groups, start = embeddings.device, plan.groups, plan.start
     first = [min(rows, key=lambda row: pads[row]) for rows in groups]  # the row whose beginning reaches furthest
     columns = torch.arange(start - min(pads[row] for row in first), device=device)  # M
     index = (columns + torch.tensor([[pads[row]] for row in first], device=device)).clamp(max=embeddings.shape[1] - 1)

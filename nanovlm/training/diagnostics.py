@@ -9,9 +9,9 @@ import zlib
 import torch
 from torch.distributed.tensor import DTensor
 
-from nanovlm.data.batching import build_batch, pixels_of, prompt_row, Report
-from nanovlm.data.templates import end_ids
-from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.data.batching import build_batch, Report
+from nanovlm.generation.answer import Assistant, make_prompt, reply
+from nanovlm.generation.sampler import Decoding
 from nanovlm.training import checkpoint
 from nanovlm.training.cost import make_meter
 from nanovlm.training.progress import plot_curves, say
@@ -163,17 +163,12 @@ def held_out_answers(run, stage, records, max_new_tokens=32):
     Args: run: run.Run. stage: Stage. records: list of Record.
     Returns: list of str, "id: question -> answer (right: truth)".
     """
-    template, lines = run.template_of(stage), []
-    for record in records:
-        turns = record.conversations[0]
-        asked = turns[:-1] if turns[-1].role == "assistant" else turns
-        counts = [run.model.num_image_tokens(stage.image_size, len(visual.frames)) for visual in record.visuals]
-        row = prompt_row(asked, template, run.tokenizer, counts, run.model.decoder.config.context_length - max_new_tokens)
-        pixels = [pixels_of([visual], stage.image_size, stage.image_fit, run.preprocessing) for visual in record.visuals]
-        shown = [pixels[image[0]].to(run.device) for image in row.images]
-        decoding = Decoding(max_new_tokens=max_new_tokens, eos_ids=end_ids(template, run.tokenizer))
-        said = run.tokenizer.decode(generate(run.model, [row.ids], decoding, [shown])[0])
-        question, truth = asked[-1].text if asked else "", turns[-1].text
+    assistant = Assistant(run.model, run.tokenizer, run.template_of(stage), stage.image_size, stage.image_fit, run.preprocessing)
+    asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in (one.conversations[0] for one in records)]
+    prompts = [make_prompt(assistant, turns, one.visuals, max_new_tokens) for turns, one in zip(asked, records)]
+    lines = []
+    for record, turns, said in zip(records, asked, reply(assistant, prompts, Decoding(max_new_tokens=max_new_tokens))):
+        question, truth = turns[-1].text if turns else "", record.conversations[0][-1].text
         lines.append(f"{record.id}: {short(question)} -> {short(said)} (right: {short(truth)})")
     return lines
 

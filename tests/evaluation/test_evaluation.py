@@ -14,9 +14,9 @@ from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.scenes import HELD_OUT
 from nanovlm.data.templates import NANO, end_ids
 from nanovlm.data.tokenizer import train_tokenizer
-from nanovlm.evaluation import protocols
 from nanovlm.recipes import nano_tests
 from nanovlm.evaluation.protocols import Answer, Examiner, answer_questions, exact_match, shares, wilson
+from nanovlm.generation import answer as answering, sampler
 from nanovlm.generation.sampler import Decoding, generate
 
 WORDS = ["user: what color is this? bot: red green blue circle star how many shapes are there? 1 2 yes no"]
@@ -102,11 +102,11 @@ def test_blank_shows_grey_instead_of_every_picture(model):
 def test_prompts_run_once_and_sorted_and_pictures_are_encoded_once(model, monkeypatch):
     runs, frames = [], []
 
-    def recorded(model, prompts, decoding, inputs, batch_size):
+    def recorded(model, prompts, decoding, inputs, generators, batch_size):
         runs.append((prompts, {id(pixels): pixels for one in inputs for pixels in one}, batch_size))
         return generate(model, prompts, decoding, inputs, batch_size=batch_size)
 
-    monkeypatch.setattr(protocols, "generate", recorded)
+    monkeypatch.setattr(sampler, "generate", recorded)
     encode = model.encode
     model.encode = lambda pixels, counts: frames.append(len(pixels)) or encode(pixels, counts)
     answer_questions(model, records(), TOKENIZER, NANO, 8, "crop", DECODING, 3)
@@ -139,7 +139,7 @@ def test_progress_counts_conversations_chunk_by_chunk_and_records_are_read_as_ne
 def test_an_answer_suffix_is_no_part_of_the_answer(model, monkeypatch):
     template = dataclasses.replace(NANO, answer_suffix="!")
     reply = TOKENIZER.encode(" red !")
-    monkeypatch.setattr(protocols, "generate", lambda model, prompts, *_, **__: [reply] * len(prompts))
+    monkeypatch.setattr(sampler, "generate", lambda model, prompts, *_, **__: [reply] * len(prompts))
     (answer,) = answer_questions(model, records()[5:], TOKENIZER, template, 8, "crop", DECODING, 1)
     assert answer.prediction == "red" and answer.right
 
@@ -150,7 +150,7 @@ def test_questions_that_cannot_be_asked_are_named(model):
 
     with pytest.raises(ValueError, match="record 'x', conversation 1 has no question"):
         ask(Record("x", (), (asked("a", "b"), (Turn("assistant", ("only text",)),))))
-    with pytest.raises(ValueError, match="'x', conversation 0: the prompt has 7[0-9] tokens, there is room for 59"):
+    with pytest.raises(ValueError, match="'x', conversation 0: the prompt has 7[0-9] tokens and the answer up to 5"):
         ask(Record("x", (), (asked("z" * 70, "b"),)))
     room = 59 - len(prompt_row(asked("", "b")[:1], NANO, TOKENIZER, [], 59).ids)
     assert len(ask(Record("x", (), (asked("z" * room, "b"),)))) == 1  # the context is full to the last token
@@ -178,15 +178,15 @@ def test_the_examiner_asks_at_the_size_where_the_vision_stands(model):
 
 
 def test_the_examiner_shows_and_writes_as_the_model_was_trained(model, monkeypatch):
-    seen, made = [], protocols.pixels_of
-    monkeypatch.setattr(protocols, "pixels_of", lambda *args: seen.append(args[3]) or made(*args))
+    seen, made = [], answering.pixels_of
+    monkeypatch.setattr(answering, "pixels_of", lambda *args: seen.append(args[3]) or made(*args))
     (record,) = records()[5:]
     plain = Examiner(TOKENIZER, NANO, max_new_tokens=5).answers(model, [record])
     assert Examiner(TOKENIZER, NANO, max_new_tokens=5, preprocessing=SIGLIP).answers(model, [record]) != plain
     assert seen == [CLIP, SIGLIP]
     ends = dataclasses.replace(NANO, end_with_eos=False, answer_suffix="x")  # a reply ends where the form's does
     decodings = []
-    monkeypatch.setattr(protocols, "answer_questions", lambda *args: decodings.append(args[6]))
+    monkeypatch.setattr(sampler, "generate", lambda *args, **_: decodings.append(args[2]) or [[]] * len(args[1]))
     Examiner(TOKENIZER, ends).answers(model, [record])
     assert decodings[0].eos_ids == end_ids(ends, TOKENIZER) and set(decodings[0].eos_ids) > {TOKENIZER.eos}
 

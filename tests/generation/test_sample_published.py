@@ -65,7 +65,7 @@ def test_a_llava_folder_answers_as_transformers_does(llava, files, capsys, monke
                                max_new_tokens=12, do_sample=False, pad_token_id=PAD)  # fmt: skip
     want = made[0, ids.shape[1] :].tolist()
     assert last.answer == want[: len(last.answer)] and len(last.answer) >= 11, "an end token at most is left out"
-    assert out.strip() == asked[0].tokenizer.decode(last.answer).strip()
+    assert out.strip() == asked[0].assistant.tokenizer.decode(last.answer).strip()
     images, prompt, decoding = err.splitlines()
     assert "(1 encoded)" in images and f"({ids.shape[1]} tokens)" in prompt
     assert re.fullmatch(r"decoding +\d+\.\d+ s  \(12 tokens, \d+\.\d tokens/s\)", decoding)
