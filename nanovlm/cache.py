@@ -82,3 +82,15 @@ class KeyValueCache:
         for buffer in self.layers:
             written = buffer[:, :, :, first_column : self.length]
             written[:, rows] = written[:, sources]
+
+
+class KeptKeys:
+    """In place of a cache: remembers every layer's keys and values, with their gradient."""
+
+    def __init__(self):
+        self.layers = []
+
+    def update(self, layer_index, k, v):
+        """Keep k, v float[M, K, N, D] of the next layer and hand them back."""
+        self.layers.append((k, v))
+        return k, v

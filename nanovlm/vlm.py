@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovlm.training import shared_prefix
 from nanovlm.attention import BACKENDS, causal, causal_rows
 from nanovlm.cross_attention import gather_media
-from nanovlm.training.linear_cross_entropy import LARGE_VOCABULARY, linear_cross_entropy
 from nanovlm.modality_adaptive import ModalityAdaptive
 from nanovlm.names import nearest
 
@@ -79,8 +77,6 @@ class VLM(nn.Module):
         self.bridge = bridge
         self.decoder = decoder
         self.media_token = media_token
-        self.share_prefix = True  # False: every row runs its image tokens itself
-        self.chunked_loss = config.vocab_size >= LARGE_VOCABULARY  # whether `loss` never holds all scores at once
 
     def set_backend(self, backend):
         """Choose the attention of every part at once: one of attention.BACKENDS."""
@@ -175,50 +171,40 @@ class VLM(nn.Module):
             return self.embed(ids, image_tokens, shown), None
         return self.embed(ids), self.media(ids, segments, image_tokens, shown, owner)
 
-    def hidden(self, batch, out=None, wanted=None, lean=True):
-        """Hidden states of a batch, for `decoder.logits`.
+    def hidden(self, batch, out=None, image_tokens=None, modality=None, cache=None):
+        """Run a batch's rows through the decoder: float[B, T, W], for `decoder.logits`.
 
-        out: dict for attention maps. wanted: bool[B, T], the positions whose states are returned; None = all.
-        lean: as in `loss`.
-        Returns: float[B, T, W]; of wanted positions float[N, W], row by row.
+        Args:
+          batch: Batch.
+          out: dict; when given, attention maps are left there: out["attention"], a list over layers of float[B, H, T, T],
+            with cross-attention out["cross_attention"], and what the bridge gives.
+          image_tokens: list of M float[num_image_tokens, W], encoded before; None = `encode` the batch's pixels.
+          modality: int[B, T], 0 = text, 1 = vision; None = as the ids say.
+          cache: empty cache.KeyValueCache of B rows, which receives keys and values.
         """
-        image_tokens = []
-        if batch.pixels is not None:
-            image_tokens = self.encode(batch.pixels, batch.frames, out)
-        is_image = batch.ids == IMAGE_TOKEN
-        shown = batch.shown.tolist()
-        can_share = self.share_prefix and out is None and self.media_token is None
-        if can_share and shared_prefix.can_share(batch, is_image):
-            check_counts(is_image, [image_tokens[m] for m in shown])
-            tokens = torch.stack(image_tokens).to(self.decoder.embedding.weight.dtype)
-            return shared_prefix.hidden(self.decoder, batch, tokens, is_image, wanted, lean)
-        embeddings, media = self.place(batch.ids, batch.segments, image_tokens, shown, batch.owner)
-        visible = visible_rows(batch.segments)
-        found = self.decoder(embeddings, batch.positions, visible, is_image.long(), out=out, media=media)
-        return found if wanted is None else found[wanted]
+        if image_tokens is None:
+            image_tokens = [] if batch.pixels is None else self.encode(batch.pixels, batch.frames, out)
+        embeddings, media = self.place(batch.ids, batch.segments, image_tokens, batch.shown.tolist(), batch.owner)
+        modality = (batch.ids == IMAGE_TOKEN).long() if modality is None else modality
+        found = self.decoder(embeddings, batch.positions, visible_rows(batch.segments), modality, cache, out, media)
+        if cache is not None:
+            cache.advance(batch.ids.shape[1])
+        return found
 
     def forward(self, batch, out=None):
         """Scores of the next token everywhere: Batch -> float[B, T, V]."""
         return self.decoder.logits(self.hidden(batch, out))
 
-    def loss(self, batch, lean=True):
+    def loss(self, batch):
         """Cross-entropy of the labelled tokens, each predicted from all before it.
 
-        lean: leave out what the loss does not depend on, so that its parameters get no gradient instead of zeros. False for
-          many processes, each of which has to run every module.
         Returns: (float[] summed in nats, int number of trained tokens): dividing is left to the caller, who knows
           the trained tokens of the whole update.
         """
-        labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)  # token t is predicted at t - 1
+        labels = next_tokens(batch.labels)
         trained = labels != IGNORE
-        hidden = self.hidden(batch, wanted=trained, lean=lean)  # only trained positions meet the vocabulary
-        head = self.decoder.lm_head
-        if self.chunked_loss and (head is None or type(head) is nn.Linear):  # a low-rank update is more than a weight
-            weight, bias = (self.decoder.embedding.weight, None) if head is None else (head.weight, head.bias)
-            return linear_cross_entropy(hidden, weight, labels[trained], bias), int(trained.sum())
-        logits = self.decoder.logits(hidden)
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(exact, labels[trained], reduction="sum"), int(trained.sum())
+        logits = self.decoder.logits(self.hidden(batch)[trained])  # only trained positions meet the vocabulary
+        return cross_entropy(logits, labels[trained]), int(trained.sum())
 
     @torch.no_grad()
     def copy_vision_branch(self):
@@ -241,6 +227,16 @@ class VLM(nn.Module):
     def vision_branches(self):
         """Prefixes of the names of all image copies: tuple of str."""
         return tuple(f"{name}.vision." for name, module in self.named_modules() if isinstance(module, ModalityAdaptive))
+
+
+def next_tokens(labels):
+    """Labels int[B, T] moved to where they are predicted, one place before their token: int[B, T]."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def cross_entropy(logits, labels):
+    """Summed over N tokens in nats, in float32 at least: logits float[N, V], labels int[N] -> float[]."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
 
 def check_counts(is_image, placed):

@@ -30,6 +30,7 @@ from nanovlm.training.cost import GB, stage_memory
 from nanovlm.projector import MLPProjector
 from nanovlm.recipes import RECIPES
 from nanovlm.training.cost import Cost, example_cost
+from nanovlm.training.linear_cross_entropy import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, VLM
@@ -71,7 +72,7 @@ def sides(size, rows, tokens):
     batch = text_batch(rows, tokens, model.decoder.config.vocab_size)
 
     def our_loss():
-        loss, count = model.loss(batch)
+        loss, count = language_loss(model, batch)
         return loss / count
 
     return {
@@ -173,7 +174,7 @@ def measure(name, backend, compiled, device="cuda"):
 
     def step():
         with torch.autocast(device, torch.bfloat16):
-            loss, count = model.loss(batch)
+            loss, count = language_loss(model, batch)
         (loss / count).backward()
         for one in optimizers:
             one.step()

@@ -19,7 +19,6 @@ import torch
 from matplotlib.figure import Figure
 
 from nanovlm import recipes
-from nanovlm.attention import causal_rows
 from nanovlm.data import images
 from nanovlm.data.images import to_square
 from nanovlm.data.scene_questions import parse_scene
@@ -27,7 +26,7 @@ from nanovlm.data.scenes import render
 from nanovlm.generation.chat import Chat
 from nanovlm.names import nearest
 from nanovlm.recipes.nano_tests import readable
-from nanovlm.vlm import IMAGE_TOKEN, VLM
+from nanovlm.vlm import Batch, IMAGE_TOKEN, VLM
 
 
 PANEL, MIN_WIDTH = 2.2, 5.0  # inches: side of one picture; of the figure, so that its title fits
@@ -82,14 +81,11 @@ def answer_attention(model, row, answer, visual_inputs, as_text=False, out=None)
     out = {} if out is None else out
     weight = model.decoder.embedding.weight
     frames = torch.tensor([len(pixels) for pixels in visual_inputs], dtype=torch.long)
-    image_tokens = []
-    if visual_inputs:
-        image_tokens = model.encode(torch.cat(visual_inputs).to(weight.device, weight.dtype), frames, out)
     ids = torch.tensor([row.ids + answer[:-1]], device=weight.device)
-    embeddings = model.embed(ids, image_tokens, range(len(image_tokens)))
-    positions = torch.arange(ids.shape[1], device=weight.device)[None]
-    modality = (ids == IMAGE_TOKEN).long() * (not as_text)
-    model.decoder(embeddings, positions, causal_rows(1, ids.shape[1], weight.device), modality, out=out)
+    positions, shown = torch.arange(ids.shape[1], device=weight.device)[None], torch.arange(len(frames))
+    pixels = torch.cat(visual_inputs).to(weight.device, weight.dtype) if visual_inputs else None
+    batch = Batch(ids, ids, torch.zeros_like(ids), positions, pixels, frames, shown, torch.zeros_like(shown))
+    model.hidden(batch, out, modality=torch.zeros_like(ids) if as_text else None)
     return torch.stack([maps[0, :, len(row.ids) - 1 :] for maps in out["attention"]]).float()
 
 

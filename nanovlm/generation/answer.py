@@ -72,14 +72,14 @@ def make_prompt(assistant, turns, visuals, max_new_tokens, pixels=None):
     return Prompt(row, [pixels[visual.key] for visual in shown])
 
 
-def reply(assistant, prompts, decoding, seeds=None, stop=(), batch_size=None):
+def reply(assistant, prompts, decoding, seeds=None, stop=(), batch_size=None, workspace=None):
     """Answer prompts: list of str, as `clean` leaves them. Without sampling, equal prompts are run once, short ones first.
 
     Args:
       assistant: Assistant. prompts: list of Prompt.
       decoding: sampler.Decoding of one sequence; without eos_ids, what ends a reply in this form does.
       seeds: list of str, one per prompt, each of which alone decides its random numbers; None = torch's generator.
-      stop: words before which an answer ends. batch_size: as in sampler.generate.
+      stop: words before which an answer ends. batch_size, workspace: as in sampler.generate.
     """
     model, generators = assistant.model, None
     if decoding.do_sample:
@@ -91,7 +91,7 @@ def reply(assistant, prompts, decoding, seeds=None, stop=(), batch_size=None):
         keys = [(tuple(prompt.row.ids), tuple(map(id, prompt.visual_inputs))) for prompt in prompts]
         runs = dict(sorted(dict(zip(keys, prompts)).items(), key=lambda run: len(run[1].row.ids)))
     ids, inputs = [run.row.ids for run in runs.values()], [run.visual_inputs for run in runs.values()]
-    found = sampler.generate(model, ids, with_end(assistant, decoding), inputs, generators, batch_size)
+    found = sampler.generate(model, ids, with_end(assistant, decoding), inputs, generators, batch_size, workspace)
     texts = {key: clean(assistant.tokenizer.decode(new), assistant.template, stop) for key, new in zip(runs, found)}
     return [texts[key] for key in keys]
 

@@ -15,8 +15,7 @@ from itertools import takewhile
 import torch
 
 from nanovlm.attention import causal, causal_rows, documents, full, Visible
-from nanovlm.cache import KeyValueCache
-from nanovlm.training.shared_prefix import KeptKeys
+from nanovlm.cache import KeptKeys, KeyValueCache
 from nanovlm.vlm import IMAGE_TOKEN
 
 
@@ -31,12 +30,14 @@ class Workspace:
     """Hand the same one to several calls of `sampler.generate` or `sampler.stream`.
 
     fast: fast_decode.FastDecoder of the model; None = the readable step.
+    share: prompts that begin alike run their beginning once, others side by side; False: padded rows, each whole.
     pictures: {id of a tensor of pixels: (the tensor itself, float[n, W] its image tokens)}, never forgotten here.
     seconds: wall time in each of PARTS, summed over the calls. What the caller does between two tokens does not count.
     num_images, num_prompt_tokens, num_new_tokens: visual inputs encoded, tokens of the prompts, tokens of the answers.
     """
 
     fast: object = None
+    share: bool = True
     pictures: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     num_images: int = 0
@@ -163,13 +164,13 @@ class Rows:
       num_new: new tokens per row so far.
     """
 
-    def __init__(self, model, prompts, image_tokens, shown, max_new_tokens, fast=None):
+    def __init__(self, model, prompts, image_tokens, shown, max_new_tokens, fast=None, share=True):
         """Run the prompts through the decoder.
 
         Args:
           prompts: list of B lists of ids. max_new_tokens: room to keep.
           image_tokens, shown: as in VLM.embed, the appearances prompt by prompt.
-          fast: fast_decode.FastDecoder for the steps; None = `bind`.
+          fast: fast_decode.FastDecoder for the steps; None = `bind`. share: as in Workspace.
         """
         self.model, self.bind = model, bind if fast is None else fast.bind
         self.num_new, self.num_columns = 0, max(map(len, prompts))
@@ -185,7 +186,7 @@ class Rows:
         positions = (torch.arange(self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
         embeddings, media = model.place(ids, segments, image_tokens, shown)
         modality = (ids == IMAGE_TOKEN).long()
-        can_save = media is None and model.share_prefix
+        can_save = media is None and share
         plan = plan_shared(prompts, image_tokens, shown) if can_save else None
         if can_save and plan is None and self.padded:
             last = run_packed(model.decoder, self.cache, prompts, embeddings, modality)

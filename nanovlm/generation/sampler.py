@@ -165,7 +165,7 @@ def prefill(model, prompts, visual_inputs, decoding, workspace):
     places = {key: place for place, key in enumerate(places)}
     shown = [places[id(pixels)] for pixels in inputs]
     with workspace.timed("prompt", device):
-        rows = Rows(model, prompts, image_tokens, shown, decoding.max_new_tokens, workspace.fast)
+        rows = Rows(model, prompts, image_tokens, shown, decoding.max_new_tokens, workspace.fast, workspace.share)
     workspace.num_prompt_tokens += sum(map(len, prompts))
     return rows
 

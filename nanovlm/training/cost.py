@@ -19,7 +19,7 @@ from nanovlm.decoder import Context
 from nanovlm.modality_adaptive import Routing
 from nanovlm.recipes.recipe import Expected
 from nanovlm.training import optimizer
-from nanovlm.training.linear_cross_entropy import linear_cross_entropy, ROWS
+from nanovlm.training.linear_cross_entropy import is_chunked, linear_cross_entropy, ROWS
 from nanovlm.training.processes import all_parts, BLOCK, MODES
 from nanovlm.training.start import add_lora, build_models, check_stages, choose_size, choose_stages, home
 
@@ -292,7 +292,7 @@ def settle_head(cost, model, text_tokens, size):
     """Tell apart what the loss takes per example and what it takes once; size: bytes of a number in a product."""
     head = model.decoder.embedding if model.decoder.lm_head is None else model.decoder.lm_head
     vocab_size, width = head.weight.shape
-    if not model.chunked_loss:
+    if not is_chunked(model):
         cost.kept += 2 * 4 * text_tokens * vocab_size  # gradients of the scores and of their logarithms
         return
     per_number = 4 if size == 4 else 4 + size  # sums in float32, beside what is read or left in bfloat16
@@ -349,10 +349,10 @@ def decode(model, image_tokens, text_tokens):
 
 
 def score(model, hidden, bfloat16):
-    """The loss of `VLM.loss`, from hidden float[T, W]."""
+    """The loss of `language_loss`, from hidden float[T, W]."""
     decoder, labels = model.decoder, torch.empty(len(hidden), dtype=torch.long, device=META)
     head = decoder.embedding if decoder.lm_head is None else decoder.lm_head
-    if model.chunked_loss:
+    if is_chunked(model):
         dtype = torch.bfloat16 if bfloat16 else hidden.dtype
         return linear_cross_entropy(hidden.to(dtype), head.weight.to(dtype), labels)
     return F.cross_entropy(F.linear(hidden, head.weight).float(), labels, reduction="sum")

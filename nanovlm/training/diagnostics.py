@@ -11,9 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from nanovlm.data.batching import build_batch, Report
 from nanovlm.generation.answer import Assistant, make_prompt, reply
+from nanovlm.generation.prefill import Workspace
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training import checkpoint
 from nanovlm.training.cost import make_meter
+from nanovlm.training.linear_cross_entropy import language_loss
 from nanovlm.training.progress import plot_curves, say
 from nanovlm.training.update import Spikes, total_norm
 
@@ -150,7 +152,7 @@ def held_out_losses(run, stage, records):
             chosen = own[start : start + (stage.micro_batch_size or 4)]
             batch = build_batch(chosen, run.template_of(stage), run.tokenizer, run.model.num_image_tokens, stage.image_size,
                                 stage.image_fit, stage.max_tokens, Report(), preprocessing=run.preprocessing)
-            loss, trained = run.model.loss(batch.to(run.device))
+            loss, trained = language_loss(run.model, batch.to(run.device), run.share_prefix)
             total, count = total + loss.item(), count + trained
         if count:
             found[name] = total / count
@@ -166,8 +168,9 @@ def held_out_answers(run, stage, records, max_new_tokens=32):
     assistant = Assistant(run.model, run.tokenizer, run.template_of(stage), stage.image_size, stage.image_fit, run.preprocessing)
     asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in (one.conversations[0] for one in records)]
     prompts = [make_prompt(assistant, turns, one.visuals, max_new_tokens) for turns, one in zip(asked, records)]
+    decoding, workspace = Decoding(max_new_tokens=max_new_tokens), Workspace(share=run.share_prefix)
     lines = []
-    for record, turns, said in zip(records, asked, reply(assistant, prompts, Decoding(max_new_tokens=max_new_tokens))):
+    for record, turns, said in zip(records, asked, reply(assistant, prompts, decoding, workspace=workspace)):
         question, truth = turns[-1].text if turns else "", record.conversations[0][-1].text
         lines.append(f"{record.id}: {short(question)} -> {short(said)} (right: {short(truth)})")
     return lines

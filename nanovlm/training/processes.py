@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.names import nearest
 from nanovlm.published.weights import resized
+from nanovlm.training.linear_cross_entropy import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
 
@@ -296,6 +297,11 @@ class Run:
     keep: int = 1                 # checkpoints that stay
     background: bool = False      # a thread writes the checkpoints
 
+    @property
+    def share_prefix(self):
+        """bool, whether a picture that several rows show runs once; blocks that are wrapped run whole rows."""
+        return not (self.processes.mode == "fsdp" or self.recompute or self.compiled)
+
     def template_of(self, stage):
         """The data.templates.Template that a stage writes its rows with."""
         return self.stage_templates.get(stage.name, self.template)
@@ -319,11 +325,12 @@ class Run:
 
 
 class LanguageStep(nn.Module):
-    """A vision-language model whose forward is its loss; lean: as in `VLM.loss`."""
+    """A vision-language model whose forward is its loss; share, lean: as in `language_loss`."""
 
-    def __init__(self, model, lean=False):
+    def __init__(self, model, share=True, lean=False):
         super().__init__()
         self.model = model
+        self.share = share
         self.lean = lean
 
     def forward(self, batch):
@@ -332,7 +339,7 @@ class LanguageStep(nn.Module):
         Where pictures are shown, what of the bridge only clips use (an embedding per frame) takes part with zero: DDP
         waits for every gradient.
         """
-        loss, trained = self.model.loss(batch, lean=self.lean)
+        loss, trained = language_loss(self.model, batch, self.share, self.lean)
         if batch.pixels is not None:
             loss = loss + 0 * sum(p.sum() for p in self.model.bridge.parameters() if p.requires_grad)
         return loss, trained
@@ -456,7 +463,6 @@ def lay_out(run, stage):
         run.model, run.contrastive = copy.deepcopy(run.skeleton)
     run.model.vision.resize(stage.image_size)  # first: the position table may become a new parameter
     freeze(run.model, run.contrastive, stage)
-    run.model.share_prefix = run.model.share_prefix and not (mode == "fsdp" or run.recompute or run.compiled)
     prepared = run.contrastive if stage.objective == "contrastive" else run.model
     for name, block in prepared.named_modules():
         if BLOCK.fullmatch(name) and "forward" not in vars(block):
@@ -464,7 +470,7 @@ def lay_out(run, stage):
     run.training = None
     if mode == "none":
         return
-    run.training = LanguageStep(prepared) if prepared is run.model else ContrastiveStep(prepared, run.processes)
+    run.training = LanguageStep(prepared, run.share_prefix) if prepared is run.model else ContrastiveStep(prepared, run.processes)
     if mode == "ddp":
         run.training = DistributedDataParallel(run.training)
         run.training.register_comm_hook(None, add_up)

@@ -2,7 +2,7 @@
 
 Where the image stands in front of the text, as in Lynx, a causal decoder computes for it the same keys and values
 whatever is asked behind it. So they are computed once per picture and lent to every row that shows it; with six
-short questions per picture this halves the decoder's work. It is exact: `VLM.hidden` gives the same with and without.
+short questions per picture this halves the decoder's work. It is exact: `VLM.hidden` gives the same.
 
 B rows, T tokens, M visual inputs, N image tokens of each, K key/value heads, D head width, W width
 """
@@ -10,19 +10,9 @@ B rows, T tokens, M visual inputs, N image tokens of each, K key/value heads, D 
 import torch
 
 from nanovlm.attention import Visible, causal_rows
+from nanovlm.cache import KeptKeys
 from nanovlm.modality_adaptive import TEXT, VISION
-
-
-class KeptKeys:
-    """In place of a cache: remembers every layer's keys and values, with their gradient."""
-
-    def __init__(self):
-        self.layers = []
-
-    def update(self, layer_index, k, v):
-        """Keep k, v float[M, K, N, D] of the next layer and hand them back."""
-        self.layers.append((k, v))
-        return k, v
+from nanovlm.vlm import check_counts, IMAGE_TOKEN
 
 
 class LentKeys:
@@ -84,20 +74,35 @@ def two_lengths(lengths):
     return [order] if best == 0 else [order[:best], order[best:]]
 
 
-def hidden(decoder, batch, image_tokens, is_image, wanted=None, lean=True):
+def wanted_states(model, batch, wanted, lean=True):
+    """The states of `VLM.hidden` at wanted positions, with rows that share their pictures where they can.
+
+    Args:
+      model: vlm.VLM. batch: vlm.Batch. wanted: bool[B, T], none of them padding.
+      lean: as in `hidden`.
+    Returns: float[N, W], row by row.
+    """
+    is_image = batch.ids == IMAGE_TOKEN
+    if model.media_token is not None or not can_share(batch, is_image):
+        return model.hidden(batch)[wanted]
+    image_tokens = model.encode(batch.pixels, batch.frames)
+    check_counts(is_image, [image_tokens[m] for m in batch.shown.tolist()])
+    tokens = torch.stack(image_tokens).to(model.decoder.embedding.weight.dtype)
+    return hidden(model.decoder, batch, tokens, is_image, wanted, lean)
+
+
+def hidden(decoder, batch, image_tokens, is_image, wanted, lean=True):
     """Hidden states of rows that share their pictures.
 
     Args:
       decoder: decoder.Decoder. batch: vlm.Batch for which `can_share` holds.
       image_tokens: float[M, N, W]. is_image: bool[B, T].
-      wanted: bool[B, T], positions whose states are returned, none of them padding; None = all.
+      wanted: bool[B, T], positions whose states are returned, none of them padding.
       lean: bool; where no image token is wanted, the last layer computes no more of them than their keys and values.
-    Returns: as the decoder would give for the whole rows: float[B, T, W], zeros at padding; of wanted positions
-      float[N, W], row by row.
+    Returns: float[N, W], as the decoder would give for the whole rows, row by row.
     """
     num_image_tokens, device = image_tokens.shape[1], batch.ids.device
-    everything = torch.ones_like(is_image) if wanted is None else wanted
-    only_text = lean and not bool((everything & is_image).any())
+    only_text = lean and not bool((wanted & is_image).any())
 
     # The pictures, once each, at the positions that they have in any row that shows them.
     row_of = torch.zeros(len(image_tokens), dtype=torch.long, device=device).index_copy(0, batch.shown, batch.owner)
@@ -129,16 +134,13 @@ def hidden(decoder, batch, image_tokens, is_image, wanted=None, lean=True):
             torch.full_like(ids, TEXT),
             cache=LentKeys(kept.layers, picture[rows]),
         )
-        chosen = real & everything[rows].gather(1, column)
+        chosen = real & wanted[rows].gather(1, column)
         states.append(text_hidden[chosen])
         places.append((rows[:, None] * batch.ids.shape[1] + column)[chosen])
     if not only_text:
         place = batch.owner[:, None] * batch.ids.shape[1] + torch.arange(num_image_tokens, device=device)
-        chosen = everything.flatten()[place]
+        chosen = wanted.flatten()[place]
         states.append(image_hidden[batch.shown][chosen])
         places.append(place[chosen])
     states, places = torch.cat(states), torch.cat(places)
-    if wanted is not None:
-        return states[places.argsort()]
-    out = states.new_zeros(batch.ids.numel(), states.shape[-1])
-    return out.index_copy(0, places, states).unflatten(0, batch.ids.shape)
+    return states[places.argsort()]

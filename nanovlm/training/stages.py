@@ -9,13 +9,13 @@ import math
 import types
 import typing
 
+from nanovlm import vlm
 from nanovlm.names import nearest
 
-PARTS = ("vision", "text_tower", "bridge", "embedding", "language_model", "adapters", "cross_attention",
-         "vision_branch", "lora", "lm_head")
+PARTS = (*vlm.PARTS, "text_tower")
 TRAINABLE = {  # objective -> parts that its loss reaches
     "contrastive": ("vision", "text_tower"),
-    "language": tuple(part for part in PARTS if part != "text_tower"),
+    "language": vlm.PARTS,
 }
 WORDS = ("embedding", "language_model", "lm_head")
 TUNES = {  # what instruction tuning trains, by name ("Vision-Language Instruction Tuning: A Review", Sec. 3.1)

@@ -174,7 +174,7 @@ def language_loss(run, stage, batch):
     tokens = int((batch.segments >= 0).sum())
     if run.processes.size > 1 and batch.pixels is None:
         batch = with_blank_picture(batch, run.model, stage.image_size)
-    loss, trained = (run.training or LanguageStep(run.model, lean=True))(batch.to(run.device))
+    loss, trained = (run.training or LanguageStep(run.model, run.share_prefix, lean=True))(batch.to(run.device))
     return loss, trained, tokens
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import tiny_recipe
-from nanovlm.training import update
+from nanovlm.training import processes, update
 from nanovlm.generation.answer import Assistant
 from nanovlm.generation.chat import Chat
 from nanovlm.training.checkpoint import replace_tensors
@@ -43,12 +43,13 @@ def test_batches(preprocessing):
     assert torch.equal(pixels_of(RECORD.visuals, 8, "pad", preprocessing), pixels)
 
 
-def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path):
+def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path, monkeypatch):
     recipe = dataclasses.replace(tiny_recipe.RECIPE, preprocessing=images.SIGLIP, stage_templates={"align": PLAIN})
     run = make_run(recipe, WISHES, tmp_path / "run")
     tower, align = run.stages
     seen = []
-    run.model.loss = lambda batch, lean: seen.append(batch) or (torch.zeros(()), 1)
+    loss = lambda model, batch, share, lean: seen.append(batch) or (torch.zeros(()), 1)
+    monkeypatch.setattr(processes, "language_loss", loss)
     run.contrastive.loss = lambda pixels, ids, lengths, right, looks: seen.append(pixels) or torch.zeros(())
     update.language_loss(run, align, update.language_batch(run, align, [RECORD], Report()))
     update.contrastive_loss(run, tower, update.pairs_batch(run, tower, [RECORD], Report()))
@@ -57,7 +58,6 @@ def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path):
     written = [id for id in seen[0].ids[0].tolist() if id >= 0]
     assert written == [run.tokenizer.bos, *run.tokenizer.encode("red\n")]
     plain = make_run(tiny_recipe.RECIPE, WISHES, tmp_path / "plain")
-    plain.model.loss = run.model.loss
     update.language_loss(plain, align, update.language_batch(plain, align, [RECORD], Report()))
     assert torch.equal(seen[2].pixels, wanted(align.image_size, align.image_fit, images.CLIP))
 

@@ -22,8 +22,7 @@ def test_scores_and_cache_are_those_of_padded_rows():
                 type(model.decoder), "forward", lambda self, x, *a, **k: widths.append(tuple(x.shape[:2])) or forward(self, x, *a, **k)
             )
             packed = Rows(model, prompts, tokens, [0, 1], 3)
-        model.share_prefix = False
-        padded = Rows(model, prompts, tokens, [0, 1], 3)
+        padded = Rows(model, prompts, tokens, [0, 1], 3, share=False)
         assert widths == [(1, sum(lengths))]
         torch.testing.assert_close(packed.logits, padded.logits, atol=1e-5, rtol=1e-4)
         for got, want in zip(packed.cache.layers, padded.cache.layers):

@@ -46,8 +46,7 @@ def test_scores_cache_and_answers_are_those_of_whole_rows(model, number):
                 type(model.decoder), "forward", lambda self, x, *a, **k: widths.append(tuple(x.shape[:2])) or forward(self, x, *a, **k)
             )
             together = Rows(model, prompts, tokens, flat, 3)
-        model.share_prefix = False
-        apart = Rows(model, prompts, tokens, flat, 3)
+        apart = Rows(model, prompts, tokens, flat, 3, share=False)
     assert widths[-1] == (len(prompts), columns) and len(widths) == 2
     assert widths[0][0] < len(prompts) and sum(r * c for r, c in widths) < len(prompts) * max(map(len, prompts))
     torch.testing.assert_close(together.logits, apart.logits, atol=1e-5, rtol=1e-4)
@@ -58,8 +57,7 @@ def test_scores_cache_and_answers_are_those_of_whole_rows(model, number):
             torch.testing.assert_close(got[:, row, :, places], want[:, row, :, places], atol=1e-5, rtol=1e-4)
     pixels = list(torch.randn(2, 1, 3, 8, 8))
     inputs = [[pixels[picture] for picture in one] for one in shown]
-    want = generate(model, prompts, DECODING, inputs)
-    model.share_prefix = True
+    want = generate(model, prompts, DECODING, inputs, workspace=prefill.Workspace(share=False))
     assert generate(model, prompts, DECODING, inputs) == want
 
 

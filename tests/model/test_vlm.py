@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovlm import lora
-from nanovlm.training import shared_prefix
 from nanovlm.attention import causal
 from nanovlm.decoder import LayerOptions
 from nanovlm.projector import LinearProjector
@@ -38,43 +37,6 @@ def mixed_batch():
         frames=[1, 2, 1],
         shown=[1, 0, 0, 2],
         owner=[0, 0, 2, 3],
-    )
-
-
-def repeated_batch():
-    """Pictures in front, several rows about each: what `share_prefix` is for."""
-    return image_batch(
-        ids=[
-            [I, I, I, 4, 5, 6, 0],
-            [7, 8, 9, 0, 0, 0, 0],
-            [I, I, I, 10, 0, 12, 13],
-            [I, I, I, 14, 0, 0, 0],
-            [I, I, I, 15, 16, 0, 0],
-        ],
-        segments=[[0] * 6 + [-1], [0] * 3 + [-1] * 4, [0] * 7, [0] * 4 + [-1] * 3, [0] * 5 + [-1] * 2],
-        labels=[
-            [I, I, I, IGNORE, 5, 6, IGNORE],
-            [IGNORE, 8, 9, IGNORE, IGNORE, IGNORE, IGNORE],
-            [I, I, I, 10, IGNORE, 12, 13],
-            [I, I, I, 14, IGNORE, IGNORE, IGNORE],
-            [I, I, I, IGNORE, 16, IGNORE, IGNORE],
-        ],
-        frames=[1, 1],
-        shown=[1, 0, 1, 1],
-        owner=[0, 2, 3, 4],
-    )
-
-
-def uneven_batch():
-    """One picture; two long rows, of which only one shows it, and three short ones."""
-    pad, short = [IGNORE] * 4, [[I, I, I, 4, 0, 0, 0, 0]] * 3
-    return image_batch(
-        ids=[[I, I, I, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 0, 0], *short],
-        segments=[[0] * 8, [0] * 6 + [-1] * 2, *[[0] * 4 + [-1] * 4] * 3],
-        labels=[[I, I, I, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, *pad[:2]], *[[I, I, I, 4, *pad]] * 3],
-        frames=[1],
-        shown=[0, 0, 0, 0],
-        owner=[0, 2, 3, 4],
     )
 
 
@@ -119,8 +81,6 @@ def test_counts_that_do_not_agree(found):
         model.embed(ids)
     with pytest.raises(ValueError, match=f"{found} image-token ids"):
         model(image_batch(ids, [1], [0], [0]))
-    with pytest.raises(ValueError, match=f"{2 * found} image-token ids"):
-        model(image_batch(ids.expand(2, 5), [1], [0, 0], [0, 1]))  # one picture, two rows
 
 
 def test_frames_that_do_not_add_up():
@@ -174,10 +134,9 @@ def naive_logits(model, batch):
     return rows
 
 
-@pytest.mark.parametrize("make_batch", [mixed_batch, repeated_batch, uneven_batch])
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_forward_and_loss_equal_rows_run_one_by_one(make_batch, backend):
-    model, batch = small_vlm(), make_batch()
+def test_forward_and_loss_equal_rows_run_one_by_one(backend):
+    model, batch = small_vlm(), mixed_batch()
     model.set_backend(backend)
     logits, expected = model(batch), naive_logits(model, batch)
     assert logits.shape == (*batch.ids.shape, 23)
@@ -210,121 +169,6 @@ def test_backends_agree_and_unknown_ones_are_refused():
     with pytest.raises(ValueError, match="unknown attention backend 'refrence'. Did you mean 'reference'?"):
         model.set_backend("refrence")
     assert model.decoder.backend == "reference"
-
-
-def sharing(model, batch):
-    """The decoder's calls for one batch: their [B, T]."""
-    calls = []
-    hook = model.decoder.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape[:2])))
-    model(batch)
-    hook.remove()
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("lengths", "groups"),
-    [
-        ([4, 4, 4], [{0, 1, 2}]),
-        ([9, 2, 2, 8], [{1, 2}, {0, 3}]),
-        ([3], [{0}]),
-        ([5, 1, 1, 1, 5, 4], [{1, 2, 3}, {0, 4, 5}]),
-    ],
-)
-def test_short_and_long_rows_are_split_where_padding_is_least(lengths, groups):
-    found = shared_prefix.two_lengths(torch.tensor(lengths))
-    assert [set(rows.tolist()) for rows in found] == groups
-
-
-def test_shared_prefix_runs_a_picture_once():
-    model, batch = small_vlm(), repeated_batch()
-    assert model.share_prefix
-    assert sharing(model, batch) == [(2, 3), (2, 2), (3, 4)]  # pictures, then short and long rows
-    shared, real = model(batch), batch.segments >= 0
-    assert sharing(model, uneven_batch()) == [(1, 3), (3, 1), (2, 6)]
-    model.share_prefix = False
-    assert sharing(model, batch) == [(5, 7)]
-    torch.testing.assert_close(shared[real], model(batch)[real], atol=1e-5, rtol=1e-4)
-
-
-def test_a_lean_loss_is_the_loss_with_its_gradient():
-    model, batch = small_vlm(layers=(LayerOptions(modality_adaptive=True),) * 2), repeated_batch()
-    after_image = torch.zeros_like(batch.ids, dtype=torch.bool)
-    after_image[:, 1:] = (batch.ids[:, :-1] == IMAGE_TOKEN) & (batch.ids[:, 1:] != IMAGE_TOKEN)
-
-    def gradients(batch, lean):
-        model.zero_grad()
-        loss, trained = model.loss(batch, lean)
-        loss.backward()
-        return loss.item(), trained, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    last = f"decoder.layers.{len(model.decoder.layers) - 1}.norm_2.vision.weight"
-    quiet = batch.labels.masked_fill(after_image, IGNORE)
-    for labels, left_out in ((batch.labels, set()), (quiet, {last})):  # an image token predicts a word; none does
-        batch.labels = labels
-        loss, trained, whole = gradients(batch, False)
-        lean_loss, lean_trained, lean = gradients(batch, True)
-        expected = F.cross_entropy(model(batch)[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum").item()
-        assert loss == pytest.approx(expected, rel=1e-5) == lean_loss and lean_trained == trained
-        assert whole.keys() - lean.keys() == left_out and not any(whole[name].any() for name in left_out)
-        for name, value in lean.items():
-            torch.testing.assert_close(value, whole[name], atol=1e-6, rtol=1e-5)
-
-
-def not_shareable():
-    """Batches for which a picture's keys would not be the same in all rows, or that gain nothing."""
-    short = dict(segments=[[0] * 5] * 3)
-    yield "behind a word", image_batch([[3, I, I, I, 4], [I, I, I, 4, 5], [I, I, I, 4, 6]], [1, 1], [0, 1, 1], [0, 1, 2], **short)
-    yield "two in a row", image_batch([[I, I, I, I, I, I, 4], [I, I, I, 5, 6, 7, 8]], [1, 1], [0, 1, 0], [0, 0, 1])
-    yield "twice in each row", image_batch([[I, I, I, I, I, I, 4]] * 2, [1, 1], [0, 1, 1, 0], [0, 0, 1, 1])
-    yield "shown once each", image_batch([[I, I, I, 4, 5], [I, I, I, 5, 6]], [1, 1], [1, 0], [0, 1])
-    yield "packed", image_batch([[I, I, I, 4, 5], [I, I, I, 5, 6]], [1], [0, 0], [0, 1], segments=[[0] * 5, [0] * 4 + [1]])
-    pads = dict(segments=[[-1] + [0] * 4, [0] * 5], positions=[[0, 0, 1, 2, 3], [0, 1, 2, 3, 4]])
-    yield "padding in front", image_batch([[0, I, I, I, 4], [I, I, I, 5, 6]], [1], [0, 0], [0, 1], **pads)
-    yield "padding inside", image_batch(
-        [[I, I, I, 0, 4], [I, I, I, 5, 6]], [1], [0, 0], [0, 1], segments=[[0, 0, 0, -1, 0], [0] * 5]
-    )
-    yield "other positions", image_batch(
-        [[I, I, I, 4, 5], [I, I, I, 5, 6]], [1], [0, 0], [0, 1], positions=[[0, 1, 2, 3, 4], [0, 2, 4, 6, 8]]
-    )
-
-
-@pytest.mark.parametrize("batch", [pytest.param(batch, id=name) for name, batch in not_shareable()])
-def test_rows_that_cannot_share_run_themselves(batch):
-    model = small_vlm()
-    assert sharing(model, batch) == [tuple(batch.ids.shape)]
-    if (batch.segments.diff(dim=1) == 0).all():
-        for found, expected in zip(model(batch), naive_logits(model, batch)):
-            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-
-
-def test_pictures_of_one_token_share_as_well():
-    model = small_vlm(num_latents=1)
-    positions = [[0, 1, 2, 3], [0, 1, 2, 3], [9, 1, 2, 3]]
-    batch = image_batch([[I, 5, 6, 7], [I, 8, 9, 10], [11, 12, 13, 14]], [1], [0, 0], [0, 1], positions=positions)
-    assert sharing(model, batch) == [(1, 1), (2, 3), (1, 4)]
-    for found, expected in zip(model(batch), naive_logits(model, batch)):
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-    batch.positions[1] += 1
-    assert sharing(model, batch) == [(3, 4)]
-
-
-def test_shared_rows_of_any_positions():
-    model = small_vlm()
-    positions = torch.tensor([[3, 4, 6, 7, 9], [3, 4, 6, 8, 9], [0, 5, 6, 7, 20]])
-    batch = image_batch([[I, I, I, 4, 5], [I, I, I, 5, 6], [3, 4, 5, 6, 7]], [1], [0, 0], [0, 1], positions=positions)
-    assert sharing(model, batch) == [(1, 3), (2, 2), (1, 5)]
-    for found, expected in zip(model(batch), naive_logits(model, batch)):
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-
-
-def test_clips_of_unequal_length_do_not_share():
-    model = small_vlm("projector")
-    ids = torch.full((3, 20), 4)
-    ids[0, :9] = ids[1, :9] = ids[2, :18] = I
-    batch = image_batch(ids, [1, 2], [0, 0, 1], [0, 1, 2])
-    assert sharing(model, batch) == [(3, 20)]
-    for found, expected in zip(model(batch), naive_logits(model, batch)):
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_a_picture_that_no_row_shows():
@@ -369,13 +213,13 @@ def test_only_labelled_tokens_train():
 def test_half_precision_keeps_a_float32_loss():
     model = small_vlm()
     model.decoder.bfloat16()  # the tower and the bridge stay in float32
-    for batch in (mixed_batch(), repeated_batch()):
-        logits, trained = model(batch), batch.labels[:, 1:] != IGNORE
-        assert logits.dtype == torch.bfloat16
-        loss, count = model.loss(batch)
-        expected = F.cross_entropy(logits[:, :-1][trained].float(), batch.labels[:, 1:][trained], reduction="sum")
-        assert loss.dtype == torch.float32 and count == int(trained.sum())
-        torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-4)
+    batch = mixed_batch()
+    logits, trained = model(batch), batch.labels[:, 1:] != IGNORE
+    assert logits.dtype == torch.bfloat16
+    loss, count = model.loss(batch)
+    expected = F.cross_entropy(logits[:, :-1][trained].float(), batch.labels[:, 1:][trained], reduction="sum")
+    assert loss.dtype == torch.float32 and count == int(trained.sum())
+    torch.testing.assert_close(loss, expected, atol=1e-3, rtol=1e-4)
 
 
 def test_packed_documents_do_not_see_one_another():
@@ -431,12 +275,11 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("family", OPTIONS)
-def test_every_family_shares_prefixes_and_runs_rows_alone(family):
-    model = small_vlm(**OPTIONS[family])
-    for batch in (mixed_batch(), repeated_batch()):
-        logits = model(batch)
-        for b, row in enumerate(naive_logits(model, batch)):
-            torch.testing.assert_close(logits[b][batch.segments[b] >= 0], row, atol=2e-5, rtol=1e-4)
+def test_rows_of_every_family_equal_rows_run_one_by_one(family):
+    model, batch = small_vlm(**OPTIONS[family]), mixed_batch()
+    logits = model(batch)
+    for b, row in enumerate(naive_logits(model, batch)):
+        torch.testing.assert_close(logits[b][batch.segments[b] >= 0], row, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])
@@ -474,14 +317,11 @@ def test_image_tokens_from_features():
 
 
 def test_attention_maps_of_both_kinds():
-    model, out = small_vlm(), {}
-    for batch in (mixed_batch(), repeated_batch()):
-        out = {}
-        logits, plain = model(batch, out), model(batch)
-        torch.testing.assert_close(logits[batch.segments >= 0], plain[batch.segments >= 0], atol=1e-5, rtol=1e-4)
-        rows, length = batch.ids.shape
-        assert [weights.shape for weights in out["attention"]] == [(rows, 4, length, length)] * 2
-        assert out["latents"][0].shape[1:3] == (2, 3)
+    model, batch, out = small_vlm(), mixed_batch(), {}
+    assert torch.equal(model(batch, out), model(batch))
+    rows, length = batch.ids.shape
+    assert [weights.shape for weights in out["attention"]] == [(rows, 4, length, length)] * 2
+    assert out["latents"][0].shape[1:3] == (2, 3)
 
 
 def test_parts_hold_every_parameter_once():
@@ -551,14 +391,3 @@ def test_batch_moves_as_a_whole():
         value = getattr(moved, field.name)
         assert value.device.type == "meta" and value.shape == getattr(batch, field.name).shape
     assert text_batch([[1, 2]]).to("meta").pixels is None
-
-
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("lean", [True, False])
-def test_wanted_states_are_those_of_all_row_by_row(share, lean):
-    model, batch = small_vlm(), repeated_batch()
-    model.share_prefix = share
-    everything, real = model.hidden(batch), batch.segments >= 0
-    words = real & (batch.ids != IMAGE_TOKEN)
-    for wanted in (words, real, words & (batch.positions % 2 == 0)):
-        torch.testing.assert_close(model.hidden(batch, wanted=wanted, lean=lean), everything[wanted], atol=1e-5, rtol=1e-4)

@@ -13,6 +13,7 @@ from nanovlm.training.cost import FLOAT32, Memory, outside_and_inside, stage_mem
 from nanovlm.recipes import RECIPES
 from nanovlm.training.cost import Cost, example_cost, pair_cost
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
+from nanovlm.training.linear_cross_entropy import is_chunked, language_loss
 from nanovlm.training.processes import BLOCK, freeze, surround
 
 TEXT, ROWS = 40, 6
@@ -30,7 +31,6 @@ def prepared(name, stage_name, precision="float32", vocab_size=0):
         costs = example_cost(recipe.build("tiny", vocab_size), stage, TEXT)
     torch.manual_seed(0)
     model = recipe.build("tiny", vocab_size)
-    model.share_prefix = False  # rows of their own, as the estimate has them
     model.vision.resize(stage.image_size)
     for part, parameters in model.parts().items():
         for parameter in parameters.values():
@@ -55,7 +55,7 @@ def test_operations_are_those_of_torchs_counter(name, stage):
     stage, costs, model = prepared(name, stage)
     rows = batch(model, stage, 1)
     with FlopCounterMode(display=False) as counter:
-        model.loss(rows)[0].backward()
+        language_loss(model, rows, share=False)[0].backward()
     products = sum(number for kind, number in counter.get_flop_counts()["Global"].items() if "attention" not in str(kind))
     assert sum(costs.values(), Cost()).flops == pytest.approx(products + attention_operations(model, stage), rel=0.01)
 
@@ -114,7 +114,7 @@ def live_peak(model, stage, micro_batches=2):
     def step():
         for _ in range(micro_batches):
             with torch.autocast("cpu", torch.bfloat16, enabled=stage.precision == "bfloat16"):
-                loss = model.loss(rows)[0]
+                loss = language_loss(model, rows, share=False)[0]
             loss.backward()
             del loss
         for one in optimizers:
@@ -152,7 +152,6 @@ def test_memory_of_blocks_that_run_again():
         plain, again = (example_cost(RECIPES["llava_phi"].published.build(deep), stage, TEXT, recompute=one) for one in (False, True))
     torch.manual_seed(0)
     model = RECIPES["llava_phi"].published.build(deep)
-    model.share_prefix = False
     freeze(model, None, stage)
     whole = live_peak(model, stage)
     for name, block in model.named_modules():
@@ -168,7 +167,7 @@ def test_memory_of_blocks_that_run_again():
 def test_memory_with_a_large_vocabulary():
     """The loss in chunks keeps no scores, but the gradient of the head."""
     stage, costs, model = prepared("llava_phi", "instruct", vocab_size=20_000)
-    assert model.chunked_loss and costs["head"].kept < 8 * TEXT * model.decoder.config.width
+    assert is_chunked(model) and costs["head"].kept < 8 * TEXT * model.decoder.config.width
     assert 0.95 < stage_memory(model.parts(), stage, costs).total(ROWS) / live_peak(model, stage) < 1.2
 
 
