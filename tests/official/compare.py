@@ -1,6 +1,6 @@
 """Does the port give what the official code gave? A golden file, run through the recipe and compared tensor by tensor.
 
-    python -m nanovlm.recipes compare GOLDEN.safetensors
+    python tests/official/compare.py FILE.safetensors …
 
 A golden file (golden.py) is a small model of any size with random weights under their published names, inputs, and the
 outputs of the official code. The model is built from the file's config by the recipe, its weights go through the
@@ -9,6 +9,9 @@ than half of that. Weights and outputs that are missing, left over or of another
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

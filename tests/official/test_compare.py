@@ -1,4 +1,4 @@
-"""`python -m nanovlm.recipes compare`: files of other sizes agree, spoiled ones are refused with a reason."""
+"""`python tests/official/compare.py`: files of other sizes agree, spoiled ones are refused with a reason."""
 
 import copy
 import json
@@ -414,6 +414,6 @@ def test_files_that_are_no_golden_files(capsys, tmp_path):
 
 
 def test_command_line():
-    command = [sys.executable, "-m", "nanovlm.recipes", "compare", str(GOLDEN / "llava_phi_tiny.safetensors")]
+    command = [sys.executable, "tests/official/compare.py", str(GOLDEN / "llava_phi_tiny.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0 and done.stdout.count("agrees") == 3

@@ -116,7 +116,7 @@ def test_towers_in_and_out(tmp_path, name, values, prefix):
                 layer.self_attn.qkv.bias[32:64] = 0  # as published: the keys have no bias
     folder = saved(model, tmp_path / "published")
     tensors = {prefix + key.removeprefix("vision_model."): value for key, value in load_file(folder / "model.safetensors").items()}
-    recipes.export.write_checkpoint(folder, recipes.opening.OURS, tensors)
+    write_checkpoint(folder, OURS, tensors)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": config["model_type"] or "blip_2_vision_model"}))
     pixels = torch.randn(2, 3, 28, 28)
