@@ -72,7 +72,7 @@ def test_a_llava_folder_answers_as_transformers_does(llava, files, capsys, monke
     for more in (("--fast",), ("--dtype", "bfloat16"), ("--dtype", "float16"), ("--preset", "demo", "--seed", "3")):
         flags = ("--image", files[0], "--max-new-tokens", "4", *more)
         assert run(capsys, folder, "what is in the picture?", *flags)[0].strip()
-    assert {asked[n].model.decoder.embedding.weight.dtype for n in (1, 2, 3)} == {torch.float32, torch.bfloat16, torch.float16}
+    assert {asked[n].assistant.model.decoder.embedding.weight.dtype for n in (1, 2, 3)} == {torch.float32, torch.bfloat16, torch.float16}
 
 
 @pytest.mark.slow
