@@ -11,6 +11,7 @@ from nanovlm.attention import causal_rows
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.published.language import llama_config, opt_config, phi_config, qwen2_config
 from nanovlm.published.vision import clip_pair, siglip_pair
+from nanovlm.published.weights import OURS, write_checkpoint
 from nanovlm.recipes.__main__ import main
 from nanovlm.published.vision import clip_config, eva_config, siglip_config
 from nanovlm.vit import ViTConfig
