@@ -14,7 +14,7 @@ import pytest
 from loopback import completion, serving
 from PIL import Image
 
-from nanovlm.data.llava_json import LlavaJson
+from nanovlm.data.datasets import LlavaJson
 from nanovlm.decoder import Decoder
 from nanovlm.published.language import LLAMA, llama_config
 from nanovlm.vlit import __main__ as command_line

@@ -20,22 +20,16 @@ from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.vlm import Batch, IGNORE
 
 
-# Picture files that were decoded and resized before, as many as fit into a fixed amount of memory.
-#
-# A key names the file as it stands on the disk (path, size in bytes, time of its last change), so that a picture that was
-# replaced is read anew. What was used longest ago goes first.
-
-
-MAX_BYTES = 256 * 2**20  # about 800 pictures of 336 x 336 pixels, or 20,000 of 64 x 64
-
-
 class FrameCache:
-    """Arrays by key, at most `max_bytes` of them; several threads may use it."""
+    """Picture files as they were decoded and fitted before, at most `max_bytes` of them; several threads may use it.
 
-    def __init__(self, max_bytes=MAX_BYTES):
-        self.max_bytes, self.num_bytes = max_bytes, 0
+    A key names the file as it stands on the disk (path, size in bytes, time of its last change), so that a picture that
+    was replaced is read anew. What was used longest ago goes first.
+    """
+
+    def __init__(self, max_bytes=256 * 2**20):  # about 800 pictures of 336 x 336 pixels, or 20,000 of 64 x 64
+        self.max_bytes, self.num_bytes, self.lock = max_bytes, 0, threading.Lock()
         self.arrays = OrderedDict()  # the longest unused first
-        self.lock = threading.Lock()
 
     def get(self, path, how, make):
         """The array of a picture file, made only if it is not there.
@@ -51,9 +45,10 @@ class FrameCache:
             return make()  # which says what is wrong with the file
         key = (str(path), status.st_size, status.st_mtime_ns, how)
         with self.lock:
-            if key in self.arrays:
-                self.arrays.move_to_end(key)
-                return self.arrays[key]
+            array = self.arrays.pop(key, None)
+            if array is not None:
+                self.arrays[key] = array  # at the end, as the last used
+                return array
         array = make()
         array.setflags(write=False)
         with self.lock:
@@ -61,8 +56,7 @@ class FrameCache:
                 self.arrays[key] = array
                 self.num_bytes += array.nbytes
             while self.num_bytes > self.max_bytes:
-                _, dropped = self.arrays.popitem(last=False)
-                self.num_bytes -= dropped.nbytes
+                self.num_bytes -= self.arrays.popitem(last=False)[1].nbytes
         return array
 
 
@@ -112,23 +106,18 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
     rows, pictures, visuals = [], [], {}  # per conversation: its row, and where its pictures stand among the visuals
     for record in records:
         for where, row in record.rows or rows_of(record, template, tokenizer, num_image_tokens, image_size):
-            rows.append(checked(row, max_tokens, report, where))
+            rows.append(cut(row, max_tokens, report, where))
             seen = [record.visuals[image[0]] for image in rows[-1].images]
             pictures.append([visuals.setdefault(visual.key, (len(visuals), visual))[0] for visual in seen])
     documents = packed([len(row.ids) for row in rows], max_tokens) if pack else [[n] for n in range(len(rows))]
-    placed = [[rows[n] for n in row] for row in documents]
-    ids, labels, segments, positions = _pad(placed, max_tokens, pad_to, tokenizer.pad)
+    ids, labels, segments, positions = pad([[rows[n] for n in row] for row in documents], max_tokens, pad_to, tokenizer.pad)
     visuals = [visual for _, visual in visuals.values()]
-    return Batch(
-        ids=ids,
-        labels=labels,
-        segments=segments,
-        positions=positions,
-        pixels=pixels_of(visuals, image_size, fit, preprocessing) if visuals else None,
-        frames=torch.tensor([len(visual.frames) for visual in visuals], dtype=torch.long),
-        shown=torch.tensor([place for row in documents for n in row for place in pictures[n]], dtype=torch.long),
-        owner=torch.tensor([b for b, row in enumerate(documents) for n in row for _ in pictures[n]], dtype=torch.long),
-    )
+    pixels = pixels_of(visuals, image_size, fit, preprocessing) if visuals else None
+    frames = torch.tensor([len(visual.frames) for visual in visuals], dtype=torch.long)
+    shown = torch.tensor([place for row in documents for n in row for place in pictures[n]], dtype=torch.long)
+    owner = torch.tensor([b for b, row in enumerate(documents) for n in row for _ in pictures[n]], dtype=torch.long)
+    return Batch(ids=ids, labels=labels, segments=segments, positions=positions, pixels=pixels, frames=frames, shown=shown,
+                 owner=owner)
 
 
 def rows_of(record, template, tokenizer, num_image_tokens, image_size):
@@ -141,8 +130,32 @@ def rows_of(record, template, tokenizer, num_image_tokens, image_size):
     for number, conversation in enumerate(record.conversations):
         where = f"record {record.id!r}, conversation {number}"
         for part in templates.rounds(conversation, template):
-            rows.append((where, templates.write(_segments(part, template, where), tokenizer, counts)))
+            try:
+                rows.append((where, templates.write(templates.segments(part, template), tokenizer, counts)))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
     return rows
+
+
+def cut(row, max_tokens, report, where):
+    """The templates.Row, cut to max_tokens where a report counts it. Errors: as in `build_batch`; where: str for them."""
+    if not row.num_trained:
+        raise ValueError(f"{where} has no trained token; the assistant must say something")
+    if report is not None:
+        report.rows += 1
+    if len(row.ids) <= max_tokens:
+        return row
+    if report is None:
+        raise ValueError(f"{where} has {len(row.ids)} tokens, more than max_tokens {max_tokens}; raise max_tokens or shorten it")
+    seen = [image for image in row.images if image[1] < max_tokens]
+    kept = templates.Row(row.ids[:max_tokens], row.labels[:max_tokens], seen)
+    if any(stop > max_tokens for _, _, stop in kept.images):
+        raise ValueError(f"{where}: cutting it to max_tokens {max_tokens} would cut a picture's image tokens; raise max_tokens")
+    if not kept.num_trained:
+        raise ValueError(f"{where}: cut to max_tokens {max_tokens} it has no trained token left; raise max_tokens")
+    report.truncated_rows += 1
+    report.truncated_tokens += len(row.ids) - max_tokens
+    return kept
 
 
 def packed(lengths, room):
@@ -164,6 +177,24 @@ def packed(lengths, room):
     return rows
 
 
+def pad(documents, max_tokens, pad_to, padding):
+    """ids, labels, segments, positions: int64[B, T] each; documents: the Rows that stand in each of the B rows."""
+    length = max(sum(len(row.ids) for row in rows) for rows in documents)
+    length = min(-(-length // pad_to) * pad_to, max_tokens)
+    ids = numpy.full((len(documents), length), padding)
+    labels, segments, positions = numpy.full_like(ids, IGNORE), numpy.full_like(ids, -1), numpy.zeros_like(ids)
+    for b, rows in enumerate(documents):
+        stop = 0
+        for segment, row in enumerate(rows):
+            start, stop = stop, stop + len(row.ids)
+            ids[b, start:stop] = row.ids
+            labels[b, start:stop] = row.labels
+            labels[b, start] = IGNORE  # nothing before it predicts the first token, least of all the document before
+            segments[b, start:stop] = segment
+            positions[b, start:stop] = range(stop - start)
+    return tuple(torch.from_numpy(values) for values in (ids, labels, segments, positions))
+
+
 def prompt_row(conversation, template, tokenizer, num_image_tokens, max_tokens):
     """Ids of a prompt for generation.
 
@@ -176,9 +207,8 @@ def prompt_row(conversation, template, tokenizer, num_image_tokens, max_tokens):
     """
     row = templates.write(templates.prompt(conversation, template), tokenizer, num_image_tokens)
     if len(row.ids) > max_tokens:
-        raise ValueError(
-            f"the prompt has {len(row.ids)} tokens, there is room for {max_tokens}; shorten it or drop earlier turns"
-        )
+        raise ValueError(f"the prompt has {len(row.ids)} tokens, there is room for {max_tokens}; shorten it or drop earlier "
+                         "turns")
     return row
 
 
@@ -190,24 +220,18 @@ def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
       image_size, fit, preprocessing: as in images.to_pixels.
     Returns: float32[F, 3, S, S].
     """
-    squares = [
-        fitted(frame, visual.view, image_size, fit, preprocessing) for visual in visuals for frame in visual.frames
-    ]
+    squares = [fitted(frame, visual.view, image_size, fit, preprocessing) for visual in visuals for frame in visual.frames]
     return images.normalise(numpy.stack(squares), preprocessing)
 
 
-def fitted(frame, view, image_size, fit, preprocessing=images.CLIP):
-    """One frame as the square that the ViT sees; picture files are decoded once as long as the cache holds them.
+def fitted(frame, view, image_size, fit, preprocessing):
+    """One frame (whatever images.load takes) as the square that the ViT sees: uint8[S, S, 3].
 
-    Args:
-      frame: whatever `images.load` takes. view: augment.View or None.
-      image_size, fit, preprocessing: as in images.to_pixels.
-    Returns: uint8[S, S, 3].
+    Picture files are decoded once as long as the cache holds them, but not through an augment.View.
     """
     def square():
         picture = images.load(frame)
-        seen = view.apply(picture, image_size) if view else images.to_square(picture, image_size, fit, preprocessing)
-        return numpy.array(seen)
+        return numpy.array(view.apply(picture, image_size) if view else images.to_square(picture, image_size, fit, preprocessing))
 
     if view is None and isinstance(frame, (str, Path)):
         return FRAMES.get(frame, (image_size, fit, preprocessing.border), square)
@@ -230,10 +254,10 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
     for picture, record in enumerate(records):
         for caption, region in captions_of(record):
             ids = [tokenizer.bos, *tokenizer.encode(caption), tokenizer.eos]
-            row = checked(templates.Row(ids, list(ids)), max_tokens, report, f"record {record.id!r}")
+            row = cut(templates.Row(ids, ids), max_tokens, report, f"record {record.id!r}")
             look = looks.setdefault((picture, *(region or (-1, -1))), len(looks))
             pairs.append((look, captions.setdefault(tuple(row.ids), len(captions))))
-    ids, _, _, _ = _pad([[templates.Row(list(ids), list(ids))] for ids in captions], max_tokens, 1, tokenizer.pad)
+    ids, _, _, _ = pad([[templates.Row(ids, ids)] for ids in captions], max_tokens, 1, tokenizer.pad)
     right = torch.zeros(len(looks), len(captions), dtype=torch.bool)
     right[tuple(torch.tensor(pairs).T)] = True
     pixels = pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing)
@@ -248,80 +272,21 @@ def captions_of(record):
     where = f"record {record.id!r}"
     if [len(visual.frames) for visual in record.visuals] != [1]:
         raise ValueError(f"{where} has {len(record.visuals)} visual inputs; a contrastive batch needs one picture each")
-    if record.regions:
-        _check_seen_whole(record.visuals[0], where)
+    if record.regions:  # places in the picture must be the same shares of it once it is made square
+        visual = record.visuals[0]
+        width, height = images.load(visual.frames[0]).size
+        if visual.view or width != height:
+            seen = "through an augmentation" if visual.view else f"as a square cut out of {width} x {height} pixels"
+            raise ValueError(f"{where} has regions, but its picture is seen {seen}; give square pictures, without augmentation")
     last = [conversation[-1] for conversation in record.conversations]
     if any(turn.role != "assistant" or not turn.text.strip() for turn in last):
         raise ValueError(f"{where} has no caption; its conversations must end with the assistant saying one")
     return list(zip((turn.text for turn in last), record.regions or (None,) * len(last)))
 
 
-def _check_seen_whole(visual, where):
-    """Raise ValueError unless places in a picture are the same shares of it once it is made square."""
-    width, height = images.load(visual.frames[0]).size
-    if visual.view or width != height:
-        seen = "through an augmentation" if visual.view else f"as a square cut out of {width} x {height} pixels"
-        raise ValueError(f"{where} has regions, but its picture is seen {seen}; give square pictures, without augmentation")
-
-
-def _segments(conversation, template, where):
-    try:
-        return templates.segments(conversation, template)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def checked(row, max_tokens, report, where):
-    """The templates.Row, cut to max_tokens where a report counts it. Errors: as in `build_batch`; where: str for them."""
-    if not row.num_trained:
-        raise ValueError(f"{where} has no trained token; the assistant must say something")
-    if report is not None:
-        report.rows += 1
-    if len(row.ids) <= max_tokens:
-        return row
-    if report is None:
-        raise ValueError(
-            f"{where} has {len(row.ids)} tokens, more than max_tokens {max_tokens}; raise max_tokens or shorten it"
-        )
-    kept = templates.Row(
-        row.ids[:max_tokens], row.labels[:max_tokens], [image for image in row.images if image[1] < max_tokens]
-    )
-    if any(stop > max_tokens for _, _, stop in kept.images):
-        raise ValueError(
-            f"{where}: cutting it to max_tokens {max_tokens} would cut a picture's image tokens; raise max_tokens"
-        )
-    if not kept.num_trained:
-        raise ValueError(f"{where}: cut to max_tokens {max_tokens} it has no trained token left; raise max_tokens")
-    report.truncated_rows += 1
-    report.truncated_tokens += len(row.ids) - max_tokens
-    return kept
-
-
-def _pad(documents, max_tokens, pad_to, pad):
-    """ids, labels, segments, positions: int64[B, T] each; documents: the Rows that stand in each of the B rows."""
-    length = max(sum(len(row.ids) for row in rows) for rows in documents)
-    length = min(-(-length // pad_to) * pad_to, max_tokens)
-    ids = numpy.full((len(documents), length), pad)
-    labels = numpy.full_like(ids, IGNORE)
-    segments = numpy.full_like(ids, -1)
-    positions = numpy.zeros_like(ids)
-    for b, rows in enumerate(documents):
-        stop = 0
-        for segment, row in enumerate(rows):
-            start, stop = stop, stop + len(row.ids)
-            ids[b, start:stop] = row.ids
-            labels[b, start:stop] = row.labels
-            labels[b, start] = IGNORE  # nothing before it predicts the first token, least of all the document before
-            segments[b, start:stop] = segment
-            positions[b, start:stop] = range(stop - start)
-    return tuple(torch.from_numpy(values) for values in (ids, labels, segments, positions))
-
-
-# Records made ready for a stage: pictures decoded and fitted, conversations written as rows.
-#
-# All of it needs no model, so that workers can do it ahead of the training; what they hand over is a record again, whose
-# batch is the same to the last bit as that of the record they were given.
-
+# Records made ready for a stage: pictures decoded and fitted, conversations written as rows. All of it needs no model, so
+# that workers can do it ahead of the training; what they hand over is a record again, whose batch is the same to the last
+# bit as that of the record they were given.
 
 CHARACTERS = 4  # of English text in one token, roughly
 
@@ -331,8 +296,8 @@ class Preparation:
     """What one stage does with a record before it can be batched.
 
     image_size, fit, preprocessing: as in images.to_pixels.
-    template, tokenizer, num_image_tokens, max_tokens: as in batching.build_batch. Without a template (a contrastive
-      stage) only the pictures are made ready, and every record must be one picture with captions.
+    template, tokenizer, num_image_tokens, max_tokens: as in `build_batch`. Without a template (a contrastive stage) only
+      the pictures are made ready, and every record must be one picture with captions.
     """
 
     image_size: int
@@ -355,10 +320,10 @@ class Preparation:
         else:
             rows = tuple(rows_of(record, self.template, self.tokenizer, self.num_image_tokens, self.image_size))
             for where, row in rows:
-                checked(row, self.max_tokens, Report(), where)  # cut and counted when the batch is built
-        return replace(record, visuals=tuple(map(self._visual, record.visuals)), rows=rows)
+                cut(row, self.max_tokens, Report(), where)  # for its errors; the batch counts what is cut
+        return replace(record, visuals=tuple(map(self._fit, record.visuals)), rows=rows)
 
-    def _visual(self, visual):
+    def _fit(self, visual):
         if visual.view is None and all(isinstance(frame, Image.Image) for frame in visual.frames):
             return visual  # in memory already
         squares = (fitted(frame, visual.view, self.image_size, self.fit, self.preprocessing) for frame in visual.frames)

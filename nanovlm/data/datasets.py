@@ -1,36 +1,146 @@
-"""Data sources from the command line: one LLaVA-style file or folder of tar shards, or a JSON file that lists several.
+"""Data sources from the command line: LLaVA's JSON or tar shards, alone or several listed in a JSON file.
+
+An item of LLaVA's JSON (arXiv:2304.08485; github.com/haotian-liu/LLaVA, docs/Finetune_Custom_Data.md):
+
+    {"id": …, "image": "a.jpg" or ["a.jpg", …] (absent in text-only items), "conversations":
+     [{"from": "human" or "gpt", "value": "<image>\\nWhat?"}, …], "kind": optional question type}
+
+Beside or instead of image, "video": a film, an animation or a folder of frames; or the list of its frames; or a list of
+such lists, for several. <video> stands where each is shown. A sample of tar shards is such an item (tar_shards.py).
+
+A list of data sets (--datasets):
 
     {"captions": {"reader": "llava", "path": "captions.json", "images": "pictures",
                   "prompts": ["{question} Be brief."]},
      "dialogues": {"reader": "llava", "path": "dialogues.jsonl"},
      "pairs": {"reader": "shards", "path": "cc3m"}}
 
-The reader "llava" takes a .json or .jsonl (llava_json.py), "shards" a folder of .tar files (tar_shards.py), which hold
-their pictures. Relative paths start at the folder of that file. prompts (optional) are the ways to put a question; one
-is drawn per record. {question} in them stands for the user's words, {question?} for the same with a question mark if it
-lacks one; a prompt with neither asks about pictures that come without words (captions, labels). A recipe may bring
-prompts for data sets of its mixture; those of the file come first, and [] means none. num_frames and sampling
-("uniform" or "random", both optional) say which frames of a video are shown.
+Relative paths start at the folder of that file. prompts (optional) are the ways to put a question; one is drawn per
+record. {question} in them stands for the user's words, {question?} for the same with a question mark if it lacks one; a
+prompt with neither asks about pictures that come without words (captions, labels). A recipe may bring prompts for data
+sets of its mixture; those of the file come first, and [] means none. num_frames and sampling ("uniform" or "random",
+both optional) say which frames of a video are shown.
 """
 
-import dataclasses
-import json
+import os
+import warnings
+from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
+from tqdm import tqdm
 
-from nanovlm.data.llava_json import LlavaJson
-from nanovlm.data.convert import asked
-from nanovlm.data.records import Turn
+from nanovlm.data.json_files import PACKED, parse, read_at, records
+from nanovlm.data.records import Turn, drawn, permutation, record_of
 from nanovlm.data.tar_shards import TarShards
+from nanovlm.data.video import Clip, FRAMES
 from nanovlm.names import nearest
 
-READERS = ("llava", "shards")
 KEYS = {"reader": str, "path": str, "images": str, "prompts": list, "num_frames": int, "sampling": str}
 VIDEO_KEYS = ("num_frames", "sampling")
-REQUIRED = ("reader", "path")
+READERS = ("llava", "shards")
 QUESTION, MARKED = "{question}", "{question?}"  # the user's words; with a question mark
 DATA = "data"  # name of the source that --data makes
+LISTED = 20  # missing files, or items that cannot be used, named one by one in an error
+
+
+class LlavaJson:
+    """Source over a LLaVA-style .json (a list) or .jsonl (one item a line) file.
+
+    Every item and the presence of every image are checked when the source is made. Only where an item stands in the file
+    is kept: it is read again, and its images are decoded, when it is used.
+    """
+
+    def __init__(self, path, image_folder=None, name=None, seed=0, num_frames=FRAMES, sampling="uniform"):
+        """
+        Args:
+          path: the .json or .jsonl file.
+          image_folder: where relative image paths start; None = the folder of the file. Where it holds every picture, and
+            none in the folders that the file names ("coco/train2017/1.jpg"), they are found by their bare names.
+          name: name of the source in mixtures; None = the file's name without its ending.
+          seed: int; shuffles every epoch anew, together with the epoch's number.
+          num_frames, sampling: frames of every video, as in video.load; random ones are drawn anew at every showing.
+        Raises: ValueError with file and line for everything malformed; FileNotFoundError for the file itself and for
+          images; both name all at once.
+        """
+        self.path = Path(path)
+        self.name, self.seed = self.path.stem if name is None else name, seed
+        self.folder = self.path.parent if image_folder is None else Path(image_folder)
+        self.clip, self.bare_names = Clip("", num_frames, sampling), False
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder}: no such image folder (wanted by {self.path})")
+        if self.path.suffix not in (".json", ".jsonl"):
+            raise ValueError(f"{path}: the reader knows .json (one list) and .jsonl (one item a line), not {self.path.suffix!r}")
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; give the LLaVA-style .json or .jsonl")
+        with open(path, "rb") as file:
+            if file.read(2) == PACKED:
+                raise ValueError(f"{path}: packed by gzip; unpack it, so that any item can be read by itself")
+        self.starts, self.stops = array("q"), array("q")  # bytes of every item in the file
+        present, unusable = {}, []  # path of an image -> whether it is there
+        for element in tqdm(records(path), desc=f"checking {self.name}", unit=" items", disable=None, delay=2):
+            try:
+                if isinstance(element.value, ValueError):
+                    raise element.value
+                record = self._record(element.value, element.where)
+            except ValueError as error:
+                unusable.append(str(error))
+                continue
+            for visual in record.visuals:
+                note_presence(visual.frames, present)
+            self.starts.append(element.start)
+            self.stops.append(element.stop)
+        if unusable:
+            raise ValueError(f"{path}: {len(unusable)} item(s) cannot be used; this leaves them out and reports each: python -m "
+                             f"nanovlm.data convert llava {path} OUT.jsonl{listed(unusable)}")
+        if not self.starts:
+            raise ValueError(f"{path}: holds no item; items with id, image and conversations were expected")
+        missing = [path for path, there in present.items() if not there]
+        if missing:
+            self._use_bare_names(missing, present)
+
+    def _use_bare_names(self, missing, present):
+        """Find pictures without their folders, where that cannot give a wrong one. Raises: FileNotFoundError."""
+        bare = {self.folder / Path(path).name for path in present}
+        structured = any(there and Path(path).parent != self.folder for path, there in present.items())
+        if structured or len(bare) < len(present) or not all(path.exists() for path in bare):
+            raise FileNotFoundError(f"{self.path}: {len(missing)} of {len(present)} images are missing:{listed(missing)}")
+        self.bare_names = True
+        warnings.warn(f"{self.path}: images are found in {self.folder} by their bare names, {Path(missing[0]).name} for "
+                      f"{missing[0]}")
+
+    def __len__(self):
+        return len(self.starts)
+
+    def record(self, n):
+        """The n-th record, n >= 0; every epoch of len(self) is shuffled anew.
+
+        Raises: ValueError or OSError if the file is no longer what it was.
+        """
+        epoch, place = divmod(n, len(self))
+        place = permutation(self.seed, epoch, length=len(self))[place]
+        where = f"{self.path}, item {place + 1}"
+        item = read_at(self.path, self.starts[place], self.stops[place], where)
+        return drawn(self._record(item, where), (self.seed, n))
+
+    def _record(self, item, where):
+        return record_of(item, where, self.clip, lambda name: str(self.folder / (Path(name).name if self.bare_names else name)))
+
+
+def note_presence(frames, present):
+    """Note for the file of every frame, or of a film, whether it is there: in present, dict path -> bool."""
+    source = frames.source if isinstance(frames, Clip) else frames
+    exists = os.path.exists if isinstance(source, str) else os.path.isfile  # a film may be a folder of frames
+    for path in [source] if isinstance(source, str) else source:
+        if path not in present:
+            present[path] = exists(path)
+
+
+def listed(lines):
+    """The first of some lines, each on its own, and how many more there are: str."""
+    more = f"\n  and {len(lines) - LISTED} more" if len(lines) > LISTED else ""
+    return "".join(f"\n  {line}" for line in lines[:LISTED]) + more
 
 
 class Prompted:
@@ -64,23 +174,35 @@ class Prompted:
         """
         record = self.source.record(n)
         prompt = self.prompts[numpy.random.default_rng([self.seed, n]).integers(len(self.prompts))]
-        try:
-            conversations = [tuple(_put(turn, prompt) for turn in turns) for turns in record.conversations]
-        except ValueError as error:
-            raise ValueError(f"record {record.id!r} of {self.name!r}: {error}") from error
-        return dataclasses.replace(record, conversations=tuple(conversations))
+        where = f"record {record.id!r} of {self.name!r}"
+        return replace(record, conversations=tuple(tuple(put(turn, prompt, where) for turn in turns)
+                                                   for turns in record.conversations))
 
 
-def read_datasets(path, seed=0):
-    """The sources of a datasets file: dict name -> source, in the file's order.
+def put(turn, prompt, where):
+    """A user's turn through a prompt; blanks around the words and the visual inputs keep their places."""
+    if turn.role != "user":
+        return turn
+    slot = next((slot for slot in (QUESTION, MARKED) if slot in prompt), None)
+    before, after = prompt.split(slot) if slot else (prompt, "")
+    parts = list(turn.parts)
+    spoken = [place for place, part in enumerate(parts) if isinstance(part, str) and part.strip()]
+    if spoken and slot is None:
+        raise ValueError(f"{where}: it asks {turn.text.strip()!r}, for which the prompt {prompt!r} has no {QUESTION}")
+    if not spoken:
+        return Turn("user", (*(part for part in parts if not isinstance(part, str)), (before + after).strip()))
+    first, last = spoken[0], spoken[-1]
+    words = parts[first].lstrip()
+    parts[first] = parts[first][: len(parts[first]) - len(words)] + before + words
+    words = parts[last].rstrip()
+    parts[last] = (asked(words) if slot == MARKED else words) + after
+    return Turn("user", tuple(parts))
 
-    Args and errors: as `listed_sources`; FileNotFoundError with everything that is missing, of all datasets at once.
-    """
-    sources, missing = listed_sources(path, seed)
-    if missing:
-        summary = f"{path}: {len(missing)} of {len(sources) + len(missing)} datasets are incomplete"
-        raise FileNotFoundError("\n".join([summary, *(f"dataset {name!r}: {why}" for name, why in missing.items())]))
-    return sources
+
+def asked(question):
+    """A question with its question mark, which some data sets leave out."""
+    question = question.rstrip()
+    return question if question.endswith("?") else f"{question.rstrip(' .!:;,')}?"
 
 
 def listed_sources(path, seed=0, prompts=None):
@@ -96,23 +218,45 @@ def listed_sources(path, seed=0, prompts=None):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such datasets file")
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: malformed JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    if not isinstance(listed, dict) or not listed:
+    entries = parse(path.read_bytes(), str(path))
+    if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{path}: an object of name -> {{reader, path, images}}, with at least one, was expected")
-    for name, entry in listed.items():
-        _check_entry(entry, f"{path}, dataset {name!r}")
+    for name, entry in entries.items():
+        check_entry(entry, f"{path}, dataset {name!r}")
     sources, missing = {}, {}
-    for name, entry in listed.items():
+    for name, entry in entries.items():
+        data, videos = path.parent / entry["path"], {key: entry[key] for key in VIDEO_KEYS if key in entry}
         try:
-            sources[name] = _source(name, entry, path, seed, (prompts or {}).get(name, []))
+            if entry["reader"] == "shards":
+                source = TarShards(data, name, seed, **videos)
+            else:
+                folder = path.parent / entry["images"] if "images" in entry else None
+                source = LlavaJson(data, folder, name, seed, **videos)
+            ways = entry.get("prompts", (prompts or {}).get(name))
+            sources[name] = Prompted(source, ways, seed) if ways else source
         except FileNotFoundError as error:
             missing[name] = str(error)
+        except ValueError as error:
+            raise ValueError(f"{path}, dataset {name!r}: {error}") from error
     return sources, missing
+
+
+def check_entry(entry, where):
+    """Raise ValueError for an entry of a datasets file that is malformed."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: an object with reader and path was expected, found {type(entry).__name__}")
+    for key, value in entry.items():
+        if key not in KEYS:
+            raise ValueError(f"{where}: unknown key {key!r}.{nearest(key, KEYS)}")
+        if not isinstance(value, KEYS[key]):
+            raise ValueError(f"{where}: {key} must be a {KEYS[key].__name__}, found {value!r}")
+    for key in ("reader", "path"):
+        if key not in entry:
+            raise ValueError(f"{where}: {key} is missing")
+    if entry["reader"] not in READERS:
+        raise ValueError(f"{where}: unknown reader {entry['reader']!r}.{nearest(entry['reader'], READERS)}")
+    if entry["reader"] == "shards" and "images" in entry:
+        raise ValueError(f"{where}: shards hold their images; leave out the key images")
 
 
 def command_line_sources(data=None, images=None, datasets=None, seed=0, prompts=None):
@@ -138,56 +282,3 @@ def command_line_sources(data=None, images=None, datasets=None, seed=0, prompts=
     if images is not None:
         raise ValueError(f"--images {images}: shards hold their images; leave it out")
     return {DATA: TarShards(data, DATA, seed), **sources}, missing
-
-
-def _check_entry(entry, where):
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: an object with reader and path was expected, found {type(entry).__name__}")
-    for key, value in entry.items():
-        if key not in KEYS:
-            raise ValueError(f"{where}: unknown key {key!r}.{nearest(key, KEYS)}")
-        if not isinstance(value, KEYS[key]):
-            raise ValueError(f"{where}: {key} must be a {KEYS[key].__name__}, found {value!r}")
-    for key in REQUIRED:
-        if key not in entry:
-            raise ValueError(f"{where}: {key} is missing")
-    if entry["reader"] not in READERS:
-        raise ValueError(f"{where}: unknown reader {entry['reader']!r}.{nearest(entry['reader'], READERS)}")
-    if entry["reader"] == "shards" and "images" in entry:
-        raise ValueError(f"{where}: shards hold their images; leave out the key images")
-
-
-def _source(name, entry, path, seed, prompts):
-    videos = {key: entry[key] for key in VIDEO_KEYS if key in entry}
-    if entry["reader"] == "shards":
-        source = TarShards(path.parent / entry["path"], name, seed, **videos)
-    else:
-        folder = path.parent / entry["images"] if "images" in entry else None
-        source = LlavaJson(path.parent / entry["path"], folder, name, seed, **videos)
-    prompts = entry.get("prompts", prompts)
-    if not prompts:
-        return source
-    try:
-        return Prompted(source, prompts, seed)
-    except ValueError as error:
-        raise ValueError(f"{path}, dataset {name!r}: {error}") from error
-
-
-def _put(turn, prompt):
-    """A user's turn through a prompt; blanks around the words and the visual inputs keep their places."""
-    if turn.role != "user":
-        return turn
-    slot = next((slot for slot in (QUESTION, MARKED) if slot in prompt), None)
-    before, after = prompt.split(slot) if slot else (prompt, "")
-    parts = list(turn.parts)
-    spoken = [place for place, part in enumerate(parts) if isinstance(part, str) and part.strip()]
-    if spoken and slot is None:
-        raise ValueError(f"it asks {turn.text.strip()!r}, for which the prompt {prompt!r} has no {QUESTION}")
-    if not spoken:
-        return Turn("user", (*(part for part in parts if not isinstance(part, str)), (before + after).strip()))
-    first, last = spoken[0], spoken[-1]
-    words = parts[first].lstrip()
-    parts[first] = parts[first][: len(parts[first]) - len(words)] + before + words
-    words = parts[last].rstrip()
-    parts[last] = (asked(words) if slot == MARKED else words) + after
-    return Turn("user", tuple(parts))

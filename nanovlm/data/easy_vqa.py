@@ -124,7 +124,7 @@ class EasyVQA:
     def record(self, n):
         """Record n, n >= 0; every epoch is a new permutation of all pictures."""
         epoch, place = divmod(n, len(self))
-        image_id = self.image_ids[permutation(self.seed, epoch, len(self))[place]]
+        image_id = self.image_ids[permutation(self.seed, epoch, length=len(self))[place]]
         rng = np.random.default_rng((self.seed, epoch, image_id))
         if self.kind == "captions":
             asked, kinds = [(pick(rng, SHORT_CAPTION_PROMPTS), self.captions[image_id])], ("short_caption",)

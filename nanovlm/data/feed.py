@@ -9,9 +9,7 @@ and on how many processes an update is spread change nothing of it, and a resume
 """
 
 import itertools
-import json
 import math
-import os
 import signal
 import time
 import weakref
@@ -23,13 +21,8 @@ import numpy
 import torch
 from torch.utils.data import DataLoader
 
+from nanovlm.files import JsonLines
 from nanovlm.names import nearest
-
-
-# Mixture: several sources read together, each in an exact share.
-#
-# The next record comes from the source that is furthest behind its share, so that after n records every source has
-# given its share of n to within a record or so, in every run, without a random draw.
 
 
 class Course:
@@ -57,9 +50,11 @@ class Course:
 
 
 class Mixture:
-    """Reads sources in proportion to their weights.
+    """Several sources read together, each in an exact share.
 
-    A source has `name`, `__len__` and `record(n)`; its cursor is the number of records drawn from it.
+    The next record comes from the source that is furthest behind its share, so that after n records every source has
+    given its share of n to within a record or so, in every run, without a random draw. A source has `name`, `__len__`
+    and `record(n)`; all that a resume needs of it is `drawn`, the number of records drawn.
     """
 
     def __init__(self, sources, weights):
@@ -90,37 +85,23 @@ class Mixture:
         self.drawn[name] += 1
         return name, self.drawn[name] - 1
 
-    def next(self):
-        """(name, record): the record that `draw` names."""
-        name, n = self.draw()
-        return name, self.sources[name].record(n)
-
-    def state(self):
-        """dict name -> int, records drawn: all that a resume needs."""
-        return dict(self.drawn)
-
-    def load_state(self, state):
-        """Continue where `state()` was taken.
+    def resume(self, drawn):
+        """Go on where `drawn` was {name: records}.
 
         Raises: ValueError if the names are not this mixture's or a count is no whole number >= 0.
         """
-        if set(state) != set(self.drawn):
-            both = f"the saved mixture reads {sorted(state)}, this one {sorted(self.drawn)}"
+        if set(drawn) != set(self.drawn):
+            both = f"the saved mixture reads {sorted(drawn)}, this one {sorted(self.drawn)}"
             raise ValueError(f"{both}; resume with the same sources")
-        for name, drawn in state.items():
-            if not isinstance(drawn, int) or drawn < 0:
-                raise ValueError(f"source {name!r}: {drawn!r} records drawn; a whole number >= 0 was expected")
-        self.drawn = {name: state[name] for name in self.drawn}  # order decides ties
+        for name, number in drawn.items():
+            if not isinstance(number, int) or number < 0:
+                raise ValueError(f"source {name!r}: {number!r} records drawn; a whole number >= 0 was expected")
+        self.drawn = {name: drawn[name] for name in self.drawn}  # order decides ties
 
 
-# Damaged records: counted, named in a file, and too many of them stop the run.
-#
-#     damaged.jsonl, one JSON object a line:
-#     {"stage", "step", "source", "record": n, "id": its own name if it could be read, "error", "replaced_by": n}
-#
-# A record that cannot be used is replaced by the next of its source, never by a random other, so that what a run trains
-# on stays a function of the data alone: not of the number of workers, nor of where it was interrupted.
-
+# Damaged records: counted, named in a file, and too many of them stop the run. A record that cannot be used is replaced
+# by the next of its source, never by a random other, so that what a run trains on stays a function of the data alone: not
+# of the number of workers, nor of where it was interrupted.
 
 MAX_IN_A_ROW = 100  # damaged records one behind the other; then something else is wrong than a record
 FEW = 100  # records; the share of damaged ones is taken of at least so many
@@ -137,27 +118,32 @@ class Damage:
     replaced_by: int
 
 
-def usable(source, name, n, prepare):
-    """Record n of a source made ready, or the next one that can be.
+class Reader(torch.utils.data.Dataset):
+    """From (source name, n) to (Record made ready, tuple of Damage); what the workers run.
 
-    Args:
-      source: with record(n). name: str. n: int.
-      prepare: function(Record) -> Record that raises ValueError or OSError for what cannot be used.
-    Returns: (Record, or None if MAX_IN_A_ROW in a row are damaged; tuple of Damage).
+    The record is the first from n on that can be used, or None after MAX_IN_A_ROW that cannot.
     """
-    damaged = []
-    for place in range(n, n + MAX_IN_A_ROW):
-        record = None
-        try:
-            record = source.record(place)
-            return prepare(record), tuple(damaged)
-        except (ValueError, OSError) as error:
-            damaged.append(Damage(name, place, record and record.id, str(error), place + 1))
-    return None, tuple(damaged)
+
+    def __init__(self, sources, prepare):
+        self.sources, self.prepare = sources, prepare
+
+    def __getitem__(self, slot):
+        (name, first), damaged = slot, []
+        for n in range(first, first + MAX_IN_A_ROW):
+            record = None
+            try:
+                record = self.sources[name].record(n)
+                return self.prepare(record), tuple(damaged)
+            except (ValueError, OSError) as error:
+                damaged.append(Damage(name, n, record and record.id, str(error), n + 1))
+        return None, tuple(damaged)
 
 
 class DamageReport:
-    """The file of a run's damaged records, and their count in a stage."""
+    """The file of a run's damaged records, and their count in a stage.
+
+    damaged.jsonl: {"stage", "step", "source", "record": n, "id": its own name if it could be read, "error", "replaced_by": n}
+    """
 
     def __init__(self, path, stage, step, limit):
         """
@@ -166,23 +152,12 @@ class DamageReport:
           stage: str. step: int, optimizer steps of the whole run that are done.
           limit: share of the records that may be damaged.
         """
-        self.path, self.stage, self.limit, self.count = path, stage, limit, 0
-        if path.exists():
-            self._cut(step)
-
-    def _cut(self, step):
-        kept = 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                try:
-                    entry = json.loads(line) if line.endswith(b"\n") else {"step": step + 1}
-                except ValueError:
-                    break
-                if entry["step"] > step:
-                    break
-                kept += len(line)
-                self.count += entry["stage"] == self.stage
-        os.truncate(self.path, kept)
+        self.lines, self.stage, self.limit, self.count = JsonLines(path), stage, limit, 0
+        for place, entry in self.lines.places():
+            if entry["step"] > step:
+                self.lines.cut(place)
+                break
+            self.count += entry["stage"] == stage
 
     def add(self, step, damaged, read):
         """Write down what was damaged in a step.
@@ -193,107 +168,43 @@ class DamageReport:
         """
         if not damaged:
             return
-        with open(self.path, "a") as file:
-            file.writelines(json.dumps({"stage": self.stage, "step": step} | asdict(one)) + "\n" for one in damaged)
+        self.lines.add(*({"stage": self.stage, "step": step} | asdict(one) for one in damaged))
         self.count += len(damaged)
         if self.count > self.limit * max(read, FEW):
-            raise ValueError(
-                f"{self.count} of {read} records are damaged, more than max_damaged {self.limit:g} allows (all are listed in "
-                f"{self.path}); the last: {damaged[-1].error}"
-            )
-
-
-class Plan:
-    """Which records the updates of a stage take.
-
-    Records are drawn for `group` updates at once. Grouped, they are sorted by modality (text alone, or with pictures)
-    and length and cut into the updates' batches, whose order is then shuffled: a batch holds records alike, and after
-    every group each source has given its exact share.
-    """
-
-    def __init__(self, mixture, batch_size, steps, group=1, length=None, seed=0):
-        """
-        Args:
-          mixture: Mixture. batch_size: records per update. steps: updates of the stage.
-          group: updates whose records are drawn and sorted together; 1 = as drawn.
-          length: function(Record) -> int, needed with group > 1. seed: int, of the shuffling.
-        """
-        self.mixture, self.batch_size, self.steps = mixture, batch_size, steps
-        self.group, self.length, self.seed = group, length, seed
-        self.update = 0  # updates that are planned
-        self.begin, self.batches = mixture.state(), []  # of the group of the next update
-
-    def next(self):
-        """The next update: list of batch_size (source name, n)."""
-        place = self.update % self.group
-        if place == 0 or not self.batches:
-            first = self.update - place
-            number = min(self.group, self.steps - first) * self.batch_size
-            self.begin = self.mixture.state()
-            self.batches = self._arrange([self.mixture.draw() for _ in range(number)], first)
-        self.update += 1
-        return self.batches[place]
-
-    def _arrange(self, drawn, first):
-        batches = [drawn[start : start + self.batch_size] for start in range(0, len(drawn), self.batch_size)]
-        if self.group == 1:
-            return batches
-        alike = {slot: self._sort_key(*slot) for slot in drawn}
-        drawn = sorted(drawn, key=alike.get)  # equals stay as drawn
-        order = numpy.random.default_rng([self.seed, first]).permutation(len(batches))
-        return [drawn[n * self.batch_size : (n + 1) * self.batch_size] for n in order]
-
-    def _sort_key(self, name, n):
-        try:
-            record = self.mixture.sources[name].record(n)
-        except (ValueError, OSError):
-            return False, 0  # the worker that reads it says what is wrong
-        return bool(record.visuals), self.length(record)
-
-    def state(self):
-        """{"update": int, "drawn": records that each source had given when the group began}: all that a resume needs."""
-        whole = self.update % self.group == 0 or self.update == self.steps
-        return {"update": self.update, "drawn": self.mixture.state() if whole else dict(self.begin)}
-
-    def load_state(self, state):
-        """Go on where `state()` was taken. Raises: ValueError as Mixture.load_state."""
-        self.mixture.load_state(state["drawn"])
-        self.update, self.begin, self.batches = state["update"], dict(state["drawn"]), []
-
-
-class Reader(torch.utils.data.Dataset):
-    """From (source name, n) to (Record made ready, tuple of Damage); what the workers run."""
-
-    def __init__(self, sources, prepare):
-        self.sources, self.prepare = sources, prepare
-
-    def __getitem__(self, slot):
-        name, n = slot
-        return usable(self.sources[name], name, n, self.prepare)
+            raise ValueError(f"{self.count} of {read} records are damaged, more than max_damaged {self.limit:g} allows (all are "
+                             f"listed in {self.lines.path}); the last: {damaged[-1].error}")
 
 
 class Feed:
     """The records of one stage, update by update.
 
+    Records are drawn for `group` updates at once. Grouped, they are sorted by modality (text alone, or with pictures)
+    and length and cut into the updates' batches, whose order is then shuffled: a batch holds records alike, and after
+    every group each source has given its exact share.
+
     waited: seconds that the last `next` took. damaged: list of Damage found in it.
     """
 
-    def __init__(self, plan, prepare, rank=0, world=1, workers=0, prefetch=2):
+    def __init__(self, mixture, prepare, batch_size, steps, group=1, length=None, seed=0, rank=0, world=1, workers=0, prefetch=2):
         """
         Args:
-          plan: Plan. prepare: function(Record) -> Record, see prepare.Preparation.
+          mixture: Mixture. prepare: function(Record) -> Record, see batching.Preparation.
+          batch_size: records per update. steps: updates of the stage.
+          group: updates whose records are drawn and sorted together; 1 = as drawn.
+          length: function(Record) -> int, needed with group > 1. seed: int, of the shuffling.
           rank, world: this process and how many there are: it gets records rank, rank + world, ... of each update.
           workers: processes that read ahead; 0 = the trainer's own reads when it needs the records.
           prefetch: updates that the workers are ahead.
         Raises: ValueError if an update has less records than there are processes.
         """
-        if plan.batch_size < world:
-            raise ValueError(f"batch_size {plan.batch_size} is less than the {world} processes that share it")
-        self.plan, self.rank, self.world = plan, rank, world
-        self.share = len(range(rank, plan.batch_size, world))  # records of this process per update
-        self.reader, self.workers, self.prefetch = Reader(plan.mixture.sources, prepare), workers, prefetch
-        self.planned = deque()  # states behind the updates that are planned and not yet taken
-        self.after = plan.state()
+        if batch_size < world:
+            raise ValueError(f"batch_size {batch_size} is less than the {world} processes that share it")
+        self.mixture, self.batch_size, self.steps = mixture, batch_size, steps
+        self.group, self.length, self.seed = group, length, seed
+        self.rank, self.world = rank, world
+        self.reader, self.workers, self.prefetch = Reader(mixture.sources, prepare), workers, prefetch
+        self.position = {"update": 0, "drawn": dict(mixture.drawn)}  # behind the last update that was taken
+        self.planned = deque()  # positions behind the updates that are planned and not yet taken
         self.items = self.end = None  # what the DataLoader gives, and how its workers end
         self.waited, self.damaged = 0.0, []
 
@@ -304,45 +215,69 @@ class Feed:
           with the worker's traceback.
         """
         began, self.damaged, records = time.monotonic(), [], []
+        share = len(range(self.rank, self.batch_size, self.world))
         if self.items is None:
-            self.items = iter(self._loader())
+            self.items = iter(self._loader(share))
             if self.workers:
                 self.end = weakref.finalize(self, end_workers, self.items)  # also at the program's exit
-        for record, damaged in itertools.islice(self.items, self.share):
+        for record, damaged in itertools.islice(self.items, share):
             self.damaged += damaged
             if record is None:
                 last = damaged[-1]
                 row = f"{MAX_IN_A_ROW} records in a row are damaged"
                 raise ValueError(f"source {last.source!r}: {row}; the last: {last.error}")
             records.append(record)
-        self.after = self.planned.popleft()
+        self.position = self.planned.popleft()
         self.waited = time.monotonic() - began
         return records
 
-    def _loader(self):
+    def _loader(self, share):
         ahead = {}
         if self.workers:
-            per_worker = max(1, -(-self.prefetch * self.share // self.workers))
+            per_worker = max(1, -(-self.prefetch * share // self.workers))
             ahead = dict(prefetch_factor=per_worker, multiprocessing_context="fork", worker_init_fn=leave_signals)
         return DataLoader(
-            self.reader, batch_size=None, sampler=self._slots(), num_workers=self.workers, collate_fn=unchanged,
+            self.reader, batch_size=None, sampler=self._plan(), num_workers=self.workers, collate_fn=unchanged,
             generator=torch.Generator(), **ahead,  # a generator of its own: torch's own is the training's
         )  # fmt: skip
 
-    def _slots(self):
-        while self.plan.update < self.plan.steps:
-            update = self.plan.next()
-            self.planned.append(self.plan.state())
-            yield from update[self.rank :: self.world]
+    def _plan(self):
+        """(source name, n) of every record that this process reads, from the position on."""
+        update = self.position["update"]
+        while update < self.steps:
+            first = update - update % self.group  # of the group
+            begin = dict(self.mixture.drawn)
+            size = min(self.group, self.steps - first) * self.batch_size
+            drawn = [self.mixture.draw() for _ in range(size)]
+            order = range(size // self.batch_size)
+            if self.group > 1:
+                alike = {slot: self._sort_key(*slot) for slot in drawn}
+                drawn.sort(key=alike.get)  # equals stay as drawn
+                order = numpy.random.default_rng([self.seed, first]).permutation(len(order)).tolist()
+            for n in order[update - first :]:
+                update += 1
+                whole = update - first == len(order)
+                self.planned.append({"update": update, "drawn": dict(self.mixture.drawn) if whole else begin})
+                yield from drawn[n * self.batch_size : (n + 1) * self.batch_size][self.rank :: self.world]
+
+    def _sort_key(self, name, n):
+        try:
+            record = self.mixture.sources[name].record(n)
+        except (ValueError, OSError):
+            return False, 0  # the worker that reads it says what is wrong
+        return bool(record.visuals), self.length(record)
 
     def state(self):
-        """The position behind the last update that was taken, for a checkpoint; the same in every process."""
-        return self.after
+        """{"update": int, "drawn": {name: records given when the update's group began}}: all that a resume needs.
+
+        It stands behind the last update that was taken, and is the same in every process.
+        """
+        return self.position
 
     def load_state(self, state):
-        """Go on where `state()` was taken; before the first `next`. Raises: ValueError as Mixture.load_state."""
-        self.plan.load_state(state)
-        self.after = self.plan.state()
+        """Go on where `state()` was taken; before the first `next`. Raises: ValueError as Mixture.resume."""
+        self.mixture.resume(state["drawn"])
+        self.position = state
 
     def close(self):
         """End the workers."""

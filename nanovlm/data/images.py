@@ -10,6 +10,7 @@ import base64
 import binascii
 import contextlib
 import io
+import math
 import os
 import struct
 import warnings
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from nanovlm.names import nearest
 
@@ -25,7 +26,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green, blue betwee
 STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation: pixels between -1 and 1
 MAX_PIXELS, MAX_SIDE = 64_000_000, 8_000
+IN_MEMORY = "picture in memory"  # for messages
 FITS = ("crop", "pad", "stretch", "squash")
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes; PIL refuses a picture over long comments
 
 
 class ImageError(ValueError):
@@ -55,15 +58,16 @@ def load(source, max_pixels=MAX_PIXELS):
     """Any picture as upright RGB; of an animation the first frame; transparency over white.
 
     Args:
-      source: path, Member, or a PIL image.
-      max_pixels: int, largest width x height that is decoded; read from the header, before decoding.
+      source: path, Member, the bytes of a file, or a PIL image.
+      max_pixels: int, largest width x height that is decoded; read from the header, before decoding. A larger JPEG is
+        decoded at a half, a quarter or an eighth of its size.
     Returns: PIL.Image.Image of mode RGB.
     Raises: FileNotFoundError; ImageError if it is empty, too large, damaged or no image.
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, "picture in memory")
+        return _upright_rgb(source, IN_MEMORY)
     with opened(source, max_pixels) as image:
-        return _upright_rgb(image, source)
+        return _upright_rgb(image, IN_MEMORY if isinstance(source, bytes) else source)
 
 
 def from_base64(text):
@@ -84,19 +88,32 @@ def opened(source, max_pixels=MAX_PIXELS):
 
     Args and errors: as in `load`, of which this is the first half.
     """
-    if isinstance(source, Member):
-        size, begin = source.size, lambda: io.BytesIO(source.read())
+    if isinstance(source, bytes):
+        source, file = IN_MEMORY, io.BytesIO(source)
+    elif isinstance(source, Member):
+        file = io.BytesIO(source.read())
+    elif not os.path.exists(source):
+        raise FileNotFoundError(f"{source}: no such image")
+    elif not os.path.isfile(source):
+        raise ImageError(f"{source}: a folder, not an image")
     else:
-        if not os.path.exists(source):
-            raise FileNotFoundError(f"{source}: no such image")
-        if not os.path.isfile(source):
-            raise ImageError(f"{source}: a folder, not an image")
-        size, begin = os.path.getsize(source), lambda: open(source, "rb")
-    if size == 0:
-        raise ImageError(f"{source}: the file is empty (0 bytes); copy or download it again")
-    with begin() as file:
+        file = open(source, "rb")
+    with file:
+        if not file.seek(0, os.SEEK_END):
+            raise ImageError(f"{source}: the file is empty (0 bytes); copy or download it again")
+        file.seek(0)
         try:
-            yield _header(file, source, max_pixels)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+                image = Image.open(file)
+            width, height = image.size
+            scale = math.ceil(math.log2(max(1, width * height / max_pixels)) / 2)
+            if scale and image.format == "JPEG":  # which decodes smaller, and reads no more of the picture than that needs
+                image.draft(None, (width >> scale, height >> scale))
+            if image.width * image.height > max_pixels:
+                raise ImageError(f"{source}: {width} x {height} is {width * height:,} pixels, more than the limit of "
+                                 f"{max_pixels:,}; scale it down, or pass a larger max_pixels to images.load if you trust it")
+            yield image
         except ImageError:
             raise
         except Image.UnidentifiedImageError as error:
@@ -105,8 +122,7 @@ def opened(source, max_pixels=MAX_PIXELS):
             remedy = "if you trust it, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS"
             raise ImageError(f"{source}: {error}; {remedy}") from error
         except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:  # all of PIL's readers'
-            remedy = "copy or download it again"
-            raise ImageError(f"{source}: the image is damaged or cut short ({error}); {remedy}") from error
+            raise ImageError(f"{source}: the image is damaged or cut short ({error}); copy or download it again") from error
 
 
 @dataclass(frozen=True)
@@ -183,40 +199,22 @@ def normalise(frames, preprocessing=CLIP):
     return (pixels / 255 - mean) / std
 
 
-def _header(file, source, max_pixels):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
-        image = Image.open(file)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(
-            f"{source}: {width} x {height} is {width * height:,} pixels, more than the limit of {max_pixels:,}; "
-            "scale it down, or pass a larger max_pixels to images.load if you trust it"
-        )
-    return image
-
-
 def _upright_rgb(image, source):
     if 0 in image.size:
         raise ImageError(f"{source}: the image has no pixels ({image.width} x {image.height})")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        image = _to_8_bits(image, source)
+    if image.mode.startswith("I"):  # PIL's own conversion clips everything above 255 to white
+        values = numpy.asarray(image).astype(numpy.int64)
+        if values.min() < 0 or values.max() > 65535:
+            found = f"{values.min()} to {values.max()}"
+            raise ImageError(f"{source}: pixel values {found} exceed 16 bits; save it with 8 or 16")
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(numpy.uint8))
     if image.mode == "F":
         raise ImageError(f"{source}: floating-point pixels have no agreed white; save the picture with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB") if image.mode != "RGB" else image
-
-
-def _to_8_bits(image, source):
-    """16-bit grey scaled to 8 bits; PIL's own conversion clips everything above 255 to white."""
-    values = numpy.asarray(image).astype(numpy.int64)
-    if values.min() < 0 or values.max() > 65535:
-        found = f"{values.min()} to {values.max()}"
-        raise ImageError(f"{source}: pixel values {found} exceed 16 bits; save it with 8 or 16")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(numpy.uint8))
 
 
 def _crop(image, size):

@@ -1,20 +1,25 @@
-"""Records: pictures and conversations about them.
+"""Records: pictures and conversations about them, and how an item of a data set becomes one.
 
 A record is some visual inputs and one or more independent conversations about them. A source gives the n-th record for
 any n >= 0, the same one every time, so that the integer n is all that a checkpoint has to keep of it.
 """
 
 import functools
+import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 from PIL import Image
 
+from nanovlm.data.json_files import field
 from nanovlm.data.video import Clip
 from nanovlm.names import nearest
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}  # LLaVA's speakers
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Record:
     """Some visual inputs and independent conversations about them; each conversation becomes its own row.
 
     kinds: question type of each conversation, for evaluation; empty = not stated.
-    rows: (where, templates.Row) of its conversations, where a worker has written them ahead for one stage (prepare.py).
+    rows: (where, templates.Row) of its conversations, where a worker has written them ahead (batching.Preparation).
     regions: for each conversation (x, y), the centre of what it speaks of as shares of the picture's width and height, or
       None where it speaks of the whole; empty = all of the whole. Contrastive stages look there.
     Raises: ValueError if kinds or regions and conversations differ in number, a region's centre lies outside the picture,
@@ -77,20 +82,18 @@ class Record:
     regions: tuple = ()
 
     def __post_init__(self):
-        if not self.conversations:
-            raise ValueError(f"record {self.id!r} has no conversation")
-        if self.kinds and len(self.kinds) != len(self.conversations):
-            counts = f"{len(self.kinds)} kinds for {len(self.conversations)} conversations"
-            raise ValueError(f"record {self.id!r} has {counts}")
-        if self.regions and len(self.regions) != len(self.conversations):
-            counts = f"{len(self.regions)} regions for {len(self.conversations)} conversations"
-            raise ValueError(f"record {self.id!r} has {counts}")
+        where, number = f"record {self.id!r}", len(self.conversations)
+        if not number:
+            raise ValueError(f"{where} has no conversation")
+        for name, given in (("kinds", self.kinds), ("regions", self.regions)):
+            if given and len(given) != number:
+                raise ValueError(f"{where} has {len(given)} {name} for {number} conversations")
         for region in self.regions:
             if region is not None and not (len(region) == 2 and all(0 <= share < 1 for share in region)):
-                raise ValueError(f"record {self.id!r} has the region {region}; its centre is two shares from 0 to below 1")
+                raise ValueError(f"{where} has the region {region}; its centre is two shares from 0 to below 1")
         for part in (part for turns in self.conversations for turn in turns for part in turn.parts):
             if not isinstance(part, str) and not 0 <= part < len(self.visuals):
-                raise ValueError(f"record {self.id!r} mentions visual input {part}; it has {len(self.visuals)}")
+                raise ValueError(f"{where} mentions visual input {part}; it has {len(self.visuals)}")
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,87 @@ def check_order(roles, last="assistant"):
 
 
 @functools.lru_cache(maxsize=64)
-def permutation(seed, epoch, length):
-    """Order of one epoch: int64[length], a function of its arguments alone."""
-    return numpy.random.default_rng([seed, epoch]).permutation(length)
+def permutation(*seed, length):
+    """The order of one epoch: int64[length], a function of its arguments alone. seed: integers, the epoch among them."""
+    return numpy.random.default_rng(seed).permutation(length)
+
+
+def drawn(record, seed):
+    """The record with the random frames of this showing: seed, a tuple of integers, decides them."""
+    def showing(visual):
+        if not isinstance(visual.frames, Clip) or visual.frames.sampling != "random":
+            return visual
+        return replace(visual, key=f"{visual.key}, frames of {seed}", frames=replace(visual.frames, seed=seed))
+
+    return replace(record, visuals=tuple(map(showing, record.visuals)))
+
+
+def record_of(item, where, clip, locate):
+    """One item in LLaVA's form (see datasets.py) as a record.
+
+    Args:
+      item: what stands in the file. where: "FILE, line N", for messages. clip: video.Clip, all but its source.
+      locate: function(name of a picture or film in the item) -> what images.load or video.load opens.
+    Returns: Record. Raises: ValueError naming the place for anything malformed.
+    """
+    field(item, "id", (str, int), where)
+    said = field(item, "conversations", list, where)
+    where = f"{where} (id {item['id']!r})"
+    shown = {"<image>": [Visual(str(path), (path,)) for path in map(locate, _files(item, "image", where))]}
+    if item.get("video") is not None:  # elsewhere <video> is a word
+        found = _files(item, "video", where)
+        sources = [locate(one) if isinstance(one, str) else tuple(map(locate, one)) for one in found]
+        shown["<video>"] = [Visual(str(source), replace(clip, source=source)) for source in sources]
+    waiting = {placeholder: iter(visuals) for placeholder, visuals in shown.items()}
+    turns, visuals, asked = [], [], Counter()
+    for place, turn in enumerate(said, start=1):
+        role, words = _said(turn, f"{where}, turn {place}")
+        parts = []  # what the assistant writes is text, whatever it looks like
+        for piece in re.split(f"({'|'.join(shown)})", words) if role == "user" else [words]:
+            if role == "user" and piece in shown:
+                asked[piece] += 1
+                parts.append(len(visuals))
+                visuals.append(next(waiting[piece], None))
+            elif piece:
+                parts.append(piece)
+        turns.append(Turn(role, tuple(parts)))
+    try:
+        check_order([turn.role for turn in turns])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    for placeholder, given in shown.items():
+        if asked[placeholder] != len(given):
+            kind = placeholder.strip("<>")
+            raise ValueError(f"{where}: {asked[placeholder]} placeholder(s) {placeholder} in the human turns but {len(given)} "
+                             f"{kind}(s); every {kind} needs its {placeholder} where it stands")
+    kinds = (field(item, "kind", str, where),) if "kind" in item else ()
+    return Record(str(item["id"]), tuple(visuals), (tuple(turns),), kinds)
+
+
+def _files(item, name, where):
+    """What an item lists under "image" or "video": list of file names, of a video perhaps of lists of its frames."""
+    value = item.get(name)
+    if value is None or value == "" or value != value:  # a table's empty cell; pandas writes NaN
+        return []
+    several = isinstance(value, list) and (name == "image" or any(isinstance(one, list) for one in value))
+    found = value if several else [value]
+    for one in found:
+        frames = one if isinstance(one, list) and name == "video" else [one]
+        if not frames or not all(isinstance(frame, str) and frame for frame in frames):
+            form = "a list of paths" if name == "image" else "a list of frames or of such"
+            raise ValueError(f"{where}: field {name!r} must be a path or {form}, found {one!r}")
+    return found
+
+
+def _said(turn, where):
+    """(role, words) of a turn as LLaVA writes it."""
+    speaker, words = (field(turn, name, str, where) for name in ("from", "value"))
+    if speaker not in ROLES:
+        raise ValueError(f"{where}: unknown speaker {speaker!r}.{nearest(speaker, ROLES)}")
+    if not words.strip():
+        raise ValueError(f"{where}: the {ROLES[speaker]} says nothing; remove the item or give the turn its text")
+    try:
+        words.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
+        raise ValueError(f"{where}: not text: {error}") from error
+    return ROLES[speaker], words

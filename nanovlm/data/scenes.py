@@ -5,7 +5,7 @@ string of two or three symbols, on a light noisy background. Everything is drawn
 so a picture is a pure function of its seed. Four colour-shape pairs and a fifth of all strings are held out:
 no training split ever shows or names them.
 
-Captions and questions about a scene: scene_questions.py. A scene from a user's words: scene_parsing.py.
+Captions and questions about a scene: scene_questions.py. A scene from a user's words: there, too.
 """
 
 import functools

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-from PIL import Image
 
 from nanovlm.data import images
 from nanovlm.names import nearest
 
+FRAMES = 5  # of a video in a data set, unless told otherwise; as in Lynx
 SAMPLINGS = ("uniform", "random")
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a folder of frames may hold
-ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 MAX_FRAMES = 100_000  # of one clip; a film of an hour has about 100,000
 MAX_ANIMATION_PIXELS = 500_000_000  # of all frames of an animation, since each is drawn over the one before it
 
@@ -26,12 +25,19 @@ class Clip:
     """A clip that is decoded when used: `len` is known at once, iterating loads its frames.
 
     source, num_frames, sampling: as in `load`. seed: tuple of int, decides random frames.
+    Raises: ValueError for an unknown sampling or num_frames below 1.
     """
 
     source: str | tuple[str, ...]
     num_frames: int
     sampling: str = "uniform"
     seed: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"unknown sampling {self.sampling!r}.{nearest(self.sampling, SAMPLINGS)}")
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames is {self.num_frames}; at least 1 is needed")
 
     def __len__(self):
         return self.num_frames
@@ -57,27 +63,31 @@ def load(path, num_frames, sampling="uniform", rng=None, max_pixels=images.MAX_P
     Raises: FileNotFoundError; images.ImageError for what is empty, too large, too long, damaged or no video;
       ImportError for a film without `av`.
     """
-    if sampling not in SAMPLINGS:
-        raise ValueError(f"unknown sampling {sampling!r}.{nearest(sampling, SAMPLINGS)}")
-    if num_frames < 1:
-        raise ValueError(f"num_frames is {num_frames}; at least 1 is needed")
+    Clip(path, num_frames, sampling)  # raises for what no clip can have
     rng = numpy.random.default_rng(0) if rng is None else rng
+    if isinstance(path, (str, Path)):
+        name = path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such video")
+        pictures = frame_files(path) if path.is_dir() else None
+    else:
+        name, pictures = "the list of frames", list(path)
+    chosen = []
 
-    def places(total, name):
+    def choose(total):
+        """Places of the frames to load, in rising order."""
         if not 1 <= total <= MAX_FRAMES:
             raise images.ImageError(f"{name}: it has {total:,} frames; from 1 to {MAX_FRAMES:,} are expected")
-        return uniform_places(total, num_frames) if sampling == "uniform" else random_places(total, num_frames, rng)
+        chosen[:] = uniform_places(total, num_frames) if sampling == "uniform" else random_places(total, num_frames, rng)
+        return sorted(set(chosen))
 
-    if not isinstance(path, (str, Path)):
-        return _pictures(list(path), places, "the list of frames", max_pixels)
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such video")
-    if path.is_dir():
-        return _pictures(frame_files(path), places, path, max_pixels)
-    if path.suffix.lower() in PICTURES + ANIMATIONS:
-        return _animation(path, places, max_pixels)
-    return _film(path, places, max_pixels)
+    if pictures is not None:
+        loaded = {place: images.load(pictures[place], max_pixels) for place in choose(len(pictures))}
+    elif path.suffix.lower() in PICTURES + (".apng",):
+        loaded = dict(_animation(path, choose, max_pixels))
+    else:
+        loaded = dict(_film(path, choose, max_pixels))
+    return [loaded[place] for place in chosen]
 
 
 def uniform_places(total, num_frames):
@@ -100,31 +110,26 @@ def random_places(total, num_frames, rng):
 
 def frame_files(folder):
     """The pictures of a folder, frame 2 before frame 10: list of Path."""
-    paths = [path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES]
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
     return sorted(paths, key=lambda path: [(int(part), "") if part.isdecimal() else (0, part)
                                            for part in re.split(r"(\d+)", path.name)])  # fmt: skip
 
 
-def _pictures(frames, places, name, max_pixels):
-    return [images.load(frames[place], max_pixels) for place in places(len(frames), name)]
-
-
-def _animation(path, places, max_pixels):
+def _animation(path, choose, max_pixels):
+    """(place, frame) of the places that `choose` takes, as images.load gives it."""
     with images.opened(path, max_pixels) as image:
-        total = image.n_frames if hasattr(image, "n_frames") else 1
-        chosen = places(total, path)
-        pixels = image.width * image.height * total
+        total = getattr(image, "n_frames", 1)
+        places, pixels = choose(total), image.width * image.height * total
         if total > 1 and pixels > MAX_ANIMATION_PIXELS:
-            limit = f"more than the limit of {MAX_ANIMATION_PIXELS:,}; make it smaller, or a film of it"
-            raise images.ImageError(f"{path}: its {total} frames are {pixels:,} pixels, {limit}")
-        loaded = {}
-        for place in sorted(set(chosen)):
+            raise images.ImageError(f"{path}: its {total} frames are {pixels:,} pixels, more than the limit of "
+                                    f"{MAX_ANIMATION_PIXELS:,}; make it smaller, or a film of it")
+        for place in places:
             image.seek(place)
-            loaded[place] = images.load(image)
-        return [loaded[place] for place in chosen]
+            yield place, images.load(image)
 
 
-def _film(path, places, max_pixels):
+def _film(path, choose, max_pixels):
+    """As `_animation`."""
     try:
         import av
     except ImportError as error:
@@ -134,11 +139,17 @@ def _film(path, places, max_pixels):
     try:
         total = _count(av, path, max_pixels)
         while True:
-            chosen = places(total, path)
-            loaded, seen = _decoded(av, path, set(chosen))
-            if loaded.keys() >= set(chosen):
-                return [loaded[place] for place in chosen]
-            total = seen  # fewer frames than packets: half pictures, or the end is missing
+            places = choose(total)
+            with av.open(str(path)) as container:
+                container.streams.video[0].thread_type = "AUTO"
+                total = 0
+                for place, frame in enumerate(container.decode(video=0)):
+                    if place in places:
+                        image = frame.to_image()
+                        yield place, image.rotate(frame.rotation, expand=True) if frame.rotation else image
+                    if place == places[-1]:
+                        return
+                    total = place + 1  # fewer frames than packets: half pictures, or the end is missing
     except av.FFmpegError as error:
         raise images.ImageError(f"{path}: not a video, or damaged ({error}); copy or download it again") from error
 
@@ -150,22 +161,6 @@ def _count(av, path, max_pixels):
             raise images.ImageError(f"{path}: no moving pictures in it, only sound or text")
         stream = container.streams.video[0]
         if stream.width * stream.height > max_pixels:
-            raise images.ImageError(
-                f"{path}: frames of {stream.width} x {stream.height} pixels are more than the limit of {max_pixels:,}"
-            )
+            found = f"frames of {stream.width} x {stream.height} pixels"
+            raise images.ImageError(f"{path}: {found} are more than the limit of {max_pixels:,}")
         return sum(1 for packet in container.demux(stream) if packet.size)
-
-
-def _decoded(av, path, chosen):
-    """Frames at the chosen places, upright: dict place -> RGB image, and how many were decoded for them."""
-    loaded, seen = {}, 0
-    with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        for place, frame in enumerate(container.decode(video=0)):
-            seen = place + 1
-            if place in chosen:
-                image = frame.to_image()
-                loaded[place] = image.rotate(frame.rotation, expand=True) if frame.rotation else image
-            if len(loaded) == len(chosen):
-                break
-    return loaded, seen

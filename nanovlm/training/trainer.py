@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from nanovlm.data.augment import augmented
 from nanovlm.data.batching import Report
-from nanovlm.data.feed import DamageReport, Feed, Mixture, Plan
+from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.records import Changed
 from nanovlm.names import nearest
 from nanovlm.training import checkpoint, optimizer
@@ -194,9 +194,9 @@ class Trainer:
         sources = {name: Later(augmented(source, stage.augmentation, run.seed), self.starts[name])
                    for name, source in chosen.items()}
         prepare = preparation(run, stage)
-        plan = Plan(Mixture(sources, stage.mixture), stage.batch_size, stage.steps, stage.group, prepare.length, run.seed)
         damage = DamageReport(run.out / "damaged.jsonl", stage.name, self.step, run.max_damaged)
-        feed = Feed(plan, prepare, self.processes.rank, self.processes.size, run.workers)
+        feed = Feed(Mixture(sources, stage.mixture), prepare, stage.batch_size, stage.steps, stage.group, prepare.length, run.seed,
+                    self.processes.rank, self.processes.size, run.workers)
         current = Current(index, stage, optimizer.build(parts, stage, torch.get_num_threads()), feed, damage, Watch(self, stage))
         if saved:
             current.restore(run, *saved)

@@ -29,7 +29,7 @@ from ablations.ablation_04 import (
     IMAGE_SIZE, KINDS, ONE_OBJECT, Arm, blind, examine, exam_records, make_model, make_tokenizer, records, rows, train, write,
 )  # fmt: skip
 
-from nanovlm.data.llava_json import LlavaJson
+from nanovlm.data.datasets import LlavaJson
 from nanovlm.data.scene_questions import Scenes
 from nanovlm.evaluation.agreement import pearson
 from nanovlm.training.stages import Stage

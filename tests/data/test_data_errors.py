@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from nanovlm.data.llava_json import LlavaJson
+from nanovlm.data.datasets import LlavaJson
 
 GOOD = {"id": "good", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 
@@ -35,14 +35,14 @@ HUMAN, GPT = ("human", "q"), ("gpt", "a")
 @pytest.mark.parametrize(
     "item, message",
     [
-        ("words", r"item 2: an object with id, image and conversations was expected, found str"),
+        ("words", r"item 2: an object with id was expected, found str"),
         ({"conversations": turns(HUMAN, GPT)}, r"item 2: field 'id' is missing; found 'conversations'"),
         ({}, r"item 2: field 'id' is missing; found nothing"),
         ({"id": None, "conversations": turns(HUMAN, GPT)}, r"item 2: field 'id' must be a str or int, found None"),
         ({"id": "x"}, r"item 2: field 'conversations' is missing; found 'id'"),
         ({"id": "x", "conversations": {}}, r"item 2: field 'conversations' must be a list, found \{\}"),
         ({"id": "x", "conversations": []}, r"item 2 \(id 'x'\): the conversation is empty"),
-        ({"id": 5, "conversations": ["q"]}, r"item 2 \(id 5\), turn 1: an object with from and value was expected"),
+        ({"id": 5, "conversations": ["q"]}, r"item 2 \(id 5\), turn 1: an object with from was expected, found str"),
         ({"id": "x", "conversations": [{"value": "q"}]}, r"turn 1: field 'from' is missing; found 'value'"),
         ({"id": "x", "conversations": [{"from": "human"}]}, r"turn 1: field 'value' is missing; found 'from'"),
         ({"id": "x", "conversations": turns(HUMAN, ("gpt", 3))}, r"turn 2: field 'value' must be a str, found 3"),
@@ -112,7 +112,7 @@ def test_missing_images_are_listed_all_at_once(read, tmp_path):
 def test_malformed_json_names_line_and_column(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text('[\n  {"id": "x",\n   "image" "a.png"}\n]')
-    with pytest.raises(ValueError, match=r"bad.json, line 3, column 12: malformed JSON: Expecting ':' delimiter"):
+    with pytest.raises(ValueError, match=r"bad.json, line 3, byte 27: malformed JSON"):
         LlavaJson(path)
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(GOOD) + '\n\n{"id": "x", }\n')
@@ -130,9 +130,49 @@ def test_files_that_cannot_be_read(tmp_path):
         ("a.json", b"{}", "a.json, line 1: field 'id' is missing; found nothing"),
         ("a.json", b"[]", "a.json: holds no item"),
         ("a.jsonl", b"\n", "a.jsonl: holds no item"),
-        ("a.json", b'["\xff"]', "a.json, line 1: not UTF-8 text"),
+        ("a.json", b'["\xff"]', "a.json, line 1, item 1: not UTF-8 text"),
         ("a.json", b"\x1f\x8b", "a.json: packed by gzip; unpack it"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             LlavaJson(tmp_path / name)
+
+
+def test_all_unusable_items_are_named_with_the_command_that_leaves_them_out(read):
+    with pytest.raises(ValueError, match="3 item") as caught:
+        read({"id": "x", "conversations": turns(HUMAN, ("gpt", ""))}, GOOD, {}, "words", ending=".jsonl")
+    message = str(caught.value)
+    assert "nanovlm.data convert llava" in message
+    assert [f"line {n}" in message for n in (1, 2, 3, 4, 5)] == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize("empty", [float("nan"), "", None])
+def test_an_empty_cell_of_a_table_is_no_picture(read, empty):
+    source = read({**GOOD, "image": empty, "video": empty})
+    assert len(source) == 2 and not source.record(0).visuals
+    with pytest.raises(ValueError, match=r"1 placeholder\(s\) <image>"):
+        read({"id": "x", "image": empty, "conversations": turns(("human", "<image>"), GPT)})
+
+
+@pytest.mark.parametrize("names, there, missing", [
+    (["train/1.png", "val/1.png"], ["1.png", "train/1.png"], ["val/1.png"]),  # a structured folder
+    (["train/1.png", "val/1.png"], ["1.png"], ["train/1.png", "val/1.png"]),  # two items would fall on one file
+    (["1.png", "val/1.png"], ["1.png"], ["val/1.png"]),
+    (["val/1.png", "val/2.png"], ["1.png"], ["val/1.png", "val/2.png"]),
+    (["val/1.png", "val/2.png"], ["1.png", "2.png"], []),  # the only case in which none can be taken for another
+])
+def test_a_picture_is_never_taken_for_another(names, there, missing, tmp_path):
+    for name in there:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    items = [{"id": name, "image": name, "conversations": turns(("human", "<image>"), GPT)} for name in names]
+    (tmp_path / "some.json").write_text(json.dumps(items))
+    if missing:
+        with pytest.raises(FileNotFoundError) as caught:
+            LlavaJson(tmp_path / "some.json")
+        assert str(caught.value).splitlines()[1:] == [f"  {tmp_path / name}" for name in missing]
+        return
+    with pytest.warns(UserWarning, match="by their bare names"):
+        source = LlavaJson(tmp_path / "some.json")
+    records = [source.record(n) for n in range(2)]
+    assert {one.visuals[0].key for one in records} == {str(tmp_path / name) for name in there}

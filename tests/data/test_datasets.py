@@ -5,8 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from nanovlm.data.datasets import Prompted, command_line_sources, read_datasets
-from nanovlm.data.llava_json import LlavaJson
+from nanovlm.data.datasets import LlavaJson, Prompted, command_line_sources, listed_sources
 from nanovlm.data.records import Record, Turn, Visual
 
 
@@ -34,12 +33,13 @@ def listed(folder, content):
 
 
 def test_listed_sources(folder):
-    sources = read_datasets(listed(folder, {"words": WORDS, "pictures": SHOWN}), seed=5)
+    sources, missing = listed_sources(listed(folder, {"words": WORDS, "pictures": SHOWN}), seed=5)
+    assert not missing
     assert list(sources) == ["words", "pictures"] == [source.name for source in sources.values()]
     record = sources["pictures"].record(0)
     assert record.visuals[0].key == str(folder / "sub" / "pictures" / "a.png")
     assert sources["words"].record(0).conversations == ((Turn("assistant", ("words",)),),)
-    for seed, source in ((5, sources["words"]), (0, read_datasets(folder / "sub" / "sets.json")["words"])):
+    for seed, source in ((5, sources["words"]), (0, listed_sources(folder / "sub" / "sets.json")[0]["words"])):
         plain = LlavaJson(folder / "sub" / "words.json", seed=seed)
         assert [source.record(n).id for n in range(20)] == [plain.record(n).id for n in range(20)]
 
@@ -47,18 +47,18 @@ def test_listed_sources(folder):
 def test_absolute_paths(folder):
     entry = {"reader": "llava", "path": str(folder / "sub" / "shown.json"), "images": str(folder / "sub" / "pictures")}
     (folder / "sets.json").write_text(json.dumps({"x": entry}))
-    assert len(read_datasets(folder / "sets.json")["x"]) == 20
+    assert len(listed_sources(folder / "sets.json")[0]["x"]) == 20
 
 
 def test_prompts_of_a_listed_source(folder):
-    sources = read_datasets(listed(folder, {"pictures": {**SHOWN, "prompts": ["{question} be brief."]}}))
+    sources, _ = listed_sources(listed(folder, {"pictures": {**SHOWN, "prompts": ["{question} be brief."]}}))
     assert sources["pictures"].record(3).conversations[0][0].parts == (0, "\nwhat? be brief.")
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("[", r"sets.json, line 1, column 2: malformed JSON"),
+        ("[", r"sets.json, column 2: malformed JSON"),
         ("[]", r"sets.json: an object of name -> .* was expected"),
         ("{}", r"sets.json: an object of name -> .* at least one"),
         ({"x": "words.json"}, r"sets.json, dataset 'x': an object with reader and path was expected, found str"),
@@ -74,15 +74,15 @@ def test_prompts_of_a_listed_source(folder):
 )
 def test_malformed_lists(folder, content, message):
     with pytest.raises(ValueError, match=message):
-        read_datasets(listed(folder, content))
+        listed_sources(listed(folder, content))
 
 
 def test_list_that_is_missing_or_no_text(folder):
     with pytest.raises(FileNotFoundError, match="none.json: no such datasets file"):
-        read_datasets(folder / "none.json")
+        listed_sources(folder / "none.json")
     (folder / "odd.json").write_bytes(b'{"\xff": 1}')
     with pytest.raises(ValueError, match="odd.json: not UTF-8"):
-        read_datasets(folder / "odd.json")
+        listed_sources(folder / "odd.json")
 
 
 def test_everything_missing_is_listed_at_once(folder):
@@ -93,14 +93,10 @@ def test_everything_missing_is_listed_at_once(folder):
         "two": {**WORDS, "images": "nowhere"},
         "three": SHOWN,
     }
-    with pytest.raises(FileNotFoundError) as caught:
-        read_datasets(listed(folder, lists))
-    message = str(caught.value)
-    assert "sets.json: 3 of 4 datasets are incomplete" in message
-    assert "dataset 'one': " in message and "none.json: no such file" in message
-    assert "dataset 'two': " in message and "nowhere: no such image folder" in message
-    assert "dataset 'three': " in message and "pictures/a.png" in message
-    assert "'words'" not in message
+    sources, missing = listed_sources(listed(folder, lists))
+    assert list(sources) == ["words"] and list(missing) == ["one", "two", "three"]
+    for name, fact in (("one", "none.json"), ("two", "nowhere"), ("three", "pictures/a.png")):
+        assert fact in missing[name]
 
 
 def test_command_line(folder):
@@ -190,8 +186,6 @@ def test_prompts_without_a_place_are_for_pictures_without_words():
 
 
 def test_prompts_that_a_recipe_brings(folder):
-    from nanovlm.data.datasets import listed_sources
-
     lists = {"own": {**WORDS, "prompts": ["a {question}"]}, "none": {**WORDS, "prompts": []}, "brought": WORDS, "other": WORDS}
     sources, missing = listed_sources(listed(folder, lists), prompts=dict.fromkeys(("own", "none", "brought"), ["b {question}"]))
     assert not missing

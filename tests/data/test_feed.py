@@ -14,9 +14,7 @@ import torch
 from PIL import Image
 
 from nanovlm.data.batching import Report, build_batch
-from nanovlm.data.feed import Damage, DamageReport
-from nanovlm.data.feed import Feed, Plan
-from nanovlm.data.feed import Mixture
+from nanovlm.data.feed import Damage, DamageReport, Feed, Mixture
 from nanovlm.data.batching import Preparation
 from nanovlm.data.augment import View
 from nanovlm.data.records import Record, Turn, Visual
@@ -53,7 +51,7 @@ def words(record):
 
 def make(group=1, bad=(), steps=11, batch_size=6, prepare=same, **options):
     mixture = Mixture({name: Source(name, bad) for name in ("pictures", "words")}, {"pictures": 2, "words": 1})
-    return Feed(Plan(mixture, batch_size, steps, group, words, seed=3), prepare, **options)
+    return Feed(mixture, prepare, batch_size, steps, group, words, seed=3, **options)
 
 
 def taken(feed, number=11):
@@ -94,7 +92,7 @@ def test_grouped_batches_hold_one_modality_and_similar_lengths():
 
 def test_the_records_of_a_stage_without_groups_come_as_drawn():
     mixture = Mixture({name: Source(name) for name in ("pictures", "words")}, {"pictures": 2, "words": 1})
-    drawn = [mixture.next()[1].id for _ in range(66)]
+    drawn = ["-".join(map(str, mixture.draw())) for _ in range(66)]
     assert [id for update in taken(make()) for id in update] == drawn
 
 

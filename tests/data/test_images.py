@@ -7,7 +7,7 @@ import warnings
 import numpy
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from nanovlm.data import images
 
@@ -110,10 +110,30 @@ def test_exif_rotation_is_applied(tmp_path, orientation, expected):
     assert [place for place in places if loaded.getpixel(place) == (0, 0, 0)] == [expected]
 
 
+def test_long_comments_do_not_decide_whether_a_picture_is_read(tmp_path):
+    comment = PngImagePlugin.PngInfo()
+    comment.add_itxt("parameters", "words " * 400_000, zip=True)
+    image = noise(4, 3)
+    assert colors(saved(image, tmp_path / "a.png", pnginfo=comment)) == colors(image)
+
+
+def test_a_large_jpeg_is_decoded_smaller(tmp_path):
+    image = Image.linear_gradient("L").resize((100, 60)).convert("RGB")
+    for limit, size in ((6000, (100, 60)), (5999, (50, 30)), (1500, (50, 30)), (1499, (25, 15)), (104, (13, 8))):
+        image.save(tmp_path / "a.jpg", quality=95)
+        assert images.load(tmp_path / "a.jpg", limit).size == size
+    with pytest.raises(images.ImageError, match="100 x 60 is 6,000 pixels, more than the limit of 90"):
+        images.load(tmp_path / "a.jpg", 90)
+
+
 def test_pictures_in_memory(tmp_path):
     image = noise(4, 4)
     assert images.load(image).tobytes() == image.tobytes()
     assert colors(images.load(Image.new("RGBA", (1, 1), (0, 0, 0, 0)))) == [WHITE]
+    image.save(tmp_path / "a.png")
+    assert images.load((tmp_path / "a.png").read_bytes()).tobytes() == image.tobytes()
+    with pytest.raises(images.ImageError, match="picture in memory: not an image"):
+        images.load(b"words")
     with pytest.raises(ValueError, match=r"no pixels \(0 x 5\)"):
         images.load(Image.new("RGB", (0, 5)))
 

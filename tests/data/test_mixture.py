@@ -24,7 +24,7 @@ SOURCES = {name: Counter(name) for name in "abc"}
 
 
 def draw(mixture, number):
-    return [mixture.next() for _ in range(number)]
+    return [mixture.draw() for _ in range(number)]
 
 
 def test_shares_are_exact_at_every_moment():
@@ -32,12 +32,12 @@ def test_shares_are_exact_at_every_moment():
     mixture = Mixture(SOURCES, weights)
     drawn = {name: 0 for name in weights}
     for n in range(1, 301):
-        name, record = mixture.next()
-        assert record == (name, drawn[name])  # every source is read in its own order, nothing left out
+        name, place = mixture.draw()
+        assert place == drawn[name]  # every source is read in its own order, nothing left out
         drawn[name] += 1
         for source, weight in weights.items():
             assert abs(drawn[source] - n * weight) < 1
-    assert drawn == {"a": 210, "b": 60, "c": 30} == mixture.state()
+    assert drawn == {"a": 210, "b": 60, "c": 30} == mixture.drawn
 
 
 def test_weights_are_relative():
@@ -62,20 +62,16 @@ def test_resume_is_exact_from_any_moment_and_through_sorted_json():
     for cut in (0, 1, 7, 23):
         first = Mixture(SOURCES, weights)
         draw(first, cut)
-        state = json.loads(json.dumps(first.state(), sort_keys=True))
         second = Mixture(SOURCES, weights)
-        second.load_state(state)
+        second.resume(json.loads(json.dumps(first.drawn, sort_keys=True)))
         assert draw(second, 40 - cut) == whole[cut:]
 
 
-def test_the_state_is_a_copy():
-    mixture = Mixture(SOURCES, {"a": 1})
-    state = mixture.state()
-    mixture.next()
-    assert state == {"a": 0}
-    mixture.load_state(state)
-    mixture.next()
-    assert state == {"a": 0}
+def test_what_it_resumes_from_stays():
+    drawn, mixture = {"a": 0}, Mixture(SOURCES, {"a": 1})
+    mixture.resume(drawn)
+    mixture.draw()
+    assert drawn == {"a": 0} and mixture.drawn == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -106,8 +102,8 @@ def test_bad_weights(weights, message):
 def test_bad_states(state, message):
     mixture = Mixture(SOURCES, {"a": 1, "b": 1})
     with pytest.raises(ValueError, match=message):
-        mixture.load_state(state)
-    assert mixture.state() == {"a": 0, "b": 0}
+        mixture.resume(state)
+    assert mixture.drawn == {"a": 0, "b": 0}
 
 
 def test_a_course_reads_one_source_after_another():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nanovlm.data import images, tar_shards
-from nanovlm.data.datasets import command_line_sources, read_datasets
+from nanovlm.data.datasets import command_line_sources, listed_sources
 from nanovlm.data.records import Turn
 from nanovlm.data.tar_shards import ShardWriter, TarShards
 
@@ -102,6 +102,12 @@ def test_captions_from_elsewhere(tmp_path):
     assert images.load(found["001"].visuals[0].frames[0]).getpixel((0, 0)) == (2, 0, 0)
 
 
+def test_what_macs_put_beside_each_file_is_no_sample(tmp_path):
+    write(tmp_path / "x.tar", {"._a.jpg": b"x", "a.jpg": png(1), "sub/._b.txt": b"x", "a.txt": b"a"})
+    source = TarShards(tmp_path)
+    assert len(source) == 1 and source.record(0).id == "a"
+
+
 @pytest.mark.parametrize(
     "files, message",
     [
@@ -153,7 +159,7 @@ def test_a_picture_that_is_cut_short_inside_a_shard_is_named(tmp_path):
 def test_listed_shards(folder):
     path = folder / "sets.json"
     path.write_text(json.dumps({"pairs": {"reader": "shards", "path": ".", "prompts": ["{question} Briefly."]}}))
-    source = read_datasets(path, seed=3)["pairs"]
+    source = listed_sources(path, seed=3)[0]["pairs"]
     assert [source.record(n).id for n in range(10)] == [TarShards(folder, seed=3).record(n).id for n in range(10)]
     assert source.record(0).conversations[0][0].text.endswith(" Briefly.")
     alone = command_line_sources(folder, seed=3)[0]["data"]
@@ -163,4 +169,4 @@ def test_listed_shards(folder):
         command_line_sources(folder, "x")
     path.write_text(json.dumps({"pairs": {"reader": "shards", "path": ".", "images": "x"}}))
     with pytest.raises(ValueError, match="dataset 'pairs': shards hold their images"):
-        read_datasets(path)
+        listed_sources(path)
