@@ -152,12 +152,14 @@ class DamageReport:
           stage: str. step: int, optimizer steps of the whole run that are done.
           limit: share of the records that may be damaged.
         """
-        self.lines, self.stage, self.limit, self.count = JsonLines(path), stage, limit, 0
+        self.path, self.lines, self.stage, self.limit, self.count = path, JsonLines(path), stage, limit, 0
         for place, entry in self.lines.places():
             if entry["step"] > step:
                 self.lines.cut(place)
                 break
             self.count += entry["stage"] == stage
+        if path.exists():
+            self.lines.add()  # removes the line that a kill cut short
 
     def add(self, step, damaged, read):
         """Write down what was damaged in a step.
@@ -172,7 +174,7 @@ class DamageReport:
         self.count += len(damaged)
         if self.count > self.limit * max(read, FEW):
             raise ValueError(f"{self.count} of {read} records are damaged, more than max_damaged {self.limit:g} allows (all are "
-                             f"listed in {self.lines.path}); the last: {damaged[-1].error}")
+                             f"listed in {self.path}); the last: {damaged[-1].error}")
 
 
 class Feed:
