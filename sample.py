@@ -21,11 +21,11 @@ from nanovlm.data.scene_questions import parse_scene
 from nanovlm.data.scenes import render
 from nanovlm.evaluation import attention_maps
 from nanovlm.generation.fast_decode import FastDecoder
+from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.names import nearest
 from nanovlm.vlm import VLM
 from nanovlm.generation.prefill import Workspace
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMMANDS = ("/image", "/video", "/reset", "/exit")
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
@@ -51,7 +51,7 @@ def make_parser():
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the nucleus of this probability")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer at most")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of --draw")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device(), help=DEVICES)
     parser.add_argument("--fast", action="store_true", help="the same tokens by faster steps; on a GPU compiled first")
     parser.add_argument("--timing", action="store_true", help="say at the end how long pictures, prompts and answers took")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -99,14 +99,6 @@ def choose_decoding(decodings, wishes):
     elif {"temperature", "top_k", "top_p"} & changes.keys():
         changes["do_sample"] = True
     return dataclasses.replace(decodings[wishes.preset], **changes)
-
-
-def check_device(name):
-    """Raise ValueError for a device that torch does not know or this machine does not have."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from error
 
 
 def open_chat(loaded, wishes):
@@ -200,6 +192,8 @@ def main(arguments=None):
     wishes = parse(arguments)
     try:
         check_device(wishes.device)
+        if line := slow_line(wishes.dtype, wishes.device):
+            print(f"({line})", file=sys.stderr)
         loaded = recipes.load(wishes.folder, dtype=DTYPES[wishes.dtype], device=wishes.device)
         if not isinstance(loaded.model, VLM):
             raise ValueError(f"{wishes.folder} holds a {type(loaded.model).__name__} alone, and no vision-language model; "

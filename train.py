@@ -13,15 +13,15 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
 from nanovlm.training.checkpoint import CheckpointError, complete
 from nanovlm.training.progress import StopRequests, Stopped
+from nanovlm.machine import DEVICES, default_device
 from nanovlm.names import nearest
 from nanovlm.training.processes import join, leave
 from nanovlm.recipes import find
 from nanovlm.training.cost import plan
 from nanovlm.training.start import make_run
+from nanovlm.training.stages import PRECISIONS
 from nanovlm.training.trainer import Trainer
 from nanovlm.training.update import TrainingError
 
@@ -101,7 +101,8 @@ def make_parser():
     add("--compile", action="store_true", help="torch.compile around every block")
     add("--keep", type=at_least_one, default=1, metavar="N", help="checkpoints that stay; default: the last")
     add("--save-in-background", action="store_true", help="a thread writes the checkpoints while training goes on")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
+    add("--device", default=default_device(), help=DEVICES)
+    add("--precision", choices=PRECISIONS, help="of every stage; auto: what this machine is fast in")
     add("--threads", type=at_least_one, help="CPU threads; default: 2, or the cores if there are fewer")
     add("--seed", type=int, default=0, help="of weights and data")
     add("--max-minutes", type=float, help="stop after this time, with a checkpoint to resume from")

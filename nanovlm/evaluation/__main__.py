@@ -17,16 +17,14 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import torch
-
 from nanovlm import recipes
 from nanovlm.evaluation import attention_maps, pairwise, protocols
 from nanovlm.evaluation.runner import Wishes, generator_judge, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
+from nanovlm.machine import DEVICES, DTYPES, default_device, slow_line
 from nanovlm.names import nearest
 from nanovlm.vlit.endpoint import OpenAICompatible
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
 
 
@@ -143,7 +141,7 @@ def add_judge_flags(parser):
     parser.add_argument(
         "--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere'
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device(), help=DEVICES)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
 
 
@@ -185,6 +183,8 @@ def main(arguments):
         folder = Path("out") / "evaluation" / Path(wishes.model).resolve().name / wishes.task
         chosen = dataclasses.replace(chosen, out=str(folder))
     try:
+        if line := slow_line(wishes.dtype, wishes.device):
+            print(f"({line})", file=sys.stderr)
         loaded = recipes.load(wishes.model, dtype=DTYPES[wishes.dtype], device=wishes.device)
         lines = run(wishes.task, TASKS[wishes.task], loaded, Path(wishes.model).name, chosen, open_judge(wishes))
     except (ValueError, OSError, ImportError) as error:

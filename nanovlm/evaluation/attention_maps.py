@@ -24,6 +24,7 @@ from nanovlm.data.images import to_square
 from nanovlm.data.scene_questions import parse_scene
 from nanovlm.data.scenes import render
 from nanovlm.generation.chat import Chat
+from nanovlm.machine import default_device, DEVICES
 from nanovlm.names import nearest
 from nanovlm.recipes.nano_tests import readable
 from nanovlm.vlm import Batch, IMAGE_TOKEN, VLM
@@ -281,7 +282,7 @@ def make_parser():
     parser.add_argument("--as-text", action="store_true", help="MAM models also with image tokens taken for words")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of the answer")
     parser.add_argument("--out", type=Path, default=Path("attention.png"), metavar="PNG")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device(), help=DEVICES)
     return parser
 
 

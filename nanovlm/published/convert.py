@@ -22,6 +22,7 @@ import torch
 
 import nanovlm
 from nanovlm import recipes
+from nanovlm.machine import DTYPES
 from nanovlm.modality_adaptive import ModalityAdaptive
 from nanovlm.names import nearest
 from nanovlm.published.language import LLAMA, OPT, PHI, QWEN2
@@ -163,7 +164,6 @@ def check(path):
     return Coverage(name, published.family, found, shapes, ours, unused, content.get("total_params"))
 
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WRAPPED = (Alias("model.{rest}", "{rest}"), Alias("module.{rest}", "{rest}"))  # saved from inside a wrapper
 LANGUAGE_MODELS = {"LLaMA": LLAMA, "Qwen2": QWEN2, "Phi-2": PHI, "OPT": OPT}
 WORDS = ("decoder.embedding.weight", "decoder.lm_head.weight", "decoder.lm_head.bias")

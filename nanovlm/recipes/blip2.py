@@ -119,12 +119,12 @@ STAGES = (
     Stage(  # Sec. 3.4: the second stage, whose learning rate does not fall below 5e-5
         "align", "language", {"bridge": 1e-4}, {"blip2_captions_129m": 1.0}, steps=80_000, batch_size=1920, image_size=224,
         image_fit="stretch", augmentation="crop_flip", betas=(0.9, 0.98), weight_decay=0.05, schedule="cosine",
-        warmup_steps=2_000, start_lr_factor=0.0, end_lr_factor=0.5, max_tokens=64, precision="bfloat16", clip=None,
+        warmup_steps=2_000, start_lr_factor=0.0, end_lr_factor=0.5, max_tokens=64, precision="auto", clip=None,
     ),
     Stage(  # Table 7: freeze_vit is False; OPT is frozen in all of BLIP-2; 4 examples on each of 8 GPUs, one epoch
         "instruct", "language", {"vision": 1e-5, "bridge": 1e-5}, {"vlit_158k": 1.0}, steps=158_000 // 32, batch_size=32,
         image_size=364, image_fit="stretch", augmentation="crop_flip", betas=(0.9, 0.999), weight_decay=0.05,
-        schedule="cosine", warmup_steps=1_000, start_lr_factor=1e-3, max_tokens=128, precision="bfloat16", clip=None,
+        schedule="cosine", warmup_steps=1_000, start_lr_factor=1e-3, max_tokens=128, precision="auto", clip=None,
     ),
 )  # fmt: skip
 

@@ -146,7 +146,7 @@ def stage(name, learning_rate, parts, source, examples, batch_size, **others):
     values = dict(
         objective="language", learning_rates=dict.fromkeys(parts, learning_rate), mixture={source: 1.0}, steps=steps,
         batch_size=batch_size, betas=(0.9, 0.999), weight_decay=0.0, schedule="cosine", warmup_steps=math.ceil(0.03 * steps),
-        start_lr_factor=0.0, max_tokens=2048, precision="bfloat16",
+        start_lr_factor=0.0, max_tokens=2048, precision="auto",
     )  # fmt: skip
     return Stage(name, **(values | others))
 

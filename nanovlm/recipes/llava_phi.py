@@ -102,7 +102,7 @@ def LAYOUT(config):
 
 # Sec. 3.2: betas and eps; no decay and no clipping as in the code
 ADAM = dict(optimizer="adamw", betas=(0.9, 0.98), eps=1e-7, weight_decay=0.0, clip=None, start_lr_factor=0.0)
-SETTINGS = dict(objective="language", precision="bfloat16", max_tokens=2048, **ADAM)
+SETTINGS = dict(objective="language", precision="auto", max_tokens=2048, **ADAM)
 STAGES = (
     Stage(  # Sec. 3.2: two epochs (of about 80,000 dialogues), 3e-5, linear; optional there too. The batch size is not stated
         "tune_phi", learning_rates=dict.fromkeys(("embedding", "language_model", "lm_head"), 3e-5),

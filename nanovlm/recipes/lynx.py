@@ -148,7 +148,7 @@ def sharp(*names):
 ALIGNED = {"bridge", "adapters"}  # the frame embedding belongs to the bridge
 TABLE_8 = dict(  # "warmup lr end" is a tenth of each rate: where the warm-up starts and the decay stops
     objective="language", optimizer="adamw", betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, schedule="linear",
-    start_lr_factor=0.1, end_lr_factor=0.1, precision="bfloat16",  # App. D.2
+    start_lr_factor=0.1, end_lr_factor=0.1, precision="auto",  # App. D.2
     image_fit="crop", augmentation="crop",  # the code's training transform
     clip=None, max_tokens=1024,  # neither is stated
 )  # fmt: skip

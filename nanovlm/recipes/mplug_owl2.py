@@ -160,7 +160,7 @@ def LAYOUT(config):
 SETTINGS = dict(  # Sec. 4.1
     objective="language", optimizer="adamw", betas=(0.9, 0.98), eps=1e-6, schedule="cosine", layer_decay={"vision": 0.9},
     start_lr_factor=0.0, image_fit="squash",  # as its evaluation scripts do
-    precision="bfloat16", clip=1.0,  # neither is stated; its fine-tuning script has the first
+    precision="auto", clip=1.0,  # neither is stated; its fine-tuning script has the first
 )  # fmt: skip
 STAGES = (
     Stage(  # Sec. 4.1: 348 million pairs, augmented as BLIP-2's; the paper names the sets without their shares, and two decays come from the authors' tracker

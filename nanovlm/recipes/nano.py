@@ -108,7 +108,7 @@ def rates(rate, *parts, **others):
 def stages(size, smoke):
     """The five stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
     steps = dict(tower=300, language=150, align=50, resolution=50, instruct=650)
-    common = dict(optimizer="muon", warmup_steps=20, precision="bfloat16", max_tokens=128)
+    common = dict(optimizer="muon", warmup_steps=20, precision="auto", max_tokens=128)
     if smoke:
         steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
     return (

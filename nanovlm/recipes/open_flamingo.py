@@ -150,7 +150,7 @@ STAGES = (
     Stage(  # the loss multiplier of 0.2 scales all gradients alike, which AdamW does not notice; embeddings are frozen
         "instruct", "language", dict.fromkeys(("bridge", "cross_attention"), 1e-4), {"vlit_158k": 1.0},
         steps=EXAMPLES * EPOCHS // GPUS, batch_size=GPUS, warmup_steps=1_000, schedule="constant", start_lr_factor=0.0,
-        image_size=224, image_fit="crop", betas=(0.9, 0.999), weight_decay=0.1, clip=1.0, max_tokens=256, precision="bfloat16",
+        image_size=224, image_fit="crop", betas=(0.9, 0.999), weight_decay=0.1, clip=1.0, max_tokens=256, precision="auto",
     ),
 )  # fmt: skip
 

@@ -92,7 +92,7 @@ def LAYOUT(config):
 
 SETTINGS = dict(
     objective="language", betas=(0.9, 0.95), weight_decay=0.01, clip=1.0, schedule="cosine", start_lr_factor=0.0,
-    image_size=512, image_fit="stretch", max_tokens=512, precision="bfloat16", micro_batch_size=16,
+    image_size=512, image_fit="stretch", max_tokens=512, precision="auto", micro_batch_size=16,
 )  # fmt: skip
 ALIGN, INSTRUCT = math.ceil(558_128 / 256), math.ceil(665_298 / 128)  # steps of one epoch each
 STAGES = (

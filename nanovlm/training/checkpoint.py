@@ -31,10 +31,9 @@ from nanovlm.training.processes import copy_shard, Processes, shard_of
 
 TEMPORARY = ".tmp"
 PREFIX = "step-"
-STATE_KEYS = {  # what each of torch's optimizers keeps per parameter
+STATE_KEYS = {  # what each optimizer keeps per parameter
     "AdamW": ("step", "exp_avg", "exp_avg_sq"),
     "Muon": ("momentum_buffer",),
-    "ShardedMuon": ("momentum_buffer",),
 }
 
 

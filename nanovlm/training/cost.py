@@ -6,6 +6,7 @@ share of a GPU's peak that a run will reach are guesses, named where they stand.
 """
 
 import copy
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -470,6 +471,8 @@ def plan(recipe, wishes):
         model.vision.resize(stage.image_size)  # its position table counts
         lines += [f"stage {stage.name}"]
         lines += [f"  {name} = {value!r}" for name, value in vars(stage).items() if name != "name"]
+        if stage.precision == "auto":
+            stage = dataclasses.replace(stage, precision="bfloat16")  # as on the GPUs that the plan counts with
         lines += [*optimizer.table(all_parts(model, contrastive), stage), ""]
         lines += [*stage_lines(recipe, stage, model, contrastive, wishes.recompute), ""]
     return lines + file_lines(recipe, stages)

@@ -2,10 +2,19 @@
 
 A group is part x depth x {matrix, other, scalar} and carries its name, so that its learning rate can be read off and its
 state saved by parameter name. Matrices are the 2-D weights inside blocks; embeddings, convolutions, latents,
-positions, norms, biases and heads are "other"; single numbers, which cannot be sharded, stand apart. Only matrices see weight decay and, when a stage asks for it, Muon
-(https://kellerjordan.github.io/posts/muon/), whose update is an almost orthogonal matrix instead of Adam's
-elementwise step: its learning rate lives on another scale, which `Stage.muon_factor` bridges. torch's Muon runs
-its Newton-Schulz iterations in bfloat16, which is exact enough for a direction.
+positions, norms, biases and heads are "other"; single numbers, which cannot be sharded, stand apart. Only matrices see
+weight decay and, when a stage asks for it, Muon.
+
+Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) averages gradients as SGD with momentum does, and then
+makes the average orthogonal: of G = U S V^T it takes U V^T, a step of the same length in every direction in which the
+matrix can move, however small the gradient there. Newton-Schulz iterations get there by products alone:
+
+    X = G / |G|                               all singular values between 0 and 1
+    X = a X + b (X X^T) X + c (X X^T)^2 X     five times: each singular value s becomes a s + b s^3 + c s^5
+
+(a, b, c) are steep at 0 and near 1 elsewhere, so that all but the smallest singular values land between 0.7 and 1.2. That is
+no exact U V^T, but a direction need not be exact, and bfloat16 does for it. The learning rate of such a step lives on
+another scale than Adam's, which `Stage.muon_factor` bridges.
 """
 
 import math
@@ -14,9 +23,68 @@ import re
 import torch
 from torch.distributed.tensor import DTensor
 
-from nanovlm.sharded_muon import ShardedMuon
+from nanovlm.machine import DTYPES
+from nanovlm.training.processes import shard_of
 
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c: Keller Jordan's
+NEWTON_SCHULZ_STEPS = 5
 BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")  # the numbered blocks of a tower, bridge or decoder
+
+
+def orthogonalised(matrix, dtype):
+    """A matrix with singular values near 1 and, about, the singular vectors it had.
+
+    Args:
+      matrix: float[N, M]. dtype: torch.dtype of the products.
+    Returns: dtype[N, M].
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(dtype)
+    x = x.T if tall else x  # the smaller of X X^T and X^T X
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """SGD with Nesterov's momentum, its direction made orthogonal; for matrices, whole ones or DTensors.
+
+    Orthogonalising the rows that one process holds would be another algorithm. Momentum is elementwise and stays sharded;
+    only the direction is gathered, made orthogonal by every process in the same way, and each keeps its own rows of it.
+
+    Args:
+      groups: list of dict with params, lr and weight_decay. momentum: float. dtype: torch.dtype of the iterations.
+    """
+
+    def __init__(self, groups, momentum, dtype):
+        super().__init__(groups, {"momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, group["lr"], group["momentum"], group["weight_decay"])
+
+    def update(self, parameter, lr, momentum, weight_decay):
+        """One update of one matrix."""
+        state, gradient = self.state[parameter], parameter.grad
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        direction = gradient.lerp(state["momentum_buffer"], momentum)
+        if isinstance(direction, DTensor):
+            direction = shard_of(orthogonalised(direction.full_tensor(), self.dtype), parameter)
+        else:
+            direction = orthogonalised(direction, self.dtype)
+        rows, columns = parameter.shape
+        parameter.mul_(1 - lr * weight_decay)
+        parameter.add_(direction, alpha=-lr * math.sqrt(max(1, rows / columns)))  # a tall matrix's entries are smaller
 
 
 def lr_factor(step, stage):
@@ -135,11 +203,9 @@ def build(parts, stage, num_threads=1):
         muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
         (to_muon if muon else to_adamw).append(group)
     optimizers = []
-    if to_muon and any(isinstance(parameter, DTensor) for group in to_muon for parameter in group["params"]):
-        optimizers.append(ShardedMuon(to_muon, stage.momentum))
-    elif to_muon:
-        optimizers += [torch.optim.Muon(one, momentum=stage.momentum, nesterov=True, adjust_lr_fn="original")
-                       for one in portions(to_muon, num_threads)]
+    if any(isinstance(parameter, DTensor) for group in to_muon for parameter in group["params"]):
+        num_threads = 1  # what processes say to one another keeps its order
+    optimizers += [Muon(one, stage.momentum, DTYPES[stage.precision]) for one in portions(to_muon, num_threads)]
     if to_adamw:
         optimizers.append(torch.optim.AdamW(to_adamw, betas=stage.betas, eps=stage.eps, fused=True))
     return optimizers

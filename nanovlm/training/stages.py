@@ -29,7 +29,7 @@ IMAGE_FITS = ("crop", "pad", "stretch", "squash")
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
 OPTIMIZERS = ("adamw", "muon")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16")
 NON_FINITE = ("stop", "skip")
 
 
@@ -67,7 +67,9 @@ class Stage:
     warmup_steps: int = 0              # optimizer steps from start_lr_factor up to the peak
     start_lr_factor: float = 0.1       # learning rate at step 0 / peak, when there is a warm-up
     end_lr_factor: float = 0.0         # learning rate / peak that the schedule falls towards
-    precision: str = "float32"         # "bfloat16" = autocast of the forward pass; weights stay float32
+    # "bfloat16" = autocast of the forward pass and Muon's products, weights stay float32; "auto" = what the machine on
+    # which the run begins is fast in, see machine.py
+    precision: str = "float32"
     non_finite: str = "stop"           # when a loss or gradient is no finite number: "stop", or "skip" the update
     summary: str = ""                  # sentence printed at the end; "{key}" becomes "43.0% → 98.5%" of that measure
 

@@ -10,6 +10,7 @@ import torch
 from nanovlm import lora
 from nanovlm.data.datasets import command_line_sources, DATA
 from nanovlm.data.tokenizer import Tokenizer
+from nanovlm.machine import facts_of, slow_line, training_precision
 from nanovlm.names import nearest
 from nanovlm.published.load import added_tokens
 from nanovlm.published.tokenizers import load_tokenizer
@@ -42,6 +43,8 @@ def choose_stages(recipe, wishes):
     Returns: tuple of Stage.
     """
     stages = choose(recipe.stages(choose_size(recipe, wishes.size), wishes.smoke), wishes.stages, wishes.without)
+    if wishes.precision is not None:
+        stages = tuple(dataclasses.replace(stage, precision=wishes.precision) for stage in stages)
     if wishes.data is not None:
         stages = (*stages[:-1], dataclasses.replace(stages[-1], mixture={DATA: 1.0}))
     return choose(stages, settings=wishes.set)
@@ -65,6 +68,25 @@ def check_stages(stages, model, contrastive):
         if stage.max_tokens > context_length:
             raise ValueError(f"stage {stage.name!r}: max_tokens is {stage.max_tokens}, "
                              f"but the context is {context_length}")
+
+
+def settle_precision(stages, device, saved):
+    """Put a type in the place of precision="auto".
+
+    Args:
+      stages: tuple of Stage. device: str. saved: dict, config.json of the run to continue, or None.
+    Returns: tuple of Stage; a run keeps the type that it began with, whatever the machine that goes on is fast in.
+    """
+    before = saved["stages"] if saved else {}
+    chosen = training_precision(facts_of(device))
+    stages = tuple(
+        dataclasses.replace(stage, precision=before[stage.name]["precision"] if stage.name in before else chosen)
+        if stage.precision == "auto" else stage for stage in stages
+    )  # fmt: skip
+    slow = [line for line in (slow_line(stage.precision, device) for stage in stages) if line]
+    if slow:
+        say(slow[0])
+    return stages
 
 
 def identity(wishes, size, stages, threads, lost):
@@ -182,6 +204,7 @@ def make_run(recipe, wishes, out, processes=Processes()):
     check_processes(stages, processes)
     sources, stages, lost = find_sources(recipe, stages, wishes)
     saved = processes.by_main(lambda: checkpoint.open_folder(out, wishes.resume))
+    stages = settle_precision(stages, wishes.device, saved)
     size = choose_size(recipe, wishes.size)
     settings = settle(wishes, size, stages, saved, lost)
     torch.set_num_threads(settings["threads"])

@@ -1,10 +1,10 @@
 """The flags that choose a generator, and the choice."""
 
 import os
-
-import torch
+import sys
 
 from nanovlm import recipes
+from nanovlm.machine import DEVICES, DTYPES, default_device, slow_line
 from nanovlm.vlit.endpoint import OpenAICompatible
 from nanovlm.vlit.generators import Drawing
 from nanovlm.vlit.local import Local
@@ -12,7 +12,6 @@ from nanovlm.vlit.replies import Replay
 from nanovlm.vlit.template import Template
 
 GENERATORS = ("template", "local", "endpoint", "replay")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_generator_flags(parser, n=Drawing.n, temperature=Drawing.temperature):
@@ -30,7 +29,7 @@ def add_generator_flags(parser, n=Drawing.n, temperature=Drawing.temperature):
     add("--temperature", type=float, default=temperature)
     add("--max-tokens", type=int, default=Drawing.max_tokens, metavar="N", help="tokens of an answer at most")
     add("--batch-size", type=int, default=4, metavar="N", help="local: requests that run together")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="local")
+    add("--device", default=default_device(), help=f"local: {DEVICES}")
     add("--dtype", choices=DTYPES, default="float32", help="local")
 
 
@@ -62,6 +61,8 @@ def open_generator(wishes):
             f"--generator {wishes.generator} needs --model: a folder for local, the model's name for endpoint"
         )
     if wishes.generator == "local":
+        if line := slow_line(wishes.dtype, wishes.device):
+            print(f"({line})", file=sys.stderr)
         loaded = recipes.load(wishes.model, dtype=DTYPES[wishes.dtype], device=wishes.device)
         return Local(loaded, os.path.basename(os.path.abspath(wishes.model)), wishes.batch_size)
     return OpenAICompatible(

@@ -24,7 +24,7 @@ from nanovlm.generation.sampler import Decoding
 from tiny import random_vlm
 
 WISHES = Namespace(recipe="tiny", size=None, stages=None, without=[], set=[], init=None, lora=None, resume=False,
-                   data=None, images=None, datasets=None, device="cpu", threads=1, seed=0, max_minutes=None, workers=0, max_damaged=0.01, allow_missing=False, smoke=True)
+                   data=None, images=None, datasets=None, device="cpu", threads=1, precision=None, seed=0, max_minutes=None, workers=0, max_damaged=0.01, allow_missing=False, smoke=True)
 PICTURE = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=numpy.uint8))
 RECORD = Record("r", (Visual("v", (PICTURE,)),), ((Turn("user", (0, "what?")), Turn("assistant", ("red",))),))
 

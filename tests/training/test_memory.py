@@ -95,7 +95,7 @@ def test_a_layer_that_trains_costs_three_passes_a_frozen_one_behind_it_two_a_fro
     """LLaVA-Phi's products at full size, from the table of its layers alone."""
     with torch.device("meta"):
         model = RECIPES["llava_phi"].build("full", 0)
-    _, align, instruct = RECIPES["llava_phi"].stages("full", False)
+    _, align, instruct = (dataclasses.replace(one, precision="bfloat16") for one in RECIPES["llava_phi"].stages("full", False))
     words, patches, text = 300, 576, 2 * 32 * (4 * 2560**2 + 2 * 2560 * 10240)  # operations of a token in Phi-2's layers
     attention = 4 * 2560 * 32 * (876 * 877 / 2)
     for stage, passes in ((align, 2), (instruct, 3)):

@@ -111,9 +111,9 @@ def test_layer_decay_touches_only_its_part():
 def test_muon_takes_the_matrices_at_its_own_rate():
     made = stage(optimizer="muon", muon_factor=4.0, momentum=0.8, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-5)
     muon, adamw = optimizer.build(parts(), made)
-    assert type(muon) is torch.optim.Muon and type(adamw) is torch.optim.AdamW
-    assert [(g["name"], g["lr"], g["momentum"], g["weight_decay"], g["nesterov"]) for g in muon.param_groups] == [
-        ("vision/2/matrix", 4e-3, 0.8, 0.1, True), ("vision/1/matrix", 4e-3, 0.8, 0.1, True)]
+    assert type(muon) is optimizer.Muon and muon.dtype is torch.float32 and type(adamw) is torch.optim.AdamW
+    assert [(g["name"], g["lr"], g["momentum"], g["weight_decay"]) for g in muon.param_groups] == [
+        ("vision/2/matrix", 4e-3, 0.8, 0.1), ("vision/1/matrix", 4e-3, 0.8, 0.1)]
     assert {(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in adamw.param_groups} == {(1e-3, (0.8, 0.9), 1e-5, 0.0)}
     assert all(g["fused"] for g in adamw.param_groups), "one kernel for all parameters, several times faster on a CPU"
     assert sum(len(g["params"]) for one in (muon, adamw) for g in one.param_groups) == len(parts()["vision"])
@@ -148,7 +148,47 @@ def test_adamw_alone_unless_there_is_something_for_muon():
 def test_muon_alone_if_all_is_matrices():
     made = {"language_model": {"layers.0.q.weight": nn.Parameter(torch.randn(4, 4))}}
     found = optimizer.build(made, stage(optimizer="muon", learning_rates={"language_model": 1e-3}))
-    assert [type(one) for one in found] == [torch.optim.Muon]
+    assert [type(one) for one in found] == [optimizer.Muon]
+
+
+@pytest.mark.parametrize("shape", [(16, 4), (4, 16), (8, 8)])
+def test_muon_is_torchs_own_in_bfloat16_and_near_it_in_float32(shape):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(5, *shape)
+
+    def course(make):
+        weight = nn.Parameter(start.clone())
+        muon = make(weight)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            muon.step()
+        return weight.detach() - start
+
+    def ours(dtype):
+        return course(lambda weight: optimizer.Muon([{"params": [weight], "lr": 0.1, "weight_decay": 0.2}], 0.9, dtype))
+
+    torchs = course(lambda weight: torch.optim.Muon([weight], 0.1, 0.2, 0.9, True, adjust_lr_fn="original"))
+    assert (ours(torch.bfloat16) - torchs).norm() < 5e-3 * torchs.norm()
+    exact = ours(torch.float64)
+    assert (ours(torch.float32) - exact).norm() < 1e-5 * exact.norm()
+    assert (torchs - exact).norm() < 0.05 * exact.norm()
+
+
+def test_newton_schulz_keeps_the_singular_vectors():
+    """Five times a s + b s^3 + c s^5 of every singular value, and a float64 one of a wide and of a tall matrix alike."""
+    torch.manual_seed(0)
+    for matrix in (torch.randn(6, 9, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)):
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        s = s / s.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        torch.testing.assert_close(optimizer.orthogonalised(matrix, torch.float64), u * s @ v)
+
+
+def test_muon_computes_in_the_stages_type():
+    made = stage(optimizer="muon", precision="bfloat16")
+    assert [optimizer.build(parts(), dataclasses.replace(made, precision=one))[0].dtype for one in ("float32", "bfloat16")] == [
+        torch.float32, torch.bfloat16]
 
 
 def test_muon_scales_tall_matrices_as_in_its_source():

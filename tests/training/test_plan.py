@@ -13,7 +13,7 @@ UNNAMED = {"AirCrowdFood", "HAR", "Pascal Sentences", "Pexels 110k", "TimeClassi
 
 
 def wishes(**values):
-    return argparse.Namespace(**{"size": None, "smoke": False, "stages": None, "without": [], "set": [], "data": None, "seed": 0,
+    return argparse.Namespace(**{"size": None, "smoke": False, "stages": None, "without": [], "set": [], "precision": None, "data": None, "seed": 0,
                                  "lora": None, "recompute": False} | values)  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Muon on shards gives every process its rows of what torch's Muon does with the whole matrix."""
+"""Muon on shards gives every process its rows of what it does with the whole matrix."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import many
-from nanovlm.sharded_muon import ShardedMuon
+from nanovlm.training.optimizer import Muon
 
 
 def work(rank):
@@ -15,8 +15,8 @@ def work(rank):
     mesh, generator = init_device_mesh("cpu", (2,)), torch.Generator().manual_seed(0)
     wholes = [torch.nn.Parameter(torch.randn(5, 8, generator=generator)), torch.nn.Parameter(torch.randn(8, 3, generator=generator))]
     shards = [torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)])) for whole in wholes]
-    plain = torch.optim.Muon(wholes, lr=0.1, weight_decay=0.2, momentum=0.9, nesterov=True, adjust_lr_fn="original")
-    sharded = ShardedMuon([{"params": shards, "lr": 0.1, "weight_decay": 0.2}], momentum=0.9)
+    plain = Muon([{"params": wholes, "lr": 0.1, "weight_decay": 0.2}], 0.9, torch.float32)
+    sharded = Muon([{"params": shards, "lr": 0.1, "weight_decay": 0.2}], 0.9, torch.float32)
     for _ in range(4):
         for whole, shard in zip(wholes, shards):
             whole.grad = torch.randn(whole.shape, generator=generator)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from nanovlm.recipes import RECIPES
+from nanovlm.training import start
 from nanovlm.training.start import DEFAULT_THREADS
 
 RECIPE = str(Path(__file__).parents[1] / "tiny_recipe.py")
@@ -198,3 +199,42 @@ def test_a_failed_training_ends_with_one_line_and_the_command(capsys, tmp_path):
     printed = capsys.readouterr().err
     assert printed.startswith("train.py: stage tower, step 2 of 3: the loss is nan; records: ")
     assert printed.endswith("--resume\n") and str(out) in printed
+
+
+@pytest.fixture
+def machine_type(monkeypatch):
+    """Makes this machine fast in a type and slow in the other."""
+    def choose(fast):
+        monkeypatch.setattr(start, "training_precision", lambda facts: fast)
+        monkeypatch.setattr(start, "slow_line", lambda dtype, device: f"slow in {dtype}" if dtype != fast else None)
+    return choose
+
+
+def test_a_run_keeps_the_type_that_it_began_with(tmp_path, capsys, machine_type):
+    out = tmp_path / "run"
+    auto = ["--out", out, *FAST, "--precision", "auto"]
+    machine_type("bfloat16")
+    assert run(*auto, "--max-minutes", "0") == 0
+    precisions = lambda: [stage["precision"] for stage in json.loads((out / "config.json").read_text())["stages"].values()]
+    assert precisions() == ["bfloat16"] * 2 and "slow" not in capsys.readouterr().out
+    machine_type("float32")
+    assert run(*auto, "--resume") == 0
+    assert precisions() == ["bfloat16"] * 2 and capsys.readouterr().out.count("slow in bfloat16") == 1
+    assert "precision was 'bfloat16', is now 'float32'" in refuse(capsys, *auto[:-1], "float32", "--resume")
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ([], ["float32", "float32"]), (["--precision", "bfloat16"], ["bfloat16", "bfloat16"]),
+    (["--set", "align.precision=auto"], ["float32", "bfloat16"]),
+    (["--precision", "float32", "--set", "align.precision=auto"], ["float32", "bfloat16"]),
+])
+def test_precision_can_be_chosen(tmp_path, machine_type, flags, expected):
+    machine_type("bfloat16")
+    assert run("--out", tmp_path / "run", *FAST, *flags, "--max-minutes", "0") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [stage["precision"] for stage in config["stages"].values()] == expected
+
+
+def test_every_recipe_trains_in_the_type_that_the_machine_is_fast_in():
+    for recipe in RECIPES.values():
+        assert {stage.precision for stage in recipe.stages("full", False)} == {"auto"}

@@ -22,7 +22,7 @@ from nanovlm.training.update import TrainingError, micro_batches
 from tiny_recipe import RECIPE, Squares
 
 WISHES = {"recipe": "tiny", "size": None, "stages": None, "without": [], "set": [], "init": None, "lora": None, "resume": False,
-          "data": None, "images": None, "datasets": None, "device": "cpu", "threads": 1, "seed": 0, "max_minutes": None,
+          "data": None, "images": None, "datasets": None, "device": "cpu", "threads": 1, "precision": None, "seed": 0, "max_minutes": None,
           "workers": 0, "max_damaged": 0.01, "allow_missing": False,
           "smoke": False}
 
