@@ -51,6 +51,7 @@ def make_parser():
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the nucleus of this probability")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of an answer at most")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of --draw")
+    parser.add_argument("--recipe", metavar="FILE.py", help="the recipe file that the model was trained from, if from one")
     parser.add_argument("--device", default=default_device(), help=DEVICES)
     parser.add_argument("--fast", action="store_true", help="the same tokens by faster steps; on a GPU compiled first")
     parser.add_argument("--timing", action="store_true", help="say at the end how long pictures, prompts and answers took")
@@ -194,7 +195,7 @@ def main(arguments=None):
         check_device(wishes.device)
         if line := slow_line(wishes.dtype, wishes.device):
             print(f"({line})", file=sys.stderr)
-        loaded = recipes.load(wishes.folder, dtype=DTYPES[wishes.dtype], device=wishes.device)
+        loaded = recipes.load(wishes.folder, dtype=DTYPES[wishes.dtype], device=wishes.device, recipe=wishes.recipe)
         if not isinstance(loaded.model, VLM):
             raise ValueError(f"{wishes.folder} holds a {type(loaded.model).__name__} alone, and no vision-language model; "
                              "put one together with `python -m nanovlm.recipes convert --vision PATH --language PATH`")

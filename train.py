@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanovlm.training.checkpoint import CheckpointError, complete
 from nanovlm.training.progress import StopRequests, Stopped
-from nanovlm.machine import DEVICES, default_device
+from nanovlm.machine import DEVICES, check_device, default_device
 from nanovlm.names import nearest
 from nanovlm.training.processes import join, leave
 from nanovlm.recipes import find
@@ -136,6 +136,7 @@ def prepare(parser, wishes, processes):
         if wishes.print:
             print("\n".join(plan(recipe, wishes)))
             sys.exit(0)
+        check_device(wishes.device)
         out = wishes.out or Path("out") / recipe.name
         run = make_run(recipe, wishes, out, processes)
         run.recompute, run.compiled = wishes.recompute, wishes.compile

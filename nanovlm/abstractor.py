@@ -107,6 +107,10 @@ class Abstractor(nn.Module):
             raise ValueError(f"width {vision_width} does not divide into {num_heads} heads")
         if vision_width % 4:
             raise ValueError(f"width {vision_width} is no multiple of 4, as sines and cosines of the positions need")
+        self.arguments = {
+            "vision_width": vision_width, "output_width": output_width, "num_queries": num_queries, "num_layers": num_layers,
+            "num_heads": num_heads, "ffn_width": ffn_width, "ffn_norm_eps": ffn_norm_eps,
+        }  # fmt: skip
         self.output_width = output_width
         self.num_queries = num_queries
         self.backend = "sdpa"

@@ -45,6 +45,10 @@ class TextTower(nn.Module):
         activation="gelu", norm_eps=1e-6, last_norm_eps=1e-5,
     ):  # fmt: skip
         super().__init__()
+        self.arguments = {
+            "vocab_size": vocab_size, "width": width, "num_layers": num_layers, "num_heads": num_heads, "mlp_width": mlp_width,
+            "context_length": context_length, "activation": activation, "norm_eps": norm_eps, "last_norm_eps": last_norm_eps,
+        }  # fmt: skip
         self.context_length = context_length
         self.embedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(context_length, width) * 0.01)

@@ -22,6 +22,7 @@ class LinearProjector(nn.Module):
 
     def __init__(self, vision_width, output_width):
         super().__init__()
+        self.arguments = {"vision_width": vision_width, "output_width": output_width}
         self.output_width = output_width
         self.linear = nn.Linear(vision_width, output_width)
 
@@ -62,6 +63,7 @@ class PixelShuffleProjector(nn.Module):
 
     def __init__(self, vision_width, output_width, merge, positions=False):
         super().__init__()
+        self.arguments = {"vision_width": vision_width, "output_width": output_width, "merge": merge, "positions": positions}
         self.output_width = output_width
         self.merge = merge
         self.mlp = MLPProjector(vision_width * merge**2, output_width)

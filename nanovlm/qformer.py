@@ -88,6 +88,10 @@ class QFormer(nn.Module):
             raise ValueError(f"width {width} does not divide into {num_heads} heads")
         if not any(cross_attention):
             raise ValueError(f"cross_attention {tuple(cross_attention)}: no layer looks at the picture; set one True")
+        self.arguments = {
+            "vision_width": vision_width, "output_width": output_width, "width": width, "num_queries": num_queries,
+            "num_heads": num_heads, "ffn_width": ffn_width, "cross_attention": tuple(cross_attention),
+        }  # fmt: skip
         self.vision_width = vision_width
         self.output_width = output_width
         self.num_queries = num_queries

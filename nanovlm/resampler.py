@@ -76,6 +76,11 @@ class Resampler(nn.Module):
                 f"latents of width {output_width} cannot stand among patches of width {vision_width}; "
                 "make the widths equal or set attend_to_latents=False"
             )
+        self.arguments = {
+            "vision_width": vision_width, "output_width": output_width, "num_latents": num_latents, "num_layers": num_layers,
+            "num_heads": num_heads, "head_width": head_width, "ffn_width": ffn_width, "max_frames": max_frames,
+            "attend_to_latents": attend_to_latents,
+        }  # fmt: skip
         self.vision_width = vision_width
         self.output_width = output_width
         self.num_latents = num_latents

@@ -159,7 +159,7 @@ def make_run(folder, *arguments, **changed):
     """An output folder as train.py leaves it, with the settings of a command line and made-up results."""
     wishes = train.make_parser().parse(list(arguments))
     recipe = find(wishes.recipe)
-    stages = start.choose_stages(recipe, wishes)
+    stages = start.settle_precision(start.choose_stages(recipe, wishes), "cpu", None)
     settings = start.identity(wishes, start.choose_size(recipe, wishes.size), stages, wishes.threads or 2, {})
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings | {"image_size": 64}))
@@ -231,7 +231,7 @@ def test_the_command_is_the_one_that_trained(tmp_path, arguments):
 def test_a_recipe_file_is_named(tmp_path):
     recipe = str(ROOT / "tests" / "tiny_recipe.py")
     config = json.loads((make_run(tmp_path / "run", recipe) / "config.json").read_text())
-    assert results.command(config) == f"python train.py {recipe}"
+    assert results.command(config, recipe) == f"python train.py {recipe}"
 
 
 @pytest.mark.parametrize("head, status, commit", [

@@ -291,9 +291,9 @@ def test_the_towers_of_a_model_trained_here(tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no text tower"):
-        load_encoder(tmp_path)
+        load_encoder(tmp_path, TINY)
     save_file(text_side(towers), tmp_path / "text_tower.safetensors")
-    encoder, picture = load_encoder(tmp_path), Image.new("RGB", (20, 10), (220, 30, 30))
+    encoder, picture = load_encoder(tmp_path, TINY), Image.new("RGB", (20, 10), (220, 30, 30))
     pixels = to_pixels(picture, 16, "pad")[None]
     ids = [tokenizer.bos, *tokenizer.encode("red"), tokenizer.eos]
     with torch.no_grad():

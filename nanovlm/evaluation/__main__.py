@@ -21,7 +21,7 @@ from nanovlm import recipes
 from nanovlm.evaluation import attention_maps, pairwise, protocols
 from nanovlm.evaluation.runner import Wishes, generator_judge, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
-from nanovlm.machine import DEVICES, DTYPES, default_device, slow_line
+from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.names import nearest
 from nanovlm.vlit.endpoint import OpenAICompatible
 
@@ -141,6 +141,7 @@ def add_judge_flags(parser):
     parser.add_argument(
         "--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere'
     )
+    parser.add_argument("--recipe", metavar="FILE.py", help="the recipe file that a model was trained from")
     parser.add_argument("--device", default=default_device(), help=DEVICES)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
 
@@ -148,7 +149,7 @@ def add_judge_flags(parser):
 def open_judge(wishes):
     """The judge of --judge or --judge-endpoint, or None."""
     if wishes.judge:
-        return local_judge(recipes.load(wishes.judge, dtype=DTYPES[wishes.dtype], device=wishes.device))
+        return local_judge(recipes.load(wishes.judge, dtype=DTYPES[wishes.dtype], device=wishes.device, recipe=wishes.recipe))
     return generator_judge(OpenAICompatible(wishes.judge_endpoint)) if wishes.judge_endpoint else None
 
 
@@ -183,9 +184,10 @@ def main(arguments):
         folder = Path("out") / "evaluation" / Path(wishes.model).resolve().name / wishes.task
         chosen = dataclasses.replace(chosen, out=str(folder))
     try:
+        check_device(wishes.device)
         if line := slow_line(wishes.dtype, wishes.device):
             print(f"({line})", file=sys.stderr)
-        loaded = recipes.load(wishes.model, dtype=DTYPES[wishes.dtype], device=wishes.device)
+        loaded = recipes.load(wishes.model, dtype=DTYPES[wishes.dtype], device=wishes.device, recipe=wishes.recipe)
         lines = run(wishes.task, TASKS[wishes.task], loaded, Path(wishes.model).name, chosen, open_judge(wishes))
     except (ValueError, OSError, ImportError) as error:
         print(f"python -m nanovlm.evaluation: {error}", file=sys.stderr)

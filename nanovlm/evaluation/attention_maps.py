@@ -282,6 +282,7 @@ def make_parser():
     parser.add_argument("--as-text", action="store_true", help="MAM models also with image tokens taken for words")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of the answer")
     parser.add_argument("--out", type=Path, default=Path("attention.png"), metavar="PNG")
+    parser.add_argument("--recipe", metavar="FILE.py", help="the recipe file that a model was trained from")
     parser.add_argument("--device", default=default_device(), help=DEVICES)
     return parser
 
@@ -297,7 +298,7 @@ def main(arguments):
     try:
         looks = []
         for folder in wishes.folders:
-            loaded = recipes.load(folder, device=wishes.device)
+            loaded = recipes.load(folder, device=wishes.device, recipe=wishes.recipe)
             shown = [images.load(path) for path in wishes.image]
             if wishes.draw is not None:
                 rng = numpy.random.default_rng(0)

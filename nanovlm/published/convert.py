@@ -493,7 +493,7 @@ def type_of(checkpoint):
 def read(folder, config, checkpoint, dtype, family):
     """The model of a folder: (nn.Module, recipe.Published, its config)."""
     if "recipe" in config:
-        recipe = recipes.find(config["recipe"])
+        recipe = recipes.recipe_of(folder, config)
         if recipe.published is None:
             raise ValueError(f"recipe {recipe.name!r} is nobody's published model, so there is no layout to write")
         loaded = open_trained(folder, config, recipe, dtype, "cpu")

@@ -10,7 +10,7 @@ import collections
 import re
 from pathlib import Path
 
-from nanovlm.recipes import FAMILIES, find
+from nanovlm.recipes import FAMILIES, RECIPES
 from nanovlm.published.convert import WRAPPED, by_part
 from nanovlm.published.convert import count, count_all, find_family
 from nanovlm.published.load import build_on_meta, family_of, read_config
@@ -76,9 +76,9 @@ def inspect(path, family=None):
 def describe(checkpoint, config, family, folder):
     """What a checkpoint is: (family or None, Published or None, config or None, table or None, how it is known)."""
     if "recipe" in config and not family:
-        recipe = find(config["recipe"])
-        if recipe.published is None:
-            return recipe.name, None, None, None, "config.json of train.py"
+        recipe = RECIPES.get(str(config["recipe"]))
+        if recipe is None or recipe.published is None:
+            return config["recipe"], None, None, None, "config.json of train.py"
         return recipe.published.family, recipe.published, recipe.published.configs.get(config.get("size")), OURS, \
             "config.json of train.py"
     if "family" in config and not family:

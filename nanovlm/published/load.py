@@ -1,5 +1,6 @@
 """Open a folder that holds a model: one that train.py wrote, one that `convert` wrote, or a published one."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -7,19 +8,24 @@ import torch
 from torch import nn
 
 from nanovlm import lora
-from nanovlm.contrastive import AttentionPool
+from nanovlm.abstractor import Abstractor
+from nanovlm.contrastive import AttentionPool, ContrastiveModel, TextTower
 from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.data.templates import PLAIN, Template
 from nanovlm.data.tokenizer import check_vocabulary, Tokenizer
-from nanovlm.decoder import Decoder
+from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.generation.sampler import Decoding
 from nanovlm.names import nearest
+from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
 from nanovlm.published import vision
 from nanovlm.published.language import LLAMA, llama_config, OPT, opt_config, PHI, phi_config, QWEN2, qwen2_config
 from nanovlm.published.tokenizers import load_tokenizer, PADDED_ROWS
 from nanovlm.published.weights import INDEX, load_model, open_checkpoint, OURS, SINGLE, WeightsError
+from nanovlm.qformer import QFormer
 from nanovlm.recipes.recipe import Published
-from nanovlm.vit import ViT
+from nanovlm.resampler import Resampler
+from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vlm import VLM
 
 
 MODEL_TYPES = {  # model_type of a published config.json -> family
@@ -34,6 +40,7 @@ REFUSED = {  # model_type -> why not
     "instructblip": "its bridge reads the instruction, which no bridge here does",
     "mpt": "ALiBi and norms on queries and keys, which are out of scope",
 }
+BRIDGES = {one.__name__: one for one in (LinearProjector, MLPProjector, PixelShuffleProjector, Resampler, Abstractor, QFormer)}
 
 # what building from a config of the wrong types may raise
 UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)
@@ -103,6 +110,49 @@ def build_on_meta(published, config):
         raise WeightsError(f"no {published.family} can be built from this config: {what}") from error
 
 
+def architecture(model, contrastive):
+    """What config.json says of a model, so that the folder opens whatever becomes of its recipe's sizes.
+
+    Args: model: vlm.VLM. contrastive: contrastive.ContrastiveModel or None.
+    Returns: dict of JSON values, which `rebuild` takes; None for a model of classes that only a recipe file knows.
+    """
+    kinds = [(model.vision, ViT), (model.bridge, BRIDGES.get(type(model.bridge).__name__)), (model.decoder, Decoder)]
+    if contrastive is not None:
+        kinds += [(contrastive, ContrastiveModel), (contrastive.text, TextTower)]
+    if any(type(one) is not kind for one, kind in kinds):
+        return None
+    found = {
+        "vision": dataclasses.asdict(model.vision.config),
+        "bridge": {"class": type(model.bridge).__name__} | model.bridge.arguments,
+        "decoder": dataclasses.asdict(model.decoder.config),
+        "media_token": model.media_token,
+    }
+    if contrastive is not None:
+        found["text_tower"] = contrastive.text.arguments
+        found["joint_width"] = contrastive.project_image.out_features
+    return json.loads(json.dumps(found))
+
+
+def rebuild(found):
+    """The models of an `architecture`: (vlm.VLM, contrastive.ContrastiveModel or None).
+
+    Raises: ValueError if it describes none.
+    """
+    try:
+        bridge, decoder = dict(found["bridge"]), dict(found["decoder"])
+        layers = tuple(LayerOptions(**options) for options in decoder.pop("layers"))
+        vision = ViT(ViTConfig(**found["vision"]))
+        bridge = BRIDGES[bridge.pop("class")](**bridge)
+        model = VLM(vision, bridge, Decoder(DecoderConfig(**decoder, layers=layers)), found["media_token"])
+        if "text_tower" not in found:
+            return model, None
+        text = TextTower(**found["text_tower"])
+        widths = vision.config.width, text.arguments["width"]
+        return model, ContrastiveModel(vision, widths[0], text, widths[1], found["joint_width"])
+    except UNBUILT as error:
+        raise ValueError(f"config.json: no model can be built from this architecture ({type(error).__name__}: {error})") from error
+
+
 def open_trained(folder, config, recipe, dtype, device):
     """A folder of train.py: Loaded; see `recipes.load`."""
     missing = [key for key in ("recipe", "size", "image_size", "stages") if key not in config]
@@ -114,7 +164,8 @@ def open_trained(folder, config, recipe, dtype, device):
     tokenizer = load_tokenizer(folder, added_tokens(recipe)) if published else Tokenizer(folder / "tokenizer.json")
 
     def build():
-        model = recipe.build(config["size"], tokenizer.vocab_size)
+        found = config.get("architecture")  # which earlier versions did not write
+        model = rebuild(found)[0] if found else recipe.build(config["size"], tokenizer.vocab_size)
         model.vision.resize(config["image_size"])
         if "lora" in config:
             lora.add(model, **config["lora"])

@@ -1,5 +1,6 @@
 """The recipes: one file per paper, and `load`, which opens what training wrote and what others have published."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -8,9 +9,9 @@ from nanovlm.names import nearest
 from nanovlm.recipes import blip2, llava, llava_phi, lynx, mplug_owl2, nano, nano_resampler, open_flamingo, small
 from nanovlm.published.load import BARE
 from nanovlm.published.load import Loaded, family_of, open_published, open_trained, read_config
-from nanovlm.recipes.recipe import from_file
+from nanovlm.recipes.recipe import digest, from_file
 
-__all__ = ["FAMILIES", "OF_FAMILY", "RECIPES", "Loaded", "find", "load"]
+__all__ = ["FAMILIES", "OF_FAMILY", "RECIPES", "Loaded", "find", "load", "recipe_of"]
 
 RECIPES = {
     "nano": nano.RECIPE,
@@ -40,19 +41,39 @@ def find(name):
     return RECIPES[name]
 
 
-def load(folder, dtype=torch.float32, device="cpu", image_size=None):
+def recipe_of(folder, config, recipe=None):
+    """The Recipe of a folder that train.py wrote. What the folder itself names is never run.
+
+    Args:
+      folder: Path. config: dict of its config.json.
+      recipe: str or Path of the file it was trained from; not needed for a recipe of this package.
+    Raises: ValueError if a file is needed; FileNotFoundError.
+    """
+    name = str(config["recipe"])
+    if not name.endswith(".py"):
+        return find(name)
+    if recipe is None:
+        raise ValueError(f"{folder} was trained from a recipe file, which is run only if you name it yourself: --recipe "
+                         f"{Path(name).name}, or recipe= in Python (it was {name})")
+    if digest(recipe) != config.get("recipe_sha256", digest(recipe)):
+        print(f"({recipe} has changed since {folder} was trained from it)", file=sys.stderr)
+    return from_file(recipe)
+
+
+def load(folder, dtype=torch.float32, device="cpu", image_size=None, recipe=None):
     """Open a model.
 
     Args:
       folder: str or Path, the output folder of train.py or of `convert`, or a published model's.
       dtype: of the weights. device: where they go.
       image_size: pixels, of a published model: another size than its own; the position table is resized.
+      recipe: str or Path of the recipe file that a folder was trained from; other folders need none.
     Returns: Loaded, in evaluation mode.
     Raises: FileNotFoundError or ValueError, in words for the user; nothing half-loaded is returned.
     """
     folder = Path(folder)
     config = read_config(folder)
     if "recipe" in config:
-        return open_trained(folder, config, find(config["recipe"]), dtype, device)
+        return open_trained(folder, config, recipe_of(folder, config, recipe), dtype, device)
     family = family_of(config, str(folder / "config.json"), FAMILIES)
     return open_published(folder, config, FAMILIES[family], OF_FAMILY.get(family), dtype, device, image_size)

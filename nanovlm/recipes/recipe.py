@@ -5,9 +5,12 @@ A recipe of a published model brings no data and no tokenizer of its own: the st
 """
 
 import dataclasses
+import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nanovlm.data.images import CLIP, Preprocessing
@@ -70,17 +73,27 @@ class Recipe:
     weights: tuple[str, ...] = ()       # files to start from, which --init FOLDER unites
 
 
+def digest(path):
+    """The SHA-256 of a file: str."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def from_file(path):
-    """Load the recipe of a Python file.
+    """Run a Python file, in whose folder it may find others to import, and take its recipe.
 
     Args:
-      path: str or Path of a file that defines RECIPE.
+      path: str or Path of a file that defines RECIPE; one that the user has named, never one that a model's folder names.
     Returns: Recipe.
     Raises: FileNotFoundError; ValueError if the file defines no RECIPE.
     """
     specification = importlib.util.spec_from_file_location("recipe_from_file", path)
     module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    folder = str(Path(path).resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        specification.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
     if not isinstance(vars(module).get("RECIPE"), Recipe):
         raise ValueError(f"{path} defines no RECIPE; write RECIPE = Recipe(...), see nanovlm/recipes/nano.py")
     return module.RECIPE

@@ -460,9 +460,10 @@ def consolidate(out):
     if not folders:
         raise CheckpointError(f"{out} holds no checkpoint; give the output folder of train.py")
     state, tensors = read_state(folders[-1]), read_sharded(folders[-1], {})
+    config = json.loads((out / "config.json").read_text())
     for name in ("text_tower", "model"):
         if tensors.get(name):
             replace_tensors(out / f"{name}.safetensors", tensors[name])
-    replace_json(out / "config.json", state["identity"] | {"image_size": state["image_size"]})
+    replace_json(out / "config.json", config | {"image_size": state["image_size"]})
     size = sum(tensor.numel() for tensor in tensors["model"].values())
     return [f"{out / 'model.safetensors'}: {len(tensors['model'])} tensors, {size:,} parameters, of step {state['step']}"]

@@ -296,6 +296,7 @@ class Run:
     compiled: bool = False        # torch.compile around every block
     keep: int = 1                 # checkpoints that stay
     background: bool = False      # a thread writes the checkpoints
+    made_of: dict = field(default_factory=dict)  # what config.json holds beside identity, see start.describe
 
     @property
     def share_prefix(self):

@@ -12,9 +12,10 @@ from nanovlm.data.datasets import command_line_sources, DATA
 from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.machine import facts_of, slow_line, training_precision
 from nanovlm.names import nearest
-from nanovlm.published.load import added_tokens
+from nanovlm.published.load import added_tokens, architecture, rebuild
 from nanovlm.published.tokenizers import load_tokenizer
 from nanovlm.published.weights import fill, fit, open_checkpoint, OURS
+from nanovlm.recipes.recipe import digest
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.processes import Processes, Run, text_side
 from nanovlm.training.progress import say
@@ -22,6 +23,7 @@ from nanovlm.training.stages import choose
 from nanovlm.vit import check_image_size
 
 
+MADE_OF = ("architecture", "recipe_sha256")  # keys of config.json
 DEFAULT_THREADS = 2  # at most; more gain little at this size, and the count decides the last bits of every sum
 
 
@@ -101,6 +103,12 @@ def identity(wishes, size, stages, threads, lost):
     return json.loads(json.dumps(kept | settings))  # tuples become lists, as they will be when read back
 
 
+def describe(wishes, model, contrastive):
+    """What opening the folder will need beside the weights: dict of JSON values, by the names of MADE_OF."""
+    file, found = wishes.recipe.endswith(".py"), architecture(model, contrastive)
+    return ({"recipe_sha256": digest(wishes.recipe)} if file else {}) | ({"architecture": found} if found else {})
+
+
 def settle(wishes, size, stages, saved, lost):
     """Fix the settings of the run once and for all, the number of threads among them.
 
@@ -113,7 +121,7 @@ def settle(wishes, size, stages, saved, lost):
     threads = wishes.threads or (saved["threads"] if saved else min(DEFAULT_THREADS, len(os.sched_getaffinity(0))))
     settings = identity(wishes, size, stages, threads, lost)
     if saved:
-        changed = checkpoint.difference({key: saved[key] for key in saved if key != "image_size"}, settings)
+        changed = checkpoint.difference({key: saved[key] for key in saved if key not in ("image_size", *MADE_OF)}, settings)
         if changed:
             raise checkpoint.CheckpointError(f"the run to continue has other settings: {changed}; repeat its options, "
                                              "or name another folder with --out")
@@ -130,11 +138,17 @@ def find_tokenizer(recipe, out, init):
     return load_tokenizer(folder, added_tokens(recipe))
 
 
-def build_models(recipe, size, vocab_size, seed):
-    """The vision-language model and the contrastive model around its ViT (None if the recipe has none), from a seed."""
+def build_models(recipe, size, vocab_size, seed, recorded=None):
+    """The vision-language model and the contrastive model around its ViT (None if the recipe has none), from a seed.
+
+    recorded: opening.architecture of the models as they once were, which the recipe may since have changed; or None.
+    """
     torch.manual_seed(seed)
     model = recipe.build(size, vocab_size)
-    return model, None if recipe.contrastive is None else recipe.contrastive(size, model)
+    contrastive = None if recipe.contrastive is None else recipe.contrastive(size, model)
+    if recorded and recorded != architecture(model, contrastive):
+        return rebuild(recorded)
+    return model, contrastive
 
 
 def load_weights(folder, model, contrastive):
@@ -180,10 +194,10 @@ def check_processes(stages, processes):
                              f"{stage.batch_size}; start fewer, or --set {stage.name}.batch_size={processes.size}")
 
 
-def sharded_models(recipe, size, vocab_size, wishes, stages):
+def sharded_models(recipe, size, vocab_size, wishes, stages, recorded):
     """The models of `build_models` on the meta device: of many processes only the main one ever holds them whole."""
     with torch.device("meta"):
-        model, contrastive = build_models(recipe, size, vocab_size, wishes.seed)
+        model, contrastive = build_models(recipe, size, vocab_size, wishes.seed, recorded)
         add_lora(model, stages, wishes.lora)
     return model, contrastive
 
@@ -209,16 +223,21 @@ def make_run(recipe, wishes, out, processes=Processes()):
     settings = settle(wishes, size, stages, saved, lost)
     torch.set_num_threads(settings["threads"])
     tokenizer = find_tokenizer(recipe, out, wishes.init)
-    skeleton = sharded_models(recipe, size, tokenizer.vocab_size, wishes, stages) if processes.mode == "fsdp" else None
+    recorded = (saved or {}).get("architecture")
+    skeleton = sharded_models(recipe, size, tokenizer.vocab_size, wishes, stages, recorded) if processes.mode == "fsdp" else None
     if skeleton and not processes.main:
         model, contrastive = skeleton
     else:
-        model, contrastive = build_models(recipe, size, tokenizer.vocab_size, wishes.seed)
+        model, contrastive = build_models(recipe, size, tokenizer.vocab_size, wishes.seed, recorded)
         if wishes.init is not None and not checkpoint.complete(out):
             load_weights(Path(wishes.init), model, contrastive)
         add_lora(model, stages, wishes.lora)
     check_stages(stages, model, contrastive)
-    processes.by_main(lambda: begin_folder(out, saved, settings, tokenizer))
+    made_of, before = describe(wishes, model, contrastive), saved or {}
+    if made_of.get("recipe_sha256") != before.get("recipe_sha256", made_of.get("recipe_sha256")) and processes.main:
+        say(f"{wishes.recipe} has changed since this run began")
+    made_of |= {name: before[name] for name in MADE_OF if name in before}
+    processes.by_main(lambda: begin_folder(out, saved, settings | made_of, tokenizer))
     for line in lost_lines(lost) if processes.main else ():
         say(line)
     device = torch.device(wishes.device)
@@ -233,7 +252,7 @@ def make_run(recipe, wishes, out, processes=Processes()):
                evaluate=recipe.evaluate, exam=recipe.exam, finish=recipe.finish, report=recipe.report,
                stage_templates=recipe.stage_templates,
                log=recipe.log, held_out=recipe.published is not None, preprocessing=recipe.preprocessing,
-               processes=processes, skeleton=skeleton)
+               processes=processes, skeleton=skeleton, made_of=made_of)
 
 
 def begin_folder(out, saved, settings, tokenizer):

@@ -364,7 +364,7 @@ class Trainer:
     def write_results(self, run):
         """What `finish` does, in the main process."""
         out = run.out
-        checkpoint.replace_json(out / "config.json", run.identity | {"image_size": run.model.vision.image_size})
+        checkpoint.replace_json(out / "config.json", run.identity | run.made_of | {"image_size": run.model.vision.image_size})
         if run.contrastive is not None:
             checkpoint.replace_tensors(out / "text_tower.safetensors", text_side(run.contrastive))
         checkpoint.replace_tensors(out / "model.safetensors", run.model.state_dict())

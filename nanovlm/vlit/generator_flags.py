@@ -4,7 +4,7 @@ import os
 import sys
 
 from nanovlm import recipes
-from nanovlm.machine import DEVICES, DTYPES, default_device, slow_line
+from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.vlit.endpoint import OpenAICompatible
 from nanovlm.vlit.generators import Drawing
 from nanovlm.vlit.local import Local
@@ -19,6 +19,7 @@ def add_generator_flags(parser, n=Drawing.n, temperature=Drawing.temperature):
     add = parser.add_argument_group("generator").add_argument
     add("--generator", choices=GENERATORS, default="template", help="who writes (default: rules, without a model)")
     add("--model", metavar="NAME", help="local: the model's folder; endpoint: the model's name there")
+    add("--recipe", metavar="FILE.py", help="the recipe file that a trained model's folder needs")
     add("--base-url", default="", metavar="URL", help="endpoint: up to /chat/completions; default: $OPENAI_BASE_URL. "
         "The key is read from $OPENAI_API_KEY")  # fmt: skip
     add("--workers", type=int, default=4, metavar="N", help="endpoint: requests under way at once")
@@ -61,9 +62,10 @@ def open_generator(wishes):
             f"--generator {wishes.generator} needs --model: a folder for local, the model's name for endpoint"
         )
     if wishes.generator == "local":
+        check_device(wishes.device)
         if line := slow_line(wishes.dtype, wishes.device):
             print(f"({line})", file=sys.stderr)
-        loaded = recipes.load(wishes.model, dtype=DTYPES[wishes.dtype], device=wishes.device)
+        loaded = recipes.load(wishes.model, dtype=DTYPES[wishes.dtype], device=wishes.device, recipe=wishes.recipe)
         return Local(loaded, os.path.basename(os.path.abspath(wishes.model)), wishes.batch_size)
     return OpenAICompatible(
         wishes.model,

@@ -21,7 +21,7 @@ import torch
 from nanovlm.data.images import CLIP, Preprocessing, load, to_pixels
 from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.evaluation.items import Encoded
-from nanovlm.recipes import find, load as load_model
+from nanovlm.recipes import load as load_model, recipe_of
 from nanovlm.training.start import build_models, load_weights
 from nanovlm.vlit.words import named, tokens
 
@@ -79,19 +79,20 @@ class Encoder:
         return [100 * (image @ text.T).amax(1).mean(1).max().item() for image, text in zip(seen, read)]
 
 
-def load_encoder(folder):
+def load_encoder(folder, recipe=None):
     """The towers of a folder: Encoder.
 
     Args:
       folder: of a published CLIP (config.json, model.safetensors, tokenizer.json), or an output folder of train.py of a
         recipe with a contrastive stage; its ViT is as the last stage left it, its text tower as the first did.
+      recipe: as in recipes.load.
     Raises: FileNotFoundError; ValueError if the folder holds no two towers.
     """
     folder = Path(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     if "recipe" in config:
-        return _own(folder, config)
+        return _own(folder, config, recipe)
     loaded = load_model(folder)
     if not hasattr(loaded.model, "embed_texts"):
         raise ValueError(f"{folder} holds {type(loaded.model).__name__}, not a pair of towers; give a CLIP folder")
@@ -108,9 +109,9 @@ def load_encoder(folder):
     return Encoder("MD", loaded.model.eval(), ids, loaded.image_size, loaded.image_fit, loaded.preprocessing)
 
 
-def _own(folder, config):
-    recipe, tokenizer = find(config["recipe"]), Tokenizer(folder / "tokenizer.json")
-    model, towers = build_models(recipe, config["size"], tokenizer.vocab_size, 0)
+def _own(folder, config, recipe):
+    recipe, tokenizer = recipe_of(folder, config, recipe), Tokenizer(folder / "tokenizer.json")
+    model, towers = build_models(recipe, config["size"], tokenizer.vocab_size, 0, config.get("architecture"))
     if towers is None or not (folder / "text_tower.safetensors").is_file():
         raise ValueError(f"{folder} has no text tower: recipe {config['recipe']!r} ran without a contrastive stage")
     load_weights(folder, model, towers)

@@ -88,7 +88,7 @@ def helpers_of(wishes, out):
     out.mkdir(parents=True, exist_ok=True)
     return Helpers(
         facts=facts,
-        encoder=load_encoder(wishes.encoder) if wishes.encoder else None,
+        encoder=load_encoder(wishes.encoder, wishes.recipe) if wishes.encoder else None,
         judge=judge,
         embed=EMBEDDINGS[wishes.embedding],
         lexicon=lexicon,

@@ -1,6 +1,7 @@
 """Results of finished runs as files, and the README's tables, which are made from these files and from the code.
 
     python notebooks/support/results.py collect nano out/seed0 out/seed1 out/seed2    writes notebooks/results/nano.json
+    python notebooks/support/results.py collect NAME my_recipe.py out/seed0           of runs of a recipe file
     python notebooks/support/results.py readme                                        rewrites the tables in README.md
 
 Collect where the runs were trained, before the code changes: machine and commit are written down with the numbers. What
@@ -22,18 +23,18 @@ import torch
 from support.readme_tables import RESULTS, TESTS, fill
 
 from nanovlm.machine import commit, machine
-from nanovlm.recipes import find
-from nanovlm.training.start import DEFAULT_THREADS
+from nanovlm.recipes import recipe_of
+from nanovlm.training.start import DEFAULT_THREADS, settle_precision
 
 README = ROOT / "README.md"
 FLAGS = ("init", "data", "images", "datasets")  # of train.py, kept in config.json under these names
 
 
-def collect(folders):
+def collect(folders, recipe_file=None):
     """What several runs of one command with different seeds have in common, and what each has found.
 
     Args:
-      folders: list of Path, output folders of train.py.
+      folders: list of Path, output folders of train.py. recipe_file: as in recipes.load.
     Returns: dict, the content of a results file. Shares lie in [0, 1].
     Raises: FileNotFoundError for a run that has not finished; ValueError for a smoke run, for runs that differ in more
       than their seed, or for a seed that comes twice.
@@ -48,7 +49,7 @@ def collect(folders):
         raise ValueError(f"seeds {seeds}: one comes twice")
     runs = [_run(folder, config) for folder, config in sorted(zip(folders, configs), key=lambda pair: pair[1]["seed"])]
     return {
-        "command": command(configs[0]),
+        "command": command(configs[0], recipe_file),
         "commit": commit(),
         "hardware": machine(),
         "threads": configs[0]["threads"],
@@ -91,9 +92,12 @@ def _run(folder, config):
     return {"seed": config["seed"], "date": str(day), "results": results, "stages": stages}
 
 
-def command(config):
-    """The command line, but for seed and folder, whose settings are those of a config.json: str."""
-    recipe = find(config["recipe"])
+def command(config, recipe_file=None):
+    """The command line, but for seed and folder, whose settings are those of a config.json: str.
+
+    recipe_file: as in recipes.load.
+    """
+    recipe = recipe_of("the run", config, recipe_file)
     words = ["python", "train.py", *([] if config["recipe"] == "nano" else [config["recipe"]])]
     if config["size"] != recipe.sizes[0]:
         words += ["--size", config["size"]]
@@ -102,7 +106,8 @@ def command(config):
     for name in FLAGS:
         if config[name] is not None:
             words += [f"--{name}", config[name]]
-    stages = json.loads(json.dumps({stage.name: vars(stage) for stage in recipe.stages(config["size"], config["smoke"])}))
+    usual_stages = settle_precision(recipe.stages(config["size"], config["smoke"]), "cpu", None)
+    stages = json.loads(json.dumps({stage.name: vars(stage) for stage in usual_stages}))
     for name in stages:
         if name not in config["stages"]:
             words += ["--without", name]
@@ -140,7 +145,9 @@ def main(arguments):
             text = fill(README.read_text(encoding="utf-8"))
             write(README, text)
         elif len(arguments) > 2 and arguments[0] == "collect":
-            text = json.dumps(collect([Path(folder) for folder in arguments[2:]]), indent=1, ensure_ascii=False)
+            files = [one for one in arguments[2:] if one.endswith(".py")]
+            folders = [Path(one) for one in arguments[2:] if one not in files]
+            text = json.dumps(collect(folders, *files), indent=1, ensure_ascii=False)
             RESULTS.mkdir(exist_ok=True)
             write(RESULTS / f"{arguments[1]}.json", text + "\n")
         else:

@@ -65,7 +65,7 @@ def test_an_answer_without_picture(run, loaded):
     decoding = Decoding(max_new_tokens=5, eos_ids=(loaded.tokenizer.eos,))
     want = sample.Chat(loaded, decoding)
     assert done.out == "".join(want.ask("how many?")) + "\n" and want.last.row.ids == ids
-    assert done.calls[0][1] == {"dtype": torch.float32, "device": sample.make_parser().get_default("device")}
+    assert done.calls[0][1] == {"dtype": torch.float32, "device": sample.make_parser().get_default("device"), "recipe": None}
 
 
 def test_a_photograph_gets_the_remark_and_a_drawing_does_not(run, photo, tmp_path):
@@ -195,9 +195,15 @@ def test_seed_decides_what_is_drawn(run):
     assert run("what?", "--temperature", "3.0", "--seed", "0").out == answers["0"]
 
 
+def test_a_slow_type_is_said_in_one_line(run, monkeypatch):
+    monkeypatch.setattr(sample, "slow_line", lambda dtype, device: f"slow in {dtype}" if dtype != "float32" else None)
+    assert run("what?", "--dtype", "bfloat16", "--device", "cpu").err == "(slow in bfloat16)\n"
+    assert run("what?", "--device", "cpu").err == ""
+
+
 def test_dtype_and_device_reach_the_loader(run):
     done = run("what?", "--dtype", "bfloat16", "--device", "cpu")
-    assert done.calls[-1][1] == {"dtype": torch.bfloat16, "device": "cpu"}
+    assert done.calls[-1][1] == {"dtype": torch.bfloat16, "device": "cpu", "recipe": None}
 
 
 def test_the_question_may_stand_anywhere():

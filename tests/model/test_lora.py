@@ -12,7 +12,7 @@ from nanovlm.decoder import LayerOptions
 from nanovlm.lora import LoRALinear
 from nanovlm.vlm import PARTS
 from random_models import image_batch, randomise, small_decoder, small_vlm
-from test_train_cli import refuse, run
+from test_train_cli import RECIPE, refuse, run
 
 I = -1
 LAYERS = (LayerOptions(3, modality_adaptive=True), LayerOptions())
@@ -185,7 +185,7 @@ def test_a_run_leaves_the_base_bit_for_bit(tuned):
 
 
 def test_loaded_the_updates_are_merged(tuned):
-    base, loaded = recipes.load(tuned[0]).model, recipes.load(tuned[1]).model
+    base, loaded = (recipes.load(folder, recipe=RECIPE).model for folder in tuned)
     found, plain = load_file(tuned[1] / "model.safetensors"), base.state_dict()
     assert loaded.state_dict().keys() == plain.keys()
     name = "decoder.layers.1.attention.q"
@@ -196,7 +196,7 @@ def test_loaded_the_updates_are_merged(tuned):
 
 
 def test_the_next_run_starts_from_the_merged_model(tuned, tmp_path):
-    merged = recipes.load(tuned[1]).model.state_dict()
+    merged = recipes.load(tuned[1], recipe=RECIPE).model.state_dict()
     again = ["--threads", "1", "--stages", "align", "--set", "align.steps=1", "--set", "align.warmup_steps=0"]
     assert run("--out", tmp_path / "plain", "--init", tuned[1], *again) == 0
     plain = load_file(tmp_path / "plain" / "model.safetensors")

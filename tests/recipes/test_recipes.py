@@ -118,7 +118,7 @@ def test_loaded_model_is_the_trained_one(smoke):
         (lambda out: (out / "config.json").write_text("{"), ValueError, "not JSON"),
         (lambda out: (out / "config.json").write_text("{}"), ValueError, "lacks recipe, size, image_size, stages"),
         (
-            lambda out: (out / "config.json").write_text((out / "config.json").read_text().replace('"tiny"', '"full"')),
+            lambda out: (out / "config.json").write_text((out / "config.json").read_text().replace('"ffn_width": 80', '"ffn_width": 88')),
             ValueError,
             "does not fit recipe 'nano'",
         ),

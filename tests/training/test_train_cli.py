@@ -58,6 +58,7 @@ def trained(tmp_path_factory):
     (["--set", "tower.group=2"], "group and packing are for language stages"), (["--workers", "-1"], "-1 is less than 0"),
     (["--set", "tower.packing=true"], "group and packing are for language stages"),
     (["--max-damaged", "2"], "2 is no share between 0 and 1"),
+    (["--device", "gpu"], "--device gpu cannot be used here"),
     (["--data", "nowhere.json"], "nowhere.json: no such file"),
     (["--images", "."], "--images is the image folder of --data"),
     (["--datasets", "nowhere.json"], "no such datasets file"), (["--init", "nowhere"], "nowhere"),
