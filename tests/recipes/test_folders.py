@@ -22,7 +22,7 @@ from nanovlm.published.load import architecture, rebuild
 from nanovlm.training.checkpoint import consolidate
 from nanovlm.vlit.matching import load_encoder
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 FOLDERS = TESTS / "golden" / "folders"
 TINY = TESTS / "tiny_recipe.py"
 FAST = ["--threads", "1", "--device", "cpu", "--set", "tower.steps=1", "--set", "align.steps=1", "--set", "align.warmup_steps=0"]
@@ -40,8 +40,7 @@ def ask(folder, question, color, **options):
     """A greedy answer about a picture of one colour: str."""
     loaded = recipes.load(folder, **options)
     decoding = dataclasses.replace(loaded.decodings["default"], do_sample=False, num_beams=1, max_new_tokens=12)
-    chat = Chat(loaded.model, loaded.tokenizer, loaded.template, decoding, loaded.image_size, loaded.image_fit,
-                preprocessing=loaded.preprocessing)  # fmt: skip
+    chat = Chat(loaded, decoding)
     return "".join(chat.ask(question, [Image.new("RGB", (64, 64), color)]))
 
 
