@@ -69,6 +69,18 @@ def new_folder(path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def differences(old, new):
+    """What two JSON objects, and the objects in them, have under equal names and not in common: list of str."""
+    words = []
+    for name in new | old:
+        one, other = old.get(name), new.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            words += differences(one, other)
+        elif one != other:
+            words.append(f"{name} {one!r}, now {other!r}")
+    return words
+
+
 class JsonLines:
     """A file of one JSON value a line. Reading passes over a last line that a kill cut short, appending removes it.
 
@@ -87,9 +99,7 @@ class JsonLines:
         if found is None:
             self.add(head)
         elif found != head:
-            found = found if isinstance(found, dict) else {}
-            names = [name for name in head | found if head.get(name) != found.get(name)]
-            differing = ", ".join(f"{name} {found.get(name)!r}, now {head.get(name)!r}" for name in names)
+            differing = ", ".join(differences(found, head) if isinstance(found, dict) else ())
             raise ValueError(f"{path} was made with {differing or 'what is not known'}; give another --out")
         self.first = 1
 

@@ -16,8 +16,7 @@ import train
 from nanovlm.data import __main__ as data_command
 from nanovlm.data.datasets import command_line_sources
 from nanovlm.evaluation import __main__ as evaluation_command
-from nanovlm.recipes.nano_tests import Exam, exam_records
-from nanovlm.recipes.nano_tests import exam_questions
+from nanovlm.recipes.nano_tests import exam_lines, exam_records
 from nanovlm.bench.decode import make_parser as bench_parser
 from nanovlm.recipes import __main__ as recipes_command
 from nanovlm.recipes import find
@@ -362,12 +361,11 @@ def test_the_readme_is_rewritten(collected, tmp_path, monkeypatch):
 
 def exam_log(folder, change=lambda line: line):
     """An output folder whose exam was wrong at step 50 and right at step 100."""
-    asked = Exam(None, exam_records())
-    truths = [truth for _, truth in asked.questions]
+    truths = [turns[-1].text for record in exam_records() for turns in record.conversations]
     folder.mkdir()
     (folder / "config.json").write_text('{"seed": 5}')
     entries = [{"stage": "align", "step": 1, "loss": 2.0}] + [
-        {"stage": "align", "step": step, "exam": [change(line) for line in asked.changes([], answers)]}
+        {"stage": "align", "step": step, "exam": [change(line) for line in exam_lines(exam_records(), answers)]}
         for step, answers in ((50, ["none"] * len(truths)), (100, truths))
     ]
     (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -381,7 +379,7 @@ def test_the_picture_is_drawn_from_a_log(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "PICTURE", tmp_path / "figures" / "picture.png")
     assert figures.main([str(exam_log(tmp_path / "run"))]) == 0
     (asked, moments, _, title), = drawn
-    truths = [truth for _, _, truth in exam_questions(exam_records())]
+    truths = [truth for _, _, truth in figures.exam_questions(exam_records())]
     assert [label for label, _ in moments] == ["align\nstep 50", "align\nstep 100"]
     assert moments[1][1] == truths == [truth for _, _, truth in asked] and set(moments[0][1]) == {"none"}
     assert "(seed 5)" in title

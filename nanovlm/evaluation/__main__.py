@@ -13,190 +13,209 @@ Answers go to predictions.jsonl as they are made; the same command again goes on
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
-from nanovlm import recipes
-from nanovlm.evaluation import attention_maps, pairwise, protocols
-from nanovlm.evaluation.runner import Wishes, generator_judge, local_judge, run
-from nanovlm.evaluation.tasks import TASKS
-from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
-from nanovlm.names import nearest
-from nanovlm.vlit.endpoint import OpenAICompatible
+import numpy
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+from nanovlm import recipes
+from nanovlm.data import images
+from nanovlm.data.scene_questions import parse_scene
+from nanovlm.data.scenes import render
+from nanovlm.evaluation import attention_maps, pairwise, protocols
+from nanovlm.evaluation.runner import endpoint_judge, local_judge, run
+from nanovlm.evaluation.tasks import TASKS
+from nanovlm.machine import check_device, default_device, DEVICES, DTYPES, slow_line
+from nanovlm.names import nearest
+
+NOTHING_MEASURED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
+
+
+def command_line(command, text):
+    """An empty command line: argparse parser. command: what stands behind `python -m nanovlm.evaluation`."""
+    form = argparse.RawDescriptionHelpFormatter
+    name = f"python -m nanovlm.evaluation {command}".strip()
+    return argparse.ArgumentParser(prog=name, description=text, allow_abbrev=False, formatter_class=form)
 
 
 def make_parser():
-    """The command line, as an argparse parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanovlm.evaluation", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("task", nargs="?", metavar="TASK", help="one of the tasks; without one: their table")
-    parser.add_argument(
-        "--model", metavar="FOLDER", help="what train.py or convert wrote, or a published model's folder"
-    )
-    parser.add_argument(
-        "--data", default=".", metavar="PATH", help="the benchmark's files, as published: a folder or a file"
-    )
-    parser.add_argument("--images", default="", metavar="FOLDER", help="its pictures or films (default: --data)")
-    parser.add_argument(
-        "--split", default="", metavar="WORD", help="which of the benchmark's splits (default: its usual one)"
-    )
-    parser.add_argument("--out", default="", metavar="FOLDER", help="default: out/evaluation/MODEL/TASK")
-    parser.add_argument("--prompt", metavar="TEXT", help="instead of the task's; {question}, {options}, {hint}, {ocr}")
-    parser.add_argument(
-        "--preset", default="", metavar="NAME", help="one of the recipe's decodings (default: the task's)"
-    )
-    parser.add_argument(
-        "--describe-first", action="store_true", help="describe the picture, then answer in that history"
-    )
-    parser.add_argument(
-        "--shots", type=int, default=0, metavar="K", help="the first K questions are shown with their answers"
-    )
-    parser.add_argument("--shots-split", default="", metavar="WORD", help='take them from this split: "dev" of MMLU')
-    parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions that run together")
-    parser.add_argument("--num-frames", type=int, default=4, metavar="N", help="frames of a film")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, where the preset samples")
-    parser.add_argument(
-        "--unrelated-image", default="", metavar="PATH", help="show it with every question that has no picture"
-    )
-    add_judge_flags(parser)
-    return parser
-
-
-def parse(arguments):
-    """Flags as a namespace; ends the program with code 2 for what is unknown or contradicts."""
-    parser = make_parser()
-    wishes, unknown = parser.parse_known_args(arguments)
-    flags = ["--" + name.replace("_", "-") for name in vars(wishes) if name != "task"]
-    for word in unknown:
-        parser.error(f"unknown flag {word!r}.{nearest(word.split('=')[0], flags)}")
-    if wishes.task is None:
-        return wishes
-    if wishes.task not in TASKS:
-        parser.error(f"unknown task {wishes.task!r}.{nearest(wishes.task, [*TASKS, *COMMANDS])}")
-    if wishes.model is None:
-        parser.error("--model is needed: the folder of the model to measure")
-    if (wishes.judge or wishes.judge_endpoint) and TASKS[wishes.task].protocol is not protocols.judged:
-        parser.error(f"--judge: answers of {wishes.task} are not judged")
-    if wishes.judge and wishes.judge_endpoint:
-        parser.error("--judge and --judge-endpoint: one of them judges")
-    for name, least in (("shots", 0), ("limit", 1), ("batch_size", 1), ("num_frames", 1)):
-        if vars(wishes)[name] is not None and vars(wishes)[name] < least:
-            parser.error(f"--{name.replace('_', '-')} is {vars(wishes)[name]}; it must be {least} or more")
-    return wishes
+    """The command line of the tasks, as an argparse parser."""
+    parser = command_line("", __doc__)
+    add = parser.add_argument
+    add("task", nargs="?", metavar="TASK", help="one of the tasks; without one: their table")
+    add("--model", metavar="FOLDER", help="what train.py or convert wrote, or a published model's folder")
+    add("--data", default=".", metavar="PATH", help="the benchmark's files, as published: a folder or a file")
+    add("--images", default="", metavar="FOLDER", help="its pictures or films (default: --data)")
+    add("--split", default="", metavar="WORD", help="which of the benchmark's splits (default: its usual one)")
+    add("--out", default="", metavar="FOLDER", help="default: out/evaluation/MODEL/TASK")
+    add("--prompt", metavar="TEXT", help="instead of the task's; {question}, {options}, {hint}, {ocr}")
+    add("--preset", default="", metavar="NAME", help="one of the recipe's decodings (default: the task's)")
+    add("--describe-first", action="store_true", help="describe the picture, then answer in that history")
+    add("--shots", type=int, default=0, metavar="K", help="the first K questions are shown with their answers")
+    add("--shots-split", default="", metavar="WORD", help='take them from this split: "dev" of MMLU')
+    add("--limit", type=int, metavar="N", help="ask only the first N questions")
+    add("--batch-size", type=int, default=16, metavar="N", help="questions that run together")
+    add("--num-frames", type=int, default=4, metavar="N", help="frames of a film")
+    add("--seed", type=int, default=0, help="of sampling, where the preset samples")
+    add("--unrelated-image", default="", metavar="PATH", help="show it with every question that has no picture")
+    return add_judge_flags(parser)
 
 
 def rank_parser():
     """The command line of `rank`, as an argparse parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanovlm.evaluation rank",
-        description=pairwise.__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folders", nargs="+", metavar="OUT", help="folders of finished runs of one task")
-    parser.add_argument("--out", default="out/evaluation/ranking", metavar="FOLDER")
-    parser.add_argument("--sheet", metavar="FILE.csv", help="write an empty sheet of marks, and rank nothing")
-    parser.add_argument(
-        "--marks", nargs="+", metavar="FILE.csv", help="filled sheets: mean marks, and what breaks the rules"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of shuffles and bootstrap")
-    add_judge_flags(parser)
+    parser = command_line("rank", pairwise.__doc__)
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="OUT", help="folders of finished runs of one task")
+    add("--out", default="out/evaluation/ranking", metavar="FOLDER")
+    add("--sheet", metavar="FILE.csv", help="write an empty sheet of marks, and rank nothing")
+    add("--marks", nargs="+", metavar="FILE.csv", help="filled sheets: mean marks, and what breaks the rules")
+    add("--seed", type=int, default=0, help="of shuffles and bootstrap")
+    return add_judge_flags(parser)
+
+
+def compare_parser():
+    """The command line of `compare`, as an argparse parser."""
+    parser = command_line("compare", pairwise.__doc__)
+    parser.add_argument("folders", nargs=2, metavar="OUT", help="folders of two finished runs of one task")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     return parser
 
 
-def rank_main(arguments):
-    """Run `rank`: exit code."""
-    try:
-        print("\n".join(rank(rank_parser().parse_args(arguments))))
-    except (ValueError, OSError, KeyError) as error:
-        print(f"python -m nanovlm.evaluation rank: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return 0
-
-
-def rank(wishes):
-    """What `rank` prints: list of str."""
-    if wishes.sheet:
-        pairwise.write_sheet(pairwise.read_answers(wishes.folders), wishes.sheet)
-        return [f"marks from 1 to 5 go into {wishes.sheet}; read it with --marks"]
-    if wishes.marks:
-        means, breaches = pairwise.read_sheets(wishes.marks)
-        return [f"{model:<32}{mark:>8.2f}" for model, mark in means.items()] + breaches
-    judge = open_judge(wishes)
-    return pairwise.rank(wishes.folders, judge, wishes.judgements, wishes.out, seed=wishes.seed)
+def attention_parser():
+    """The command line of `attention`, as an argparse parser."""
+    parser = command_line("attention", attention_maps.__doc__)
+    add = parser.add_argument
+    add("folders", nargs="+", metavar="MODEL", help="one model, or several that are compared")
+    add("--ask", required=True, metavar="QUESTION")
+    add("--image", action="append", default=[], metavar="PATH", help="shown with the question; repeatable")
+    add("--draw", metavar="TEXT", help='a drawn scene in place of a file: "red star left of blue ring"')
+    add("--as-text", action="store_true", help="MAM models also with image tokens taken for words")
+    add("--max-new-tokens", type=int, metavar="N", help="of the answer")
+    add("--out", type=Path, default=Path("attention.png"), metavar="PNG")
+    add("--recipe", metavar="FILE.py", help="the recipe file that a model was trained from")
+    add("--device", default=default_device(), help=DEVICES)
+    return parser
 
 
 def add_judge_flags(parser):
-    """Who judges, and how models are held."""
-    parser.add_argument("--judge", metavar="FOLDER", help="a model of this project, or a published one, that judges")
-    parser.add_argument(
-        "--judge-endpoint", metavar="NAME", help="a model behind $OPENAI_BASE_URL, any server of OpenAI's chat completions"
-    )
-    parser.add_argument(
-        "--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere'
-    )
-    parser.add_argument("--recipe", metavar="FILE.py", help="the recipe file that a model was trained from")
-    parser.add_argument("--device", default=default_device(), help=DEVICES)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    """Who judges, and how models are held: the parser."""
+    add = parser.add_argument
+    add("--judge", metavar="FOLDER", help="a model of this project, or a published one, that judges")
+    add("--judge-endpoint", metavar="NAME", help="a model behind $OPENAI_BASE_URL, any server of OpenAI's chat completions")
+    add("--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere')
+    add("--recipe", metavar="FILE.py", help="the recipe file that a model was trained from")
+    add("--device", default=default_device(), help=DEVICES)
+    add("--dtype", choices=DTYPES, default="float32")
+    return parser
 
 
-def open_judge(wishes):
+def parse(parser, arguments):
+    """Flags as a namespace; ends the program with code 2 for what is unknown or contradicts."""
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unknown flag {unknown[0]!r}.{nearest(unknown[0].split('=')[0], parser._option_string_actions)}")
+    if "ask" in args and not args.image and args.draw is None:
+        parser.error("a picture is needed: give --image or --draw")
+    if getattr(args, "task", None) is None:
+        return args
+    if args.task not in TASKS:
+        parser.error(f"unknown task {args.task!r}.{nearest(args.task, [*TASKS, *COMMANDS])}")
+    if args.model is None:
+        parser.error("--model is needed: the folder of the model to measure")
+    if (args.judge or args.judge_endpoint) and TASKS[args.task].protocol is not protocols.judged:
+        parser.error(f"--judge: answers of {args.task} are not judged")
+    if args.judge and args.judge_endpoint:
+        parser.error("--judge and --judge-endpoint: one of them judges")
+    for name, least in (("shots", 0), ("limit", 1), ("batch_size", 1), ("num_frames", 1)):
+        if vars(args)[name] is not None and vars(args)[name] < least:
+            parser.error(f"--{name.replace('_', '-')} is {vars(args)[name]}; it must be {least} or more")
+    args.out = args.out or str(Path("out", "evaluation", Path(args.model).resolve().name, args.task))
+    return args
+
+
+def load(folder, args):
+    """The model of a folder: recipes.Loaded."""
+    return recipes.load(folder, dtype=DTYPES[args.dtype], device=args.device, recipe=args.recipe)
+
+
+def open_judge(args):
     """The judge of --judge or --judge-endpoint, or None."""
-    if wishes.judge:
-        return local_judge(recipes.load(wishes.judge, dtype=DTYPES[wishes.dtype], device=wishes.device, recipe=wishes.recipe))
-    return generator_judge(OpenAICompatible(wishes.judge_endpoint)) if wishes.judge_endpoint else None
+    if args.judge:
+        return local_judge(load(args.judge, args))
+    return endpoint_judge(args.judge_endpoint) if args.judge_endpoint else None
 
 
-def listing():
-    """The table of the tasks: list of str."""
-    lines = [f"{'task':<16}{'protocol':<14}{'counted by':<14}read as"]
-    for name, task in TASKS.items():
-        read = (task.read.__doc__ or "").split("\n")[0]
-        lines.append(f"{name:<16}{task.protocol.__name__:<14}{task.way or task.summarise.__name__:<14}{read}")
-    return lines
+def measure(args):
+    """What a task prints, or the table of the tasks: (list of str, exit code)."""
+    if args.task is None:
+        rows = [("task", "protocol", "counted by", "read as")]
+        for name, task in TASKS.items():
+            read = task.read.__doc__.split("\n")[0]
+            rows.append((name, task.protocol.__name__, task.way or task.summarise.__name__, read))
+        return [f"{name:<16}{protocol:<14}{way:<14}{read}" for name, protocol, way, read in rows], 0
+    check_device(args.device)
+    if line := slow_line(args.dtype, args.device):
+        print(f"({line})", file=sys.stderr)
+    loaded = load(args.model, args)
+    try:
+        lines, number = run(args, loaded, open_judge(args))
+    except KeyboardInterrupt:
+        print(f"\nstopped; the answers so far are in {args.out}, the same command goes on", file=sys.stderr)
+        return [], INTERRUPTED
+    return [*lines, f"report, predictions and pictures: {args.out}"], 0 if number else NOTHING_MEASURED
+
+
+def rank(args):
+    """What `rank` prints: (list of str, exit code)."""
+    if args.sheet:
+        pairwise.write_sheet(pairwise.read_answers(args.folders), args.sheet)
+        return [f"marks from 1 to 5 go into {args.sheet}; read it with --marks"], 0
+    if args.marks:
+        means, breaches = pairwise.read_sheets(args.marks)
+        return [f"{model:<32}{mark:>8.2f}" for model, mark in means.items()] + breaches, 0
+    return pairwise.rank(args.folders, open_judge(args), args.judgements, args.out, seed=args.seed), 0
+
+
+def compare(args):
+    """What `compare` prints: (list of str, exit code)."""
+    return pairwise.compare(args.folders, args.seed), 0
+
+
+def attention(args):
+    """What `attention` prints: (list of str, exit code)."""
+    looks = []
+    for folder in args.folders:
+        loaded = recipes.load(folder, device=args.device, recipe=args.recipe)
+        shown = [images.load(path) for path in args.image]
+        if args.draw is not None:
+            rng = numpy.random.default_rng(0)
+            shown.append(render(parse_scene(args.draw, rng, loaded.image_size), rng))
+        for as_text in (False, True) if args.as_text and attention_maps.is_adaptive(loaded.model) else (False,):
+            name = f"{folder}, image tokens as words" if as_text else folder
+            looks.append(attention_maps.look(name, loaded, args.ask, shown, as_text, args.max_new_tokens))
+    attention_maps.draw_by_layer(looks, args.ask, args.out)
+    return [*attention_maps.table(looks), f"drawn: {args.out}"], 0
 
 
 COMMANDS = {  # beside the tasks
-    "rank": rank_main, "compare": pairwise.main, "attention": attention_maps.main,
+    "rank": (rank_parser, rank), "compare": (compare_parser, compare), "attention": (attention_parser, attention),
 }  # fmt: skip
 
 
 def main(arguments):
     """Run the command line: exit code."""
-    if arguments[:1] == ["ablate"]:
-        print("python -m nanovlm.evaluation ablate: use python notebooks/ablations/ablate.py", file=sys.stderr)
-        return BAD_INPUT
-    if arguments and arguments[0] in COMMANDS:
-        return COMMANDS[arguments[0]](arguments[1:])
-    wishes = parse(arguments)
-    if wishes.task is None:
-        print("\n".join(listing()))
-        return 0
-    fields = {field.name for field in dataclasses.fields(Wishes)}
-    chosen = Wishes(**{name: value for name, value in vars(wishes).items() if name in fields})
-    if not chosen.out:
-        folder = Path("out") / "evaluation" / Path(wishes.model).resolve().name / wishes.task
-        chosen = dataclasses.replace(chosen, out=str(folder))
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    make, work = COMMANDS.get(command, (make_parser, measure))
+    parser = make()
+    args = parse(parser, arguments[1:] if command else arguments)
     try:
-        check_device(wishes.device)
-        if line := slow_line(wishes.dtype, wishes.device):
-            print(f"({line})", file=sys.stderr)
-        loaded = recipes.load(wishes.model, dtype=DTYPES[wishes.dtype], device=wishes.device, recipe=wishes.recipe)
-        lines = run(wishes.task, TASKS[wishes.task], loaded, Path(wishes.model).name, chosen, open_judge(wishes))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"python -m nanovlm.evaluation: {error}", file=sys.stderr)
+        lines, code = work(args)
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        print(f"\nstopped; the answers so far are in {chosen.out}, the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    print("\n".join([*lines, f"report, predictions and pictures: {chosen.out}"]))
-    return 0
+    if lines:
+        print("\n".join(lines))
+    return code
 
 
 if __name__ == "__main__":

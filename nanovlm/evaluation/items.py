@@ -8,8 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from nanovlm.data import images
-from nanovlm.data.json_files import unique_keys
+from nanovlm.data import images, json_files
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Reading:
                     raise ValueError(f"id {item.id!r} stands in the file twice")
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 words = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-                self.problems.append(f"{where}: {words}")
+                self.problems.append(words if words.startswith(where) else f"{where}: {words}")
             else:
                 known.add(item.id)
                 self.items.append(item)
@@ -83,66 +82,35 @@ def read_text(path):
     """A text file, perhaps compressed: str. Raises: ValueError naming the file if it is no text."""
     data = Path(path).read_bytes()
     try:
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+        return (gzip.decompress(data) if data[:2] == json_files.PACKED else data).decode("utf-8-sig")
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path}: no readable text ({error})") from error
 
 
 def read_json(path):
-    """A JSON file as it is. Raises: ValueError naming file and place."""
+    """A JSON file as it is. Raises: ValueError naming file and line."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path), object_pairs_hook=unique_keys)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: no JSON ({error.msg})") from error
+        return json.loads(text, object_pairs_hook=json_files.unique_keys)
     except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        raise ValueError(f"{path}: no JSON ({error})") from error
 
 
 def read_records(path):
-    """Records of a file, whatever its name says: a list, an object of records by id, JSON lines, or objects in a row.
+    """Records of a file: a list, JSON lines, or objects in a row; see data/json_files.py.
 
-    Lines end at "\\n" only: U+2028, at which `str.splitlines` cuts as well, may stand inside a text.
-    Returns: list of (where, record); an unreadable line is a ValueError in place of the record.
+    Returns: list of (where, record); what cannot be read is a ValueError in place of the record.
     """
-    text = read_text(path)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if lines and _is_object(lines[0][1]):
-        return [(f"{path}, line {number}", _line(line)) for number, line in lines]
-    if text.lstrip().startswith("["):
-        return [(f"{path}, record {place}", record) for place, record in enumerate(read_json(path))]
-    return _objects(path, text)
-
-
-def _is_object(line):
+    found = []
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _line(line):
-    try:
-        return json.loads(line, object_pairs_hook=unique_keys)
-    except ValueError as error:
-        return ValueError(str(error))
-
-
-def _objects(path, text):
-    """Pretty-printed objects behind one another."""
-    decoder, place, found = json.JSONDecoder(object_pairs_hook=unique_keys), 0, []
-    while rest := text[place:].lstrip():
-        start = len(text) - len(rest)
-        where = f"{path}, line {text.count(chr(10), 0, start) + 1}"
-        try:
-            record, length = decoder.raw_decode(rest)
-        except ValueError as error:
-            return [*found, (where, ValueError(f"no JSON from here on ({error})"))]
-        found.append((where, record))
-        place = start + length
+        for element in json_files.records(path):
+            found.append((element.where, element.value))
+    except ValueError as error:  # there is no going on behind it
+        found.append((str(path), error))
     return found
 
 
-def numbered(records, word="record"):
+def numbered(records, word):
     """(where, record) pairs of a list."""
     return [(f"{word} {place}", record) for place, record in enumerate(records)]
 
@@ -172,13 +140,12 @@ def find(folder, *patterns, split=""):
 
 def picture(folder, *names):
     """The first of several names under which a picture may lie in a folder: Path; the first of all if none does."""
-    paths = [Path(folder) / name for name in names] + [Path(folder) / Path(str(name)).name for name in names]
+    paths = [Path(folder, name) for name in names] + [Path(folder, Path(name).name) for name in names]
     return next((path for path in paths if path.exists()), paths[0])
 
 
 def coco_picture(folder, image_id, split="val"):
     """Where a COCO picture may lie: by its number, with or without the prefix of 2014."""
     number = f"{int(image_id):012d}.jpg"
-    return picture(
-        folder, f"COCO_{split}2014_{number}", number, f"{split}2014/COCO_{split}2014_{number}", f"{split}2017/{number}"
-    )
+    old = f"COCO_{split}2014_{number}"
+    return picture(folder, old, number, f"{split}2014/{old}", f"{split}2017/{number}")

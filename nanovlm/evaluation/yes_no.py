@@ -1,87 +1,30 @@
-"""MME: fourteen tasks of yes/no questions, two about every picture, one of them with "yes".
+"""Two benchmarks of yes/no questions: MME, and POPE, which asks after objects that are not there.
 
-score of a task = 100 · accuracy + 100 · accuracy+         accuracy+: pictures whose two answers are both right
-perception, cognition = sums over their tasks                          Fu et al., arXiv:2306.13394, Sec. 2
+    MME     score of a task = 100 · accuracy + 100 · accuracy+, pictures whose two answers are both right
+            perception, cognition = sums over their tasks                     Fu et al., arXiv:2306.13394, Sec. 2
+    POPE    accuracy, precision, recall, F1 with "yes" as the positive class, and the share of "yes" among the answers
+                                                                              Li et al., arXiv:2305.10355
 """
 
 import re
 from collections import defaultdict
-
 
 PERCEPTION = {  # task -> questions
     "existence": 60, "count": 60, "position": 60, "color": 60, "posters": 294, "celebrity": 340, "scene": 400,
     "landmark": 400, "artwork": 400, "OCR": 40,
 }  # fmt: skip
 COGNITION = {"commonsense_reasoning": 140, "numerical_calculation": 40, "text_translation": 40, "code_reasoning": 40}
-
-
-def parse(text):
-    """An answer as the official program reads it: "yes", "no" or "other", by the first four characters."""
-    text = text.strip().lower()
-    if text in ("yes", "no"):
-        return text
-    return next((word for word in ("yes", "no") if word in text[:4]), "other")
-
-
-def task_scores(answers):
-    """Scores of one task.
-
-    Args:
-      answers: list of (picture, prediction, truth); prediction "yes", "no" or "other", truth "yes" or "no".
-    Returns: {"accuracy", "accuracy+": float between 0 and 1, "score": float between 0 and 200}.
-    Raises: ValueError without answers, or for a picture without exactly two questions.
-    """
-    if not answers:
-        raise ValueError("no answers to score; a task of MME has two questions for every picture")
-    pictures = defaultdict(list)
-    for picture, prediction, truth in answers:
-        pictures[picture].append(prediction == truth)
-    for picture, right in pictures.items():
-        if len(right) != 2:
-            raise ValueError(
-                f"picture {picture!r} has {len(right)} answers; MME asks two questions about every picture"
-            )
-    accuracy = sum(map(sum, pictures.values())) / len(answers)
-    both = sum(map(all, pictures.values())) / len(pictures)
-    return {"accuracy": accuracy, "accuracy+": both, "score": 100 * accuracy + 100 * both}
-
-
-def mme_scores(by_task):
-    """Scores of all tasks and the two sums.
-
-    Args:
-      by_task: {task: list of answers as in `task_scores`}.
-    Returns: {"TASK score": float, …, "perception": float, "cognition": float}; a sum only if none of its tasks is missing.
-    """
-    scores = {task: task_scores(answers)["score"] for task, answers in by_task.items()}
-    flat = {f"{task} score": score for task, score in scores.items()}
-    for name, tasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        if all(task in scores for task in tasks):
-            flat[name] = sum(scores[task] for task in tasks)
-    return flat
-
-
-def is_possible(score, num_questions):
-    """Whether a task can have a score, given to two decimals: bool.
-
-    With N questions it is 100 · right / N + 100 · pairs / (N / 2), so score · N / 100 = right + 2 · pairs is whole.
-    """
-    whole = score * num_questions / 100
-    return 0 <= score <= 200 and abs(whole - round(whole)) <= 0.005 * num_questions / 100 + 1e-9
-
-
-# POPE: does a model see objects that are not there? Yes/no questions about COCO pictures, half of them with "no".
-#
-# accuracy, precision, recall, F1 with "yes" as the positive class, and the share of "yes" among the answers
-#                                                                                     Li et al., arXiv:2305.10355
-
-
 DENIALS = ("No", "not", "no")
-SPLITS = ("random", "popular", "adversarial")
 
 
-def parse_official(text):
-    """An answer as the official program reads it: "yes" or "no".
+def parse_mme(text):
+    """An answer as MME's program reads it: "yes", "no" or "other", by the first four characters."""
+    start = text.strip().lower()[:4]
+    return next((word for word in ("yes", "no") if word in start), "other")
+
+
+def parse_pope(text):
+    """An answer as POPE's program reads it: "yes" or "no".
 
     Of the first sentence without commas, cut at spaces, one word decides; whatever is no denial is a yes, "No!" too.
     """
@@ -95,24 +38,40 @@ def parse_strict(text):
     return first[1] if first and first[1] in ("yes", "no") else "other"
 
 
-PARSERS = {"official": parse_official, "strict": parse_strict}
+def mme_scores(by_task):
+    """Scores of all tasks and the two sums.
+
+    Args:
+      by_task: {task: list of (picture, prediction, truth)}; prediction "yes", "no" or "other", truth "yes" or "no". A
+        picture without two answers is left out.
+    Returns: {"TASK score": float between 0 and 200, …, "perception", "cognition"}; a sum only if none of its tasks is
+      missing.
+    """
+    scores = {}
+    for task, answers in by_task.items():
+        pictures = defaultdict(list)
+        for picture, prediction, truth in answers:
+            pictures[picture].append(prediction == truth)
+        pairs = [right for right in pictures.values() if len(right) == 2]
+        if pairs:
+            accuracy, both = sum(map(sum, pairs)) / (2 * len(pairs)), sum(map(all, pairs)) / len(pairs)
+            scores[f"{task} score"] = 100 * accuracy + 100 * both
+    for name, tasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        if all(f"{task} score" in scores for task in tasks):
+            scores[name] = sum(scores[f"{task} score"] for task in tasks)
+    return scores
 
 
-def yes_no_scores(predictions, truths):
+def yes_no_scores(pairs):
     """Scores of yes/no answers.
 
     Args:
-      predictions: list of "yes", "no" or "other"; "other" is wrong and neither of the two.
-      truths: list of "yes" or "no".
+      pairs: list of (prediction, truth), at least one; "yes", "no", or a prediction "other", which is wrong and neither.
     Returns: {"accuracy", "precision", "recall", "f1", "yes_ratio": float between 0 and 1}; a ratio without a case is 0.
-    Raises: ValueError without answers, or for unequal numbers.
     """
-    if not predictions or len(predictions) != len(truths):
-        raise ValueError(f"{len(predictions)} predictions for {len(truths)} questions; at least one each is needed")
-    pairs = list(zip(predictions, truths))
-    found, said = pairs.count(("yes", "yes")), predictions.count("yes")
-    precision = found / said if said else 0.0
-    recall = found / truths.count("yes") if "yes" in truths else 0.0
+    said, true = [prediction for prediction, _ in pairs].count("yes"), [truth for _, truth in pairs].count("yes")
+    found = pairs.count(("yes", "yes"))
+    precision, recall = found / max(said, 1), found / max(true, 1)
     return {
         "accuracy": sum(prediction == truth for prediction, truth in pairs) / len(pairs),
         "precision": precision,
@@ -126,9 +85,9 @@ def pope_scores(by_split):
     """Scores of each split, and the mean of their F1 as LLaVA reports it.
 
     Args:
-      by_split: {split: (predictions, truths)}, as in `yes_no_scores`.
+      by_split: {split: pairs as in `yes_no_scores`}.
     Returns: {"SPLIT accuracy": float, …, "mean f1": float}.
     """
-    scores = {split: yes_no_scores(*answers) for split, answers in by_split.items()}
-    flat = {f"{split} {name}": value for split, all_of_it in scores.items() for name, value in all_of_it.items()}
+    scores = {split: yes_no_scores(pairs) for split, pairs in by_split.items()}
+    flat = {f"{split} {name}": value for split, several in scores.items() for name, value in several.items()}
     return flat | {"mean f1": sum(one["f1"] for one in scores.values()) / len(scores)}

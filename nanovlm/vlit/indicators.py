@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanovlm.evaluation.protocols import wilson
+from nanovlm.recipes.nano_tests import wilson
 from nanovlm.vlit import tagging
 from nanovlm.vlit.complexity import LEXICON, marks
 from nanovlm.vlit.correctness import known, verify

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-from nanovlm.generation.chat import DESCRIBE
 from nanovlm.data.records import Turn
-from nanovlm.data.scene_questions import Scenes
-from nanovlm.data.scene_questions import SceneTexts
-from nanovlm.evaluation.protocols import Examiner, shares
+from nanovlm.data.scene_questions import Scenes, SceneTexts
+from nanovlm.generation.answer import DESCRIBE
+from nanovlm.recipes.nano_tests import ask, assistant, shares
 
 SEED = 1000  # of the exam
 PICTURES, TEXTS = 100, 300  # of a full exam; a smoke run has 4 of each
@@ -66,13 +65,13 @@ def beside(texts, shown):
     return found
 
 
-def described(model, examiner, records):
-    """Records whose questions follow the model's own description of the picture: list of Record."""
+def described(model, records):
+    """Records whose questions follow the model's own description of the picture: list of Record. model: answer.Assistant."""
     asked = [
         replace(record, conversations=((Turn("user", (0, DESCRIBE)), Turn("assistant", ("",))),), kinds=("caption",))
         for record in records
     ]
-    told = examiner.answers(model, asked)
+    told = ask(model, asked, max_new_tokens=50)
     found = []
     for record, answer in zip(records, told, strict=True):
         before = (Turn("user", (0, DESCRIBE)), Turn("assistant", (answer.prediction,)))
@@ -83,16 +82,14 @@ def described(model, examiner, records):
 
 def finish(run):
     """The share of right answers for every column of MEASURES: {column: share}."""
-    last = run.stages[-1]
-    examiner = Examiner(run.tokenizer, run.template_of(last), last.image_fit, preprocessing=run.preprocessing)
-    describer = replace(examiner, max_new_tokens=50)
+    model = assistant(run)
     asked = picture_questions(4 if run.smoke else PICTURES)
     texts = text_questions(4 if run.smoke else TEXTS)
     exams = {
         "pictures": asked,
         "other wordings": [in_wordings(record, UNSEEN_WORDINGS, n) for n, record in enumerate(asked)],
-        "described first": described(run.model, describer, asked),
+        "described first": described(model, asked),
         "text": texts,
         "text beside a picture": beside(texts, asked),
     }
-    return {name: shares(examiner.answers(run.model, exams[name]))["all"] for name in MEASURES}
+    return {name: shares(ask(model, exams[name]))["all"] for name in MEASURES}

@@ -12,7 +12,8 @@ from tiny import random_vlm
 from nanovlm.data.images import CLIP
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
-from nanovlm.evaluation import report, runner
+from nanovlm.evaluation import protocols, report, runner
+from nanovlm.evaluation.__main__ import make_parser, parse
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.generation.sampler import Decoding
 
@@ -188,13 +189,23 @@ SUBMITTED = {  # task -> {file: what is in it, the model's own words and choices
 }
 
 
-def run(task, folder, loaded, **wishes):
-    wishes = {"limit": 3, **wishes}
-    chosen = runner.Wishes(str(folder / "data"), out=str(folder / "out"), batch_size=4, **wishes)
-    judge = (lambda prompts: ["Yes, 0.5"] * len(prompts)) if TASKS[task].summarise.__name__ in ("judged", "mm_vet") else None
-    runner.run(task, TASKS[task], loaded, "tiny", chosen, judge)
-    predictions = [json.loads(line) for line in (folder / "out" / "predictions.jsonl").read_text().splitlines()[1:]]
-    return predictions, json.loads((folder / "out" / "report.json").read_text())
+@pytest.fixture
+def run(loaded, tmp_path, monkeypatch):
+    """Run a task on its files: (predictions, report, a function that reads another file of the output)."""
+    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)  # drawn in test_evaluation_cli
+    monkeypatch.setattr(report, "worst", lambda *args: False)
+
+    def run(task, *flags, limit=3):
+        data, out = tmp_path / task, tmp_path / f"{task} out {len(flags)}"
+        data.mkdir(exist_ok=True)
+        FILES[task][0](data)
+        command = [task, "--model", "tiny", "--data", str(data), "--out", str(out), "--limit", str(limit), "--batch-size", "4"]
+        judge = (lambda prompts: ["Yes, 0.5"] * len(prompts)) if TASKS[task].protocol is protocols.judged else None
+        runner.run(parse(make_parser(), [*command, *flags]), loaded, judge)
+        predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()[1:]]
+        return predictions, json.loads((out / "report.json").read_text()), lambda name: (out / name).read_text()
+
+    return run
 
 
 def test_every_task_has_files_here():
@@ -202,40 +213,21 @@ def test_every_task_has_files_here():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_from_files_to_report(task, loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)  # drawn in test_evaluation_cli
-    monkeypatch.setattr(report, "worst", lambda *args: False)
-    make, number = FILES[task]
-    (tmp_path / "data").mkdir()
-    make(tmp_path / "data")
-    predictions, told = run(task, tmp_path, loaded, limit=2 if make in (FILES["easy_vqa"][0], FILES["scenes"][0]) else 3)
+def test_from_files_to_report(task, run):
+    number = FILES[task][1]
+    predictions, told, text = run(task, limit=2 if task in ("easy_vqa", "scenes") else 3)
     assert (len(predictions), told["answered"], told["missing"], told["problems"]) == (number, number, {}, [])
     assert told["scores"] and all(isinstance(one["prediction"], str) for one in predictions)
-    judged = [one for one in predictions if one["answers"] and TASKS[task].summarise.__name__ in ("judged", "mm_vet")]
-    if judged:
-        half, whole = told["scores"]["all"] == 0.5, told["scores"]["all"] == 1.0
-        assert half if task == "mm_vet" else whole
+    if TASKS[task].protocol is protocols.judged and any(one["answers"] for one in predictions):
+        assert told["scores"]["all"] == (0.5 if task == "mm_vet" else 1.0)
     for name, wanted in SUBMITTED.get(task, {}).items():
-        written = json.loads((tmp_path / "out" / name).read_text())
+        written = json.loads(text(name))
         assert [{key: one[key] for key in first} for one, first in zip(written, wanted, strict=True)] == wanted
         assert [list(one.values())[-1] for one in written] == [one["prediction"] for one in predictions]
 
 
-def made(task, loaded, tmp_path, monkeypatch):
-    """The predictions and a function that reads a submission file."""
-    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)
-    monkeypatch.setattr(report, "worst", lambda *args: False)
-    (tmp_path / "data").mkdir()
-    FILES[task][0](tmp_path / "data")
-    predictions, _ = run(task, tmp_path, loaded)
-    return predictions, lambda name: (tmp_path / "out" / name).read_text()
-
-
-def test_files_for_official_programs(loaded, tmp_path, monkeypatch):
-    done = {}
-    for task in ("pope", "mme", "seed_bench", "mmbench", "science_qa", "mm_vet"):
-        (tmp_path / task).mkdir()
-        done[task] = made(task, loaded, tmp_path / task, monkeypatch)
+def test_files_for_official_programs(run):
+    done = {task: run(task)[::2] for task in ("pope", "mme", "seed_bench", "mmbench", "science_qa", "mm_vet")}
     answers, text = done["pope"]
     for one in answers:
         assert json.loads(text(f"submission_{one['kind']}.jsonl")) == {"question": "Is there a dog?", "answer": one["prediction"]}
@@ -258,41 +250,31 @@ def test_files_for_official_programs(loaded, tmp_path, monkeypatch):
     assert told["capability rec"] == told["capability ocr"] == 0.5 and told["ocr+rec"] == 0.5
 
 
-def test_shots_of_another_split_are_those_of_the_questions_kind(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)
-    (tmp_path / "data").mkdir()
-    mmlu(tmp_path / "data")
-    seen, put = [], runner.Speaker._conversation
+def test_shots_of_another_split_are_those_of_the_questions_kind(run, monkeypatch):
+    seen, put = [], protocols.Asker._conversation
 
-    def look(self, asked, before):
-        turns, media = put(self, asked, before)
+    def look(self, item, description):
+        turns, visuals = put(self, item, description)
         seen.append([turn.text for turn in turns])
-        return turns, media
+        return turns, visuals
 
-    monkeypatch.setattr(runner.Speaker, "_conversation", look)
-    _, told = run("mmlu", tmp_path, loaded, shots=1, shots_split="dev")
+    monkeypatch.setattr(protocols.Asker, "_conversation", look)
+    _, told, _ = run("mmlu", "--shots", "1", "--shots-split", "dev")
     assert told["answered"] == 3 and told["shots"] == ["anatomy/0", "law/0"]
     letters = "\nA. red\nB. blue\nC. yes\nD. no\nAnswer:"
     assert seen[0] == [f"how?{letters}", "D", f"what?{letters}"] and seen[2] == [f"when?{letters}", "B", f"what?{letters}"]
     with pytest.raises(ValueError, match="--shots 3: the split 'dev' has 2 questions"):
-        run("mmlu", tmp_path, loaded, shots=3, shots_split="dev")
+        run("mmlu", "--shots", "3", "--shots-split", "dev")
 
 
-def test_letters_are_judged_by_likelihood(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)
-    (tmp_path / "data").mkdir()
-    mmlu(tmp_path / "data")
-    asked, losses = [], runner.Speaker.losses
-    monkeypatch.setattr(runner.Speaker, "losses", lambda self, one, options: asked.extend(options) or losses(self, one, options))
-    predictions, _ = run("mmlu", tmp_path, loaded)
+def test_letters_are_judged_by_likelihood(run, monkeypatch):
+    asked, losses = [], protocols.Asker.losses
+    monkeypatch.setattr(protocols.Asker, "losses", lambda self, items, options: asked.extend(options) or losses(self, items, options))
+    predictions, *_ = run("mmlu")
     assert asked == ["ABCD"] * 3 and all(one["prediction"] == one["options"][one["said"]] for one in predictions)
 
 
-def test_a_description_stands_before_a_choice_by_likelihood(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "bars", lambda rows, path, title: None)
-    (tmp_path / "data").mkdir()
-    seed_bench(tmp_path / "data")
-    told = [run("seed_bench", tmp_path, loaded)[0]]
-    (tmp_path / "out" / "predictions.jsonl").unlink()
-    told.append(run("seed_bench", tmp_path, loaded, describe_first=True)[0])
-    assert told[0][0]["losses"] != told[1][0]["losses"]
+def test_a_description_stands_before_a_choice_by_likelihood(run):
+    (first, *_), *_ = run("seed_bench")
+    (described, *_), *_ = run("seed_bench", "--describe-first")
+    assert first["losses"] != described["losses"]

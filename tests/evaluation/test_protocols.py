@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from tiny import random_vlm
 
-from nanovlm.data.batching import prompt_row
+from nanovlm.data.batching import build_batch, prompt_row
 from nanovlm.data.images import CLIP, ImageError
-from nanovlm.data.records import Turn
+from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import protocols, readers, report
 from nanovlm.evaluation.items import Encoded, Item, Reading, find, read_json, read_records
-from nanovlm.evaluation.protocols import Asked, Speaker
+from nanovlm.evaluation.protocols import Asker
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.generation.sampler import Decoding, generate
 
@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "evaluation"
 
 
 class Parrot:
-    """Stands for a Speaker: says what it is told, remembers what it was asked."""
+    """Stands for an Asker: says what it is told, remembers what it was asked."""
 
     def __init__(self, *answers, losses=()):
         self.answers, self.told, self.asked = list(answers), list(losses), []
@@ -43,7 +43,7 @@ class Parrot:
 
 def run(task, items, *answers, **options):
     task = TASKS[task]
-    return list(task.protocol(task.prepare(items), Parrot(*answers, **options), task, batch_size=2))
+    return task.protocol(task.prepare(items), Parrot(*answers, **options), task)
 
 
 def test_short_answers_are_scored_by_the_tasks_metric():
@@ -56,8 +56,8 @@ def test_short_answers_are_scored_by_the_tasks_metric():
 
 def test_a_question_is_put_in_one_pass():
     item = Item("1", "what is {options}?", options=("a", "b"), extra={"hint": "{question} "})
-    assert protocols.put(item, TASKS["mmbench"]).text.startswith("{question} what is {options}?\nA. a\nB. b\nAnswer")
-    assert protocols.put(Item("1", "q"), TASKS["easy_vqa"]).text == "q"
+    assert protocols.put(item, TASKS["mmbench"]).question.startswith("{question} what is {options}?\nA. a\nB. b\nAnswer")
+    assert protocols.put(Item("1", "q"), TASKS["easy_vqa"]).question == "q"
 
 
 def test_captions_are_scored_together():
@@ -90,10 +90,11 @@ def test_circular_evaluation_wants_every_rotation_right():
     assert [one["id"] for one in predictions] == ["1#0", "1#1", "1#2", "2#0", "2#1"]
     assert [one["score"] for one in predictions] == [1, 1, 0, 1, 1]  # "y" is an option, not the letter of x
     scores = report.circular(predictions)
-    assert scores == {"all": 0.5, "single": 0.8, "k": 0.5}
+    assert scores == {"all": 0.5, "single": 0.8, "k": 0.5, "unparsed": 0.0}
     assert report.circular(predictions[:4])["all"] == 0.0  # an unfinished question is not counted
     always_a = run("mmbench", items, *"AAAAA")
     assert report.circular(always_a)["all"] == 0.0
+    assert report.circular(run("mmbench", [Item("1", "q", options=("w", "x"))], "A", "B")) == {"all": None, "single": None}
 
 
 def test_science_qa_counts_pictures_grades_and_what_cannot_be_read():
@@ -103,30 +104,31 @@ def test_science_qa_counts_pictures_grades_and_what_cannot_be_read():
     ]
     scores = report.science_qa(run("science_qa", items, "A", "hm"))
     assert (scores["all"], scores["with picture"], scores["grades 1-6"], scores["grades 7-12"], scores["unparsed"]) == (0.5, 1, 1, 0, 0.5)
+    assert report.lettered(run("q_bench", items, "A", "hm")) == {"all": 0.5, "social": 1.0, "natural": 0.0, "unparsed": 0.5}
 
 
-def test_judged_answers_with_and_without_a_judge():
-    items = [Item("1", "what?", ("cat", "kitten"), "Others"), Item("2", "why?", (), "")]
-    task, asked = TASKS["open_vqa"], []
-    waiting = list(protocols.judged(items, Parrot("a cat", "so"), task))
-    assert waiting[0]["judge_prompt"] == (
-        'Given the question "what?", does the answer "a cat" imply the answer "cat or kitten"? Answer with Yes or No.'
+def test_answers_are_put_to_a_judge_once(tmp_path):
+    items = [Item("1", "Is GROUND_TRUTH it?", ("cat", "kitten"), "Others"), Item("2", "why?", (), "")]
+    one, other = run("open_vqa", items, "a cat", "so")
+    assert one["judge_prompt"] == (  # the paper's, filled in one pass
+        'Given the question "Is GROUND_TRUTH it?", does the answer "a cat" imply the answer "cat or kitten"? Answer with Yes or No.'
     )
-    assert waiting[0]["score"] is None and waiting[1]["judge_prompt"] == ""  # nothing true to compare with
+    assert one["score"] is None and other["judge_prompt"] == ""  # nothing true to compare with
+    asked = []
 
     def judge(prompts):
         asked.extend(prompts)
         return ["Yes."] * len(prompts)
 
-    done = protocols.judge_all(waiting, task, judge)
-    assert done[0]["score"] == 1.0 and done[1]["score"] is None and len(asked) == 1
-    assert protocols.judge_all(done, task, judge)[0] == done[0] and len(asked) == 1  # not asked twice
+    for _ in range(2):
+        assert protocols.ask_judge({"1": one["judge_prompt"]}, judge, "", tmp_path, 16) == {"1": "Yes."} and len(asked) == 1
+    done = [one | {"judgement": "Yes."} | protocols.judgement("Yes.", ""), other]
     assert report.judged(done) == {"all": 1.0, "Others": 1.0, "unparsed": 0, "judged": 1}
-    (marked,) = protocols.judged(items[:1], Parrot("a"), TASKS["video_qa_score"], judge=lambda prompts: ["{'pred': 'no', 'score': 2}"])
+    marked = run("video_qa_score", items[:1], "a")[0] | {"judgement": ""} | protocols.judgement("{'pred': 'no', 'score': 2}", "score")
     assert (marked["score"], marked["mark"], report.judged([marked])["mean mark"]) == (0.0, 2, 2)
 
 
-# the Speaker, with a real model
+# the Asker, with a real model
 
 
 @pytest.fixture(scope="module")
@@ -138,52 +140,58 @@ def loaded():
     )  # fmt: skip
 
 
+@pytest.fixture
+def red(tmp_path):
+    return picture(tmp_path, "a.png", "red")
+
+
+@pytest.fixture
+def blue(tmp_path):
+    return picture(tmp_path, "b.png", "blue")
+
+
 def picture(tmp_path, name, color):
     Image.new("RGB", (9, 8), color).save(tmp_path / name)
     return tmp_path / name
 
 
-def test_a_speaker_says_what_generate_says_alone(loaded, tmp_path):
-    red, blue = picture(tmp_path, "a.png", "red"), picture(tmp_path, "b.png", "blue")
-    asked = [Asked("1", "what color is this?", (red,)), Asked("2", "red or blue?", (blue, red)), Asked("3", "what?")]
-    speaker = Speaker(loaded, loaded.decodings["default"])
-    together = speaker.replies(asked)
-    assert together == [speaker.replies([one])[0] for one in asked]
+def test_replies_are_those_of_generate_alone(loaded, red, blue):
+    asked = [Item("1", "what color is this?", media=(red,)), Item("2", "red or blue?", media=(blue, red)), Item("3", "what?")]
+    asker = Asker(loaded, loaded.decodings["default"])
+    together = asker.replies(asked)
+    assert together == [asker.replies([one])[0] for one in asked]
     row = prompt_row((Turn("user", ("what?",)),), NANO, loaded.tokenizer, [], 100)
     (ids,) = generate(loaded.model, [row.ids], Decoding(max_new_tokens=5, eos_ids=(loaded.tokenizer.eos,)))
     assert together[2] == loaded.tokenizer.decode(ids).strip()
 
 
 def test_sampled_answers_do_not_depend_on_the_batch(loaded):
-    asked = [Asked(str(n), "what color is this?") for n in range(4)]
+    asked = [Item(str(n), "what color is this?") for n in range(4)]
     decoding = Decoding(max_new_tokens=5, do_sample=True, temperature=2.0)
-    speaker = Speaker(loaded, decoding)
-    assert speaker.replies(asked) == [speaker.replies([one])[0] for one in asked]
-    assert len(set(speaker.replies(asked))) > 1 and Speaker(loaded, decoding, seed=1).replies(asked) != speaker.replies(asked)
+    asker = Asker(loaded, decoding)
+    assert asker.replies(asked) == [asker.replies([one])[0] for one in asked]
+    assert len(set(asker.replies(asked))) > 1 and Asker(loaded, decoding, seed=1).replies(asked) != asker.replies(asked)
 
 
-def test_shots_and_descriptions_stand_before_the_question(loaded, tmp_path):
-    red, blue = picture(tmp_path, "a.png", "red"), picture(tmp_path, "b.png", "blue")
-    shots = ((Asked("s", "what color is this?", (red,)), "red"),)
-    speaker = Speaker(loaded, loaded.decodings["default"], shots=shots)
-    turns, media = speaker._conversation(Asked("1", "and this?", (blue,)), (("describe", "blue"),))
-    assert [turn.parts for turn in turns] == [(0, "what color is this?"), ("red",), (1, "describe"), ("blue",), ("and this?",)]
-    assert media == [(red, False), (blue, False)]
-    described = Speaker(loaded, loaded.decodings["default"], describe=Decoding(max_new_tokens=3))
-    plain = Speaker(loaded, loaded.decodings["default"])
-    asked = [Asked("1", "what?", (blue,)), Asked("2", "what?")]
-    (description,) = Speaker(loaded, Decoding(max_new_tokens=3)).replies([Asked("1", "describe the image.", (blue,))])
-    said = ((Asked("x", "describe the image.", (blue,)), description),)
-    wanted = Speaker(loaded, loaded.decodings["default"], shots=said).replies([Asked("1", "what?")])
-    assert described.replies(asked) == [wanted[0], plain.replies(asked[1:])[0]]
+def test_shots_and_descriptions_stand_before_the_question(loaded, red, blue):
+    default, shots = loaded.decodings["default"], [(Item("s", "what color is this?", media=(red,)), "red")]
+    turns, visuals = Asker(loaded, default, shots={"": shots})._conversation(Item("1", "and this?", media=(blue,)), "it is blue")
+    assert [turn.parts for turn in turns] == [
+        (0, "what color is this?"), ("red",), (1, "describe the image."), ("it is blue",), ("and this?",)
+    ]  # fmt: skip
+    assert [visual.frames for visual in visuals] == [(red,), (blue,)]
+    turns, _ = Asker(loaded, default, shots={"": shots, "k": []})._conversation(Item("1", "this?", kind="k"), None)
+    assert [turn.parts for turn in turns] == [("this?",)]
+    asked = [Item("1", "what?", media=(blue,)), Item("2", "what?")]
+    (description,) = Asker(loaded, Decoding(max_new_tokens=3)).replies([Item("1", "describe the image.", media=(blue,))])
+    described = [(Item("x", "describe the image.", media=(blue,)), description)]
+    (wanted,) = Asker(loaded, default, shots={"": described}).replies([Item("1", "what?")])
+    plain = Asker(loaded, default).replies(asked[1:])
+    assert Asker(loaded, default, Decoding(max_new_tokens=3)).replies(asked) == [wanted, *plain]
 
 
-def test_losses_are_those_of_the_training_row(loaded, tmp_path):
-    red = picture(tmp_path, "a.png", "red")
-    (found,) = Speaker(loaded, loaded.decodings["default"]).losses([Asked("1", "what color?", (red,))], [("red", "blue blue")])
-    from nanovlm.data.batching import build_batch
-    from nanovlm.data.records import Record, Visual
-
+def test_losses_are_those_of_the_training_row(loaded, red):
+    (found,) = Asker(loaded, loaded.decodings["default"]).losses([Item("1", "what color?", media=(red,))], [("red", "blue blue")])
     for option, (total, mean) in zip(("red", "blue blue"), found):
         turns = (Turn("user", (0, "what color?")), Turn("assistant", (option,)))
         record = Record("r", (Visual("v", (red,)),), (turns,))
@@ -197,12 +205,11 @@ def test_losses_are_those_of_the_training_row(loaded, tmp_path):
 def test_a_border_and_films(loaded, tmp_path):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
-    white = picture(tmp_path, "w.png", "white")
-    speaker = Speaker(loaded, loaded.decodings["default"], num_frames=2, border=8)
-    (shown,) = speaker._visual(white, False).frames
+    asker = Asker(loaded, loaded.decodings["default"], num_frames=2, border=8)
+    (shown,) = asker._visual(picture(tmp_path, "w.png", "white"), False).frames
     assert shown.size == (25, 24) and shown.getpixel((0, 0)) == (0, 0, 0) and shown.getpixel((12, 12)) == (255, 255, 255)
-    assert len(speaker._visual(tmp_path / "film.gif", True).frames) == 2
-    assert isinstance(speaker.replies([Asked("1", "what?", (tmp_path / "film.gif",), True)])[0], str)
+    assert len(asker._visual(tmp_path / "film.gif", True).frames) == 2
+    assert isinstance(asker.replies([Item("1", "what?", media=(tmp_path / "film.gif",), is_clip=True)])[0], str)
 
 
 # files as they are published, and their traps
@@ -228,11 +235,11 @@ def test_a_json_file_may_hold_a_list_lines_or_pretty_objects(tmp_path):
     records = [{"a": 1, "b": [2]}, {"a": 3, "b": []}]
     for text in (json.dumps(records), "\n".join(map(json.dumps, records)), "\n".join(json.dumps(r, indent=2) for r in records)):
         assert [record for _, record in read_records(write(tmp_path / "x.json", text))] == records
-    where, error = read_records(write(tmp_path / "x.json", json.dumps(records[0], indent=1) + "\n{oh"))[1]
-    assert isinstance(error, ValueError) and where.endswith("line 7")
+    _, error = read_records(write(tmp_path / "x.json", json.dumps(records[0], indent=1) + "\n{oh"))[1]
+    assert isinstance(error, ValueError) and "line 7" in str(error)
     (tmp_path / "x.gz").write_bytes(gzip.compress(b'\xef\xbb\xbf{"a": 1}'))
     assert read_json(tmp_path / "x.gz") == {"a": 1}
-    with pytest.raises(ValueError, match="line 2: no JSON"):
+    with pytest.raises(ValueError, match="y.json: no JSON .*line 2"):
         read_json(write(tmp_path / "y.json", '{\n"a"}'))
     with pytest.raises(ValueError, match="'a' stands twice"):
         read_json(write(tmp_path / "y.json", '{"a": 1, "a": 2}'))
@@ -280,7 +287,7 @@ def test_files_of_short_answers_and_captions(tmp_path):
     write(tmp_path / "t" / "TextVQA_0.5.1_val.json", {"data": [{"question_id": 1, "image_id": "i", "question": "q", "answers": ["a"]}]})
     write(tmp_path / "t" / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [{"image_id": "i", "ocr_tokens": ["dog", "7"]}]})
     (item,) = readers.text_vqa(tmp_path / "t", tmp_path, "val").items
-    assert protocols.put(item, TASKS["textvqa_ocr"]).text.split("\n")[1] == "Reference OCR token: dog, 7"
+    assert protocols.put(item, TASKS["textvqa_ocr"]).question.split("\n")[1] == "Reference OCR token: dog, 7"
     write(tmp_path / "v" / "val.json", [{"image": "i.jpg", "question": "q", "answers": [{"answer": "a"}]}])
     assert readers.vizwiz(tmp_path / "v", tmp_path, "").items[0].submit == "i.jpg"
     write(tmp_path / "g" / "testdev_balanced_questions.json", {"9": {"imageId": "n1", "question": "q", "answer": "a"}})
@@ -336,6 +343,7 @@ def test_choice_files(tmp_path):
     first, second = readers.mmbench(write(tmp_path / "m.tsv", head + rows), tmp_path, "").items
     assert (first.options, first.answers, first.extra["hint"], second.extra["hint"]) == (("w", "x"), (1,), "", "see\n")
     assert second.media[0].open().size == (8, 8)  # the picture of the question that it names
+    assert (first.id, first.group, second.id, second.group) == ("4#0", "4", "4#1", "4")  # rows of one question are its rotations
     problems = {"5": {"question": "q", "choices": ["a", "b"], "answer": 1, "image": None, "hint": "", "subject": "s", "grade": "grade2"},
                 "6": {"question": "q", "choices": ["a"], "answer": 0, "image": "image.png", "hint": "h"}}
     write(tmp_path / "s" / "problems.json", problems)
@@ -351,6 +359,20 @@ def test_choice_files(tmp_path):
     assert "row 2" in reading.problems[0]
     arc = {"id": "a", "question": {"stem": "q", "choices": [{"text": t, "label": n} for n, t in zip("123", "xyz")]}, "answerKey": "2"}
     assert readers.arc(write(tmp_path / "ARC-Test.jsonl", json.dumps(arc)), tmp_path, "").items[0].answers == (1,)
+
+
+def test_a_file_that_holds_the_rotations_is_not_rotated_again(tmp_path):
+    colors, animals = ["red", "blue", "green", "teal"], ["cat", "dog"]
+    rows = [
+        "\t".join([str(n + k * 1_000_000), "what?", *(options[k:] + options[:k] + ["", ""])[:4], "ABCD"[-k % len(options)], "kind"])
+        for n, options in ((7, colors), (8, animals)) for k in range(len(options))
+    ]  # fmt: skip
+    path = write(tmp_path / "m.tsv", "\n".join(["index\tquestion\tA\tB\tC\tD\tanswer\tcategory", *rows]) + "\n")
+    items = readers.mmbench(path, tmp_path, "").items
+    predictions = run("mmbench", items, *["red"] * 4, *["dog"] * 2)
+    assert [one["id"] for one in predictions] == ["7#0", "7#1", "7#2", "7#3", "8#0", "8#1"]
+    assert report.circular(predictions) == {"all": 0.5, "single": 4 / 6, "kind": 0.5, "unparsed": 0.0}
+    assert report.mmbench(predictions)["submission.tsv"].count("\n") == 3  # head and the unturned questions
 
 
 def test_judged_files(tmp_path):

@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from ablations import ablate, ablation_exam, ablation_recipe, ablation_report, a
 from ablations.ablation_recipe import RECIPE
 from ablations.ablation_runs import AblationError
 from ablations.variants import ABLATIONS, Ablation, Variant
-from nanovlm.evaluation.protocols import Answer
+from nanovlm.recipes.nano_tests import Answer
 from nanovlm.training.start import add_lora, build_models, check_stages, choose_stages
 from nanovlm.vlm import Batch
 
@@ -174,11 +173,11 @@ def test_the_exam_puts_the_same_questions_in_other_ways():
     assert set(ablation_exam.UNSEEN_WORDINGS).isdisjoint(ablation_recipe.WORDINGS)
 
 
-def test_descriptions_become_history():
+def test_descriptions_become_history(monkeypatch):
     asked = ablation_exam.picture_questions(2)
     told = [Answer(record.id, 0, "caption", "", "", f"picture {n}") for n, record in enumerate(asked)]
-    examiner = SimpleNamespace(answers=lambda model, records: [one for one in told if len(records) == 2])
-    for n, record in enumerate(ablation_exam.described(None, examiner, asked)):
+    monkeypatch.setattr(ablation_exam, "ask", lambda model, records, max_new_tokens: told)
+    for n, record in enumerate(ablation_exam.described(None, asked)):
         for turns, plain in zip(record.conversations, asked[n].conversations):
             assert [turn.role for turn in turns] == ["user", "assistant", "user", "assistant"]
             assert turns[0].parts[0] == 0 and turns[1].text == f"picture {n}"
