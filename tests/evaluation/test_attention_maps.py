@@ -192,7 +192,7 @@ def test_image_tokens_as_words_meet_the_texts_own_norms_and_keys(loaded):
 
 
 def test_the_command_line(loaded, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli.recipes, "load", lambda folder, device: loaded)
+    monkeypatch.setattr(cli.recipes, "load", lambda folder, **options: loaded)
     Image.new("RGB", (9, 9), "blue").save(tmp_path / "a.png")
     arguments = ["attention", "one/model", "other/model", "--ask", "what?", "--image", str(tmp_path / "a.png"), "--out", str(tmp_path / "o.png")]
     assert cli.main([*arguments, "--as-text"]) == 0
