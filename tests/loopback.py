@@ -31,7 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.lock:
             number = len(self.server.bodies)
             self.server.bodies.append(body)
-            self.server.headers = dict(self.headers) | {"path": self.path}
+            self.server.headers = {name.lower(): value for name, value in self.headers.items()} | {"path": self.path}
         status, headers, data = self.server.reply(body, number)
         self.send_response(status)
         for name, value in headers.items():

@@ -40,7 +40,9 @@ REFUSED = {  # model_type -> why not
     "instructblip": "its bridge reads the instruction, which no bridge here does",
     "mpt": "ALiBi and norms on queries and keys, which are out of scope",
 }
-BRIDGES = {one.__name__: one for one in (LinearProjector, MLPProjector, PixelShuffleProjector, Resampler, Abstractor, QFormer)}
+BRIDGES = {
+    one.__name__: one for one in (LinearProjector, MLPProjector, PixelShuffleProjector, Resampler, Abstractor, QFormer)
+}
 
 # what building from a config of the wrong types may raise
 UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)
@@ -150,7 +152,8 @@ def rebuild(found):
         widths = vision.config.width, text.arguments["width"]
         return model, ContrastiveModel(vision, widths[0], text, widths[1], found["joint_width"])
     except UNBUILT as error:
-        raise ValueError(f"config.json: no model can be built from this architecture ({type(error).__name__}: {error})") from error
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"config.json: no model can be built from this architecture ({what})") from error
 
 
 def open_trained(folder, config, recipe, dtype, device):

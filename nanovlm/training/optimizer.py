@@ -12,9 +12,9 @@ matrix can move, however small the gradient there. Newton-Schulz iterations get 
     X = G / |G|                               all singular values between 0 and 1
     X = a X + b (X X^T) X + c (X X^T)^2 X     five times: each singular value s becomes a s + b s^3 + c s^5
 
-(a, b, c) are steep at 0 and near 1 elsewhere, so that all but the smallest singular values land between 0.7 and 1.2. That is
-no exact U V^T, but a direction need not be exact, and bfloat16 does for it. The learning rate of such a step lives on
-another scale than Adam's, which `Stage.muon_factor` bridges.
+This polynomial is steep at 0 and near 1 elsewhere, so that all but the smallest singular values land between 0.7 and
+1.2. That is no exact U V^T, but a direction need not be exact, and bfloat16 does for it. The learning rate of such a
+step lives on another scale than Adam's, which `Stage.muon_factor` bridges.
 """
 
 import math

@@ -6,26 +6,37 @@
     python -m nanovlm.vlit quality FILE                     the eight indicators of the VLIT review
     python -m nanovlm.vlit filter FILE --out FOLDER         the samples that are good to train on, and why not the others
     python -m nanovlm.vlit compare A B C                    several data sets side by side, at equal size
-    python -m nanovlm.vlit review                           the statistics that the review prints, computed again
 
 VLIT is short for vision-language instruction tuning. Every command explains its flags with --help.
 """
 
 import argparse
+import inspect
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 from nanovlm.names import nearest
-from nanovlm.vlit import compare, construct, filtering, linting, quality, review
+from nanovlm.vlit import construct, filtering, quality, samples
+
+BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+
+
+class Command(NamedTuple):
+    """about: what --help says. add_flags: function(parser). run: function(args) -> list of str, what to print."""
+
+    about: str
+    add_flags: Callable
+    run: Callable
+
 
 COMMANDS = {
-    "construct": construct,
-    "lint": linting,
-    "quality": quality,
-    "filter": filtering,
-    "compare": compare,
-    "review": review,
-}  # each: its docstring, add_flags(parser), run(wishes) -> list of str
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
+    "construct": Command(construct.__doc__, construct.add_flags, construct.run),
+    "lint": Command(inspect.getdoc(samples.lint), samples.add_lint_flags, samples.lint),
+    "quality": Command(quality.__doc__, quality.add_flags, quality.run),
+    "filter": Command(filtering.__doc__, filtering.add_flags, filtering.run),
+    "compare": Command(inspect.getdoc(quality.compare), quality.add_compare_flags, quality.compare),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,42 +44,33 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments):
         """Parse a list of str; exit with status 2 and one line if a flag is unknown."""
-        wishes, unknown = self.parse_known_args(arguments)
+        args, unknown = self.parse_known_args(arguments)
         for word in unknown:
             self.error(f"unknown argument {word!r}.{nearest(word.split('=')[0], self._option_string_actions)}")
-        return wishes
-
-
-def listing():
-    """The table of the commands: list of str."""
-    return [f"{name:<12}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+        return args
 
 
 def main(arguments):
     """Run the command line: exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("\n".join([__doc__, *listing()]))
+        print("\n".join([__doc__, *(f"{name:<12}{command.about.splitlines()[0]}" for name, command in COMMANDS.items())]))
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
         print(f"python -m nanovlm.vlit: unknown command {name!r}.{nearest(name, COMMANDS)}", file=sys.stderr)
         return BAD_INPUT
-    command = COMMANDS[name]
-    parser = Parser(
-        prog=f"python -m nanovlm.vlit {name}", description=command.__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    command, program = COMMANDS[name], f"python -m nanovlm.vlit {name}"
+    parser = Parser(program, description=command.about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_flags(parser)
-    wishes = parser.parse(rest)
+    args = parser.parse(rest)
     try:
-        lines = command.run(wishes)
-    except (ValueError, OSError) as error:
-        print(f"python -m nanovlm.vlit {name}: {error}", file=sys.stderr)
+        print("\n".join(command.run(args)))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on where it was", file=sys.stderr)
         return INTERRUPTED
-    print("\n".join(lines))
     return 0
 
 

@@ -1,24 +1,85 @@
-"""Two ways to count what kinds of text a data set holds: Ego-Splitting over words, DBSCAN over vectors.
+"""How many kinds of text there are: texts as vectors, DBSCAN over the vectors, Ego-Splitting over words, the Vendi score.
 
-Both are connected components in the end: of the persona graph, and of the points with many neighbours.
-
-  Ego-Splitting   Epasto et al., KDD 2017, with components at both levels, as the VLIT review says
+  TF-IDF          of hashed words and pairs of words, made short by a random projection (Johnson & Lindenstrauss). Two texts
+                  are close if they share rare words; paraphrases are not found, simcse.py trains an encoder for that
   DBSCAN          Ester et al., KDD 1996; as reviewed by Schubert et al., TODS 42 (2017)
+  Ego-Splitting   Epasto et al., KDD 2017, with components at both levels, as the VLIT review says
   Vendi score     Friedman & Dieng, arXiv:2210.02410: how many different things, without a threshold
 
-Taken literally, as indicators, the first two reward bad data: Ego-Splitting counts more the more it is given, and
-DBSCAN calls answers that all differ noise, so that it finds no cluster in them. Hence `instruction_clusters` and
-`response_clusters` in diversity.py fix the sample size and let a point be a cluster of its own.
+Vectors and DBSCAN are scikit-learn's (optional: pip install scikit-learn).
 
-    N points, D width, V different words
+    N points, D width
 """
 
+import importlib
 from itertools import combinations
 
 import numpy
 
-BLOCK = 512  # points whose distances to all others are in memory at once
+from nanovlm.vlit.words import tokens
+
+BUCKETS, WIDTH = 1 << 14, 256  # of the hashed grams; of the projection
+MEMORY = 64  # MiB of distances at once
 ROUNDING = 1e-6  # of a cosine; it must not part a point from its copy
+
+
+def sklearn_module(name=""):
+    """scikit-learn, or a module of it. Raises: ImportError that says how to install it."""
+    try:
+        return importlib.import_module(f"sklearn.{name}" if name else "sklearn")
+    except ImportError as error:
+        raise ImportError("the diversity of texts needs the package scikit-learn: pip install scikit-learn") from error
+
+
+def pairs_of(words):
+    """Pairs of neighbouring words: list of str."""
+    return [f"{one} {other}" for one, other in zip(words, words[1:])]
+
+
+def grams(text):
+    """Words and pairs of neighbouring words: list of str; a text without words is one gram of its own."""
+    words = tokens(text)
+    return words + pairs_of(words) or [repr(text)]
+
+
+def tfidf_vectors(texts):
+    """Vectors of a sample of texts; how rare a gram is, the sample itself says: list of N str -> float32[N, WIDTH] of length 1."""
+    text, projection = sklearn_module("feature_extraction.text"), sklearn_module("random_projection")
+    hashing = text.HashingVectorizer(analyzer=grams, n_features=BUCKETS, alternate_sign=False, norm=None, dtype=numpy.float32)
+    weighted = text.TfidfTransformer().fit_transform(hashing.transform(texts))
+    vectors = projection.GaussianRandomProjection(WIDTH, random_state=0).fit_transform(weighted)
+    return (vectors / numpy.linalg.norm(vectors, axis=1, keepdims=True)).astype(numpy.float32)
+
+
+def distinct_2(texts):
+    """Different pairs of neighbouring words among all pairs: float, 0 if there is no pair (Li et al., arXiv:1510.03055)."""
+    pairs = [pair for text in texts for pair in pairs_of(tokens(text))]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def dbscan(points, eps, min_samples):
+    """Density-based clusters by cosine distance.
+
+    Args:
+      points: float32[N, D], each of length 1. eps: largest 1 - cosine. min_samples: within eps that make a core, itself counted.
+    Returns: int64[N]: number of the cluster from 0; -1 = noise.
+    """
+    cluster = sklearn_module("cluster").DBSCAN(eps=eps + ROUNDING, min_samples=min_samples, metric="cosine", algorithm="brute")
+    _, first, places, counts = numpy.unique(points, axis=0, return_index=True, return_inverse=True, return_counts=True)
+    order = numpy.argsort(first)  # copies are one point with a weight; the points keep their order
+    with sklearn_module().config_context(working_memory=MEMORY):
+        labels = cluster.fit(points[first[order]], sample_weight=counts[order]).labels_
+    return labels[numpy.argsort(order)[places.reshape(-1)]]
+
+
+def vendi(points):
+    """exp of the entropy of the eigenvalues of K / N, K the cosine similarities: float from 1 (all equal) to N.
+
+    points: float32[N, D], each of length 1, N at least 1. K's eigenvalues but zeros are those of points' D x D product.
+    """
+    values = numpy.linalg.eigvalsh(points.T.astype(numpy.float64) @ points / len(points))
+    values = values[values > 1e-12]
+    return float(numpy.exp(-(values * numpy.log(values)).sum()))
 
 
 def cooccurrence(texts, min_count=1):
@@ -31,8 +92,7 @@ def cooccurrence(texts, min_count=1):
     graph, counts = {}, {}
     for words in texts:
         unique = sorted(set(words))
-        for word in unique:
-            graph.setdefault(word, set())
+        graph |= {word: set() for word in unique if word not in graph}
         for pair in combinations(unique, 2):
             counts[pair] = counts.get(pair, 0) + 1
     for (one, other), count in counts.items():
@@ -81,62 +141,10 @@ def ego_splitting(graph):
     persona_of = {}  # (node, neighbour) -> the persona of node that sees this neighbour
     owners = []  # persona -> node
     for node, near in graph.items():
-        parts = components(near, graph) if near else [()]
-        for part in parts:
-            for other in part:
-                persona_of[node, other] = len(owners)
+        for part in components(near, graph) or [()]:
+            persona_of |= dict.fromkeys(((node, other) for other in part), len(owners))
             owners.append(node)
     joined = {persona: set() for persona in range(len(owners))}
     for (node, other), persona in persona_of.items():
         joined[persona].add(persona_of[other, node])
     return [[owners[persona] for persona in cluster] for cluster in components(joined, joined)]
-
-
-def dbscan(points, eps, min_samples):
-    """Density-based clusters by cosine distance, blockwise: exact, O(N² D) time, O(N) memory beside a block.
-
-    A point with at least min_samples points within eps, itself counted, is a core; cores within eps of one another are
-    of one cluster; another point belongs to the cluster of a core within eps (of several, to the one that begins with
-    the earliest point), or is noise.
-
-    Args:
-      points: float32[N, D], each of length 1. eps: largest 1 - cosine. min_samples: int, at least 1.
-    Returns: int64[N]: number of the cluster from 0, in order of its first core; -1 = noise.
-    Raises: ValueError for options out of range.
-    """
-    if min_samples < 1 or not 0 <= eps <= 2:
-        raise ValueError(f"eps {eps} and min_samples {min_samples}; eps lies in [0, 2], min_samples is 1 or more")
-    near = [
-        (points[begin : begin + BLOCK] @ points.T >= 1 - eps - ROUNDING).sum(1)
-        for begin in range(0, len(points), BLOCK)
-    ]
-    degree = numpy.concatenate(near or [numpy.zeros(0, int)])
-    core = degree >= min_samples
-    root = numpy.arange(len(points))  # of a core: the earliest core known to be of its cluster
-    for row, others in _neighbours(points, eps, core & (degree > 1)):
-        roots = root[others[core[others]]]
-        if roots.min() < roots.max():
-            root[numpy.isin(root, roots) & core] = roots.min()
-    for row, others in _neighbours(points, eps, ~core & (degree > 1)):
-        root[row] = root[others[core[others]]].min(initial=len(points))
-    names = {first: place for place, first in enumerate(numpy.unique(root[core]).tolist())}
-    return numpy.array([names.get(one, -1) for one in root.tolist()], dtype=numpy.int64)
-
-
-def _neighbours(points, eps, wanted):
-    """(point, int64[n] all points within eps) of every wanted point, bool[N]; a block without one costs nothing."""
-    for begin in range(0, len(points), BLOCK):
-        rows = begin + numpy.flatnonzero(wanted[begin : begin + BLOCK])
-        if len(rows):
-            near = points[rows] @ points.T >= 1 - eps - ROUNDING
-            yield from ((row, numpy.flatnonzero(near[place])) for place, row in enumerate(rows))
-
-
-def vendi(points):
-    """exp of the entropy of the eigenvalues of K / N, K the cosine similarities: float from 1 (all equal) to N.
-
-    points: float32[N, D], each of length 1, N at least 1. K's eigenvalues but zeros are those of points' D x D product.
-    """
-    values = numpy.linalg.eigvalsh(points.T.astype(numpy.float64) @ points / len(points))
-    values = values[values > 1e-12]
-    return float(numpy.exp(-(values * numpy.log(values)).sum()))

@@ -1,4 +1,4 @@
-"""Whether responses are right, by rule, from what people have noted about the picture (votes.py asks a judge).
+"""Whether responses are right, by rule, from what people have noted about the picture (a judge: indicators.judge_pairs).
 
 Rules decide what annotations can decide and say nothing else; the share they decide is the coverage. They read
 questions after existence, number, colour, place and relation, answers of yes or no that contradict themselves, and
@@ -9,33 +9,21 @@ import re
 from dataclasses import dataclass
 
 from nanovlm.evaluation.protocols import parse_verdict
-from nanovlm.vlit.words import COCO, COLORS, named, number, singular, tokens
+from nanovlm.vlit.words import COCO, COLORS, SYNONYMS, named, number, singular, tokens
 
 ANYTHING = frozenset("object thing item shape figure".split())  # words for whatever is there
-SYNONYMS = {
-    "doughnut": "donut", "television": "tv", "sofa": "couch", "bike": "bicycle", "plane": "airplane", "phone": "cell phone",
-    "cellphone": "cell phone", "motorbike": "motorcycle", "fridge": "refrigerator", "human": "person", "individual": "person",
-}  # fmt: skip
 DETERMINERS = frozenset("a an any the some this that these those".split())
-SEEN = (
-    r"(?:\s+(?:in (?:the|this) (?:image|picture|photo|scene)|visible|present|shown|there|here|at all|depicted))*\s*\??$"
-)
-EXISTENCE = re.compile(
-    r"^(?:is|are) there (.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|which|with|of)\s.*)?\??$"
-)
+SEEN = re.compile(r"(?:\s+(?:in (?:the|this) (?:image|picture|photo|scene)|visible|present|shown|there|here|at all|depicted))*\s*\??$")
+EXISTENCE = re.compile(r"^(?:is|are) there (.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|which|with|of)\s.*)?\??$")
 SEE = re.compile(r"^(?:do|can) you see (.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|with)\s.*)?\??$")
 COUNT = re.compile(r"\bhow many (.+?)(?:\s(?:are|is|can|do|does|have|has|were|was|in|on|at|did|you|appear)\b.*)?\??$")
-COLOR = re.compile(
-    r"\bwhat(?:'s| is| are)? (?:the )?colou?r(?:s)?(?: of| is| are| do| does)? (.+?)(?:\s(?:have|has)\b.*)?\??$"
-)
+COLOR = re.compile(r"\bwhat(?:'s| is| are)? (?:the )?colou?r(?:s)?(?: of| is| are| do| does)? (.+?)(?:\s(?:have|has)\b.*)?\??$")
 SHAPE = re.compile(r"\bwhat (?:shape is|is|kind of (?:thing|object) is) (the \w+ (?:object|shape|thing))\??$")
 WHERE = re.compile(r"^where (?:is|are) (.+?)(?:\slocated|\spositioned)?\??$")
 WHETHER = re.compile(r"^(?:is|are) (the .+?) (?:to the )?(left of|right of|above|below) (the .+?)\??$")
 WHICH = re.compile(r"^what is (?:to the )?(left of|right of|above|below) (the .+?)\??$")
 EITHER = re.compile(r"^(?:is|are) (the .+?) (\w+) or (\w+)\??$")
-CONTRADICTION = re.compile(
-    r"^\W*yes\b.*\b(?:there (?:is|are) (?:no|not)\b|there (?:isn't|aren't)\b|none of)", re.DOTALL
-)
+CONTRADICTION = re.compile(r"^\W*yes\b.*\b(?:there (?:is|are) (?:no|not)\b|there (?:isn't|aren't)\b|none of)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -50,6 +38,11 @@ class Thing:
     def colors(self):
         """The colours noted about it: set of str; an orange's name is none."""
         return self.words & COLORS - {self.name}
+
+    @property
+    def head(self):
+        """The last word of its name."""
+        return _head(self.name)
 
     @property
     def middle(self):
@@ -70,6 +63,15 @@ class Facts:
     names: frozenset
     crowds: frozenset = frozenset()
 
+    @property
+    def heads(self):
+        """The last words of the names: set of str."""
+        return set(map(_head, self.names))
+
+    def is_crowd(self, phrase):
+        """Whether a phrase names something of which an unknown number is there."""
+        return bool(self.crowds & set(named(tokens(phrase), self.names)))
+
     def find(self, phrase):
         """Things that a noun phrase may mean: list of Thing; None if annotators did not look for it.
 
@@ -82,16 +84,24 @@ class Facts:
         name = SYNONYMS.get(whole, whole)
         if name in self.names:
             return [thing for thing in self.things if thing.name == name]
-        *before, last = words
-        last = SYNONYMS.get(singular(last), singular(last))
-        described = {word for thing in self.things for word in thing.words} | COLORS
-        heads = {one.split(" ")[-1] for one in self.names}
-        if not set(before) <= described or (last not in heads and last not in ANYTHING):
+        before, last = set(words[:-1]), singular(words[-1])
+        last = SYNONYMS.get(last, last)
+        described = COLORS.union(*(thing.words for thing in self.things))
+        if not before <= described or last not in self.heads | ANYTHING:
             return None
-        meant = [thing for thing in self.things if last in ANYTHING or thing.name.split(" ")[-1] == last]
-        if set(before) & COLORS and not all(thing.colors for thing in meant):
+        meant = [thing for thing in self.things if last in ANYTHING or thing.head == last]
+        if before & COLORS and not all(thing.colors for thing in meant):
             return None  # colours were not noted
-        return [thing for thing in meant if set(before) <= thing.words]
+        return [thing for thing in meant if before <= thing.words]
+
+    def one(self, phrase):
+        """The only Thing that a phrase may mean, or None."""
+        found = self.find(phrase)
+        return found[0] if found and len(found) == 1 else None
+
+
+def _head(name):
+    return name.split(" ")[-1]
 
 
 def facts_of(pictures):
@@ -107,16 +117,13 @@ def facts_of(pictures):
         names |= COCO  # its annotators looked for all 80
     found = {}
     for picture in pictures:
-        noted = {}
+        noted, objects = {}, picture.of_kind("object")
         for one in picture.of_kind("attribute"):
             noted.setdefault(one.of, set()).update(tokens(one.value))
-        things = tuple(
-            Thing(one.value.lower(), frozenset(tokens(one.value)) | noted.get(one.id, set()), one.box)
-            for one in picture.of_kind("object") if not one.is_crowd
-        )  # fmt: skip
-        crowds = frozenset(one.value.lower() for one in picture.of_kind("object") if one.is_crowd)
-        facts = Facts(things, names, crowds)
-        found |= dict.fromkeys(keys_of(picture), facts)
+        things = [Thing(one.value.lower(), frozenset(tokens(one.value)) | noted.get(one.id, set()), one.box)
+                  for one in objects if not one.is_crowd]  # fmt: skip
+        crowds = frozenset(one.value.lower() for one in objects if one.is_crowd)
+        found |= dict.fromkeys(keys_of(picture), Facts(tuple(things), names, crowds))
     return found
 
 
@@ -145,22 +152,21 @@ def verify(instruction, response, facts):
     answer = response.lower().strip()
     if CONTRADICTION.search(answer):
         return False
-    for rule in (_existence, _count, _color, _shape, _where, _whether, _which, _either, _attributes):
-        verdict = rule(question, answer, facts)
-        if verdict is not None:
-            return verdict
-    return None
+    verdicts = (rule(found, answer, facts) for pattern, rule in RULES if (found := pattern.search(question)))
+    return next((verdict for verdict in verdicts if verdict is not None), None)
 
 
-def _existence(question, answer, facts):
-    found = EXISTENCE.search(question) or SEE.search(question)
+# Rules: (match of the question, answer, Facts) -> True, False or None
+
+
+def _existence(found, answer, facts):
     said = parse_verdict(answer)
-    if not found or said is None or re.match(r"not?\b", found[1]):  # "no" to "is there no dog": some mean there is one
+    if said is None or re.match(r"not?\b", found[1]):  # "no" to "is there no dog": some mean there is one
         return None
-    things = facts.find(re.sub(SEEN, "", found[1]))
+    things = facts.find(SEEN.sub("", found[1]))
     if things is None:
         return None
-    crowd = facts.crowds & set(named(tokens(found[1]), facts.names))
+    crowd = facts.is_crowd(found[1])
     there = bool(things or crowd)
     wanted = number(found[1].split(" ")[0])
     if wanted is not None:  # "are there two dogs": of three, two are there as well, so nothing is said
@@ -170,100 +176,73 @@ def _existence(question, answer, facts):
     return said == there
 
 
-def _count(question, answer, facts):
-    found = COUNT.search(question)
+def _count(found, answer, facts):
     numbers = [value for word in tokens(answer) if (value := number(word)) is not None]
     if re.match(r"\W*(?:no|none)\b", answer):
         numbers = numbers or [0]
-    things = facts.find(found[1]) if found and numbers else None
-    if things is None or facts.crowds & set(named(tokens(found[1]), facts.names)):
+    things = facts.find(found[1])
+    return None if things is None or not numbers or facts.is_crowd(found[1]) else numbers[0] == len(things)
+
+
+def _color(found, answer, facts):
+    things, said = facts.find(found[1]) or [], set(tokens(answer)) & COLORS
+    noted = set().union(*(thing.colors for thing in things)) if all(thing.colors for thing in things) else set()
+    return said == noted if noted and said else None
+
+
+def _shape(found, answer, facts):
+    heads = {thing.head for thing in facts.find(found[1]) or ()}
+    said = set(map(singular, tokens(answer))) & facts.heads
+    return said <= heads if heads and said else None
+
+
+def _where(found, answer, facts):
+    thing = facts.one(found[1])
+    if thing is None or thing.box is None:
         return None
-    return numbers[0] == len(things)
-
-
-def _color(question, answer, facts):
-    found = COLOR.search(question)
-    things = facts.find(found[1]) if found else None
-    known = (
-        {color for thing in things or () for color in thing.colors}
-        if all(one.colors for one in things or ())
-        else set()
-    )
-    said = set(tokens(answer)) & COLORS
-    return said == known if known and said else None
-
-
-def _shape(question, answer, facts):
-    found = SHAPE.search(question)
-    things = facts.find(found[1]) if found else None
-    if not things:
-        return None
-    heads = {thing.name.split(" ")[-1] for thing in things}
-    said = {singular(word) for word in tokens(answer)} & {name.split(" ")[-1] for name in facts.names}
-    return said <= heads if said else None
-
-
-def _where(question, answer, facts):
-    found = WHERE.search(question)
-    things = facts.find(found[1]) if found else None
-    if not things or len(things) > 1 or things[0].box is None:
-        return None
-    x, y = things[0].middle
-    words = set(tokens(answer))
-    checks = [
-        fits
-        for said, fits in (
-            ("left", x < 1 / 2), ("right", x > 1 / 2), ("top", y < 1 / 2), ("bottom", y > 1 / 2),
-            ("center", 1 / 5 < x < 4 / 5 and 1 / 5 < y < 4 / 5), ("middle", 1 / 5 < x < 4 / 5 or 1 / 5 < y < 4 / 5),
-        )
-        if said in words
-    ]  # fmt: skip
-    return all(checks) if checks else None
+    x, y = thing.middle
+    inside = [1 / 5 < side < 4 / 5 for side in (x, y)]
+    fits = {"left": x < 1 / 2, "right": x > 1 / 2, "top": y < 1 / 2, "bottom": y > 1 / 2, "center": all(inside), "middle": any(inside)}
+    said = fits.keys() & set(tokens(answer))
+    return all(fits[word] for word in said) if said else None
 
 
 def _beyond(one, relation, other):
-    """Whether a thing lies left of another (right of, above, below): bool."""
+    """Whether a thing lies left of another (right of, above, below): bool, or None unless both have boxes."""
+    if not (one and other and one.box and other.box):
+        return None
     (x, y), (a, b) = one.middle, other.middle
     return {"left of": x < a, "right of": x > a, "above": y < b, "below": y > b}[relation]
 
 
-def _pair(facts, *phrases):
-    """The one thing that each phrase means, or None unless each means one with a box."""
-    found = [facts.find(phrase) for phrase in phrases]
-    return [one[0] for one in found] if all(one and len(one) == 1 and one[0].box for one in found) else None
+def _whether(found, answer, facts):
+    said, truth = parse_verdict(answer), _beyond(facts.one(found[1]), found[2], facts.one(found[3]))
+    return None if said is None or truth is None else said == truth
 
 
-def _whether(question, answer, facts):
-    found, said = WHETHER.search(question), parse_verdict(answer)
-    pair = _pair(facts, found[1], found[3]) if found and said is not None else None
-    return None if pair is None else said == _beyond(pair[0], found[2], pair[1])
+def _which(found, answer, facts):
+    truth = _beyond(facts.one(answer), found[1], facts.one(found[2]))
+    return False if truth is None and answer and facts.find(answer) == [] else truth
 
 
-def _which(question, answer, facts):
-    found = WHICH.search(question)
-    pair = _pair(facts, answer, found[2]) if found and answer else None
-    if pair is None:
-        return False if found and answer and facts.find(answer) == [] else None
-    return pair[0] != pair[1] and _beyond(pair[0], found[1], pair[1])
-
-
-def _either(question, answer, facts):
+def _either(found, answer, facts):
     """ "is the star big or small?", where attributes say which."""
-    found = EITHER.search(question)
-    things = facts.find(found[1]) if found else None
-    if not things or len(things) > 1:
-        return None
-    options = {found[2], found[3]}
-    true, said = things[0].words & options, set(tokens(answer)) & options
-    return said == true if len(true) == 1 and said else None
+    thing, options, said = facts.one(found[1]), {found[2], found[3]}, set(tokens(answer))
+    true = thing.words & options if thing else ()
+    return said & options == true if len(true) == 1 and said & options else None
 
 
-def _attributes(question, answer, facts):
+def _attributes(found, answer, facts):
     """Names with a colour before them, such as "red circle": all must be there, as far as colours were noted."""
     if parse_verdict(answer) is not None:
         return None
     words = [singular(word) for word in tokens(answer)]
-    heads = {name.split(" ")[-1] for name in facts.names}
-    pairs = {f"{one} {other}" for one, other in zip(words, words[1:]) if one in COLORS and other in heads}
-    found = [facts.find(pair) for pair in pairs]
-    return None if not found or None in found else all(found)
+    pairs = {f"{one} {other}" for one, other in zip(words, words[1:]) if one in COLORS and other in facts.heads}
+    things = [facts.find(pair) for pair in pairs]
+    return None if not things or None in things else all(things)
+
+
+RULES = (
+    (EXISTENCE, _existence), (SEE, _existence), (COUNT, _count), (COLOR, _color), (SHAPE, _shape), (WHERE, _where),
+    (WHETHER, _whether), (WHICH, _which), (EITHER, _either), (re.compile(""), _attributes),
+)  # question, rule; the first that can tell decides

@@ -7,7 +7,7 @@ captions and boxes with their coordinates (arXiv:2304.08485, Sec. 3). Kinds that
 from collections import Counter
 
 from nanovlm.names import nearest
-from nanovlm.vlit.categories import GROUP_OF, one_of
+from nanovlm.vlit.words import GROUP_OF, one_of
 
 SEVERAL = "several"  # of a crowd, whose members nobody counted
 
@@ -19,30 +19,20 @@ def sentences(picture, region=None):
       picture: annotations.Picture. region: the Annotation that is circled by a square box, or None.
     Returns: str, one paragraph.
     """
-    parts = []
-    if captions := picture.of_kind("caption"):
-        told = " ".join(_stopped(one.value) for one in captions)
-        parts.append(f"This is a picture which can be described as {told}")
-    if objects := picture.of_kind("object"):
-        named = (
-            f"{number} {GROUP_OF[name] + '_' if name in GROUP_OF else ''}{name}"
-            for name, number in counts(objects).items()
-        )
-        parts.append(f"The image contains {', '.join(named)}.")
-    if attributes := _by_owner(picture):
-        known = {one.id: one.value for one in objects}
-        told = (f"{known[owner]} ({', '.join(names)})" for owner, names in attributes.items() if owner in known)
-        parts.append(f"The following attributes can be seen: {', '.join(told)}.")
-    if pairs := picture.of_kind("vqa"):
-        told = ", ".join(f"'Q: {question(one)} A: {_stopped(one.value)}'" for one in pairs)
-        parts.append(f"The image also contains a number of question and answer pairs: {told}.")
-    if characters := picture.of_kind("ocr"):
-        parts.append(
-            f"The following characters can be recognized in the image: {', '.join(one.value for one in characters)}."
-        )
-    if region is not None:
-        parts.append(f"The object circled by a square box is {named_region(picture, region)}.")
-    return " ".join(parts)
+    captions, objects, pairs, texts = (picture.of_kind(kind) for kind in ("caption", "object", "vqa", "ocr"))
+    names = {one.id: one.value for one in objects}
+    groups = [f"{number} {GROUP_OF[name] + '_' if name in GROUP_OF else ''}{name}" for name, number in counts(objects).items()]
+    attributes = [f"{names[owner]} ({', '.join(told)})" for owner, told in _by_owner(picture).items() if owner in names]
+    asked = [f"'Q: {question(one)} A: {_stopped(one.value)}'" for one in pairs]
+    parts = (
+        ("This is a picture which can be described as {}", " ".join(_stopped(one.value) for one in captions)),
+        ("The image contains {}.", ", ".join(groups)),
+        ("The following attributes can be seen: {}.", ", ".join(attributes)),
+        ("The image also contains a number of question and answer pairs: {}.", ", ".join(asked)),
+        ("The following characters can be recognized in the image: {}.", ", ".join(one.value for one in texts)),
+        ("The object circled by a square box is {}.", "" if region is None else named_region(picture, region)),
+    )
+    return " ".join(sentence.format(words) for sentence, words in parts if words)
 
 
 def boxes(picture, region=None):
@@ -51,15 +41,11 @@ def boxes(picture, region=None):
     Args and Returns as of `sentences`; several lines.
     """
     owned = _by_owner(picture)
-    things = [
-        f"{one.value}{' (' + ', '.join(owned[one.id]) + ')' if one.id in owned else ''}: {_rounded(one.box)}"
-        for one in picture.of_kind("object")
-    ]
+    things = [f"{one.value}{' (' + ', '.join(owned[one.id]) + ')' if one.id in owned else ''}: {_rounded(one.box)}"
+              for one in picture.of_kind("object")]  # fmt: skip
     things += [f'text "{one.value}": {_rounded(one.box)}' for one in picture.of_kind("ocr")]
     pairs = [f"Question: {question(one)} Answer: {one.value}" for one in picture.of_kind("vqa")]
-    marked = (
-        [] if region is None else [f"circled by a square box: {named_region(picture, region)}: {_rounded(region.box)}"]
-    )
+    marked = [f"circled by a square box: {named_region(picture, one)}: {_rounded(one.box)}" for one in [region] if one]
     blocks = ([one.value for one in picture.of_kind("caption")], things, pairs, marked)
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -76,8 +62,7 @@ def describe(picture, form="sentences", region=None):
 
 def counts(objects):
     """How many there are of each category: dict name -> int or SEVERAL, in order of appearance."""
-    found = Counter(one.value for one in objects)
-    return {name: number for name, number in found.items()} | {one.value: SEVERAL for one in objects if one.is_crowd}
+    return dict(Counter(one.value for one in objects)) | {one.value: SEVERAL for one in objects if one.is_crowd}
 
 
 def named_region(picture, region):

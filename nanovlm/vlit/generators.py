@@ -1,7 +1,7 @@
 """Generators: whatever continues a chat. One interface for four of them, and their flags.
 
     template    rules and word lists, no model (template.py)
-    local       a model of this project, or a published one (local.py)
+    local       a model of this project, or a published one (below)
     endpoint    any server that speaks OpenAI's chat completions (endpoint.py)
     replay      answers that were recorded before (replies.py)
 
@@ -9,54 +9,143 @@ A generator has
     name: str for provenance.
     accepts_images: bool, whether it looks at Chat.image.
     batch_size, workers: int, chats worth giving at once, and calls worth having under way at once.
-    generate(chats, *, n, temperature, max_tokens, seed, stop): list of Chat -> per chat a list of n str.
+    generate(chats, *, n, temperature, max_tokens, seed, stop): list of replies.Chat -> per chat a list of n str.
 It raises GeneratorError where asking again later may help, and Refused for one chat that it will never answer.
 """
 
-import hashlib
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import dataclasses
+import os
+import sys
+import zlib
+
+import torch
+from torch import nn
+
+from nanovlm import recipes
+from nanovlm.data.batching import pixels_of, prompt_row
+from nanovlm.data.records import Turn, Visual
+from nanovlm.data.templates import end_ids
+from nanovlm.decoder import Decoder
+from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
+from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.vlit.endpoint import OpenAICompatible
+from nanovlm.vlit.replies import Drawing, Refused, Replay
+from nanovlm.vlit.template import Template
+from nanovlm.vlm import VLM
+
+LEAST = {"n": 1, "max_tokens": 1, "temperature": 0, "workers": 1, "per_minute": 0, "batch_size": 1}  # of flags
 
 
-class GeneratorError(ValueError):
-    """The generator cannot work now: the run stops, and goes on when it is started again."""
+class NoBridge(nn.Module):
+    """Stands where a language model by itself has no bridge."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.output_width = width
 
 
-class Refused(ValueError):
-    """This chat cannot be answered; others can."""
+class Local:
+    """A loaded model as a generator: what train.py wrote, what `convert` wrote, or a published language model.
 
+    The system message goes before the first user's words: templates here have no place for one.
 
-@dataclass(frozen=True)
-class Chat:
-    """What is asked.
-
-    messages: (role, text) each, role "system" | "user" | "assistant"; the last is the user's.
-    image: path, or "" without one. material: construct's annotations behind the words, which `template` works from.
+    Args:
+      loaded: recipes.Loaded with a VLM or a bare Decoder. name: str for provenance. batch_size: chats at once.
+    Raises: ValueError for a model that writes no text.
     """
 
-    messages: tuple[tuple[str, str], ...]
-    image: str = ""
-    material: Any = None
+    workers = 1
 
-    @property
-    def sha(self):
-        """Hash of the words and of the image's name: str."""
-        return digest([self.messages, Path(self.image).name])
+    def __init__(self, loaded, name, batch_size=4):
+        model = loaded.model
+        if isinstance(model, Decoder):
+            model = VLM(None, NoBridge(model.config.width), model)
+        if not isinstance(model, VLM):
+            raise ValueError(f"{name}: a {type(model).__name__} writes no text; give the folder of a language model")
+        self.loaded, self.model, self.name, self.batch_size = loaded, model, f"local {name}", batch_size
+        self.accepts_images = model.vision is not None
+
+    def generate(self, chats, *, n=1, temperature=0.0, max_tokens=1024, seed=0, stop=()):
+        """As every generator; temperature 0 = greedy, the same text n times. Raises: Refused for a prompt that is too long."""
+        draws, device = n if temperature else 1, self.model.decoder.embedding.weight.device
+        prompts = [self._prompt(chat, max_tokens) for chat in chats for _ in range(draws)]
+        names = [f"{seed}/{chat.sha}/{draft}" for chat in chats for draft in range(draws)]  # not the batch
+        generators = [torch.Generator(device).manual_seed(zlib.crc32(name.encode())) for name in names]
+        decoding = Decoding(max_new_tokens=max_tokens, eos_ids=end_ids(self.loaded.template, self.loaded.tokenizer))
+        if temperature:
+            decoding = dataclasses.replace(decoding, do_sample=True, temperature=temperature)
+        rows, pixels = map(list, zip(*prompts))
+        found = generate(self.model, rows, decoding, pixels, generators if temperature else None)
+        texts = [self._text(ids, stop) for ids in found]
+        return [texts[place * draws : (place + 1) * draws] * (n // draws) for place in range(len(chats))]
+
+    def _prompt(self, chat, max_tokens):
+        """(ids, visual inputs) of a chat; its picture stands before the last message."""
+        loaded, shown = self.loaded, []
+        system = "".join(text + "\n" for role, text in chat.messages if role == "system")
+        (role, first), *rest = (one for one in chat.messages if one[0] != "system")
+        turns = [Turn(role, (text,)) for role, text in ((role, system + first), *rest)]
+        if self.accepts_images and chat.image:
+            visual = Visual(chat.image, (chat.image,))
+            shown = [pixels_of([visual], loaded.image_size, loaded.image_fit, loaded.preprocessing)]
+            turns[-1] = Turn("user", (0, *turns[-1].parts))
+        counts = [self.model.num_image_tokens(loaded.image_size, len(pixels)) for pixels in shown]
+        room = self.model.decoder.config.context_length - max_tokens
+        try:
+            return prompt_row(turns, loaded.template, loaded.tokenizer, counts, room).ids, shown
+        except ValueError as error:
+            raise Refused(str(error)) from error
+
+    def _text(self, ids, stop):
+        """New ids as text, up to the first of the stopping words."""
+        text = self.loaded.tokenizer.decode(ids).removesuffix(self.loaded.template.answer_suffix)
+        places = [place for place in map(text.find, stop) if place >= 0]
+        return text[: min(places, default=len(text))].strip()
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How answers are drawn. The review draws 5 at temperature 0.8 (Sec. 4.2.2)."""
+def add_generator_flags(parser, n=Drawing.n, temperature=Drawing.temperature):
+    """Add them to an argparse parser, with the defaults of the command for n and temperature."""
+    add = parser.add_argument_group("generator").add_argument
+    add("--generator", choices=("template", "local", "endpoint", "replay"), default="template",
+        help="who writes (default: rules, without a model)")  # fmt: skip
+    add("--model", metavar="NAME", help="local: the model's folder; endpoint: the model's name there")
+    add("--recipe", metavar="FILE.py", help="the recipe file that a trained model's folder needs")
+    add("--base-url", default="", metavar="URL", help="endpoint: up to /chat/completions; default: $OPENAI_BASE_URL. "
+        "The key is read from $OPENAI_API_KEY")  # fmt: skip
+    add("--workers", type=int, default=4, metavar="N", help="endpoint: requests under way at once")
+    add("--per-minute", type=float, default=0, metavar="N", help="endpoint: requests a minute at most; 0 = no limit")
+    add("--send-images", action="store_true", help="endpoint: the pictures go along, for models that see")
+    add("--replies", metavar="FILE", help="replay: recorded answers, the replies.jsonl of another run")
+    add("-n", type=int, default=n, metavar="N", help="answers drawn for each request")
+    add("--temperature", type=float, default=temperature)
+    add("--max-tokens", type=int, default=Drawing.max_tokens, metavar="N", help="tokens of an answer at most")
+    add("--batch-size", type=int, default=4, metavar="N", help="local: requests that run together")
+    add("--device", default=default_device(), help=f"local: {DEVICES}")
+    add("--dtype", choices=DTYPES, default="float32", help="local")
 
-    n: int = 5
-    temperature: float = 0.8
-    max_tokens: int = 1024
-    seed: int = 0
-    stop: tuple[str, ...] = ()
+
+def drawing(args):
+    """How answers are drawn: replies.Drawing. Raises: ValueError. args: flags, with seed."""
+    for name, least in LEAST.items():
+        if vars(args)[name] < least:
+            raise ValueError(f"{name.replace('_', '-')} is {vars(args)[name]}; it must be {least} or more")
+    return Drawing(args.n, args.temperature, args.max_tokens, args.seed)
 
 
-def digest(value):
-    """A name for any JSON value: 16 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(value, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:16]
+def open_generator(args):
+    """The chosen generator. Raises: ValueError or OSError, in words for the user."""
+    if args.generator == "template":
+        return Template()
+    if args.generator == "replay":
+        if not args.replies:
+            raise ValueError("--generator replay needs --replies FILE, the replies.jsonl of another run")
+        return Replay(args.replies)
+    if not args.model:
+        raise ValueError(f"--generator {args.generator} needs --model: a folder for local, the model's name for endpoint")
+    if args.generator == "local":
+        check_device(args.device)
+        if line := slow_line(args.dtype, args.device):
+            print(f"({line})", file=sys.stderr)
+        loaded = recipes.load(args.model, dtype=DTYPES[args.dtype], device=args.device, recipe=args.recipe)
+        return Local(loaded, os.path.basename(os.path.abspath(args.model)), args.batch_size)
+    return OpenAICompatible(args.model, args.base_url, workers=args.workers, per_minute=args.per_minute, send_images=args.send_images)

@@ -4,8 +4,7 @@
 
 A response longer than the text tower reads is cut into sentences, whose cosines are averaged; of several pictures the
 closest counts. With a CLIP folder the number is the review's MD (30.7 to 34.1 in its Table 4); with the towers of a
-model trained here it is named "MD (own encoder)" and compares with nothing else. Grounding precision needs no model: of
-the things that a response names, the share that annotators saw in the picture. It is no MD and is never called so.
+model trained here it is named "MD (own encoder)" and compares with nothing else.
 """
 
 import json
@@ -23,7 +22,6 @@ from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.evaluation.items import Encoded
 from nanovlm.recipes import load as load_model, recipe_of
 from nanovlm.training.start import build_models, load_weights
-from nanovlm.vlit.words import named, tokens
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
@@ -45,9 +43,8 @@ class Encoder:
     def images(self, pictures):
         """list of N paths, Encoded or PIL images -> float[N, V, E] of length 1, see contrastive.TwoTowers.views."""
         opened = [one.open() if isinstance(one, Encoded) else load(one) for one in pictures]
-        return self.model.views(
-            torch.stack([to_pixels(one, self.image_size, self.image_fit, self.preprocessing) for one in opened])
-        )
+        pixels = [to_pixels(one, self.image_size, self.image_fit, self.preprocessing) for one in opened]
+        return self.model.views(torch.stack(pixels))
 
     @torch.no_grad()
     def texts(self, texts):
@@ -60,9 +57,8 @@ class Encoder:
 
     def pieces(self, response):
         """A response as the tower can read it: itself, or its sentences; a list of str."""
-        if len(self.ids(response)) <= self.model.text.context_length:
-            return [response]
-        return [one for one in SENTENCE.split(response) if one.strip()]
+        whole = len(self.ids(response)) <= self.model.text.context_length
+        return [response] if whole else [one for one in SENTENCE.split(response) if one.strip()]
 
     def match(self, pictures, responses):
         """Scores of responses.
@@ -71,12 +67,10 @@ class Encoder:
           pictures: per response a list of its pictures. responses: list of str, none empty.
         Returns: list of float, 100 · cosine.
         """
-        seen = self.images([one for several in pictures for one in several]).split(
-            [len(several) for several in pictures]
-        )
         cut = [self.pieces(response) for response in responses]
-        read = self.texts([piece for several in cut for piece in several]).split([len(several) for several in cut])
-        return [100 * (image @ text.T).amax(1).mean(1).max().item() for image, text in zip(seen, read)]
+        images, texts = self.images(sum(pictures, [])), self.texts(sum(cut, []))
+        pairs = zip(images.split(list(map(len, pictures))), texts.split(list(map(len, cut))))
+        return [100 * (image @ text.T).amax(1).mean(1).max().item() for image, text in pairs]
 
 
 def load_encoder(folder, recipe=None):
@@ -89,19 +83,19 @@ def load_encoder(folder, recipe=None):
     Raises: FileNotFoundError; ValueError if the folder holds no two towers.
     """
     folder = Path(folder)
-    path = folder / "config.json"
+    path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
     if "recipe" in config:
-        return _own(folder, config, recipe)
+        return _trained_here(folder, config, recipe)
     loaded = load_model(folder)
     if not hasattr(loaded.model, "embed_texts"):
         raise ValueError(f"{folder} holds {type(loaded.model).__name__}, not a pair of towers; give a CLIP folder")
-    if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder / 'tokenizer.json'}: missing; responses cannot be read without it")
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if not tokenizer_path.is_file():
+        raise FileNotFoundError(f"{tokenizer_path}: missing; responses cannot be read without it")
+    backend = tokenizers.Tokenizer.from_file(str(tokenizer_path))
     begin, end = backend.token_to_id(BEGIN), backend.token_to_id(END)
     if begin is None or end is None:
-        raise ValueError(f"{folder / 'tokenizer.json'} lacks {BEGIN} or {END}; it is not CLIP's")
+        raise ValueError(f"{tokenizer_path} lacks {BEGIN} or {END}; it is not CLIP's")
 
     def ids(text):
         return [begin, *backend.encode(text, add_special_tokens=False).ids, end]
@@ -109,7 +103,7 @@ def load_encoder(folder, recipe=None):
     return Encoder("MD", loaded.model.eval(), ids, loaded.image_size, loaded.image_fit, loaded.preprocessing)
 
 
-def _own(folder, config, recipe):
+def _trained_here(folder, config, recipe):
     recipe, tokenizer = recipe_of(folder, config, recipe), Tokenizer(folder / "tokenizer.json")
     model, towers = build_models(recipe, config["size"], tokenizer.vocab_size, 0, config.get("architecture"))
     if towers is None or not (folder / "text_tower.safetensors").is_file():
@@ -120,20 +114,8 @@ def _own(folder, config, recipe):
 
 def own_encoder(towers, tokenizer, image_size, image_fit="crop"):
     """The Encoder of towers trained here. towers: contrastive.ContrastiveModel. tokenizer: data.tokenizer.Tokenizer."""
-    return Encoder(
-        "MD (own encoder)",
-        towers,
-        lambda text: [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos],
-        image_size,
-        image_fit,
-    )
 
+    def ids(text):
+        return [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
 
-def grounding(response, facts):
-    """Share of the things named in a response that are in the picture: float, or None if it names none.
-
-    facts: correctness.Facts. Only names that annotators looked for are counted.
-    """
-    names = set(named(tokens(response), facts.names))
-    there = {thing.name for thing in facts.things} | facts.crowds
-    return len(names & there) / len(names) if names else None
+    return Encoder("MD (own encoder)", towers, ids, image_size, image_fit)

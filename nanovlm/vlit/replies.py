@@ -1,4 +1,4 @@
-"""What generators answered, on disk: a run that was killed goes on from it, and another can replay it.
+"""What generators are asked and what they answer: every answer is written down before the run goes on.
 
 replies.jsonl holds one answer a line:
     {"key": …, "chat": …, "generator": …, "replies": [str, …]}
@@ -6,18 +6,78 @@ key is the hash of all that the answer depends on (words, generator, drawing), s
 mistaken for that of another setting. Memory holds the keys and where their lines begin.
 """
 
+import hashlib
+import itertools
 import json
-import os
+import re
+from collections import Counter, deque
+from dataclasses import astuple, dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
-from nanovlm.vlit.generators import Refused, digest
+from tqdm import tqdm
+
+from nanovlm.data.images import ImageError
+from nanovlm.files import JsonLines
+
+TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+class GeneratorError(ValueError):
+    """The generator cannot work now: the run stops, and goes on when it is started again."""
+
+
+class Refused(ValueError):
+    """This chat cannot be answered; others can."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What is asked.
+
+    messages: (role, text) each, role "system" | "user" | "assistant"; the last is the user's.
+    image: path, or "" without one. material: construct's annotations behind the words, which `template` works from.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    image: str = ""
+    material: Any = None
+
+    @property
+    def sha(self):
+        """Hash of the words and of the image's name: str."""
+        return digest([self.messages, Path(self.image).name])
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn. The review draws 5 at temperature 0.8 (Sec. 4.2.2)."""
+
+    n: int = 5
+    temperature: float = 0.8
+    max_tokens: int = 1024
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """id: str, unique within a run. chat: Chat. what: whatever its maker needs to use the answer."""
+
+    id: str
+    chat: Chat
+    what: object = None
+
+
+def digest(value):
+    """A name for any JSON value: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def key_of(chat, generator, drawing):
-    """The name of an answer: str. chat: generators.Chat. generator: has a name. drawing: generators.Drawing."""
-    return digest(
-        [generator.name, chat.sha, drawing.n, drawing.temperature, drawing.max_tokens, drawing.seed, drawing.stop]
-    )
+    """The name of an answer: str. chat: Chat. generator: has a name. drawing: Drawing."""
+    return digest([generator.name, chat.sha, *astuple(drawing)])
 
 
 class Replies:
@@ -25,49 +85,30 @@ class Replies:
 
     Args:
       path: the file; it may be absent. field: "key", or "chat" to find answers whatever the generator was.
-      repair: whether a last line that a kill cut off is removed, for a run that goes on writing.
     Raises: ValueError naming the line that is no answer.
     """
 
-    def __init__(self, path, field="key", repair=False):
-        self.path, self.places = Path(path), {}
-        if not self.path.exists():
-            return
-        start = 0
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n") and repair:
-                    os.truncate(self.path, start)
-                    break
-                try:
-                    answer = json.loads(line)
-                    if not all(isinstance(one, str) for one in (answer["key"], answer["chat"], *answer["replies"])):
-                        raise ValueError("key, chat and replies must be texts")
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{self.path}, line {number}: no recorded answer ({error}); remove the line"
-                    ) from error
+    def __init__(self, path, field="key"):
+        self.path, self.file, self.places = Path(path), JsonLines(path), {}
+        for number, (start, answer) in enumerate(self.file.places(), start=1):
+            try:
+                known = isinstance(answer["key"], str) and all(isinstance(text, str) for text in answer["replies"])
                 self.places[answer[field]] = start
-                start += len(line)
+            except (KeyError, TypeError):
+                known = False
+            if not known:
+                raise ValueError(f"{path}, line {number}: no recorded answer; remove the line")
 
     def __len__(self):
         return len(self.places)
 
-    def __contains__(self, name):
-        return name in self.places
-
-    def __getitem__(self, name):
-        """The recorded texts of a key: list of str."""
-        with open(self.path, "rb") as file:
-            file.seek(self.places[name])
-            return json.loads(file.readline())["replies"]
+    def get(self, name):
+        """The recorded texts of a key: list of str; none if there is no answer."""
+        return self.file.at(self.places[name])["replies"] if name in self.places else []
 
     def add(self, key, chat, generator, replies):
         """Write an answer down; it is in the file when this returns. chat: Chat. replies: list of str."""
-        answer = {"key": key, "chat": chat.sha, "generator": generator.name, "replies": replies}
-        with open(self.path, "ab") as file:
-            self.places[key] = file.tell()
-            file.write(json.dumps(answer).encode() + b"\n")
+        self.places[key] = self.file.add({"key": key, "chat": chat.sha, "generator": generator.name, "replies": replies})
 
 
 class Replay:
@@ -82,10 +123,111 @@ class Replay:
 
     def generate(self, chats, *, n=1, temperature=0.0, max_tokens=0, seed=0, stop=()):
         """As every generator; the first n recorded texts of each chat. Raises: Refused where there are fewer."""
-        return [self._one(chat, n) for chat in chats]
+        found = [self.replies.get(chat.sha)[:n] for chat in chats]
+        if short := [texts for texts in found if len(texts) < n]:
+            raise Refused(f"{self.replies.path} holds {len(short[0])} of the {n} answers to this request")
+        return found
 
-    def _one(self, chat, n):
-        found = self.replies[chat.sha] if chat.sha in self.replies else []
-        if len(found) < n:
-            raise Refused(f"{self.replies.path} holds {len(found)} of the {n} answers to this request")
-        return found[:n]
+
+class Recorded:
+    """A generator whose answers are written down and counted: what a judge has said is neither asked nor paid for twice.
+
+    Args:
+      generator: as in generators.py. replies: Replies; None = nothing is written down.
+    Attributes: tokens: words and signs read and written, a stand-in for tokens, whatever the tokenizer.
+    """
+
+    def __init__(self, generator, replies=None):
+        self.generator, self.replies, self.tokens = generator, replies, 0
+        self.name, self.accepts_images = generator.name, generator.accepts_images
+
+    def generate(self, chats, *, n, temperature, max_tokens, seed, stop=()):
+        """As every generator; a chat that was refused has no answers."""
+        drawing = Drawing(n, temperature, max_tokens, seed, tuple(stop))
+        if self.replies is None:
+            found = self.generator.generate(chats, **vars(drawing))
+        else:
+            ask((Request("", chat) for chat in chats), self.generator, drawing, self.replies, len(chats))
+            found = [self.replies.get(key_of(chat, self.generator, drawing)) for chat in chats]
+        texts = [text for chat in chats for _, text in chat.messages] + [text for several in found for text in several]
+        self.tokens += sum(len(TOKEN.findall(text)) for text in texts)
+        return found
+
+
+def ask(requests, generator, drawing, replies, total=None):
+    """Put every request whose answer is not in the file yet.
+
+    Args:
+      requests: iterable of Request. generator: see generators.py. drawing: Drawing.
+      replies: Replies, which the answers are added to. total: number of requests, for the bar.
+    Returns: (Counter of "asked", "recorded" and "refused", list of (id, why) of those refused).
+    Raises: GeneratorError where the generator cannot go on; what was answered until then is in the file.
+    """
+    counts, refused, known = Counter(), [], set()
+    with tqdm(desc=f"asking {generator.name}", total=total, unit="request", disable=None) as bar:
+
+        def new():
+            for request in requests:
+                key = key_of(request.chat, generator, drawing)
+                if key not in replies.places and key not in known:  # two of the same words are asked once
+                    known.add(key)
+                    yield key, request
+                else:
+                    counts["recorded"] += 1
+                    bar.update()
+
+        waiting = new()
+        batches = iter(lambda: list(itertools.islice(waiting, generator.batch_size)), [])
+        for batch, answers in in_parallel(lambda batch: _answers([one.chat for _, one in batch], generator, drawing),
+                                          batches, generator.workers):  # fmt: skip
+            for (key, request), answer in zip(batch, answers):
+                if isinstance(answer, list):
+                    replies.add(key, request.chat, generator, answer)
+                    counts["asked"] += 1
+                else:
+                    refused.append((request.id, str(answer)))
+                    counts["refused"] += 1
+            bar.update(len(batch))
+            bar.set_postfix(counts, refresh=False)
+    return counts, refused
+
+
+def _answers(chats, generator, drawing):
+    """The answers to some chats: per chat a list of str, or the exception that says why there is none."""
+    try:
+        return generator.generate(chats, **vars(drawing))
+    except (Refused, ImageError, FileNotFoundError) as error:
+        if len(chats) == 1:
+            return [error]
+    return [answer for chat in chats for answer in _answers([chat], generator, drawing)]
+
+
+def in_parallel(function, items, workers):
+    """Call a function on items, in several threads.
+
+    Args:
+      function: item -> result. items: iterable, taken no faster than needed. workers: int; 1 = in this thread.
+    Yields: (item, result), in order.
+    Raises: what the function raises; first the results of the calls that were under way are handed out. A program that is
+      interrupted does not wait for the threads.
+    """
+    if workers == 1:
+        yield from ((item, function(item)) for item in items)
+        return
+    items, under_way, failure = iter(items), deque(), None
+    pool = ThreadPool(workers)
+    while True:
+        new = itertools.islice(items, workers - len(under_way) if failure is None else 0)
+        under_way.extend((item, pool.apply_async(function, (item,))) for item in new)
+        if not under_way:
+            break
+        item, call = under_way.popleft()
+        try:
+            result = call.get()
+        except Exception as error:
+            failure = failure or error
+        else:
+            yield item, result
+    pool.close()
+    if failure is not None:
+        raise failure

@@ -1,4 +1,4 @@
-"""Samples: one piece of instruction data, and the files it stands in.
+"""Samples: one piece of instruction data, the files it stands in, and what it breaks as far as that needs no model.
 
 A file holds LLaVA's items, as JSON lines (what `construct` writes) or as one list. Beside id, image and conversations an
 item may say how it came to be; `train.py --data` passes over what it does not know:
@@ -7,24 +7,56 @@ item may say how it came to be; `train.py --data` passes over what it does not k
 AA = annotation adaption, SI = self-instruct. Files are read item by item: memory does not grow with their length.
 """
 
-import json
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 from nanovlm.data import json_files
+from nanovlm.data.images import ImageError, load
+from nanovlm.data.records import check_order
 from nanovlm.evaluation.items import Encoded
 
 IMAGE = "<image>"
 ROLES = {
-    "human": "user", "user": "user",
+    "human": "user", "user": "user", "system": "system",
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "system": "system",
 }  # fmt: skip
+SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 CONTAINERS = {  # key at the top of a file -> what it is; these are no records
     "data": "MIMIC-IT's or TextVQA's file", "annotations": "MiniGPT-4's or COCO's file", "questions": "a VQA question file",
 }  # fmt: skip
 LONGEST_PATH = 255  # characters; a longer name is a picture in base64
-SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+MISSING = "no such image"
+SHOWN = 20  # samples that `lint` names one by one
+
+DESCRIPTION = r"(?:descriptions?|captions?|annotations?)"
+KNOWLEDGE = rf"(?:{DESCRIPTION}|information|text|context|details)"
+PICTURE = r"(?:image|picture|photo|photograph|scene)"
+SOURCE = re.compile(  # requirement 8: "the description", "the given text"; a picture cannot mention anything either
+    rf"""\b(?:
+    (?:according\ to|based\ (?:solely\ |only\ )?on|from|judging\ by)\ (?:the|this|your)\ (?:{PICTURE}(?:'s)?\ |textual\ )?{DESCRIPTION}
+    | the\ (?:{PICTURE}(?:'s)?\ |textual\ )?{DESCRIPTION}\ (?:of\ the\ {PICTURE}\ )?
+      (?:does|do|did|says?|states?|mentions?|indicates?|provides?|describes?|specifies|specify|suggests?)\b
+    | (?:the|this|your)\ (?:given|provided|available|supplied)\ {KNOWLEDGE}
+    | (?:information|text|context|details?|{DESCRIPTION})\ (?:that\ (?:is|are|was|were)\ )?(?:given|provided|supplied|available\ to\ me)\b
+    | (?:mentioned|specified|stated|described|provided|given)\ (?:in|by)\ the\ (?:textual\ )?{DESCRIPTION}
+    | textual\ description
+    | {PICTURE}\ (?:does\ not|doesn't|doesn’t|did\ not)\ mention
+    )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+FORMAT = re.compile(r'"(?:User|AI)"\s*:|```|^\s*[{\[]\s*"', re.IGNORECASE)  # requirement 9's form where words should be
+HEDGE = re.compile(
+    r"\b(?:(?:not|n't|n’t) (?:\w+ )?(?:clear|certain|sure|possible to (?:tell|say|determine))|unclear|uncertain"
+    r"|(?:cannot|can't|can’t|could not|couldn't|difficult to|hard to|impossible to) (?:\w+ )?(?:determine|identify|tell|say|confirm)"
+    r"|(?:specific|enough|clear) information)\b",
+    re.IGNORECASE,
+)
+REGION = re.compile(r"\b(?:box|boxed|square|rectangle|circle[ds]?|frame[ds]?|outlined|marked|highlighted|region|area)\b", re.IGNORECASE)
+NEGATIVE = re.compile(r"^\W*no\b|\b(?:not|n't|n’t|no|none|neither|never|cannot|without)\b", re.IGNORECASE)
 
 
 class Unreadable(ValueError):
@@ -56,11 +88,6 @@ class Sample:
     fields: dict = field(default_factory=dict)
 
     @property
-    def instructions(self):
-        """What the user asks, without the images: list of str."""
-        return [text.replace(IMAGE, "").strip() for role, text in self.turns if role == "user"]
-
-    @property
     def responses(self):
         """What the assistant says: list of str."""
         return [text for role, text in self.turns if role == "assistant"]
@@ -68,18 +95,23 @@ class Sample:
     @property
     def pairs(self):
         """Every instruction that is answered, with its response: list of (str, str)."""
-        turns = [(role, text.replace(IMAGE, " ").strip() if role == "user" else text.strip()) for role, text in self.turns]
+        turns = [(role, bare(role, text)) for role, text in self.turns]
         return [(one[1], other[1]) for one, other in zip(turns, turns[1:]) if (one[0], other[0]) == ("user", "assistant")]
 
     def item(self):
         """As it stands in a file: dict. What is empty is left out."""
-        image = self.images[0] if len(self.images) == 1 else list(self.images)
-        said = [{"from": SPEAKERS[role], "value": text} for role, text in self.turns]
         known = {
-            "image": image, "conversations": said, "task": self.task, "type": self.type, "granularity": self.granularity,
+            "image": self.images[0] if len(self.images) == 1 else list(self.images),
+            "conversations": [{"from": SPEAKERS[role], "value": text} for role, text in self.turns],
+            "task": self.task, "type": self.type, "granularity": self.granularity,
             "provenance": self.provenance, "scores": self.scores, "flags": list(self.flags),
         }  # fmt: skip
         return {"id": self.id} | {name: value for name, value in known.items() if value} | self.fields
+
+
+def bare(role, text):
+    """What a turn says, without the images."""
+    return (text.replace(IMAGE, " ") if role == "user" else text).strip()
 
 
 def sample(item):
@@ -87,23 +119,21 @@ def sample(item):
     if not isinstance(item, dict):
         raise ValueError(f"an object with id, image and conversations was expected, found {type(item).__name__}")
     rest = dict(item)
-    if "id" not in rest or "conversations" not in rest:
-        missing = [name for name in ("id", "conversations") if name not in rest]
+    if missing := [name for name in ("id", "conversations") if name not in rest]:
         raise ValueError(f"{' and '.join(missing)} missing; found {', '.join(map(repr, rest)) or 'nothing'}")
-    id, said, image = rest.pop("id"), rest.pop("conversations"), rest.pop("image", None)
+    id, conversations, image = rest.pop("id"), rest.pop("conversations"), rest.pop("image", None)
     images = [] if image is None else image if isinstance(image, list) else [image]
     if not all(isinstance(one, str) and one for one in images):
         raise ValueError(f"image must be a path or a list of paths, found {image!r}")
-    if not isinstance(said, list):
-        raise ValueError(f"conversations must be a list, found {said!r}")
+    if not isinstance(conversations, list):
+        raise ValueError(f"conversations must be a list, found {conversations!r}")
     known = {}
     for name, kind in (("task", str), ("type", str), ("granularity", str), ("provenance", dict), ("scores", dict), ("flags", list)):
-        value = rest.pop(name, kind())
-        if not isinstance(value, kind):
-            raise ValueError(f"{name} must be a {kind.__name__}, found {value!r}")
-        known[name] = value
+        known[name] = rest.pop(name, kind())
+        if not isinstance(known[name], kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, found {known[name]!r}")
     known["flags"] = tuple(known["flags"])
-    return Sample(str(id), tuple(images), tuple(_turn(turn) for turn in said), **known, fields=rest)
+    return Sample(str(id), tuple(images), tuple(map(_turn, conversations)), **known, fields=rest)
 
 
 def _turn(turn):
@@ -129,7 +159,10 @@ def read(path):
     found = False
     for element in json_files.records(path):
         found, value = True, element.value
-        _refuse_container(path, value)
+        key = next((key for key in CONTAINERS if key in value), None) if isinstance(value, dict) else None
+        if key and "conversations" not in value and isinstance(value[key], (dict, list)):
+            raise ValueError(f"{path}: the key {key!r} at its top makes it {CONTAINERS[key]}, not a file of records; bring it "
+                             "into LLaVA's form with `python -m nanovlm.data convert`")  # fmt: skip
         try:
             if isinstance(value, ValueError):
                 raise value
@@ -149,15 +182,6 @@ def text_of(path, element):
         return file.read(element.stop - element.start).decode("utf-8", "replace").strip()
 
 
-def _refuse_container(path, value):
-    key = next((key for key in CONTAINERS if key in value), None) if isinstance(value, dict) else None
-    if key and "conversations" not in value and isinstance(value[key], (dict, list)):
-        raise ValueError(
-            f"{path}: the key {key!r} at its top makes it {CONTAINERS[key]}, not a file of records; bring it into LLaVA's "
-            "form with `python -m nanovlm.data convert`"
-        )
-
-
 def picture(name, root):
     """Where a picture of a sample is: Path, or items.Encoded.
 
@@ -171,9 +195,82 @@ def picture(name, root):
     for path in (Path(root) / name, Path(root) / Path(name).name):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"{Path(root) / name}: no such image")
+    raise FileNotFoundError(f"{Path(root) / name}: {MISSING}")
 
 
-def write_line(file, sample):
-    """Append one sample to an open text file, as one line."""
-    file.write(json.dumps(sample.item(), ensure_ascii=False) + "\n")
+def defects(sample, root=None):
+    """What makes a sample bad to train on, such as talk about the text that its writer saw instead of the picture.
+
+    Args:
+      sample: Sample. root: folder where its image paths start; None = pictures are not looked at.
+    Returns: list of (rule, words) str; rule is "turns", "placeholders", "source", "format" or "image".
+    """
+    found = []
+    try:
+        check_order([role for role, _ in sample.turns if role != "system"])
+    except ValueError as error:
+        found.append(("turns", str(error)))
+    for place, (role, text) in enumerate(sample.turns, start=1):
+        words = bare(role, text)
+        if not words:
+            found.append(("turns", f"turn {place}: the {role} says nothing"))
+        for rule, pattern in (("source", SOURCE), ("format", FORMAT)):
+            if role != "system" and (broken := pattern.search(words)):
+                found.append((rule, f"turn {place}: {broken[0]!r}"))
+    placeholders = sum(text.count(IMAGE) for role, text in sample.turns if role == "user")
+    if placeholders != len(sample.images):
+        found.append(("placeholders", f"{placeholders} {IMAGE} in the user's turns, {len(sample.images)} image(s)"))
+    for name in sample.images if root is not None else ():
+        try:
+            opened = picture(name, root)
+            opened.open() if isinstance(opened, Encoded) else load(opened)
+        except (ImageError, OSError) as error:
+            found.append(("image", str(error)))
+    return found
+
+
+def remarks(sample, granularity="", plan=""):
+    """What might be better: list of (rule, words) str.
+
+    rule is "hedge" (the review's requirement 1), "region" (2, if that is the granularity) or "negative" (6, if that is
+    the plan).
+    """
+    found = [("hedge", f"turn {place}: {broken[0]!r}") for place, (role, text) in enumerate(sample.turns, start=1)
+             if role == "assistant" and (broken := HEDGE.search(text))]  # fmt: skip
+    if granularity == "region" and not any(REGION.search(text) for _, text in sample.turns):
+        found.append(("region", "nobody speaks of the marked region"))
+    if plan == "negative" and not any(map(NEGATIVE.search, sample.responses)):
+        found.append(("negative", "no answer denies anything"))
+    return found
+
+
+def add_lint_flags(parser):
+    """The flags of `lint`."""
+    parser.add_argument("file", metavar="FILE", help="LLaVA-style .json or .jsonl")
+    parser.add_argument("--images", metavar="FOLDER", help="where image paths start (default: the folder of FILE)")
+
+
+def lint(args):
+    """What a sample breaks, as far as it can be checked without a model.
+
+        python -m nanovlm.vlit lint FILE [--images FOLDER]
+
+    Defects make a sample bad to train on: no order of turns, empty ones, other pictures than placeholders, remains of the
+    format, and talk about the text that the writer saw instead of the picture (requirements 3 and 8 of the review's system
+    prompt; its own printed samples break them). Remarks are softer: hedging (requirement 1), questions about a marked region
+    that never speak of it (2), a negative plan without a negative answer (6). `filter` drops for defects alone.
+    """
+    root = Path(args.file).parent if args.images is None else Path(args.images)
+    counts, shown, total, broken = Counter(), [], 0, 0
+    for where, one in tqdm(read(args.file), desc="lint", unit="sample", disable=None):
+        total += 1
+        if isinstance(one, Unreadable):
+            found = [("unreadable", str(one))]
+        else:
+            found = defects(one, root)
+            counts.update(rule for rule, _ in remarks(one, one.granularity, one.provenance.get("plan", "")))
+        broken += bool(found)
+        counts.update({rule for rule, _ in found})
+        shown += [f"{where}: {rule}: {words}" for rule, words in found][: max(0, SHOWN - len(shown))]
+    kinds = ", ".join(f"{rule} {count}" for rule, count in counts.most_common())
+    return [*shown, f"{total} samples, {broken} with defects" + (f"; samples by rule: {kinds}" if kinds else "")]

@@ -1,52 +1,28 @@
 """Self-instruct: a language model reads the description of a picture and writes a conversation about the picture.
 
-The system prompt is the review's (Appendix A.2.2) word for word, with its nine requirements as lines that a plan
-switches. The plans are the kinds of conversation that its Sec. 4.2.2 asks for. Before the description stand two of ten
-examples, drawn at random, and behind it the key points once more ("redundantly", Sec. 4.2.2).
+The system prompt (in prompts.json) is the review's (Appendix A.2.2) word for word, with its nine requirements as lines that
+a plan switches. The plans are the kinds of conversation that its Sec. 4.2.2 asks for. Before the description stand two of
+ten examples drawn at random ("about 10 generated samples through manual writing, randomly select 2 of them"), and behind it
+the key points once more ("redundantly", Sec. 4.2.2). The examples (examples.json) are described pictures that we imagined,
+each with a conversation that shows what the plans it serves ask for.
 
 Differs from the paper: it prints the prompt for regions only; what a plan without a region says instead, the extra line
 of several rounds, the examples and the key points are ours.
 """
 
+import json
 import random
 from dataclasses import dataclass
 
 from nanovlm.names import nearest
 from nanovlm.vlit.annotations import Annotation, Picture
 from nanovlm.vlit.descriptions import describe
-from nanovlm.vlit.examples import EXAMPLES, written
-from nanovlm.vlit.generators import Chat, digest
+from nanovlm.vlit.replies import Chat, digest
+from nanovlm.vlit.words import load_table
 
-OPENING = (
-    "You are an artificial intelligence assistant. You'll be given a text describing an image, and based on that text "
-    "you'll be asked to generate a conversation around {subject}. The conversation context is a question-and-answer "
-    "session between the visual AI assistant and the user around the image. Specifically, the generated dialogue needs "
-    "to meet the following requirements:"
-)
-REGION, WHOLE = "the object circled by a square box in the image", "the image"
-REQUIREMENTS = {
-    1: "Answer confidently to the content described in the text.",
-    2: "The conversation must be about the object in the circle.",
-    3: "The visual artificial assistant's tone is that it sees the picture, not the text description.",
-    4: "It is necessary to ask more complex questions about the content in the image, appropriately combine it with "
-       "external knowledge that does not appear in the image, and expand the discussion on the people, places, brands, "
-       "and other information known to the public in the image.",
-    5: "The answers in the conversation need to be as detailed as possible, and examples or reasoning steps need to be "
-       "given when necessary to make the answer more convincing.",
-    6: "A certain number of negative answers need to be included in the generated dialogue, such as questions about "
-       "non-occurring objects, and misdescriptions.",
-    7: "The generated conversation starts with the user asking a question.",
-    8: 'Don\'t have anything like "the description", or "the given text" in the generated conversation.',
-    9: 'The format of the output dialogue must refer to {"User": "Question?", "AI": "Answer."}.',
-}  # fmt: skip
-ROUNDS = "The conversation has at least {rounds} rounds, and later questions follow up on earlier answers."
-REMINDERS = {  # key points, repeated
-    1: "Do not generate uncertain content and avoid fuzzy answers.",
-    2: "Ask about the object in the square box only.",
-    3: "Speak as somebody who sees the picture.",
-    6: "Some questions must be answered with no.",
-    8: "Never speak of a description or a text.",
-}
+_prompts = load_table("prompts.json")["self-instruct"]
+REQUIREMENTS = {int(place): words for place, words in _prompts["requirements"].items()}
+REMINDERS = {int(place): words for place, words in _prompts["reminders"].items()}  # of some requirements
 NUM_EXAMPLES = 2
 
 
@@ -65,13 +41,46 @@ class Plan:
     rounds: int = 0
 
 
-PLANS = {
-    "global": Plan("global", (1, 3, 5, 7, 8, 9), "conversation"),
-    "region": Plan("region", (1, 2, 3, 4, 5, 6, 7, 8, 9), "single-region reasoning", "region"),
-    "negative": Plan("negative", (1, 3, 6, 7, 8, 9), "visual question answering"),
-    "multi-round": Plan("multi-round", (1, 3, 5, 7, 8, 9), "conversation", rounds=5),
-    "knowledge": Plan("knowledge", (1, 3, 4, 5, 7, 8, 9), "complex reasoning"),
-}
+PLANS = {plan.name: plan for plan in (
+    Plan("global", (1, 3, 5, 7, 8, 9), "conversation"),
+    Plan("region", (1, 2, 3, 4, 5, 6, 7, 8, 9), "single-region reasoning", "region"),
+    Plan("negative", (1, 3, 6, 7, 8, 9), "visual question answering"),
+    Plan("multi-round", (1, 3, 5, 7, 8, 9), "conversation", rounds=5),
+    Plan("knowledge", (1, 3, 4, 5, 7, 8, 9), "complex reasoning"),
+)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Example:
+    """plans: names of those it fits. picture: Picture. turns: (question, answer) each. region: the marked Annotation."""
+
+    plans: tuple[str, ...]
+    picture: Picture
+    turns: tuple[tuple[str, str], ...]
+    region: Annotation | None
+
+
+def _example(plans, captions, objects, turns, attributes=(), asked=(), characters=(), region=None):
+    """An Example. objects, characters: (words, box). attributes: (object's place, words). asked: (question, answer)."""
+    notes = [Annotation(f"caption/{n}", "caption", words) for n, words in enumerate(captions)]
+    notes += [Annotation(f"object/{n}", "object", words, box=box) for n, (words, box) in enumerate(objects)]
+    notes += [Annotation(f"attribute/{n}", "attribute", words, of=f"object/{owner}") for n, (owner, words) in enumerate(attributes)]
+    notes += [Annotation(f"vqa/{n}", "vqa", answer, question) for n, (question, answer) in enumerate(asked)]
+    notes += [Annotation(f"ocr/{n}", "ocr", words, box=box) for n, (words, box) in enumerate(characters)]
+    marked = next((one for one in notes if one.id == region), None)
+    return Example(tuple(plans), Picture("example", annotations=notes), tuple(map(tuple, turns)), marked)
+
+
+EXAMPLES = tuple(_example(**example) for example in load_table("examples.json"))
+
+
+def written(turns):
+    """A conversation in the form of requirement 9, with its repeated keys: str.
+
+    turns: (question, answer) each.
+    """
+    pairs = [(name, words) for turn in turns for name, words in zip(("User", "AI"), turn)]
+    return "{" + ", ".join(f'"{name}": {json.dumps(words, ensure_ascii=False)}' for name, words in pairs) + "}"
 
 
 @dataclass(frozen=True)
@@ -105,9 +114,10 @@ def chosen_lines(plan, lines=None):
 def system_prompt(plan, lines=None):
     """What the language model is told first: str. Args: as of `chosen_lines`; the lines are numbered anew."""
     told = [REQUIREMENTS[number] for number in chosen_lines(plan, lines)]
-    told += [ROUNDS.format(rounds=plan.rounds)] if plan.rounds else []
+    told += [_prompts["rounds"].format(rounds=plan.rounds)] if plan.rounds else []
     numbered = " ".join(f"{place}. {words}" for place, words in enumerate(told, start=1))
-    return f"{OPENING.format(subject=REGION if plan.granularity == 'region' else WHOLE)} {numbered}"
+    subject = _prompts["region" if plan.granularity == "region" else "whole"]
+    return f"{_prompts['opening'].format(subject=subject)} {numbered}"
 
 
 def chat(picture, plan, region=None, form="sentences", lines=None, seed=0, image=""):
@@ -118,12 +128,11 @@ def chat(picture, plan, region=None, form="sentences", lines=None, seed=0, image
       form: of descriptions.FORMS. lines: as of `chosen_lines`.
       seed: int; with the picture and the plan it decides which examples are shown.
       image: path of the picture (marked), for generators that look at it.
-    Returns: generators.Chat.
+    Returns: replies.Chat.
     """
     fitting = [one for one in EXAMPLES if plan.name in one.plans]
-    drawn = random.Random(digest([seed, picture.id, plan.name])).sample(fitting, NUM_EXAMPLES)
     messages = [("system", system_prompt(plan, lines))]
-    for one in drawn:
+    for one in random.Random(digest([seed, picture.id, plan.name])).sample(fitting, NUM_EXAMPLES):
         messages += [("user", _given(describe(one.picture, form, one.region))), ("assistant", written(one.turns))]
     stated = chosen_lines(plan, lines)
     reminders = " ".join(words for number, words in REMINDERS.items() if number in stated)

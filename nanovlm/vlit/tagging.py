@@ -2,73 +2,37 @@
 
 The review assigns labels with TagGPT (arXiv:2304.03022): a language model proposes labels from a sample, those that
 cover much and repeat no other are kept, and every instruction is given one of them. `propose` and `assign` do that with
-any generator. Without one, `tag` knows the tasks below; their names are those of the review's Table 5, unified as it
-says.
+any generator. Without one, `tag` knows the tasks of tasks.json, whose names are those of the review's Table 5, unified as
+it says; of their rules on the lower-case instruction the first that fits decides.
 """
 
+import math
 import re
 from collections import Counter
 from difflib import SequenceMatcher
 
 import numpy
 
-from nanovlm.vlit.embedding import bucket, grams
-from nanovlm.vlit.generators import Chat
+from nanovlm.vlit.clustering import grams
+from nanovlm.vlit.replies import Chat
+from nanovlm.vlit.words import load_table
 
 OTHER = "other"
 NEAREST = 0.25  # cosine below which no example is near enough
-WH = r"\b(?:what|which|who|whose|where|when|how)\b"
-TASKS = {  # name -> (rule on the lower-case instruction, examples); the first rule that fits decides
-    "region understanding": (r"\b(?:box(?:ed)?|circled|marked|highlighted|outlined|region)\b|\[\d", "describe the marked region"),
-    "object localization": (r"\b(?:bounding box|coordinates|locate|localize|detect|point (?:to|out))\b|^where\b", "find the dog"),
-    "text recognition": (
-        r"\b(?:ocr|read|written|transcribe|spell)\b|\b(?:text|word|letters|sign|label|title|caption) says?\b"
-        r"|\bwhat (?:is the|does the) (?:text|word|number on|name on|brand)\b|\bwhat brand\b", "read the characters",
-    ),
-    "instance counting": (r"\bhow many\b|\bcount\b|\bnumber of\b", "count the cars"),
-    "comparison": (r"\bdifferences?\b|\bcompared? (?:to|with)?\b|\bboth (?:images|pictures)\b|\bsimilarities\b", "spot the difference"),
-    "visual storytelling": (r"\b(?:story|poem|tale|dialogue|song|lyrics|advertisement)\b", "write a story about it"),
-    "complex reasoning": (
-        r"\bwhy\b|\bhow (?:could|might|would|can|should|does|do)\b|\bwhat (?:might|could|would|can|if|should)\b"
-        r"|\b(?:explain|infer|reason|imply|implies|suggests?|potential|possible|purpose|benefits?|challenges?|consequences?"
-        r"|likely|predict|happen(?:ed|s)? (?:next|before)|precautions)\b", "explain what may have led to this situation",
-    ),
-    "detailed description": (
-        r"\b(?:in detail|detailed|comprehensive|thorough(?:ly)?|elaborate|in-depth|as much as possible|analy[sz]e)\b",
-        "characterize everything at length",
-    ),
-    "image captioning": (
-        r"\b(?:describe|description|caption|summari[sz]e|depict|list the objects|name the objects|what objects)\b"
-        r"|\bwhat(?:'s| is| do you see| can you see) (?:happening |shown |going on )?in (?:the|this) (?:image|picture|photo|scene)\b"
-        r"|^what do you see|tell me (?:more )?about", "portray the picture briefly",
-    ),
-    "spatial relation": (
-        r"\b(?:left of|right of|above|below|behind|in front of|next to|beside|on top of|under|underneath|between|relative to"
-        r"|position(?:ed)?|located|relationship)\b", "relate the two objects in space",
-    ),
-    "instance attribute": (
-        r"\bcolou?rs?\b|\bwhat (?:shape|size|material|pattern|texture|type of pattern)\b|\bwhat is the \w+ shape\b|\bmade (?:of|from)\b"
-        r"|\bbig or small\b|\b(?:appearance|condition|wearing)\b", "name the colour",
-    ),
-    "action recognition": (r"\b(?:doing|action|activity|activities|playing|holding|engaged)\b", "recognize the activity"),
-    "existence": (r"^(?:is|are) there\b|\b(?:do|can) you see (?:an?|any)\b|\b(?:present|visible|contain) in\b", "say whether it is there"),
-    "image classification": (r"\bwhat (?:kind|type|sort|category|breed|species|sport|animal)\b|\bclassify\b", "name the category"),
-    "scene understanding": (r"\b(?:weather|season|time of (?:day|year)|setting|location|environment|atmosphere|indoors?|outdoors?|place)\b",
-                            "name the season and the surroundings"),
-    "verification": (r"^(?:is|are|was|were|does|do|did|has|have|can|could|will|would)\b", "say yes or no"),
-    "visual question answering": (rf"{WH}|\?", "answer the question"),
-}  # fmt: skip
-RULES = {name: re.compile(rule) for name, (rule, _) in TASKS.items()}
+COVERAGE, SIMILAR, TOGETHER = 0.02, 0.8, 20  # share of the sample a label covers; likeness of names; instructions a prompt
+TASKS = load_table("tasks.json")
+RULES = {name: re.compile("|".join(task["rules"])) for name, task in TASKS.items()}
+_prompts = load_table("prompts.json")
 
 
-def _sparse(text):
-    """Hashed grams of a text as {bucket: share}, of length 1."""
-    counts = Counter(bucket(gram) for gram in grams(text))
-    length = sum(count * count for count in counts.values()) ** 0.5
-    return {place: count / length for place, count in counts.items()}
+def _unit(text):
+    """Grams of a text as {gram: share}, of length 1."""
+    counts = Counter(grams(text))
+    length = math.hypot(*counts.values())
+    return {gram: count / length for gram, count in counts.items()}
 
 
-CENTRES = {name: _sparse(example) for name, (_, example) in TASKS.items()}
+EXAMPLES = {name: _unit(task["example"]) for name, task in TASKS.items()}
 
 
 def tag(instruction):
@@ -77,24 +41,17 @@ def tag(instruction):
     for name, rule in RULES.items():
         if rule.search(text):
             return name
-    words = _sparse(text)
-    near = {
-        name: sum(share * centre.get(place, 0.0) for place, share in words.items()) for name, centre in CENTRES.items()
-    }
+    words = _unit(text)
+    near = {name: sum(share * example.get(gram, 0.0) for gram, share in words.items()) for name, example in EXAMPLES.items()}
     best = max(near, key=near.get)
     return best if near[best] >= NEAREST else OTHER
 
 
-PROPOSE = (
-    "Here are instructions about pictures:\n{instructions}\n"
-    "Name the kinds of task that they set, at most ten, one short name on each line and nothing else."
-)
-ASSIGN = 'Here is an instruction about a picture: "{instruction}"\nWhich of these tasks does it set?\n{tags}\nAnswer with one name of the list.'
-COVERAGE, SIMILAR, TOGETHER = (
-    0.02,
-    0.8,
-    20,
-)  # share of the sample a label covers; likeness of two names; instructions per prompt
+def _ask(generator, prompt, fillings, max_tokens, seed, stop=()):
+    """What a generator says to a prompt with each of some fillings: list of str, in lower case."""
+    chats = [Chat((("user", "\n".join(_prompts[prompt]).format(**filling)),)) for filling in fillings]
+    replies = generator.generate(chats, n=1, temperature=0.0, max_tokens=max_tokens, seed=seed, stop=stop)
+    return [" ".join(several).lower() for several in replies]
 
 
 def propose(generator, instructions, seed=0):
@@ -106,9 +63,8 @@ def propose(generator, instructions, seed=0):
     Raises: ValueError if the generator names none.
     """
     groups = [instructions[begin : begin + TOGETHER] for begin in range(0, len(instructions), TOGETHER)]
-    chats = [_chat(PROPOSE.format(instructions="\n".join(f"- {one}" for one in group))) for group in groups]
-    replies = generator.generate(chats, n=1, temperature=0.0, max_tokens=128, seed=seed, stop=())
-    lines = [line for several in replies for reply in several for line in reply.lower().split("\n")]
+    fillings = [{"instructions": "\n".join(f"- {one}" for one in group)} for group in groups]
+    lines = [line for reply in _ask(generator, "propose tasks", fillings, 128, seed) for line in reply.split("\n")]
     counts = Counter(name for line in lines if 0 < len(name := re.sub(r"^[\W\d]+|[\W]+$", "", line)) <= 40)
     kept = []
     for name, _ in counts.most_common():
@@ -121,17 +77,9 @@ def propose(generator, instructions, seed=0):
 
 def assign(generator, instructions, tags, seed=0):
     """One of the labels for every instruction: list of str, OTHER where the answer names none of them."""
-    chats = [_chat(ASSIGN.format(instruction=one, tags="\n".join(tags))) for one in instructions]
-    replies = generator.generate(chats, n=1, temperature=0.0, max_tokens=16, seed=seed, stop=("\n",))
-    found = []
-    for several in replies:
-        named = [name for name in tags if name in " ".join(several).lower()]
-        found.append(max(named, key=len) if named else OTHER)
-    return found
-
-
-def _chat(text):
-    return Chat((("user", text),))
+    fillings = [{"instruction": one, "tags": "\n".join(tags)} for one in instructions]
+    replies = _ask(generator, "assign task", fillings, 16, seed, stop=("\n",))
+    return [max((name for name in tags if name in reply), key=len, default=OTHER) for reply in replies]
 
 
 def covering(assigned):
@@ -151,8 +99,7 @@ def balance(counts):
     """
     shares = numpy.sort(numpy.array(list(counts.values()), dtype=float))
     shares /= shares.sum()
-    ranks = numpy.arange(1, len(shares) + 1)
-    filled = shares[shares > 0]
+    ranks, filled = numpy.arange(1, len(shares) + 1), shares[shares > 0]
     return {
         "variance": float((100 * shares).var()),
         "entropy": float(-(filled * numpy.log(filled)).sum()),

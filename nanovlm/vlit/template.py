@@ -7,30 +7,12 @@ and the whole pipeline runs on it without one. The seed and the number of the dr
 
 import random
 
-from nanovlm.vlit.categories import ALWAYS_SEVERAL, GROUP_OF, NUMBERS, USES, counted, one_of, plural
 from nanovlm.vlit.descriptions import SEVERAL, counts, named_region, question
-from nanovlm.vlit.examples import written
-from nanovlm.vlit.generators import Refused, digest
+from nanovlm.vlit.replies import Refused, digest
+from nanovlm.vlit.self_instruct import written
+from nanovlm.vlit.words import ALWAYS_SEVERAL, GROUP_OF, NUMBERS, OTHER_NAMES, USES, counted, load_table, one_of, plural
 
-DESCRIBE = ("What can be seen in the picture?", "Can you describe the picture?", "What is this a picture of?",
-            "What is happening here?", "Tell me what you see, please.")  # fmt: skip
-NAME_ALL = ("Which objects can you make out?", "What objects are there?", "Can you name the things in it?")
-HOW_MANY = ("How many {} are there?", "How many {} can you see?", "What is the number of {} in the picture?")
-WHERE = ("Where is the {}?", "In which part of the picture is the {}?", "Where can I find the {}?")
-ABSENT = ("Is there {} in the picture?", "Can you see {}?", "Does {} appear in the picture?")
-KNOWLEDGE = (
-    "Can you tell me something about {} in general?",
-    "What should I know about {}?",
-    "What is special about {}?",
-)
-MARKED = ("What is in the square box?", "What does the box mark?", "What is marked in the picture?")
-OTHER_NAMES = {
-    "airplane": ("plane", "jet"), "bicycle": ("bike",), "motorcycle": ("motorbike", "bike"), "couch": ("sofa",),
-    "tv": ("television", "screen"), "laptop": ("computer",), "donut": ("doughnut",), "boat": ("ship",), "backpack": ("bag",),
-    "handbag": ("purse", "bag"), "suitcase": ("luggage", "bag"), "refrigerator": ("fridge",), "hair drier": ("dryer",),
-    "remote": ("controller",), "potted plant": ("flower",), "bowl": ("dish",), "cup": ("mug", "glass"), "car": ("vehicle",),
-    "truck": ("vehicle", "lorry"), "cow": ("cattle", "calf"), "sandwich": ("burger",), "oven": ("stove",), "sink": ("basin",),
-}  # fmt: skip
+ASKED = load_table("prompts.json")["template"]  # kind of question -> several ways to ask it
 CLOSE = 0.05  # of the picture; objects nearer to each other than this are on no side of one another
 
 
@@ -69,9 +51,7 @@ class Rounds:
 
     def of_plan(self, plan):
         """The rounds of a self_instruct.Plan, in their order."""
-        seen = self._shuffled(
-            self.number() + self.place() + self.side() + self.attributes() + self.characters() + self.asked()
-        )
+        seen = self._shuffled(self.number() + self.place() + self.side() + self.attributes() + self.characters() + self.asked())
         described = self.description()
         first = described or self.names()
         if plan.name == "region":
@@ -91,83 +71,60 @@ class Rounds:
     def description(self):
         """What the captions say, one or two of them."""
         told = [_sentence(one.value) for one in self._shuffled(self.picture.of_kind("caption"))]
-        return [(self._one(DESCRIBE), " ".join(told[: self.draw.choice((1, 2))]))] if told else []
+        return [(self._ask("describe"), " ".join(told[: self.draw.choice((1, 2))]))] if told else []
 
     def names(self):
         """All categories with their numbers."""
-        told = [
-            f"several {plural(name)}" if number == SEVERAL else counted(name, number)
-            for name, number in self.counts.items()
-        ]
+        told = [f"several {plural(name)}" if number == SEVERAL else counted(name, number) for name, number in self.counts.items()]
         if not told:
             return []
         verb = "is" if told[0].startswith("one ") else "are"
-        listed = told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
-        return [(self._one(NAME_ALL), f"There {verb} {listed}.")]
+        return [(self._ask("name all"), f"There {verb} {' and '.join(filter(None, (', '.join(told[:-1]), told[-1])))}.")]
 
     def number(self):
         """How many there are of each category."""
-        verb = {name: "is" if self.counts[name] == 1 else "are" for name in self.known}
-        return [(self._one(HOW_MANY).format(plural(name)), f"There {verb[name]} {counted(name, self.counts[name])}.")
-                for name in self.known]  # fmt: skip
+        return [(self._ask("how many", plural(name)), f"There {_are(name, self.counts[name])}.") for name in self.known]
 
     def place(self):
         """Where the only object of its category is."""
-        return [(self._one(WHERE).format(one.value), f"The {one.value} is {place_of(one.box)}.")
-                for one in self.single if not _several(one)]  # fmt: skip
+        return [(self._ask("where", one.value), f"The {one.value} is {place_of(one.box)}.")
+                for one in self.single if one.value not in ALWAYS_SEVERAL]  # fmt: skip
 
     def side(self):
         """On which side of one another two objects are."""
-        pairs = [(one, other) for one in self.single for other in self.single if one is not other and not _several(one)]
+        pairs = [(one, other) for one in self.single for other in self.single
+                 if one is not other and one.value not in ALWAYS_SEVERAL]  # fmt: skip
         found = []
         for one, other in self._shuffled(pairs)[:2]:
             apart = (one.box[0] + one.box[2] - other.box[0] - other.box[2]) / 2
             asked, truth = self.draw.choice(("left", "right")), "left" if apart < 0 else "right"
+            answer = f"Yes, it is on the {truth}." if asked == truth else f"No, it is to the {truth} of the {other.value}."
             if abs(apart) > CLOSE:
-                answer = (
-                    f"Yes, it is on the {truth}."
-                    if asked == truth
-                    else f"No, it is to the {truth} of the {other.value}."
-                )
                 found.append((f"Is the {one.value} to the {asked} of the {other.value}?", answer))
         return found
 
     def attributes(self):
         """What single objects are like."""
-        found = []
-        for one in self.single:
-            told = [note.value for note in self.picture.of_kind("attribute") if note.of == one.id]
-            if told:
-                found.append((f"What is the {one.value} like?", f"It is {' and '.join(told)}."))
-        return found
+        told = [(one.value, [note.value for note in self.picture.of_kind("attribute") if note.of == one.id]) for one in self.single]
+        return [(f"What is the {name} like?", f"It is {' and '.join(words)}.") for name, words in told if words]
 
     def characters(self):
         """What can be read."""
-        words = [f'"{one.value}"' for one in self.picture.of_kind("ocr")]
-        return (
-            [("What can be read in the picture?", f"The characters {', '.join(words)} can be read.")] if words else []
-        )
+        words = ", ".join(f'"{one.value}"' for one in self.picture.of_kind("ocr"))
+        return [("What can be read in the picture?", f"The characters {words} can be read.")] if words else []
 
     def asked(self):
         """The annotated questions."""
-        return [
-            (question(one)[0].upper() + question(one)[1:], _sentence(one.value)) for one in self.picture.of_kind("vqa")
-        ]
+        return [(question(one)[0].upper() + question(one)[1:], _sentence(one.value)) for one in self.picture.of_kind("vqa")]
 
     def absent(self):
         """Categories that are neither annotated nor spoken of; of people, captions speak in too many words."""
         if not self.objects:  # where nobody noted objects, none is known to be absent
             return []
-        said = " ".join(one.value + " " + one.question for one in self.picture.annotations).lower()
-        names = [
-            name
-            for name in GROUP_OF
-            if name not in (*self.counts, *ALWAYS_SEVERAL, "person") and not _spoken_of(name, said)
-        ]
-        return [
-            (self._one(ABSENT).format(one_of(name)), f"No, there is no {name} in the picture.")
-            for name in self._shuffled(names)
-        ]
+        told = " ".join(one.value + " " + one.question for one in self.picture.annotations).lower()
+        names = [name for name in GROUP_OF if name not in self.counts and name not in ALWAYS_SEVERAL and name != "person"
+                 and not any(part in told for part in (name.split()[-1], plural(name), *OTHER_NAMES.get(name, ())))]  # fmt: skip
+        return [(self._ask("absent", one_of(name)), f"No, there is no {name} in the picture.") for name in self._shuffled(names)]
 
     def wrong_number(self):
         """A wrong number, put right."""
@@ -175,41 +132,34 @@ class Rounds:
         for name in self._shuffled(self.known):
             wrong = self.counts[name] + self.draw.choice((1, 2))
             if wrong < len(NUMBERS):
-                verb = "is" if self.counts[name] == 1 else "are"
-                found.append(
-                    (f"Are there {counted(name, wrong)}?", f"No, there {verb} {counted(name, self.counts[name])}.")
-                )
+                found.append((f"Are there {counted(name, wrong)}?", f"No, there {_are(name, self.counts[name])}."))
         return found
 
     def knowledge(self):
         """What the categories in the picture are for."""
         names = [name for name in self._shuffled(list(self.counts)) if name in USES]
-        return [(self._one(KNOWLEDGE).format(plural(name)), _use(name)) for name in names]
+        return [(self._ask("knowledge", plural(name)), _use(name)) for name in names]
 
     def marked(self):
         """About the marked object alone."""
-        region = self.region
-        rounds = [(self._one(MARKED), f"The box marks {named_region(self.picture, region)}.")]
+        region, name = self.region, self.region.value
+        rounds = [(self._ask("marked"), f"The box marks {named_region(self.picture, region)}.")]
         rounds.append(("Where is the marked region?", f"It is {place_of(region.box)}."))
         if region.kind == "object":
-            number = self.counts.get(region.value)
+            number = self.counts.get(name)
             if number == 1:
-                rounds.append((f"Is there another {region.value} besides the marked one?", "No, it is the only one."))
+                rounds.append((f"Is there another {name} besides the marked one?", "No, it is the only one."))
             elif number != SEVERAL:
-                rounds.append(
-                    (
-                        "How many more of the marked kind are there?",
-                        f"Besides the marked one there {_others(region.value, number - 1)}.",
-                    )
-                )
-            other = self._one([name for name in GROUP_OF if name not in self.counts])
-            rounds.append((f"Is {one_of(other)} in the box?", f"No, the box marks {one_of(region.value)}."))
-            if region.value in USES:
-                rounds.append((f"Can you tell me more about the marked {region.value}?", _use(region.value)))
+                answer = f"Besides the marked one there {_are(name, number - 1)}."
+                rounds.append(("How many more of the marked kind are there?", answer))
+            other = self.draw.choice([other for other in GROUP_OF if other not in self.counts])
+            rounds.append((f"Is {one_of(other)} in the box?", f"No, the box marks {one_of(name)}."))
+            if name in USES:
+                rounds.append((f"Can you tell me more about the marked {name}?", _use(name)))
         return rounds[:1] + self._shuffled(rounds[1:])
 
-    def _one(self, several):
-        return self.draw.choice(several)
+    def _ask(self, kind, *words):
+        return self.draw.choice(ASKED[kind]).format(*words)
 
     def _shuffled(self, several):
         return self.draw.sample(several, len(several))
@@ -220,32 +170,18 @@ def place_of(box):
     across, down = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     row = "top" if down < 1 / 3 else "bottom" if down > 2 / 3 else ""
     column = "left" if across < 1 / 3 else "right" if across > 2 / 3 else ""
-    if not row and not column:
-        return "in the middle of the picture"
-    return f"at the {row} {column} of the picture" if row and column else f"at the {row or column} of the picture"
+    place = " ".join(filter(None, (row, column)))
+    return f"at the {place} of the picture" if place else "in the middle of the picture"
 
 
-def _spoken_of(name, words):
-    """Whether a category may be meant by some words: its last part, or another name of it, occurs in them."""
-    return any(part in words for part in (name.split()[-1], plural(name), *OTHER_NAMES.get(name, ())))
-
-
-def _several(annotation):
-    return annotation.value in ALWAYS_SEVERAL
-
-
-def _is(name):
-    return "are" if name in ALWAYS_SEVERAL else "is"
-
-
-def _others(name, number):
+def _are(name, number):
     return f"{'is' if number == 1 else 'are'} {counted(name, number)}"
 
 
 def _use(name):
     """What a category is for, as a sentence: str."""
     words = one_of(name)
-    return f"{words[0].upper()}{words[1:]} {_is(name)} {USES[name]}."
+    return f"{words[0].upper()}{words[1:]} {'are' if name in ALWAYS_SEVERAL else 'is'} {USES[name]}."
 
 
 def _sentence(words):

@@ -1,51 +1,36 @@
-"""Words of instructions and answers: tokens, what is no content, numbers, and names of things that can be seen.
+"""Words of instructions and answers: tokens, numbers, and names of things that can be seen, in singular and plural.
 
-The lists are this project's own, but for COCO's 80 categories; a data set of another world brings its names by
+The lists stand in words.json: COCO's 80 categories with their supercategories ("groups") and what each is for ("uses", in
+our own words), other words for them, and words that carry no content. A data set of another world brings its names by
 `--lexicon`.
 """
 
 import functools
+import json
 import re
+from pathlib import Path
 
-from nanovlm.vlit.categories import GROUP_OF
 
+def load_table(name):
+    """A JSON file beside this one."""
+    return json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+_table = load_table("words.json")
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
-NUMBERS = {
-    word: n for n, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
-}
-COLORS = frozenset(
-    "red green blue yellow purple orange teal pink black white gray grey brown beige tan gold silver maroon".split()
-)
-RELATIONS = (
-    "left of", "right of", "above", "below", "under", "behind", "in front of", "next to", "beside", "between", "on top of",
-    "inside", "near", "to the left", "to the right", "around", "across from", "underneath", "over", "at the top", "at the bottom",
-)  # fmt: skip
-STOP_WORDS = frozenset(
-    """a about above after again all also am an and any are aren't as at be because been before being below between both but
-    by can can't could couldn't did didn't do does doesn't doing don't down during each either else ever every few for from
-    further get give given gives had has hasn't have haven't having he her here hers herself him himself his how i if in into
-    is isn't it it's its itself just let let's like likely make may me might more most must my myself near no nor not now of
-    off on once one only or other our out over own please same she should shown so some such tell than that that's the their
-    them then there there's these they this those through to too under until up upon us use used using very was wasn't we
-    were what what's when where where's which while who whom whose why will with within without won't would you your yours
-    image picture photo photograph scene""".split()
-)
+NUMBERS = {word: number for number, word in enumerate(_table["numbers"].split())}
+COLORS = frozenset(_table["colors"].split())
+RELATIONS = _table["relations"]
+STOP_WORDS = frozenset(" ".join(_table["stop words"]).split())
+GROUP_OF = {name: group for group, names in _table["groups"].items() for name in names}  # category -> supercategory
 COCO = frozenset(GROUP_OF)
-MORE_OBJECTS = frozenset(
-    """man woman boy girl child baby people crowd family player face hand head hair eye arm leg shirt dress hat shoe glove
-    jacket helmet glasses bag box table desk shelf door window wall floor ceiling roof building house kitchen room bathroom
-    street road sidewalk sign pole light lamp fence bridge tree grass flower plant leaf field hill mountain sky cloud sun
-    beach ocean water river lake wave snow sand rock food plate dish fruit vegetable bread cheese meat drink glass coffee
-    tea wine beer phone computer screen camera picture-frame mirror curtain pillow blanket towel bike motorbike vehicle van
-    wheel tire plane ship ball bat racket board toy doll animal puppy kitten fish duck logo text word letter number brand
-    circle square triangle star cross ring rectangle shape object""".split()
-)
-IRREGULAR = {
-    "people": "person", "men": "man", "women": "woman", "children": "child", "knives": "knife", "leaves": "leaf",
-    "buses": "bus", "benches": "bench", "dishes": "dish", "boxes": "box", "skis": "skis", "scissors": "scissors",
-    "glasses": "glasses", "sheep": "sheep", "grass": "grass", "mice": "mouse", "couches": "couch", "beaches": "beach",
-    "sandwiches": "sandwich", "toothbrushes": "toothbrush", "wine glasses": "wine glass", "crosses": "cross",
-}  # fmt: skip
+LEXICON = COCO | frozenset(" ".join(_table["more objects"]).split())  # names of things, in the singular
+USES = _table["uses"]  # category -> what follows on "A bicycle is"
+SYNONYMS = _table["synonyms"]  # another word -> the category that it names
+OTHER_NAMES = _table["other names"]  # category -> words that may name it, among other things
+ALWAYS_SEVERAL = frozenset(_table["always several"])
+SINGULARS = _table["irregular"]
+PLURALS = {one: several for several, one in SINGULARS.items()}
 
 
 def tokens(text):
@@ -60,26 +45,37 @@ def content(text):
 
 @functools.lru_cache(maxsize=1 << 14)
 def _singular_word(word):
-    if word in IRREGULAR:
-        return IRREGULAR[word]
+    if word in SINGULARS:
+        return SINGULARS[word]
     if len(word) > 3 and word.endswith("ies"):
         return word[:-3] + "y"
-    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us")):
-        return word[:-1]
-    return word
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us")) else word
 
 
 def singular(name):
     """A noun's singular, by rule and a short table: str. The last word of several is changed."""
     before, space, last = name.rpartition(" ")
-    return IRREGULAR.get(name) or f"{before}{space}{_singular_word(last)}"
+    return SINGULARS.get(name) or f"{before}{space}{_singular_word(last)}"
+
+
+def plural(name):
+    """The plural of a category: str."""
+    return PLURALS.get(name) or name + ("es" if name.endswith(("s", "x", "ch", "sh")) else "s")
 
 
 def number(word):
     """What a word counts: int, or None if it is no number."""
-    if word.isdecimal():
-        return int(word)
-    return NUMBERS.get(word)
+    return int(word) if word.isdecimal() else NUMBERS.get(word)
+
+
+def counted(name, number):
+    """A number of things in words: "one dog", "two dogs", "13 dogs"."""
+    return f"{dict(enumerate(NUMBERS)).get(number, number)} {name if number == 1 else plural(name)}"
+
+
+def one_of(name):
+    """A thing with its article: "a dog", "an apple", "skis"."""
+    return name if name in ALWAYS_SEVERAL else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def named(words, known):

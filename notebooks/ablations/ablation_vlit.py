@@ -33,7 +33,7 @@ from nanovlm.data.datasets import LlavaJson
 from nanovlm.data.scene_questions import Scenes
 from nanovlm.evaluation.agreement import pearson
 from nanovlm.training.stages import Stage
-from nanovlm.vlit import annotation_files, filtering
+from nanovlm.vlit import annotations, filtering
 from nanovlm.vlit.__main__ import Parser
 from nanovlm.vlit.correctness import facts_of
 from nanovlm.vlit.indicators import Helpers, measure
@@ -178,18 +178,18 @@ def filter_set(folder, number):
     """Let `filter` choose from the pool in a folder: the samples that are kept, `number` at most, replace it."""
     parser = Parser(allow_abbrev=False)
     filtering.add_flags(parser)
-    wishes = parser.parse([
+    args = parser.parse([
         str(folder / "samples.jsonl"), "--annotations", str(folder / "annotations.jsonl"), "--task-field",
         "--per-task", str(number // len(KINDS)), "--out", str(folder / "filtered"), "--without-report",
     ])  # fmt: skip
-    told = filtering.run(wishes)
+    told = filtering.run(args)
     os.replace(folder / "filtered" / "kept.jsonl", folder / "samples.jsonl")
     return told
 
 
 def indicators(folder, towers, seed):
     """{name of INDICATORS or "coverage": number} of the set in a folder."""
-    facts = facts_of(annotation_files.read([folder / "annotations.jsonl"]).pictures.values())
+    facts = facts_of(annotations.read([folder / "annotations.jsonl"]).pictures.values())
     encoder = own_encoder(towers.eval(), make_tokenizer(), IMAGE_SIZE)
     settings = MeasureSettings(seed=seed, task_field=True)
     found, _ = measure(folder / "samples.jsonl", settings, folder, Helpers(facts=facts, encoder=encoder))

@@ -58,8 +58,8 @@ def test_folders_of_an_earlier_version_answer_as_they_did(name, question, color,
     assert ask(FOLDERS / name, question, color) == answer
 
 
-def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path):
-    """Its config.json lacks what is recorded today, and a text tower is still found."""
+def test_the_text_tower_of_an_earlier_version_is_found():
+    """Its config.json lacks the architecture, so the recipe builds it."""
     assert "architecture" not in json.loads((FOLDERS / "nano" / "config.json").read_text())
     assert load_encoder(FOLDERS / "nano").name == "MD (own encoder)"
 

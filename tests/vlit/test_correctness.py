@@ -18,15 +18,15 @@ from nanovlm.recipes.recipe import from_file
 from nanovlm.training.start import build_models
 from nanovlm.training.processes import text_side
 from nanovlm.vit import ViT, ViTConfig
-from nanovlm.vlit import annotation_files
+from nanovlm.vlit import annotations
 from nanovlm.vlit.correctness import Facts, Thing, facts_of, known, verify
-from nanovlm.vlit.matching import BEGIN, END, grounding, load_encoder, own_encoder
+from nanovlm.vlit.matching import BEGIN, END, load_encoder, own_encoder
 from nanovlm.vlit.samples import sample
-from nanovlm.vlit.votes import judge_chat, vote
+from nanovlm.vlit.indicators import Helpers, Settings, grounding_precision, judge_pairs
 from nanovlm.published.weights import write_checkpoint
 from tests.random_models import randomise
 
-TINY = Path(__file__).parent / "tiny_recipe.py"
+TINY = Path(__file__).parents[1] / "tiny_recipe.py"
 SHARED = os.environ.get("NANOVLM_SHARED")
 
 
@@ -130,7 +130,7 @@ def test_facts_from_files(tmp_path):
     lines = [{"id": "000000000042", "image": "000000000042.jpg", "captions": ["A dog."], "instances": [{"category": "dog", "bbox": [0, 0, 1, 1]}]},
              {"id": "7", "image": "x/7.jpg", "captions": [], "instances": [{"category": "cup", "bbox": [0, 0, 1, 1]}]}]  # fmt: skip
     path.write_text("\n".join(json.dumps(line) for line in lines))
-    facts = facts_of(annotation_files.read([path]).pictures.values())
+    facts = facts_of(annotations.read([path]).pictures.values())
     dog = known(made("1", "train2014/COCO_train2014_000000000042.jpg"), facts)
     assert verify("Is there a dog?", "Yes.", dog) is True
     assert verify("Is there a zebra?", "Yes.", dog) is False  # COCO's annotators looked for all of its 80 categories
@@ -143,7 +143,7 @@ def test_facts_from_files(tmp_path):
 def test_real_counts_against_cocos_boxes():
     """Of five "how many" answers by GPT-4, four agree with the boxes and one does not: three people, seven boxes."""
     folder = Path(SHARED, "data", "llava_eval")
-    facts = facts_of(annotation_files.read([folder / "table" / "caps_boxes_coco2014_val_80.jsonl"]).pictures.values())
+    facts = facts_of(annotations.read([folder / "table" / "caps_boxes_coco2014_val_80.jsonl"]).pictures.values())
     lines = (folder / "playground" / "coco2014_val_gpt4_qa_30x3.jsonl").read_text().split("\n")
     asked = [json.loads(line) for line in lines if "ow many" in line]
     found = {
@@ -168,21 +168,21 @@ class Says:
 
 def test_votes():
     judge = Says(["Yes", "yes.", "No"], ["Yes", "No", "hm"], ["?", "", "maybe"], ["No!", "no", "No"])
-    chats = [judge_chat("q", "a", told="a red car")] * 4
-    assert vote(judge, chats, votes=3, temperature=0.8) == [
+    pairs = [(made("1", "a.png"), "q", "a")] * 4
+    assert judge_pairs(pairs, Helpers(judge=judge, describe=lambda sample: "a red car"), ".", Settings(votes=3)) == [
         (True, pytest.approx(2 / 3), 0), (None, 0.5, 1), (None, 0.0, 3), (False, 1.0, 0),
     ]  # fmt: skip
     chat, n, temperature = judge.asked[0]
     assert (n, temperature) == (3, 0.8) and "About the picture: a red car" in chat.messages[-1][1]
     for even in (0, 2, 4):
         with pytest.raises(ValueError, match="odd"):
-            vote(judge, chats, votes=even)
+            Settings(votes=even)
 
 
 def test_grounding_counts_names_that_annotators_looked_for():
-    assert grounding("Two people, a dog and a unicorn with wine glasses.", KITCHEN) == 1 / 3
-    assert grounding("A nice day.", KITCHEN) is None
-    assert grounding("A bottle.", Facts((), frozenset(("bottle",)), frozenset(("bottle",)))) == 1.0
+    assert grounding_precision("Two people, a dog and a unicorn with wine glasses.", KITCHEN) == 1 / 3
+    assert grounding_precision("A nice day.", KITCHEN) is None
+    assert grounding_precision("A bottle.", Facts((), frozenset(("bottle",)), frozenset(("bottle",)))) == 1.0
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from nanovlm.vlit import compare, filtering, review
+from nanovlm.vlit import filtering, quality
 from nanovlm.vlit.__main__ import Parser, main
 from nanovlm.vlit.duplicates import HASHES, Index, signature
 from nanovlm.vlit.samples import sample
@@ -144,7 +144,7 @@ def test_the_least_matching_go(folder, monkeypatch):
 
     records = [item(n, "What is there?", f"A dog and its number {n}") for n in range(20)]
     (folder / "many.jsonl").write_text("\n".join(map(json.dumps, records)))
-    monkeypatch.setattr("nanovlm.vlit.quality.load_encoder", lambda folder: Encoder())
+    monkeypatch.setattr("nanovlm.vlit.quality.load_encoder", lambda folder, recipe: Encoder())
     kept, dropped = filtered(folder, "--encoder", "x", "--matching-percentile", "25", "--exact-only", file="many.jsonl")
     assert [one["record"]["id"] for one in dropped] == [0, 1, 2, 3, 4]
     assert "matching degree 0.00 below 4.75, percentile 25" in dropped[0]["reasons"][0]
@@ -179,7 +179,7 @@ def test_what_was_scored_is_not_scored_again(folder, monkeypatch):
     scores.write_bytes(whole[: whole.rindex(b"\n", 0, len(whole) // 2) + 9])  # killed in the middle of a line
     seen = []
     monkeypatch.setattr(
-        filtering, "_rows", lambda batch, *rest, real=filtering._rows: seen.extend(batch) or real(batch, *rest)
+        filtering, "score_batch", lambda batch, *rest, real=filtering.score_batch: seen.extend(batch) or real(batch, *rest)
     )
     assert filtered(folder) == first
     assert scores.read_bytes() == whole and 0 < len(seen) < 13
@@ -191,7 +191,7 @@ def test_a_file_that_changes_meanwhile_replaces_nothing(folder, monkeypatch, cap
     with open(folder / "data.jsonl", "a") as file:
         file.write("\n" + json.dumps(item(99, "What is there?", "A cat.")))
     real = filtering.decide
-    monkeypatch.setattr(filtering, "decide", lambda scores, wishes: real(scores[:-1], wishes))
+    monkeypatch.setattr(filtering, "decide", lambda scores, args: real(scores[:-1], args))
     assert main(["filter", str(folder / "data.jsonl"), "--out", str(folder / "out"), "--without-report"]) == 2
     assert "has changed" in capsys.readouterr().err
     assert (lines(folder / "out" / "kept.jsonl"), lines(folder / "out" / "dropped.jsonl")) == first
@@ -313,37 +313,13 @@ def test_compare_is_at_equal_size(folder, capsys):
 
 
 def test_names_tell_files_apart(tmp_path):
-    assert compare.labels([tmp_path / "a" / "x.json", tmp_path / "b" / "x.jsonl"]) == ["a/x", "b/x"]
-
-
-def test_the_review_is_reproduced_but_for_what_it_misprints():
-    """The printed numbers are in the review's Tables 4 and 15; three of the four rows of ICC follow from Table 3."""
-    for name, values in review.agreement().items():
-        close = [abs(mine - printed) < 5e-5 for mine, printed in zip(values, review.ICC_PRINTED[name])]
-        assert close == [name != "Ours"] * 2
-    assert [round(value, 4) for value in review.agreement()["Ours"]] == [0.284, 0.5434]
-    told = review.differences()
-    assert (
-        len(told) == 4 and sum("'Ours'" in line for line in told) == 2 and sum("with VR" in line for line in told) == 2
-    )
-    for values in review.correlations().values():
-        for r, p in values:
-            assert p == pytest.approx(1 - abs(r), abs=1e-6)  # four data sets
-    balance = [r for r, _ in review.correlations()["B"]]
-    assert balance[0] == pytest.approx(0.377, abs=0.02) and balance[0] > 0  # smaller is better, says the text
-
-
-def test_review_prints_both(capsys):
-    assert main(["review"]) == 0
-    text = capsys.readouterr().out
-    for words in ("0.2840", "0.3028", "0.5434", "0.5658", "not as printed", "0.116"):
-        assert words in text
+    assert quality.labels([tmp_path / "a" / "x.json", tmp_path / "b" / "x.jsonl"]) == ["a/x", "b/x"]
 
 
 def test_every_command_explains_itself(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    for name in ("quality", "filter", "compare", "review"):
+    for name in ("quality", "filter", "compare"):
         assert f"\n{name} " in text
     parser = Parser()
     filtering.add_flags(parser)

@@ -8,9 +8,9 @@ from PIL import Image, ImageDraw
 
 import train
 from nanovlm.vlit import __main__ as command_line
-from nanovlm.vlit.annotation_files import read
+from nanovlm.vlit.annotations import read
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden" / "vlit"
 ANNOTATIONS = [str(path) for path in (*sorted(GOLDEN.glob("*_photos.json")), GOLDEN / "caps_boxes.jsonl")]
 

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from nanovlm.data import json_files
-from nanovlm.vlit import survey
+from nanovlm.vlit import indicators as survey
 from nanovlm.vlit.__main__ import main
-from nanovlm.vlit.complexity import elements, parse_mark, proxy
-from nanovlm.vlit.diversity import Options
+from nanovlm.vlit.indicators import elements, parse_mark, proxy
+from nanovlm.vlit.indicators import Settings
 from nanovlm.vlit.indicators import Helpers, Settings, measure
 from nanovlm.vlit.simcse import SentenceEncoder, loss, simcse_vectors, train_encoder, word_ids
-from nanovlm.vlit.survey import Mean, Reservoir, chosen
+from nanovlm.vlit.indicators import Mean, Reservoir, chosen
 from nanovlm.vlit.tagging import OTHER, TASKS, assign, balance, covering, propose, tag
 
 INDICATORS = ["MD", "C", "T", "I", "R", "O/G", "IC", "B"]  # the review's eight, in the order of its Table 4
@@ -327,21 +327,21 @@ def many(path, number):
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "NAMED", 10)
     monkeypatch.setattr(json_files, "CHUNK", 1 << 12)
-    options, peaks = Options(instructions=30, responses=50, draws=2), []
+    options, peaks = Settings(instructions=30, responses=50, draws=2, kept=40), []
     for number in (300, 1500):
         path = many(tmp_path / f"{number}.jsonl", number)
         tracemalloc.start()
-        survey.survey(path, kept=40, options=options)
+        survey.survey(path, settings=options)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 150_000  # 1,200 records more are over a megabyte as objects
 
 
 def test_the_same_seed_gives_the_same_report(tmp_path):
-    path, options = many(tmp_path / "a.jsonl", 120), Options(instructions=10, responses=20, draws=2)
+    path = many(tmp_path / "a.jsonl", 120)
 
     def values(seed):
-        indicators, _ = measure(path, Settings(size=60, seed=seed, diversity=options))
+        indicators, _ = measure(path, Settings(size=60, seed=seed, instructions=10, responses=20, draws=2))
         return [(one.key, one.value, {k: v for k, v in one.beside.items()}) for one in indicators]
 
     assert values(1) == values(1) != values(2)

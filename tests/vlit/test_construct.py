@@ -19,17 +19,17 @@ from nanovlm.decoder import Decoder
 from nanovlm.published.language import LLAMA, llama_config
 from nanovlm.vlit import __main__ as command_line
 from nanovlm.vlit import adaption
-from nanovlm.vlit.annotation_files import read
+from nanovlm.vlit.annotations import read
 from nanovlm.vlit.annotations import Annotation, Picture
-from nanovlm.vlit.examples import written
-from nanovlm.vlit.linting import defects
-from nanovlm.vlit.marking import COLOR, marked
-from nanovlm.vlit.planning import find_pictures, regions
+from nanovlm.vlit.self_instruct import written
+from nanovlm.vlit.samples import defects
+from nanovlm.vlit.construct import COLOR, marked
+from nanovlm.vlit.construct import find_pictures, regions
 from nanovlm.vlit.samples import sample
 from tests.published_folders import LLAMA_SIZES, folder_with
 from tests.random_models import randomise
 
-GOLDEN = Path(__file__).parent / "golden" / "vlit"
+GOLDEN = Path(__file__).parents[1] / "golden" / "vlit"
 PHOTOS = [str(path) for path in sorted(GOLDEN.glob("*_photos.json"))]
 
 
@@ -323,7 +323,7 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
                    "--out", str(tmp_path / "out"), *flags, "--base-url", server.url]  # fmt: skip
         codes = []
         for _ in range(len(moments) + 1):
-            running.append(subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, stdout=subprocess.PIPE))
+            running.append(subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, stdout=subprocess.PIPE))
             running[-1].communicate(timeout=600)
             codes.append(running[-1].returncode)
         assert codes == [-signal.SIGKILL] * len(moments) + [0]

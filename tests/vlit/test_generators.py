@@ -12,20 +12,20 @@ from PIL import Image
 
 from nanovlm.data.templates import NANO
 from nanovlm.published.load import Loaded
-from nanovlm.vlit import asking
-from nanovlm.vlit.annotation_files import read
+from nanovlm.vlit import replies as asking
+from nanovlm.vlit.annotations import read
 from nanovlm.vlit.annotations import Picture
-from nanovlm.vlit.asking import Request, in_parallel
-from nanovlm.vlit.categories import USES
-from nanovlm.vlit.generators import Chat, Drawing, GeneratorError, Refused
-from nanovlm.vlit.local import Local
+from nanovlm.vlit.replies import Request, in_parallel
+from nanovlm.vlit.words import USES
+from nanovlm.vlit.replies import Chat, Drawing, GeneratorError, Refused
+from nanovlm.vlit.generators import Local
 from nanovlm.vlit.parsing import parse
-from nanovlm.vlit.planning import regions
+from nanovlm.vlit.construct import regions
 from nanovlm.vlit.replies import Replay, Replies
 from nanovlm.vlit.self_instruct import PLANS, chat
 from nanovlm.vlit.template import Template, place_of
 
-GOLDEN = Path(__file__).parent / "golden" / "vlit"
+GOLDEN = Path(__file__).parents[1] / "golden" / "vlit"
 HELLO = Chat((("system", "be brief"), ("user", "hello")))
 
 
@@ -257,8 +257,9 @@ def test_a_line_that_a_kill_cut_off_is_removed_and_others_are_named(tmp_path):
     asking.ask(requests("a", "b"), Scripted(), Drawing(n=1), replies)
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"key": "x", "chat"')
-    repaired = Replies(path, repair=True)
-    assert len(repaired) == 2 and path.read_bytes() == whole
+    assert len(Replies(path)) == 2
+    asking.ask(requests("c"), Scripted(), Drawing(n=1), Replies(path))
+    assert len(Replies(path)) == 3 and path.read_bytes().startswith(whole)
     path.write_bytes(b'{"key": 1}\n' + whole)
     with pytest.raises(ValueError, match="replies.jsonl, line 1: no recorded answer"):
         Replies(path)

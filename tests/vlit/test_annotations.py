@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nanovlm.vlit.annotation_files import kind_of, read
+from nanovlm.vlit.annotations import kind_of, read
 from nanovlm.vlit.annotations import Picture, share_box
 
-GOLDEN = Path(__file__).parent / "golden" / "vlit"
+GOLDEN = Path(__file__).parents[1] / "golden" / "vlit"
 PHOTOS = sorted(GOLDEN.glob("*_photos.json"))
 
 

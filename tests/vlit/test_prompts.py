@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from nanovlm.vlit import descriptions, self_instruct
-from nanovlm.vlit.annotation_files import read
+from nanovlm.vlit.annotations import read
 from nanovlm.vlit.annotations import Annotation, Picture
-from nanovlm.vlit.examples import EXAMPLES, written
-from nanovlm.vlit.linting import defects, remarks
+from nanovlm.vlit.self_instruct import EXAMPLES, written
+from nanovlm.vlit.samples import defects, remarks
 from nanovlm.vlit.parsing import parse
 from nanovlm.vlit.samples import Sample
 from nanovlm.vlit.self_instruct import PLANS, REQUIREMENTS, chat, system_prompt
 
-GOLDEN = Path(__file__).parent / "golden" / "vlit"
+GOLDEN = Path(__file__).parents[1] / "golden" / "vlit"
 SHARED = Path(os.environ.get("NANOVLM_SHARED", "absent"))
 BOX = (0.1, 0.2, 0.5, 0.6)
 

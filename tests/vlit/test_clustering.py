@@ -11,10 +11,8 @@ import networkx
 import numpy
 import pytest
 
-from nanovlm.vlit import clustering
-from nanovlm.vlit.clustering import components, cooccurrence, dbscan, ego_splitting, vendi
-from nanovlm.vlit.diversity import Options, instruction_clusters, response_clusters
-from nanovlm.vlit.embedding import WIDTH, distinct_2, tfidf_vectors
+from nanovlm.vlit.clustering import WIDTH, components, cooccurrence, dbscan, distinct_2, ego_splitting, tfidf_vectors, vendi  # fmt: skip
+from nanovlm.vlit.indicators import Settings, instruction_clusters, response_clusters
 from nanovlm.vlit.words import content
 
 SHARED = os.environ.get("NANOVLM_SHARED")
@@ -82,11 +80,9 @@ def naive_dbscan(points, eps, min_samples):
     return [-1 if label is None else label for label in labels]
 
 
-@pytest.mark.parametrize("block", (4, 512))
 @pytest.mark.parametrize("min_samples", (1, 2, 3, 5))
 @pytest.mark.parametrize("eps", (0.02, 0.1, 0.4, 2.0))
-def test_dbscan_is_the_textbooks(monkeypatch, eps, min_samples, block):
-    monkeypatch.setattr(clustering, "BLOCK", block)
+def test_dbscan_is_the_textbooks(eps, min_samples):
     rng = numpy.random.default_rng(min_samples)
     points = rng.standard_normal((40, 3)).astype(numpy.float32)
     points[5:9] = points[4]  # copies
@@ -104,10 +100,9 @@ def test_dbscan_joins_a_long_chain():
 
 def test_dbscan_refuses_what_means_nothing():
     points = numpy.eye(3, dtype=numpy.float32)
-    for eps, min_samples in ((-0.1, 1), (2.5, 1), (0.3, 0)):
-        with pytest.raises(ValueError, match="eps"):
-            dbscan(points, eps, min_samples)
-    assert dbscan(numpy.zeros((0, 3), numpy.float32), 0.3, 1).tolist() == []
+    for wrong in ({"eps": -0.1}, {"eps": 2.5}, {"min_samples": 0}, {"votes": 4}):
+        with pytest.raises(ValueError, match=str(*wrong.values())):
+            Settings(**wrong)
     assert dbscan(points[[0, 1, 0]], 0, 1).tolist() == [0, 1, 0]  # only copies
 
 
@@ -150,7 +145,7 @@ def test_good_answers_are_noise_to_the_literal_form():
 
 def test_draws_are_averaged():
     found = response_clusters(
-        [["yes", "no", "maybe"], ["yes", "yes", "yes"]], Options(min_samples=1, literal_min_samples=2)
+        [["yes", "no", "maybe"], ["yes", "yes", "yes"]], Settings(min_samples=1, literal_min_samples=2)
     )
     assert found["clusters"] == 2 and found["literal clusters"] == 0.5 and found["noise"] == 0.5
 
@@ -161,7 +156,7 @@ def test_instruction_clusters_are_a_mean_over_tasks():
     found = instruction_clusters({"a": one, "b": other})
     assert found["tasks"] == {"a": (2, 2, 2), "b": (1, 0, 1)}
     assert found["value"] == 1 and found["literal"] == 1.5
-    assert instruction_clusters({"a": one}, Options(smallest=7))["value"] == 0
+    assert instruction_clusters({"a": one}, Settings(smallest=7))["value"] == 0
 
 
 @real_data

@@ -10,7 +10,7 @@ from PIL import Image
 from nanovlm.data.__main__ import main as data_main
 from nanovlm.vlit.__main__ import main
 from nanovlm.vlit.indicators import measure
-from nanovlm.vlit.survey import survey
+from nanovlm.vlit.indicators import survey
 
 
 def turns(*said, roles=("human", "gpt")):

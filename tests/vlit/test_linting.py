@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nanovlm.vlit import __main__ as command_line
-from nanovlm.vlit.linting import defects, remarks
+from nanovlm.vlit.samples import defects, remarks
 from nanovlm.vlit.samples import IMAGE, Sample
 
 SHARED = Path(os.environ.get("NANOVLM_SHARED", "absent"))

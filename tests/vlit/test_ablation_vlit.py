@@ -8,7 +8,7 @@ from ablations import ablation_vlit
 import torch
 from PIL import Image
 
-from nanovlm.vlit import annotation_files
+from nanovlm.vlit import annotations
 from nanovlm.vlit.correctness import facts_of, known, verify
 from nanovlm.vlit.samples import read
 
@@ -25,7 +25,7 @@ def samples(folder):
 
 def wrong(folder):
     """Share of samples that their annotations contradict; every one is decided."""
-    facts = facts_of(annotation_files.read([folder / "annotations.jsonl"]).pictures.values())
+    facts = facts_of(annotations.read([folder / "annotations.jsonl"]).pictures.values())
     verdicts = [verify(*sample.pairs[0], known(sample, facts)) for sample in samples(folder)]
     assert None not in verdicts
     return verdicts.count(False) / len(verdicts)
