@@ -34,11 +34,12 @@ from nanovlm.training import optimizer
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import build_batch, contrastive_batch, pixels_of, prompt_row
 from nanovlm.data.records import Record, Visual
-from nanovlm.data.scene_questions import Scenes, majority_baseline
+from nanovlm.data.scene_questions import Scenes
 from nanovlm.data.scenes import COLORS, SHAPES
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
+from nanovlm.recipes.nano_tests import majority_baseline
 from nanovlm.resampler import Resampler
 from nanovlm.generation.sampler import Decoding, generate
 from nanovlm.training.stages import Stage

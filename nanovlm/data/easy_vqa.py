@@ -23,14 +23,10 @@ def _load(split):
     except ImportError as error:
         raise ImportError("the package easy-vqa is missing; run: pip install easy-vqa") from error
     try:
-        if split == "train":
-            return easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
-        return easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()
+        return getattr(easy_vqa, f"get_{split}_questions")(), getattr(easy_vqa, f"get_{split}_image_paths")()
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the data of the package easy-vqa is missing ({error.filename}); "
-            "run: pip install --force-reinstall --no-deps easy-vqa"
-        ) from error
+        raise FileNotFoundError(f"the data of the package easy-vqa is missing ({error.filename}); run: pip install "
+                                "--force-reinstall --no-deps easy-vqa") from error
 
 
 def kind_of(answer):
@@ -84,11 +80,11 @@ class EasyVQA:
         """
         Args:
           split: "train" or "test".
-          kind: "questions"; or "denials", those with "not" or "no", of the pictures where one of them is false (of all, seven
-            in ten are true); or "captions" such as "blue rectangle", made from what the split's own answers reveal;
+          kind: "questions"; or "denials", those with "not" or "no", of the pictures where one of them is false (of all,
+            seven in ten are true); or "captions" such as "blue rectangle", made from what the split's own answers reveal;
             `num_incomplete` counts those that do not reveal both; or "names", such a caption and its words alone, each a
-            conversation of its own with the object's centre as region; or "texts", the questions put to such a caption in place of the picture, where it
-            tells both.
+            conversation of its own with the object's centre as region; or "texts", the questions put to such a caption in
+            place of the picture, where it tells both.
           seed: int, 0 or more; gives the order of every epoch and the sample of questions.
           questions_per_picture: how many questions of each picture a record holds, drawn anew each epoch; None = all.
         Raises: ValueError for a name that does not exist; ImportError or FileNotFoundError, with what to install,
@@ -107,16 +103,16 @@ class EasyVQA:
         for question, answer, image_id in zip(questions, answers, image_ids):
             self.asked[image_id].append((question, answer))
         if kind == "denials":
-            denials = {image_id: [one for one in asked if is_denial(one[0])] for image_id, asked in self.asked.items()}
-            self.asked = {image_id: asked for image_id, asked in denials.items() if any(answer == "no" for _, answer in asked)}
-        self.image_ids = [image_id for image_id, asked in self.asked.items() if asked]
-        self.pixels = {}  # image id -> uint8[64, 64, 3], filled as pictures are first asked for
+            for image_id, asked in self.asked.items():
+                denials = [one for one in asked if is_denial(one[0])]
+                self.asked[image_id] = denials if any(answer == "no" for _, answer in denials) else []
         told = kind in ("captions", "names", "texts")
-        revealed = [reveal(self.asked[image_id]) for image_id in self.image_ids] if told else []
-        self.captions = {image_id: caption_of(*words) for image_id, words in zip(self.image_ids, revealed)}
-        self.num_incomplete = sum(None in words for words in revealed)  # captions that lack colour or shape
-        if kind == "texts":
-            self.image_ids = [image_id for image_id, words in zip(self.image_ids, revealed) if None not in words]
+        revealed = {image_id: reveal(asked) for image_id, asked in self.asked.items()} if told else {}
+        self.captions = {image_id: caption_of(*words) for image_id, words in revealed.items()}
+        incomplete = {image_id for image_id, words in revealed.items() if None in words}  # captions that lack one
+        self.num_incomplete, left_out = len(incomplete), incomplete if kind == "texts" else ()
+        self.image_ids = [image_id for image_id, asked in self.asked.items() if asked and image_id not in left_out]
+        self.pixels = {}  # image id -> uint8[64, 64, 3], filled as pictures are first asked for
 
     def __len__(self):
         return len(self.image_ids)
@@ -138,13 +134,14 @@ class EasyVQA:
             if self.questions_per_picture is not None and self.questions_per_picture < len(asked):
                 asked = [asked[i] for i in rng.permutation(len(asked))[: self.questions_per_picture]]
             kinds = tuple(kind_of(answer) for _, answer in asked)
+        name, pictures, regions = f"{self.name}/{image_id}", (), ()
         shown = f"{self.captions[image_id]}. " if self.kind == "texts" else 0
-        conversations = tuple(
-            (Turn("user", (shown, question)), Turn("assistant", (answer,))) for question, answer in asked
-        )
-        pictures = () if self.kind == "texts" else (Visual(f"{self.name}/{image_id}", (self._picture(image_id),)),)
-        regions = (centre_of(self.pixels[image_id]),) * len(asked) if self.kind == "names" else ()
-        return Record(f"{self.name}/{image_id}", pictures, conversations, kinds, regions=regions)
+        if self.kind != "texts":
+            pictures = (Visual(name, (self._picture(image_id),)),)
+        if self.kind == "names":
+            regions = (centre_of(self.pixels[image_id]),) * len(asked)
+        turns = tuple((Turn("user", (shown, question)), Turn("assistant", (answer,))) for question, answer in asked)
+        return Record(name, pictures, turns, kinds, regions=regions)
 
     def _picture(self, image_id):
         if image_id not in self.pixels:

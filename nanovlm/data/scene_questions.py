@@ -1,11 +1,10 @@
-"""Captions and questions about scenes.
+"""What is said about scenes: captions, questions, texts without pictures, and scenes from a user's words.
 
 Every question has exactly one right, short answer by construction: what is ambiguous, or too close to call by eye,
 is not asked. Training never names a held-out colour-shape pair, not even to say that it is absent.
 """
 
 import re
-from collections import Counter
 
 import numpy as np
 
@@ -16,23 +15,18 @@ from nanovlm.data.scenes import (
 )
 from nanovlm.names import nearest
 
-
 REGION_MARGIN = 2.0  # pixels an object's centre keeps from the borders of its ninth of the picture
 RELATION_MARGIN = 4.0  # pixels between two centres before one is called left of or above the other
 OPEN_SHARE = 0.75  # of the relations drawn; open questions are ambiguous more often: half of those asked are open
 REGIONS = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
-RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RELATIONS = tuple(OPPOSITE_RELATIONS)
 RANKS = ("first", "second", "third")  # of the symbols of a text
 
 CAPTION_PROMPTS = ("describe the image.", "what is in the image?", "what do you see?", "give a caption for the image.")
 SHORT_CAPTION_PROMPTS = ("list the objects.", "name the objects in the image.", "what objects are there?")
 NAME_PROMPT = "name one thing in the image."
 READING_PROMPTS = ("what does the text say?", "what is the text?", "read the text.")
-
-
-def pair_words(thing):
-    """Colour and shape of a SceneObject: "red circle"."""
-    return f"{thing.color} {thing.shape}"
 
 
 def with_article(words):
@@ -42,8 +36,7 @@ def with_article(words):
 
 def place_of(thing, canvas):
     """The ninth of the picture that holds a SceneObject's centre: a word of REGIONS."""
-    row, column = int(3 * thing.y / canvas), int(3 * thing.x / canvas)
-    return REGIONS[row][column]
+    return REGIONS[int(3 * thing.y / canvas)][int(3 * thing.x / canvas)]
 
 
 def offset(thing, relation, anchor):
@@ -54,19 +47,13 @@ def offset(thing, relation, anchor):
 
 def caption(scene):
     """Every object from left to right with size, colour, shape and place, then the text."""
-    things = sorted(scene.objects, key=lambda thing: thing.x)
-    words = [f"a {thing.size} {pair_words(thing)} at the {place_of(thing, scene.canvas)}" for thing in things]
+    words = [f"a {thing.size} {thing.pair} at the {place_of(thing, scene.canvas)}" for thing in scene.from_left]
     return ", ".join(words + ([f'text "{scene.string}"'] if scene.string else []))
-
-
-def _listed(scene, name):
-    words = [name(thing) for thing in sorted(scene.objects, key=lambda thing: thing.x)]
-    return ", ".join(words + ([f"text {scene.string}"] if scene.string else []))
 
 
 def caption_words(scene):
     """Every object from left to right by colour and shape alone, then the text: "red circle, blue star, text A7K"."""
-    return _listed(scene, pair_words)
+    return ", ".join([thing.pair for thing in scene.from_left] + ([f"text {scene.string}"] if scene.string else []))
 
 
 def all_names(scene):
@@ -75,7 +62,7 @@ def all_names(scene):
     thing's centre in pixels."""
     names = []
     for thing in scene.objects:
-        words = [pair_words(thing), thing.shape, thing.color, f"{thing.size} {thing.shape}"]
+        words = [thing.pair, thing.shape, thing.color, f"{thing.size} {thing.shape}"]
         words.append(f"{thing.shape} at the {place_of(thing, scene.canvas)}")
         names += [(name, thing.x, thing.y) for name in words]
     for rank, (symbol, x, y) in zip(RANKS, symbol_centres(scene)):
@@ -83,26 +70,25 @@ def all_names(scene):
     return names
 
 
+# Questions. Each: (scene, rng, pairs that may be named although absent) -> (question, answer), or None if this draw has none.
+
+
 def _names(thing, scene):
     """The words that point at this object and no other, of two: shape alone; colour and shape."""
-    names = []
-    if sum(other.shape == thing.shape for other in scene.objects) == 1:
-        names.append(thing.shape)
-    if sum(pair_words(other) == pair_words(thing) for other in scene.objects) == 1:
-        names.append(pair_words(thing))
-    return names
+    names = ((thing.shape, scene.all("shape")), (thing.pair, scene.all("pair")))
+    return [name for name, said in names if said.count(name) == 1]
 
 
 def _color(scene, rng, pairs):
     thing = pick(rng, scene.objects)
-    if sum(other.shape == thing.shape for other in scene.objects) > 1:
+    if scene.all("shape").count(thing.shape) > 1:
         return None
     return pick(rng, ("what color is the {}?", "what is the color of the {}?")).format(thing.shape), thing.color
 
 
 def _shape(scene, rng, pairs):
     thing = pick(rng, scene.objects)
-    if sum(other.color == thing.color for other in scene.objects) > 1:
+    if scene.all("color").count(thing.color) > 1:
         return None
     return pick(rng, ("what shape is the {} object?", "what is the {} shape?")).format(thing.color), thing.shape
 
@@ -110,29 +96,29 @@ def _shape(scene, rng, pairs):
 def _count(scene, rng, pairs):
     form, thing, likely_there = rng.random(), pick(rng, scene.objects), rng.random() < 0.75
     if form < 1 / 3:
-        return "how many objects are there?", str(len(scene.objects))
-    if form < 2 / 3:
+        words, number = "objects", len(scene.objects)
+    elif form < 2 / 3:
         color = thing.color if likely_there else pick(rng, tuple(COLORS))
-        return f"how many {color} objects are there?", str(sum(other.color == color for other in scene.objects))
-    shape = thing.shape if likely_there else pick(rng, SHAPES)
-    plural = shape + ("es" if shape == "cross" else "s")
-    return f"how many {plural} are there?", str(sum(other.shape == shape for other in scene.objects))
+        words, number = f"{color} objects", scene.all("color").count(color)
+    else:
+        shape = thing.shape if likely_there else pick(rng, SHAPES)
+        words, number = shape + ("es" if shape == "cross" else "s"), scene.all("shape").count(shape)
+    return f"how many {words} are there?", str(number)
 
 
 def _existence(scene, rng, pairs):
     """Yes and no equally often; most of the absent pairs share colour or shape with an object that is there."""
     form, thing, present = rng.random(), pick(rng, scene.objects), rng.random() < 0.5
-    if form < 0.2:
-        there = {other.color for other in scene.objects}
-        words = (thing.color if present else pick(rng, [color for color in COLORS if color not in there])) + " object"
-    elif form < 0.4:
-        there = {other.shape for other in scene.objects}
-        words = thing.shape if present else pick(rng, [shape for shape in SHAPES if shape not in there])
+    if form < 0.4:
+        kind, known = ("color", COLORS) if form < 0.2 else ("shape", SHAPES)
+        there = scene.all(kind)
+        words = getattr(thing, kind) if present else pick(rng, [word for word in known if word not in there])
+        words += " object" if kind == "color" else ""
     elif present:
-        words = pair_words(thing)
+        words = thing.pair
     else:
-        there = {(other.color, other.shape) for other in scene.objects}
-        absent = [pair for pair in pairs if pair not in there]
+        there = scene.all("pair")
+        absent = [pair for pair in pairs if " ".join(pair) not in there]
         alike = [pair for pair in absent if pair[0] == thing.color or pair[1] == thing.shape]
         if not absent:
             return None
@@ -142,8 +128,8 @@ def _existence(scene, rng, pairs):
 
 def _place(scene, rng, pairs):
     thing, third = pick(rng, scene.objects), scene.canvas / 3
-    names, lines = _names(thing, scene), (third, 2 * third)
-    if not names or any(abs(value - line) < REGION_MARGIN for value in (thing.x, thing.y) for line in lines):
+    names = _names(thing, scene)
+    if not names or any(abs(value - line) < REGION_MARGIN for value in (thing.x, thing.y) for line in (third, 2 * third)):
         return None
     return f"where is the {pick(rng, names)}?", place_of(thing, scene.canvas)
 
@@ -151,20 +137,20 @@ def _place(scene, rng, pairs):
 def _relation(scene, rng, pairs):
     anchor, relation, is_open = pick(rng, scene.objects), pick(rng, RELATIONS), rng.random() < OPEN_SHARE
     others = [thing for thing in scene.objects if thing is not anchor]
-    if not others or any(pair_words(thing) == pair_words(anchor) for thing in others):
+    if not others or scene.all("pair").count(anchor.pair) > 1:
         return None
     if is_open:
         offsets = [offset(thing, relation, anchor) for thing in others]
         there = [thing for thing, pixels in zip(others, offsets) if pixels > 0]
         if len(there) != 1 or min(map(abs, offsets)) < RELATION_MARGIN:
             return None
-        return f"what is {relation} the {pair_words(anchor)}?", pair_words(there[0])
+        return f"what is {relation} the {anchor.pair}?", there[0].pair
     thing = pick(rng, others)
     pixels = offset(thing, relation, anchor)
-    if abs(pixels) < RELATION_MARGIN or sum(pair_words(other) == pair_words(thing) for other in others) > 1:
+    if abs(pixels) < RELATION_MARGIN or scene.all("pair").count(thing.pair) > 1:
         return None
     # a relation and its opposite are drawn equally often, so yes and no are too
-    return f"is the {pair_words(thing)} {relation} the {pair_words(anchor)}?", "yes" if pixels > 0 else "no"
+    return f"is the {thing.pair} {relation} the {anchor.pair}?", "yes" if pixels > 0 else "no"
 
 
 def _size(scene, rng, pairs):
@@ -177,18 +163,12 @@ def _reading(scene, rng, pairs):
     return (pick(rng, READING_PROMPTS), scene.string) if scene.string else None
 
 
-def _caption(scene, rng, pairs):
-    return pick(rng, CAPTION_PROMPTS), caption(scene)
-
-
-def _short_caption(scene, rng, pairs):
-    return pick(rng, SHORT_CAPTION_PROMPTS), caption_words(scene)
-
-
-# Each: (scene, rng, pairs that may be named although absent) -> (question, answer), or None if this draw has none.
 QUESTIONS = {"color": _color, "shape": _shape, "count": _count, "existence": _existence, "place": _place,
              "relation": _relation, "size": _size, "reading": _reading}
-CAPTIONS = {"caption": _caption, "short_caption": _short_caption}
+CAPTIONS = {
+    "caption": lambda scene, rng, pairs: (pick(rng, CAPTION_PROMPTS), caption(scene)),
+    "short_caption": lambda scene, rng, pairs: (pick(rng, SHORT_CAPTION_PROMPTS), caption_words(scene)),
+}
 TYPES = {**QUESTIONS, **CAPTIONS}
 
 
@@ -206,8 +186,7 @@ def ask(scene, rng, number, weights, pairs=TRAIN_PAIRS):
     """Different questions about a scene.
 
     Args:
-      scene: Scene.
-      rng: numpy Generator.
+      scene: Scene. rng: numpy Generator.
       number: how many; fewer come back if the scene gives no more.
       weights: {type: weight above 0}, types as in TYPES.
       pairs: colour-shape pairs that may be named although absent.
@@ -219,11 +198,104 @@ def ask(scene, rng, number, weights, pairs=TRAIN_PAIRS):
         # three draws, so that types which often have no question are asked nearly as often as the others
         made = next(filter(None, (TYPES[kind](scene, rng, pairs) for _ in range(3))), None)
         if made:
-            question, answer = made
-            found.setdefault(kind if kind == "reading" else question, (kind, question, answer))  # read a text only once
+            found.setdefault(kind if kind == "reading" else made[0], (kind, *made))  # read a text only once
             if len(found) == number:
                 break
     return list(found.values())
+
+
+def check_source(split, splits, weights, known, seed, length, **ranges):
+    """Raise ValueError for a split or type that does not exist, or a number that no source of scenes can have.
+
+    ranges: {name: (value, smallest, largest or None)}.
+    """
+    if split not in splits:
+        raise ValueError(f"unknown split {split!r}.{nearest(split, splits)}")
+    for name, weight in weights.items():
+        if name not in known:
+            raise ValueError(f"unknown type {name!r}.{nearest(name, known)}")
+        ranges[f"the weight of {name!r}"] = weight, 0, None
+    for name, (value, low, high) in (ranges | {"seed": (seed, 0, None), "length": (length, 1, None)}).items():
+        if value < low or (high is not None and value > high):
+            raise ValueError(f"{name} is {value}; it must be {low} or more" + (f", {high} at most" if high is not None else ""))
+
+
+# The source of drawn scenes.
+
+KINDS = ("captions", "questions", "both", "names")
+MAX_PICTURES = 100  # drawn before a record gives up finding one about which its types of question can be asked
+
+
+class Scenes:
+    """Source of drawn scenes with captions or questions; endless, `length` is what counts as an epoch."""
+
+    def __init__(self, split="train", kind="questions", seed=0, max_objects=4, min_objects=1, questions_per_picture=6,
+                 string_share=0.3, canvas=64, weights=None, length=10_000):
+        """
+        Args:
+          split: "train"; "new" = other pictures of the same distribution; "unseen_pairs" = only held-out pairs;
+            "reading" = only held-out strings, one in every picture, and only the reading question.
+          kind: "captions" (one), "questions", "both" (the caption first), or "names": all that can be said in few words of
+            each thing, conversations of their own with its centre as region; for these, questions_per_picture and
+            weights mean nothing.
+          seed: int, 0 or more.
+          max_objects, min_objects: range of the number of objects.
+          questions_per_picture: at most this many, all different.
+          string_share: share of pictures with a string, 0 to 1.
+          canvas: width and height, pixels. Objects keep their size in pixels.
+          weights: {type: weight}, types as in TYPES; one left out is never used. None = all equally often.
+          length: records per epoch; record(n) goes on beyond it with new pictures.
+        Raises: ValueError for a name that does not exist or a number out of range.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}.{nearest(kind, KINDS)}")
+        if split == "reading":
+            kind, string_share, weights = "questions", 1.0, {"reading": 1.0}
+        weights = dict.fromkeys(TYPES, 1.0) if weights is None else weights
+        check_source(split, SPLITS, weights, TYPES, seed, length, string_share=(string_share, 0, 1),
+                     questions_per_picture=(questions_per_picture, 1, None))
+        self.name, self.split, self.kind, self.seed, self.length = f"scenes_{split}", split, kind, seed, length
+        self.max_objects, self.min_objects = max_objects, min_objects
+        self.string_share, self.canvas = string_share, canvas
+        self.wanted = []  # (how many, {type: weight}) for captions, questions or both
+        for users, number, types in (("captions", 1, CAPTIONS), ("questions", questions_per_picture, QUESTIONS)):
+            if kind in (users, "both"):
+                self.wanted.append((number, {name: weights[name] for name in types if weights.get(name)}))
+                if not self.wanted[-1][1]:
+                    raise ValueError(f"kind is {kind!r} but none of {', '.join(types)} has a weight above 0")
+        # all that the pictures depend on, so that the same ones have the same key whatever is asked about them
+        self.key = f"{self.name}/{seed}/{canvas}/{min_objects}-{max_objects}/{string_share}"
+        self.pairs = HELD_OUT if split == "unseen_pairs" else TRAIN_PAIRS
+
+    def __len__(self):
+        return self.length
+
+    def scene(self, n):
+        """The Scene of record n."""
+        return self._draw(n)[0]
+
+    def record(self, n):
+        """Record n, n >= 0: one picture, each conversation one question about it and its answer."""
+        scene, picture, asked = self._draw(n)
+        conversations = tuple((Turn("user", (0, question)), Turn("assistant", (answer,))) for _, question, answer in asked)
+        centres = all_names(scene) if self.kind == "names" else ()
+        regions = tuple((x / self.canvas, y / self.canvas) for _, x, y in centres)
+        return Record(picture.key, (picture,), conversations, tuple(kind for kind, _, _ in asked), regions=regions)
+
+    def _draw(self, n):
+        """(Scene, Visual, list of (type, question, answer)) of record n."""
+        for attempt in range(MAX_PICTURES):
+            rng = np.random.default_rng((self.seed, SPLITS.index(self.split), n, attempt))
+            with_string = rng.random() < self.string_share
+            scene = sample_scene(rng, self.max_objects, self.split, with_string, self.min_objects, self.canvas)
+            picture = Visual(f"{self.key}/{n}.{attempt}", (render(scene, rng),))
+            asked = [made for number, weights in self.wanted for made in ask(scene, rng, number, weights, self.pairs)]
+            if self.kind == "names":
+                asked = [("name", NAME_PROMPT, name) for name, _, _ in all_names(scene)]
+            if asked:
+                return scene, picture, asked
+        raise ValueError(f"none of {MAX_PICTURES} pictures of up to {self.max_objects} objects gave a question of the types "
+                         f"{', '.join(self.wanted[-1][1])}; allow more objects, more strings or more types")
 
 
 # Text-only instructions: scenes in words, small facts, and plain captions, for training the language model alone.
@@ -231,32 +303,26 @@ def ask(scene, rng, number, weights, pairs=TRAIN_PAIRS):
 # No picture belongs to them. The same colour-shape pairs and strings are held out as from the pictures, and a part of
 # their own: a fixed fifth of all described scenes, sums, spellings and phrases is only in the split "new".
 
-
 OPPOSITES = (("left", "right"), ("above", "below"), ("big", "small"), ("top", "bottom"), ("yes", "no"),
              ("hot", "cold"), ("light", "dark"), ("up", "down"), ("day", "night"), ("old", "new"))
 PHRASE_WORDS = tuple(word for pair in OPPOSITES for word in pair)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 STREAM = 100  # added to the split's number, so that pictures of the same seed draw other random numbers
 CAPTION_QUESTIONS = {name: 1.0 for name in QUESTIONS if name != "relation"}  # a caption does not tell all relations
 
 
 def _related(rng):
-    """Two different pairs in a relation: (one, relation, other), the pairs in words."""
+    """Two different pairs in a relation: (one, relation, other), the pairs in words; and as a sentence."""
     one, other = pick(rng, TRAIN_PAIRS), pick(rng, TRAIN_PAIRS)
     while other == one:
         other = pick(rng, TRAIN_PAIRS)
-    return " ".join(one), pick(rng, RELATIONS), " ".join(other)
-
-
-def _sentence(one, relation, other):
-    return f"{with_article(one)} is {relation} {with_article(other)}"
+    one, relation, other = " ".join(one), pick(rng, RELATIONS), " ".join(other)
+    return one, relation, other, f"{with_article(one)} is {relation} {with_article(other)}"
 
 
 def _described_relation(rng):
     """One sentence and a question about it, which turns it round in half of the cases."""
-    one, relation, other = _related(rng)
-    sentence = _sentence(one, relation, other)
+    one, relation, other, sentence = _related(rng)
     if rng.random() < 0.5:
         one, relation, other = other, OPPOSITE_RELATIONS[relation], one
     if rng.random() < 0.5:
@@ -323,16 +389,12 @@ class SceneTexts:
         Raises: ValueError for a name that does not exist or a number out of range.
         """
         weights = dict.fromkeys(TEXT_TYPES, 1.0) if weights is None else weights
-        check_source(split, ("train", "new"), weights, TEXT_TYPES, seed, length)
+        check_source(split, ("train", "new"), weights, TEXT_TYPES, seed, length, max_objects=(max_objects, 1, None),
+                     questions_per_text=(questions_per_text, 1, None), string_share=(string_share, 0, 1))
         unused = NOT_HELD_OUT if split == "new" else ()
         self.weights = {name: weight for name, weight in weights.items() if weight > 0 and name not in unused}
         if not self.weights:
             raise ValueError(f"no type of the split {split!r} has a weight above 0; known: {', '.join(TEXT_TYPES)}")
-        if min(max_objects, questions_per_text) < 1 or not 0 <= string_share <= 1:
-            raise ValueError(
-                f"max_objects {max_objects} and questions_per_text {questions_per_text} must be 1 or more, "
-                f"string_share {string_share} from 0 to 1"
-            )
         self.name, self.split, self.seed, self.length = f"scene_texts_{split}", split, seed, length
         self.max_objects, self.string_share, self.questions_per_text = max_objects, string_share, questions_per_text
 
@@ -354,166 +416,25 @@ class SceneTexts:
         """(kind, exchanges of a question or None and its answer); None if there is none or it is of the other split."""
         if kind in FACTS:
             question, answer, key = FACTS[kind](rng)
-            made = kind, [(question, answer)]
+            exchanges = [(question, answer)]
         else:
             with_string = rng.random() < self.string_share
             scene = sample_scene(rng, self.max_objects, self.split, with_string)
             if kind in DESCRIPTIONS:
                 tell, questions = DESCRIPTIONS[kind]
-                key = tell(scene)
-                asked = ask(scene, rng, self.questions_per_text, questions)
+                key, asked = tell(scene), ask(scene, rng, self.questions_per_text, questions)
                 if not asked:
                     return None
                 exchanges = [(question, answer) for _, question, answer in asked]
                 exchanges[0] = f"{key}. {exchanges[0][0]}", exchanges[0][1]
-                made = f"{kind}_{asked[0][0]}", exchanges
+                kind = f"{kind}_{asked[0][0]}"
             else:
-                key = pick(rng, (caption(scene), caption_words(scene), _sentence(*_related(rng))))
-                made = kind, [(None, key)]
-        return made if key is None or in_held_out_fifth(key) == (self.split == "new") else None
-
-
-# The source of drawn scenes with captions or questions, and what a blind model scores on such records.
-
-
-KINDS = ("captions", "questions", "both", "names")
-MAX_PICTURES = 100  # drawn before a record gives up finding one about which its types of question can be asked
-
-
-def check_source(split, splits, weights, known, seed, length):
-    """Raise ValueError for a split or type that does not exist, or a number that no source of scenes can have."""
-    if split not in splits:
-        raise ValueError(f"unknown split {split!r}.{nearest(split, splits)}")
-    for name, weight in weights.items():
-        if name not in known:
-            raise ValueError(f"unknown type {name!r}.{nearest(name, known)}")
-        if weight < 0:
-            raise ValueError(f"the weight of {name!r} is {weight}; it must be 0 or more")
-    if seed < 0 or length < 1:
-        raise ValueError(f"seed {seed} and length {length}; the seed must be 0 or more, the length 1 or more")
-
-
-class Scenes:
-    """Source of drawn scenes with captions or questions; endless, `length` is what counts as an epoch."""
-
-    def __init__(self, split="train", kind="questions", seed=0, max_objects=4, min_objects=1, questions_per_picture=6,
-                 string_share=0.3, canvas=64, weights=None, length=10_000):
-        """
-        Args:
-          split: "train"; "new" = other pictures of the same distribution; "unseen_pairs" = only held-out pairs;
-            "reading" = only held-out strings, one in every picture, and only the reading question.
-          kind: "captions" (one), "questions", "both" (the caption first), or "names": all that can be said in few words of
-            each thing, conversations of their own with its centre as region; for these, questions_per_picture and
-            weights mean nothing.
-          seed: int, 0 or more.
-          max_objects, min_objects: range of the number of objects.
-          questions_per_picture: at most this many, all different.
-          string_share: share of pictures with a string, 0 to 1.
-          canvas: width and height, pixels. Objects keep their size in pixels.
-          weights: {type: weight}, types as in TYPES; one left out is never used. None = all equally often.
-          length: records per epoch; record(n) goes on beyond it with new pictures.
-        Raises: ValueError for a name that does not exist or a number out of range.
-        """
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind {kind!r}.{nearest(kind, KINDS)}")
-        if split == "reading":
-            kind, string_share, weights = "questions", 1.0, {"reading": 1.0}
-        weights = dict.fromkeys(TYPES, 1.0) if weights is None else weights
-        check_source(split, SPLITS, weights, TYPES, seed, length)
-        if questions_per_picture < 1 or not 0 <= string_share <= 1:
-            raise ValueError(
-                f"questions_per_picture is {questions_per_picture} and must be 1 or more; "
-                f"string_share is {string_share} and must lie between 0 and 1"
-            )
-        self.name, self.split, self.kind, self.seed, self.length = f"scenes_{split}", split, kind, seed, length
-        self.max_objects, self.min_objects = max_objects, min_objects
-        self.string_share, self.canvas = string_share, canvas
-        self.wanted = []  # (how many, {type: weight}) for captions, questions or both
-        for number, types, users in (
-            (1, CAPTIONS, ("captions", "both")), (questions_per_picture, QUESTIONS, ("questions", "both"))
-        ):  # fmt: skip
-            if kind in users:
-                self.wanted.append((number, {name: weights[name] for name in types if weights.get(name)}))
-                if not self.wanted[-1][1]:
-                    raise ValueError(f"kind is {kind!r} but none of {', '.join(types)} has a weight above 0")
-        # all that the pictures depend on, so that the same ones have the same key whatever is asked about them
-        self.key = f"{self.name}/{seed}/{canvas}/{min_objects}-{max_objects}/{string_share}"
-        self.pairs = HELD_OUT if split == "unseen_pairs" else TRAIN_PAIRS
-
-    def __len__(self):
-        return self.length
-
-    def scene(self, n):
-        """The Scene of record n."""
-        return self._draw(n)[0]
-
-    def record(self, n):
-        """Record n, n >= 0: one picture, each conversation one question about it and its answer."""
-        scene, picture, asked = self._draw(n)
-        conversations = ((Turn("user", (0, question)), Turn("assistant", (answer,))) for _, question, answer in asked)
-        regions = ()
-        if self.kind == "names":
-            regions = tuple((x / self.canvas, y / self.canvas) for _, x, y in all_names(scene))
-        return Record(
-            picture.key, (picture,), tuple(conversations), tuple(kind for kind, _, _ in asked), regions=regions
-        )
-
-    def _draw(self, n):
-        """(Scene, Visual, list of (type, question, answer)) of record n."""
-        for attempt in range(MAX_PICTURES):
-            rng = np.random.default_rng((self.seed, SPLITS.index(self.split), n, attempt))
-            with_string = rng.random() < self.string_share
-            scene = sample_scene(rng, self.max_objects, self.split, with_string, self.min_objects, self.canvas)
-            picture = Visual(f"{self.key}/{n}.{attempt}", (render(scene, rng),))
-            asked = [made for number, weights in self.wanted for made in ask(scene, rng, number, weights, self.pairs)]
-            if self.kind == "names":
-                asked = [("name", NAME_PROMPT, name) for name, _, _ in all_names(scene)]
-            if asked:
-                return scene, picture, asked
-        raise ValueError(
-            f"none of {MAX_PICTURES} pictures of up to {self.max_objects} objects gave a question of the types "
-            f"{', '.join(self.wanted[-1][1])}; allow more objects, more strings or more types"
-        )
-
-
-def _answers(records):
-    """{kind: {question: Counter of its answers}}."""
-    answers = {}
-    for record in records:
-        for kind, (*_, question, answer) in zip(record.kinds, record.conversations):
-            answers.setdefault(kind, {}).setdefault(question.text, Counter())[answer.text] += 1
-    return answers
-
-
-def majority_baseline(records, training=None):
-    """What can be scored per question type without looking.
-
-    Args:
-      records: iterable of Record with `kinds`.
-      training: records from which the most frequent answers are taken; None = the other ones of `records`.
-    Returns: {kind: share of right answers}, the better of always giving the type's most frequent answer, and giving the
-      answer most frequent for that very question (the type's where it is never asked).
-    """
-    asked = _answers(records)
-    known = asked if training is None else _answers(training)
-    shares = {}
-    for kind, questions in asked.items():
-        if kind not in known:
-            raise ValueError(f"the training records hold no question of the type {kind!r}.{nearest(kind, known)}")
-        total, favourite = sum(questions.values(), Counter()), sum(known[kind].values(), Counter()).most_common(1)[0][0]
-        right = 0
-        for question, counts in questions.items():
-            seen_before = known[kind].get(question, Counter())
-            for answer, count in counts.items():
-                # without the one to be answered, or questions asked once would answer themselves
-                seen = seen_before - Counter([answer]) if training is None else seen_before
-                right += count * (answer == (seen.most_common(1)[0][0] if seen else favourite))
-        shares[kind] = max(total[favourite], right) / total.total()
-    return shares
+                key = pick(rng, (caption(scene), caption_words(scene), _related(rng)[-1]))
+                exchanges = [(None, key)]
+        return (kind, exchanges) if key is None or in_held_out_fifth(key) == (self.split == "new") else None
 
 
 # A scene from a user's words: "red circle left of a big blue star, text A7K".
-
 
 FILLERS = ("a", "an", "the", "is", "to")
 WORDS = (*COLORS, *SHAPES, *SIZES, *RELATIONS, *FILLERS, "and", "text", "reading")
@@ -543,33 +464,31 @@ def parse_scene(text, rng, canvas=64):
     described = _read_objects(STRING.sub("", text).lower())
     if len(strings) > 1:
         raise ValueError(f"a picture holds one string, found {len(strings)}: {', '.join(strings)}")
-    for string in strings:
-        if not 2 <= len(string) <= 3 or not set(string) <= set(ALPHABET):
-            raise ValueError(f"the text {string!r} cannot be drawn; write two or three of the symbols {ALPHABET}")
+    string = strings[0] if strings else None
+    if strings and not (2 <= len(string) <= 3 and set(string) <= set(ALPHABET)):
+        raise ValueError(f"the text {string!r} cannot be drawn; write two or three of the symbols {ALPHABET}")
     for attempt in range(ATTEMPTS):
         sizes = tuple(SIZES) if attempt < ATTEMPTS // 2 else ("small",)  # where none is said
-        box = place_string(rng, strings[0], canvas) if strings else None
+        box = place_string(rng, string, canvas) if strings else None
         objects = _pose(rng, described, sizes, box, canvas)
         if objects:
-            return Scene(canvas, tuple(objects), strings[0] if strings else None, box)
-    raise ValueError(
-        f"found no room on {canvas} x {canvas} px for the {len(described)} objects described; use fewer or small ones"
-    )
+            return Scene(canvas, tuple(objects), string, box)
+    raise ValueError(f"found no room on {canvas} x {canvas} px for the {len(described)} objects described; use fewer or small "
+                     "ones")
 
 
 def _read_objects(text):
     """List of (relation to the object before or None, size or None, color, shape)."""
-    first, *rest = SEPARATOR.split(text)
-    described, last = [], None
-    for separator, phrase in [(None, first), *zip(rest[::2], rest[1::2])]:
+    described, before = [], None
+    pieces = [None, *SEPARATOR.split(text)]
+    for separator, phrase in zip(pieces[::2], pieces[1::2]):
         thing = _read_object(phrase)
-        if separator in RELATIONS:
-            if not (thing and last):
-                raise ValueError(f"{separator!r} needs an object on both sides: 'red circle {separator} blue star'")
-            described.append((separator, *thing))
-        elif thing:
-            described.append((None, *thing))
-        last = thing
+        relation = separator if separator in RELATIONS else None
+        if relation and not (thing and before):
+            raise ValueError(f"{relation!r} needs an object on both sides: 'red circle {relation} blue star'")
+        if thing:
+            described.append((relation, *thing))
+        before = thing
     if not described:
         raise ValueError("no object is described; write for example 'red circle left of blue star'")
     return described
@@ -581,16 +500,13 @@ def _read_object(phrase):
     for word in words:
         if word not in WORDS:
             raise ValueError(f"unknown word {word!r}.{nearest(word, WORDS)}")
-    found = [[word for word in words if word in known] for known in (SIZES, COLORS, SHAPES)]
     if not words:
         return None
-    sizes, colors, shapes = found
-    if len(sizes) > 1 or len(colors) != 1 or len(shapes) != 1 or len(words) != sum(map(len, found)):
-        raise ValueError(
-            f"{' '.join(words)!r} is not one object; write a color ({', '.join(COLORS)}) and a shape "
-            f"({', '.join(SHAPES)}), small or big before them if you like, and 'and' or ',' between objects"
-        )
-    return (sizes or [None])[0], colors[0], shapes[0]
+    sizes, colors, shapes = ([word for word in words if word in known] for known in (SIZES, COLORS, SHAPES))
+    if (len(sizes) > 1, len(colors), len(shapes), len(sizes) + 2) != (False, 1, 1, len(words)):
+        raise ValueError(f"{' '.join(words)!r} is not one object; write a color ({', '.join(COLORS)}) and a shape "
+                         f"({', '.join(SHAPES)}), small or big before them if you like, and 'and' or ',' between objects")
+    return sizes[0] if sizes else None, colors[0], shapes[0]
 
 
 def _pose(rng, described, sizes, box, canvas):

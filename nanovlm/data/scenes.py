@@ -55,6 +55,11 @@ class SceneObject:
     y: float  # centre, pixels from the top edge
     radius: float  # pixels; the whole shape lies within it
 
+    @property
+    def pair(self):
+        """Colour and shape: "red circle"."""
+        return f"{self.color} {self.shape}"
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -64,6 +69,15 @@ class Scene:
     objects: tuple[SceneObject, ...]  # in order of placing
     string: str | None = None  # two or three symbols of ALPHABET
     string_box: tuple[int, int, int, int] | None = None  # left, top, right, bottom, pixels
+
+    @property
+    def from_left(self):
+        """The objects from left to right."""
+        return sorted(self.objects, key=lambda thing: thing.x)
+
+    def all(self, name):
+        """The color, shape or pair of every object: list of str."""
+        return [getattr(thing, name) for thing in self.objects]
 
 
 def pick(rng, items):
@@ -118,9 +132,8 @@ def symbol_centres(scene):
 
 def _free(x, y, radius, objects, box):
     """Whether a disc keeps GAP pixels away from every object and from the string."""
-    for other in objects:
-        if math.hypot(x - other.x, y - other.y) < radius + other.radius + GAP:
-            return False
+    if any(math.hypot(x - other.x, y - other.y) < radius + other.radius + GAP for other in objects):
+        return False
     if box is None:
         return True
     left, top, right, bottom = box
@@ -143,12 +156,11 @@ def place_object(rng, color, shape, size, objects, box, canvas):
 def _sample_pair(rng, pairs, objects):
     """A colour and a shape; now and then one repeats the last object's, so that counts above 1 are common."""
     pair = pick(rng, pairs)
-    repeat = rng.random()
-    if objects and repeat < 0.3:
-        last = objects[-1]
-        repeated = (last.color, pair[1]) if repeat < 0.15 else (pair[0], last.shape)
-        return repeated if repeated in pairs else pair  # what is repeated may be a pair of the other kind
-    return pair
+    repeat, last = rng.random(), objects[-1] if objects else None
+    if not last or repeat >= 0.3:
+        return pair
+    repeated = (last.color, pair[1]) if repeat < 0.15 else (pair[0], last.shape)
+    return repeated if repeated in pairs else pair  # what is repeated may be a pair of the other kind
 
 
 def sample_scene(rng, max_objects, split, with_string, min_objects=1, canvas=64):
@@ -166,10 +178,8 @@ def sample_scene(rng, max_objects, split, with_string, min_objects=1, canvas=64)
     Raises: ValueError if a number is out of range.
     """
     if not 1 <= min_objects <= max_objects or canvas < MIN_CANVAS:
-        raise ValueError(
-            f"{min_objects} to {max_objects} objects on {canvas} px: at least 1 object, min_objects no larger "
-            f"than max_objects, and a canvas of {MIN_CANVAS} px or more are needed"
-        )
+        raise ValueError(f"{min_objects} to {max_objects} objects on {canvas} px: at least 1 object, min_objects no larger "
+                         f"than max_objects, and a canvas of {MIN_CANVAS} px or more are needed")
     pairs = HELD_OUT if split == "unseen_pairs" else TRAIN_PAIRS
     string = sample_string(rng, held_out=split == "reading") if with_string else None
     box = place_string(rng, string, canvas) if string else None
@@ -254,9 +264,7 @@ def render(scene, rng):
     image = _background(scene.canvas, rng)
     for thing in scene.objects:
         mask, corner = _mask(thing, _MAX_TILT * (2 * rng.random() - 1))
-        red, green, blue = COLORS[thing.color]
-        shift = rng.random(3) * 20 - 10
-        color = (red + int(shift[0]), green + int(shift[1]), blue + int(shift[2]))
+        color = [value + int(shift) for value, shift in zip(COLORS[thing.color], rng.random(3) * 20 - 10)]
         image.paste(tuple(min(max(value, 0), 255) for value in color), corner, mask)
     if scene.string:
         left, top = scene.string_box[:2]

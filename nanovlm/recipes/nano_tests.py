@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ from nanovlm.data.batching import pixels_of
 from nanovlm.data.easy_vqa import COLORS, EasyVQA, SHAPES
 from nanovlm.data.images import CLIP
 from nanovlm.data.records import Visual
-from nanovlm.data.scene_questions import majority_baseline, QUESTIONS, Scenes, SceneTexts, TEXT_TYPES
+from nanovlm.data.scene_questions import QUESTIONS, Scenes, SceneTexts, TEXT_TYPES
 from nanovlm.files import replace
 from nanovlm.generation.answer import Assistant, make_prompt, reply
 from nanovlm.generation.sampler import Decoding
@@ -185,6 +186,40 @@ def held_out_tests(num_pictures=None, num_scenes=NUM_SCENES):
     numbers = dict.fromkeys(found, num_scenes)
     numbers["easy_vqa_test"] = len(found["easy_vqa_test"]) if num_pictures is None else num_pictures
     return {name: [source.record(n) for n in range(numbers[name])] for name, source in found.items()}
+
+
+def _answers(records):
+    """{kind: {question: Counter of its answers}}."""
+    answers = {}
+    for record in records:
+        for kind, (*_, question, answer) in zip(record.kinds, record.conversations):
+            answers.setdefault(kind, {}).setdefault(question.text, Counter())[answer.text] += 1
+    return answers
+
+
+def majority_baseline(records, training=None):
+    """What can be scored per question type without looking.
+
+    Args:
+      records: iterable of Record with `kinds`.
+      training: records from which the most frequent answers are taken; None = the other ones of `records`.
+    Returns: {kind: share of right answers}, the better of always giving the type's most frequent answer, and giving the
+      answer most frequent for that very question (the type's where it is never asked).
+    """
+    asked = _answers(records)
+    known = asked if training is None else _answers(training)
+    shares = {}
+    for kind, questions in asked.items():
+        total, favourite = sum(questions.values(), Counter()), sum(known[kind].values(), Counter()).most_common(1)[0][0]
+        right = 0
+        for question, counts in questions.items():
+            seen_before = known[kind].get(question, Counter())
+            for answer, count in counts.items():
+                # without the one to be answered, or questions asked once would answer themselves
+                seen = seen_before - Counter([answer]) if training is None else seen_before
+                right += count * (answer == (seen.most_common(1)[0][0] if seen else favourite))
+        shares[kind] = max(total[favourite], right) / total.total()
+    return shares
 
 
 def majorities(tests, num_records=NUM_TRAINING):

@@ -29,11 +29,12 @@ from nanovlm.training import optimizer
 from nanovlm.abstractor import Abstractor
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import build_batch, contrastive_batch
-from nanovlm.data.scene_questions import Scenes, majority_baseline
+from nanovlm.data.scene_questions import Scenes
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.projector import PixelShuffleProjector
+from nanovlm.recipes.nano_tests import majority_baseline
 from nanovlm.resampler import Resampler
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
