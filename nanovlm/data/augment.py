@@ -8,11 +8,9 @@ to 100 % of the area, never mirrored), "crop_flip" BLIP-2's and mPLUG-Owl2's (LA
 time).
 """
 
-import dataclasses
-import functools
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 from PIL import Image, ImageOps
@@ -25,16 +23,12 @@ TRIES = 10  # until the picture's own shape, cut to the limits of the ratio, is 
 
 @dataclass(frozen=True)
 class View:
-    """One random view of a picture.
+    """One random view of a picture."""
 
-    scale: smallest and largest share of the area. ratio: smallest and largest width / height.
-    flip: chance of being mirrored. seed: tuple of int, decides everything random.
-    """
-
-    scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.0
-    seed: tuple[int, ...] = ()
+    scale: tuple[float, float] = (0.9, 1.0)  # smallest and largest share of the area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest width / height
+    flip: float = 0.0  # chance of being mirrored
+    seed: tuple[int, ...] = ()  # decides everything random
 
     def box(self, width, height):
         """(left, top, right, bottom) of the part, in pixels, and whether it is mirrored."""
@@ -45,11 +39,12 @@ class View:
             aspect = math.exp(random.uniform(*map(math.log, self.ratio)))
             w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
-                left, top = random.integers(width - w + 1), random.integers(height - h + 1)
-                return (int(left), int(top), int(left) + w, int(top) + h), flipped
-        w = max(1, min(width, round(height * self.ratio[1])))
-        h = max(1, min(height, round(width / self.ratio[0])))
-        left, top = (width - w) // 2, (height - h) // 2
+                left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+                break
+        else:
+            w = max(1, min(width, round(height * self.ratio[1])))
+            h = max(1, min(height, round(width / self.ratio[0])))
+            left, top = (width - w) // 2, (height - h) // 2
         return (left, top, left + w, top + h), flipped
 
     def apply(self, image, image_size):
@@ -62,22 +57,8 @@ class View:
 AUGMENTATIONS = {"none": None, "crop": View(), "crop_flip": View((0.5, 1.0), flip=0.5)}
 
 
-def through_views(view, seed, source, n):
-    """Record n of a source with a view of its own for every visual input; the frames of a clip share theirs.
-
-    Args: view: View. seed: int, the run's.
-    """
-    record = source.record(n)
-    name = zlib.crc32(source.name.encode())
-    visuals = []
-    for place, visual in enumerate(record.visuals):
-        own = dataclasses.replace(view, seed=(seed, name, n, place))
-        visuals.append(dataclasses.replace(visual, key=f"{visual.key}, view {own.seed}", view=own))
-    return dataclasses.replace(record, visuals=tuple(visuals))
-
-
 def augmented(source, augmentation, seed):
-    """A source for training.
+    """A source for training, whose visual inputs have views of their own; the frames of a clip share theirs.
 
     Args:
       source: with name, length and record(n). augmentation: a key of AUGMENTATIONS. seed: int, the run's.
@@ -86,5 +67,13 @@ def augmented(source, augmentation, seed):
     """
     if augmentation not in AUGMENTATIONS:
         raise ValueError(f"unknown augmentation {augmentation!r}.{nearest(augmentation, AUGMENTATIONS)}")
-    view = AUGMENTATIONS[augmentation]
-    return source if view is None else Changed(source, functools.partial(through_views, view, seed))
+    view, name = AUGMENTATIONS[augmentation], zlib.crc32(source.name.encode())
+
+    def through_views(source, n):
+        record, visuals = source.record(n), []
+        for place, visual in enumerate(record.visuals):
+            own = replace(view, seed=(seed, name, n, place))
+            visuals.append(replace(visual, key=f"{visual.key}, view {own.seed}", view=own))
+        return replace(record, visuals=tuple(visuals))
+
+    return source if view is None else Changed(source, through_views)

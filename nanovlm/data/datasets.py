@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy
 from tqdm import tqdm
 
-from nanovlm.data.json_files import PACKED, parse, read_at, records
+from nanovlm.data.json_files import PACKED, field, parse, read_at, records
 from nanovlm.data.records import Turn, drawn, permutation, record_of
 from nanovlm.data.tar_shards import TarShards
 from nanovlm.data.video import Clip, FRAMES
@@ -225,13 +225,9 @@ def listed_sources(path, seed=0, prompts=None):
         check_entry(entry, f"{path}, dataset {name!r}")
     sources, missing = {}, {}
     for name, entry in entries.items():
-        data, videos = path.parent / entry["path"], {key: entry[key] for key in VIDEO_KEYS if key in entry}
+        images, videos = entry.get("images"), {key: entry[key] for key in VIDEO_KEYS if key in entry}
         try:
-            if entry["reader"] == "shards":
-                source = TarShards(data, name, seed, **videos)
-            else:
-                folder = path.parent / entry["images"] if "images" in entry else None
-                source = LlavaJson(data, folder, name, seed, **videos)
+            source = open_source(entry["reader"], path.parent / entry["path"], images and path.parent / images, name, seed, videos)
             ways = entry.get("prompts", (prompts or {}).get(name))
             sources[name] = Prompted(source, ways, seed) if ways else source
         except FileNotFoundError as error:
@@ -243,20 +239,21 @@ def listed_sources(path, seed=0, prompts=None):
 
 def check_entry(entry, where):
     """Raise ValueError for an entry of a datasets file that is malformed."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: an object with reader and path was expected, found {type(entry).__name__}")
-    for key, value in entry.items():
+    for key in ("reader", "path", *(entry if isinstance(entry, dict) else ())):
         if key not in KEYS:
             raise ValueError(f"{where}: unknown key {key!r}.{nearest(key, KEYS)}")
-        if not isinstance(value, KEYS[key]):
-            raise ValueError(f"{where}: {key} must be a {KEYS[key].__name__}, found {value!r}")
-    for key in ("reader", "path"):
-        if key not in entry:
-            raise ValueError(f"{where}: {key} is missing")
+        field(entry, key, KEYS[key], where)
     if entry["reader"] not in READERS:
         raise ValueError(f"{where}: unknown reader {entry['reader']!r}.{nearest(entry['reader'], READERS)}")
-    if entry["reader"] == "shards" and "images" in entry:
-        raise ValueError(f"{where}: shards hold their images; leave out the key images")
+
+
+def open_source(reader, path, images, name, seed, videos):
+    """The source over a file or folder; reader: of READERS. Raises: ValueError for images beside shards."""
+    if reader == "llava":
+        return LlavaJson(path, images, name, seed, **videos)
+    if images is not None:
+        raise ValueError(f"images {images}: shards hold their images; leave it out")
+    return TarShards(path, name, seed, **videos)
 
 
 def command_line_sources(data=None, images=None, datasets=None, seed=0, prompts=None):
@@ -277,8 +274,5 @@ def command_line_sources(data=None, images=None, datasets=None, seed=0, prompts=
         return sources, missing
     if DATA in sources.keys() | missing.keys():
         raise ValueError(f"{datasets}: the name {DATA!r} is taken by --data; call the dataset something else")
-    if not (Path(data).is_dir() or Path(data).suffix == ".tar"):
-        return {DATA: LlavaJson(data, images, DATA, seed), **sources}, missing
-    if images is not None:
-        raise ValueError(f"--images {images}: shards hold their images; leave it out")
-    return {DATA: TarShards(data, DATA, seed), **sources}, missing
+    reader = "shards" if Path(data).is_dir() or Path(data).suffix == ".tar" else "llava"
+    return {DATA: open_source(reader, data, images, DATA, seed, {}), **sources}, missing

@@ -14,7 +14,6 @@ import signal
 import time
 import weakref
 from collections import deque
-from dataclasses import asdict, dataclass
 from fractions import Fraction
 
 import numpy
@@ -107,21 +106,11 @@ MAX_IN_A_ROW = 100  # damaged records one behind the other; then something else 
 FEW = 100  # records; the share of damaged ones is taken of at least so many
 
 
-@dataclass(frozen=True)
-class Damage:
-    """One record that could not be used. record, replaced_by: its number and the next one's, in its source."""
-
-    source: str
-    record: int
-    id: str | None
-    error: str
-    replaced_by: int
-
-
 class Reader(torch.utils.data.Dataset):
-    """From (source name, n) to (Record made ready, tuple of Damage); what the workers run.
+    """From (source name, n) to (Record made ready, list of what was damaged); what the workers run.
 
-    The record is the first from n on that can be used, or None after MAX_IN_A_ROW that cannot.
+    The record is the first from n on that can be used, or None after MAX_IN_A_ROW that cannot. Damaged: a dict each,
+    {"source", "record": n, "id": its own name if it could be read, "error", "replaced_by": n + 1}.
     """
 
     def __init__(self, sources, prepare):
@@ -133,17 +122,15 @@ class Reader(torch.utils.data.Dataset):
             record = None
             try:
                 record = self.sources[name].record(n)
-                return self.prepare(record), tuple(damaged)
+                return self.prepare(record), damaged
             except (ValueError, OSError) as error:
-                damaged.append(Damage(name, n, record and record.id, str(error), n + 1))
-        return None, tuple(damaged)
+                damaged.append({"source": name, "record": n, "id": record and record.id, "error": str(error),
+                                "replaced_by": n + 1})
+        return None, damaged
 
 
 class DamageReport:
-    """The file of a run's damaged records, and their count in a stage.
-
-    damaged.jsonl: {"stage", "step", "source", "record": n, "id": its own name if it could be read, "error", "replaced_by": n}
-    """
+    """The file of a run's damaged records, {"stage", "step"} and what Reader says of each, and their count in a stage."""
 
     def __init__(self, path, stage, step, limit):
         """
@@ -165,16 +152,16 @@ class DamageReport:
         """Write down what was damaged in a step.
 
         Args:
-          step: int, of the whole run. damaged: list of Damage. read: int, records of the stage so far.
+          step: int, of the whole run. damaged: list of dict. read: int, records of the stage so far.
         Raises: ValueError if they are too many now.
         """
         if not damaged:
             return
-        self.lines.add(*({"stage": self.stage, "step": step} | asdict(one) for one in damaged))
+        self.lines.add(*({"stage": self.stage, "step": step} | one for one in damaged))
         self.count += len(damaged)
         if self.count > self.limit * max(read, FEW):
             raise ValueError(f"{self.count} of {read} records are damaged, more than max_damaged {self.limit:g} allows (all are "
-                             f"listed in {self.path}); the last: {damaged[-1].error}")
+                             f"listed in {self.path}); the last: {damaged[-1]['error']}")
 
 
 class Feed:
@@ -184,7 +171,7 @@ class Feed:
     and length and cut into the updates' batches, whose order is then shuffled: a batch holds records alike, and after
     every group each source has given its exact share.
 
-    waited: seconds that the last `next` took. damaged: list of Damage found in it.
+    waited: seconds that the last `next` took. damaged: list of what was damaged in it, see Reader.
     """
 
     def __init__(self, mixture, prepare, batch_size, steps, group=1, length=None, seed=0, rank=0, world=1, workers=0, prefetch=2):
@@ -225,9 +212,8 @@ class Feed:
         for record, damaged in itertools.islice(self.items, share):
             self.damaged += damaged
             if record is None:
-                last = damaged[-1]
-                row = f"{MAX_IN_A_ROW} records in a row are damaged"
-                raise ValueError(f"source {last.source!r}: {row}; the last: {last.error}")
+                raise ValueError(f"source {damaged[-1]['source']!r}: {MAX_IN_A_ROW} records in a row are damaged; the last: "
+                                 f"{damaged[-1]['error']}")
             records.append(record)
         self.position = self.planned.popleft()
         self.waited = time.monotonic() - began

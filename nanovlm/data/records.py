@@ -70,8 +70,8 @@ class Record:
     rows: (where, templates.Row) of its conversations, where a worker has written them ahead (batching.Preparation).
     regions: for each conversation (x, y), the centre of what it speaks of as shares of the picture's width and height, or
       None where it speaks of the whole; empty = all of the whole. Contrastive stages look there.
-    Raises: ValueError if kinds or regions and conversations differ in number, a region's centre lies outside the picture,
-      or a part names a visual input that does not exist.
+    Raises: ValueError if kinds or regions and conversations differ in number, or a part names a visual input that does
+      not exist.
     """
 
     id: str
@@ -82,18 +82,12 @@ class Record:
     regions: tuple = ()
 
     def __post_init__(self):
-        where, number = f"record {self.id!r}", len(self.conversations)
-        if not number:
-            raise ValueError(f"{where} has no conversation")
-        for name, given in (("kinds", self.kinds), ("regions", self.regions)):
-            if given and len(given) != number:
-                raise ValueError(f"{where} has {len(given)} {name} for {number} conversations")
-        for region in self.regions:
-            if region is not None and not (len(region) == 2 and all(0 <= share < 1 for share in region)):
-                raise ValueError(f"{where} has the region {region}; its centre is two shares from 0 to below 1")
+        if not self.conversations or {len(self.kinds), len(self.regions)} - {0, len(self.conversations)}:
+            raise ValueError(f"record {self.id!r} has {len(self.conversations)} conversations, {len(self.kinds)} kinds and "
+                             f"{len(self.regions)} regions; each conversation has one, or none has")
         for part in (part for turns in self.conversations for turn in turns for part in turn.parts):
             if not isinstance(part, str) and not 0 <= part < len(self.visuals):
-                raise ValueError(f"{where} mentions visual input {part}; it has {len(self.visuals)}")
+                raise ValueError(f"record {self.id!r} mentions visual input {part}; it has {len(self.visuals)}")
 
 
 @dataclass(frozen=True)
@@ -120,10 +114,7 @@ class Changed:
 
 
 def check_order(roles, last="assistant"):
-    """Raise ValueError unless user and assistant take turns and `last` speaks last; one assistant turn alone is fine.
-
-    roles: sequence of "user" | "assistant".
-    """
+    """Raise ValueError unless user and assistant take turns and `last` speaks last; one assistant turn alone is fine."""
     if not roles:
         raise ValueError("the conversation is empty; it needs at least one turn")
     for place, (one, other) in enumerate(zip(roles, roles[1:]), start=1):

@@ -19,7 +19,14 @@ def use_color(stream, environment):
 def legend(color):
     """One line that explains the marks: str."""
     names = {"trained": "trained (has a loss)", "read": "read only", "image": "<image xN> N image tokens"}
-    return "   ".join(_mark(text, kind, color) for kind, text in names.items())
+    return "   ".join(mark(text, kind, color) for kind, text in names.items())
+
+
+def mark(text, kind, color):
+    """A text that stands for tokens of one kind."""
+    if color:
+        return f"{COLORS[kind]}{text}{PLAIN}"
+    return f"[{text}]" if kind == "trained" else text
 
 
 def paint(batch, tokenizer, color):
@@ -35,46 +42,22 @@ def paint(batch, tokenizer, color):
     for b in range(len(batch.ids)):
         length = int((batch.segments[b] >= 0).sum())
         ids, labels = batch.ids[b, :length].tolist(), batch.labels[b, :length].tolist()
+        kinds = ["image" if id == IMAGE_TOKEN else "read" if label == IGNORE else "trained" for id, label in zip(ids, labels)]
+        trained, padding = length - labels.count(IGNORE), batch.ids.shape[1] - length
         pictures = batch.shown[batch.owner == b].tolist()
-        trained = sum(label != IGNORE for label in labels)
-        padding = batch.ids.shape[1] - length
         lines.append(f"row {b}: {length} tokens, {trained} trained, {padding} padding, pictures {pictures}")
-        lines.append(_paint_row(ids, labels, tokenizer, color))
+        painted = ""
+        for kind, run in itertools.groupby(zip(kinds, ids), key=lambda token: token[0]):
+            run = [id for _, id in run]
+            painted += mark(f"<image x{len(run)}>" if kind == "image" else printable(run, tokenizer), kind, color)
+        lines.append(painted)
     return lines
 
 
-def _paint_row(ids, labels, tokenizer, color):
-    painted = ""
-    for kind, run in itertools.groupby(zip(ids, labels), key=_kind):
-        run = [id for id, _ in run]
-        text = f"<image x{len(run)}>" if kind == "image" else _text(run, tokenizer)
-        painted += _mark(text, kind, color)
-    return painted
-
-
-def _kind(token):
-    """Of (id, label): "image", "read" or "trained"."""
-    id, label = token
-    if id == IMAGE_TOKEN:
-        return "image"
-    return "read" if label == IGNORE else "trained"
-
-
-def _mark(text, kind, color):
-    if color:
-        return f"{COLORS[kind]}{text}{PLAIN}"
-    return f"[{text}]" if kind == "trained" else text
-
-
-def _text(ids, tokenizer):
+def printable(ids, tokenizer):
     """Ids as printable text, special tokens by name; words are decoded together, so that no character is cut."""
     text = ""
     for special, run in itertools.groupby(ids, key=tokenizer.special_names.get):
         text += special * len(list(run)) if special else tokenizer.decode(list(run))
-    return "".join(map(_printable, text))
-
-
-def _printable(character):
-    if character == "\n":
-        return "↵"
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+    text = text.replace("\n", "↵")
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -121,14 +121,11 @@ class Segment(NamedTuple):
 
 @dataclass
 class Row:
-    """One row before batching.
+    """One row before batching."""
 
-    ids, labels: list of T int. images: (visual, start, stop) of every visual input in it, in order of appearance.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    images: list[tuple[int, int, int]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)  # T
+    labels: list[int] = field(default_factory=list)  # T
+    images: list[tuple[int, int, int]] = field(default_factory=list)  # (visual, start, stop) in order of appearance
 
     @property
     def num_trained(self):
@@ -137,27 +134,90 @@ class Row:
         return len(predicted) - predicted.count(IGNORE)
 
 
-def segments(conversation, template):
+def segments(conversation, template, last="assistant"):
     """Render a conversation that ends with a reply, for training.
 
     Args:
       conversation: sequence of Turn: user and assistant alternate, or one assistant turn alone (plain text).
       template: Template.
-    Returns: list of Segment.
+      last: who speaks last.
+    Returns: list of Segment; neighbouring texts are one, so that a word may carry the newline before it into one token.
     Raises: ValueError if the turns are out of order.
     """
-    check_order([turn.role for turn in conversation])
-    return _merge(_render(conversation, template))
+    check_order([turn.role for turn in conversation], last)
+    found = []
+
+    def say(text, trained=False):
+        before = found[-1] if found else Segment()
+        if text and before.text and before.trained == trained:
+            found[-1] = Segment(before.text + text, trained)
+        elif text:
+            found.append(Segment(text, trained))
+
+    def write_form(text, trained=False):
+        """A text of the template, cut at its special tokens."""
+        names = "|".join(map(re.escape, template.specials))
+        for piece in re.split(f"({names})", text) if names else [text]:
+            if piece in template.specials:
+                found.append(Segment(special=piece, trained=trained))
+            else:
+                say(piece, trained)
+
+    def show(visual, suffix=True):
+        found.append(Segment(visual=visual, special=template.media_token or None))
+        say(template.image_suffix if suffix else "")
+
+    def speak(turn, trained=False):
+        """What is said in a turn, with the visual inputs that stand in it; trained: of a reply, whether it is."""
+        parts, visuals = turn.parts, visuals_of(turn)
+        if visuals and template.image_place != "inline":
+            words = (part.strip() for part in parts if isinstance(part, str))  # the gap an image leaves closes
+            parts = (" ".join(word for word in words if word),)
+            for left, visual in enumerate(visuals if template.image_place == "turn" else (), start=1 - len(visuals)):
+                show(visual, suffix=parts[0] or template.without_questions or left)  # no newline before no words
+        for part in parts:
+            if not isinstance(part, str):
+                show(part)
+            elif not (template.without_questions and turn.role == "user"):
+                say(part.lower() if turn.role in template.lower_case else part, trained)
+
+    if template.image_place == "row":
+        for visual in (visual for turn in conversation for visual in visuals_of(turn)):
+            show(visual)
+    if template.begin_with_bos:
+        found.append(Segment(special="bos"))
+    if conversation[0].role == "user":
+        write_form(template.system)
+    for place, turn in enumerate(conversation):
+        if turn.role == "user":
+            write_form(template.turn_prefix if place else "")
+            if template.image_place == "chunk":
+                for visual in visuals_of(turn):
+                    show(visual)
+            write_form(template.user_prefix)
+            speak(turn)
+            write_form(template.user_suffix + template.assistant_prefix)
+        else:
+            closed = not template.rounds or place == len(conversation) - 1
+            write_form(template.answer_prefix if place else "", closed)
+            speak(turn, closed)
+            write_form(template.answer_suffix, closed)
+            if closed and template.end_with_eos:
+                found.append(Segment(special="eos", trained=True))
+    return found
+
+
+def visuals_of(turn):
+    """The visual inputs of a turn, by number: list of int."""
+    return [part for part in turn.parts if not isinstance(part, str)]
 
 
 def prompt(conversation, template):
-    """Render a conversation that ends with a question, up to where the assistant speaks.
+    """Render a conversation that ends with a question, up to where the assistant speaks: as `segments`.
 
-    Args and errors: as in `segments`, but the user speaks last.
-    Returns: list of Segment, none of them trained but those of earlier replies.
+    None of them is trained but those of earlier replies.
     """
-    check_order([turn.role for turn in conversation], last="user")
-    return _merge(_render(conversation, template))
+    return segments(conversation, template, last="user")
 
 
 def rounds(conversation, template):
@@ -178,106 +238,28 @@ def write(segments, tokenizer, num_image_tokens):
     Raises: ValueError if the tokenizer has no special token of a name that the segments use.
     """
     row, after_text = Row(), False
-    for segment in segments:
-        is_text = segment.visual is None and segment.special is None
-        if segment.visual is not None:
-            start = len(row.ids)
-            ids = [IMAGE_TOKEN] * num_image_tokens[segment.visual]
-            ids = [tokenizer.special_id(segment.special)] if segment.special else ids
-            row.images.append((segment.visual, start, start + len(ids)))
-        elif is_text:
-            ids = tokenizer.encode(segment.text, continues=after_text)
+    for text, trained, visual, special in segments:
+        is_text = visual is None and special is None
+        if is_text:
+            ids = tokenizer.encode(text, continues=after_text)
+        elif special == "bos":
+            ids = [tokenizer.bos] if tokenizer.add_bos else []
+        elif special:
+            ids = [tokenizer.eos if special == "eos" else tokenizer.special_id(special)]
         else:
-            ids = _special_ids(segment.special, tokenizer)
+            ids = [IMAGE_TOKEN] * num_image_tokens[visual]
+        if visual is not None:
+            row.images.append((visual, len(row.ids), len(row.ids) + len(ids)))
         after_text = is_text
         row.ids += ids
-        row.labels += ids if segment.trained else [IGNORE] * len(ids)
+        row.labels += ids if trained else [IGNORE] * len(ids)
     return row
 
 
 def end_ids(template, tokenizer):
     """Ids that end a reply in this form: tuple of int, the tokenizer's own and what the template writes last."""
-    ids = list(tokenizer.eos_ids)
-    if not template.end_with_eos and template.answer_suffix:
-        ids += write([*_pieces(template.answer_suffix, template)], tokenizer, ()).ids[-1:]
+    ids, suffix = list(tokenizer.eos_ids), template.answer_suffix
+    if suffix and not template.end_with_eos:
+        special = next(filter(suffix.endswith, template.specials), None)
+        ids.append(tokenizer.special_id(special) if special else tokenizer.encode(suffix)[-1])
     return tuple(dict.fromkeys(ids))
-
-
-def _special_ids(name, tokenizer):
-    if name == "bos":
-        return [tokenizer.bos] if tokenizer.add_bos else []
-    return [tokenizer.eos if name == "eos" else tokenizer.special_id(name)]
-
-
-def _render(conversation, template):
-    """Segments in order, texts not yet merged."""
-    if template.image_place == "row":
-        for turn in conversation:
-            yield from _visuals(turn, template)
-    if template.begin_with_bos:
-        yield Segment(special="bos")
-    if conversation[0].role == "user":
-        yield from _pieces(template.system, template)
-    for place, turn in enumerate(conversation):
-        if turn.role == "user":
-            yield from _pieces(template.turn_prefix if place else "", template)
-            if template.image_place == "chunk":
-                yield from _visuals(turn, template)
-            yield from _pieces(template.user_prefix, template)
-            yield from _words(turn, template)
-            yield from _pieces(template.user_suffix + template.assistant_prefix, template)
-        else:
-            closed = not template.rounds or place == len(conversation) - 1
-            yield from _pieces(template.answer_prefix if place else "", template, closed)
-            yield from _words(turn, template, closed)
-            yield from _pieces(template.answer_suffix, template, closed)
-            if closed and template.end_with_eos:
-                yield Segment(special="eos", trained=True)
-
-
-def _pieces(text, template, trained=False):
-    """A text of the template, cut at its special tokens."""
-    names = "|".join(map(re.escape, template.specials))
-    for piece in re.split(f"({names})", text) if names else [text]:
-        yield Segment(special=piece, trained=trained) if piece in template.specials else Segment(piece, trained)
-
-
-def _visuals(turn, template):
-    for part in turn.parts:
-        if not isinstance(part, str):
-            yield Segment(visual=part, special=template.media_token or None)
-            yield Segment(template.image_suffix)
-
-
-def _words(turn, template, trained=False):
-    """What is said in a turn, with the visual inputs that stand in it; trained: of a reply, whether it is."""
-    lower = turn.role in template.lower_case
-    parts = turn.parts
-    if template.image_place != "inline" and any(not isinstance(part, str) for part in parts):
-        words = (part.strip() for part in parts if isinstance(part, str))  # the gap an image leaves closes
-        text = " ".join(word for word in words if word)
-        if template.image_place == "turn":
-            shown = list(_visuals(turn, template))
-            yield from shown if text or template.without_questions else shown[:-1]  # no newline before no words
-        parts = (text,)
-    for part in parts:
-        if not isinstance(part, str):
-            yield Segment(visual=part, special=template.media_token or None)
-            yield Segment(template.image_suffix)
-        elif not (template.without_questions and turn.role == "user"):
-            yield Segment(part.lower() if lower else part, trained)
-
-
-def _merge(rendered):
-    """Join neighbouring texts, so that a word may carry the newline before it into one token."""
-    merged = []
-    for segment in rendered:
-        is_text = segment.visual is None and segment.special is None
-        if is_text and not segment.text:
-            continue
-        last = merged[-1] if merged else None
-        if is_text and last and last.text and last.trained == segment.trained:
-            merged[-1] = Segment(last.text + segment.text, segment.trained)
-        else:
-            merged.append(segment)
-    return merged

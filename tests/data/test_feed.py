@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from nanovlm.data.batching import Report, build_batch
-from nanovlm.data.feed import Damage, DamageReport, Feed, Mixture
+from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.batching import Preparation
 from nanovlm.data.augment import View
 from nanovlm.data.records import Record, Turn, Visual
@@ -141,7 +141,7 @@ def test_damaged_records_are_replaced_by_the_next(workers, group):
         assert found == [[instead.get(id, id) for id in update] for update in good]
     else:
         assert sorted(sum(found, [])) == sorted(instead.get(id, id) for id in sum(good, []))
-    listed = sorted((one.source, one.record, one.replaced_by, one.error) for one in damaged)
+    listed = sorted((one["source"], one["record"], one["replaced_by"], one["error"]) for one in damaged)
     assert listed == [("pictures", 5, 6, "pictures 5 is damaged"), ("pictures", 6, 7, "pictures 6 is damaged"),
                       ("pictures", 6, 7, "pictures 6 is damaged"), ("words", 3, 4, "words 3 is damaged")]
     feed.close()
@@ -205,14 +205,14 @@ def test_a_program_that_fails_does_not_wait_for_its_workers():
 
 
 def test_the_report_names_each_and_forgets_what_is_done_again(tmp_path):
-    path, one = tmp_path / "damaged.jsonl", Damage("coco", 7, "007", "7.jpg is cut short", 8)
+    path = tmp_path / "damaged.jsonl"
+    one = {"source": "coco", "record": 7, "id": "007", "error": "7.jpg is cut short", "replaced_by": 8}
     report = DamageReport(path, "align", 0, limit=0.02)
     report.add(1, [], 10)
     assert not path.exists()
     report.add(2, [one], 20)
     report.add(4, [one], 40)
-    entry = {"stage": "align", "step": 4, "source": "coco", "record": 7, "id": "007", "error": "7.jpg is cut short",
-             "replaced_by": 8}
+    entry = {"stage": "align", "step": 4} | one
     assert [json.loads(line) for line in path.read_text().splitlines()] == [entry | {"step": 2}, entry]
     with open(path, "a") as file:
         file.write('{"stage": "align", "st')  # cut short by a kill

@@ -1,13 +1,17 @@
-"""Captions and questions about scenes: a slow independent reader of the words works every answer out again."""
+"""What is said about scenes: a slow independent reader of the words works every answer out again."""
 
+import itertools
+import math
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from nanovlm.data.scene_questions import CAPTIONS, CAPTION_PROMPTS, QUESTIONS, READING_PROMPTS, SHORT_CAPTION_PROMPTS, TYPES, ask, offset, pick_weighted
-from nanovlm.data.scene_questions import Scenes
+from nanovlm.data.scene_questions import (
+    CAPTIONS, CAPTION_PROMPTS, FACTS, NAME_PROMPT, QUESTIONS, READING_PROMPTS, REGIONS, SHORT_CAPTION_PROMPTS, TEXT_TYPES, TYPES,
+    Scenes, SceneTexts, ask, offset, parse_scene, pick_weighted,
+)
 from nanovlm.data.scenes import ALPHABET, COLORS, HELD_OUT, SHAPES, Scene, SceneObject, in_held_out_fifth, sample_scene
 
 NUMBER = 600  # records per source
@@ -233,3 +237,340 @@ def test_types_are_asked_as_often_as_weighted():
     assert set(kinds) == {"color", "size"} and 0.6 < kinds["color"] / 500 < 0.8
     plain = Counter(kind for n in range(500) for kind in Scenes(string_share=1.0).record(n).kinds)
     assert set(plain) == set(QUESTIONS) and plain["relation"] > 0.05 * plain.total()
+
+
+# ---- the source of drawn scenes ----
+
+
+def test_a_record_depends_on_seed_and_number_alone():
+    def content(source, n):
+        record = source.record(n)
+        return record.visuals[0].key, record.visuals[0].frames[0].tobytes(), record.conversations, record.kinds
+
+    for split in ("train", "new", "unseen_pairs", "reading"):
+        one, other = Scenes(split, "both", seed=3, length=5), Scenes(split, "both", seed=3, length=5)
+        backwards = [content(other, n) for n in reversed(range(8))]
+        assert [content(one, n) for n in range(8)] == backwards[::-1]
+        assert len({pixels for _, pixels, _, _ in backwards}) == 8  # goes on beyond its length with new pictures
+        assert content(Scenes(split, "both", seed=4), 0)[:2] != content(one, 0)[:2] and len(one) == 5
+    assert content(Scenes("new"), 0)[1] != content(Scenes("train"), 0)[1]
+    asked_otherwise = content(Scenes("train", "captions", seed=3), 0)
+    assert asked_otherwise[:2] == content(Scenes("train", "questions", seed=3), 0)[:2]  # same key, same picture
+    changes = {"seed": 1, "canvas": 48, "max_objects": 3, "min_objects": 2, "string_share": 0.1, "split": "new"}
+    keys = {content(Scenes(**{option: value}), 1)[0] for option, value in changes.items()}
+    assert len(keys | {content(Scenes(), 1)[0]}) == 7 and Scenes("unseen_pairs").name == "scenes_unseen_pairs"
+
+
+def test_names_say_all_of_a_picture():
+    source = Scenes(kind="names", seed=3, string_share=0.5)
+    with_string = 0
+    for n in range(40):
+        scene, record = source.scene(n), source.record(n)
+        said = [conversation[-1].text for conversation in record.conversations]
+        expected, places = set(), {}
+        for thing in scene.objects:
+            third = scene.canvas / 3
+            place = REGIONS[int(thing.y // third)][int(thing.x // third)]
+            expected |= {f"{thing.color} {thing.shape}", thing.shape, thing.color, f"{thing.size} {thing.shape}"}
+            expected.add(f"{thing.shape} at the {place}")
+            places[f"{thing.color} {thing.shape}", thing.x / 64, thing.y / 64] = 5
+        if scene.string:
+            with_string += 1
+            ranked = [f"{rank} {symbol}" for rank, symbol in zip(("first", "second", "third"), scene.string)]
+            expected |= {*scene.string, *ranked}
+            left, top, right, bottom = (side / 64 for side in scene.string_box)
+            regions = [region for name, region in zip(said, record.regions) if name in ranked]
+            assert all(left < x < right and y == pytest.approx((top + bottom) / 2) for x, y in regions)
+            assert [x for x, _ in regions] == sorted(x for x, _ in regions)
+        assert set(said) == expected and len(record.regions) == len(said)
+        assert all((name, x, y) in places for name, (x, y) in zip(said, record.regions) if name.count(" ") == 1
+                   and name.split()[0] in COLORS)
+        assert record.kinds == ("name",) * len(said)
+        assert all(conversation[0].parts == (0, NAME_PROMPT) for conversation in record.conversations)
+    assert with_string > 5
+
+
+def test_options_shape_the_pictures_and_the_kinds():
+    source = Scenes("train", "captions", min_objects=2, max_objects=2, canvas=80, string_share=1.0)
+    for n in range(20):
+        record, scene = source.record(n), source.scene(n)
+        assert record.visuals[0].frames[0].size == (80, 80) and len(scene.objects) == 2 and scene.string
+        assert len(record.kinds) == 1 and record.kinds[0] in CAPTIONS
+    shares = [sum(bool(Scenes(string_share=share).scene(n).string) for n in range(400)) / 400 for share in (0, 0.3)]
+    assert shares[0] == 0 and 0.24 < shares[1] < 0.36
+    assert all(len(Scenes(questions_per_picture=2).record(n).kinds) == 2 for n in range(20))
+    assert {Scenes("train", "captions", weights={"short_caption": 1}).record(n).kinds for n in range(9)} == {
+        ("short_caption",)}
+    assert not any("caption" in kind for n in range(50) for kind in Scenes().record(n).kinds)
+
+
+def test_a_picture_without_the_wanted_question_is_replaced():
+    source = Scenes(weights={"relation": 1.0}, seed=2)
+    keys = [source.record(n).visuals[0].key for n in range(60)]
+    assert {source.record(n).kinds[0] for n in range(60)} == {"relation"}
+    assert any(not key.endswith(".0") for key in keys)
+    with pytest.raises(ValueError, match="none of 100 pictures of up to 1 objects gave a question of .* relation"):
+        Scenes(weights={"relation": 1.0}, max_objects=1).record(0)
+
+
+@pytest.mark.parametrize("source", [Scenes, SceneTexts])
+@pytest.mark.parametrize("options, message", [
+    ({"split": "trian"}, "unknown split 'trian'. Did you mean 'train'"),
+    ({"weights": {"red": 1}}, "unknown type 'red'"),
+    ({"string_share": 1.1}, "string_share is 1.1"),
+    ({"string_share": -0.1}, "string_share is -0.1"),
+    ({"seed": -1}, "seed is -1"),
+    ({"length": 0}, "length is 0"),
+])
+def test_wrong_options_are_refused(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        source(**options)
+    assert len(source()) == 10_000 and len(source(length=1, string_share=1)) == len(source(length=1, string_share=0)) == 1
+
+
+@pytest.mark.parametrize("source, options, message", [
+    (Scenes, {"kind": "question"}, "unknown kind 'question'. Did you mean 'questions'"),
+    (Scenes, {"weights": {"color": -1}}, "the weight of 'color' is -1"),
+    (Scenes, {"weights": {"caption": 1}}, "none of color, shape"),
+    (Scenes, {"kind": "both", "weights": {"color": 1}}, "none of caption, short_caption"),
+    (Scenes, {"questions_per_picture": 0}, "questions_per_picture is 0"),
+    (SceneTexts, {"questions_per_text": 0}, "questions_per_text is 0"),
+    (SceneTexts, {"split": "new", "weights": {"opposite": 1}}, "no type of the split 'new' has a weight above 0"),
+    (SceneTexts, {"max_objects": 0}, "max_objects is 0"),
+])
+def test_options_of_one_source_that_are_refused(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        source(**options)
+
+
+# ---- texts without pictures ----
+
+TEXTS = 3000
+OPPOSITES = {"left": "right", "above": "below", "big": "small", "top": "bottom", "yes": "no", "hot": "cold",
+             "light": "dark", "up": "down", "day": "night", "old": "new"}
+OPPOSITES |= {opposite: word for word, opposite in OPPOSITES.items()}
+TURNED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+OBJECT = re.compile(rf"a (big|small) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) at the ([a-z ]+)")
+LISTED = re.compile(rf"()({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")
+RELATED = re.compile(r"an? (\w+ \w+) is (left of|right of|above|below) an? (\w+ \w+)")
+
+
+@pytest.fixture(scope="module")
+def made():
+    """{split: list of (kind, texts of the turns)}."""
+    found = {}
+    for split in ("train", "new"):
+        source = SceneTexts(split)
+        found[split] = [source.record(n) for n in range(TEXTS)]
+        assert all(not record.visuals and len(record.conversations) == 1 for record in found[split])
+        found[split] = [(record.kinds[0], [turn.text for turn in record.conversations[0]]) for record in found[split]]
+    return found
+
+
+def scene_of(text):
+    """A scene as a caption tells it, each object in the middle of its ninth."""
+    things = []
+    for size, color, shape, place in OBJECT.findall(text) or [(*found, "center") for found in LISTED.findall(text)]:
+        (row, column), = ((row, names.index(place)) for row, names in enumerate(REGIONS) if place in names)
+        things.append(SceneObject(color, shape, size, 64 * (2 * column + 1) / 6, 64 * (2 * row + 1) / 6, 7.0))
+    string = re.search('text "?([A-Z0-9]+)"?', text)
+    return Scene(64, tuple(things), string and string[1])
+
+
+def solve_text(kind, text):
+    """(text that must or must not be held out, answer)."""
+    if kind == "opposite":
+        return None, OPPOSITES[re.fullmatch(r"what is the opposite of (\w+)\?", text)[1]]
+    if kind == "addition":
+        one, other = sorted(map(int, re.fullmatch(r"what is (\d) plus (\d)\?", text).groups()))
+        return f"{one} plus {other}", str(one + other)
+    if kind == "spelling":
+        string = re.fullmatch(r"spell (\w+)\.", text)[1]
+        return f"spell {string}", " ".join(string)
+    if kind == "next_letter":
+        return None, chr(ord(re.fullmatch(r"which letter comes after ([A-Y])\?", text)[1]) + 1)
+    if kind == "word_of_phrase":
+        end, phrase = re.fullmatch(r"what is the (first|last) word of: ([a-z ]+)", text).groups()
+        return phrase, phrase.split()[0 if end == "first" else -1]
+    sentence, question = text.split(". ")
+    if kind != "described_relation":
+        about, answer = solve(question, scene_of(sentence))
+        assert kind == f"{'described' if OBJECT.search(sentence) else 'listed'}_{about}"
+        return sentence, answer
+    one, relation, other = RELATED.fullmatch(sentence).groups()
+    assert one != other
+    facts = {(one, relation, other), (other, TURNED[relation], one)}
+    if found := re.fullmatch(r"what is (left of|right of|above|below) the (.+)\?", question):
+        (answer,) = [thing for thing, *rest in facts if rest == [found[1], found[2]]]
+        return sentence, answer
+    asked = re.fullmatch(r"is the (.+) (left of|right of|above|below) the (.+)\?", question).groups()
+    assert {asked[0], asked[2]} == {one, other}
+    return sentence, "yes" if asked in facts else "no"
+
+
+@pytest.mark.parametrize("split", ["train", "new"])
+def test_every_answer_is_right_and_in_its_split(made, split):
+    kinds = Counter()
+    for kind, turns in made[split]:
+        kinds[kind if kind in TEXT_TYPES else kind.split("_")[0]] += 1
+        if kind == "plain_caption":
+            (key,) = turns
+        else:
+            text, answer = turns
+            key, right = solve_text(kind, text)
+            assert answer == right, (kind, text, answer)
+        assert key is None or in_held_out_fifth(key) == (split == "new")
+    expected = set(TEXT_TYPES) - ({"opposite", "next_letter"} if split == "new" else set())
+    assert set(kinds) == expected and min(kinds.values()) > 0.75 * TEXTS / len(expected)
+
+
+def test_held_out_pairs_and_strings_never_occur(made):
+    pairs = re.compile("|".join(f"{color} {shape}" for color, shape in HELD_OUT))
+    for _, turns in made["train"] + made["new"]:
+        assert not any(pairs.search(text) for text in turns)
+        for word in re.findall(rf"\b[{ALPHABET}]{{2,3}}\b", " ".join(turns)):
+            assert not in_held_out_fifth(word)
+
+
+def test_the_new_split_shares_no_sum_spelling_or_phrase_with_training(made):
+    for kind in ("addition", "spelling", "word_of_phrase", "described_relation"):
+        trained, new = ({solve_text(*pair)[0] for pair in ((k, t[0]) for k, t in made[split] if k == kind)}
+                        for split in ("train", "new"))
+        assert trained and new and not trained & new
+    sums = {split: {solve_text(k, t[0])[0] for k, t in made[split] if k == "addition"} for split in made}
+    assert 53 <= len(sums["train"] | sums["new"]) <= 55 and 5 <= len(sums["new"]) <= 20
+
+
+def test_all_facts_occur_evenly(made):
+    train = made["train"]
+    assert len({t[0] for k, t in train if k == "opposite"}) == 20
+    assert {t[0][-2] for k, t in train if k == "next_letter"} == set("ABCDEFGHIJKLMNOPQRSTUVWXY")
+    assert {len(t[0].split(": ")[1].split()) for k, t in train if k == "word_of_phrase"} == {2, 3, 4}
+    for kind, half in (("word_of_phrase", "first word"), ("described_relation", ". what")):
+        some = [half in t[0] for k, t in train if k == kind]
+        assert 0.4 < sum(some) / len(some) < 0.6
+    related = [t for k, t in train if k == "described_relation"]
+    answers = Counter(t[1] for t in related if ". is" in t[0])
+    assert 0.38 < answers["yes"] / answers.total() < 0.62
+    # either object is asked for, and either comes first
+    turned = [t[1] in t[0].split(" is ")[0] for t in related if ". what" in t[0]]
+    assert 0.38 < sum(turned) / len(turned) < 0.62
+    opposites = Counter(t[1] in ("right", "below", "small", "bottom", "no", "cold", "dark", "down", "night", "new")
+                        for k, t in train if k == "opposite")
+    assert 0.38 < opposites[True] / opposites.total() < 0.62
+    forms = Counter("at the" in t[0] and "long" or " is " in t[0] and "related" or "short"
+                    for k, t in train if k == "plain_caption")
+    assert min(forms["long"], forms["related"], forms["short"]) > 0.25 * forms.total()
+    objects = Counter(len(OBJECT.findall(t[0])) for k, t in train if k == "described_size")
+    assert set(objects) == {1, 2, 3, 4}
+    listed = {k.removeprefix("listed_") for k, _ in train if k.startswith("listed")}
+    assert listed == {"color", "shape", "count", "existence", "reading"}
+    described = {k.removeprefix("described_") for k, _ in train if k.startswith("described")}
+    assert described == {*listed, "place", "size", "relation"}
+
+
+def test_options_and_determinism():
+    one, other = SceneTexts(seed=5, length=7), SceneTexts(seed=5)
+    assert [one.record(n) for n in range(40)] == [other.record(n) for n in reversed(range(40))][::-1]
+    assert one.record(0) != SceneTexts(seed=6).record(0) and len(one) == 7 and one.name == "scene_texts_train"
+    assert len({one.record(n).id for n in range(10)} | {SceneTexts("new", seed=5).record(0).id}) == 11
+    assert {SceneTexts(weights={"addition": 1, "spelling": 0}).record(n).kinds for n in range(20)} == {("addition",)}
+    described = [SceneTexts(weights={"described": 1}, max_objects=2, string_share=1).record(n) for n in range(60)]
+    texts = [record.conversations[0][0].text for record in described]
+    assert all('text "' in text for text in texts) and {len(OBJECT.findall(text)) for text in texts} == {1, 2}
+    plain = SceneTexts(weights={"plain_caption": 1}, string_share=0)
+    assert not any("text" in plain.record(n).conversations[0][0].text for n in range(60))
+    with_text = sum('text "' in SceneTexts(weights={"described": 1}).record(n).conversations[0][0].text
+                    for n in range(400))
+    assert 0.23 < with_text / 400 < 0.4
+    assert {turn.role for turn in plain.record(0).conversations[0]} == {"assistant"}
+    first = SceneTexts(weights={"addition": 1}), SceneTexts("new", weights={"addition": 1})
+    assert len(FACTS) == 6 and first[0].record(1) != first[1].record(1)
+
+
+def test_several_questions_about_a_text_follow_each_other():
+    source = SceneTexts(weights={"described": 1, "listed": 1}, questions_per_text=4)
+    lengths = Counter()
+    for n in range(100):
+        (turns,) = source.record(n).conversations
+        assert [turn.role for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+        sentence, first = turns[0].text.split(". ")
+        questions = [first, *(turn.text for turn in turns[2::2])]
+        assert [solve(question, scene_of(sentence))[1] for question in questions] == [turn.text for turn in turns[1::2]]
+        assert len(set(questions)) == len(questions)
+        lengths[len(questions)] += 1
+    assert max(lengths) == 4 and lengths[4] > 80
+
+
+# ---- scenes from words ----
+
+
+def test_poses_what_is_said():
+    for n in range(40):
+        scene = parse_scene('A Red circle is left of the big blue STAR above small pink cross / teal ring, text "a7k"',
+                            np.random.default_rng(n))
+        red, blue, pink, teal = scene.objects
+        words = [(thing.color, thing.shape) for thing in scene.objects]
+        assert words == [("red", "circle"), ("blue", "star"), ("pink", "cross"), ("teal", "ring")]
+        assert blue.size == "big" and pink.size == "small" and scene.string == "A7K" and scene.canvas == 64
+        assert blue.x - red.x >= 6 and pink.y - blue.y >= 6
+        for one, other in itertools.combinations(scene.objects, 2):
+            assert math.dist((one.x, one.y), (other.x, other.y)) >= one.radius + other.radius + 1.5
+        left, top, right, bottom = scene.string_box
+        for thing in scene.objects:
+            apart = max(left - thing.x, thing.x - right, top - thing.y, thing.y - bottom)
+            assert apart >= 0.7 * thing.radius and 0 < left < right < 64 and 0 < top < bottom < 64
+    assert {parse_scene("red circle", np.random.default_rng(n)).objects[0].size for n in range(20)} == {"small", "big"}
+
+
+def test_relates_an_object_to_the_one_before():
+    distances = []
+    for n in range(150):
+        one, two, three, four = parse_scene(
+            "small red circle right of small blue ring below small teal star and small green ring",
+            np.random.default_rng(n), 96,
+        ).objects
+        assert one.x - two.x >= 6 and two.y - three.y >= 6
+        distances += [one.x - two.x, two.y - three.y]
+    assert min(distances) < 7
+    row = parse_scene("red ring left of blue ring left of teal ring left of pink ring left of red cross",
+                      np.random.default_rng(0))
+    assert [thing.color for thing in sorted(row.objects, key=lambda thing: thing.x)] == [
+        "red", "blue", "teal", "pink", "red"]
+    assert row.string is None and row.string_box is None
+
+
+@pytest.mark.parametrize("text, message", [
+    ("red circel", "unknown word 'circel'. Did you mean 'circle'"),
+    ("red circle left blue star", "unknown word 'left'. Did you mean 'left of'"),
+    ("red", "'red' is not one object"),
+    ("circle", "'circle' is not one object"),
+    ("red blue circle", "is not one object"),
+    ("red circle ring", "is not one object"),
+    ("small big red circle", "is not one object"),
+    ("red circle text A7K above", "needs an object on both sides"),
+    ("above red circle", "needs an object on both sides"),
+    ("red circle, above blue ring", "needs an object on both sides"),
+    ("red circle and and", None),
+    ("", "no object is described"),
+    ("text A7K", "no object is described"),
+    ("red circle text A", "the text 'A' cannot be drawn"),
+    ("red circle text ACEF", "the text 'ACEF' cannot be drawn"),
+    ("red circle reading A0K", "the text 'A0K' cannot be drawn"),
+    ("red circle text", "the text '' cannot be drawn"),
+    ("red circle text AC text AE", "holds one string, found 2: AC, AE"),
+    (" and ".join(["big red circle"] * 12), "found no room on 64 x 64 px for the 12 objects"),
+])
+def test_says_what_is_wrong(text, message):
+    if message is None:
+        assert len(parse_scene(text, np.random.default_rng(0)).objects) == 1
+        return
+    with pytest.raises(ValueError) as error:
+        parse_scene(text, np.random.default_rng(0))
+    assert message in str(error.value)
+
+
+def test_refuses_a_tiny_canvas():
+    assert parse_scene("red circle", np.random.default_rng(0), 40).canvas == 40
+    with pytest.raises(ValueError, match="39 px is too small"):
+        parse_scene("red circle", np.random.default_rng(0), 39)
