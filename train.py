@@ -139,8 +139,6 @@ def prepare(parser, wishes, processes):
         check_device(wishes.device)
         out = wishes.out or Path("out") / recipe.name
         run = make_run(recipe, wishes, out, processes)
-        run.recompute, run.compiled = wishes.recompute, wishes.compile
-        run.keep, run.background = wishes.keep, wishes.save_in_background
         if wishes.resume and not complete(out):
             print(f"no checkpoint in {out} yet: starting at the beginning")
         return run

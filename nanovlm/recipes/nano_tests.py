@@ -51,11 +51,11 @@ TRY = (
 
 def evaluate(run, stage):
     """Quick held-out shares before and after a stage: {measure: share}."""
-    number = SMOKE_PICTURES if run.smoke else QUICK_PICTURES
+    number = SMOKE_PICTURES if run.args.smoke else QUICK_PICTURES
     if stage.objective == "contrastive":
         captions = EasyVQA("test", kind="captions")
         records = [captions.record(n) for n in range(number * 4)]
-        return zero_shot(run.contrastive, records, run.tokenizer, stage.image_size, stage.image_fit, run.preprocessing)
+        return zero_shot(run.contrastive, records, run.tokenizer, stage.image_size, stage.image_fit, run.recipe.preprocessing)
     tests = held_out_tests(number, number)
     names = tests if {"bridge", "adapters"} & stage.learning_rates.keys() else ("text_only",)
     return {name: shares(ask(assistant(run), tests[name]))["all"] for name in names}
@@ -69,11 +69,11 @@ def exam(run):
 
 def finish(run):
     """All held-out tests, samples.png, and what goes into results.json."""
-    number = SMOKE_PICTURES if run.smoke else None
+    number = SMOKE_PICTURES if run.args.smoke else None
     tests = held_out_tests(number, number or NUM_SCENES)
     answers = answer_tests(assistant(run), tests)
     samples = pick_samples(tests, answers)
-    replace(run.out / "samples.png", lambda path: sample_sheet(samples, path, f"held-out pictures, seed {run.seed}"))
+    replace(run.out / "samples.png", lambda path: sample_sheet(samples, path, f"held-out pictures, seed {run.args.seed}"))
     return nano_results(answers, majorities(tests))
 
 
@@ -109,7 +109,7 @@ def exact_match(prediction, truth):
 def assistant(run):
     """The run's model as its last stage writes and shows, at the picture size at which its vision stands: Assistant."""
     last, size = run.stages[-1], run.model.vision.image_size
-    return Assistant(run.model, run.tokenizer, run.template_of(last), size, last.image_fit, run.preprocessing)
+    return Assistant(run.model, run.tokenizer, run.template_of(last), size, last.image_fit, run.recipe.preprocessing)
 
 
 def ask(assistant, records, blank=False, progress=lambda number: None, max_new_tokens=12, batch_size=256):

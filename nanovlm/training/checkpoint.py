@@ -3,21 +3,26 @@
     OUT/state/step-00001234/model.safetensors        weights of the vision-language model
                             text_tower.safetensors   the contrastive model's text side, if the recipe has one
                             optimizer.safetensors    "exp_avg/decoder.norm.weight": state by parameter name
-                            rng.safetensors          torch's random state
+                            movement.safetensors     where the parts that train began, see diagnostics.py
+                            random.safetensors       torch's random state
                             state.json               stage and step, data cursors, settings that must not change
 
-Nothing is ever unpickled. How a folder is written, saving.py says; where many processes hold shards, the tensors lie in
-other files (sharded_checkpoint.py).
+The folder is written under a temporary name, every file is forced to the disk, then the folder is renamed: a rename
+happens or does not, so a kill or a full disk at any moment leaves the previous checkpoint in place. Of several processes
+the main one writes. With fsdp each writes its own shards of all tensors, and any number of processes reads them again:
+
+    OUT/state/step-00001234/shard-00001-model-00001-of-00001.safetensors   of the first process: "model/vision.positions"
+
+These files, and the places of the shards in their headers, are those of torch.distributed.checkpoint's safetensors writer.
+Nothing is ever unpickled.
 """
 
 import json
 import os
 import shutil
-import threading
 import warnings
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,10 +31,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
+from nanovlm import files
+from nanovlm.files import sync, TEMPORARY
 from nanovlm.training.processes import copy_shard, Processes, shard_of
 
-
-TEMPORARY = ".tmp"
 PREFIX = "step-"
 STATE_KEYS = {  # what each optimizer keeps per parameter
     "AdamW": ("step", "exp_avg", "exp_avg_sq"),
@@ -44,9 +49,6 @@ class CheckpointError(RuntimeError):
 def open_folder(out, resume):
     """Look into an output folder, new or, with resume, that of an earlier process.
 
-    Args:
-      out: Path.
-      resume: bool.
     Returns: dict, the settings in config.json with which the run began; None if it begins now.
     Raises: CheckpointError if the folder holds anything and resume is False, or holds something else than a run.
     """
@@ -68,81 +70,14 @@ def complete(out):
     return sorted(path for path in (out / "state").glob(f"{PREFIX}*") if not path.name.endswith(TEMPORARY))
 
 
-def read(folder):
-    """Read a checkpoint.
-
-    Args:
-      folder: Path, from `complete`.
-    Returns: (dict file name without ending -> dict tensor name -> Tensor, dict of state.json).
-    Raises: CheckpointError if a file is missing or damaged.
-    """
-    try:
-        return {path.stem: safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))}, read_state(folder)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise damaged(folder, error) from error
-
-
-def read_state(folder):
-    """Read a checkpoint's state.json: dict. Raises: CheckpointError if it is missing or damaged."""
-    try:
-        return json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise damaged(folder, error) from error
-
-
-def damaged(folder, error):
-    """The CheckpointError of a checkpoint that cannot be read."""
-    return CheckpointError(f"{folder} is damaged ({error}); remove it, or start again in another --out")
-
-
-def load_file_into(targets, path):
-    """`copy_into` from a safetensors file.
-
-    Raises: FileNotFoundError; CheckpointError if the file is damaged or does not fit.
-    """
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy or train it again") from error
-    copy_into(targets, tensors, str(path))
-
-
-def write_tensors(path, tensors):
-    """Write a safetensors file and force it to the disk; dict name -> Tensor."""
-    safetensors.torch.save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    sync(path)
-
-
-def write_text(path, text):
-    """Write a text file and force it to the disk."""
-    path.write_text(text)
-    sync(path)
-
-
-def sync(path):
-    """Force a file or a folder's list of names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# Single files of a run.
 
 
 def replace(path, write):
-    """Write a single file so that readers see the old or the new one, never half of it.
-
-    Args:
-      path: Path.
-      write: function(Path) that writes the content.
-    Raises: CheckpointError if it cannot be written; the old file stays.
-    """
-    temporary = path.with_name(path.name + TEMPORARY)
+    """files.replace; a file that cannot be written is a CheckpointError, and the old one stays."""
     try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
+        files.replace(path, write)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path} could not be written ({error}); make room, then use --resume") from error
 
 
@@ -153,125 +88,51 @@ def replace_json(path, value):
 
 def replace_tensors(path, tensors):
     """`replace` with a safetensors file of dict name -> Tensor."""
-    replace(path, lambda temporary: write_tensors(temporary, tensors))
+    replace(path, lambda temporary: save_tensors(temporary, tensors))
 
 
-def copy_into(targets, tensors, where):
-    """Copy loaded tensors into a model's own, key by key.
+def save_tensors(path, tensors):
+    """Write a safetensors file of dict name -> Tensor."""
+    safetensors.torch.save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
 
-    Args:
-      targets: dict name -> Tensor or Parameter, changed in place (its memory, and so its alignment, stays).
-      tensors: dict name -> Tensor.
-      where: str, named in errors.
-    Raises: CheckpointError if a key is missing, left over or of another shape; all of them are named.
+
+def write_model(out, tensors, image_size):
+    """Make a run's folder one of a finished model; tensors: {"model", "text_tower": {name: Tensor}}."""
+    for name in ("text_tower", "model"):
+        if tensors.get(name):
+            replace_tensors(out / f"{name}.safetensors", tensors[name])
+    replace_json(out / "config.json", json.loads((out / "config.json").read_text()) | {"image_size": image_size})
+
+
+def consolidate(out):
+    """Write the model of a run's newest checkpoint as whole files, as the end of the run would.
+
+    Returns: list of str, what was written. Raises: CheckpointError if there is no checkpoint, or for a full disk.
     """
-    problems = [f"{name} is missing" for name in sorted(targets.keys() - tensors.keys())]
-    problems += [f"{name} is not part of this model" for name in sorted(tensors.keys() - targets.keys())]
-    problems += [f"{name} has shape {tuple(tensors[name].shape)}, this model's has {tuple(target.shape)}"
-                 for name, target in targets.items() if name in tensors and tensors[name].shape != target.shape]
-    if problems:
-        raise CheckpointError(f"{where} does not fit this model: {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, target in targets.items():
-            copy_shard(target, tensors[name])
+    folders = complete(out)
+    if not folders:
+        raise CheckpointError(f"{out} holds no checkpoint; give the output folder of train.py")
+    state, tensors = read_state(folders[-1]), read(folders[-1])
+    write_model(out, tensors, state["image_size"])
+    size = sum(tensor.numel() for tensor in tensors["model"].values())
+    return [f"{out / 'model.safetensors'}: {len(tensors['model'])} tensors, {size:,} parameters, of step {state['step']}"]
 
 
-def optimizer_tensors(optimizers):
-    """State of torch optimizers by parameter name.
-
-    Args:
-      optimizers: list from `optimizer.build`, whose groups carry `param_names`.
-    Returns: dict "key/parameter name" -> Tensor; parameters that never had a gradient have no state.
-    """
-    return {f"{key}/{name}": optimizer.state[parameter][key] for optimizer, parameter, name in _named(optimizers)
-            for key in STATE_KEYS[type(optimizer).__name__] if parameter in optimizer.state}
+# Writing.
 
 
-def optimizer_places(optimizers):
-    """Where the state of fresh optimizers belongs: dict "key/parameter name" -> Parameter, for all that there can be."""
-    return {f"{key}/{name}": parameter for optimizer, parameter, name in _named(optimizers)
-            for key in STATE_KEYS[type(optimizer).__name__]}
-
-
-def load_optimizer(optimizers, tensors):
-    """Give freshly built optimizers their saved state.
+def begin(out, step, tensors, state, processes=Processes(), keep=1, background=False):
+    """Do what of a checkpoint must happen before the next step; all processes call this.
 
     Args:
-      optimizers: list from `optimizer.build`, of the same stage and model.
-      tensors: dict from `optimizer_tensors`.
-    Raises: CheckpointError naming the keys that are missing or left over.
-    """
-    tensors = dict(tensors)
-    missing = []
-    for optimizer, parameter, name in _named(optimizers):
-        keys = STATE_KEYS[type(optimizer).__name__]
-        found = {key: tensors.pop(f"{key}/{name}") for key in keys if f"{key}/{name}" in tensors}
-        missing += [f"{key}/{name}" for key in keys if found and key not in found]
-        if found:
-            optimizer.state[parameter] = {key: shard_of(tensor, parameter) for key, tensor in found.items()}
-    if missing or tensors:
-        raise CheckpointError(f"the optimizer's state does not fit: missing {missing}, left over {sorted(tensors)}")
-
-
-def _named(optimizers):
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter, name in zip(group["params"], group["param_names"]):
-                yield optimizer, parameter, name
-
-
-def difference(saved, now, where=""):
-    """Find where two settings differ.
-
-    Args:
-      saved, now: JSON values.
-      where: str, the path so far.
-    Returns: str naming the first difference ("stages.instruct.steps was 100, is now 200"), or None if they are equal.
-    """
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in [*saved, *(key for key in now if key not in saved)]:
-            path = f"{where}.{key}" if where else key
-            if key not in saved or key not in now:
-                return f"{path} was {saved.get(key, 'absent')!r}, is now {now.get(key, 'absent')!r}"
-            found = difference(saved[key], now[key], path)
-            if found:
-                return found
-        return None
-    return None if saved == now else f"{where} was {saved!r}, is now {now!r}"
-
-
-# How checkpoints are written: whole or not at all, at once or while training goes on.
-#
-# The folder is written under a temporary name, every file is forced to the disk, then the folder is renamed: a rename
-# happens or does not, so a kill or a full disk at any moment leaves the previous checkpoint in place. Of several processes
-# the main one writes; where they hold shards, each writes its own, and the main one renames when all are done. What fails
-# in one of them has failed in all.
-
-
-def save(out, step, tensors, state, processes=Processes(), keep=1):
-    """Write a checkpoint, then remove the older ones.
-
-    Args:
-      out: Path, the run's output folder.
-      step: int, optimizer steps of the whole run that are done.
-      tensors: dict of dicts, file name without ending -> tensor name -> Tensor.
-      state: JSON-able dict.
-      processes: all of them call this. keep: int, checkpoints that stay, this one included.
-    Returns: Path of the checkpoint's folder.
-    Raises: CheckpointError if the disk is full or the folder cannot be written; the previous checkpoint stays.
-    """
-    return begin(out, step, tensors, state, processes, keep)()
-
-
-def begin(out, step, tensors, state, processes, keep, copy=False):
-    """`save` in two parts: what must happen before the next step.
-
-    Args:
-      copy: bool, the tensors may change before the rest has happened.
-    Returns: a function for the rest, with `save`'s result.
+      out: Path, the run's output folder. step: int, optimizer steps of the whole run that are done.
+      tensors: dict of dicts, file name without ending -> tensor name -> Tensor. state: JSON-able dict.
+      keep: int, checkpoints that stay, this one included. background: the tensors may change before the rest is done.
+    Returns: a function for the rest, which returns the Path of the checkpoint's folder; either raises CheckpointError, in
+      all processes, if the disk is full or the folder cannot be written. The previous checkpoint stays.
     """
     folder = out / "state" / f"{PREFIX}{step:08d}"
-    temporary = folder.with_name(folder.name + TEMPORARY)
+    temporary = Path(f"{folder}{TEMPORARY}")
 
     def attempt(action, here):
         """Try something in this process, if it is its turn; if it fails anywhere, it has failed everywhere."""
@@ -285,116 +146,52 @@ def begin(out, step, tensors, state, processes, keep, copy=False):
         except (OSError, SafetensorError) as error:
             if processes.main:
                 shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; the next save sweeps up what is left
+            before = [f"The checkpoint {path.name} is intact" for path in complete(out)[-1:]] or ["There is no earlier checkpoint"]
             raise CheckpointError(f"the checkpoint of step {step} could not be written to {out / 'state'} ({error}). "
-                                  f"{_intact(out)} Make room, then continue with --resume.") from error
+                                  f"{before[0]}. Make room, then continue with --resume.") from error
         return result
 
     def make_room():
-        remove_unfinished(out)
+        for path in (out / "state").glob(f"*{TEMPORARY}"):  # what a killed or failed write has left behind
+            shutil.rmtree(path)
         temporary.mkdir(parents=True)
 
     def write():
         for name, content in tensors.items():
-            write_tensors(temporary / f"{name}.safetensors", content)
+            save_tensors(temporary / f"{name}.safetensors", content)
+            sync(temporary / f"{name}.safetensors")
 
-    def complete_it():
-        write_text(temporary / "state.json", json.dumps(state, indent=1))
+    def finish():
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        sync(temporary / "state.json")
         sync(temporary)
         os.rename(temporary, folder)
         sync(folder.parent)
-        remove_old(out, keep)
+        for old in complete(out)[:-keep]:
+            doomed = Path(f"{old}{TEMPORARY}")  # a half-removed folder must not look complete
+            os.rename(old, doomed)
+            shutil.rmtree(doomed)
 
     if processes.first(folder.exists() or None):
         return lambda: folder  # the same step of the same run: the same content
     attempt(make_room, processes.main)
-    if processes.mode == "fsdp":
+    sharded = processes.mode == "fsdp"
+    if sharded:
         write = begin_sharded(temporary, tensors, processes)  # from here on its thread talks to the others
-    elif copy and processes.main:
+    elif background and processes.main:
         tensors = {name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in content.items()}
                    for name, content in tensors.items()}
 
     def rest():
-        attempt(write, processes.main or processes.mode == "fsdp")
-        attempt(complete_it, processes.main)
+        attempt(write, processes.main or sharded)
+        attempt(finish, processes.main)
         return folder
 
     return rest
 
 
-def remove_old(out, keep):
-    """Remove all but the last `keep` checkpoints."""
-    for old in complete(out)[:-keep]:
-        doomed = old.with_name(old.name + TEMPORARY)  # a half-removed folder must not look complete
-        os.rename(old, doomed)
-        shutil.rmtree(doomed)
-
-
-class Writer:
-    """Writes one checkpoint after the other, at once or, with `background`, by a thread while training goes on."""
-
-    def __init__(self, background):
-        self.background = background
-        self.thread = None
-        self.error = None
-
-    def save(self, out, step, tensors, state, processes, keep):
-        """As `save`; in the background, what goes wrong is raised by the next call."""
-        self.wait()
-        rest = begin(out, step, tensors, state, processes, keep, copy=self.background)
-        if not self.background:
-            rest()
-            return
-
-        def work():
-            try:
-                rest()
-            except Exception as error:
-                self.error = error
-
-        self.thread = threading.Thread(target=work)
-        self.thread.start()
-
-    def wait(self):
-        """Until what was begun is written. Raises: CheckpointError if it could not be."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-
-
-def _intact(out):
-    found = complete(out)
-    return f"The checkpoint {found[-1].name} is intact." if found else "There is no earlier checkpoint."
-
-
-def remove_unfinished(out):
-    """Delete what a killed or failed write has left behind."""
-    for path in (out / "state").glob(f"*{TEMPORARY}"):
-        shutil.rmtree(path)
-
-
-# Checkpoints whose tensors are spread over processes: each writes its own shards, any number of them reads them again.
-#
-#     OUT/state/step-00001234/shard-00001-model-00001-of-00001.safetensors   shards of the first process, of all tensors:
-#                             shard-00002-...                                "model/vision.positions", "optimizer/exp_avg/..."
-#                             state.json                                     as in any other checkpoint
-#
-# Files and the places of the shards, which stand in the files' headers, are those of torch.distributed.checkpoint's
-# safetensors writer; it also finds the pieces that a run of another number of processes needs.
-
-
-SHARDS = "shard-{:05d}-*.safetensors"
-
-
 def begin_sharded(folder, tensors, processes):
-    """Copy the shards of this process to the CPU and begin to write them; all processes do.
-
-    Args:
-      folder: Path, exists. tensors: as in checkpoint.save; DTensors are sharded, what is not is equal everywhere.
-    Returns: a function that waits until all is written, and raises OSError if it could not be.
-    """
+    """Copy the shards of this process to the CPU and begin to write them: a function that waits until all is written."""
     flat = {f"{kind}/{name}": tensor.detach() for kind, content in tensors.items() for name, tensor in content.items()}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     writing = dcp.async_save(flat, storage_writer=writer, process_group=processes.saving)
@@ -404,10 +201,26 @@ def begin_sharded(folder, tensors, processes):
             writing.result()
         except CheckpointException as failed:
             raise OSError("; ".join(sorted({str(error) for error, _ in failed.failures.values()}))) from failed
-        for path in folder.glob(SHARDS.format(processes.rank + 1)):
+        for path in folder.glob(f"shard-{processes.rank + 1:05d}-*.safetensors"):
             sync(path)
 
     return end
+
+
+# Reading.
+
+
+def damaged(folder, error):
+    """The CheckpointError of a checkpoint that cannot be read."""
+    return CheckpointError(f"{folder} is damaged ({error}); remove it, or start again in another --out")
+
+
+def read_state(folder):
+    """A checkpoint's state.json: dict. Raises: CheckpointError if it is missing or damaged."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from error
 
 
 def is_sharded(folder):
@@ -415,55 +228,100 @@ def is_sharded(folder):
     return any(folder.glob("shard-*.safetensors"))
 
 
-def read_sharded(folder, targets, processes=Processes()):
-    """Read the tensors of a checkpoint, sharded or not.
+def read(folder, targets=None, processes=Processes()):
+    """The tensors of a checkpoint, whole or in shards.
 
     Args:
-      folder: Path. targets: {kind: {name: Tensor}}; where a target is a DTensor, only its own shards are read.
+      folder: Path, from `complete`. targets: {kind: {name: Tensor}}; of a DTensor among them only its own shards are read.
     Returns: {kind: {name: Tensor}}, all that the checkpoint holds.
-    Raises: checkpoint.CheckpointError if it is damaged.
+    Raises: CheckpointError if a file is missing or damaged.
     """
-    if not is_sharded(folder):
-        return read(folder)[0]
     try:
-        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-        flat = {key: _empty(data, targets, *key.split("/", 1)) for key, data in found.items()}
+        if not is_sharded(folder):
+            return {path.stem: safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+        targets = targets or {}
+        flat, result = {}, {kind: {} for kind in targets}
+        for key, data in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+            kind, name = key.split("/", 1)
+            target = targets.get(kind, {}).get(name)
+            sharded = isinstance(target, DTensor) and target.shape == data.size
+            flat[key] = torch.empty_like(target) if sharded else torch.empty(data.size, dtype=data.properties.dtype)
+            result.setdefault(kind, {})[name] = flat[key]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process is no surprise
             dcp.load(flat, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=processes.saving,
                      no_dist=processes.size == 1)
+        return result
     except (OSError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
         raise damaged(folder, error) from error
-    result = {kind: {} for kind in targets}
-    for key, tensor in flat.items():
-        kind, name = key.split("/", 1)
-        result.setdefault(kind, {})[name] = tensor
-    return result
 
 
-def _empty(data, targets, kind, name):
-    target = targets.get(kind, {}).get(name)
-    if isinstance(target, DTensor) and target.shape == data.size:
-        return torch.empty_like(target)
-    return torch.empty(data.size, dtype=data.properties.dtype)
+def load_file_into(targets, path):
+    """`copy_into` from a safetensors file. Raises: FileNotFoundError; CheckpointError if it is damaged or does not fit."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy or train it again") from error
+    copy_into(targets, tensors, str(path))
 
 
-def consolidate(out):
-    """Write the model of a run's newest checkpoint as whole files, as the end of the run would.
+@torch.no_grad()
+def copy_into(targets, tensors, where):
+    """Copy loaded tensors into a model's own, key by key: their memory, and so its alignment, stays.
 
     Args:
-      out: Path, output folder of train.py.
-    Returns: list of str, what was written.
-    Raises: checkpoint.CheckpointError if there is no checkpoint; OSError.
+      targets: dict name -> Tensor or Parameter. tensors: dict name -> Tensor. where: str, named in errors.
+    Raises: CheckpointError if keys are missing, left over or of another shape; all of them are named.
     """
-    folders = complete(out)
-    if not folders:
-        raise CheckpointError(f"{out} holds no checkpoint; give the output folder of train.py")
-    state, tensors = read_state(folders[-1]), read_sharded(folders[-1], {})
-    config = json.loads((out / "config.json").read_text())
-    for name in ("text_tower", "model"):
-        if tensors.get(name):
-            replace_tensors(out / f"{name}.safetensors", tensors[name])
-    replace_json(out / "config.json", config | {"image_size": state["image_size"]})
-    size = sum(tensor.numel() for tensor in tensors["model"].values())
-    return [f"{out / 'model.safetensors'}: {len(tensors['model'])} tensors, {size:,} parameters, of step {state['step']}"]
+    problems = [f"{name} is missing" for name in sorted(targets.keys() - tensors.keys())]
+    problems += [f"{name} is not part of this model" for name in sorted(tensors.keys() - targets.keys())]
+    problems += [f"{name} has shape {tuple(tensors[name].shape)}, this model's has {tuple(target.shape)}"
+                 for name, target in targets.items() if name in tensors and tensors[name].shape != target.shape]
+    if problems:
+        raise CheckpointError(f"{where} does not fit this model: {'; '.join(problems)}")
+    for name, target in targets.items():
+        copy_shard(target, tensors[name])
+
+
+def optimizer_tensors(optimizers):
+    """State of torch optimizers: dict "key/parameter name" -> Tensor. Parameters that never had a gradient have none.
+
+    optimizers: list from `optimizer.build`, whose groups carry `param_names`.
+    """
+    return {f"{key}/{name}": tensor for optimizer, parameter, name in named(optimizers)
+            for key, tensor in optimizer.state.get(parameter, {}).items()}
+
+
+def optimizer_places(optimizers):
+    """Where the state of fresh optimizers belongs: dict "key/parameter name" -> Parameter, for all that there can be."""
+    return {f"{key}/{name}": parameter for optimizer, parameter, name in named(optimizers)
+            for key in STATE_KEYS[type(optimizer).__name__]}
+
+
+def load_optimizer(optimizers, tensors):
+    """Give freshly built optimizers what `optimizer_tensors` gave. Raises: CheckpointError naming what does not fit."""
+    places, stateful = optimizer_places(optimizers), {place.split("/", 1)[1] for place in tensors}
+    missing = [place for place in places if place not in tensors and place.split("/", 1)[1] in stateful]
+    left_over = sorted(tensors.keys() - places.keys())
+    if missing or left_over:
+        raise CheckpointError(f"the optimizer's state does not fit: missing {missing}, left over {left_over}")
+    for optimizer, parameter, name in named(optimizers):
+        if name in stateful:
+            optimizer.state[parameter] = {key: shard_of(tensors[f"{key}/{name}"], parameter)
+                                          for key in STATE_KEYS[type(optimizer).__name__]}
+
+
+def named(optimizers):
+    """(optimizer, Parameter, its name) of all that optimizers train."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter, name in zip(group["params"], group["param_names"]):
+                yield optimizer, parameter, name
+
+
+def difference(saved, now, where=""):
+    """Where two JSON values differ first: str ("stages.instruct.steps was 100, is now 200"), or None if they are equal."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        found = (difference(saved.get(key, "absent"), now.get(key, "absent"), f"{where}.{key}" if where else key) for key in saved | now)
+        return next((one for one in found if one), None)
+    return None if saved == now else f"{where} was {saved!r}, is now {now!r}"

@@ -24,7 +24,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nanovlm.machine import DTYPES
-from nanovlm.training.processes import shard_of
+from nanovlm.training.processes import shard_of, threads
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c: Keller Jordan's
 NEWTON_SCHULZ_STEPS = 5
@@ -221,6 +221,40 @@ def set_lr(optimizers, factor):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+
+
+class Together:
+    """The optimizers of a stage as one; on a CPU each steps on a thread of its own, as Muon's products are too small for several.
+
+    optimizers: list from `build`. device: torch.device of the parameters.
+    """
+
+    def __init__(self, optimizers, device):
+        self.all, self.device = optimizers, device
+        self.groups = [group for one in optimizers for group in one.param_groups]
+        self.parameters = [parameter for group in self.groups for parameter in group["params"]]
+
+    def zero_grad(self):
+        """Forget the gradients of the last update."""
+        for one in self.all:
+            one.zero_grad()
+
+    def set_lr(self, factor):
+        """Learning rates to their peaks times a factor."""
+        set_lr(self.all, factor)
+
+    def lr(self):
+        """The largest learning rate."""
+        return max(group["lr"] for group in self.groups)
+
+    def step(self):
+        """Move the weights."""
+        if self.device.type != "cpu":
+            for one in self.all:
+                one.step()
+            return
+        with threads(min(torch.get_num_threads(), len(self.all))) as pool:
+            list(pool.map(lambda one: one.step(), self.all))
 
 
 def table(parts, stage):

@@ -2,12 +2,12 @@
 
 log.jsonl holds one JSON object a line, each with "stage" and "step":
     {"loss", "lr", "gradient_norm", "tokens_per_second", "data_seconds", "seconds"}  one per optimizer step; "utilisation",
-        the share of the GPU's peak, where that is known; "spike", the limit, where loss exceeds it (guards.py)
+        the share of the GPU's peak, where that is known; "spike", the limit, where loss exceeds it (diagnostics.py)
     {"skipped": message}                                      an update that was left out (Stage.non_finite)
     {"when": "before" | "after", "measures": {name: number}}  held-out measures of a stage
     {"exam": [line, ...]}                                     answers, when one has changed
-    {"parts": {part: {"gradient", "moved"}}}                  see movement.py
-    {"held_out": {source: loss}, "answers": [line, ...]}      see held_out.py
+    {"parts": {part: {"gradient", "moved"}}}                  see diagnostics.py
+    {"held_out": {source: loss}, "answers": [line, ...]}      likewise
 where step counts the optimizer steps of the whole run, lr is the largest of all groups, data_seconds those that the step
 waited for its records, and seconds those since the run began. To follow a run elsewhere, give a recipe of your own a
 function that takes one such entry; after an interruption some steps are told again:
@@ -19,78 +19,56 @@ function that takes one such entry; after an interruption some steps are told ag
 """
 
 import contextlib
-import json
 import os
 import signal
 import time
 
 from tqdm import tqdm
 
+from nanovlm.files import JsonLines
 from nanovlm.training.checkpoint import CheckpointError
-
 
 PLAIN_LINES = 10  # lines per stage where there is no terminal to draw a bar on
 
 
 class Log:
-    """The file log.jsonl, appended to line by line."""
+    """The file log.jsonl, appended to line by line; of several processes the main one keeps it.
+
+    path: Path; None = kept by another process. follow: function(entry: dict) that is told every entry too, or None; its
+    errors are the run's.
+    """
 
     def __init__(self, path, follow=None):
-        """path: where. follow: function(entry: dict) that is told every entry too, or None; its errors are the run's."""
-        self.path = path
-        self.follow = follow
+        self.lines, self.follow = None if path is None else JsonLines(path), follow
 
     def write(self, **entry):
-        """Append one entry. It is in the file when this returns, though perhaps not on the disk; see `size`.
-
-        Raises: CheckpointError if the file cannot be written: a full disk, a folder that is gone or read-only.
-        """
+        """Append one entry. Raises: CheckpointError if the file cannot be written: a full disk, a folder that is gone."""
+        if self.lines is None:
+            return
         try:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+            self.lines.add(entry)
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written ({error}); make room or give the folder back") from error
+            raise CheckpointError(f"{self.lines.path} cannot be written ({error}); make room or give the folder back") from error
         if self.follow is not None:
             self.follow(entry)
 
     def size(self):
         """Bytes of the file, forced to the disk: what a checkpoint remembers."""
-        with open(self.path, "a") as file:
-            os.fsync(file.fileno())
-            return file.tell()
+        return self.lines and self.lines.size()
 
     def cut(self, size):
-        """Forget what was written after a checkpoint.
-
-        Raises: CheckpointError if the file holds less than the checkpoint remembers.
-        """
-        found = self.size()
+        """Forget what was written after a checkpoint. Raises: CheckpointError if the file holds less than it remembers."""
+        if self.lines is None:
+            return
+        found = self.lines.size()
         if found < size:
-            raise CheckpointError(f"{self.path} has {found} bytes, but {size} when the checkpoint was written; "
+            raise CheckpointError(f"{self.lines.path} has {found} bytes, but {size} when the checkpoint was written; "
                                   "put the file back, or start again in another --out")
-        os.truncate(self.path, size)
+        self.lines.cut(size)
 
     def read(self):
-        """All entries: list of dict; none before the first is written."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines]
-
-
-class NoLog:
-    """The log of a process that keeps none, as the main process does that."""
-
-    def write(self, **entry):
-        """Nothing."""
-
-    def size(self):
-        """Nothing."""
-
-    def cut(self, size):
-        """Nothing."""
-
-    def read(self):
-        """Nothing: an empty list."""
-        return []
+        """All entries: list of dict."""
+        return list(self.lines or ())
 
 
 def say(text):
@@ -131,11 +109,9 @@ class Bar:
 
 
 def measures_table(measures):
-    """Held-out measures before and after each stage.
+    """Held-out measures before and after each stage: list of str, a line per stage and measure.
 
-    Args:
-      measures: dict stage name -> {"before": {name: number}, "after": {name: number}}.
-    Returns: list of str, lines: a row per stage and measure.
+    measures: dict stage name -> {"before": {name: number}, "after": {name: number}}.
     """
     lines = [f"{'stage':<12}{'measure':<26}{'before':>9}{'after':>9}"]
     for stage, moments in measures.items():
@@ -147,27 +123,25 @@ def measures_table(measures):
 def plot_curves(entries, path, seed):
     """Draw curves.png: the loss of every step, and the measures before and after each stage.
 
-    Args:
-      entries: list of dict, `Log.read()`.
-      path: where the PNG goes.
-      seed: int, of the run; stands in the title.
+    Args: entries: list of dict, `Log.read()`. path: where the PNG goes. seed: int, of the run; stands in the title.
     """
     from matplotlib.figure import Figure  # takes a second to import, which only the end of a run should pay
 
+    losses, held_out, measures = {}, {}, {}  # name -> [(step, number)]
+    for entry in entries:
+        if "loss" in entry:
+            losses.setdefault(entry["stage"], []).append((entry["step"], entry["loss"]))
+        for found, key in ((held_out, "held_out"), (measures, "measures")):
+            for name, number in entry.get(key, {}).items():
+                found.setdefault(name, []).append((entry["step"], number))
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
-    steps = [entry for entry in entries if "loss" in entry]
-    for stage in dict.fromkeys(entry["stage"] for entry in steps):
-        mine = [entry for entry in steps if entry["stage"] == stage]
-        top.plot([entry["step"] for entry in mine], [entry["loss"] for entry in mine], label=stage, linewidth=0.8)
-    asked = [entry for entry in entries if "held_out" in entry]
-    for name in dict.fromkeys(name for entry in asked for name in entry["held_out"]):
-        mine = [entry for entry in asked if name in entry["held_out"]]
-        top.plot([entry["step"] for entry in mine], [entry["held_out"][name] for entry in mine], ".--", label=f"held out: {name}")
-    points = [entry for entry in entries if "measures" in entry]
-    for name in dict.fromkeys(name for entry in points for name in entry["measures"]):
-        mine = [entry for entry in points if name in entry["measures"]]
-        bottom.plot([entry["step"] for entry in mine], [entry["measures"][name] for entry in mine], "o-", label=name)
+    for name, points in losses.items():
+        top.plot(*zip(*points), label=name, linewidth=0.8)
+    for name, points in held_out.items():
+        top.plot(*zip(*points), ".--", label=f"held out: {name}")
+    for name, points in measures.items():
+        bottom.plot(*zip(*points), "o-", label=name)
     top.set(yscale="log", ylabel="loss (nats)", title=f"seed {seed}")
     bottom.set(ylabel="held-out accuracy (share)", xlabel="optimizer step of the whole run", ylim=(-0.02, 1.02))
     for axes in (top, bottom):

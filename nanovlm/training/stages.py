@@ -1,13 +1,18 @@
 """A training stage as data: what trains, how fast, on which pictures, for how long.
 
-A recipe is a tuple of stages that run one after the other on the same model. Nothing in here computes; the
-trainer reads these values, and `override` changes one of them from the command line.
+A recipe is a tuple of stages that run one after the other on the same model. The trainer reads these values, and
+`override` changes one of them from the command line. What a stage does not name stays frozen: `freeze` takes its gradients
+away, and `fingerprints` prove at the end of the stage that not a byte of it has moved.
 """
 
 import dataclasses
+import hashlib
 import math
 import types
 import typing
+
+import torch
+from torch.distributed.tensor import DTensor
 
 from nanovlm import vlm
 from nanovlm.names import nearest
@@ -233,3 +238,47 @@ def choose(stages, names=None, without=(), settings=()):
             raise ValueError(f"--set {setting}: no stage {name!r} runs.{nearest(name, chosen)}")
         changes[name][field] = text
     return tuple(override(stage, changes[name]) for name, stage in chosen.items())
+
+
+# Parts of a vision-language model and of the text tower beside it (contrastive: ContrastiveModel, or None).
+
+
+def all_parts(model, contrastive):
+    """dict part -> dict name -> Parameter; the ViT, which both models share, stands in it once."""
+    if contrastive is None:
+        return model.parts()
+    return model.parts() | {"text_tower": contrastive.parts()["text_tower"]}
+
+
+def text_side(contrastive):
+    """State of a contrastive model without its ViT: dict name -> Tensor, the model's own memory; empty for None."""
+    if contrastive is None:
+        return {}
+    return {name: tensor for name, tensor in contrastive.state_dict().items() if not name.startswith("vision.")}
+
+
+def everything(model, contrastive):
+    """Every tensor of both models, the ViT's once: dict name -> Tensor."""
+    return model.state_dict() | text_side(contrastive)
+
+
+def freeze(model, contrastive, stage):
+    """Let exactly those parameters have gradients that a stage trains and its loss can reach."""
+    config = model.vision.config
+    behind = () if config.feature_layer is None else (
+        "vision.post_norm.", *(f"vision.blocks.{n}." for n in range(config.feature_layer, config.num_layers)))
+    for part, parameters in all_parts(model, contrastive).items():
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(part in stage.learning_rates and not name.startswith(behind))
+
+
+def fingerprints(model, contrastive, stage):
+    """SHA-256 of every tensor, sharded or not, that a stage must leave alone: dict name -> str."""
+    trained = {name for part in stage.learning_rates for name in all_parts(model, contrastive)[part]}
+    found = {}
+    for name, tensor in everything(model, contrastive).items():
+        if name not in trained:
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            found[name] = hashlib.sha256(data).hexdigest()
+    return found

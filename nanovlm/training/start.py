@@ -17,9 +17,9 @@ from nanovlm.published.tokenizers import load_tokenizer
 from nanovlm.published.weights import fill, fit, open_checkpoint, OURS
 from nanovlm.recipes.recipe import digest
 from nanovlm.training import checkpoint, optimizer
-from nanovlm.training.processes import Processes, Run, text_side
+from nanovlm.training.processes import Processes, Run
 from nanovlm.training.progress import say
-from nanovlm.training.stages import choose
+from nanovlm.training.stages import choose, text_side
 from nanovlm.vit import check_image_size
 
 
@@ -245,14 +245,7 @@ def make_run(recipe, wishes, out, processes=Processes()):
         if one is not None and not skeleton:
             one.to(device)
     torch.set_rng_state(processes.by_main(torch.get_rng_state))  # building without memory draws nothing
-    return Run(out=out, identity=settings, model=model, contrastive=contrastive, tokenizer=tokenizer,
-               template=recipe.template, stages=stages, sources=sources, seed=wishes.seed, device=device,
-               smoke=wishes.smoke, save_every=recipe.save_every, exam_every=recipe.exam_every,
-               max_minutes=wishes.max_minutes, workers=wishes.workers, max_damaged=wishes.max_damaged,
-               evaluate=recipe.evaluate, exam=recipe.exam, finish=recipe.finish, report=recipe.report,
-               stage_templates=recipe.stage_templates,
-               log=recipe.log, held_out=recipe.published is not None, preprocessing=recipe.preprocessing,
-               processes=processes, skeleton=skeleton, made_of=made_of)
+    return Run(recipe, wishes, out, settings, model, contrastive, tokenizer, stages, sources, device, processes, skeleton)
 
 
 def begin_folder(out, saved, settings, tokenizer):

@@ -1,131 +1,33 @@
-"""The gradient of one update: records become batches, batches a loss, micro-batches and processes add up.
+"""One update of a stage: records become micro-batches, and what their losses leave in the gradients is averaged and clipped.
 
 A language loss is a sum over tokens and is divided by the trained tokens of the whole update, so that cutting it into
 micro-batches, or giving every process its share, changes nothing: dividing each micro-batch by its own tokens would
 count a word in a short batch for more. A contrastive loss compares all pairs and cannot be cut.
+
+A loss or a gradient that is not a number would spoil every weight with its step, so no step is taken. The stage says what
+then: non_finite="stop" ends the run with a checkpoint of the last good step, "skip" leaves out this one update.
 """
 
 import contextlib
+import dataclasses
 import math
-import statistics
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-from nanovlm.data.batching import build_batch, contrastive_batch, Preparation, Report
+from nanovlm.data.augment import augmented
+from nanovlm.data.batching import build_batch, contrastive_batch, Preparation
+from nanovlm.data.feed import DamageReport, Feed, Mixture, Plan
+from nanovlm.data.records import Changed
 from nanovlm.training.optimizer import BLOCK
-from nanovlm.training.processes import add_up_scalars, LanguageStep, last, no_rows, with_blank_picture
-from nanovlm.vlm import part_of
+from nanovlm.training.processes import add_up_scalars, autocast, exchange_with
+from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, part_of
 
-
-# What watches over a run's numbers: where one stopped being finite, and when the loss jumped.
-#
-# A loss that is not a number spoils every weight with its first step, so no step is taken. The stage says what then:
-# non_finite="stop" ends the run with a checkpoint of the last good step, "skip" leaves out this one update; so many in a
-# row end the run all the same.
-#
-# A spike is a loss far above the last ones: more than SPIKE times their usual distance from their median. It is written
-# down and nothing else; what to do about it (a smaller rate, other data) is for people to decide.
-
-
-MOST_SKIPPED = 10  # updates in a row
-WINDOW, FEWEST = 50, 20  # losses that a new one is compared with, at most and at least
-SPIKE = 8.0  # times the median distance of the last losses from their median
-
-
-class Spikes:
-    """Looks at one loss after the other, over a sliding window.
-
-    Args: losses: list of float, the last ones of the stage so far.
-    """
-
-    def __init__(self, losses=()):
-        self.losses = deque(losses, WINDOW)
-
-    def __call__(self, loss):
-        """Whether a loss is a spike: None, or the limit it exceeds; then it joins the others."""
-        limit = None
-        if len(self.losses) >= FEWEST:
-            middle = statistics.median(self.losses)
-            limit = middle + SPIKE * statistics.median(abs(one - middle) for one in self.losses)
-        self.losses.append(loss)
-        return limit if limit is not None and loss > limit else None
-
-
-def loss_origin(run, stage, batch):
-    """Where a loss stopped being finite: str for an error's message.
-
-    The batch goes through the model once more, and every module's output is looked at. Not with fsdp, where one
-    process alone cannot run the model.
-    Args: run: run.Run. stage: Stage. batch: as the stage's loss takes it.
-    """
-    if run.processes.mode == "fsdp":
-        return ""
-    autocast = torch.autocast(run.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16")
-    for part, parameters in run.parts().items():
-        for name, parameter in parameters.items():
-            if not torch.isfinite(parameter).all():
-                return f"; a weight of the part {part} is not finite itself: {name}"
-    with autocast:
-        if stage.objective == "contrastive":
-            name = first_bad_output(run.contrastive, lambda: run.contrastive.loss(*(one.to(run.device) for one in batch)))
-            part = name and ("vision" if name.startswith("vision.") else "text_tower")
-        else:
-            name = first_bad_output(run.model, lambda: run.model.loss(batch.to(run.device)))
-            part = name and part_of(f"{name}.", run.model.vision_branches())
-    return f"; it arose in the part {part}, first seen behind {name}" if name else "; it arose in the loss itself"
-
-
-def first_bad_output(model, work):
-    """The first module to give out what is not finite, an inner one before the one around it: its name, or None.
-
-    Args: model: the module that work runs. work: function without arguments, a forward pass.
-    """
-    found, hooks = [], []
-
-    def watch(name):
-        def look(module, inputs, output):
-            if not found and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
-                found.append(name)
-        return look
-
-    for name, module in model.named_modules():
-        if name:
-            hooks.append(module.register_forward_hook(watch(name)))
-    try:
-        with torch.no_grad():
-            work()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found else None
-
-
-def gradient_origin(run):
-    """Where a gradient stopped being finite: str for an error's message.
-
-    The backward pass goes from the loss to the pixels and spoils all that comes behind it, so the bad gradient that is
-    nearest to the loss is where it arose.
-    """
-    bad = [(nearness(name), part, name) for part, parameters in run.parts().items() for name, parameter in parameters.items()
-           if parameter.grad is not None and not math.isfinite(norm_of(parameter.grad))]  # fmt: skip
-    return f"; it arose in the part {max(bad)[1]}, at {max(bad)[2]}" if bad else ""
-
-
-def norm_of(tensor):
-    """The norm of a tensor, sharded or not: float."""
-    norm = tensor.norm()
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-
-
-def nearness(name):
-    """Where a parameter stands on the way from the pixels to the loss: (tower, bridge, words, layers, head; which layer)."""
-    order = ("vision.", "text.", "project_", "bridge.", "decoder.embedding.", "decoder.layers.", "decoder.")
-    place = next((place for place, start in enumerate(order) if name.startswith(start)), len(order))
-    block = BLOCK.search(name)
-    return place, int(block.group(1)) if block else -1
+EVERY = 100  # one record in so many is held out, if its recipe wants that: never trained on, but asked (diagnostics.py)
+IN_A_ROW = 1000  # held-out records behind one another: then the ids are all the same
 
 
 class TrainingError(RuntimeError):
@@ -133,7 +35,7 @@ class TrainingError(RuntimeError):
 
 
 class NotFinite(TrainingError):
-    """A loss or a gradient is no finite number: a step with it would spoil every weight."""
+    """A loss or a gradient is no finite number."""
 
 
 @contextlib.contextmanager
@@ -145,72 +47,106 @@ def reading():
         raise TrainingError(str(error)) from error
 
 
-def preparation(run, stage):
-    """What is done to a stage's records before a batch is made of them: Preparation."""
-    if stage.objective == "contrastive":
-        return Preparation(stage.image_size, stage.image_fit, run.preprocessing)
-    return Preparation(stage.image_size, stage.image_fit, run.preprocessing, run.template_of(stage), run.tokenizer,
-                       run.model.num_image_tokens, stage.max_tokens)
+def is_held_out(record):
+    """Whether a record is never trained on: a function of its id alone, in every run and every epoch."""
+    return zlib.crc32(record.id.encode()) % EVERY == 0
 
 
-def language_batch(run, stage, records, report):
-    """The vlm.Batch of some records.
+def next_to_train(source, n):
+    """Record n of a source, or the next that is not held out. Raises: ValueError if there is none."""
+    for place in range(n, n + IN_A_ROW):
+        record = source.record(place)
+        if not is_held_out(record):
+            return record
+    raise ValueError(f"{source.name}: {IN_A_ROW} held-out records behind record {n}; records need ids of their own")
 
-    Args:
-      run: run.Run. stage: Stage. records: list of Record.
-      report: batching.Report, counts rows cut to max_tokens.
+
+def make_feed(run, stage, starts, step):
+    """The records of a stage, update by update: (feed.Feed, feed.DamageReport).
+
+    starts: source name -> the first record that it reads. step: int, updates of the whole run that are done.
     """
-    with reading():
-        return build_batch(records, run.template_of(stage), run.tokenizer, run.model.num_image_tokens,
+    sources = {}
+    for name in stage.mixture:
+        source = Changed(run.sources[name], next_to_train) if run.recipe.published else run.sources[name]
+        source = augmented(source, stage.augmentation, run.args.seed)
+        sources[name] = Changed(source, lambda source, n, start=starts[name]: source.record(start + n))
+    prepare = Preparation(stage.image_size, stage.image_fit, run.recipe.preprocessing)
+    if stage.objective == "language":
+        prepare = dataclasses.replace(prepare, template=run.template_of(stage), tokenizer=run.tokenizer,
+                                      num_image_tokens=run.model.num_image_tokens, max_tokens=stage.max_tokens)
+    plan = Plan(Mixture(sources, stage.mixture), stage.batch_size, stage.steps, stage.group, prepare.length, run.args.seed)
+    damage = DamageReport(run.out / "damaged.jsonl", stage.name, step, run.args.max_damaged)
+    return Feed(plan, prepare, run.processes.rank, run.processes.size, run.args.workers), damage
+
+
+@dataclass
+class MicroBatch:
+    """What passes through the model at once."""
+
+    records: list  # what it was made of
+    inputs: tuple  # of the stage's loss
+    trained: int   # what the sum of the losses is divided by: trained tokens; 1 in all for a contrastive loss
+    tokens: int
+
+
+def language_batch(run, stage, records, report, num_threads):
+    """A MicroBatch of some records, a vlm.Batch for each thread."""
+    batches = [build_batch(records[thread::num_threads], run.template_of(stage), run.tokenizer, run.model.num_image_tokens,
                            stage.image_size, stage.image_fit, stage.max_tokens, report,
-                           preprocessing=run.preprocessing, pack=stage.packing)
+                           preprocessing=run.recipe.preprocessing, pack=stage.packing)
+               for thread in range(min(num_threads, len(records)))]  # fmt: skip
+    trained = sum(int((batch.labels[:, 1:] != IGNORE).sum()) for batch in batches)
+    tokens = sum(int((batch.segments >= 0).sum()) for batch in batches)
+    if run.processes.size > 1 and batches[0].pixels is None:
+        batches = [with_blank_picture(batches[0], run.model, stage.image_size)]
+    return MicroBatch(records, (batches,), trained, tokens)
 
 
-def language_loss(run, stage, batch):
-    """Next-token loss of a vlm.Batch.
+def pairs_batch(run, stage, records, report, num_threads):
+    """A MicroBatch of the pictures and captions of some records, the pictures in a share for each thread."""
+    pixels, ids, lengths, right, looks = contrastive_batch(
+        records, run.tokenizer, stage.image_size, stage.image_fit, stage.max_tokens, report, run.recipe.preprocessing)
+    shares, start = [], 0
+    for part in pixels.chunk(num_threads):
+        own = looks[(looks[:, 0] >= start) & (looks[:, 0] < start + len(part))]
+        shares.append((part, own - own.new_tensor([start, 0, 0])))
+        start += len(part)
+    return MicroBatch(records, (shares, ids, lengths, right), int(run.processes.main), int(lengths.sum()))
 
-    Returns: (float[] summed over the trained tokens in nats, int trained tokens, int tokens in all).
+
+def with_blank_picture(batch, model, image_size):
+    """A vlm.Batch without pictures, and one more row that shows a blank one and trains nothing.
+
+    Of many processes every one runs every module. Loss and gradients stay as they are; what only pictures reach gets zeros.
     """
-    tokens = int((batch.segments >= 0).sum())
-    if run.processes.size > 1 and batch.pixels is None:
-        batch = with_blank_picture(batch, run.model, stage.image_size)
-    loss, trained = (run.training or LanguageStep(run.model, run.share_prefix, lean=True))(batch.to(run.device))
-    return loss, trained, tokens
+    tokens = model.num_image_tokens(image_size)
+    picture = [IMAGE_TOKEN] * tokens if model.media_token is None else [model.media_token]
+    row = torch.tensor([*picture, 0])  # some word behind it: what only text reaches is reached, too
+    length = max(batch.ids.shape[1], len(row))
+
+    def add(values, new, padding):
+        widened = F.pad(values, (0, length - values.shape[1]), value=padding)
+        return torch.cat([widened, F.pad(new, (0, length - len(new)), value=padding)[None]])
+
+    return dataclasses.replace(
+        batch,
+        ids=add(batch.ids, row, 0), labels=add(batch.labels, torch.full_like(row, IGNORE), IGNORE),
+        segments=add(batch.segments, torch.zeros_like(row), -1), positions=add(batch.positions, torch.arange(len(row)), 0),
+        pixels=torch.zeros(1, 3, image_size, image_size), frames=torch.ones(1, dtype=torch.long),
+        shown=torch.zeros(1, dtype=torch.long), owner=torch.tensor([len(batch.ids)]),
+    )  # fmt: skip
 
 
-def pairs_batch(run, stage, records, report):
-    """Pictures and captions of some records, see batching.contrastive_batch; arguments as in `language_batch`."""
-    with reading():
-        return contrastive_batch(records, run.tokenizer, stage.image_size, stage.image_fit, stage.max_tokens, report,
-                                 run.preprocessing)
+def blank(run, stage):
+    """A MicroBatch without a record, for a process that has none left while others have."""
+    ids, none = torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    batch = Batch(ids, ids, ids, ids, None, none, none, none)
+    return MicroBatch([], ([with_blank_picture(batch, run.model, stage.image_size)],), 0, 0)
 
 
-def contrastive_loss(run, stage, batch):
-    """Contrastive loss of pictures and captions.
-
-    Returns: (float[] mean over pictures and captions in nats, of several processes this one's share; int what the sum
-      over all processes is to be divided by, 1 in all; int tokens of the captions that differ).
-    """
-    pixels, ids, lengths, right, looks = (tensor.to(run.device) for tensor in batch)
-    loss = (run.training or run.contrastive.loss)(pixels, ids, lengths, right, looks)
-    return loss, int(run.processes.main), int(lengths.sum())
-
-
-BATCHES = {"language": language_batch, "contrastive": pairs_batch}
-LOSSES = {"language": language_loss, "contrastive": contrastive_loss}
-
-
-def autocast(device, stage):
-    """The context of a forward pass in the stage's precision.
-
-    Without torch's cache of cast weights on a CPU: all threads share it, and the first to finish its pass empties it. How
-    often a weight is cast, and so how its gradient is rounded, would depend on which thread was faster.
-    """
-    return torch.autocast(device.type, torch.bfloat16, stage.precision == "bfloat16", cache_enabled=device.type != "cpu")
-
-
-def micro_batches(records, size):
-    """Cut an update into micro-batches of at most `size` records, pictures and plain text apart.
+def split(records, size):
+    """Cut an update into lists of at most `size` records, pictures and plain text apart.
 
     The rows of the two differ in length, and in one batch the longer would pad the others; the loss does not notice.
     """
@@ -219,36 +155,71 @@ def micro_batches(records, size):
             yield group[start:start + size]
 
 
-def gradient(run, stage, records, parameters, report):
-    """Leave the gradient of one update in the parameters: accumulated, divided by what it trains, clipped.
+class Update:
+    """One update, in each process its share of the records.
 
     Args:
-      run: run.Run. stage: Stage.
-      records: list of Record, this process's share of the update.
+      run: processes.Run. stage: Stage. records: list of Record.
       parameters: list of the Parameters that train; those that the records do not reach get no gradient.
-      report: batching.Report.
-    Returns: (float loss per trained token or pair in nats, float norm of the gradient before clipping, int tokens), of
-      all processes together.
-    Raises: TrainingError, in all processes, if the loss or the gradient is not finite.
+      report: batching.Report, counts rows cut to max_tokens.
+    Raises: TrainingError, in all processes, for records of which no batch can be made.
     """
-    for parameter in parameters:
-        parameter.grad = None
-    num_threads = torch.get_num_threads()
-    if run.device.type == "cpu" and run.processes.size == 1 and min(num_threads, len(records)) > 1:
-        sums = BY_THREADS[stage.objective](run, stage, records, parameters, report, num_threads)
-    else:
-        sums = one_after_another(run, stage, records, report, torch.Tensor.backward)
-    total, divisor, tokens = run.processes.sum(sums)
-    reached = [parameter for parameter in parameters if parameter.grad is not None]
-    add_up_scalars(run, reached)
-    for parameter in reached:  # only now is it known how many tokens the whole update trains
-        parameter.grad /= divisor
-    norm = total_norm([parameter.grad for parameter in reached])
-    check_finite(norm, "gradient's norm", records, lambda: gradient_origin(run))
-    if stage.clip is not None:
-        for group in by_sharding(reached):
-            torch.nn.utils.clip_grads_with_norm_(group, stage.clip, norm)
-    return total / divisor, norm.item(), int(tokens)
+
+    def __init__(self, run, stage, records, parameters, report):
+        self.run, self.stage, self.records, self.parameters = run, stage, records, parameters
+        self.loss, self.trained, self.tokens, self.failure = 0.0, 0, 0, None
+        num_threads = torch.get_num_threads() if run.device.type == "cpu" and run.processes.size == 1 else 1
+        make = pairs_batch if stage.objective == "contrastive" else language_batch
+        parts = split(records, stage.micro_batch_size or stage.batch_size)
+        with reading():
+            self.batches = run.processes.together(lambda: [make(run, stage, part, report, num_threads) for part in parts])
+
+    def micro_batches(self):
+        """Each MicroBatch in turn; every process has equally many."""
+        number = max(self.run.processes.gather(len(self.batches)))
+        for index in range(number):
+            exchange_with(self.run, index == number - 1)
+            yield self.batches[index] if index < len(self.batches) else blank(self.run, self.stage)
+
+    def add(self, micro_batch, loss):
+        """Count the loss of a MicroBatch in, float[] summed over what it trains; what is not finite is raised by `average`."""
+        value = loss.item()
+        self.loss, self.trained, self.tokens = self.loss + value, self.trained + micro_batch.trained, self.tokens + micro_batch.tokens
+        if not math.isfinite(value) and self.failure is None:  # other processes still wait for this gradient
+            origin = loss_origin(self.run, self.stage, micro_batch.inputs)
+            self.failure = NotFinite(f"the loss is {value}; records: {named(micro_batch.records)}{origin}")
+
+    def average(self):
+        """Divide the gradients by what the update trains, of all processes together.
+
+        Returns: (float loss per trained token or pair in nats, int tokens).
+        Raises: NotFinite, in all processes, if a loss was not finite.
+        """
+        processes = self.run.processes
+        processes.agree(self.failure)
+        if processes.size > 1 and not any(processes.gather(any(record.visuals for record in self.records))):
+            for part in ("vision", "bridge", "vision_branch", "cross_attention"):  # blank pictures alone, as good as none
+                for parameter in self.run.parts()[part].values():
+                    parameter.grad = None
+        loss, trained, tokens = processes.sum([self.loss, self.trained, self.tokens])
+        self.parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
+        add_up_scalars(self.run, self.parameters)
+        for parameter in self.parameters:  # only now is it known how many tokens the whole update trains
+            parameter.grad /= trained
+        return loss / trained, int(tokens)
+
+    def clip(self, largest):
+        """Shorten the gradient to a norm of at most `largest`, unless that is None.
+
+        Returns: float, the norm before. Raises: NotFinite, in all processes.
+        """
+        norm = total_norm([parameter.grad for parameter in self.parameters])
+        if not math.isfinite(norm):
+            raise NotFinite(f"the gradient's norm is {norm.item()}; records: {named(self.records)}{gradient_origin(self.run)}")
+        if largest is not None:
+            for group in by_sharding(self.parameters):
+                torch.nn.utils.clip_grads_with_norm_(group, largest, norm)
+        return norm.item()
 
 
 def by_sharding(tensors):
@@ -264,143 +235,73 @@ def total_norm(gradients):
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
-def one_after_another(run, stage, records, report, backward, size=None):
-    """Run the micro-batches of some records forward and backward; every process runs equally many.
+# Where a number stopped being finite, for an error's message.
 
-    Args:
-      backward: function(float[] loss summed over a micro-batch) that keeps its gradient.
-      size: records per micro-batch; None = the stage's.
-    Returns: (float summed loss in nats, int what it is to be divided by, int tokens).
+
+def named(records):
+    """The ids of records: str."""
+    return ", ".join(record.id for record in records)
+
+
+def loss_origin(run, stage, inputs):
+    """Where a loss stopped being finite: the batch goes through the model once more, and every module's output is looked at.
+
+    Not with fsdp, where one process alone cannot run the model.
     """
-    processes, total, divisor, tokens, failure, pictures = run.processes, 0.0, 0, 0, None, 0
-    parts = list(micro_batches(records, size or stage.micro_batch_size or stage.batch_size))
-    batches = processes.together(lambda: [BATCHES[stage.objective](run, stage, part, report) for part in parts])
-    number = max(processes.gather(len(parts)))
-    for index in range(number):
-        part, batch = (parts[index], batches[index]) if index < len(parts) else ((), no_rows())
-        pictures += any(record.visuals for record in part)
-        with last(run, index == number - 1):
-            with autocast(run.device, stage):
-                loss, trained, count = LOSSES[stage.objective](run, stage, batch)
-            try:
-                check_finite(loss, "loss", part, lambda: loss_origin(run, stage, batch))
-            except TrainingError as error:
-                if processes.size == 1:
-                    raise
-                failure = failure or error  # the others still wait for this gradient
-            if loss.requires_grad:  # text alone never reaches a bridge
-                backward(loss)
-        total, divisor, tokens = total + loss.item(), divisor + trained, tokens + count
-    processes.agree(failure)
-    if processes.size > 1 and not any(processes.gather(pictures)):
-        forget_blank_pictures(run)
-    return total, divisor, tokens
-
-
-def forget_blank_pictures(run):
-    """Where no process has shown a picture, what only pictures reach has no gradient, as in one process."""
-    for part in ("vision", "bridge", "vision_branch", "cross_attention"):
-        for parameter in run.parts()[part].values():
-            parameter.grad = None
+    if run.processes.mode == "fsdp":
+        return ""
+    for part, parameters in run.parts().items():
+        for name, parameter in parameters.items():
+            if not torch.isfinite(parameter).all():
+                return f"; a weight of the part {part} is not finite itself: {name}"
+    model, first, *captions = run.model if stage.objective == "language" else run.contrastive, *inputs
+    with torch.no_grad(), autocast(run.device, stage.precision), watched(model) as found:
+        if stage.objective == "language":
+            for batch in first:
+                model.loss(batch.to(run.device))
+        else:
+            for share in first:
+                model.embed_images(*(one.to(run.device) for one in share))
+            model.embed_texts(*(one.to(run.device) for one in captions[:2]))
+    if not found:
+        return "; it arose in the loss itself"
+    name = found[0]
+    part = part_of(f"{name}.", run.model.vision_branches()) if model is run.model or name.startswith("vision.") else "text_tower"
+    return f"; it arose in the part {part}, first seen behind {name}"
 
 
 @contextlib.contextmanager
-def workers(number):
-    """A pool of CPU threads, each computing by itself.
+def watched(model):
+    """Within, the names of the modules that give out what is not finite: a list, an inner one before the one around it."""
+    found = []
 
-    The tensors of a small model are too small to be cut: two threads on one product gain little, two threads with half
-    the pictures each nearly halve the time. What they find is added in a fixed order, so that equal runs stay equal to
-    the last bit.
-    """
-    before = torch.get_num_threads()
+    def look(module, inputs, output, name):
+        if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+            found.append(name)
+
+    hooks = [module.register_forward_hook(lambda *values, name=name: look(*values, name))
+             for name, module in model.named_modules() if name]
     try:
-        with ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+        yield found
     finally:
-        torch.set_num_threads(before)  # a worker's setting is everybody's
+        for hook in hooks:
+            hook.remove()
 
 
-def add_gradients(parameters, gradients):
-    """Add float tensors, or None where a parameter was not reached, to the parameters' gradients."""
-    for parameter, value in zip(parameters, gradients):
-        if value is not None:
-            parameter.grad = value if parameter.grad is None else parameter.grad + value
+def gradient_origin(run):
+    """Where a gradient stopped being finite.
 
-
-def language_by_threads(run, stage, records, parameters, report, num_threads):
-    """`one_after_another`, with a share of the records for each thread."""
-    shares = [records[thread::num_threads] for thread in range(min(num_threads, len(records)))]
-    size = math.ceil((stage.micro_batch_size or stage.batch_size) / num_threads)
-
-    def work(share):
-        found, own_report = [], Report()
-        backward = lambda loss: found.append(torch.autograd.grad(loss, parameters, allow_unused=True))
-        return one_after_another(run, stage, share, own_report, backward, size), found, own_report
-
-    with workers(len(shares)) as pool:
-        results = list(pool.map(work, shares))
-    for _, found, own_report in results:
-        report.add(own_report)
-        for gradients in found:
-            add_gradients(parameters, gradients)
-    return tuple(sum(values) for values in zip(*(sums for sums, _, _ in results)))
-
-
-def contrastive_by_threads(run, stage, records, parameters, report, num_threads):
-    """The contrastive loss, with a share of the pictures for each thread.
-
-    The loss needs all pictures at once, their features do not: features apart, then loss and its gradient with respect to
-    them, then the rest of the backward pass apart again (GradCache, arXiv:2101.06983, Sec. 3.2).
+    The backward pass goes from the loss to the pixels and spoils all that comes behind it, so the bad gradient that is
+    nearest to the loss is where it arose.
     """
-    model = run.contrastive
-    pixels, ids, lengths, right, looks = pairs_batch(run, stage, records, report)
-
-    def forward(share):
-        with autocast(run.device, stage):
-            return model.embed_images(*share)
-
-    def backward(features, gradient):
-        if features.requires_grad:
-            return torch.autograd.grad(features, parameters, gradient, allow_unused=True)
-        return [None] * len(parameters)  # the tower is frozen
-
-    with workers(num_threads) as pool:
-        features = list(pool.map(forward, shares_of_pictures(pixels, looks, num_threads)))
-        leaves = [one.detach().requires_grad_() for one in features]
-        with autocast(run.device, stage):
-            loss = model.match(torch.cat(leaves), model.embed_texts(ids, lengths), right)
-        check_finite(loss, "loss", records, lambda: loss_origin(run, stage, (pixels, ids, lengths, right, looks)))
-        gradients = torch.autograd.grad(loss, [*leaves, *parameters], allow_unused=True)
-        add_gradients(parameters, gradients[len(leaves):])
-        for gradients in pool.map(backward, features, gradients[:len(leaves)]):
-            add_gradients(parameters, gradients)
-    return loss.item(), 1, int(lengths.sum())
+    bad = [(nearness(name), part, name) for part, parameters in run.parts().items() for name, parameter in parameters.items()
+           if parameter.grad is not None and not math.isfinite(total_norm([parameter.grad]))]  # fmt: skip
+    return f"; it arose in the part {max(bad)[1]}, at {max(bad)[2]}" if bad else ""
 
 
-def shares_of_pictures(pixels, looks, number):
-    """Pictures and the looks at them, see batching.contrastive_batch, in `number` parts: list of (pixels, looks)."""
-    shares, start = [], 0
-    for part in pixels.chunk(number):
-        own = looks[(looks[:, 0] >= start) & (looks[:, 0] < start + len(part))]
-        shares.append((part, own - own.new_tensor([start, 0, 0])))
-        start += len(part)
-    return shares
-
-
-BY_THREADS = {"language": language_by_threads, "contrastive": contrastive_by_threads}
-
-
-def step(optimizers, device):
-    """Take a step with each optimizer; on a CPU by a thread each, as Muon's products are too small for several."""
-    if device.type != "cpu":
-        for one in optimizers:
-            one.step()
-        return
-    with workers(min(torch.get_num_threads(), len(optimizers))) as pool:
-        list(pool.map(lambda one: one.step(), optimizers))
-
-
-def check_finite(value, what, records, origin):
-    """Raise NotFinite unless a loss or a norm, float[], is a finite number; origin() says where it arose: str."""
-    if not math.isfinite(value.item()):
-        raise NotFinite(f"the {what} is {value.item()}; records: {', '.join(record.id for record in records)}{origin()}")
+def nearness(name):
+    """Where a parameter stands on the way from the pixels to the loss: (tower, bridge, words, layers, head; which layer)."""
+    order = ("vision.", "text.", "project_", "bridge.", "decoder.embedding.", "decoder.layers.", "decoder.")
+    place = next((place for place, start in enumerate(order) if name.startswith(start)), len(order))
+    block = BLOCK.search(name)
+    return place, int(block.group(1)) if block else -1

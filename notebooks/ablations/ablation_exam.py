@@ -83,8 +83,8 @@ def described(model, records):
 def finish(run):
     """The share of right answers for every column of MEASURES: {column: share}."""
     model = assistant(run)
-    asked = picture_questions(4 if run.smoke else PICTURES)
-    texts = text_questions(4 if run.smoke else TEXTS)
+    asked = picture_questions(4 if run.args.smoke else PICTURES)
+    texts = text_questions(4 if run.args.smoke else TEXTS)
     exams = {
         "pictures": asked,
         "other wordings": [in_wordings(record, UNSEEN_WORDINGS, n) for n, record in enumerate(asked)],

@@ -193,8 +193,7 @@ def test_llava_phi_settings():
 def test_templates():
     assert [RECIPES[name].template for name in NAMES] == [LYNX, MPLUG_OWL2, LLAVA_PHI]
     assert RECIPES["llava_phi"].stage_templates == {"align": PLAIN}
-    run = Run(*[None] * 18, stage_templates={"align": PLAIN})
-    run.template = LLAVA_PHI
+    run = Run(RECIPES["llava_phi"], *[None] * 10)
     assert run.template_of(staged("llava_phi", "align")) is PLAIN and run.template_of(staged("llava_phi", "instruct")) is LLAVA_PHI
 
 

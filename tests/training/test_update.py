@@ -1,0 +1,257 @@
+"""The gradient of one update: what is divided by what, and that micro-batches and threads change nothing."""
+
+import dataclasses
+import math
+import threading
+import types
+
+import pytest
+import torch
+from test_trainer import RECIPE, Squares, make
+
+from nanovlm.data.batching import Report, build_batch, contrastive_batch
+from nanovlm.training import optimizer, update
+from nanovlm.training.processes import ContrastiveLoss, LanguageLoss
+from nanovlm.training.update import TrainingError, split
+
+RECORDS = [Squares(0).record(n) for n in range(5)] + [Squares(0, "text").record(0)]
+TEXTS = [Squares(0, "text").record(n) for n in range(3)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make(tmp_path / "run")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def language(**values):
+    return dataclasses.replace(RECIPE.stages("full", False)[1], image_size=8, **{"clip": None} | values)
+
+
+def tower(**values):
+    return dataclasses.replace(RECIPE.stages("full", False)[0], clip=None, **values)
+
+
+def gradients(run, stage, records, report=None):
+    """An update without its step: (loss, norm, tokens, gradients by name)."""
+    contrastive = stage.objective == "contrastive"
+    model, run.loss = (run.contrastive, ContrastiveLoss(run, stage)) if contrastive else (run.model, LanguageLoss(run, stage))
+    model.zero_grad()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    one = update.Update(run, stage, records, parameters, report or Report())
+    for micro_batch in one.micro_batches():
+        loss = run.loss(*micro_batch.inputs)
+        one.add(micro_batch, loss)
+        if loss.requires_grad:
+            loss.backward()
+    loss, tokens = one.average()
+    norm = one.clip(stage.clip)
+    return loss, norm, tokens, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found, expected, rtol=1e-4, atol=1e-6):
+    """Of two updates."""
+    assert found[:3] == (pytest.approx(expected[0], rel=1e-5), pytest.approx(expected[1], rel=1e-5), expected[2])
+    assert found[3].keys() == expected[3].keys()
+    for name, gradient in expected[3].items():
+        torch.testing.assert_close(found[3][name], gradient, rtol=rtol, atol=atol, msg=name)
+
+
+def assert_equal(found, expected):
+    assert found[:3] == expected[:3] and found[3].keys() == expected[3].keys()
+    assert all(torch.equal(found[3][name], gradient) for name, gradient in expected[3].items())
+
+
+@pytest.mark.parametrize("number, size", [(2, None), (3, 2), (8, 1)])
+def test_threads_that_share_an_update_change_nothing(run, threads, number, size):
+    stage, reports = language(micro_batch_size=size), (Report(), Report())
+    threads(1)
+    alone = gradients(run, stage, RECORDS, reports[0])
+    threads(number)
+    many = gradients(run, stage, RECORDS, reports[1])
+    assert_close(many, alone)
+    assert reports[0] == reports[1] and reports[0].rows > 0 and torch.get_num_threads() == number
+    assert_equal(gradients(run, stage, RECORDS), many)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("frozen", ["", "vision.", "text."])
+@pytest.mark.parametrize("regions", [(), ((0.1, 0.9), (0.6, 0.2))])
+def test_threads_that_share_a_contrastive_update_change_nothing(run, threads, number, frozen, regions):
+    records, stage, reports = RECORDS[:5], tower(), (Report(), Report())
+    for n in range(1, 5) if regions else ():
+        (turns, *_) = records[n].conversations
+        records[n] = dataclasses.replace(records[n], conversations=(turns, turns), kinds=(), regions=regions)
+    for name, parameter in run.contrastive.named_parameters():
+        parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+    threads(1)
+    alone = gradients(run, stage, records, reports[0])
+    threads(number)
+    many = gradients(run, stage, records, reports[1])
+    assert_close(many, alone)
+    assert reports[0] == reports[1] and torch.get_num_threads() == number
+    assert alone[3].keys() == {name for name, one in run.contrastive.named_parameters() if one.requires_grad}
+    assert_equal(gradients(run, stage, records), many)
+
+
+def test_every_optimizer_takes_its_step_on_a_thread_of_its_own(threads):
+    threads(3)
+    seen, together = [], threading.Barrier(2, timeout=60)
+
+    class Optimizer:
+        param_groups = []
+
+        def step(self):
+            seen.append((torch.get_num_threads(), threading.current_thread()))
+            if len(seen) == 3:
+                raise RuntimeError("out of luck")
+            together.wait()
+
+    optimizer.Together([Optimizer(), Optimizer()], torch.device("cpu")).step()
+    assert [number for number, _ in seen] == [1, 1] and torch.get_num_threads() == 3
+    with pytest.raises(RuntimeError, match="out of luck"):
+        optimizer.Together([Optimizer()], torch.device("cpu")).step()
+    assert torch.get_num_threads() == 3
+
+
+def test_away_from_the_cpu_steps_follow_one_another():
+    seen = []
+    one = types.SimpleNamespace(step=lambda: seen.append(threading.current_thread()), param_groups=[])
+    optimizer.Together([one, one], torch.device("meta")).step()
+    assert seen == [threading.current_thread()] * 2
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_gradient_does_not_depend_on_which_thread_is_faster(run, threads, precision):
+    threads(2)
+    stage = language(precision=precision)
+    records = [dataclasses.replace(one, conversations=one.conversations * 2, kinds=()) for one in RECORDS[:4]]
+
+    def slowed(module):
+        """Where one thread stops behind its first pass through a module, until the other has reached the end."""
+        slow, ready = [], threading.Event()
+
+        def stop(*_):
+            if not slow:
+                slow.append(threading.get_ident())
+                assert ready.wait(60)
+
+        def go_on(*_):
+            if threading.get_ident() not in slow:
+                ready.set()
+
+        hooks = [run.model.decoder.norm.register_forward_hook(go_on), module.register_forward_hook(stop)]
+        found = gradients(run, stage, records)
+        for hook in hooks:
+            hook.remove()
+        assert slow and ready.is_set()
+        return found
+
+    assert_equal(slowed(run.model.vision), slowed(run.model.decoder.layers[0]))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_error_in_an_update_names_its_records_on_any_thread(run, threads, number):
+    threads(number)
+    with torch.no_grad():
+        run.model.decoder.embedding.weight.fill_(float("nan"))
+        run.contrastive.project_text.weight.fill_(float("nan"))
+    for stage in (language(), tower()):
+        with pytest.raises(TrainingError, match=f"the loss is nan; records: .*{RECORDS[0].id}"):
+            gradients(run, stage, RECORDS[:3])
+    assert torch.get_num_threads() == number
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_text_that_reaches_no_trained_parameter_adds_no_gradient(run, threads, number):
+    threads(number)
+    for name, parameter in run.model.named_parameters():
+        parameter.requires_grad_(name.startswith("bridge."))
+    assert len(gradients(run, language(), RECORDS)[3]) == len(list(run.model.bridge.parameters()))
+    loss, norm, _, found = gradients(run, language(), TEXTS)
+    assert math.isfinite(loss) and norm == 0 and not found
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5])
+def test_micro_batches_change_nothing(run, size):
+    assert_close(gradients(run, language(micro_batch_size=size), RECORDS), gradients(run, language(), RECORDS))
+
+
+def test_the_loss_is_per_trained_token(run):
+    batch = build_batch(RECORDS, RECIPE.template, run.tokenizer, run.model.num_image_tokens, 8, "crop", 40)
+    total, trained = run.model.loss(batch)
+    found = gradients(run, language(micro_batch_size=2), RECORDS)
+    assert found[2] == (batch.segments >= 0).sum() < batch.ids.numel() and trained > 11
+    run.model.zero_grad()
+    (total / trained).backward()
+    expected = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    norm = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
+    assert_close(found, (total.item() / trained, norm, found[2], expected))
+
+
+def test_clipping_shortens_the_whole_gradient(run):
+    free = gradients(run, language(), RECORDS)
+    clipped = gradients(run, language(clip=free[1] / 4), RECORDS)
+    assert_close(clipped, (*free[:3], {name: gradient / 4 for name, gradient in free[3].items()}), atol=1e-8)
+    assert_equal(gradients(run, language(clip=free[1] * 4), RECORDS), free)
+
+
+def test_parameters_that_the_records_do_not_reach_get_no_gradient(run):
+    *_, tokens, found = gradients(run, language(), TEXTS)
+    assert not any(name.startswith(("vision", "bridge")) for name in found) and "decoder.embedding.weight" in found
+    assert tokens > 0
+
+
+def test_the_contrastive_loss_is_that_of_the_batch(run):
+    pixels, ids, lengths, right, _ = contrastive_batch(RECORDS[:4], run.tokenizer, 8, "crop", 24)
+    loss, _, tokens, _ = gradients(run, tower(), RECORDS[:4])
+    assert loss == pytest.approx(run.contrastive.loss(pixels, ids, lengths, right).item()) and tokens == lengths.sum()
+
+
+def test_bfloat16_is_autocast_of_the_forward_pass(run):
+    exact = gradients(run, language(), RECORDS)[0]
+    loss, *_, found = gradients(run, language(precision="bfloat16"), RECORDS)
+    assert loss != exact and loss == pytest.approx(exact, rel=0.02)
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+
+
+def test_pictures_and_plain_text_run_apart():
+    found = [[one.id for one in part] for part in split(RECORDS, 2)]
+    assert sorted(sum(found, [])) == sorted(one.id for one in RECORDS)
+    kinds = [{one.startswith("text") for one in part} for part in found]
+    assert all(len(kind) == 1 for kind in kinds) and {True, False} == set.union(*kinds)
+    assert max(map(len, found)) == 2
+
+
+def test_a_loss_that_is_not_finite_names_the_records(run):
+    run.model.decoder.norm.weight.data[0] = float("nan")
+    with pytest.raises(TrainingError, match="the loss is nan; records: square-4; a weight of the part language_model is not "
+                       "finite itself: decoder.norm.weight$"):
+        gradients(run, language(micro_batch_size=4), RECORDS[4:])
+
+
+def test_a_gradient_that_is_not_finite_names_the_records(run):
+    run.model.decoder.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="the gradient's norm is .*; records: square-0, square-1; it arose in the part "
+                       "language_model, at decoder.norm.weight$"):
+        gradients(run, language(), RECORDS[:2])
+
+
+def test_a_tower_that_is_not_finite_is_named(run):
+    run.contrastive.text.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    with pytest.raises(TrainingError, match="it arose in the part text_tower, first seen behind text.norm$"):
+        gradients(run, tower(), RECORDS[:2])
+
+
+def test_bad_data_is_a_training_error_and_a_bug_is_not(run):
+    with pytest.raises(TrainingError, match="max_tokens"):
+        gradients(run, language(max_tokens=3), RECORDS)
+    run.model.vision.resize(16)
+    with pytest.raises(ValueError, match="stands at"):
+        gradients(run, language(), RECORDS[:1])
