@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from nanovlm.data.augment import augmented
 from nanovlm.data.batching import build_batch, contrastive_batch, Preparation
-from nanovlm.data.feed import DamageReport, Feed, Mixture, Plan
+from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.records import Changed
 from nanovlm.training.optimizer import BLOCK
 from nanovlm.training.processes import add_up_scalars, autocast, exchange_with
@@ -75,9 +75,9 @@ def make_feed(run, stage, starts, step):
     if stage.objective == "language":
         prepare = dataclasses.replace(prepare, template=run.template_of(stage), tokenizer=run.tokenizer,
                                       num_image_tokens=run.model.num_image_tokens, max_tokens=stage.max_tokens)
-    plan = Plan(Mixture(sources, stage.mixture), stage.batch_size, stage.steps, stage.group, prepare.length, run.args.seed)
-    damage = DamageReport(run.out / "damaged.jsonl", stage.name, step, run.args.max_damaged)
-    return Feed(plan, prepare, run.processes.rank, run.processes.size, run.args.workers), damage
+    feed = Feed(Mixture(sources, stage.mixture), prepare, stage.batch_size, stage.steps, stage.group, prepare.length,
+                run.args.seed, run.processes.rank, run.processes.size, run.args.workers)  # fmt: skip
+    return feed, DamageReport(run.out / "damaged.jsonl", stage.name, step, run.args.max_damaged)
 
 
 @dataclass

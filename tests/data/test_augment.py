@@ -146,6 +146,7 @@ def test_two_views_of_a_picture_are_two_pictures():
 WISHES = {
     "recipe": "tiny", "size": None, "stages": ["align"], "without": [], "init": None, "lora": None, "data": None,
     "images": None, "datasets": None, "device": "cpu", "threads": 1, "precision": None, "seed": 0, "max_minutes": None, "workers": 0, "max_damaged": 0.01, "allow_missing": False, "smoke": False,
+    "recompute": False, "compile": False, "keep": 1, "save_in_background": False,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import tiny_recipe
-from nanovlm.training import processes, update
+from nanovlm.training import update
 from nanovlm.generation.answer import Assistant
 from nanovlm.generation.chat import Chat
 from nanovlm.training.checkpoint import replace_tensors
@@ -43,23 +43,19 @@ def test_batches(preprocessing):
     assert torch.equal(pixels_of(RECORD.visuals, 8, "pad", preprocessing), pixels)
 
 
-def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path, monkeypatch):
+def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path):
     recipe = dataclasses.replace(tiny_recipe.RECIPE, preprocessing=images.SIGLIP, stage_templates={"align": PLAIN})
     run = make_run(recipe, WISHES, tmp_path / "run")
     tower, align = run.stages
-    seen = []
-    loss = lambda model, batch, share, lean: seen.append(batch) or (torch.zeros(()), 1)
-    monkeypatch.setattr(processes, "language_loss", loss)
-    run.contrastive.loss = lambda pixels, ids, lengths, right, looks: seen.append(pixels) or torch.zeros(())
-    update.language_loss(run, align, update.language_batch(run, align, [RECORD], Report()))
-    update.contrastive_loss(run, tower, update.pairs_batch(run, tower, [RECORD], Report()))
-    assert torch.equal(seen[0].pixels, wanted(align.image_size, align.image_fit, images.SIGLIP))
-    assert torch.equal(seen[1], wanted(tower.image_size, tower.image_fit, images.SIGLIP))
-    written = [id for id in seen[0].ids[0].tolist() if id >= 0]
+    (batch,), = update.language_batch(run, align, [RECORD], Report(), 1).inputs
+    ((pixels, _),), *_ = update.pairs_batch(run, tower, [RECORD], Report(), 1).inputs
+    assert torch.equal(batch.pixels, wanted(align.image_size, align.image_fit, images.SIGLIP))
+    assert torch.equal(pixels, wanted(tower.image_size, tower.image_fit, images.SIGLIP))
+    written = [id for id in batch.ids[0].tolist() if id >= 0]
     assert written == [run.tokenizer.bos, *run.tokenizer.encode("red\n")]
     plain = make_run(tiny_recipe.RECIPE, WISHES, tmp_path / "plain")
-    update.language_loss(plain, align, update.language_batch(plain, align, [RECORD], Report()))
-    assert torch.equal(seen[2].pixels, wanted(align.image_size, align.image_fit, images.CLIP))
+    (batch,), = update.language_batch(plain, align, [RECORD], Report(), 1).inputs
+    assert torch.equal(batch.pixels, wanted(align.image_size, align.image_fit, images.CLIP))
 
 
 def test_a_folder_is_asked_in_the_form_of_its_last_stage(tmp_path):

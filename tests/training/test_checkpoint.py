@@ -20,6 +20,10 @@ def tensors(value):
             "random": {"cpu": torch.get_rng_state()}}
 
 
+def save(*arguments):
+    return checkpoint.begin(*arguments)()
+
+
 def held(out):
     return sorted(path.name for path in (out / "state").iterdir())
 
@@ -27,9 +31,9 @@ def held(out):
 def test_round_trip(tmp_path):
     kept = tensors(0.1) | {"nothing": {}}
     kept["model"]["turned"] = torch.randn(4, 3).T
-    folder = checkpoint.save(tmp_path, 7, kept, {"step": 7, "loss": 0.1})
+    folder = save(tmp_path, 7, kept, {"step": 7, "loss": 0.1})
     assert folder == tmp_path / "state" / "step-00000007" and checkpoint.complete(tmp_path) == [folder]
-    found, state = checkpoint.read(folder)
+    found, state = checkpoint.read(folder), checkpoint.read_state(folder)
     assert state == {"step": 7, "loss": 0.1} and found.keys() == kept.keys()
     for name, content in kept.items():
         assert found[name].keys() == content.keys()
@@ -38,21 +42,20 @@ def test_round_trip(tmp_path):
 
 def test_only_the_newest_stays(tmp_path):
     for step in (8, 9, 10, 100):
-        checkpoint.save(tmp_path, step, tensors(step), {})
+        save(tmp_path, step, tensors(step), {})
     assert held(tmp_path) == ["step-00000100"]
-    assert checkpoint.read(checkpoint.complete(tmp_path)[-1])[0]["model"]["w"][0, 0] == 100
+    assert checkpoint.read(checkpoint.complete(tmp_path)[-1])["model"]["w"][0, 0] == 100
 
 
 def test_the_same_step_is_not_written_twice(tmp_path):
-    checkpoint.save(tmp_path, 3, tensors(1), {})
-    checkpoint.save(tmp_path, 3, tensors(2), {})
-    assert checkpoint.read(checkpoint.complete(tmp_path)[0])[0]["model"]["w"][0, 0] == 1
+    save(tmp_path, 3, tensors(1), {})
+    save(tmp_path, 3, tensors(2), {})
+    assert checkpoint.read(checkpoint.complete(tmp_path)[0])["model"]["w"][0, 0] == 1
 
 
 def test_nothing_there_yet(tmp_path):
     assert checkpoint.complete(tmp_path) == []
-    checkpoint.remove_unfinished(tmp_path)
-
+    
 
 def fail(at, error):
     """A stand-in for os.fsync that raises at its `at`-th call."""
@@ -71,46 +74,46 @@ def test_everything_is_forced_to_the_disk_before_the_rename(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda number: seen.append(os.path.basename(os.readlink(path.format(number)))))
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda old, new: (seen.append("rename"), rename(old, new)))
-    checkpoint.save(tmp_path, 1, tensors(1), {})
+    save(tmp_path, 1, tensors(1), {})
     assert seen == ["model.safetensors", "random.safetensors", "state.json", "step-00000001.tmp", "rename", "state"]
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, at):
-    checkpoint.save(tmp_path, 1, tensors(1), {"step": 1})
+    save(tmp_path, 1, tensors(1), {"step": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail(at, OSError(errno.ENOSPC, "No space left on device")))
         with pytest.raises(CheckpointError, match="step 2 could not be .*No space left.*step-00000001 is intact.*--resume"):
-            checkpoint.save(tmp_path, 2, tensors(2), {})
+            save(tmp_path, 2, tensors(2), {})
     assert held(tmp_path) == ["step-00000001"]
-    assert checkpoint.read(checkpoint.complete(tmp_path)[0])[1] == {"step": 1}
-    checkpoint.save(tmp_path, 2, tensors(2), {"step": 2})
+    assert checkpoint.read_state(checkpoint.complete(tmp_path)[0]) == {"step": 1}
+    save(tmp_path, 2, tensors(2), {"step": 2})
     assert held(tmp_path) == ["step-00000002"]
 
 
 def test_a_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail(1, OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(CheckpointError, match="There is no earlier checkpoint"):
-        checkpoint.save(tmp_path, 2, tensors(2), {})
+        save(tmp_path, 2, tensors(2), {})
     assert held(tmp_path) == []
 
 
 def test_an_error_of_the_tensor_writer_is_a_failed_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="could not be written"):
-        checkpoint.save(tmp_path, 1, {"no/such/folder": {"w": torch.ones(1)}}, {})
+        save(tmp_path, 1, {"no/such/folder": {"w": torch.ones(1)}}, {})
     assert held(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "state").write_text("")
     with pytest.raises(CheckpointError, match="could not be written.*There is no earlier checkpoint"):
-        checkpoint.save(tmp_path, 1, tensors(1), {})
+        save(tmp_path, 1, tensors(1), {})
 
 
 def test_no_file_stays_open(tmp_path):
-    checkpoint.save(tmp_path, 1, tensors(1), {})
+    save(tmp_path, 1, tensors(1), {})
     before = len(os.listdir("/proc/self/fd"))
-    checkpoint.save(tmp_path, 2, tensors(2), {})
+    save(tmp_path, 2, tensors(2), {})
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -120,29 +123,29 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("at", range(1, 6))
 def test_a_kill_anywhere_leaves_a_whole_checkpoint(tmp_path, monkeypatch, at):
-    checkpoint.save(tmp_path, 1, tensors(1), {"step": 1})
+    save(tmp_path, 1, tensors(1), {"step": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail(at, Killed()))
         with pytest.raises(Killed):
-            checkpoint.save(tmp_path, 2, tensors(2), {"step": 2})
+            save(tmp_path, 2, tensors(2), {"step": 2})
     newest = checkpoint.complete(tmp_path)[-1]
-    found, state = checkpoint.read(newest)
+    found, state = checkpoint.read(newest), checkpoint.read_state(newest)
     assert state["step"] == found["model"]["w"][0, 0] == (2 if at == 5 else 1)
-    checkpoint.save(tmp_path, 3, tensors(3), {"step": 3})
+    save(tmp_path, 3, tensors(3), {"step": 3})
     assert held(tmp_path) == ["step-00000003"]
 
 
 def test_a_kill_while_the_old_one_is_removed(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 1, tensors(1), {})
-    def rmtree(path):
+    save(tmp_path, 1, tensors(1), {})
+    def rmtree(path, **options):
         (path / "state.json").unlink()
         raise Killed
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", rmtree)
         with pytest.raises(Killed):
-            checkpoint.save(tmp_path, 2, tensors(2), {})
+            save(tmp_path, 2, tensors(2), {})
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000002"]
-    checkpoint.save(tmp_path, 3, tensors(3), {})
+    save(tmp_path, 3, tensors(3), {})
     assert held(tmp_path) == ["step-00000003"]
 
 
@@ -150,10 +153,10 @@ def test_a_kill_while_the_old_one_is_removed(tmp_path, monkeypatch):
     lambda folder: (folder / "state.json").unlink(), lambda folder: (folder / "state.json").write_text("{"),
     lambda folder: os.truncate(folder / "model.safetensors", 20)])
 def test_damage_is_named(tmp_path, damage):
-    folder = checkpoint.save(tmp_path, 1, tensors(1), {})
+    folder = save(tmp_path, 1, tensors(1), {})
     damage(folder)
     with pytest.raises(CheckpointError, match="step-00000001 is damaged"):
-        checkpoint.read(folder)
+        checkpoint.read(folder), checkpoint.read_state(folder)
 
 
 def test_replace(tmp_path):

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import many
 import train
-from nanovlm.training import checkpoint, optimizer, processes, trainer, update
+from nanovlm.training import checkpoint, optimizer, processes, trainer
 from nanovlm.training.checkpoint import complete
 from nanovlm.data import feed
 from nanovlm.training.progress import StopRequests, Stopped
@@ -169,12 +169,11 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, whole):
 
 def troubled(rank, out, trouble):
     """One of two processes, of which the second finds something wrong in the third update: (exit code, what it said)."""
-    said, calls, loss, next_records = io.StringIO(), [], update.LOSSES["contrastive"], feed.Feed.next
+    said, calls, loss, next_records = io.StringIO(), [], processes.ContrastiveLoss.forward, feed.Feed.next
 
     def bad_loss(*arguments):
         calls.append(1)
-        found, *rest = loss(*arguments)
-        return (found * float("nan") if len(calls) == 3 else found, *rest)
+        return loss(*arguments) * (float("nan") if len(calls) == 3 else 1)
 
     def bad_data(self):
         calls.append(1)
@@ -184,7 +183,7 @@ def troubled(rank, out, trouble):
 
     if rank == 1:
         if trouble == "loss":
-            update.LOSSES["contrastive"] = bad_loss
+            processes.ContrastiveLoss.forward = bad_loss
         else:
             feed.Feed.next = bad_data
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
+from types import SimpleNamespace
+
 from nanovlm.training import processes, update
 from nanovlm.data.batching import Report
-from nanovlm.training.processes import Processes, check_environment, join
+from nanovlm.training.processes import Processes, join
 from nanovlm.recipes import RECIPES
-from nanovlm.training.stages import Stage
 from nanovlm.vlm import Batch
-from nanovlm.training.processes import freeze
-from test_trainer import RECORDS, make
+from nanovlm.training.stages import Stage, freeze
+from test_trainer import make
+from test_update import RECORDS
 from tiny import random_vlm
 from tiny_recipe import RECIPE
 
@@ -21,19 +23,21 @@ def run(tmp_path):
 
 
 def gradients(model, batch):
+    """As one of two processes: (loss, gradients by name)."""
     model.zero_grad()
-    loss, trained = processes.LanguageStep(model)(batch)
+    run = SimpleNamespace(model=model, device=torch.device("cpu"), processes=SimpleNamespace(size=2))
+    loss = processes.LanguageLoss(run, RECIPE.stages("full", False)[1])([batch])
     loss.backward()
-    return loss.item(), trained, {name: p.grad for name, p in model.named_parameters()}
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
 def test_a_blank_picture_reaches_everything_and_changes_nothing(run):
     stage, words = RECIPE.stages("full", False)[1], [one for one in RECORDS if not one.visuals]
-    batch = update.language_batch(run, stage, words, Report())
+    (batch,), = update.language_batch(run, stage, words, Report(), 1).inputs
     run.model.vision.resize(stage.image_size)
-    loss, trained, alone = gradients(run.model, batch)
-    same, same_trained, blank = gradients(run.model, processes.with_blank_picture(batch, run.model, stage.image_size))
-    assert same == pytest.approx(loss, rel=1e-6) and same_trained == trained > 0
+    loss, alone = gradients(run.model, batch)
+    same, blank = gradients(run.model, update.with_blank_picture(batch, run.model, stage.image_size))
+    assert same == pytest.approx(loss, rel=1e-6)
     assert not any(name.startswith("vision") for name, value in alone.items() if value is not None)
     for name, value in blank.items():
         assert value is not None, name
@@ -42,9 +46,9 @@ def test_a_blank_picture_reaches_everything_and_changes_nothing(run):
 
 
 def test_a_process_without_rows_has_a_loss_of_zero(run):
-    model = run.model
-    loss, trained, found = gradients(model, processes.with_blank_picture(processes.no_rows(), model, 8))
-    assert loss == 0 and trained == 0
+    empty = update.blank(run, RECIPE.stages("full", False)[0])
+    loss, found = gradients(run.model, *empty.inputs[0])
+    assert loss == 0 and (empty.records, empty.trained, empty.tokens) == ([], 0, 0)
     assert all(value is not None and not value.any() for value in found.values())
 
 
@@ -57,8 +61,8 @@ def test_a_blank_picture_reaches_every_parameter_of_the_papers_models(name, size
     freeze(model, None, Stage("s", "language", {part: 1e-3 for part, held in model.parts().items() if held}, {"x": 1}, 1, 1))
     ids = torch.randint(1, 250, (2, 5))
     words = Batch(ids, ids.clone(), torch.zeros_like(ids), torch.arange(5).expand(2, 5), None, *[torch.zeros(0).long()] * 3)
-    loss, _, alone = gradients(model, words)
-    same, _, blank = gradients(model, processes.with_blank_picture(words, model, model.vision.image_size))
+    loss, alone = gradients(model, words)
+    same, blank = gradients(model, update.with_blank_picture(words, model, model.vision.image_size))
     assert same == pytest.approx(loss, rel=1e-5)
     wanted = {parameter for parameter, one in model.named_parameters() if one.requires_grad}
     assert {parameter for parameter, value in blank.items() if value is not None} == wanted
@@ -84,9 +88,13 @@ ENVIRONMENT = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR":
     ("fsdp", "cpu", {"RANK": "0"}, "LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set"),
     ("none", "cpu", ENVIRONMENT, "torchrun has started 2 processes, but --parallel is none"),
     ("ddp", "cuda", ENVIRONMENT | {"LOCAL_RANK": "64"}, "NCCL|GPUs")])
-def test_what_cannot_be_one_of_many_is_told_so(mode, device, environment, words):
+def test_what_cannot_be_one_of_many_is_told_so(monkeypatch, mode, device, environment, words):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words):
-        check_environment(mode, device, environment)
+        join(mode, device)
 
 
 def test_shards_belong_to_fsdp(monkeypatch):
@@ -115,10 +123,9 @@ def test_a_process_that_nobody_meets_gives_up_within_the_timeout(monkeypatch):
 
 def test_one_process_agrees_with_itself():
     alone = Processes()
-    assert alone.main and alone.share([1, 2, 3]) == [1, 2, 3] and alone.sum([1, 2.5]) == [1, 2.5]
+    assert alone.main and alone.sum([1, 2.5]) == [1, 2.5]
     assert alone.gather("x") == ["x"] and alone.first(None) is None and alone.first(3) == 3
     assert alone.by_main(lambda: 5) == alone.together(lambda: 5) == 5
-    assert alone.sum_up(Report(3, 2, 1)) == Report(3, 2, 1)
     with pytest.raises(KeyError):
         alone.together(lambda: {}["x"])
     assert not alone.is_lost(RuntimeError("Connection closed by peer"))
