@@ -34,7 +34,8 @@ from nanovlm.training.linear_cross_entropy import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, VLM
-from nanovlm.training.processes import BLOCK, freeze, surround
+from nanovlm.training.processes import BLOCK, surround
+from nanovlm.training.stages import freeze
 
 SAME = 1e-4  # how far apart the two sides' losses may be: sums are taken in another order
 LEARNING_RATE = 1e-5  # AdamW turns the last digit of a small gradient into a whole step: larger ones drift apart

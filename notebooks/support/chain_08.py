@@ -29,7 +29,7 @@ from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.training.diagnostics import Movement
 from nanovlm.projector import PixelShuffleProjector
-from nanovlm.training.processes import all_parts
+from nanovlm.training.stages import all_parts
 from nanovlm.training.stages import Stage
 from nanovlm.vlm import IGNORE, VLM
 

@@ -14,7 +14,8 @@ from nanovlm.recipes import RECIPES
 from nanovlm.training.cost import Cost, example_cost, pair_cost
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
 from nanovlm.training.linear_cross_entropy import is_chunked, language_loss
-from nanovlm.training.processes import BLOCK, freeze, surround
+from nanovlm.training.processes import BLOCK, surround
+from nanovlm.training.stages import freeze
 
 TEXT, ROWS = 40, 6
 STAGES = [(name, stage.name) for name in ("lynx", "mplug_owl2", "llava_phi", "blip2", "open_flamingo")

@@ -16,7 +16,7 @@ from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.published.vision import CLIP_PAIR, clip_pair
 from nanovlm.recipes.recipe import from_file
 from nanovlm.training.start import build_models
-from nanovlm.training.processes import text_side
+from nanovlm.training.stages import text_side
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlit import annotations
 from nanovlm.vlit.correctness import Facts, Thing, facts_of, known, verify
