@@ -14,8 +14,7 @@ mPLUG-Owl2, arXiv:2311.04257, Sec. 3.2, Eq. 1 and 2. Differs from the paper, as 
   look, not what is seen there. They are fixed, so they are computed, not stored;
 - 65 tokens leave it, the last a learned end of the picture, and 1025 enter: the ViT's class token is kept.
 
-M visual inputs, F frames, N features of a frame (patches, and the class token if kept), K queries, H heads, D head
-width, W width
+M visual inputs, F frames, N features of a frame (patches, and the class token if kept), K queries, H heads, W width
 """
 
 import math
@@ -24,26 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovlm.attention import attention, attention_weights, full
-from nanovlm.vit import sincos, sincos_positions
+from nanovlm.attention import multi_head, sincos, sincos_positions
+from nanovlm.names import arguments
 
 
 def patch_positions(num_features, width, device=None):
-    """Fixed places of a frame's features: the first half of the channels tells the column, the second the row.
+    """Fixed places of a frame's N features, float[N, width]: half of the channels tells the column, half the row.
 
-    Args:
-      num_features: a square number of patches, or one more: the class token, which has no place, gets zeros.
-      width: channels, a multiple of 4.
-    Returns: float[num_features, width], row-major behind the class token.
+    N is a square number of patches, or one more: the class token in front, which has no place, gets zeros.
     Raises: ValueError for any other number of features.
     """
     side = math.isqrt(num_features)
     num_class_rows = num_features - side * side
     if num_class_rows > 1:
-        raise ValueError(
-            f"{num_features} features a frame are no square grid of patches, with or without a class token; "
-            f"expected {side * side} or {side * side + 1}"
-        )
+        raise ValueError(f"{num_features} features a frame are no square grid of patches, with or without a class token")
     rows, columns = sincos_positions(side * side, width, device).chunk(2, dim=1)  # the ViT tells the row first
     return F.pad(torch.cat([columns, rows], dim=1), (0, 0, num_class_rows, 0))
 
@@ -66,28 +59,18 @@ class AbstractorLayer(nn.Module):
         self.w3 = nn.Linear(width, ffn_width)
         self.ffn_norm = nn.LayerNorm(ffn_width, eps=ffn_norm_eps)
 
-    def forward(self, queries, patches, places, backend, out=None):
+    def forward(self, queries, patches, places, backend, maps=None):
         """queries float[M, K, W], patches float[M, N, W], places float[K + N, W] -> float[M, K, W]."""
         num_queries = queries.shape[1]
         queries = self.norm_queries(queries)  # the residual below starts here, not from what came in
         both = torch.cat([queries, self.norm_patches(patches)], dim=1)  # Eq. 1; M K+N W, queries first
-        q, k, v = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # M H K|K+N D
-            for linear, x in (
-                (self.q, queries + places[:num_queries]), (self.k, both + places), (self.v, both)
-            )
-        )  # fmt: skip
-        visible = full(q.shape[2], k.shape[2], q.device)
-        if out is not None:
-            weights = attention_weights(q, k, visible).roll(-num_queries, dims=-1)  # picture first, as in every bridge
-            out.setdefault("latents", []).append(F.pad(weights, (0, 0, 0, 1)))  # the end token looks at nothing
-        seen = attention(q, k, v, visible, backend)
-        queries = queries + self.o(seen.transpose(1, 2).flatten(-2))
-        return queries + self.feed_forward(self.norm_ffn(queries))
-
-    def feed_forward(self, x):
-        """Eq. 2, normalised between its two matrices: float[M, K, W] -> the same shape."""
-        return self.w2(self.ffn_norm(F.silu(self.w1(x)) * self.w3(x)))
+        q, k, v = self.q(queries + places[:num_queries]), self.k(both + places), self.v(both)
+        queries = queries + self.o(multi_head(q, k, v, self.num_heads, backend, maps=maps))
+        if maps is not None:
+            weights = maps[-1].roll(-num_queries, dims=-1)  # picture first, as in every bridge
+            maps[-1] = F.pad(weights, (0, 0, 0, 1))  # the end token looks at nothing
+        x = self.norm_ffn(queries)
+        return queries + self.w2(self.ffn_norm(F.silu(self.w1(x)) * self.w3(x)))  # Eq. 2, with a norm inside
 
 
 class Abstractor(nn.Module):
@@ -107,10 +90,7 @@ class Abstractor(nn.Module):
             raise ValueError(f"width {vision_width} does not divide into {num_heads} heads")
         if vision_width % 4:
             raise ValueError(f"width {vision_width} is no multiple of 4, as sines and cosines of the positions need")
-        self.arguments = {
-            "vision_width": vision_width, "output_width": output_width, "num_queries": num_queries, "num_layers": num_layers,
-            "num_heads": num_heads, "ffn_width": ffn_width, "ffn_norm_eps": ffn_norm_eps,
-        }  # fmt: skip
+        self.arguments = arguments(locals())
         self.output_width = output_width
         self.num_queries = num_queries
         self.backend = "sdpa"
@@ -130,26 +110,17 @@ class Abstractor(nn.Module):
         return (self.num_queries + 1) * num_frames
 
     def forward(self, patches, num_frames=1, out=None):
-        """Extract.
+        """Extract, from each frame on its own: float[M, F * N, vision_width] -> float[M, F * (K + 1), output_width].
 
-        Args:
-          patches: float[M, F * N, vision_width], the frames of a clip behind one another.
-          num_frames: F, frames per visual input; each is seen on its own.
-          out: dict; when given, out["latents"] becomes a list over layers of float[M * F, H, K + 1, N + K]: what each
-            image token (the end token: nothing) took from the features and, behind them, from the queries.
-        Returns: float[M, F * (K + 1), output_width].
-        Raises: ValueError for features of another width, or that are no square grid with or without a class token.
+        out: dict; when given, out["latents"] becomes a list over layers of float[M * F, H, K + 1, N + K]: what each
+          image token (the end token: nothing) took from the features and, behind them, from the queries.
         """
-        if patches.shape[-1] != self.queries.shape[-1]:
-            raise ValueError(
-                f"features of width {patches.shape[-1]}, but the queries have {self.queries.shape[-1]} and stand among "
-                "them; build the abstractor with the ViT's width"
-            )
         patches = patches.unflatten(1, (num_frames, -1)).flatten(0, 1)  # M*F N W
         queries, device = self.queries.expand(len(patches), -1, -1), patches.device
         places = [sincos(*self.queries.shape, device), patch_positions(*patches.shape[1:], device)]
         places = torch.cat(places).to(patches.dtype)  # K+N W
+        maps = None if out is None else out.setdefault("latents", [])
         for layer in self.layers:
-            queries = layer(queries, patches, places, self.backend, out)
+            queries = layer(queries, patches, places, self.backend, maps)
         tokens = torch.cat([self.project(queries), self.end.expand(len(patches), 1, -1)], dim=1)  # M*F K+1 W_out
         return tokens.unflatten(0, (-1, num_frames)).flatten(1, 2)

@@ -7,6 +7,7 @@ a mask costs two integers per query. The readable `reference` spells the equatio
 B batch, T queries, S keys, H heads, K key/value heads, D head width
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +44,9 @@ class Visible:
     def check(self, num_keys):
         """Raise ValueError where an interval leaves [0, num_keys]; for those who build one (it reads values)."""
         if self.first.shape != self.stop.shape or self.first.ndim != 2:
-            raise ValueError(
-                f"first {tuple(self.first.shape)} and stop {tuple(self.stop.shape)} must share one shape [B, T]"
-            )
+            raise ValueError(f"first {tuple(self.first.shape)} and stop {tuple(self.stop.shape)} must share one shape [B, T]")
         if bool((self.first < 0).any()) or bool((self.stop > num_keys).any()):
-            raise ValueError(
-                f"intervals reach from {int(self.first.min())} to {int(self.stop.max())}, "
-                f"but there are keys 0 to {num_keys} only"
-            )
+            raise ValueError(f"intervals reach from {int(self.first.min())} to {int(self.stop.max())}, keys 0 to {num_keys}")
         return self
 
 
@@ -82,10 +78,7 @@ def causal_rows(num_rows, num_tokens, device=None):
 
 
 def documents(lengths, device=None):
-    """Documents side by side in one row, causal each: `causal` where their lengths are known on the host.
-
-    Args: lengths: list of int, tokens, 1 or more each.
-    """
+    """Documents of `lengths` tokens side by side in one row, causal each: `causal` where lengths are known on the host."""
     sizes = torch.tensor(lengths)
     first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)[None].to(device)
     stop = torch.arange(1, first.shape[1] + 1, device=device)[None]
@@ -114,6 +107,24 @@ def sliding_window(segments, window):
         raise ValueError(f"window {window} hides every token from itself; it must be at least 1")
     visible = causal(segments)
     return Visible(torch.maximum(visible.first, visible.stop - window), visible.stop)
+
+
+def sincos(num_places, width, device=None):
+    """Places 0, 1, 2 ... on a line as float[num_places, width]: sines, then cosines, ever slower along the channels."""
+    speeds = 10000.0 ** (-torch.arange(width // 2, device=device) / (width // 2))  # radians per place
+    angles = torch.arange(num_places, device=device)[:, None] * speeds
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_positions(num_patches, width, device=None):
+    """The start of a position table, float[num_patches, width]: the first half tells the row, the second the column.
+
+    Source: Better plain ViT baselines, arXiv:2205.01580, Sec. 3.
+    """
+    side = math.isqrt(num_patches)
+    axis = sincos(side, width // 2, device)
+    rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 def rope_tables(positions, rotary_width, base):
@@ -176,6 +187,22 @@ def sdpa(q, k, v, visible):
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     # torch does not promise zeros for a row that sees nothing
     return out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+
+
+def multi_head(q, k, v, num_heads, backend="sdpa", visible=None, maps=None):
+    """Attend head by head, as towers and bridges do.
+
+    Args:
+      q: float[B, T, H * D]. k, v: float[B, S, H * D], projected already. num_heads: H.
+      visible: Visible over the S keys; None = every query sees every key.
+      maps: list that receives the weights float[B, H, T, S], for plots.
+    Returns: float[B, T, H * D].
+    """
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # B H T|S D
+    visible = full(q.shape[2], k.shape[2], q.device) if visible is None else visible
+    if maps is not None:
+        maps.append(attention_weights(q, k, visible))
+    return attention(q, k, v, visible, backend).transpose(1, 2).flatten(-2)
 
 
 def attention(q, k, v, visible, backend="sdpa"):

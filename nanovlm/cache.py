@@ -11,12 +11,7 @@ import torch
 
 
 class KeyValueCache:
-    """Preallocated keys and values of every layer.
-
-    Args:
-      config: decoder.DecoderConfig, for the number of layers, key/value heads and their width.
-      num_rows: B. num_columns: L, prompt and new tokens together.
-      dtype, device: of the keys and values that will be written.
+    """Preallocated keys and values of every layer of a decoder, for B rows of L columns (prompt and new tokens).
 
     `length` is the cursor: the number of written columns, the same in every row and layer.
     """
@@ -30,14 +25,12 @@ class KeyValueCache:
     def update(self, layer_index, k, v):
         """Write one layer's keys and values behind the cursor; the cursor itself stays, see `advance`.
 
-        Args:
-          layer_index: which layer they belong to.
-          k, v: float[B, H, T, D].
+        Args: k, v: float[B, H, T, D].
         Returns: (k, v) float[B, H, length + T, D], all columns written so far; views, valid until the next update.
         Raises: ValueError if the columns are full or the rows are not as many as the cache's.
         """
+        self.check_room(k.shape[2], len(k))
         buffer, stop = self.layers[layer_index], self.length + k.shape[2]
-        self.check_room(k.shape[2], k.shape[0])
         buffer[0, :, :, self.length : stop] = k
         buffer[1, :, :, self.length : stop] = v
         return buffer[0, :, :, :stop], buffer[1, :, :, :stop]
@@ -54,11 +47,9 @@ class KeyValueCache:
         self.length += num_tokens
 
     def select_rows(self, rows):
-        """Go on with other rows: drop the finished ones, or spread a prompt over its beams.
+        """Go on with other rows, to drop finished ones or spread a prompt over its beams: row r continues old row rows[r].
 
-        Args:
-          rows: list of R int, new row r continues old row rows[r]; R may differ from B. Fewer rows stay in the memory
-            they have, and only those that change their number are copied.
+        Args: rows: list of R int. No more than before stay in the memory they have, and only those that move are copied.
         """
         buffer = self.layers[0]
         if len(rows) > buffer.shape[1]:
@@ -73,7 +64,7 @@ class KeyValueCache:
         self.layers = [buffer[:, : len(rows)] for buffer in self.layers]
 
     def copy_rows(self, rows, sources, first_column=0):
-        """Give some rows the histories of others, as beams do after a step; all other rows stay as they are.
+        """Give some rows the histories of others, as beams do after a step.
 
         Args:
           rows, sources: int64[N], row rows[n] goes on with what row sources[n] holds now.

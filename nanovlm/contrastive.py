@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovlm.attention import attention, causal, full
+from nanovlm.names import arguments
 from nanovlm.vit import ACTIVATIONS, Block
 
 
@@ -45,10 +46,7 @@ class TextTower(nn.Module):
         activation="gelu", norm_eps=1e-6, last_norm_eps=1e-5,
     ):  # fmt: skip
         super().__init__()
-        self.arguments = {
-            "vocab_size": vocab_size, "width": width, "num_layers": num_layers, "num_heads": num_heads, "mlp_width": mlp_width,
-            "context_length": context_length, "activation": activation, "norm_eps": norm_eps, "last_norm_eps": last_norm_eps,
-        }  # fmt: skip
+        self.arguments = arguments(locals())
         self.context_length = context_length
         self.embedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(context_length, width) * 0.01)

@@ -16,7 +16,6 @@ B batch, T tokens, H heads, K key/value heads, D head width, W width, V vocabula
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,64 +26,19 @@ from nanovlm.attention import apply_rope, attention, attention_weights, rope_tab
 from nanovlm.cross_attention import GatedCrossAttention
 from nanovlm.modality_adaptive import ModalityAdaptive, route, split
 from nanovlm.names import nearest
+from nanovlm.vit import ACTIVATIONS
 
 
-# A decoder's feed-forward: LLaMA's with a gate, and the plain one of Phi-2 and OPT.
-#
-# Each token alone is widened, bent by a non-linearity and narrowed again.
-#
-#   gated  W_down (f(W_gate x) * (W_up x))     SwiGLU with f = SiLU; Shazeer, arXiv:2002.05202, Eq. 6
-#   plain  W_2 f(W_1 x + b_1) + b_2            Attention Is All You Need, arXiv:1706.03762, Eq. 2
-
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # "gelu_new" of transformers
-    "relu": F.relu,
-}
-
-
-class GatedFeedForward(nn.Module):
-    """One projection gates the other.
-
-    Args:
-      width, ffn_width: channels outside and inside. activation: a name of ACTIVATIONS. bias: on all three projections.
-    """
-
-    def __init__(self, width, ffn_width, activation="silu", bias=False):
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.gate = nn.Linear(width, ffn_width, bias)
-        self.up = nn.Linear(width, ffn_width, bias)
-        self.down = nn.Linear(ffn_width, width, bias)
-
-    @property
-    def output(self):
-        """The projection that writes into the residual stream."""
-        return self.down
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in float32 at least, as LLaMA's: cast back before the weight, not behind it."""
 
     def forward(self, x):
         """x float[..., W] -> the same shape."""
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(exact, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
 
 
-class PlainFeedForward(nn.Module):
-    """Two projections with a non-linearity between them; arguments as above."""
-
-    def __init__(self, width, ffn_width, activation, bias):
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-        self.fc_1 = nn.Linear(width, ffn_width, bias)
-        self.fc_2 = nn.Linear(ffn_width, width, bias)
-
-    @property
-    def output(self):
-        """The projection that writes into the residual stream."""
-        return self.fc_2
-
-    def forward(self, x):
-        """x float[..., W] -> the same shape."""
-        return self.fc_2(self.activation(self.fc_1(x)))
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
 
 @dataclass(frozen=True)
@@ -123,27 +77,21 @@ class DecoderConfig:
     cross_attention_width: int | None = None  # channels of the media that the cross-attention layers read
 
     def __post_init__(self):
-        for field, known in (("norm", NORMS), ("ffn", ("gated", "plain")), ("activation", ACTIVATIONS),
-                             ("qkv_bias", ("", "qkv"))):  # fmt: skip
+        kinds = dict(norm=NORMS, ffn=("gated", "plain"), activation=ACTIVATIONS, qkv_bias=("", "qkv"))
+        for field, known in kinds.items():
             value = getattr(self, field)
             if value not in known:
                 raise ValueError(f"{field} {value!r} is unknown.{nearest(value, known)}")
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} does not divide into {self.num_heads} heads")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads: no multiple")
-        if self.num_rotary % 2:
-            what = "head width" if self.rotary_width is None else "rotary_width"
-            raise ValueError(f"{what} {self.num_rotary} is odd: rotary positions turn pairs")
-        if not 0 <= self.num_rotary <= self.head_width:
-            raise ValueError(f"rotary_width {self.num_rotary} lies outside the head's {self.head_width} channels")
+        if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}, and that one of "
+                             f"num_kv_heads {self.num_kv_heads}")
+        if self.num_rotary % 2 or not 0 <= self.num_rotary <= self.head_width:
+            raise ValueError(f"{self.num_rotary} of a head's {self.head_width} channels turn; expected an even number of them")
         if self.head_bias and self.tied_head:
             raise ValueError("head_bias with tied_head: an embedding table has no bias; leave one of them out")
         if any(options.cross_attention for options in self.layers) != (self.cross_attention_width is not None):
-            raise ValueError(
-                f"cross_attention_width is {self.cross_attention_width}: it says how wide the media are that the layers "
-                "with cross_attention=True read; give both or neither"
-            )
+            raise ValueError(f"cross_attention_width {self.cross_attention_width}: a decoder has it if and only if layers "
+                             "have cross_attention=True")
 
     @property
     def head_width(self):
@@ -154,18 +102,6 @@ class DecoderConfig:
     def num_rotary(self):
         """Channels of a head that turn by the token's position."""
         return self.head_width if self.rotary_width is None else self.rotary_width
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm in float32 at least, as LLaMA's: cast back before the weight, not behind it."""
-
-    def forward(self, x):
-        """x float[..., W] -> the same shape."""
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(exact, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
-
-
-NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
 
 def per_modality(make, modality_adaptive):
@@ -209,6 +145,45 @@ class DecoderAttention(nn.Module):
         return self.o(seen.transpose(1, 2).flatten(-2))
 
 
+class GatedFeedForward(nn.Module):
+    """W_down (f(W_gate x) * (W_up x)): SwiGLU with f = SiLU (Shazeer, arXiv:2002.05202, Eq. 6)."""
+
+    def __init__(self, width, ffn_width, activation="silu", bias=False):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.gate = nn.Linear(width, ffn_width, bias)
+        self.up = nn.Linear(width, ffn_width, bias)
+        self.down = nn.Linear(ffn_width, width, bias)
+
+    @property
+    def output(self):
+        """The projection that writes into the residual stream."""
+        return self.down
+
+    def forward(self, x):
+        """x float[..., W] -> the same shape."""
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class PlainFeedForward(nn.Module):
+    """W_2 f(W_1 x + b_1) + b_2 (Attention Is All You Need, arXiv:1706.03762, Eq. 2), as in Phi-2 and OPT."""
+
+    def __init__(self, width, ffn_width, activation, bias):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc_1 = nn.Linear(width, ffn_width, bias)
+        self.fc_2 = nn.Linear(ffn_width, width, bias)
+
+    @property
+    def output(self):
+        """The projection that writes into the residual stream."""
+        return self.fc_2
+
+    def forward(self, x):
+        """x float[..., W] -> the same shape."""
+        return self.fc_2(self.activation(self.fc_1(x)))
+
+
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each behind a norm and a residual; cross-attention before them, an adapter behind."""
 
@@ -217,9 +192,8 @@ class DecoderLayer(nn.Module):
         make_norm = lambda: NORMS[config.norm](config.width, eps=config.norm_eps)
         make_ffn = GatedFeedForward if config.ffn == "gated" else PlainFeedForward
         adaptive = options.modality_adaptive
-        self.cross_attention = None
-        if options.cross_attention:
-            self.cross_attention = GatedCrossAttention(config.width, config.cross_attention_width)
+        media_width = config.cross_attention_width
+        self.cross_attention = GatedCrossAttention(config.width, media_width) if options.cross_attention else None
         self.norm_1 = per_modality(make_norm, adaptive)  # Eq. 4
         self.attention = DecoderAttention(config, adaptive)
         self.norm_2 = None if config.parallel else per_modality(make_norm, adaptive)
@@ -255,7 +229,7 @@ class Context:
 
 
 class Decoder(nn.Module):
-    """A decoder of one family, with LayerOptions."""
+    """A decoder: embeddings float[B, T, W] -> hidden states -> scores of the next token."""
 
     def __init__(self, config):
         super().__init__()
@@ -265,20 +239,15 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, options) for options in config.layers)
         self.norm = NORMS[config.norm](config.width, eps=config.norm_eps)
         self.lm_head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, config.head_bias)
+        nn.init.normal_(self.embedding.weight, std=0.02)  # as GPT-2
         self.positions = None
         if config.position_offset is not None:
             self.positions = nn.Parameter(torch.empty(config.context_length + config.position_offset, config.width))
-        self.initialise()
-
-    @torch.no_grad()
-    def initialise(self):
-        """As GPT-2: words N(0, 0.02^2), and what writes into the residual stream smaller by the root of its depth."""
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        if self.positions is not None:
             nn.init.normal_(self.positions, std=0.02)
-        for layer in self.layers:
-            for linear in (layer.attention.o, layer.ffn.output):
-                linear.weight.mul_((2 * len(self.layers)) ** -0.5)
+        with torch.no_grad():  # what writes into the residual stream is smaller by the root of its depth
+            for layer in self.layers:
+                for linear in (layer.attention.o, layer.ffn.output):
+                    linear.weight.mul_((2 * len(self.layers)) ** -0.5)
 
     def forward(self, embeddings, positions, visible, modality, cache=None, out=None, media=None, only_fill=False):
         """Run the layers.
@@ -291,7 +260,7 @@ class Decoder(nn.Module):
           out: dict; when given, out["attention"] becomes a list over layers of float[B, H, T, S], and, with media,
             out["cross_attention"] one over the layers that have it.
           media: cross_attention.Media, what the cross-attention layers read; None = no picture.
-          only_fill: bool; True: nothing is wanted but the keys and values in the cache, so the last layer ends with them.
+          only_fill: nothing is wanted but the keys and values in the cache, so the last layer ends with them.
         Returns: float[B, T, W], normalised hidden states, which `logits` turns into scores; None with only_fill.
         """
         cos, sin = rope_tables(positions, self.config.num_rotary, self.config.rope_base)

@@ -1,38 +1,34 @@
-"""Fused attention as an operator of torch: `flash_attention(q, k, v, visible)`, differentiable.
+"""Attention that never writes its scores to memory: torch's operator, Triton's kernels, and what they compute.
 
-The kernels stand in flash_kernels.py. Here they get their tiles, their launches and a place in torch: a custom
-operator has a shape function for torch.compile and a derivative for autograd, and works under autocast and activation
-checkpointing. `attention.reference` is the same function written out.
+The scores of T queries and S keys are T * S numbers, and writing and reading them costs far more time than computing
+them. So a program takes one tile of queries, walks over tiles of keys, and keeps for each query a running maximum, sum
+and output, rescaled when the maximum grows (the online softmax). Only the output and one number per query leave the
+chip, from which the backward pass computes the scores again. `..._as_written` is the same in torch.
 
-Heads of 8 to 128 channels, a multiple of 8, run as they are (64 and 128 best; 80 and 88 as 128 with zeros).
+A mask is an interval of keys per query (attention.Visible). Tiles of keys that no query of the tile sees are never
+visited, tiles that all of them see are taken without a mask, and only those between pay for one. dK and dV walk the
+other way, over the queries that see a tile of keys. Nothing is added atomically: equal inputs give equal bits.
 
-B batch, T queries, S keys, H heads, K key/value heads, D head width
+FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2. Differs from the paper: intervals instead of "causal"; dQ has a
+kernel of its own, two more products in exchange for determinism; scores in base 2, as GPUs raise 2 to a power.
+
+B batch, T queries, S keys, H heads, K key/value heads, D head width; in the kernels M queries and N keys of a tile
 """
 
 import os
-from dataclasses import dataclass
+from collections import namedtuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read by Triton when the kernels were made
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read by Triton when the kernels are made
 CHECK_INTERVALS = os.environ.get("NANOVLM_CHECK_INTERVALS", "0") == "1"  # debugging: every call reads its intervals
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_WIDTH = 128
+LOG2_E = tl.constexpr(1.4426950408889634)
 
-
-@dataclass(frozen=True)
-class Tile:
-    """How one kernel cuts its work."""
-
-    queries: int  # of a tile
-    keys: int
-    warps: int  # of a program, 32 threads each
-    stages: int  # tiles on their way from memory
-
-
+# how one kernel cuts its work: queries and keys of a tile, warps of a program (32 threads each), tiles on their way
+Tile = namedtuple("Tile", "queries keys warps stages")
 # (compute capability, channels of a head at most) -> forward, dQ, dK and dV; none spills registers
 TILES = {
     (90, 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
@@ -44,220 +40,34 @@ TILES = {
 EXACT = (Tile(32, 32, 4, 1),) * 3  # float32 does without tensor cores: right, and slow
 
 
-def tiles_for(q):
-    """The three tiles for queries q: by type, head width and the GPU's kind."""
-    if q.dtype == torch.float32 or q.device.type != "cuda":
-        return EXACT
-    kind = 90 if torch.cuda.get_device_capability(q.device) == (9, 0) else 80  # newer ones understand these too
-    return TILES[min(key for key in TILES if key[0] == kind and key[1] >= q.shape[-1])]
+def scores_of(q, k, first, stop, scale):
+    """S = Q K^T * scale: float[B, H, T, S], -inf where a query does not see a key."""
+    keys = torch.arange(k.shape[2], device=k.device)
+    visible = (keys >= first[..., None]) & (keys < stop[..., None])  # B T S
+    return (q @ k.transpose(-2, -1) * scale).masked_fill(~visible[:, None], -torch.inf)
 
 
-def launch(kernel, grid, tile, head_width, *arguments):
-    """Start a kernel: one program for each tile (grid[0]) of each head of each row (grid[1])."""
-    fusion = {} if INTERPRETED else dict(enable_fp_fusion=True)  # newer Triton leaves it out unless asked
-    kernel[grid](
-        *arguments, D=head_width, BLOCK_D=max(16, triton.next_power_of_2(head_width)), BLOCK_M=tile.queries,
-        BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages, **fusion,
-    )  # fmt: skip
+def forward_as_written(q, k, v, first, stop, scale):
+    """What `forward` returns (Algorithm 1): out float[B, H, T, D], and lse float[B, H, T], here not in base 2."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # grouped queries share their keys
+    scores = scores_of(q, k, first, stop, scale)
+    lse = scores.logsumexp(-1)  # L, the logarithm of the softmax's sum
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that sees nothing: all its shares become 0
+    return (scores - lse[..., None]).exp() @ v, lse  # O = P V
 
 
-def readable(x):
-    """x [B, H, T, D], copied unless its rows can be read in pieces of 16 bytes."""
-    aligned = x.stride(3) == 1 and all(x.stride(d) % 8 == 0 for d in range(3) if x.shape[d] > 1)
-    return x if aligned else x.contiguous()
-
-
-def strides(x):
-    """Elements from one row, head and token to the next; 0 where there is but one, as its stride may be anything."""
-    return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in range(3))
-
-
-def empty(like):
-    """Room for a [B, H, T, D], with the heads of a token side by side as the next layer reads them."""
-    return like.new_empty(like.shape[0], like.shape[2], like.shape[1], like.shape[3]).transpose(1, 2)
-
-
-def seen_by(first, stop, num_keys, tile):
-    """Intervals turned around: which queries see each tile of keys.
-
-    Args:
-      first, stop: int[B or 1, T]. num_keys: S. tile: Tile, of dkv_kernel.
-    Returns: int32[B or 1, key tiles, 4], begin, full_begin, full_end, end: all that see any key of the tile are in
-      [begin, end); each in [full_begin, full_end), whole tiles of queries, sees all of it.
-    """
-    index = torch.arange(first.shape[1], device=first.device)
-    lowest = torch.arange(0, num_keys, tile.keys, device=first.device)[:, None]
-    beyond = (lowest + tile.keys).clamp(max=num_keys)
-    first, stop = first[:, None], stop[:, None]  # B 1 T
-    sees = (first < beyond) & (stop > lowest) & (first < stop)  # B tiles T
-    sees_all = (first <= lowest) & (stop >= beyond)
-    begin, full_begin = (torch.where(these, index, len(index)).amin(-1) for these in (sees, sees_all))
-    end, full_end = (torch.where(these, index + 1, 0).amax(-1) for these in (sees, sees_all))
-    without_gap = sees_all.sum(-1) == full_end - full_begin
-    begin = begin // tile.queries * tile.queries
-    full_begin = (full_begin + tile.queries - 1) // tile.queries * tile.queries
-    full_end = full_end // tile.queries * tile.queries
-    some_full = without_gap & (full_begin < full_end)
-    full_begin, full_end = torch.where(some_full, full_begin, begin), torch.where(some_full, full_end, begin)
-    return torch.stack([begin, full_begin, full_end, end], dim=-1).int()
-
-
-@torch.library.custom_op("nanovlm::flash_attention", mutates_args=())
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, stop: torch.Tensor,
-            scale: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out [B, H, T, D] and the softmax's log2 of sums float32[B, H, T]."""
-    out, lse = forward_shapes(q, k, v, first, stop, scale)
-    if not out.numel():
-        return out, lse
-    q, k, v, first, stop = readable(q), readable(k), readable(v), first.contiguous(), stop.contiguous()
-    (rows, heads, num_queries, width), tile = q.shape, tiles_for(q)[0]
-    launch(
-        forward_kernel, (triton.cdiv(num_queries, tile.queries), rows * heads), tile, width,
-        q, k, v, first, stop, out, lse, strides(q), strides(k), strides(v), strides(out),
-        num_queries if len(first) > 1 else 0, heads, heads // k.shape[1], num_queries, k.shape[2], scale,
-    )  # fmt: skip
-    return out, lse
-
-
-@forward.register_fake
-def forward_shapes(q, k, v, first, stop, scale):
-    """What `forward` returns, without its numbers."""
-    return empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op("nanovlm::flash_attention_backward", mutates_args=())
-def backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor,
-             stop: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-             scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dq, dk, dv."""
-    dq, dk, dv = backward_shapes(do, q, k, v, first, stop, out, lse, scale)
-    if not q.numel() or not k.numel():
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    do, q, k, v, out = (readable(x) for x in (do, q, k, v, out))
-    first, stop, lse = first.int().contiguous(), stop.int().contiguous(), lse.contiguous()  # 64 bits cost registers
-    (rows, heads, num_queries, width), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
-    _, q_tile, kv_tile = tiles_for(q)
-    sizes = (heads, heads // num_kv_heads, num_queries, num_keys, scale)
-    visible_stride = num_queries if len(first) > 1 else 0
-    delta = torch.empty_like(lse)
-    launch(
-        dq_kernel, (triton.cdiv(num_queries, q_tile.queries), rows * heads), q_tile, width,
-        q, k, v, first, stop, out, do, lse, delta, dq, strides(q), strides(k), strides(v), strides(out), strides(do),
-        strides(dq), visible_stride, *sizes,
-    )  # fmt: skip
-    turned = seen_by(first, stop, num_keys, kv_tile)
-    if num_kv_heads < heads:  # a sum over the heads within the kernel would need registers that it has not got
-        dk, dv = (q.new_empty(rows, num_keys, heads, width, dtype=torch.float32).transpose(1, 2) for _ in range(2))
-    launch(
-        dkv_kernel, (turned.shape[1], rows * heads), kv_tile, width,
-        q, k, v, first, stop, do, lse, delta, turned, dk, dv, strides(q), strides(k), strides(v), strides(do),
-        strides(dk), strides(dv), visible_stride, turned.stride(0) if len(turned) > 1 else 0, *sizes,
-    )  # fmt: skip
-    if num_kv_heads < heads:
-        dk, dv = (empty(k).copy_(x.unflatten(1, (num_kv_heads, -1)).sum(2)) for x in (dk, dv))
-    return dq, dk, dv
-
-
-@backward.register_fake
-def backward_shapes(do, q, k, v, first, stop, out, lse, scale):
-    """What `backward` returns, without its numbers."""
-    return empty(q), empty(k), empty(v)
-
-
-def keep(ctx, inputs, output):
-    """What the backward pass needs; the scores are computed again."""
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def differentiate(ctx, do, d_lse):
-    """Gradients for `forward`'s arguments."""
-    if do is None:
-        return (None,) * 6
-    return *backward(do, *ctx.saved_tensors, ctx.scale), None, None, None
-
-
-forward.register_autograd(differentiate, setup_context=keep)
-
-
-def flash_attention(q, k, v, visible, scale=None):
-    """softmax(q k^T * scale) v over each query's interval of keys.
-
-    Args:
-      q: float[B, H, T, D], float16, bfloat16 or float32; D a multiple of 8, at most 128. k, v: float[B, K, S, D], H a
-        multiple of K. Any strides: what cannot be read in pieces of 16 bytes is copied first.
-      visible: attention.Visible, int[B or 1, T] over the S keys; any intervals, fastest where they do not descend.
-        They are trusted, as reading them would wait for the GPU; NANOVLM_CHECK_INTERVALS=1 checks them in every call.
-      scale: None = 1 / sqrt(D).
-    Returns: float[B, H, T, D]; zeros, with zero gradients, where a query sees nothing. Under autocast its type.
-    Raises: ValueError that names the argument with a wrong shape, type or device.
-    """
-    kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
-    check(q, k, v, visible)
-    if CHECK_INTERVALS:
-        visible.check(k.shape[2])
-    return forward(q, k, v, visible.first, visible.stop, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
-
-
-def check(q, k, v, visible):
-    """Raise ValueError for arguments that the kernels would misread; looks at no numbers."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [rows, heads, tokens, channels]")
-        if x.dtype not in DTYPES or x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype} and q {q.dtype}; all must be one of {', '.join(map(str, DTYPES))}")
-    for name, x in (("k", k), ("v", v), ("visible.first", visible.first), ("visible.stop", visible.stop)):
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, but q on {q.device}; move it there")
-    rows, heads, num_queries, width = q.shape
-    if width % 8 or not 8 <= width <= MAX_HEAD_WIDTH:
-        raise ValueError(
-            f"q has heads of {width} channels; the kernels take multiples of 8 up to {MAX_HEAD_WIDTH}: pad them with "
-            "zeros (and pass scale), or use the backend 'sdpa'"
-        )
-    if k.shape != v.shape or k.shape[0] != rows or k.shape[3] != width:
-        raise ValueError(
-            f"k {tuple(k.shape)} and v {tuple(v.shape)} must both be [{rows}, heads, keys, {width}] as q is"
-        )
-    if not k.shape[1] or heads % k.shape[1]:
-        raise ValueError(f"{heads} query heads cannot share {k.shape[1]} key heads: no multiple")
-    for name, x in (("visible.first", visible.first), ("visible.stop", visible.stop)):
-        if x.shape not in ((rows, num_queries), (1, num_queries)) or x.shape != visible.first.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [{rows} or 1, {num_queries}] as q's tokens")
-        if x.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} is {x.dtype}; expected int64 or int32")
-    if max(q.shape[2] * q.stride(2), k.shape[2] * max(k.stride(2), v.stride(2))) >= 2**31:
-        raise ValueError(f"{num_queries} queries and {k.shape[2]} keys reach beyond 2 ** 31 elements; split them")
-    if q.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f"q is on {q.device}: the Triton kernels need a GPU, or TRITON_INTERPRET=1 in the environment (slow); "
-            "use the backend 'sdpa'"
-        )
-
-
-# Attention that never writes its scores to memory: forward and backward as Triton kernels.
-#
-# The scores of T queries and S keys are T * S numbers, and memory is slow: writing them, reading them for the softmax
-# and again for the sum over values costs far more time than computing them. So a program takes one tile of queries,
-# walks over tiles of keys, and keeps for each query a running maximum, a running sum and a running output, which it
-# rescales when the maximum grows (the online softmax). Only the output and one number per query leave the chip; the
-# backward pass computes the scores again from them. `attention.reference` is the same function written out.
-#
-# A mask is an interval of keys per query (attention.Visible). Tiles of keys that no query of the tile sees are never
-# visited, tiles that all of them see are taken without a mask, and only those between pay for one. dK and dV walk the
-# other way, over the queries that see a tile of keys. Nothing is added atomically: equal inputs give equal bits.
-#
-# FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2. Differs from the paper: intervals instead of "causal"; dQ has a
-# kernel of its own, two more products in exchange for determinism; scores in base 2, as GPUs raise 2 to a power.
-#
-# B batch, T queries, S keys, H heads, K key/value heads, D head width
-
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+def backward_as_written(do, q, k, v, first, stop, out, lse, scale):
+    """What `backward` returns (Algorithm 2): dq, dk, dv, from do float[B, H, T, D]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    shares = (scores_of(q, k, first, stop, scale) - lse[..., None]).exp()  # P, computed again: only lse was kept
+    dv = shares.transpose(-2, -1) @ do  # dV = P^T dO
+    d_shares = do @ v.transpose(-2, -1)  # dP = dO V^T
+    delta = (do * out).sum(-1, keepdim=True)  # D = rowsum(dO * O), the same as rowsum(dP * P)
+    d_scores = shares * (d_shares - delta)  # dS = P * (dP - D), the derivative of a softmax
+    dq = d_scores @ k * scale  # dQ = dS K
+    dk = d_scores.transpose(-2, -1) @ q * scale  # dK = dS^T Q
+    return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))  # heads that share keys add up
 
 
 @triton.jit
@@ -453,3 +263,168 @@ def dkv_kernel(q, k, v, first, stop, do, lse, delta, seen_by, dk, dv, q_strides,
                                     BLOCK_M, part != 1)  # fmt: skip
     store_tile(head_of(dk, dk_strides, batch, head), keys, num_keys, dk_strides[2], dk_acc * scale, D, BLOCK_D)
     store_tile(head_of(dv, dv_strides, batch, head), keys, num_keys, dv_strides[2], dv_acc, D, BLOCK_D)
+
+
+def tiles_for(q):
+    """The three tiles for queries q: by type, head width and the GPU's kind."""
+    if q.dtype == torch.float32 or q.device.type != "cuda":
+        return EXACT
+    kind = 90 if torch.cuda.get_device_capability(q.device) == (9, 0) else 80  # newer ones understand these too
+    return TILES[min(key for key in TILES if key[0] == kind and key[1] >= q.shape[-1])]
+
+
+def launch(kernel, num_tiles, tile, tensors, strided, sizes):
+    """Start a kernel, a program for each tile of each head of each row; strided: the tensors that are [B, H, T, D]."""
+    # elements from one row, head and token to the next; 0 where there is but one, as its stride may be anything
+    strides = [tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in range(3)) for x in strided]
+    rows, heads, _, width = strided[0].shape
+    fusion = {} if INTERPRETED else dict(enable_fp_fusion=True)  # newer Triton leaves it out unless asked
+    kernel[num_tiles, rows * heads](
+        *tensors, *strides, *sizes, D=width, BLOCK_D=max(16, triton.next_power_of_2(width)), BLOCK_M=tile.queries,
+        BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages, **fusion,
+    )  # fmt: skip
+
+
+def readable(x):
+    """x [B, H, T, D], copied unless its rows can be read in pieces of 16 bytes."""
+    return x if x.stride(3) == 1 and all(x.stride(d) % 8 == 0 for d in range(3) if x.shape[d] > 1) else x.contiguous()
+
+
+def empty(like):
+    """Room for a [B, H, T, D], with the heads of a token side by side as the next layer reads them."""
+    return like.new_empty(like.shape[0], like.shape[2], like.shape[1], like.shape[3]).transpose(1, 2)
+
+
+def seen_by(first, stop, num_keys, tile):
+    """Intervals int[B or 1, T] turned around, int32[B or 1, key tiles, 4]: begin, full_begin, full_end, end.
+
+    The queries that see any key of a tile are in [begin, end); each in [full_begin, full_end), whole tiles, sees all.
+    """
+    index = torch.arange(first.shape[1], device=first.device)
+    lowest = torch.arange(0, num_keys, tile.keys, device=first.device)[:, None]
+    beyond = (lowest + tile.keys).clamp(max=num_keys)
+    first, stop = first[:, None], stop[:, None]  # B 1 T
+    sees = (first < beyond) & (stop > lowest) & (first < stop)  # B tiles T
+    sees_all = (first <= lowest) & (stop >= beyond)
+    begin, full_begin = (torch.where(these, index, len(index)).amin(-1) for these in (sees, sees_all))
+    end, full_end = (torch.where(these, index + 1, 0).amax(-1) for these in (sees, sees_all))
+    without_gap = sees_all.sum(-1) == full_end - full_begin
+    begin = begin // tile.queries * tile.queries
+    full_begin = (full_begin + tile.queries - 1) // tile.queries * tile.queries
+    full_end = full_end // tile.queries * tile.queries
+    some_full = without_gap & (full_begin < full_end)
+    full_begin, full_end = (torch.where(some_full, edge, begin) for edge in (full_begin, full_end))
+    return torch.stack([begin, full_begin, full_end, end], dim=-1).int()
+
+
+@torch.library.custom_op("nanovlm::flash_attention", mutates_args=())
+def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, D] and lse, the softmax's log2 of sums, float32[B, H, T]."""
+    out, lse = forward_shapes(q, k, v, first, stop, scale)
+    if out.numel():
+        q, k, v, first, stop = readable(q), readable(k), readable(v), first.contiguous(), stop.contiguous()
+        (heads, num_queries), tile = q.shape[1:3], tiles_for(q)[0]
+        sizes = (num_queries if len(first) > 1 else 0, heads, heads // k.shape[1], num_queries, k.shape[2], scale)
+        tensors, num_tiles = (q, k, v, first, stop, out, lse), triton.cdiv(num_queries, tile.queries)
+        launch(forward_kernel, num_tiles, tile, tensors, (q, k, v, out), sizes)
+    return out, lse
+
+
+@forward.register_fake
+def forward_shapes(q, k, v, first, stop, scale):
+    """What `forward` returns, without its numbers."""
+    return empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanovlm::flash_attention_backward", mutates_args=())
+def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, out: Tensor, lse: Tensor,
+             scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv."""
+    dq, dk, dv = backward_shapes(do, q, k, v, first, stop, out, lse, scale)
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    do, q, k, v, out = (readable(x) for x in (do, q, k, v, out))
+    first, stop, lse = first.int().contiguous(), stop.int().contiguous(), lse.contiguous()  # 64 bits cost registers
+    (rows, heads, num_queries, width), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    _, q_tile, kv_tile = tiles_for(q)
+    sizes = (heads, heads // num_kv_heads, num_queries, num_keys, scale)
+    visible_stride = num_queries if len(first) > 1 else 0
+    delta = torch.empty_like(lse)
+    tensors, num_tiles = (q, k, v, first, stop, out, do, lse, delta, dq), triton.cdiv(num_queries, q_tile.queries)
+    launch(dq_kernel, num_tiles, q_tile, tensors, (q, k, v, out, do, dq), (visible_stride, *sizes))
+    turned = seen_by(first, stop, num_keys, kv_tile)
+    if num_kv_heads < heads:  # a sum over the heads within the kernel would need registers that it has not got
+        dk, dv = (q.new_empty(rows, num_keys, heads, width, dtype=torch.float32).transpose(1, 2) for _ in range(2))
+    tensors = (q, k, v, first, stop, do, lse, delta, turned, dk, dv)
+    sizes = (visible_stride, turned.stride(0) if len(turned) > 1 else 0, *sizes)
+    launch(dkv_kernel, turned.shape[1], kv_tile, tensors, (q, k, v, do, dk, dv), sizes)
+    if num_kv_heads < heads:
+        dk, dv = (empty(k).copy_(x.unflatten(1, (num_kv_heads, -1)).sum(2)) for x in (dk, dv))
+    return dq, dk, dv
+
+
+@backward.register_fake
+def backward_shapes(do, q, k, v, first, stop, out, lse, scale):
+    """What `backward` returns, without its numbers."""
+    return empty(q), empty(k), empty(v)
+
+
+def keep(ctx, inputs, output):
+    """What the backward pass needs; the scores are computed again."""
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def differentiate(ctx, do, d_lse):
+    """Gradients for `forward`'s arguments."""
+    return (None,) * 6 if do is None else (*backward(do, *ctx.saved_tensors, ctx.scale), None, None, None)
+
+
+forward.register_autograd(differentiate, setup_context=keep)
+
+
+def flash_attention(q, k, v, visible, scale=None):
+    """softmax(q k^T * scale) v over each query's interval of keys; scale None = 1 / sqrt(D).
+
+    Args:
+      q: float[B, H, T, D], of 16 or 32 bits; D a multiple of 8, at most 128 (64 and 128 best).
+      k, v: float[B, K, S, D], H a multiple of K. What cannot be read in pieces of 16 bytes is copied first.
+      visible: attention.Visible, int[B or 1, T] over the S keys; any intervals, fastest where they do not descend.
+        They are trusted, as reading them would wait for the GPU; NANOVLM_CHECK_INTERVALS=1 checks them in every call.
+    Returns: float[B, H, T, D]; zeros, with zero gradients, where a query sees nothing. Under autocast its type.
+    Raises: ValueError for arguments of wrong shapes, types or devices.
+    """
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    check(q, k, v, visible)
+    if CHECK_INTERVALS:
+        visible.check(k.shape[2])
+    return forward(q, k, v, visible.first, visible.stop, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
+
+
+def check(q, k, v, visible):
+    """Raise ValueError for arguments that the kernels would misread; looks at no numbers."""
+    edges, floats = (visible.first, visible.stop), (torch.float16, torch.bfloat16, torch.float32)
+
+    def demand(right, what):
+        if not right:
+            names = zip(("q", "k", "v", "first", "stop"), (q, k, v, *edges))
+            told = ", ".join(f"{name} {x.dtype} {tuple(x.shape)} on {x.device}" for name, x in names)
+            raise ValueError(f"{what}; given are {told}")
+
+    demand(q.ndim == k.ndim == v.ndim == 4, "q, k and v are [rows, heads, tokens, channels]")
+    (rows, heads, num_queries, width), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    demand(q.dtype in floats and k.dtype == v.dtype == q.dtype, "q, k and v share one type, of 16 or 32 bits")
+    demand(all(x.device == q.device for x in (k, v, *edges)), "all are on one device")
+    demand(width % 8 == 0 and 8 <= width <= 128, "heads have 8 to 128 channels, a multiple of 8: pad them, pass scale")
+    demand(k.shape == v.shape == (rows, num_kv_heads, num_keys, width), "k and v have the rows and channels of q")
+    demand(num_kv_heads and heads % num_kv_heads == 0, "query heads are a multiple of key heads")
+    shapes, integers = ((rows, num_queries), (1, num_queries)), (torch.int32, torch.int64)
+    fits = all(x.shape == edges[0].shape and x.shape in shapes and x.dtype in integers for x in edges)
+    demand(fits, "first and stop are int32 or int64 [rows or 1, q's tokens]")
+    furthest = max(num_queries * q.stride(2), num_keys * max(k.stride(2), v.stride(2)))
+    demand(furthest < 2**31, "a head reaches over less than 2 ** 31 elements: split it")
+    demand(q.device.type == "cuda" or INTERPRETED, "the kernels need a GPU, or (slow) TRITON_INTERPRET=1; try 'sdpa'")

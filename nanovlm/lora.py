@@ -18,15 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovlm.names import nearest
+DECODER_LAYERS = r"^decoder\.layers\.\d+\.(attention|ffn)\."
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with a low-rank update; weight and bias are the given layer's own, under their old names.
-
-    Args:
-      linear: nn.Linear, which freezes. rank: r. alpha: the update counts alpha / r times.
-    """
+    """A linear layer with a low-rank update; weight and bias are the given layer's own, under their old names."""
 
     def __init__(self, linear, rank, alpha):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -49,72 +45,33 @@ class LoRALinear(nn.Linear):
         update = self.scale * self.lora_b.to(dtype) @ self.lora_a.to(dtype)
         self.weight.copy_(self.weight.to(dtype) + update)
         linear.weight, linear.bias = self.weight, self.bias
-        return linear.requires_grad_(True)
+        return linear.requires_grad_(True).train(self.training)
 
 
-def in_decoder_layers(name):
-    """Whether a linear layer of a VLM is a projection of the decoder's own attention or feed-forward: str -> bool."""
-    return re.match(r"decoder\.layers\.\d+\.(attention|ffn)\.", name) is not None
-
-
-def add(model, rank, alpha, where=in_decoder_layers):
+def add(model, rank, alpha, where=DECODER_LAYERS):
     """Give linear layers a low-rank update, in place; the model's function stays the same.
 
     Args:
-      model: nn.Module.
-      rank: r, columns of the update's factors. alpha: the update counts alpha / rank times.
-      where: which linear layers. Names, each one part of a dotted name or several in a row ("q", "attention.q",
-        "bridge", "decoder.layers.0"), or a function from the whole dotted name to bool.
+      model: nn.Module. rank: r, columns of the update's factors. alpha: the update counts alpha / rank times.
+      where: regular expression found in the dotted names of the layers, such as r"attention\\.[qv]$"; "" = all.
     Returns: list of str, the names of the layers.
-    Raises: ValueError for a rank or alpha too small, a name that no linear layer bears, or a layer that already has one.
+    Raises: ValueError for a rank or alpha too small, no such layer, or one that already has an update.
     """
-    if rank < 1 or rank != int(rank):
-        raise ValueError(f"rank is {rank}; it is a whole number from 1")
-    if not alpha > 0:
-        raise ValueError(f"alpha is {alpha}; it is above 0")
+    if rank < 1 or rank != int(rank) or not alpha > 0:
+        raise ValueError(f"rank is {rank} and alpha {alpha}; expected a whole number from 1, and a number above 0")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = choose(linears, where)
+    chosen = [name for name in linears if re.search(where, name)]
+    adapted = [name for name in chosen if isinstance(linears[name], LoRALinear)]
+    if not chosen or adapted:
+        raise ValueError(f"{where!r} names no linear layer, or {adapted} with an update; known are {', '.join(linears)}")
     for name in chosen:
-        if isinstance(linears[name], LoRALinear):
-            raise ValueError(f"{name} already has a low-rank update; merge it before adding another")
-    for name in chosen:
-        replace(model, name, LoRALinear(linears[name], rank, alpha))
+        model.set_submodule(name, LoRALinear(linears[name], rank, alpha).train(linears[name].training))
     return chosen
 
 
-def choose(names, where):
-    """The names that `where` means, as in `add`: list of str."""
-    if callable(where):
-        chosen = [name for name in names if where(name)]
-        if not chosen:
-            raise ValueError(f"no linear layer is chosen of: {', '.join(names)}")
-        return chosen
-    wanted = [where] if isinstance(where, str) else list(where)
-    if not wanted:
-        raise ValueError("no linear layer is named")
-    for want in wanted:
-        if not any(f".{want}." in f".{name}." for name in names):
-            parts = [name.split(".") for name in names]
-            known = {".".join(part[i:j]) for part in parts for i in range(len(part)) for j in range(i + 1, len(part) + 1)}
-            raise ValueError(f"no linear layer is called {want!r}.{nearest(want, known)}")
-    return [name for name in names if any(f".{want}." in f".{name}." for want in wanted)]
-
-
 def merge(model):
-    """Add every low-rank update to its weight and take it away; the model's function stays the same.
-
-    Args:
-      model: nn.Module, changed in place; one without updates stays as it is.
-    Returns: list of str, the names of the layers.
-    """
+    """Add every low-rank update to its weight and take it away, in place; the names of the layers: list of str."""
     names = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
     for name in names:
-        replace(model, name, model.get_submodule(name).merged())
+        model.set_submodule(name, model.get_submodule(name).merged())
     return names
-
-
-def replace(model, name, module):
-    """Put a module in another's place, by its dotted name; it keeps training or evaluating as the old one did."""
-    parent, _, child = name.rpartition(".")
-    module.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), child, module)

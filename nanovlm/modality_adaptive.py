@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 TEXT, VISION = 0, 1
-TILE = 128  # rows of one modality that a program of routed_projection takes
+TILE = 128  # tokens of one modality that a program of routed_projection takes
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,17 @@ class Routing:
 
 
 def sort(modality):
-    """List the tokens by modality, in tiles of one modality each, without asking how many there are.
+    """List the tokens of int[B, T] by modality, in tiles of one modality each, without asking how many there are.
 
-    Args:
-      modality: int[B, T].
-    Returns: (order int64[tiles * TILE], flat indices: text first, then vision, each filled up with B * T to whole
-      tiles; text_end int64[], where vision begins).
+    Returns: (order int64[tiles, TILE], flat indices: text first, then vision, each filled up with B * T to whole
+      tiles; text_end int64[], how many places are text's).
     """
     is_vision = modality.flatten() == VISION
     number = len(is_vision)
     text_end = ((~is_vision).sum() + TILE - 1) // TILE * TILE
     place = torch.where(is_vision, text_end + is_vision.cumsum(0), (~is_vision).cumsum(0)) - 1
     order = torch.full(((-(-number // TILE) + 1) * TILE,), number, device=modality.device)
-    return order.scatter(0, place, torch.arange(number, device=modality.device)), text_end
+    return order.scatter(0, place, torch.arange(number, device=modality.device)).unflatten(0, (-1, TILE)), text_end
 
 
 def route(modality, in_place=None):
@@ -83,11 +81,7 @@ def route(modality, in_place=None):
 
 
 class ModalityAdaptive(nn.Module):
-    """Two copies of one layer that works token by token: a norm, or a linear projection.
-
-    Args:
-      text: the module for text tokens. vision: the module for image tokens, of the same kind.
-    """
+    """Two copies of one layer that works token by token: a norm, or a linear projection."""
 
     def __init__(self, text, vision):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Helpful errors for names: an unknown one is answered with the nearest known one."""
+"""Names: an unknown one is answered with the nearest known one; a module remembers what it was made with."""
 
 import difflib
 
@@ -16,3 +16,8 @@ def nearest(name, known):
     if close:
         return f" Did you mean {close[0]!r}?"
     return f" Known: {', '.join(map(repr, known))}."
+
+
+def arguments(names):
+    """What a constructor was called with, from `locals()` at its start: {name: value}, for config.json."""
+    return {name: value for name, value in names.items() if name not in ("self", "__class__")}

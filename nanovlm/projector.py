@@ -12,7 +12,9 @@ import math
 import torch
 from torch import nn
 
-from nanovlm.vit import resize_positions, sincos_positions
+from nanovlm.attention import sincos_positions
+from nanovlm.names import arguments
+from nanovlm.vit import resize_positions
 
 GRID = 8  # side of the grid on which places are told, whatever the resolution
 
@@ -22,7 +24,7 @@ class LinearProjector(nn.Module):
 
     def __init__(self, vision_width, output_width):
         super().__init__()
-        self.arguments = {"vision_width": vision_width, "output_width": output_width}
+        self.arguments = arguments(locals())
         self.output_width = output_width
         self.linear = nn.Linear(vision_width, output_width)
 
@@ -63,7 +65,7 @@ class PixelShuffleProjector(nn.Module):
 
     def __init__(self, vision_width, output_width, merge, positions=False):
         super().__init__()
-        self.arguments = {"vision_width": vision_width, "output_width": output_width, "merge": merge, "positions": positions}
+        self.arguments = arguments(locals())
         self.output_width = output_width
         self.merge = merge
         self.mlp = MLPProjector(vision_width * merge**2, output_width)

@@ -12,24 +12,21 @@ released code does:
 Unlike the resampler and the abstractor it normalises after each residual, BERT's order, and its queries meet the
 picture only where `cross_attention` says.
 
-M visual inputs, F frames, N features of a frame, K queries, H heads, D head width, W width
+M visual inputs, F frames, N features of a frame, K queries, H heads, W width
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovlm.attention import attention, attention_weights, full
+from nanovlm.attention import multi_head
+from nanovlm.names import arguments
 
 NORM_EPS = 1e-12  # BERT's
 
 
 class PostNormAttention(nn.Module):
-    """Attention with its residual, normalised afterwards; keys and values may come from elsewhere.
-
-    Args:
-      width: channels of the queries. source_width: channels of what they attend to. num_heads: heads.
-    """
+    """Attention of queries to a source of any width, with its residual, normalised afterwards."""
 
     def __init__(self, width, source_width, num_heads):
         super().__init__()
@@ -40,17 +37,10 @@ class PostNormAttention(nn.Module):
         self.o = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
-    def forward(self, queries, source, backend, weights=None):
-        """queries float[M, K, W], source float[M, N, source_width] -> float[M, K, W]; weights: list for the maps."""
-        q, k, v = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # M H K|N D
-            for linear, x in ((self.q, queries), (self.k, source), (self.v, source))
-        )
-        visible = full(q.shape[2], k.shape[2], q.device)
-        if weights is not None:
-            weights.append(attention_weights(q, k, visible))
-        seen = attention(q, k, v, visible, backend)
-        return self.norm(queries + self.o(seen.transpose(1, 2).flatten(-2)))
+    def forward(self, queries, source, backend, maps=None):
+        """queries float[M, K, W], source float[M, N, source_width] -> float[M, K, W]."""
+        seen = multi_head(self.q(queries), self.k(source), self.v(source), self.num_heads, backend, maps=maps)
+        return self.norm(queries + self.o(seen))
 
 
 class QFormerLayer(nn.Module):
@@ -64,11 +54,11 @@ class QFormerLayer(nn.Module):
         self.fc_2 = nn.Linear(ffn_width, width)
         self.ffn_norm = nn.LayerNorm(width, eps=NORM_EPS)
 
-    def forward(self, queries, patches, backend, weights=None):
+    def forward(self, queries, patches, backend, maps=None):
         """queries float[M, K, W], patches float[M, N, vision_width] -> float[M, K, W]."""
         queries = self.attention(queries, queries, backend)
         if self.cross_attention is not None:
-            queries = self.cross_attention(queries, patches, backend, weights)
+            queries = self.cross_attention(queries, patches, backend, maps)
         return self.ffn_norm(queries + self.fc_2(F.gelu(self.fc_1(queries))))
 
 
@@ -86,13 +76,10 @@ class QFormer(nn.Module):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width {width} does not divide into {num_heads} heads")
+        cross_attention = tuple(cross_attention)
         if not any(cross_attention):
-            raise ValueError(f"cross_attention {tuple(cross_attention)}: no layer looks at the picture; set one True")
-        self.arguments = {
-            "vision_width": vision_width, "output_width": output_width, "width": width, "num_queries": num_queries,
-            "num_heads": num_heads, "ffn_width": ffn_width, "cross_attention": tuple(cross_attention),
-        }  # fmt: skip
-        self.vision_width = vision_width
+            raise ValueError(f"cross_attention {cross_attention}: no layer looks at the picture; set one True")
+        self.arguments = arguments(locals())
         self.output_width = output_width
         self.num_queries = num_queries
         self.backend = "sdpa"
@@ -112,24 +99,16 @@ class QFormer(nn.Module):
         return self.num_queries * num_frames
 
     def forward(self, patches, num_frames=1, out=None):
-        """Query the picture.
+        """Query each frame on its own, as InstructBLIP reads clips (arXiv:2305.06500, Sec. 3.1).
 
         Args:
-          patches: float[M, F * N, vision_width], the frames of a clip behind one another.
-          num_frames: F, frames per visual input; each is seen on its own, as InstructBLIP reads clips
-            (arXiv:2305.06500, Sec. 3.1).
+          patches: float[M, F * N, vision_width], the frames of a clip behind one another. num_frames: F.
           out: dict; when given, out["latents"] becomes a list over the layers that look of float[M * F, H, K, N].
         Returns: float[M, F * K, output_width].
-        Raises: ValueError for features of another width.
         """
-        if patches.shape[-1] != self.vision_width:
-            raise ValueError(
-                f"features of width {patches.shape[-1]}, but this Q-Former reads {self.vision_width}; "
-                "build it with the ViT's width"
-            )
-        weights = None if out is None else out.setdefault("latents", [])
+        maps = None if out is None else out.setdefault("latents", [])
         patches = patches.unflatten(1, (num_frames, -1)).flatten(0, 1)  # M*F N vision_width
         queries = self.norm(self.queries).expand(len(patches), -1, -1)
         for layer in self.layers:
-            queries = layer(queries, patches, self.backend, weights)
+            queries = layer(queries, patches, self.backend, maps)
         return self.project(queries).unflatten(0, (-1, num_frames)).flatten(1, 2)  # M F*K W_out

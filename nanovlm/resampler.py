@@ -11,13 +11,14 @@ Differs from Flamingo, as Lynx's released code does:
 - no linear map before it: the latents have the language model's width and look at patches of the ViT's width;
 - a clip gets a learned embedding per frame, a still image none.
 
-M visual inputs, N patches over all frames, L latents, H heads, D head width
+M visual inputs, N patches over all frames, L latents, W width
 """
 
 import torch
 from torch import nn
 
-from nanovlm.attention import attention, attention_weights, full
+from nanovlm.attention import multi_head
+from nanovlm.names import arguments
 
 
 class ResamplerLayer(nn.Module):
@@ -38,20 +39,13 @@ class ResamplerLayer(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, ffn_width, bias=False), nn.GELU(), nn.Linear(ffn_width, width, bias=False)
         )
 
-    def forward(self, latents, patches, backend, out=None):
+    def forward(self, latents, patches, backend, maps=None):
         """latents float[M, L, W], patches float[M, N, vision_width] -> float[M, L, W]."""
         patches, queries = self.norm_patches(patches), self.norm_latents(latents)
         if self.attend_to_latents:
             patches = torch.cat([patches, queries], dim=1)  # Flamingo: [media ; latents], so latents see one another
-        q, k, v = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # M H L|N D
-            for linear, x in ((self.q, queries), (self.k, patches), (self.v, patches))
-        )
-        visible = full(q.shape[2], k.shape[2], q.device)
-        if out is not None:
-            out.setdefault("latents", []).append(attention_weights(q, k, visible))
-        seen = attention(q, k, v, visible, backend)
-        latents = latents + self.o(seen.transpose(1, 2).flatten(-2))
+        seen = multi_head(self.q(queries), self.k(patches), self.v(patches), self.num_heads, backend, maps=maps)
+        latents = latents + self.o(seen)
         return latents + self.ffn(latents)
 
 
@@ -66,30 +60,19 @@ class Resampler(nn.Module):
       attend_to_latents: Flamingo's form; needs vision_width == output_width.
     """
 
-    def __init__(
-        self, vision_width, output_width, num_latents, num_layers, num_heads, head_width, ffn_width,
-        max_frames=0, attend_to_latents=False,
-    ):  # fmt: skip
+    def __init__(self, vision_width, output_width, num_latents, num_layers, num_heads, head_width, ffn_width,
+                 max_frames=0, attend_to_latents=False):  # fmt: skip
         super().__init__()
         if attend_to_latents and vision_width != output_width:
-            raise ValueError(
-                f"latents of width {output_width} cannot stand among patches of width {vision_width}; "
-                "make the widths equal or set attend_to_latents=False"
-            )
-        self.arguments = {
-            "vision_width": vision_width, "output_width": output_width, "num_latents": num_latents, "num_layers": num_layers,
-            "num_heads": num_heads, "head_width": head_width, "ffn_width": ffn_width, "max_frames": max_frames,
-            "attend_to_latents": attend_to_latents,
-        }  # fmt: skip
-        self.vision_width = vision_width
+            raise ValueError(f"attend_to_latents: latents of width {output_width} among patches of width {vision_width}")
+        self.arguments = arguments(locals())
         self.output_width = output_width
         self.num_latents = num_latents
+        self.max_frames = max_frames
         self.backend = "sdpa"
         self.latents = nn.Parameter(torch.randn(num_latents, output_width))
-        self.layers = nn.ModuleList(
-            ResamplerLayer(vision_width, output_width, num_heads, head_width, ffn_width, attend_to_latents)
-            for _ in range(num_layers)
-        )
+        sizes = (vision_width, output_width, num_heads, head_width, ffn_width, attend_to_latents)
+        self.layers = nn.ModuleList(ResamplerLayer(*sizes) for _ in range(num_layers))
         self.norm = nn.LayerNorm(output_width)
         self.frame_embedding = None
         if max_frames:
@@ -101,32 +84,19 @@ class Resampler(nn.Module):
         return self.num_latents
 
     def forward(self, patches, num_frames=1, out=None):
-        """Summarise.
+        """Summarise: float[M, num_frames * N, vision_width], frames behind one another -> float[M, L, output_width].
 
-        Args:
-          patches: float[M, num_frames * N, vision_width], the frames of a clip behind one another.
-          num_frames: frames per visual input.
-          out: dict; when given, out["latents"] becomes a list over layers of float[M, H, L, N], or with
-            attend_to_latents float[M, H, L, N + L].
-        Returns: float[M, num_latents, output_width].
-        Raises: ValueError for patches of another width; for a clip when there is no frame embedding, or one too short.
+        out: dict; when given, out["latents"] becomes a list over layers of float[M, H, L, N], or with attend_to_latents
+          float[M, H, L, N + L].
+        Raises: ValueError for a clip of more frames than have an embedding.
         """
-        if patches.shape[-1] != self.vision_width:
-            raise ValueError(
-                f"patches of width {patches.shape[-1]}, but this resampler reads {self.vision_width}; "
-                "build it with the ViT's width"
-            )
         if num_frames > 1:
-            patches = self.mark_frames(patches, num_frames)
-        latents = self.latents.expand(patches.shape[0], -1, -1)
+            if num_frames > self.max_frames:
+                raise ValueError(f"a clip of {num_frames} frames, but frame embeddings for {self.max_frames}; take fewer frames")
+            patches = patches.unflatten(1, (num_frames, -1)) + self.frame_embedding[:num_frames, None]
+            patches = patches.flatten(1, 2)
+        maps = None if out is None else out.setdefault("latents", [])
+        latents = self.latents.expand(len(patches), -1, -1)
         for layer in self.layers:
-            latents = layer(latents, patches, self.backend, out)
+            latents = layer(latents, patches, self.backend, maps)
         return self.norm(latents)
-
-    def mark_frames(self, patches, num_frames):
-        """Add its frame's embedding to every patch of a clip."""
-        known = 0 if self.frame_embedding is None else len(self.frame_embedding)
-        if num_frames > known:
-            raise ValueError(f"a clip of {num_frames} frames, but frame embeddings for {known}; take fewer frames")
-        patches = patches.unflatten(1, (num_frames, -1)) + self.frame_embedding[:num_frames, None]
-        return patches.flatten(1, 2)

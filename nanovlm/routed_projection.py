@@ -17,8 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovlm.modality_adaptive import TILE
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # compute capability -> product, weight gradient: (columns of the output, summed at a time, warps, stages)
@@ -81,11 +79,11 @@ def tiles_for(x):
     return TILES[90 if torch.cuda.get_device_capability(x.device) == (9, 0) else 80]
 
 
-def options(tile):
-    """A tile as a launch wants it."""
+def options(order, tile):
+    """A tile as a launch wants it; order's second size is that of a tile of rows."""
     columns, summed, warps, stages = tile
     fusion = {} if INTERPRETED else dict(enable_fp_fusion=True)
-    return dict(BLOCK_M=TILE, BLOCK_N=columns, BLOCK_K=summed, num_warps=warps, num_stages=stages, **fusion)
+    return dict(BLOCK_M=order.shape[1], BLOCK_N=columns, BLOCK_K=summed, num_warps=warps, num_stages=stages, **fusion)
 
 
 @torch.library.custom_op("nanovlm::routed_product", mutates_args=())
@@ -96,9 +94,9 @@ def routed_product(x: torch.Tensor, text: torch.Tensor, vision: torch.Tensor, or
     text, vision = (text, vision) if text.stride() == vision.stride() else (text.contiguous(), vision.contiguous())
     out, tile = x.new_empty(x.shape[0], text.shape[0]), tiles_for(x)[0]
     if out.numel():
-        product_kernel[len(order) // TILE, triton.cdiv(len(text), tile[0])](
+        product_kernel[len(order), triton.cdiv(len(text), tile[0])](
             x, text, vision, out, order, text_end, *x.shape, len(text), x.stride(0), *text.stride(), out.stride(0),
-            **options(tile),
+            **options(order, tile),
         )  # fmt: skip
     return out
 
@@ -114,10 +112,10 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, order: torch.Tensor,
     """Gradients float[V, W] of both weights: the sum of dy[row]^T x[row] over the rows of each modality."""
     dy, x = (part if part.stride(1) == 1 else part.contiguous() for part in (dy, x))
     text, vision = (x.new_empty(dy.shape[1], x.shape[1]) for _ in range(2))
-    tile = tiles_for(x)[1]
-    weight_kernel[triton.cdiv(dy.shape[1], TILE), triton.cdiv(x.shape[1], tile[0]), 2](
-        dy, x, text, vision, order, text_end, len(order), *x.shape, dy.shape[1], dy.stride(0), x.stride(0),
-        **options(tile),
+    tile, rows = tiles_for(x)[1], order.shape[1]
+    weight_kernel[triton.cdiv(dy.shape[1], rows), triton.cdiv(x.shape[1], tile[0]), 2](
+        dy, x, text, vision, order, text_end, order.numel(), *x.shape, dy.shape[1], dy.stride(0), x.stride(0),
+        **options(order, tile),
     )  # fmt: skip
     return text, vision
 
@@ -150,24 +148,17 @@ def project(x, text, vision, order, text_end):
     """Every row by the weight of its modality.
 
     Args:
-      x: float[T, W]. text, vision: float[V, W]. order: int64[tiles * TILE], text_end: int64[], both from
-        modality_adaptive.sort.
+      x: float[T, W]. text, vision: float[V, W]. order, text_end: as modality_adaptive.sort returns them.
     Returns: float[T, V]; under autocast in its type.
-    Raises: ValueError that names the argument with a wrong shape, type or device.
+    Raises: ValueError that names a weight of another shape, type or device than x wants, or a device without kernel.
     """
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         x, text, vision = (part.to(torch.get_autocast_dtype(kind)) for part in (x, text, vision))
     for name, part in (("text", text), ("vision", vision)):
-        if part.shape != (len(text), x.shape[-1]):
-            raise ValueError(
-                f"{name} has shape {tuple(part.shape)}; expected [{len(text)}, {x.shape[-1]}] for x {tuple(x.shape)}"
-            )
-        if part.dtype != x.dtype:
-            raise ValueError(f"{name} is {part.dtype} and x {x.dtype}; they must be of one type")
-    for name, part in (("text", text), ("vision", vision), ("order", order), ("text_end", text_end)):
-        if part.device != x.device:
-            raise ValueError(f"{name} is on {part.device}, but x on {x.device}; move it there")
+        if part.shape != (len(text), x.shape[1]) or part.dtype != x.dtype or part.device != x.device:
+            told = ", ".join(f"{y.dtype} {tuple(y.shape)} on {y.device}" for y in (part, x))
+            raise ValueError(f"{name} does not fit x: {told}")
     if kind != "cuda" and not INTERPRETED:
         raise ValueError(f"x is on {x.device}: this kernel needs a GPU, or (slow) TRITON_INTERPRET=1 set before it")
     return routed_product(x, text, vision, order, text_end)

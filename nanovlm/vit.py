@@ -1,12 +1,10 @@
 """Vision Transformer: an image becomes a sequence of patch features.
 
-A picture is cut into patches, each patch is embedded by one convolution, a learned position is added, and
-transformer blocks let the patches look at one another in both directions. No pooling and no classifier: the bridge
-wants every patch.
+A picture is cut into patches, a convolution embeds each, a learned position is added, and transformer blocks let them
+look at one another in both directions. No pooling and no classifier: the bridge wants every patch.
 
 ViT, arXiv:2010.11929; CLIP's variant arXiv:2103.00020. Differs from the paper:
-- options for the siblings: a class token or none, norms before and after the blocks or none, GELU or CLIP's sigmoid
-  approximation of it, biases on all of q, k, v or on q and v alone (EVA);
+- options for the siblings: a class token, norms before and after the blocks, kinds of GELU, which of q, k, v has a bias;
 - a stem of stride-2 convolutions instead of one patch convolution: a small ViT learns several times faster with it
   (Early Convolutions Help Transformers See Better, arXiv:2106.14881);
 - the position table is resizable, since training raises the resolution between its stages.
@@ -19,7 +17,7 @@ Siblings differ in what they hand to the bridge, and each has its reason:
 - EVA-g in BLIP-2: the same 39 blocks, but BLIP-2 puts a norm of its own behind them for the Q-Former;
 - SigLIP (no class token, `gelu_tanh`, `post_norm`): it pools by attention, so every token is a patch.
 
-F frames (images), N patches, T tokens (N, or N + 1 with a class token), H heads, D head width, W width
+F frames (images), N patches, T tokens (N, or N + 1 with a class token), W width
 """
 
 import math
@@ -29,13 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovlm.attention import attention, full
+from nanovlm.attention import full, multi_head, sincos_positions
 from nanovlm.names import nearest
 
-ACTIVATIONS = {
+ACTIVATIONS = {  # of towers and decoders
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # "gelu_new" of transformers
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP
+    "silu": F.silu,
+    "relu": F.relu,
 }
 
 
@@ -57,17 +57,14 @@ class ViTConfig:
     patch_bias: bool = True
     activation: str = "gelu"
     norm_eps: float = 1e-6
-    # features are the plain output of so many blocks; the blocks and the norm behind exist because the checkpoint has
-    # them, are not computed and get no gradient; None = all blocks, then post_norm
-    feature_layer: int | None = None
+    # features are the plain output of so many blocks (those behind exist in the checkpoint, and are not computed);
+    feature_layer: int | None = None  # None = all blocks, then post_norm
     drop_class_token: bool = False  # it takes part in attention, but is no feature (LLaVA)
 
     def __post_init__(self):
         check_image_size(self.image_size, self.patch_size)
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} does not divide into {self.num_heads} heads")
-        if self.width % 4:
-            raise ValueError(f"width {self.width} is no multiple of 4, as the sines and cosines of the positions need")
+        if self.width % math.lcm(self.num_heads, 4):
+            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads} and of 4 (its positions)")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}.{nearest(self.activation, ACTIVATIONS)}")
         if not set(self.qkv_bias) <= set("qkv"):
@@ -75,62 +72,32 @@ class ViTConfig:
         if self.conv_stem and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(f"a convolutional stem halves the picture: patch_size {self.patch_size} is not 2, 4, 8, 16 ...")
         if self.feature_layer is not None and not 1 <= self.feature_layer <= self.num_layers:
-            raise ValueError(
-                f"feature_layer {self.feature_layer}, but there are blocks 1 to {self.num_layers}; "
-                f"the second to last is {self.num_layers - 1}, None = all and the norm behind"
-            )
+            raise ValueError(f"feature_layer {self.feature_layer}, but there are blocks 1 to {self.num_layers}; None = all")
         if self.drop_class_token and not self.class_token:
-            raise ValueError("drop_class_token, but there is no class token; set class_token=True or drop_class_token=False")
+            raise ValueError("drop_class_token, but there is no class token; set one of the two otherwise")
 
 
 def check_image_size(image_size, patch_size):
     """Raise ValueError unless the picture divides into whole patches."""
-    if image_size < patch_size or image_size % patch_size:
-        near = max(image_size // patch_size, 1) * patch_size
+    near = max(image_size // patch_size, 1) * patch_size
+    if image_size != near:
         raise ValueError(f"image_size {image_size} is no multiple of patch_size {patch_size}; try {near}")
 
 
 def resize_positions(table, num_patches):
-    """Stretch a position table to another number of patches.
+    """Stretch a table float[T, W] to another square number of patches, bicubic as Lynx's and EVA's loaders do.
 
-    Args:
-      table: float[T, W], a square grid in row-major order, behind the class token's row if there is one.
-      num_patches: patches of the new picture, a square number.
-    Returns: float[T', W]; bicubic in float32, the class token's row copied.
+    The table is a square grid in row-major order, behind the class token's row, if there is one, which is copied.
     Raises: ValueError where either is no square grid.
-    Source: Lynx's and EVA's loaders; align_corners=False.
     """
     old, new = math.isqrt(len(table)), math.isqrt(num_patches)
-    if new * new != num_patches:
-        raise ValueError(f"{num_patches} patches are no square grid; try {new * new}")
-    if len(table) - old * old > 1:
-        raise ValueError(f"a table of {len(table)} rows is no square grid, with or without a class token's row")
-    num_class_rows = len(table) - old * old  # 0 or 1
+    num_class_rows = len(table) - old * old
+    if new * new != num_patches or num_class_rows > 1:
+        raise ValueError(f"a table of {len(table)} rows for {num_patches} patches: one is no square grid")
     class_rows, grid = table[:num_class_rows], table[num_class_rows:]
     grid = grid.float().T.reshape(1, -1, old, old)  # 1 W rows columns
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([class_rows, grid.flatten(2)[0].T.to(table.dtype)])
-
-
-def sincos(num_places, width, device=None):
-    """Places 0, 1, 2 ... on a line as float[num_places, width]: sines, then cosines, ever slower along the channels."""
-    speeds = 10000.0 ** (-torch.arange(width // 2, device=device) / (width // 2))  # radians per place
-    angles = torch.arange(num_places, device=device)[:, None] * speeds  # places W/2
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def sincos_positions(num_patches, width, device=None):
-    """The start of a position table: rows and columns of a square grid as sines and cosines.
-
-    Args:
-      num_patches: a square number. width: channels, a multiple of 4.
-    Returns: float[num_patches, width]: the first half tells the row, the second the column.
-    Source: Better plain ViT baselines, arXiv:2205.01580, Sec. 3.
-    """
-    side = math.isqrt(num_patches)
-    axis = sincos(side, width // 2, device)
-    rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 class ConvStem(nn.Sequential):
@@ -168,11 +135,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, visible, backend):
         """x float[F, T, W] -> the same shape."""
-        q, k, v = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # F H T D
-            for linear in (self.q, self.k, self.v)
-        )
-        return self.o(attention(q, k, v, visible, backend).transpose(1, 2).flatten(-2))
+        return self.o(multi_head(self.q(x), self.k(x), self.v(x), self.num_heads, backend, visible))
 
 
 class Block(nn.Module):
@@ -204,21 +167,13 @@ class ViT(nn.Module):
         if config.conv_stem:
             self.patch_embedding = ConvStem(config.patch_size, config.width)
         else:
-            patch = config.patch_size
-            self.patch_embedding = nn.Conv2d(3, config.width, patch, stride=patch, bias=config.patch_bias)
+            self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.randn(config.width) * 0.02) if config.class_token else None
         table = sincos_positions(self.num_patches(config.image_size), config.width)
-        if config.class_token:
-            table = torch.cat([torch.zeros(1, config.width), table])
-        self.positions = nn.Parameter(table)
+        self.positions = nn.Parameter(F.pad(table, (0, 0, int(config.class_token), 0)))  # the class token's place is 0
         self.pre_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(
-            Block(
-                config.width, config.num_heads, config.mlp_width,
-                config.activation, config.norm_eps, config.qkv_bias,
-            )
-            for _ in range(config.num_layers)
-        )  # fmt: skip
+        sizes = (config.width, config.num_heads, config.mlp_width, config.activation, config.norm_eps, config.qkv_bias)
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(config.num_layers))
         self.post_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.post_norm else nn.Identity()
 
     def num_patches(self, image_size):
@@ -230,27 +185,21 @@ class ViT(nn.Module):
         return self.num_patches(image_size) + (self.config.class_token and not self.config.drop_class_token)
 
     def resize(self, image_size):
-        """Accept pictures of another size from now on: the position table is replaced, a new parameter."""
+        """Read pictures of another size from now on; the position table becomes a new parameter."""
         check_image_size(image_size, self.config.patch_size)
-        if image_size == self.image_size:
-            return
-        table = resize_positions(self.positions.data, self.num_patches(image_size))
-        self.positions = nn.Parameter(table, requires_grad=self.positions.requires_grad)
-        self.image_size = image_size
+        if image_size != self.image_size:
+            table = resize_positions(self.positions.data, self.num_patches(image_size))
+            self.positions = nn.Parameter(table, requires_grad=self.positions.requires_grad)
+            self.image_size = image_size
 
     def forward(self, pixels):
-        """Turn pictures into features.
+        """Features float[F, T, width] of normalised pixels float[F, 3, image_size, image_size].
 
-        Args:
-          pixels: float[F, 3, image_size, image_size], normalised as the tower was trained.
-        Returns: float[F, T, width], the class token first if it is kept, then the patches in row-major order.
+        The class token stands first, if it is kept, then the patches in row-major order.
         Raises: ValueError for pictures of another size than the position table's.
         """
         if tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
-            raise ValueError(
-                f"pixels {tuple(pixels.shape)}, but this ViT stands at [F, 3, {self.image_size}, {self.image_size}]; "
-                "resize the pictures, or the ViT with resize()"
-            )
+            raise ValueError(f"pixels {tuple(pixels.shape)}, but this ViT reads {self.image_size} x {self.image_size}; resize one")
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # F N W
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # F 1+N W

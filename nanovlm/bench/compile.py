@@ -76,7 +76,7 @@ def attention_variants():
 
 def projection_variants():
     """The product, forward and for the input's gradient, and the weights' gradient of routed_projection.TILES."""
-    from nanovlm import routed_projection as module
+    from nanovlm import modality_adaptive, routed_projection as module
 
     pointers = dict.fromkeys(("x", "text", "vision", "out", "dy"), "*bf16") | dict(order="*i64", text_end="*i64")
     sizes = ("num_in", "num_out", "x_stride", "row_stride", "column_stride", "out_stride", "dy_stride")
@@ -87,7 +87,7 @@ def projection_variants():
             ("projection dx", module.product_kernel, "row_stride", product),
             ("projection dw", module.weight_kernel, None, gradient),
         ):
-            constants = dict(BLOCK_M=module.TILE, BLOCK_N=columns, BLOCK_K=summed) | ({one: 1} if one else {})
+            constants = dict(BLOCK_M=modality_adaptive.TILE, BLOCK_N=columns, BLOCK_K=summed) | ({one: 1} if one else {})
             yield Variant(name, function, architecture, constants, types, warps, stages, sizes)
 
 

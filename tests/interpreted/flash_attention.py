@@ -14,6 +14,7 @@ from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import Batch, VLM
 
 assert module.INTERPRETED
+LOG2_E = module.LOG2_E.value
 
 
 def cut(length):
@@ -80,12 +81,16 @@ def exact(q, k, v, visible):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_equation_and_its_gradients(name):
+def test_equals_what_is_written_in_torch(name):
     (q, k, v), visible = make(CASES[name])
-    do = torch.randn_like(q)
-    expected = results(lambda *x: exact(*x, visible), (q, k, v), do, torch.float64)
+    do, rest = torch.randn_like(q), (visible.first, visible.stop, q.shape[-1] ** -0.5)
+    exact = [x.detach().double() for x in (q, k, v)]
+    expected_out, expected_lse = module.forward_as_written(*exact, *rest)
+    expected = module.backward_as_written(do.double(), *exact, *rest[:2], expected_out, expected_lse, rest[2])
+    out, lse = module.forward(q, k, v, *rest)
+    torch.testing.assert_close(lse.double() / LOG2_E, expected_lse, atol=1e-5, rtol=1e-5)
     found = results(lambda *x: flash_attention(*x, visible), (q, k, v), do, torch.float32)
-    for f, e in zip(found, expected):
+    for f, e in zip(found, (expected_out, *expected)):
         assert f.isfinite().all()
         torch.testing.assert_close(f, e, atol=1e-5, rtol=1e-5)
     blind = (visible.stop.clamp(max=k.shape[2]) <= visible.first)[:, None, :, None].expand(q.shape)
@@ -152,7 +157,7 @@ def test_tiles_of_other_sizes(monkeypatch):
     """Queries and keys of a tile may differ, as they do on a GPU."""
     monkeypatch.setattr(module, "EXACT", (Tile(64, 16, 4, 1), Tile(16, 64, 4, 1), Tile(16, 64, 4, 1)))
     for name in ("scattered", "a gap"):
-        test_equals_the_equation_and_its_gradients(name)
+        test_equals_what_is_written_in_torch(name)
 
 
 def test_only_tiles_that_are_seen_are_visited():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovlm.abstractor import Abstractor, patch_positions
-from nanovlm.vit import sincos
+from nanovlm.attention import sincos
 from parity import CLOSE, Golden
 from random_models import randomise
 
@@ -130,8 +130,6 @@ def test_features_that_are_no_grid(num_features):
 
 
 def test_bad_sizes():
-    with pytest.raises(ValueError, match="features of width 12, but the queries have 16"):
-        make()(torch.randn(1, 17, 12))
     with pytest.raises(ValueError, match="width 16 does not divide into 3 heads"):
         make(num_heads=3)
     with pytest.raises(ValueError, match="width 18 is no multiple of 4"):

@@ -104,7 +104,7 @@ def test_check_says_what_is_wrong():
     zeros, fives = torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), 5)
     visible = Visible(zeros, fives)
     assert visible.check(5) is visible
-    with pytest.raises(ValueError, match="from 0 to 5, but there are keys 0 to 4"):
+    with pytest.raises(ValueError, match="from 0 to 5, keys 0 to 4"):
         visible.check(4)
     with pytest.raises(ValueError, match="from -1 to 5"):
         Visible(torch.tensor([[0, -1]]), fives).check(5)

@@ -88,7 +88,7 @@ def test_patches_alone_by_default_and_no_bias_inside():
 
 
 def test_attending_to_latents_needs_equal_widths():
-    with pytest.raises(ValueError, match="latents of width 10 cannot stand among patches of width 7"):
+    with pytest.raises(ValueError, match="latents of width 10 among patches of width 7"):
         make(attend_to_latents=True)
     assert make(output_width=7, attend_to_latents=True).layers[1].attend_to_latents
 
@@ -249,11 +249,6 @@ def test_llava_phi_s_image_tokens(backend):
     pixels, expected = golden.inputs["pixel_values"], golden.outputs["visual_tokens"]
     assert bridge.num_image_tokens(vision.num_tokens(sizes["image_size"])) == expected.shape[1] == 16
     torch.testing.assert_close(bridge(vision(pixels)), expected, **CLOSE)
-
-
-def test_patches_of_another_width():
-    with pytest.raises(ValueError, match="patches of width 8, but this resampler reads 7"):
-        make()(torch.randn(1, 5, 8))
 
 
 BRIDGES = {  # from the ViT's width 12 to the decoder's 16

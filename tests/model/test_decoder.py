@@ -248,12 +248,12 @@ def test_defaults_of_the_config():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(width=18), "width 18 does not divide into 4 heads"),
-        (dict(num_kv_heads=3), "4 query heads cannot share 3 key heads"),
-        (dict(width=12), "head width 3 is odd"),
-        (dict(rotary_width=3), "rotary_width 3 is odd"),
-        (dict(rotary_width=6), "rotary_width 6 lies outside the head's 4 channels"),
-        (dict(rotary_width=-2), "rotary_width -2 lies outside"),
+        (dict(width=18), "width 18 must be a multiple of num_heads 4"),
+        (dict(num_kv_heads=3), "num_heads 4, and that one of num_kv_heads 3"),
+        (dict(width=12), "3 of a head's 3 channels"),
+        (dict(rotary_width=3), "3 of a head's 4 channels"),
+        (dict(rotary_width=6), "6 of a head's 4 channels"),
+        (dict(rotary_width=-2), "-2 of a head's 4 channels"),
         (dict(norm="rmsnorm"), "norm 'rmsnorm' is unknown. Did you mean 'rms'?"),
         (dict(ffn="gate"), "ffn 'gate' is unknown. Did you mean 'gated'?"),
         (dict(activation="gelu_new"), "activation 'gelu_new' is unknown. Did you mean 'gelu_tanh'?"),

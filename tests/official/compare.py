@@ -21,7 +21,7 @@ from nanovlm.recipes import llava_phi, lynx, mplug_owl2, open_flamingo
 from golden import GoldenError, read
 from golden_run import FAMILIES, PLACEHOLDER, run_spliced, take
 from golden_sizes import settle
-from nanovlm.vit import sincos
+from nanovlm.attention import sincos
 from nanovlm.vlm import IGNORE
 from nanovlm.published.weights import plan, to_ours
 

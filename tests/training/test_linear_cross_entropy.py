@@ -194,7 +194,7 @@ def test_large_vocabularies_choose_it_and_low_rank_heads_do_not():
     with torch.device("meta"):
         assert is_chunked(text_model(LARGE_VOCABULARY))
     model, batch = text_model(), text_batch()
-    add(model, rank=2, alpha=4.0, where=("lm_head",))
+    add(model, rank=2, alpha=4.0, where="lm_head")
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3
     expected, _ = model.loss(batch)
