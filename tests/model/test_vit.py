@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovlm.attention import sincos, sincos_positions
 from nanovlm.vit import ACTIVATIONS, Block, ConvStem, ViT, ViTConfig, check_image_size, resize_positions
 from random_models import randomise, small_vit
 
@@ -123,7 +124,7 @@ def test_forward_by_hand(options, backend):
 
 def test_activations():
     x = torch.linspace(-4, 4, 33)
-    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "quick_gelu"}
+    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "quick_gelu", "silu", "relu"}
     torch.testing.assert_close(ACTIVATIONS["gelu"](x), nn.GELU()(x))
     torch.testing.assert_close(ACTIVATIONS["gelu_tanh"](x), nn.GELU(approximate="tanh")(x))
     assert (ACTIVATIONS["gelu_tanh"](x) - nn.GELU()(x)).abs().max() > 1e-4
