@@ -11,7 +11,9 @@ B rows, T tokens, F frames, M visual inputs (an image, or a whole clip), S appea
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +27,35 @@ from nanovlm.names import nearest
 IMAGE_TOKEN = -1  # outside every vocabulary: no row is ever added to the embedding
 IGNORE = -100  # label of a token without loss
 
-PARTS = (
-    "vision", "bridge", "embedding", "language_model", "adapters", "cross_attention", "vision_branch", "lora", "lm_head",
-)  # fmt: skip
+PARTS = {  # part -> names of its parameters; of several that fit, the last
+    "vision": r"^vision\.",
+    "bridge": r"^bridge\.",
+    "embedding": r"^decoder\.embedding\.",
+    "language_model": r"^(?!vision\.|bridge\.|decoder\.embedding\.|decoder\.lm_head\.)",
+    "adapters": r"^decoder\..*\.adapter\.",
+    "cross_attention": r"^decoder\..*\.cross_attention\.",
+    "vision_branch": r"^decoder\..*\.vision\.",
+    "lora": r"\.lora_[ab]$",
+    "lm_head": r"^decoder\.lm_head\.(?!lora_)",
+}
+
+
+class Bridge(Protocol):
+    """What a bridge must have, an nn.Module between a ViT and a decoder.
+
+    M visual inputs of F frames each, N features of a frame, W channels that the decoder reads
+    """
+
+    output_width: int  # W
+
+    def num_image_tokens(self, num_patches, num_frames):
+        """How many image tokens a visual input of F frames of N features becomes: int, known before it is seen."""
+
+    def forward(self, patches, num_frames):
+        """float[M, F * N, vision_width], frames behind one another -> float[M, num_image_tokens, W].
+
+        A third argument `out`, if it is asked for, is a dict in which to leave attention maps.
+        """
 
 
 @dataclass
@@ -54,15 +82,16 @@ class VLM(nn.Module):
 
     Args:
       vision: float[F, 3, H, W] -> float[F, T, vision_width]; see vit.ViT. None = what is given are features already.
-      bridge: float[M, frames * T, vision_width] -> float[M, num_image_tokens, W], with `num_image_tokens` and
-        `output_width` (that of the media with cross-attention); see projector.MLPProjector, resampler.Resampler.
-      decoder: decoder.Decoder of width W.
+      bridge: Bridge of the decoder's width, or with cross-attention of that of its media.
+      decoder: decoder.Decoder.
       media_token: with cross-attention layers, the id in the vocabulary that stands where a picture is shown.
+    Raises: ValueError for parts that do not fit together.
     """
 
     def __init__(self, vision, bridge, decoder, media_token=None):
         super().__init__()
         config = decoder.config
+        width = config.width if config.cross_attention_width is None else config.cross_attention_width
         if (media_token is None) != (config.cross_attention_width is None):
             raise ValueError(
                 f"media_token is {media_token} and the decoder's cross_attention_width {config.cross_attention_width}: "
@@ -70,9 +99,12 @@ class VLM(nn.Module):
             )
         if media_token is not None and not 0 <= media_token < config.vocab_size:
             raise ValueError(f"media_token {media_token} lies outside the vocabulary of {config.vocab_size}")
-        width = config.width if media_token is None else config.cross_attention_width
+        lacks = [name for name in ("output_width", "num_image_tokens") if not hasattr(bridge, name)]
+        lacks += ["forward"] * (type(bridge).forward is nn.Module.forward)
+        if lacks:
+            raise ValueError(f"the bridge {type(bridge).__name__} lacks {', '.join(lacks)}; vlm.Bridge says what each must be")
         if bridge.output_width != width:
-            raise ValueError(f"the bridge produces width {bridge.output_width}, the decoder reads {width}")
+            raise ValueError(f"the bridge's output_width is {bridge.output_width}, the decoder reads {width}")
         self.vision = vision
         self.bridge = bridge
         self.decoder = decoder
@@ -87,7 +119,7 @@ class VLM(nn.Module):
                 module.backend = backend
 
     def num_image_tokens(self, image_size, num_frames=1):
-        """Image-token ids in the row for one visual input of `num_frames` pictures of `image_size` pixels.
+        """Image-token ids in the row for one visual input of `num_frames` pictures of `image_size` pixels: int.
 
         With cross-attention there are none: the template writes the media token, and the image tokens stand aside.
         """
@@ -96,13 +128,11 @@ class VLM(nn.Module):
         return self.bridge.num_image_tokens(self.vision.num_tokens(image_size), num_frames)
 
     def encode(self, pixels, frames, out=None):
-        """Pictures to image tokens.
+        """Pictures to image tokens: list of M float[num_image_tokens, W].
 
         Args:
-          pixels: float[F, 3, H, W], all frames behind one another.
-          frames: int[M], frames of each visual input, adding up to F.
+          pixels: float[F, 3, H, W], all frames behind one another. frames: int[M], of each visual input.
           out: dict for the bridge's attention maps.
-        Returns: list of M float[num_image_tokens, W].
         """
         return self.encode_features(self.vision(pixels), frames, out)
 
@@ -116,18 +146,18 @@ class VLM(nn.Module):
         for count in sorted(set(counts)):  # one call of the bridge for all visual inputs of equal length
             chosen = [m for m, f in enumerate(counts) if f == count]
             patches = torch.stack([features[m].flatten(0, 1) for m in chosen])  # m fT vision_width
-            for m, image_tokens in zip(chosen, self.bridge(patches, count, out)):
+            found = self.bridge(patches, count) if out is None else self.bridge(patches, count, out)
+            for m, image_tokens in zip(chosen, found):
                 tokens[m] = image_tokens
         return tokens
 
     def embed(self, ids, image_tokens=(), shown=()):
-        """Look the words up and put the image tokens in place.
+        """Look the words up and put the image tokens in place: float[B, T, W].
 
         Args:
           ids: int[B, T], IMAGE_TOKEN where an image token stands.
           image_tokens: list of float[n, W], one per visual input.
           shown: int[S] or list, which of them stands at each appearance, in row-major order.
-        Returns: float[B, T, W].
         Raises: ValueError when the image-token ids are not as many as the image tokens.
         """
         embeddings = self.decoder.embedding(ids.clamp(min=0))
@@ -140,13 +170,11 @@ class VLM(nn.Module):
         return embeddings.masked_scatter(is_image[..., None], tokens)
 
     def media(self, ids, segments, image_tokens, shown, owner=None):
-        """What the cross-attention layers read.
+        """What the cross-attention layers read: cross_attention.Media; None where no picture is shown.
 
         Args:
           ids: int[B, T], media_token where a picture stands. segments: int[B, T], -1 = padding.
-          image_tokens, shown: as in `embed`.
-          owner: int[S], row of each appearance; None = as the media tokens say.
-        Returns: cross_attention.Media; None where no picture is shown.
+          image_tokens, shown: as in `embed`. owner: int[S], row of each appearance; None = as the media tokens say.
         Raises: ValueError when a row's media tokens are not as many as its pictures.
         """
         is_media = (ids == self.media_token) & (segments >= 0)
@@ -162,11 +190,7 @@ class VLM(nn.Module):
         return gather_media([tokens.to(dtype) for tokens in image_tokens], list(shown), is_media, segments)
 
     def place(self, ids, segments, image_tokens, shown, owner=None):
-        """Image tokens into the row (`embed`), or beside it where the layers cross-attend (`media`).
-
-        Args: as in `embed` and `media`.
-        Returns: (float[B, T, W], cross_attention.Media or None), for the decoder.
-        """
+        """Image tokens into the row (`embed`), or beside it (`media`), for the decoder: (float[B, T, W], Media or None)."""
         if self.media_token is None:
             return self.embed(ids, image_tokens, shown), None
         return self.embed(ids), self.media(ids, segments, image_tokens, shown, owner)
@@ -214,19 +238,11 @@ class VLM(nn.Module):
                 module.vision.load_state_dict(module.text.state_dict())
 
     def parts(self):
-        """Partition the parameters by what the papers train together.
-
-        Returns: {part: {name: parameter}} over PARTS; every parameter lies in exactly one part.
-        """
+        """Partition the parameters by what the papers train together: {part of PARTS: {name: parameter}}."""
         parts = {part: {} for part in PARTS}
-        vision_branches = self.vision_branches()
         for name, parameter in self.named_parameters():
-            parts[part_of(name, vision_branches)][name] = parameter
+            parts[part_of(name)][name] = parameter
         return parts
-
-    def vision_branches(self):
-        """Prefixes of the names of all image copies: tuple of str."""
-        return tuple(f"{name}.vision." for name, module in self.named_modules() if isinstance(module, ModalityAdaptive))
 
 
 def next_tokens(labels):
@@ -253,22 +269,6 @@ def visible_rows(segments):
     return causal_rows(*segments.shape, segments.device) if one_document else causal(segments)
 
 
-def part_of(name, vision_branch):
-    """The part that a parameter of the VLM belongs to, by its dotted name; vision_branch: prefixes of image copies."""
-    if name.endswith((".lora_a", ".lora_b")):
-        return "lora"
-    if name.startswith("vision."):
-        return "vision"
-    if name.startswith("bridge."):
-        return "bridge"
-    if name.startswith("decoder.embedding."):
-        return "embedding"
-    if name.startswith("decoder.lm_head."):
-        return "lm_head"
-    if ".adapter." in name:
-        return "adapters"
-    if name.startswith("decoder.") and ".cross_attention." in name:
-        return "cross_attention"
-    if name.startswith(vision_branch):
-        return "vision_branch"
-    return "language_model"
+def part_of(name):
+    """The part that a parameter of the VLM belongs to, by its dotted name."""
+    return [part for part, pattern in PARTS.items() if re.search(pattern, name)][-1]

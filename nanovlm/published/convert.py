@@ -335,7 +335,7 @@ def remaining(model, sources, has_source, published):
     rest = {name: shape for name, shape in shapes_of(model).items() if name not in filled}
     if rest and has_source:
         lines = [f"no file holds {len(rest)} of the model's {len(rest) + len(filled)} tensors:"]
-        lines += [f"  {part}: {len(names)} tensors, from {names[0]}" for part, names in by_part(model, rest).items()]
+        lines += [f"  {part}: {len(names)} tensors, from {names[0]}" for part, names in by_part(rest).items()]
         lines += [f"  {published.contents or 'the file holds a part of the model'}",
                   "  give a checkpoint of the tower with --vision, of the language model with --language"]
         raise WeightsError("\n".join(lines))
@@ -346,12 +346,11 @@ def remaining(model, sources, has_source, published):
     return rest
 
 
-def by_part(model, names):
-    """{part: names} of a model's tensors."""
-    adaptive = [place for place, module in model.named_modules() if isinstance(module, ModalityAdaptive)]
-    branches, parts = tuple(f"{place}.vision." for place in adaptive), {}
+def by_part(names):
+    """{part: those of the tensors' names}."""
+    parts = {}
     for name in names:
-        parts.setdefault(part_of(name, branches), []).append(name)
+        parts.setdefault(part_of(name), []).append(name)
     return parts
 
 
@@ -400,7 +399,7 @@ def report(source):
 def started(rest, model, seed):
     """What was initialised, by part: list of lines."""
     lines = []
-    for part, names in by_part(model, rest).items():
+    for part, names in by_part(rest).items():
         numbers = count_all(rest[name] for name in names)
         lines.append(f"initialised from seed {seed}: {part}, {len(names)} tensors, {numbers:,} parameters")
     return lines

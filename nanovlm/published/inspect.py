@@ -126,7 +126,7 @@ def pre_2024(checkpoint):
 def parts_of(model, names):
     """{part: our names}; a bare tower's or language model's parts are its own modules."""
     if isinstance(model, VLM):
-        return by_part(model, names)
+        return by_part(names)
     parts = {}
     for name in names:
         parts.setdefault(name.split(".")[0], []).append(name)

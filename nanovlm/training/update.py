@@ -266,7 +266,7 @@ def loss_origin(run, stage, inputs):
     if not found:
         return "; it arose in the loss itself"
     name = found[0]
-    part = part_of(f"{name}.", run.model.vision_branches()) if model is run.model or name.startswith("vision.") else "text_tower"
+    part = part_of(f"{name}.") if model is run.model or name.startswith("vision.") else "text_tower"
     return f"; it arose in the part {part}, first seen behind {name}"
 
 

@@ -408,7 +408,7 @@ def test_models_that_do_not_fit_together():
         (lambda: VLM(model.vision, model.bridge, model.decoder), "media_token is None and .* 12"),
         (lambda: VLM(model.vision, model.bridge, plain, MEDIA), "media_token is 20 and .* None"),
         (lambda: VLM(model.vision, model.bridge, model.decoder, 23), "media_token 23 lies outside the vocabulary of 23"),
-        (lambda: VLM(model.vision, LinearProjector(12, 16), model.decoder, 3), "produces width 16, the decoder reads 12"),
+        (lambda: VLM(model.vision, LinearProjector(12, 16), model.decoder, 3), "output_width is 16, the decoder reads 12"),
         (lambda: DecoderConfig(23, 16, 4, 2, 20, 32, LAYERS), "cross_attention_width None"),
         (lambda: DecoderConfig(23, 16, 4, 2, 20, 32, (PLAIN,), cross_attention_width=5), "cross_attention_width 5"),
     ):

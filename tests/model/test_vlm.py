@@ -328,7 +328,7 @@ def test_parts_hold_every_parameter_once():
     layers = (LayerOptions(3, modality_adaptive=True), LayerOptions(), LayerOptions(2), LayerOptions(modality_adaptive=True))
     model = small_vlm(layers=layers)
     parts = model.parts()
-    assert tuple(parts) == PARTS
+    assert tuple(parts) == tuple(PARTS)
     names = [name for part in parts.values() for name in part]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     by_name = dict(model.named_parameters())
@@ -362,12 +362,23 @@ def test_parts_of_plain_and_tied_models():
     plain = small_vlm(layers=(LayerOptions(),), tied_head=True).parts()
     assert not plain["adapters"] and not plain["vision_branch"] and not plain["lm_head"]
     assert set(plain["embedding"]) == {"decoder.embedding.weight"}
-    assert part_of("decoder.layers.0.norm_1.vision.weight", ()) == "language_model"
+    assert part_of("decoder.layers.0.norm_1.vision.weight") == "vision_branch" and part_of("decoder.norm.") == "language_model"
 
 
-def test_widths_that_do_not_meet():
-    with pytest.raises(ValueError, match="the bridge produces width 9, the decoder reads 16"):
+def test_bridges_that_do_not_fit():
+    with pytest.raises(ValueError, match="output_width is 9, the decoder reads 16"):
         VLM(small_vit(), LinearProjector(12, 9), small_decoder())
+
+    class Mean(nn.Module):  # no num_image_tokens
+        output_width = 16
+
+        def forward(self, patches, num_frames):
+            return patches.mean(1, keepdim=True)
+
+    with pytest.raises(ValueError, match="Mean lacks num_image_tokens"):
+        VLM(small_vit(), Mean(), small_decoder())
+    with pytest.raises(ValueError, match="Module lacks output_width, num_image_tokens, forward"):
+        VLM(small_vit(), nn.Module(), small_decoder())
 
 
 def test_own_modules_fit_in():
@@ -378,6 +389,17 @@ def test_own_modules_fit_in():
         def forward(self, pixels):
             return pixels.mean((2, 3), keepdim=True).flatten(1)[:, None].expand(-1, 2, -1)
 
+    class OneToken(nn.Module):  # and no attention maps to leave
+        output_width = 16
+
+        def num_image_tokens(self, num_patches, num_frames):
+            return 1
+
+        def forward(self, patches, num_frames):
+            return F.pad(patches.mean(1, keepdim=True), (0, 13))
+
+    model = VLM(Eye(), OneToken(), small_decoder())
+    assert model(image_batch([[I, 4]], [2], [0], [0])).shape == (1, 2, 23) and model.num_image_tokens(12) == 1
     model = VLM(Eye(), randomise(LinearProjector(3, 16)), small_decoder())
     model.set_backend("reference")
     assert model.decoder.backend == "reference" and not hasattr(model.vision, "backend")
