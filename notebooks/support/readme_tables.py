@@ -1,13 +1,15 @@
-"""The README's tables, made from the results of runs, from the recipe and from the code, so that none of them can be wrong.
+"""The pages' tables, made from the results of runs, from the recipe and from the code, so that none of them can be wrong.
 
-In the README, what stands between `<!-- BLOCK:NAMES -->` and `<!-- end -->` is made here; BLOCKS lists the kinds of block.
+In README.md and the other pages, what stands between `<!-- BLOCK:NAMES -->` and `<!-- end -->` is made here; BLOCKS lists the kinds of block.
 To make all of them anew: python notebooks/support/results.py readme
 """
 
+import ast
 import functools
 import json
 import re
 import statistics
+import textwrap
 from pathlib import Path
 
 import torch
@@ -98,28 +100,39 @@ def models_block(names):
     """One of the tables of recipes/table.py, by the first word that is only in its title."""
     chosen = [(headings, rows) for title, headings, rows in counted_models() if names[0] in title.lower()]
     if len(chosen) != 1:
-        raise ValueError(f"README.md: {len(chosen)} tables of the models have {names[0]!r} in their title; one is needed")
+        raise ValueError(f"{len(chosen)} tables of the models have {names[0]!r} in their title; one is needed")
     return table(*chosen[0])
+
+
+def source_block(names):
+    """A function or class of the code as it stands: "PATH NAME", or "PATH CLASS.NAME"."""
+    path, name = names[0].split()
+    text = (ROOT / "nanovlm" / path).read_text()
+    node = ast.parse(text)
+    for part in name.split("."):
+        node = next(one for one in node.body if getattr(one, "name", None) == part)
+    code = textwrap.dedent("\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno]))
+    return ["```python", *code.splitlines(), "```"]
 
 
 BLOCKS = {
     "printed": printed_block, "results": results_block, "kinds": kinds_block, "compare": compare_block,
-    "recipe": recipe_block, "models": models_block,
+    "recipe": recipe_block, "models": models_block, "source": source_block,
 }  # fmt: skip
 
 
 def fill(text):
-    """The README with all its blocks made anew: str to str.
+    """A page with all its blocks made anew: str to str.
 
     Raises: ValueError for an unknown kind of block; FileNotFoundError for results that have not been collected.
     """
     def block(match):
         kind, names = match[1], [name.strip() for name in (match[2] or "").split(",")]
         if kind not in BLOCKS:
-            raise ValueError(f"README.md: unknown block {kind!r}.{nearest(kind, BLOCKS)}")
+            raise ValueError(f"unknown block {kind!r}.{nearest(kind, BLOCKS)}")
         return "\n".join([match[0].partition("\n")[0], *BLOCKS[kind](names), "<!-- end -->"])
 
-    return re.sub(r"<!-- (\w+)(?::([\w, ]+))? -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+)(?::([\w, ./]+))? -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 def read(name):

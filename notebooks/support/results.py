@@ -1,15 +1,14 @@
-"""Results of finished runs as files, and the README's tables, which are made from these files and from the code.
+"""Results of finished runs as files, and the pages' tables, which are made from these files and from the code.
 
     python notebooks/support/results.py collect nano out/seed0 out/seed1 out/seed2    writes notebooks/results/nano.json
     python notebooks/support/results.py collect NAME my_recipe.py out/seed0           of runs of a recipe file
-    python notebooks/support/results.py readme                                        rewrites the tables in README.md
+    python notebooks/support/results.py readme                                        rewrites the tables in all pages
 
 Collect where the runs were trained, before the code changes: machine and commit are written down with the numbers. What
 the tables are made of stands in readme_tables.py.
 """
 
 import json
-import os
 import shlex
 import statistics
 import sys
@@ -22,11 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 import torch
 from support.readme_tables import RESULTS, TESTS, fill
 
+from nanovlm.files import replace_text
 from nanovlm.machine import commit, machine
 from nanovlm.recipes import recipe_of
 from nanovlm.training.start import DEFAULT_THREADS, settle_precision
 
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("n*/**/*.md"))]
 FLAGS = ("init", "data", "images", "datasets")  # of train.py, kept in config.json under these names
 
 
@@ -131,25 +131,18 @@ def _settings(usual, value):
     return [] if value == usual else [f"={text}"]
 
 
-def write(path, text):
-    """Write a file whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def main(arguments):
     """Run the command line; returns the exit code."""
     try:
         if arguments == ["readme"]:
-            text = fill(README.read_text(encoding="utf-8"))
-            write(README, text)
+            for page in PAGES:
+                replace_text(page, fill(page.read_text(encoding="utf-8")))
         elif len(arguments) > 2 and arguments[0] == "collect":
             files = [one for one in arguments[2:] if one.endswith(".py")]
             folders = [Path(one) for one in arguments[2:] if one not in files]
             text = json.dumps(collect(folders, *files), indent=1, ensure_ascii=False)
             RESULTS.mkdir(exist_ok=True)
-            write(RESULTS / f"{arguments[1]}.json", text + "\n")
+            replace_text(RESULTS / f"{arguments[1]}.json", text + "\n")
         else:
             print(__doc__, file=sys.stderr)
             return 2
