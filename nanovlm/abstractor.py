@@ -86,10 +86,8 @@ class Abstractor(nn.Module):
 
     def __init__(self, vision_width, output_width, num_queries, num_layers, num_heads, ffn_width, ffn_norm_eps=1e-6):
         super().__init__()
-        if vision_width % num_heads:
-            raise ValueError(f"width {vision_width} does not divide into {num_heads} heads")
-        if vision_width % 4:
-            raise ValueError(f"width {vision_width} is no multiple of 4, as sines and cosines of the positions need")
+        if vision_width % math.lcm(num_heads, 4):
+            raise ValueError(f"width {vision_width} must be a multiple of num_heads {num_heads} and of 4 (its positions)")
         self.arguments = arguments(locals())
         self.output_width = output_width
         self.num_queries = num_queries

@@ -57,12 +57,9 @@ def full(num_queries, num_keys, device=None):
 
 
 def causal(segments):
-    """Each token sees its own document up to itself.
+    """Each token sees its own document, whose first token is `first`, up to itself.
 
-    Args:
-      segments: int[B, T], number of the packed document of each token; -1 = padding, which sees nothing.
-        A document's tokens stand side by side.
-    Returns: Visible with first = the document's first token.
+    Args: segments: int[B, T], number of each token's packed document, side by side; -1 = padding, which sees nothing.
     """
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     begins = torch.ones_like(segments, dtype=torch.bool)
@@ -86,11 +83,8 @@ def documents(lengths, device=None):
 
 
 def prefix(segments, prefix_lengths):
-    """Causal, except that the first tokens of a document see one another in both directions.
+    """Causal, except that the first int[B] `prefix_lengths` tokens of a row's one document see one another both ways.
 
-    Args:
-      segments: int[B, T] as in `causal`, one document a row, with or without padding at either end.
-      prefix_lengths: int[B], tokens of the bidirectional prefix.
     Raises: ValueError for a prefix longer than its document (it reads values).
     """
     lengths = (segments >= 0).sum(dim=1)
@@ -128,11 +122,9 @@ def sincos_positions(num_patches, width, device=None):
 
 
 def rope_tables(positions, rotary_width, base):
-    """Cosines and sines of rotary position embedding.
+    """Cosines and sines of rotary position embedding: two float32[B, 1, T, rotary_width / 2].
 
-    Args:
-      positions: int[B, T]. rotary_width: how many channels of a head turn (even). base: RoPE's theta.
-    Returns: two float32[B, 1, T, rotary_width / 2].
+    Args: positions: int[B, T]. rotary_width: how many channels of a head turn (even). base: RoPE's theta.
     Source: RoFormer, arXiv:2104.09864, Eq. 15; half-split as in LLaMA.
     """
     channel = torch.arange(0, rotary_width, 2, device=positions.device, dtype=torch.float32)
@@ -149,11 +141,9 @@ def apply_rope(x, cos, sin):
 
 
 def attention_weights(q, k, visible):
-    """Softmax of the scaled scores over the visible keys; rows that see nothing are zero.
+    """Softmax of the scaled scores over the visible keys, float[B, H, T, S]; rows that see nothing are zero.
 
-    Args:
-      q: float[B, H, T, D]. k: float[B, K, S, D], H a multiple of K. visible: Visible over S keys.
-    Returns: float[B, H, T, S].
+    Args: q: float[B, H, T, D]. k: float[B, K, S, D], H a multiple of K. visible: Visible over S keys.
     Source: Attention Is All You Need, arXiv:1706.03762, Eq. 1.
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # grouped queries share their keys

@@ -14,9 +14,16 @@ CLIP, arXiv:2103.00020, Sec. 2.3 and Fig. 3. `ContrastiveModel` trains the small
 `CLIP` is the published pair of towers; beside the small one:
 - its picture is the class token behind the last norm: the one token whose only task is to sum up;
 - its blocks use a sigmoid approximation of GELU and norms of eps 1e-5, by the arguments of ViT and TextTower.
-SigLIP (siglip.py) differs in more: how it pools, reads and judges.
 
-B pairs, T tokens, W width, E width of the joint space
+SigLIP, arXiv:2303.15343, Sec. 3; architecture of big_vision's released models, whose ViT is the tower of many small
+vision-language models. Differs from CLIP:
+- a sigmoid per pair replaces the softmax over the batch, so no pair needs to know the others;
+- a bias beside the temperature: nearly all pairs of a batch are wrong, and it starts the model at saying so;
+- the picture's feature is asked for by a learned probe, which weighs the patches; the ViT has no class token;
+- the text tower reads in both directions and always its full context, padding too: the last position is the feature;
+- the common space has the ViT's width: only captions are projected, with a bias.
+
+B pictures, C captions, T tokens, W width, E width of the joint space
 """
 
 import math
@@ -25,10 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovlm.attention import attention, causal, full
+from nanovlm.attention import causal, full, multi_head
 from nanovlm.names import arguments
 from nanovlm.vit import ACTIVATIONS, Block
-
 
 MAX_SCALE = 100.0  # CLIP, Sec. 2.5: the temperature never falls below 0.01
 
@@ -41,25 +47,22 @@ class TextTower(nn.Module):
       activation: one of vit.ACTIVATIONS. norm_eps, last_norm_eps: of the blocks, of the norm behind them.
     """
 
-    def __init__(
-        self, vocab_size, width, num_layers, num_heads, mlp_width, context_length,
-        activation="gelu", norm_eps=1e-6, last_norm_eps=1e-5,
-    ):  # fmt: skip
+    def __init__(self, vocab_size, width, num_layers, num_heads, mlp_width, context_length, activation="gelu",
+                 norm_eps=1e-6, last_norm_eps=1e-5):  # fmt: skip
         super().__init__()
         self.arguments = arguments(locals())
         self.context_length = context_length
         self.embedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.randn(context_length, width) * 0.01)
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads, mlp_width, activation, norm_eps) for _ in range(num_layers)
-        )
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_width, activation, norm_eps) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width, eps=last_norm_eps)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def check_length(self, num_tokens):
-        """Raise ValueError for captions longer than the context."""
-        if num_tokens > self.context_length:
-            raise ValueError(f"a caption of {num_tokens} tokens, but the text tower reads {self.context_length}")
+    def real(self, ids, lengths):
+        """Which tokens are no padding, bool[B, T]. Raises: ValueError for captions longer than the context."""
+        if ids.shape[1] > self.context_length:
+            raise ValueError(f"a caption of {ids.shape[1]} tokens, but the text tower reads {self.context_length}")
+        return torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
 
     def encode(self, ids, visible):
         """int[B, T] and who sees whom -> float[B, T, W] behind the last block."""
@@ -69,246 +72,53 @@ class TextTower(nn.Module):
         return x
 
     def forward(self, ids, lengths):
-        """Features of captions.
-
-        Args:
-          ids: int[B, T], right padded. lengths: int[B], tokens of each caption, at least 1.
-        Returns: float[B, W].
-        Raises: ValueError for captions longer than the context.
-        """
-        self.check_length(ids.shape[1])
-        index = torch.arange(ids.shape[1], device=ids.device)
-        x = self.encode(ids, causal(torch.where(index < lengths[:, None], 0, -1)))
+        """Features float[B, W] of captions int[B, T], right padded, of int[B] tokens each, at least 1."""
+        x = self.encode(ids, causal(torch.where(self.real(ids, lengths), 0, -1)))
         last = x[torch.arange(len(x), device=ids.device), lengths - 1]  # the only token that has read it all
         return self.norm(last)
 
 
-def caption_lengths(ids, end):
-    """Tokens of captions up to their end-of-text token, it included: CLIP's feature stands there.
+class BidirectionalTextTower(TextTower):
+    """SigLIP's text side: every token sees every token, and the last position is the feature.
 
-    Args:
-      ids: int[B, T]. end: id of the end-of-text token, which may also pad the rows.
-    Returns: int[B].
-    Raises: ValueError for a caption without one (it reads values).
+    Args: pad_id: fills a caption up to the context length, as in training; 1 in SigLIP. Others: see TextTower.
     """
-    ends = ids == end
-    if not bool(ends.any(dim=1).all()):
-        rows = (~ends.any(dim=1)).nonzero().flatten().tolist()
-        raise ValueError(f"captions {rows} have no end-of-text token {end}; close every caption with it")
-    return ends.int().argmax(dim=1) + 1  # argmax: the first of several
+
+    def __init__(self, vocab_size, width, num_layers, num_heads, mlp_width, context_length, pad_id,
+                 activation="gelu_tanh", norm_eps=1e-6):  # fmt: skip
+        super().__init__(vocab_size, width, num_layers, num_heads, mlp_width, context_length, activation, norm_eps, norm_eps)
+        self.pad_id = pad_id
+
+    def forward(self, ids, lengths):
+        """As TextTower's; what pads the ids has no effect."""
+        ids = torch.where(self.real(ids, lengths), ids, self.pad_id)
+        ids = F.pad(ids, (0, self.context_length - ids.shape[1]), value=self.pad_id)  # B context_length
+        return self.norm(self.encode(ids, full(self.context_length, self.context_length, ids.device))[:, -1])
 
 
-def info_nce(images, texts, scale, right):
-    """Symmetric contrastive loss.
+def info_nce(logits, right):
+    """CLIP's symmetric loss: each picture picks among all captions, each caption among all pictures.
 
-    Args:
-      images: float[B, E], texts: float[C, E], each row of length 1. scale: float[], inverse temperature.
-      right: bool[B, C], True where caption j is right for picture i; each has at least one.
+    Args: logits: float[B, C]. right: bool[B, C], True where caption j is right for picture i; each has at least one.
     Returns: float[], mean of the means over pictures and over captions, nats.
     Source: CLIP, Fig. 3; UniCL, Eq. 3 for several right answers.
     """
-    logits = scale * images @ texts.T  # B C
     target = right.float()
     to_texts = -(target / target.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)
     to_images = -(target / target.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0)
     return (to_texts.mean() + to_images.mean()) / 2
 
 
-def same_captions(ids, lengths):
-    """int[B, T], right padded with one id, and int[B] -> bool[B, B], True where two captions are equal."""
-    return (ids[:, None] == ids[None]).all(-1) & (lengths[:, None] == lengths[None])
+def sigmoid_loss(logits, right):
+    """SigLIP's loss, of every pair by itself: float[], summed over captions and averaged over pictures, nats.
 
-
-def check_whole(vision):
-    """Raise ValueError unless a ViT's features are those behind all its blocks and its norm, no token dropped."""
-    config = vision.config
-    if config.feature_layer is not None or config.drop_class_token or not config.post_norm:
-        raise ValueError(
-            f"the towers meet behind the ViT's last norm, but this one has feature_layer={config.feature_layer}, "
-            f"drop_class_token={config.drop_class_token}, post_norm={config.post_norm}; "
-            "expected None, False, True: those options are for a bridge"
-        )
-
-
-class TwoTowers(nn.Module):
-    """What all pairs of towers share; the heirs give `image_features`, `text_features` and `loss`.
-
-    Args:
-      vision: vit.ViT. text: TextTower.
+    Args: as in `info_nce`. Source: SigLIP, Sec. 3.2 and Algorithm 1.
     """
-
-    def __init__(self, vision, text):
-        super().__init__()
-        self.vision = vision
-        self.text = text
-
-    def embed_images(self, pixels, looks=None):
-        """float[B, 3, H, W] -> float[B, E] of length 1; with looks as in `ContrastiveModel.loss`: one row per look."""
-        features = self.image_features(pixels) if looks is None else self.look_features(pixels, looks)
-        return F.normalize(features, dim=-1)
-
-    def views(self, pixels):
-        """What of a picture a caption may fit: float[B, 3, H, W] -> float[B, V, E] of length 1; here all of it, V = 1."""
-        return self.embed_images(pixels)[:, None]
-
-    def embed_texts(self, ids, lengths):
-        """int[B, T], int[B] -> float[B, E] of length 1."""
-        return F.normalize(self.text_features(ids, lengths), dim=-1)
-
-    def scale(self):
-        """Inverse temperature, float[]."""
-        return self.log_scale.exp()
-
-    def similarity(self, images, texts):
-        """How well pictures and captions match: float[I, E], float[C, E] of length 1 -> logits float[I, C]."""
-        return self.scale() * images @ texts.T
-
-    def parts(self):
-        """{"vision": the ViT's, "text_tower": all other parameters}, by name."""
-        parts = {"vision": {}, "text_tower": {}}
-        for name, parameter in self.named_parameters():
-            parts["vision" if name.startswith("vision.") else "text_tower"][name] = parameter
-        return parts
-
-
-class ContrastiveModel(TwoTowers):
-    """A ViT and a text tower in one space.
-
-    Args:
-      vision: vit.ViT. vision_width: its channels. text: TextTower. text_width: its channels.
-      joint_width: channels of the common space.
-    """
-
-    def __init__(self, vision, vision_width, text, text_width, joint_width):
-        super().__init__(vision, text)
-        self.project_image = nn.Linear(vision_width, joint_width, bias=False)
-        self.project_text = nn.Linear(text_width, joint_width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP, Sec. 2.5
-
-    def pool(self, features):
-        """float[B, T, vision_width] of the ViT -> float[B, E], one feature per picture."""
-        return self.project_image(features).amax(dim=1)
-
-    def image_features(self, pixels):
-        """float[B, 3, H, W] -> float[B, E] of any length."""
-        return self.pool(self.vision(pixels))
-
-    def views(self, pixels):
-        """Every patch, since regions are learned one patch at a time: float[B, 3, H, W] -> float[B, V, E] of length 1."""
-        return F.normalize(self.project_image(self.vision(pixels)), dim=-1)
-
-    def look_features(self, pixels, looks):
-        """float[B, 3, H, W], looks float[R, 3] -> float[R, E]: the patch at the centre of a region, or the whole picture's."""
-        features = self.vision(pixels)
-        side = math.isqrt(features.shape[1])
-        picture, (x, y) = looks[:, 0].long(), (looks[:, 1:] * side).long().clamp(min=0).T
-        patches = self.project_image(features[picture, y * side + x])  # R E
-        return torch.where(looks[:, 1:2] < 0, self.pool(features)[picture], patches)
-
-    def text_features(self, ids, lengths):
-        """int[B, T], int[B] -> float[B, E] of any length."""
-        return self.project_text(self.text(ids, lengths))
-
-    def scale(self):
-        """Inverse temperature, float[]."""
-        return self.log_scale.exp().clamp(max=MAX_SCALE)
-
-    def loss(self, pixels, ids, lengths, right=None, looks=None):
-        """InfoNCE of a batch of pictures, or regions of pictures, and captions.
-
-        Args:
-          pixels: float[B, 3, H, W]. ids: int[C, T], right padded with one id. lengths: int[C].
-          right: bool[R, C], True where a caption is right for a look; None = R pairs, equal captions equally right.
-          looks: float[R, 3], picture and x, y of a region's centre as shares of its sides, -1 for the whole picture; None =
-            every picture as a whole, R = B. Only for a ViT without class token.
-        Returns: float[], nats.
-        """
-        right = same_captions(ids, lengths) if right is None else right
-        return self.match(self.embed_images(pixels, looks), self.embed_texts(ids, lengths), right)
-
-    def match(self, images, texts, right):
-        """The loss from features: float[B, E], float[C, E] of length 1 and bool[B, C] -> float[], nats."""
-        return info_nce(images, texts, self.scale(), right)
-
-
-class CLIP(ContrastiveModel):
-    """OpenAI's pair of towers: as above, but the picture's feature is the class token's, behind the ViT's last norm.
-
-    Raises: ValueError for a ViT whose features are an earlier block's or lack the class token.
-    """
-
-    def __init__(self, vision, vision_width, text, text_width, joint_width):
-        check_whole(vision)
-        if not vision.config.class_token:
-            raise ValueError("CLIP's picture is its class token, but this ViT has none; set class_token=True")
-        super().__init__(vision, vision_width, text, text_width, joint_width)
-
-    views = TwoTowers.views  # of a picture as a whole
-
-    def pool(self, features):
-        """float[B, T, vision_width] of the ViT -> float[B, E], from the class token's."""
-        return self.project_image(features[:, 0])
-
-
-# SigLIP: a pair of towers that judges every picture and caption by themselves, match or no match.
-#
-# A sigmoid per pair replaces the softmax over the batch, so no pair needs to know the others. Its ViT is the tower of
-# many small vision-language models; the text side and the heads here give image-text similarity.
-#
-# SigLIP, arXiv:2303.15343, Sec. 3; architecture of big_vision's released models. Differs from CLIP (contrastive.py):
-# - a bias beside the temperature: nearly all pairs of a batch are wrong, and it starts the model at saying so;
-# - the picture's feature is asked for by a learned probe, which weighs the patches; the ViT has no class token;
-# - the text tower reads in both directions and always its full context, padding too: the last position is the feature;
-# - the common space has the ViT's width: only captions are projected, with a bias.
-# As in contrastive.py, several equal captions in a batch are all right answers.
-#
-# B pairs, T tokens, H heads, D head width, W width, E width of the joint space
-
-
-class BidirectionalTextTower(TextTower):
-    """SigLIP's text side: every token sees every token, padding included, and the last position is the feature.
-
-    Args:
-      pad_id: fills a caption up to the context length, as in training; 1 in SigLIP.
-      others: see TextTower.
-    """
-
-    def __init__(
-        self, vocab_size, width, num_layers, num_heads, mlp_width, context_length, pad_id,
-        activation="gelu_tanh", norm_eps=1e-6,
-    ):  # fmt: skip
-        super().__init__(
-            vocab_size, width, num_layers, num_heads, mlp_width, context_length, activation, norm_eps, norm_eps
-        )
-        self.pad_id = pad_id
-
-    def forward(self, ids, lengths):
-        """Features of captions: the arguments, result and errors of TextTower's; what pads the ids has no effect."""
-        self.check_length(ids.shape[1])
-        index = torch.arange(ids.shape[1], device=ids.device)
-        ids = torch.where(index < lengths[:, None], ids, self.pad_id)
-        ids = F.pad(ids, (0, self.context_length - ids.shape[1]), value=self.pad_id)  # B context_length
-        x = self.encode(ids, full(self.context_length, self.context_length, ids.device))
-        return self.norm(x[:, -1])
-
-
-def sigmoid_loss(logits, same):
-    """Every pair of a batch is judged by itself: match or not.
-
-    Args:
-      logits: float[B, B], `SigLIP.similarity` of pictures and captions. same: bool[B, B], as in `info_nce`.
-    Returns: float[], summed over captions and averaged over pictures, nats.
-    Source: SigLIP, arXiv:2303.15343, Sec. 3.2 and Algorithm 1.
-    """
-    return -F.logsigmoid(torch.where(same, logits, -logits)).sum(dim=1).mean()
+    return -F.logsigmoid(torch.where(right, logits, -logits)).sum(dim=1).mean()
 
 
 class AttentionPool(nn.Module):
-    """SigLIP's image head: a learned probe asks all patches, a feed-forward with a residual follows.
-
-    Args:
-      width, num_heads, mlp_width, activation, norm_eps: as the ViT's.
-    """
+    """SigLIP's image head: a learned probe asks all patches, a feed-forward with a residual follows."""
 
     def __init__(self, width, num_heads, mlp_width, activation, norm_eps):
         super().__init__()
@@ -326,23 +136,122 @@ class AttentionPool(nn.Module):
 
     def forward(self, features):
         """float[B, T, W] of the ViT -> float[B, W]."""
-        probe = self.probe.expand(len(features), 1, -1)
-        q, k, v = (
-            linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B H 1|T D
-            for linear, x in ((self.q, probe), (self.k, features), (self.v, features))
-        )
-        seen = attention(q, k, v, full(1, k.shape[2], q.device), self.backend)
-        x = self.o(seen.transpose(1, 2).flatten(-2))[:, 0]  # no residual here: the probe itself is no picture
+        q, k, v = self.q(self.probe.expand(len(features), 1, -1)), self.k(features), self.v(features)
+        x = self.o(multi_head(q, k, v, self.num_heads, self.backend))[:, 0]  # no residual: the probe itself is no picture
         return x + self.fc_2(self.activation(self.fc_1(self.norm(x))))
 
 
-class SigLIP(TwoTowers):
-    """Google's pair of towers; the common space has the ViT's width.
+class TwoTowers(nn.Module):
+    """What all pairs share: a ViT and a text tower; the heirs give `pool`, `project_text`, `log_scale` and `match`."""
 
-    Args:
-      vision: vit.ViT with post_norm. text: BidirectionalTextTower. text_width: its channels.
-    Source: SigLIP, arXiv:2303.15343, Sec. 3.
-    """
+    def __init__(self, vision, text):
+        super().__init__()
+        self.vision = vision
+        self.text = text
+
+    def embed_images(self, pixels, looks=None):
+        """float[B, 3, H, W] -> float[B, E] of length 1; with looks as in `loss`: one row per look."""
+        features = self.vision(pixels)
+        return F.normalize(self.pool(features) if looks is None else self.look(features, looks), dim=-1)
+
+    def views(self, pixels):
+        """What of a picture a caption may fit: float[B, 3, H, W] -> float[B, V, E] of length 1; here all of it, V = 1."""
+        return self.embed_images(pixels)[:, None]
+
+    def embed_texts(self, ids, lengths):
+        """Captions int[C, T], right padded with one id, and their tokens int[C] -> float[C, E] of length 1."""
+        return F.normalize(self.project_text(self.text(ids, lengths)), dim=-1)
+
+    def scale(self):
+        """Inverse temperature, float[]."""
+        return self.log_scale.exp()
+
+    def similarity(self, images, texts):
+        """How well pictures and captions match: float[B, E], float[C, E] of length 1 -> logits float[B, C]."""
+        return self.scale() * images @ texts.T
+
+    def loss(self, pixels, ids, lengths, right=None, looks=None):
+        """Loss of a batch of pictures, or regions of pictures, and captions: float[], nats.
+
+        Args:
+          pixels: float[B, 3, H, W]. ids: int[C, T], right padded with one id. lengths: int[C].
+          right: bool[R, C], True where a caption is right for a look; None = R pairs, equal captions equally right.
+          looks: float[R, 3], picture and x, y of a region's centre as shares of its sides, -1 for the whole picture;
+            None = every picture as a whole, R = B. Only for a ContrastiveModel whose ViT has no class token.
+        """
+        if right is None:
+            right = (ids[:, None] == ids[None]).all(-1) & (lengths[:, None] == lengths[None])
+        return self.match(self.embed_images(pixels, looks), self.embed_texts(ids, lengths), right)
+
+    def parts(self):
+        """{"vision": the ViT's, "text_tower": all other parameters}, by name."""
+        parts = {"vision": {}, "text_tower": {}}
+        for name, parameter in self.named_parameters():
+            parts["vision" if name.startswith("vision.") else "text_tower"][name] = parameter
+        return parts
+
+
+class ContrastiveModel(TwoTowers):
+    """A ViT and a text tower, of the widths given, in one space of `joint_width` channels."""
+
+    def __init__(self, vision, vision_width, text, text_width, joint_width):
+        super().__init__(vision, text)
+        self.project_image = nn.Linear(vision_width, joint_width, bias=False)
+        self.project_text = nn.Linear(text_width, joint_width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP, Sec. 2.5
+
+    def pool(self, features):
+        """float[B, T, vision_width] of the ViT -> float[B, E], one feature per picture."""
+        return self.project_image(features).amax(dim=1)
+
+    def views(self, pixels):
+        """Every patch, since regions are learned one patch at a time: float[B, 3, H, W] -> float[B, V, E] of length 1."""
+        return F.normalize(self.project_image(self.vision(pixels)), dim=-1)
+
+    def look(self, features, looks):
+        """float[B, T, vision_width], looks float[R, 3] -> float[R, E]: the patch at a region's centre, or the picture's."""
+        side = math.isqrt(features.shape[1])
+        picture, (x, y) = looks[:, 0].long(), (looks[:, 1:] * side).long().clamp(min=0).T
+        patches = self.project_image(features[picture, y * side + x])  # R E
+        return torch.where(looks[:, 1:2] < 0, self.pool(features)[picture], patches)
+
+    def scale(self):
+        """Inverse temperature, float[]."""
+        return self.log_scale.exp().clamp(max=MAX_SCALE)
+
+    def match(self, images, texts, right):
+        """The loss from features: float[B, E], float[C, E] of length 1 and bool[B, C] -> float[], nats."""
+        return info_nce(self.similarity(images, texts), right)
+
+
+def check_whole(vision):
+    """Raise ValueError unless a ViT's features are those behind all its blocks and its norm, no token dropped."""
+    config = vision.config
+    if config.feature_layer is not None or config.drop_class_token or not config.post_norm:
+        raise ValueError(
+            f"the towers meet behind the ViT's last norm, but this one has feature_layer={config.feature_layer}, "
+            f"drop_class_token={config.drop_class_token}, post_norm={config.post_norm}; expected None, False, True"
+        )
+
+
+class CLIP(ContrastiveModel):
+    """OpenAI's pair of towers: as above, but the picture's feature is the class token's, behind the ViT's last norm."""
+
+    def __init__(self, vision, vision_width, text, text_width, joint_width):
+        check_whole(vision)
+        if not vision.config.class_token:
+            raise ValueError("CLIP's picture is its class token, but this ViT has none; set class_token=True")
+        super().__init__(vision, vision_width, text, text_width, joint_width)
+
+    views = TwoTowers.views  # of a picture as a whole
+
+    def pool(self, features):
+        """float[B, T, vision_width] of the ViT -> float[B, E], from the class token's."""
+        return self.project_image(features[:, 0])
+
+
+class SigLIP(TwoTowers):
+    """Google's pair of towers, with a BidirectionalTextTower; the common space has the ViT's width."""
 
     def __init__(self, vision, text, text_width):
         super().__init__(vision, text)
@@ -353,22 +262,9 @@ class SigLIP(TwoTowers):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP, Sec. 3.2: or the many wrong pairs dominate the start
 
-    def image_features(self, pixels):
-        """float[B, 3, H, W] -> float[B, E] of any length."""
-        return self.pool(self.vision(pixels))
-
-    def text_features(self, ids, lengths):
-        """int[B, T], int[B] -> float[B, E] of any length."""
-        return self.project_text(self.text(ids, lengths))
-
     def similarity(self, images, texts):
         """As CLIP's, plus the bias; its sigmoid is the probability of a match."""
         return super().similarity(images, texts) + self.bias
-
-    def loss(self, pixels, ids, lengths, right=None):
-        """Sigmoid loss of a batch of pictures and captions; arguments and result as ContrastiveModel's."""
-        right = same_captions(ids, lengths) if right is None else right
-        return self.match(self.embed_images(pixels), self.embed_texts(ids, lengths), right)
 
     def match(self, images, texts, right):
         """The loss from features, as ContrastiveModel's."""

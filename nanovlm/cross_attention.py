@@ -49,13 +49,9 @@ class Media:
 
 
 def latest_picture(is_media, segments, num_image_tokens):
-    """Every token sees the latest picture of its own document, and none before the first.
+    """Every token sees the latest picture of its own document, and none before the first: Visible over the row's pictures.
 
-    Args:
-      is_media: bool[B, T], where a media token stands; it sees its own picture.
-      segments: int[B, T] as in `attention.causal`.
-      num_image_tokens: L.
-    Returns: Visible over the row's pictures behind one another.
+    Args: is_media: bool[B, T], where a media token stands; it sees its own picture. segments: as in `attention.causal`.
     """
     shown = is_media.cumsum(dim=1)  # B T, pictures so far: Flamingo's "text time"
     document = causal(segments).first  # B T, where the token's document begins
@@ -65,13 +61,12 @@ def latest_picture(is_media, segments, num_image_tokens):
 
 
 def gather_media(image_tokens, shown, is_media, segments):
-    """Put the pictures of each row behind one another.
+    """Put the pictures of each row behind one another: Media, or None where nothing is shown.
 
     Args:
       image_tokens: list of M float[L, media_width], of equal length.
       shown: list of int, which of them stands at each media token, in row-major order.
       is_media: bool[B, T]. segments: int[B, T].
-    Returns: Media, or None where nothing is shown.
     Raises: ValueError for pictures of unequal length.
     """
     if not shown:
@@ -88,12 +83,7 @@ def gather_media(image_tokens, shown, is_media, segments):
 
 
 class GatedCrossAttention(nn.Module):
-    """Cross-attention and feed-forward, each let in through a gate.
-
-    Args:
-      width, media_width: channels of the words and of the image tokens.
-      num_heads, head_width: of the cross-attention.
-    """
+    """Cross-attention of words of `width` channels to media of `media_width`, and feed-forward, each behind a gate."""
 
     def __init__(self, width, media_width, num_heads=8, head_width=64):
         super().__init__()
@@ -111,32 +101,26 @@ class GatedCrossAttention(nn.Module):
         self.ffn_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, media, backend="sdpa", out=None, index=None):
-        """Let the words look.
+        """Let the words look: float[B, T, W] -> the same shape.
 
         Args:
-          x: float[B, T, W]. media: Media; None = no picture, and only the feed-forward works.
-          backend: of attention.BACKENDS.
+          media: Media; None = no picture, and only the feed-forward works.
           out: dict; when given, out["cross_attention"] gets one more float[B, H, T, I * L].
           index: number of the decoder layer, to find what the media keep for it.
-        Returns: float[B, T, W].
         """
         if media is not None:
+            q = self.heads(self.q(self.norm(x)))  # B H T D
             k, v = media.kept[index] if media.kept else self.keys_and_values(media.tokens)
-            x = x + self.attention_gate.tanh() * self.look(self.norm(x), k, v, media.visible, backend, out)
+            if out is not None:
+                out.setdefault("cross_attention", []).append(attention_weights(q, k, media.visible))
+            seen = attention(q, k, v, media.visible, backend)  # zeros for a token that no picture precedes
+            x = x + self.attention_gate.tanh() * self.o(seen.transpose(1, 2).flatten(-2))
         return x + self.ffn_gate.tanh() * self.ffn(x)
-
-    def heads(self, x):
-        """float[B, S, H * D] -> float[B, H, S, D]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def keys_and_values(self, tokens):
         """Image tokens float[B, I * L, media_width] -> two float[B, H, I * L, D]."""
         return self.heads(self.k(tokens)), self.heads(self.v(tokens))
 
-    def look(self, x, k, v, visible, backend, out):
-        """The attention itself; zeros for a token that no picture precedes."""
-        q = self.heads(self.q(x))  # B H T D
-        if out is not None:
-            out.setdefault("cross_attention", []).append(attention_weights(q, k, visible))
-        seen = attention(q, k, v, visible, backend)
-        return self.o(seen.transpose(1, 2).flatten(-2))
+    def heads(self, x):
+        """float[B, S, H * D] -> float[B, H, S, D]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -57,8 +57,7 @@ class PixelShuffleProjector(nn.Module):
     them. Idefics3, arXiv:2408.12637, Sec. 2.2, and SmolVLM use it without the hidden layer.
 
     Args:
-      vision_width, output_width: channels of the ViT (without a class token) and of the language model.
-      merge: side of the square, patches.
+      merge: side of the square, patches; the ViT has no class token.
       positions: tell every image token where it stands, by sines and cosines with a learned strength per channel. A small
         tower trained on captions forgets places; the same place has the same code at every resolution.
     """
