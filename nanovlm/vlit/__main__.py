@@ -4,7 +4,7 @@
     python -m nanovlm.vlit construct --annotations captions.json instances.json --images val2014 --out out/vlit
     python -m nanovlm.vlit lint FILE                        what breaks the rules that can be checked without a model
     python -m nanovlm.vlit quality FILE                     the eight indicators of the VLIT review
-    python -m nanovlm.vlit filter FILE --out FOLDER         the samples that are good to train on, and why not the others
+    python -m nanovlm.vlit filter FILE --out FOLDER         the samples that are good to train on, and why not the rest
     python -m nanovlm.vlit compare A B C                    several data sets side by side, at equal size
 
 VLIT is short for vision-language instruction tuning. Every command explains its flags with --help.
@@ -53,14 +53,15 @@ class Parser(argparse.ArgumentParser):
 def main(arguments):
     """Run the command line: exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("\n".join([__doc__, *(f"{name:<12}{command.about.splitlines()[0]}" for name, command in COMMANDS.items())]))
+        print(__doc__, *(f"{name:<12}{command.about.splitlines()[0]}" for name, command in COMMANDS.items()), sep="\n")
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
         print(f"python -m nanovlm.vlit: unknown command {name!r}.{nearest(name, COMMANDS)}", file=sys.stderr)
         return BAD_INPUT
     command, program = COMMANDS[name], f"python -m nanovlm.vlit {name}"
-    parser = Parser(program, description=command.about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = Parser(program, description=command.about, allow_abbrev=False, formatter_class=as_written)
     command.add_flags(parser)
     args = parser.parse(rest)
     try:

@@ -1,22 +1,22 @@
 """Annotation adaption: an annotation as it is becomes the response, an instruction from a pool asks for it.
 
-The pools (in prompts.json) are the seeds of Lynx (arXiv:2307.02469, Table 13; at least three for each task), and ours where
-it has fewer. A language model may lengthen them through Lynx's meta prompt (Sec. 2.3). Short answers get "Give a short
-answer.", or are written out as a sentence by a language model (the review, Sec. 3.2.1, against overfitting to single words).
+The pools (in prompts.json) are the seeds of Lynx (arXiv:2307.02469, Table 13; at least three for each task), and ours
+where it has fewer. A language model may lengthen them through Lynx's meta prompt (Sec. 2.3). Short answers get "Give a
+short answer.", or are written out as a sentence by a language model (the review, Sec. 3.2.1, against overfitting to
+single words).
 """
 
 import random
 import re
 
 from nanovlm.vlit.descriptions import SEVERAL, counts, named_region, question
-from nanovlm.vlit.replies import Chat, digest
+from nanovlm.vlit.replies import PROMPTS, digest, prompt
 from nanovlm.vlit.samples import IMAGE, Sample
 from nanovlm.vlit.template import Rounds
-from nanovlm.vlit.words import load_table, plural
+from nanovlm.vlit.words import plural
 
-_prompts = load_table("prompts.json")["adaption"]
-POOLS = _prompts["pools"]  # kind -> instructions; [QUESTION] and [OBJECT] stand for what the annotation brings
-TASKS = _prompts["tasks"]  # kind -> name in the review's Table 5
+POOLS = PROMPTS["adaption"]["pools"]  # kind -> instructions; [QUESTION], [OBJECT]: of the annotation
+TASKS = PROMPTS["adaption"]["tasks"]  # kind -> name in the review's Table 5
 SHORT_KINDS = ("count", "vqa", "region")
 ITEM = re.compile(r"\d+\s*[).:]\s*(.+?)\s*(?=;?\s*\b\d+\s*[).:]\s|;?\s*$|;?\s*\n)")
 SLOT = re.compile(r"\[(?:QUESTION|OBJECT)\]")
@@ -25,7 +25,7 @@ SLOT = re.compile(r"\[(?:QUESTION|OBJECT)\]")
 def meta_chat(kind):
     """What asks for more instructions of a kind: replies.Chat."""
     seeds = " ".join(f"{place}) {words};" for place, words in enumerate(POOLS[kind], start=1))
-    return Chat((("user", _prompts["meta"].format(seeds=seeds)),))
+    return prompt("more instructions", seeds=seeds)
 
 
 def more_instructions(kind, reply):
@@ -34,11 +34,6 @@ def more_instructions(kind, reply):
     known = {words.lower() for words in POOLS[kind]}
     found = dict.fromkeys(words.strip().strip('"') for words in ITEM.findall(reply))
     return [words for words in found if words and words.lower() not in known and tuple(SLOT.findall(words)) in slots]
-
-
-def write_out_chat(asked, answer):
-    """What asks for a short answer as a sentence: replies.Chat."""
-    return Chat((("user", "\n".join(_prompts["write out"]).format(question=asked, answer=answer)),))
 
 
 def responses(picture):
@@ -77,7 +72,8 @@ def adapt(kind, slot, response, annotation_ids, id, image, pools, seed, sentence
     """
     instruction = SLOT.sub(lambda _: slot, random.Random(digest([seed, id])).choice(pools[kind]))
     if kind in SHORT_KINDS and sentence is None:
-        instruction = f"{instruction} {_prompts['short']}"
+        instruction = f"{instruction} {PROMPTS['adaption']['short']}"
     turns = ("user", f"{IMAGE}\n{instruction}"), ("assistant", sentence or response)
-    origin = {"generator": "annotations", "plan": kind, "prompt_sha": digest(instruction), "seed": seed, "annotation_ids": annotation_ids}
+    origin = {"generator": "annotations", "plan": kind, "prompt_sha": digest(instruction), "seed": seed,
+              "annotation_ids": annotation_ids}  # fmt: skip
     return Sample(id, (image,), turns, TASKS[kind], "AA", "region" if kind == "region" else "global", origin)

@@ -1,7 +1,7 @@
 """What people have noted about pictures, in one form whatever file it came from.
 
-The kinds are those of the VLIT review (Sec. 4.2.1): caption, object, attribute, OCR and visual question answering; a region
-is an object or a text that is marked. The files are COCO 2014's and what was added to it:
+The kinds are those of the VLIT review (Sec. 4.2.1): caption, object, attribute, OCR and visual question answering; a
+region is an object or a text that is marked. The files are COCO 2014's and what was added to it:
 
     captions_*.json, instances_*.json                      COCO
     *_questions.json, *_annotations.json                   VQA, both files
@@ -26,7 +26,8 @@ EITHER = re.compile(r"^[\w' -]+\bor\b[\w' -]+$", re.IGNORECASE)  # "yes or no" a
 TO_JSON = (
     """python -c "import joblib, json; d = joblib.load('FILE.jbl'); json.dump({'attributes': d['attributes'], """
     """'patch_id_to_ann_id': {int(k): int(v) for k, v in d['patch_id_to_ann_id'].items()}, """
-    """'ann_vecs': {int(k): list(map(float, v)) for k, v in d['ann_vecs'].items()}}, open('cocottributes.json', 'w'))\""""
+    """'ann_vecs': {int(k): list(map(float, v)) for k, v in d['ann_vecs'].items()}}, """
+    """open('cocottributes.json', 'w'))\""""
 )
 
 
@@ -68,8 +69,9 @@ class Collection:
     """What came out of the files.
 
     pictures: dict id -> Picture. problems: one line for every record that could not be read. skipped: Counter of what
-    was read and left out, by reason. objects: dict COCO's id of an instance -> (Picture, Annotation). questions: dict
-    id -> (picture's id, question), until it is answered.
+    was read and left out, by reason. The rest is what files refer to: objects: COCO's id of an instance -> (Picture,
+    Annotation); questions: id -> (picture's id, question), until it is answered; names: of the current file's
+    categories or attributes; patches: of COCO Attributes -> id of an instance.
     """
 
     pictures: dict = field(default_factory=dict)
@@ -77,6 +79,8 @@ class Collection:
     skipped: Counter = field(default_factory=Counter)
     objects: dict = field(default_factory=dict)
     questions: dict = field(default_factory=dict)
+    names: dict = field(default_factory=dict)
+    patches: dict = field(default_factory=dict)
 
     def picture(self, id, file_name="", width=0, height=0):
         """The picture of an id, made if there is none yet; what is known about it is added up."""
@@ -86,13 +90,13 @@ class Collection:
         return one
 
     def each(self, path, key, add):
-        """Call `add(record, key of the record, where)` for the records of a file; what it raises becomes a problem."""
+        """Call `add(self, record, its key, where)` for the records of a file; what it raises becomes a problem."""
         try:
             for element in records(path) if key is None else elements(path, key):
                 try:
                     if isinstance(element.value, ValueError):
                         raise element.value
-                    add(element.value, element.key, element.where)
+                    add(self, element.value, element.key, element.where)
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
                     words = str(error)
                     self.problems.append(words if words.startswith(str(path)) else f"{element.where}: {words}")
@@ -109,9 +113,11 @@ def read(paths):
     Raises: FileNotFoundError; ValueError for a file of none of the known forms.
     """
     kinds, found = {Path(path): kind_of(Path(path)) for path in paths}, Collection()
-    for kind, (_, _, reader) in READERS.items():
+    for kind, (_, sections) in READERS.items():
         for path in (path for path, its in kinds.items() if its == kind):
-            reader(found, path)
+            found.names = {}
+            for key, add in sections.items():
+                found.each(path, key, add)
     if found.questions:
         found.skipped["questions without an answer"] += len(found.questions)
     return found
@@ -123,17 +129,16 @@ def kind_of(path):
         raise FileNotFoundError(f"{path}: no such annotation file")
     if path.suffix in (".jbl", ".pkl", ".joblib"):
         raise ValueError(f"{path}: a pickle can run any program and is not opened; make JSON of it once:\n  {TO_JSON}")
-    for key in dict.fromkeys(key for key, _, _ in READERS.values()):
+    for kind, (needed, sections) in READERS.items():
+        *_, key = sections
         try:
             first = next(iter(records(path) if key is None else elements(path, key)), None)
         except ValueError:
             continue
-        found = first.value.keys() if first is not None and isinstance(first.value, dict) else set()
-        for kind, (its_key, needed, _) in READERS.items():
-            if its_key == key and first is not None and needed <= found:
-                return kind
-    forms = "; ".join(f"{kind}: {key or 'lines'} with {', '.join(needed) or 'vectors'}" for kind, (key, needed, _) in READERS.items())
-    raise ValueError(f"{path} is none of the known annotation files ({forms})")
+        if first is not None and needed <= (first.value.keys() if isinstance(first.value, dict) else set()):
+            return kind
+    forms = "; ".join(f"{kind}: {', '.join(needed) or 'vectors'}" for kind, (needed, _) in READERS.items())
+    raise ValueError(f"{path} is none of the known annotation files, whose records have {forms}")
 
 
 def share_box(box, picture):
@@ -165,136 +170,103 @@ def _ids(one, where, *names):
     return [convert.field(one, name, (int, str), where) for name in names]
 
 
-def _read_images(found, path):
-    """The pictures that a COCO file lists."""
-
-    def add(one, _, where):
-        size = (convert.field(one, side, int, where) if side in one else 0 for side in ("width", "height"))
-        found.picture(*_ids(one, where, "id"), convert.text_field(one, "file_name", where), *size)
-
-    found.each(path, "images", add)
+# Readers: function (Collection, record, its key, where)
 
 
-def read_captions(found, path):
-    """captions_*.json."""
-    _read_images(found, path)
-
-    def add(one, _, where):
-        id, image = _ids(one, where, "id", "image_id")
-        note = Annotation(f"caption/{id}", "caption", convert.text_field(one, "caption", where))
-        found.picture(image).annotations.append(note)
-
-    found.each(path, "annotations", add)
+def add_image(found, one, key, where):
+    size = (convert.field(one, side, int, where) if side in one else 0 for side in ("width", "height"))
+    found.picture(*_ids(one, where, "id"), convert.text_field(one, "file_name", where), *size)
 
 
-def read_instances(found, path):
-    """instances_*.json."""
-    _read_images(found, path)
-    names = convert.categories(path)
-
-    def add(one, _, where):
-        id, image = _ids(one, where, "id", "image_id")
-        category, picture = convert.field(one, "category_id", int, where), found.picture(image)
-        if category not in names:
-            raise ValueError(f"category_id {category} is none of the file's {len(names)} categories")
-        box = share_box(convert.field(one, "bbox", list, where), picture)
-        note = Annotation(f"object/{id}", "object", names[category], box=box, is_crowd=bool(one.get("iscrowd", 0)))
-        picture.annotations.append(note)
-        found.objects[str(id)] = picture, note
-
-    found.each(path, "annotations", add)
+def add_caption(found, one, key, where):
+    id, image = _ids(one, where, "id", "image_id")
+    note = Annotation(f"caption/{id}", "caption", convert.text_field(one, "caption", where))
+    found.picture(image).annotations.append(note)
 
 
-def read_attributes(found, path):
-    """cocottributes*.json.
-
-    attributes: list of {id, name}. ann_vecs: {patch: one share of workers for each attribute, in order of their ids}.
-    patch_id_to_ann_id: {patch: id in instances_*.json}.
-    """
-    named, patches = {}, {}
-    found.each(path, "attributes", lambda one, key, where: named.update({one["id"]: one["name"]}))
-    found.each(path, "patch_id_to_ann_id", lambda one, key, where: patches.update({key: str(one)}))
-    names = [named[id] for id in sorted(named)]
-
-    def add(votes, patch, where):
-        if not isinstance(votes, list) or len(votes) != len(names):
-            raise ValueError(f"{len(names)} shares of votes were expected, found {votes!r:.60}")
-        if patches.get(patch) not in found.objects:
-            found.skipped["attributes of objects in none of the files"] += 1
-            return
-        picture, owner = found.objects[patches[patch]]
-        picture.annotations += [Annotation(f"attribute/{patch}/{name}", "attribute", name, box=owner.box, of=owner.id)
-                                for name, share in zip(names, votes) if share > VOTES]  # fmt: skip
-
-    found.each(path, "ann_vecs", add)
+def add_name(found, one, key, where):
+    """A category of COCO's, or an attribute of COCO Attributes."""
+    found.names[convert.field(one, "id", int, where)] = convert.text_field(one, "name", where)
 
 
-def read_texts(found, path):
-    """cocotext*.json; what is not legible is skipped."""
-
-    def add_image(one, key, where):
-        found.picture(one.get("id", key), one.get("file_name", ""), one.get("width", 0), one.get("height", 0))
-
-    def add(one, key, where):
-        characters = one.get("utf8_string", "").strip()
-        if one.get("legibility", "legible") != "legible" or not characters:
-            found.skipped["illegible texts"] += 1
-            return
-        picture = found.picture(*_ids(one, where, "image_id"))
-        box = share_box(convert.field(one, "bbox", list, where), picture)
-        picture.annotations.append(Annotation(f"ocr/{one.get('id', key)}", "ocr", characters, box=box))
-
-    found.each(path, "imgs", add_image)
-    found.each(path, "anns", add)
+def add_instance(found, one, key, where):
+    id, image = _ids(one, where, "id", "image_id")
+    category, picture = convert.field(one, "category_id", int, where), found.picture(image)
+    if category not in found.names:
+        raise ValueError(f"category_id {category} is none of the file's {len(found.names)} categories")
+    box, is_crowd = share_box(convert.field(one, "bbox", list, where), picture), bool(one.get("iscrowd", 0))
+    note = Annotation(f"object/{id}", "object", found.names[category], box=box, is_crowd=is_crowd)
+    picture.annotations.append(note)
+    found.objects[str(id)] = picture, note
 
 
-def read_questions(found, path):
-    """VQA's questions, and those of TextVQA, VizWiz and OK-VQA in the same form."""
-
-    def add(one, _, where):
-        id, image = _ids(one, where, "question_id", "image_id")
-        found.questions[str(id)] = image, convert.text_field(one, "question", where)
-
-    found.each(path, "questions", add)
+def add_patch(found, id, key, where):
+    found.patches[key] = str(id)
 
 
-def read_answers(found, path):
-    """VQA's answers: the one agreed on, or the commonest of the annotators'."""
+def add_votes(found, votes, key, where):
+    """votes: the share of workers who see each attribute, in order of their ids."""
+    names = [found.names[id] for id in sorted(found.names)]
+    if not isinstance(votes, list) or len(votes) != len(names):
+        raise ValueError(f"{len(names)} shares of votes were expected, found {votes!r:.60}")
+    if found.patches.get(key) not in found.objects:
+        found.skipped["attributes of objects in none of the files"] += 1
+        return
+    picture, owner = found.objects[found.patches[key]]
+    picture.annotations += [Annotation(f"attribute/{key}/{name}", "attribute", name, box=owner.box, of=owner.id)
+                            for name, share in zip(names, votes) if share > VOTES]  # fmt: skip
 
-    def add(one, _, where):
-        (id,) = map(str, _ids(one, where, "question_id"))
-        answers = Counter(answer if isinstance(answer, str) else answer["answer"] for answer in one.get("answers", ()))
-        answer = one.get("multiple_choice_answer") or next((answer for answer, _ in answers.most_common(1)), "")
-        if id not in found.questions:
-            raise ValueError(f"question_id {id} is a question in none of the files")
-        image, question = found.questions.pop(id)
-        if EITHER.match(answer) or not answer.strip():
-            found.skipped["answers that leave it open"] += 1
-            return
+
+def add_text_image(found, one, key, where):
+    found.picture(one.get("id", key), one.get("file_name", ""), one.get("width", 0), one.get("height", 0))
+
+
+def add_text(found, one, key, where):
+    characters = one.get("utf8_string", "").strip()
+    if one.get("legibility", "legible") != "legible" or not characters:
+        found.skipped["illegible texts"] += 1
+        return
+    picture = found.picture(*_ids(one, where, "image_id"))
+    box = share_box(convert.field(one, "bbox", list, where), picture)
+    picture.annotations.append(Annotation(f"ocr/{one.get('id', key)}", "ocr", characters, box=box))
+
+
+def add_question(found, one, key, where):
+    id, image = _ids(one, where, "question_id", "image_id")
+    found.questions[str(id)] = image, convert.text_field(one, "question", where)
+
+
+def add_answer(found, one, key, where):
+    """The answer agreed on, or the commonest of the annotators'."""
+    (id,) = map(str, _ids(one, where, "question_id"))
+    answers = Counter(answer if isinstance(answer, str) else answer["answer"] for answer in one.get("answers", ()))
+    answer = one.get("multiple_choice_answer") or next((answer for answer, _ in answers.most_common(1)), "")
+    if id not in found.questions:
+        raise ValueError(f"question_id {id} is a question in none of the files")
+    image, question = found.questions.pop(id)
+    if EITHER.match(answer) or not answer.strip():
+        found.skipped["answers that leave it open"] += 1
+    else:
         found.picture(image).annotations.append(Annotation(f"vqa/{id}", "vqa", answer.strip(), question))
 
-    found.each(path, "annotations", add)
+
+def add_described(found, one, key, where):
+    """{id, image, captions, instances: [{category, bbox in shares}]}."""
+    captions = [convert.text_field({"caption": words}, "caption", where) for words in one["captions"]]
+    objects = [(convert.text_field(thing, "category", where), _checked_box(thing["bbox"])) for thing in one["instances"]]
+    picture = found.picture(one["id"], convert.text_field(one, "image", where))
+    notes = [Annotation(f"caption/{one['id']}/{n}", "caption", words) for n, words in enumerate(captions)]
+    notes += [Annotation(f"object/{one['id']}/{n}", "object", name, box=box) for n, (name, box) in enumerate(objects)]
+    picture.annotations += notes
 
 
-def read_described(found, path):
-    """LLaVA's lines {id, image, captions, instances: [{category, bbox in shares}]}."""
-
-    def add(one, _, where):
-        notes = [Annotation(f"caption/{one['id']}/{n}", "caption", convert.text_field({"caption": words}, "caption", where))
-                 for n, words in enumerate(one["captions"])]  # fmt: skip
-        notes += [Annotation(f"object/{one['id']}/{n}", "object", convert.text_field(thing, "category", where),
-                             box=_checked_box(thing["bbox"])) for n, thing in enumerate(one["instances"])]  # fmt: skip
-        found.picture(one["id"], convert.text_field(one, "image", where)).annotations.extend(notes)
-
-    found.each(path, None, add)
-
-
-READERS = {  # form -> (key that holds its records, what the first of them has, reader), in the order of reading
-    "captions": ("annotations", {"image_id", "caption"}, read_captions),
-    "instances": ("annotations", {"image_id", "category_id"}, read_instances),
-    "attributes": ("ann_vecs", set(), read_attributes),
-    "COCO-Text": ("anns", {"image_id", "bbox"}, read_texts),
-    "questions": ("questions", {"question_id", "question"}, read_questions),
-    "answers": ("annotations", {"question_id"}, read_answers),
-    "captions and boxes": (None, {"captions", "instances"}, read_described),
+READERS = {  # form -> (what the first of its records has, {key of a section: reader}, the records last), in this order
+    "captions": ({"image_id", "caption"}, {"images": add_image, "annotations": add_caption}),
+    "instances": ({"image_id", "category_id"},
+                  {"images": add_image, "categories": add_name, "annotations": add_instance}),
+    "attributes": (set(), {"attributes": add_name, "patch_id_to_ann_id": add_patch, "ann_vecs": add_votes}),
+    "COCO-Text": ({"image_id", "bbox"}, {"imgs": add_text_image, "anns": add_text}),
+    "questions": ({"question_id", "question"}, {"questions": add_question}),
+    "answers": ({"question_id"}, {"annotations": add_answer}),
+    "captions and boxes": ({"captions", "instances"}, {None: add_described}),
 }

@@ -1,7 +1,7 @@
-"""How many kinds of text there are: texts as vectors, DBSCAN over the vectors, Ego-Splitting over words, the Vendi score.
+"""How many kinds of text there are: texts as vectors, DBSCAN over them, Ego-Splitting over words, the Vendi score.
 
-  TF-IDF          of hashed words and pairs of words, made short by a random projection (Johnson & Lindenstrauss). Two texts
-                  are close if they share rare words; paraphrases are not found, simcse.py trains an encoder for that
+  TF-IDF          of hashed words and pairs of words, made short by a random projection (Johnson & Lindenstrauss). Two
+                  texts are close if they share rare words; paraphrases are not found, simcse.py does that
   DBSCAN          Ester et al., KDD 1996; as reviewed by Schubert et al., TODS 42 (2017)
   Ego-Splitting   Epasto et al., KDD 2017, with components at both levels, as the VLIT review says
   Vendi score     Friedman & Dieng, arXiv:2210.02410: how many different things, without a threshold
@@ -43,16 +43,16 @@ def grams(text):
 
 
 def tfidf_vectors(texts):
-    """Vectors of a sample of texts; how rare a gram is, the sample itself says: list of N str -> float32[N, WIDTH] of length 1."""
+    """Texts as float32[N, WIDTH] of length 1; how rare a gram is, the texts themselves say."""
     text, projection = sklearn_module("feature_extraction.text"), sklearn_module("random_projection")
-    hashing = text.HashingVectorizer(analyzer=grams, n_features=BUCKETS, alternate_sign=False, norm=None, dtype=numpy.float32)
+    hashing = text.HashingVectorizer(analyzer=grams, n_features=BUCKETS, alternate_sign=False, norm=None)
     weighted = text.TfidfTransformer().fit_transform(hashing.transform(texts))
     vectors = projection.GaussianRandomProjection(WIDTH, random_state=0).fit_transform(weighted)
     return (vectors / numpy.linalg.norm(vectors, axis=1, keepdims=True)).astype(numpy.float32)
 
 
 def distinct_2(texts):
-    """Different pairs of neighbouring words among all pairs: float, 0 if there is no pair (Li et al., arXiv:1510.03055)."""
+    """Share of different pairs of neighbouring words among all pairs (Li et al., arXiv:1510.03055); 0 without any."""
     pairs = [pair for text in texts for pair in pairs_of(tokens(text))]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
@@ -61,10 +61,11 @@ def dbscan(points, eps, min_samples):
     """Density-based clusters by cosine distance.
 
     Args:
-      points: float32[N, D], each of length 1. eps: largest 1 - cosine. min_samples: within eps that make a core, itself counted.
+      points: float32[N, D], each of length 1. eps: largest 1 - cosine.
+      min_samples: points within eps that make a core, itself counted.
     Returns: int64[N]: number of the cluster from 0; -1 = noise.
     """
-    cluster = sklearn_module("cluster").DBSCAN(eps=eps + ROUNDING, min_samples=min_samples, metric="cosine", algorithm="brute")
+    cluster = sklearn_module("cluster").DBSCAN(eps=eps + ROUNDING, min_samples=min_samples, metric="cosine")
     _, first, places, counts = numpy.unique(points, axis=0, return_index=True, return_inverse=True, return_counts=True)
     order = numpy.argsort(first)  # copies are one point with a weight; the points keep their order
     with sklearn_module().config_context(working_memory=MEMORY):

@@ -9,11 +9,11 @@ The output folder holds samples.jsonl (LLaVA's form, for train.py --data), repli
 which the same command goes on after an interruption), marked/ (pictures with boxes), failures.jsonl and report.json.
 """
 
-import dataclasses
 import json
 import os
 import random
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import ImageDraw
@@ -27,12 +27,12 @@ from nanovlm.vlit import adaption, annotations, self_instruct
 from nanovlm.vlit.descriptions import FORMS
 from nanovlm.vlit.generators import add_generator_flags, drawing, open_generator
 from nanovlm.vlit.parsing import Unparsed, parse
-from nanovlm.vlit.replies import GeneratorError, Replies, Request, ask, digest, key_of
+from nanovlm.vlit.replies import GeneratorError, Replies, Request, ask, digest, key_of, prompt
 from nanovlm.vlit.samples import IMAGE, Sample, defects, remarks
 
 UNUSABLE = ("turns", "placeholders")  # defects with which a sample cannot be trained on; others become flags
 SHOWN = 10  # problems printed one by one; all are in failures.jsonl
-LEAST_AREA, LEAST_TEXT_AREA, MOST_AREA = 0.01, 0.001, 0.8  # of the picture, of an object or a text worth a box
+LEAST_AREA, MOST_AREA = {"object": 0.01, "ocr": 0.001}, 0.8  # of the picture, of what is worth a box
 COLOR = (255, 0, 0)  # of a box
 LINE = 1 / 150  # of a box: share of the longer side, but at least 2 pixels
 
@@ -49,18 +49,17 @@ def numbers(text):
 
 def add_flags(parser):
     """The flags of `construct`."""
-    add = parser.add_argument
-    add("--annotations", nargs="+", required=True, metavar="FILE", help="COCO captions and instances, VQA questions and "
-        "annotations, COCO-Text, COCO Attributes as JSON, LLaVA's captions and boxes; known by their contents")  # fmt: skip
-    add("--images", metavar="FOLDER", help="where the pictures lie; without it nothing is drawn, and nothing is looked for")
+    add, plans = parser.add_argument, list(self_instruct.PLANS)
+    add("--annotations", nargs="+", required=True, metavar="FILE", help="COCO captions and instances, VQA questions "
+        "and answers, COCO-Text, COCO Attributes as JSON, LLaVA's captions and boxes; known by contents")  # fmt: skip
+    add("--images", metavar="FOLDER", help="where the pictures lie; without it nothing is drawn or looked for")
     add("--out", default="out/vlit", metavar="FOLDER")
-    add("--method", choices=("both", "adapt", "self-instruct"), default="both", help="annotation adaption, self-instruct, or both")
-    plans = self_instruct.PLANS
-    add("--plans", type=words, default=list(plans), metavar="NAME,…", help=f"of {', '.join(plans)} (default: all)")
-    add("--lines", type=numbers, metavar="1,3,…", help="which of the nine requirements the prompt states, for every plan")
+    add("--method", choices=("both", "adapt", "self-instruct"), default="both", help="of the two")
+    add("--plans", type=words, default=plans, metavar="NAME,…", help=f"of {', '.join(plans)} (default: all)")
+    add("--lines", type=numbers, metavar="1,3,…", help="of the nine requirements of the prompt, for every plan")
     add("--description", choices=FORMS, default="sentences", help="how annotations become text (default: sentences)")
     add("--regions", type=int, default=1, metavar="N", help="marked regions of each picture at most")
-    add("--answers", choices=("short", "sentences"), default="short", help="short answers ask for one, or are written out")
+    add("--answers", choices=("short", "sentences"), default="short", help="short ones ask for one, or are written out")
     add("--more-instructions", action="store_true", help="lengthen the instruction pools through the meta prompt")
     add("--limit", type=int, metavar="N", help="pictures at most")
     add("--seed", type=int, default=0)
@@ -73,32 +72,21 @@ def run(args):
     if args.images is not None and not Path(args.images).is_dir():
         raise FileNotFoundError(f"{args.images}: no such folder of pictures")
     if args.generator == "template" and (args.answers == "sentences" or args.more_instructions):
-        raise ValueError("--answers sentences and --more-instructions need a language model; choose another --generator")
+        raise ValueError("--answers sentences and --more-instructions need a language model as --generator")
     collection = annotations.read(args.annotations)
     pictures, failed = find_pictures(collection, args.images, args.limit)
+    failed = [("unreadable record", problem) for problem in collection.problems] + failed
     if not pictures:
-        why = f"no picture has an annotation in {', '.join(args.annotations)}"
-        if failed:
-            why = f"none of {len(failed)} pictures in {args.images} can be used; the first: {failed[0][1]}"
-        elif collection.problems:
-            why += f"; the first of {len(collection.problems)} problems: {collection.problems[0]}"
-        raise ValueError(why)
+        first = f"; the last of {len(failed)} problems: {failed[-1][1]}" if failed else ""
+        raise ValueError(f"no picture has an annotation in {', '.join(args.annotations)} and can be read{first}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     work = Work(args, generator, draw, Replies(out / "replies.jsonl"))
-    for kind, said in [*(("unreadable record", problem) for problem in collection.problems), *failed]:
-        work.fail(kind, said)
-
-    def write(path):
-        with open(path, "w", encoding="utf-8") as file:
-            for sample in work.samples(pictures, plans):
-                if sample := work.checked(sample):
-                    file.write(json.dumps(sample.item(), ensure_ascii=False) + "\n")
-
+    work.failures |= dict.fromkeys(failed)
     try:
-        files.replace(out / "samples.jsonl", write)
+        files.replace(out / "samples.jsonl", lambda path: work.write(path, pictures, plans))
     except GeneratorError as error:
-        told = f"{len(work.replies)} answers are in {work.replies.path}, the same command goes on behind them"
+        told = f"{len(work.replies)} answers are in {out / 'replies.jsonl'}, the same command goes on behind them"
         raise GeneratorError(f"{error}; {told}") from error
     return work.report(out, pictures, collection.skipped)
 
@@ -117,21 +105,18 @@ def find_pictures(collection, folder, limit=None):
     """
     found, failed = [], []
     for one in collection.pictures.values():
-        if limit is not None and len(found) == limit:
-            break
-        if not one.annotations:
+        if not one.annotations or len(found) == limit:
             continue
         path = "" if folder is None else str(_path(one, folder))
         try:
             if path:
                 with opened(path):
                     pass
+            found.append((one, path))
         except FileNotFoundError as error:
             failed.append(("missing picture", str(error)))
         except ImageError as error:
             failed.append(("unreadable picture", str(error)))
-        else:
-            found.append((one, path))
     return found, failed
 
 
@@ -145,14 +130,13 @@ def _path(picture, folder):
 
 def regions(picture, number, seed):
     """Annotations of a picture that are worth a box, drawn at random: list of Annotation, `number` at most."""
-
-    def fits(one, least):
-        left, top, right, bottom = one.box
-        return not one.is_crowd and least <= (right - left) * (bottom - top) <= MOST_AREA
-
-    fitting = [one for kind, least in (("object", LEAST_AREA), ("ocr", LEAST_TEXT_AREA))
-               for one in picture.of_kind(kind) if fits(one, least)]  # fmt: skip
+    fitting = [one for kind, least in LEAST_AREA.items() for one in picture.of_kind(kind)
+               if not one.is_crowd and least <= _area(*one.box) <= MOST_AREA]  # fmt: skip
     return random.Random(digest([seed, picture.id, "regions"])).sample(fitting, min(number, len(fitting)))
+
+
+def _area(left, top, right, bottom):
+    return (right - left) * (bottom - top)
 
 
 def marked(picture, box):
@@ -172,7 +156,7 @@ def marked(picture, box):
     return image
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class View:
     """A picture as a sample shows it.
 
@@ -189,21 +173,21 @@ class View:
 class Work:
     """One run: asks, parses, checks and counts.
 
-    Attributes: failures: (kind, words) in order, keys of a dict, since some are met twice. counts: Counter of samples by
-    (type, plan). notes: Counter of what the parser, the linter and the generator had to say.
+    failures: (kind, words) in order, keys of a dict, since some are met twice. counts: Counter of samples by (type,
+    plan). notes: Counter of what the parser, the linter and the generator had to say.
     """
 
     def __init__(self, args, generator, draw, replies):
         self.args, self.generator, self.draw, self.replies = args, generator, draw, replies
         self.failures, self.counts, self.notes = {}, Counter(), Counter()
 
-    def fail(self, kind, said):
+    def fail(self, kind, words):
         """Note a failure, once."""
-        self.failures[kind, said] = None
+        self.failures[kind, words] = None
 
     def ask(self, requests, draw, total=None):
-        """Have requests answered; what is refused becomes a failure. requests: function that gives them anew."""
-        counts, refused = ask(requests(), self.generator, draw, self.replies, total)
+        """Have requests answered; what is refused becomes a failure."""
+        counts, refused = ask(requests, self.generator, draw, self.replies, total)
         self.notes.update({f"requests {name}": number for name, number in counts.items()})
         for id, why in refused:
             self.fail("refused", f"{id}: {why}")
@@ -212,12 +196,13 @@ class Work:
         """The recorded texts of a request: list of str, empty if it was refused."""
         return self.replies.get(key_of(request.chat, self.generator, draw))
 
-    def samples(self, pictures, plans):
-        """Every sample that can be made, before it is checked: iterator of Sample. pictures: as of `find_pictures`."""
-        if self.args.method != "self-instruct":
-            yield from self.adapted(pictures)
-        if self.args.method != "adapt":
-            yield from self.conversations(pictures, plans)
+    def write(self, path, pictures, plans):
+        """Make, check and write every sample. pictures: as of `find_pictures`."""
+        with open(path, "w", encoding="utf-8") as file:
+            for method, make in (("adapt", self.adapted), ("self-instruct", self.conversations)):
+                for sample in make(pictures, plans) if self.args.method in (method, "both") else ():
+                    if sample := self.checked(sample):
+                        file.write(json.dumps(sample.item(), ensure_ascii=False) + "\n")
 
     def whole(self, picture, path):
         """A picture without a box: View."""
@@ -225,7 +210,7 @@ class Work:
         return View(picture, image, path)
 
     def marked(self, picture, path):
-        """The marked views of a picture, drawn into marked/: list of View; a picture that cannot be read is a failure."""
+        """The marked views of a picture, drawn into marked/: list of View; none if it cannot be read."""
         found = []
         for region in regions(picture, self.args.regions, self.args.seed):
             name = f"marked/{picture.id}_{region.id.replace('/', '_')}.png"
@@ -233,8 +218,7 @@ class Work:
             try:
                 if path and not place.exists():
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    image = marked(path, region.box)
-                    files.replace(place, lambda unfinished, image=image: image.save(unfinished, format="PNG"))
+                    files.replace(place, lambda part, box=region.box: marked(path, box).save(part, format="PNG"))
             except (ValueError, OSError) as error:
                 self.fail("unreadable picture", str(error))
                 return []
@@ -244,59 +228,55 @@ class Work:
     def adaptions(self, pictures):
         """(sample id, adaption.responses' tuple, image) of everything that can be adapted."""
         for picture, path in pictures:
-            image = self.whole(picture, path).image
+            image, prefix = self.whole(picture, path).image, f"{picture.id}/AA"
             for place, told in enumerate(adaption.responses(picture)):
-                yield f"{picture.id}/AA/{told[0]}/{place}", told, image
+                yield f"{prefix}/{told[0]}/{place}", told, image
             for view in self.marked(picture, path):
-                yield f"{picture.id}/AA/region/{view.region.id}", adaption.region_response(picture, view.region), view.image
+                yield f"{prefix}/region/{view.region.id}", adaption.region_response(picture, view.region), view.image
 
-    def adapted(self, pictures):
-        """Annotation adaption of every picture."""
-        once = dataclasses.replace(self.draw, n=1)
-        pools = self.pools(once)
+    def adapted(self, pictures, plans):
+        """Annotation adaption of every picture: iterator of Sample."""
+        once, written = replace(self.draw, n=1), {}
+        pools = self.pools(once) if self.args.more_instructions else adaption.POOLS
 
         def sentences():
             for id, (kind, slot, response, _), _ in self.adaptions(pictures):
                 if kind in adaption.SHORT_KINDS:
                     asked = slot if kind == "vqa" else adaption.POOLS[kind][0].replace("[OBJECT]", slot)
-                    yield Request(id, adaption.write_out_chat(asked, response))
+                    yield Request(id, prompt("write out", question=asked, answer=response))
 
-        written = {}
         if self.args.answers == "sentences":
-            self.ask(sentences, once)
-            written = {one.id: text.strip() for one in sentences() for text in self.answers(one, once) if text.strip()}
+            self.ask(sentences(), once)
+            written = {one.id: "".join(self.answers(one, once)).strip() for one in sentences()}
         for id, told, image in tqdm(self.adaptions(pictures), desc="adapting", unit="sample", disable=None):
-            yield adaption.adapt(*told, id, image, pools, self.args.seed, written.get(id))
+            yield adaption.adapt(*told, id, image, pools, self.args.seed, written.get(id) or None)
 
     def pools(self, draw):
-        """The instructions of each kind: dict kind -> list of str."""
-        if not self.args.more_instructions:
-            return adaption.POOLS
+        """The instructions of each kind, lengthened by a language model: dict kind -> list of str."""
         requests = [Request(f"instructions/{kind}", adaption.meta_chat(kind), kind) for kind in adaption.POOLS]
-        self.ask(lambda: requests, draw, len(requests))
-        new = {one.what: [words for text in self.answers(one, draw) for words in adaption.more_instructions(one.what, text)]
-               for one in requests}  # fmt: skip
+        self.ask(requests, draw, len(requests))
+        new = {one.what: adaption.more_instructions(one.what, "".join(self.answers(one, draw))) for one in requests}
         self.notes["instructions added"] = sum(map(len, new.values()))
         return {kind: seeds + new[kind] for kind, seeds in adaption.POOLS.items()}
 
+    def requests(self, pictures, plans):
+        """The request for every plan about every picture or marked region: iterator of Request."""
+        for picture, path in pictures:
+            views = {"global": [self.whole(picture, path)]}
+            if any(plan.granularity == "region" for plan in plans):
+                views["region"] = self.marked(picture, path)
+            for plan in plans:
+                for view in views[plan.granularity]:
+                    chat = self_instruct.chat(picture, plan, view.region, self.args.description, self.args.lines,
+                                              self.args.seed, view.path)  # fmt: skip
+                    place = f"/{view.region.id}" if view.region else ""
+                    yield Request(f"{picture.id}/SI/{plan.name}{place}", chat, (plan, view))
+
     def conversations(self, pictures, plans):
-        """Self-instruct: every plan for every picture."""
-        about_regions = sum(plan.granularity == "region" for plan in plans)
-
-        def requests():
-            for picture, path in pictures:
-                marked, whole = self.marked(picture, path) if about_regions else [], [self.whole(picture, path)]
-                for plan in plans:
-                    for view in marked if plan.granularity == "region" else whole:
-                        chat = self_instruct.chat(picture, plan, view.region, self.args.description, self.args.lines,
-                                                  self.args.seed, view.path)  # fmt: skip
-                        place = f"/{view.region.id}" if view.region else ""
-                        yield Request(f"{picture.id}/SI/{plan.name}{place}", chat, (plan, view))
-
-        numbers = [len(regions(picture, self.args.regions, self.args.seed)) for picture, _ in pictures]
-        total = sum(len(plans) - about_regions + about_regions * number for number in numbers)
-        self.ask(requests, self.draw, total)
-        for request in tqdm(requests(), desc="writing", total=total, unit="request", disable=None):
+        """Self-instruct: iterator of Sample."""
+        total = len(pictures) * len(plans)  # about
+        self.ask(self.requests(pictures, plans), self.draw, total)
+        for request in tqdm(self.requests(pictures, plans), "writing", total, unit="request", disable=None):
             texts = self.answers(request, self.draw)
             for index, text in enumerate(texts):
                 if text in texts[:index]:
@@ -316,39 +296,37 @@ class Work:
         origin = {
             "generator": self.generator.name, "plan": plan.name, "prompt_sha": request.chat.sha, "seed": self.draw.seed,
             "temperature": self.draw.temperature, "index": index,
-            "annotation_ids": [one.id for one in view.picture.annotations], "region": view.region and list(view.region.box),
+            "annotation_ids": [one.id for one in view.picture.annotations],
+            "region": view.region and list(view.region.box),
         }  # fmt: skip
-        return Sample(id, (view.image,), (("user", f"{IMAGE}\n{first}"), *rest), plan.task, "SI", plan.granularity, origin)
+        turns = ("user", f"{IMAGE}\n{first}"), *rest
+        return Sample(id, (view.image,), turns, plan.task, "SI", plan.granularity, origin)
 
     def checked(self, sample):
         """A sample with flags for what it breaks; None, and a failure, if it cannot be trained on."""
-        broken = defects(sample)
-        if unusable := [f"{rule}: {said}" for rule, said in broken if rule in UNUSABLE]:
+        broken, plan = defects(sample), sample.provenance["plan"]
+        if unusable := [f"{rule}: {words}" for rule, words in broken if rule in UNUSABLE]:
             return self.fail("unusable", f"{sample.id}: {'; '.join(unusable)}")
-        plan = sample.provenance["plan"]
         softer = remarks(sample, sample.granularity, plan) if sample.type == "SI" else []
         flags = tuple(dict.fromkeys(rule for rule, _ in broken + softer))
         self.notes.update(f"flagged {rule}" for rule in flags)
         self.counts[sample.type, plan] += 1
-        return dataclasses.replace(sample, flags=flags)
+        return replace(sample, flags=flags)
 
     def report(self, out, pictures, skipped):
         """Write failures.jsonl and report.json: list of str, what to print."""
-        failures = [{"kind": kind, "what": said} for kind, said in self.failures]
-        files.replace_text(out / "failures.jsonl", "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in failures))
+        lines = [json.dumps({"kind": kind, "what": words}, ensure_ascii=False) for kind, words in self.failures]
+        files.replace_text(out / "failures.jsonl", "".join(f"{line}\n" for line in lines))
         counts = {
             "annotations": Counter(one.kind for picture, _ in pictures for one in picture.annotations),
             "samples": {f"{method} {plan}": number for (method, plan), number in sorted(self.counts.items())},
-            "failures": Counter(kind for kind, _ in self.failures),
-            "notes": self.notes,
-            "skipped": skipped,
+            "failures": Counter(kind for kind, _ in self.failures), "notes": self.notes, "skipped": skipped,
             "usage": dict(getattr(self.generator, "usage", {})),
-        }
+        }  # fmt: skip
         report = {"pictures": len(pictures)} | counts | {"settings": vars(self.args)}
         files.replace_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        lines = [f"{kind}: {said}" for kind, said in self.failures][:SHOWN]
-        if len(self.failures) > SHOWN:
-            lines.append(f"… and {len(self.failures) - SHOWN} more in {out / 'failures.jsonl'}")
-        lines += [f"{name}: " + ", ".join(f"{key} {number}" for key, number in counted.items())
-                  for name, counted in counts.items() if counted]  # fmt: skip
-        return [*lines, f"{sum(self.counts.values())} samples of {len(pictures)} pictures in {out / 'samples.jsonl'}"]
+        told = [f"{kind}: {words}" for kind, words in self.failures][:SHOWN]
+        told += [f"… and {len(lines) - SHOWN} more in {out / 'failures.jsonl'}"] if len(lines) > SHOWN else []
+        told += [f"{name}: " + ", ".join(f"{key} {number}" for key, number in counted.items())
+                 for name, counted in counts.items() if counted]  # fmt: skip
+        return [*told, f"{self.counts.total()} samples of {len(pictures)} pictures in {out / 'samples.jsonl'}"]

@@ -1,4 +1,5 @@
-"""Whether responses are right, by rule, from what people have noted about the picture (a judge: indicators.judge_pairs).
+"""Whether responses are right, by rule, from what people have noted about the picture (a judge:
+indicators.judge_pairs).
 
 Rules decide what annotations can decide and say nothing else; the share they decide is the coverage. They read
 questions after existence, number, colour, place and relation, answers of yes or no that contradict themselves, and
@@ -13,17 +14,19 @@ from nanovlm.vlit.words import COCO, COLORS, SYNONYMS, named, number, singular, 
 
 ANYTHING = frozenset("object thing item shape figure".split())  # words for whatever is there
 DETERMINERS = frozenset("a an any the some this that these those".split())
-SEEN = re.compile(r"(?:\s+(?:in (?:the|this) (?:image|picture|photo|scene)|visible|present|shown|there|here|at all|depicted))*\s*\??$")
-EXISTENCE = re.compile(r"^(?:is|are) there (.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|which|with|of)\s.*)?\??$")
-SEE = re.compile(r"^(?:do|can) you see (.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|with)\s.*)?\??$")
+SEEN = re.compile(
+    r"(?:\s+(?:in (?:the|this) (?:image|picture|photo|scene)|visible|present|shown|there|here|at all|depicted))*\s*\??$"
+)
+MORE = r"(.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|which|with|of)\s.*)?\??$"
+EXISTENCE = re.compile(rf"^(?:(?:is|are) there|(?:do|can) you see) {MORE}")
 COUNT = re.compile(r"\bhow many (.+?)(?:\s(?:are|is|can|do|does|have|has|were|was|in|on|at|did|you|appear)\b.*)?\??$")
-COLOR = re.compile(r"\bwhat(?:'s| is| are)? (?:the )?colou?r(?:s)?(?: of| is| are| do| does)? (.+?)(?:\s(?:have|has)\b.*)?\??$")
+COLOR = re.compile(r"\bwhat(?:'s| is| are)? (?:the )?colou?rs?(?: of| is| are| do| does)? (.+?)(?:\sha(?:ve|s)\b.*)?\??$")
 SHAPE = re.compile(r"\bwhat (?:shape is|is|kind of (?:thing|object) is) (the \w+ (?:object|shape|thing))\??$")
 WHERE = re.compile(r"^where (?:is|are) (.+?)(?:\slocated|\spositioned)?\??$")
 WHETHER = re.compile(r"^(?:is|are) (the .+?) (?:to the )?(left of|right of|above|below) (the .+?)\??$")
 WHICH = re.compile(r"^what is (?:to the )?(left of|right of|above|below) (the .+?)\??$")
 EITHER = re.compile(r"^(?:is|are) (the .+?) (\w+) or (\w+)\??$")
-CONTRADICTION = re.compile(r"^\W*yes\b.*\b(?:there (?:is|are) (?:no|not)\b|there (?:isn't|aren't)\b|none of)", re.DOTALL)
+CONTRADICTION = re.compile(r"^\W*yes\b.*\b(?:there (?:(?:is|are) not?|isn't|aren't)\b|none of)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,8 @@ def _where(found, answer, facts):
         return None
     x, y = thing.middle
     inside = [1 / 5 < side < 4 / 5 for side in (x, y)]
-    fits = {"left": x < 1 / 2, "right": x > 1 / 2, "top": y < 1 / 2, "bottom": y > 1 / 2, "center": all(inside), "middle": any(inside)}
+    fits = {"left": x < 1 / 2, "right": x > 1 / 2, "top": y < 1 / 2, "bottom": y > 1 / 2,
+            "center": all(inside), "middle": any(inside)}  # fmt: skip
     said = fits.keys() & set(tokens(answer))
     return all(fits[word] for word in said) if said else None
 
@@ -243,6 +247,6 @@ def _attributes(found, answer, facts):
 
 
 RULES = (
-    (EXISTENCE, _existence), (SEE, _existence), (COUNT, _count), (COLOR, _color), (SHAPE, _shape), (WHERE, _where),
+    (EXISTENCE, _existence), (COUNT, _count), (COLOR, _color), (SHAPE, _shape), (WHERE, _where),
     (WHETHER, _whether), (WHICH, _which), (EITHER, _either), (re.compile(""), _attributes),
 )  # question, rule; the first that can tell decides

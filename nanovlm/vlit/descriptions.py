@@ -1,7 +1,7 @@
 """Annotations as text, so that a language model that sees no picture can write about it.
 
-Two representations: `sentences`, the review's template (Appendix A.2.2, as in its printed example), and `boxes`, LLaVA's
-captions and boxes with their coordinates (arXiv:2304.08485, Sec. 3). Kinds that a picture lacks drop out of both.
+Two representations: `sentences`, the review's template (Appendix A.2.2, as in its printed example), and `boxes`,
+LLaVA's captions and boxes with their coordinates (arXiv:2304.08485, Sec. 3). Kinds that a picture lacks drop out.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ def sentences(picture, region=None):
     """
     captions, objects, pairs, texts = (picture.of_kind(kind) for kind in ("caption", "object", "vqa", "ocr"))
     names = {one.id: one.value for one in objects}
-    groups = [f"{number} {GROUP_OF[name] + '_' if name in GROUP_OF else ''}{name}" for name, number in counts(objects).items()]
+    groups = [f"{number} {GROUP_OF.get(name, '')}_{name}".replace(" _", " ") for name, number in counts(objects).items()]
     attributes = [f"{names[owner]} ({', '.join(told)})" for owner, told in _by_owner(picture).items() if owner in names]
     asked = [f"'Q: {question(one)} A: {_stopped(one.value)}'" for one in pairs]
     parts = (
@@ -36,10 +36,7 @@ def sentences(picture, region=None):
 
 
 def boxes(picture, region=None):
-    """LLaVA's captions, empty line, "category: [left, top, right, bottom]" in shares of the picture; then what it lacks.
-
-    Args and Returns as of `sentences`; several lines.
-    """
+    """LLaVA's captions, empty line, "category: [left, top, right, bottom]" in shares; then what it lacks: str."""
     owned = _by_owner(picture)
     things = [f"{one.value}{' (' + ', '.join(owned[one.id]) + ')' if one.id in owned else ''}: {_rounded(one.box)}"
               for one in picture.of_kind("object")]  # fmt: skip

@@ -36,7 +36,7 @@ def signature(words):
 
 
 class Index:
-    """All samples offered to it. near: least estimated Jaccard of two that count as one; None = exact duplicates only."""
+    """All samples offered to it. near: least estimated Jaccard of two that count as one; None = exact ones only."""
 
     def __init__(self, near=0.9):
         if near is not None and not 0 < near <= 1:

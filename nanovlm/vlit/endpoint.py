@@ -1,8 +1,8 @@
 """Any server that speaks OpenAI's chat completions, as a generator: hosted models, vLLM, llama.cpp, Ollama, …
 
-The `openai` package (optional: pip install openai) asks again after a growing wait where that may help (busy, limits, broken
-connections). What does not pass (a wrong key, an unknown model) stops the run with a message; a request that the server will
-never answer (too long, filtered) is refused alone.
+The `openai` package (optional: pip install openai) asks again after a growing wait where that may help (busy, limits,
+broken connections). What does not pass (a wrong key, an unknown model) stops the run with a message; a request that the
+server will never answer (too long, filtered) is refused alone.
 """
 
 import base64
@@ -16,6 +16,7 @@ from pathlib import Path
 from nanovlm.vlit.replies import GeneratorError, Refused
 
 REFUSING = (400, 413, 415, 422)  # status: this request alone
+TIMEOUT = 120.0  # seconds
 
 
 class OpenAICompatible:
@@ -26,7 +27,7 @@ class OpenAICompatible:
       key: str; "" = $OPENAI_API_KEY, which may be absent for servers that ask for none.
       workers: requests under way at once. per_minute: requests begun within a minute at most; 0 = no limit.
       send_images: whether the picture goes along, for models that see.
-      attempts: of every request. timeout: seconds.
+      attempts: of every request.
     Attributes:
       usage: Counter of "prompt_tokens", "completion_tokens" as the server counts them, "requests" and "retries".
     Raises: ImportError without the package; ValueError for an address that is none.
@@ -34,7 +35,7 @@ class OpenAICompatible:
 
     batch_size = 1
 
-    def __init__(self, model, base_url="", key="", *, workers=4, per_minute=0.0, send_images=False, attempts=6, timeout=120.0):
+    def __init__(self, model, base_url="", key="", *, workers=4, per_minute=0.0, send_images=False, attempts=6):
         try:
             import openai
         except ImportError as error:
@@ -43,7 +44,9 @@ class OpenAICompatible:
         if base_url and not base_url.startswith(("http://", "https://")):
             raise ValueError(f"base URL {base_url!r} must begin with http:// or https://")
         self.openai, self.headers = openai, None if key else {"Authorization": openai.Omit()}
-        self.client = openai.OpenAI(api_key=key or "none", base_url=base_url or None, max_retries=attempts - 1, timeout=timeout)
+        self.client = openai.OpenAI(
+            api_key=key or "none", base_url=base_url or None, max_retries=attempts - 1, timeout=TIMEOUT
+        )
         self.name, self.model, self.accepts_images, self.workers = f"endpoint {model}", model, send_images, workers
         self.pause = 60 / per_minute if per_minute else 0.0
         self.usage, self.lock, self.next_start = Counter(), threading.Lock(), 0.0
@@ -53,11 +56,10 @@ class OpenAICompatible:
         return [self._answers(chat, n, temperature, max_tokens, seed, stop) for chat in chats]
 
     def _answers(self, chat, n, temperature, max_tokens, seed, stop):
-        body = {"model": self.model, "messages": self._messages(chat), "temperature": temperature, "max_tokens": max_tokens}
+        body, found = {"messages": self._messages(chat), "temperature": temperature, "max_tokens": max_tokens}, []
         body |= {"stop": list(stop)} if stop else {}
-        found = []
         while len(found) < n:
-            choices = self._post(body | {"n": n - len(found), "seed": seed + len(found)})
+            choices = self._post(model=self.model, n=n - len(found), seed=seed + len(found), **body)
             if not choices:
                 raise Refused("the server answered without a choice")
             found += choices
@@ -72,7 +74,7 @@ class OpenAICompatible:
             messages[-1]["content"] = [words, {"type": "image_url", "image_url": {"url": url}}]
         return messages
 
-    def _post(self, body):
+    def _post(self, **body):
         """One request: list of str, the texts of its choices."""
         with self.lock:  # wait until the rate allows it
             start = max(time.monotonic(), self.next_start)
@@ -87,10 +89,11 @@ class OpenAICompatible:
             if error.status_code in REFUSING:
                 raise Refused(problem) from error
             raise GeneratorError(f"{self.client.base_url} answers {problem}") from error
-        except (self.openai.OpenAIError, AttributeError, TypeError, ValueError) as error:  # unreachable, or no completion
-            raise GeneratorError(f"{self.client.base_url} gives no chat completion ({type(error).__name__}: {error})") from error
-        used = completion.usage
+        except (self.openai.OpenAIError, AttributeError, TypeError, ValueError) as error:  # unreachable, no completion
+            problem = f"{type(error).__name__}: {error}"
+            raise GeneratorError(f"{self.client.base_url} gives no chat completion ({problem})") from error
         with self.lock:
             self.usage.update(requests=1 + response.retries_taken, retries=response.retries_taken)
-            self.usage.update(prompt_tokens=used.prompt_tokens if used else 0, completion_tokens=used.completion_tokens if used else 0)
+            if used := completion.usage:
+                self.usage.update(prompt_tokens=used.prompt_tokens, completion_tokens=used.completion_tokens)
         return texts

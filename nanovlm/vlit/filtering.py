@@ -3,12 +3,12 @@
     python -m nanovlm.vlit filter FILE --images FOLDER --annotations instances.json --out FOLDER
     python -m nanovlm.vlit filter FILE --encoder CLIP_FOLDER --matching-percentile 10 --per-task 5000
 
-Sample by sample: defects (as `lint` finds them) → exact and near duplicates → responses that rules or the judge's majority
-find wrong → matching degree below a percentile. Then over all: at most --per-task of a task, and at most --per-response
-whose responses are the same words, both drawn evenly, complex ones spared by --keep-complex. The review (Sec. 4.2.3)
-filters by its indicators and prints no threshold: those here are flags. The folder holds kept.jsonl, dropped.jsonl
-(every other record with its reasons, unreadable ones as they stood), report.json, and scores.jsonl, with which the same
-command goes on after an interruption.
+Sample by sample: defects (as `lint` finds them) → exact and near duplicates → responses that rules or the judge's
+majority find wrong → matching degree below a percentile. Then over all: at most --per-task of a task, and at most
+--per-response whose responses are the same words, both drawn evenly, complex ones spared by --keep-complex. The review
+(Sec. 4.2.3) filters by its indicators and prints no threshold: those here are flags. The folder holds kept.jsonl,
+dropped.jsonl (every other record with its reasons, unreadable ones as they stood), report.json, and scores.jsonl, with
+which the same command goes on after an interruption.
 """
 
 import itertools
@@ -30,7 +30,6 @@ from nanovlm.vlit.correctness import known, verify
 from nanovlm.vlit.duplicates import Index
 from nanovlm.vlit.indicators import judge_pairs, measure, pictures_of, proxy
 from nanovlm.vlit.matching import BATCH
-from nanovlm.vlit.replies import Recorded
 from nanovlm.vlit.samples import MISSING, Unreadable, defects, read, text_of
 from nanovlm.vlit.words import tokens
 
@@ -43,31 +42,31 @@ def add_flags(parser):
     add = parser.add_argument
     add("file", metavar="FILE", help="LLaVA-style .json or .jsonl")
     add("--out", default="out/filtered", metavar="FOLDER")
-    add("--near", type=float, default=0.9, help="share of common word triples from which two samples are one (default: 0.9)")
+    add("--near", type=float, default=0.9, help="common word triples from which two samples are one (default: 0.9)")
     add("--exact-only", action="store_true", help="near duplicates stay")
-    add("--matching-percentile", type=float, default=10.0, metavar="P", help="with --encoder: the worst P percent go (default: 10)")
+    add("--matching-percentile", type=float, default=10.0, metavar="P", help="with --encoder: the worst P percent go "
+        "(default: 10)")  # fmt: skip
     add("--per-task", type=int, metavar="N", help="samples of a task, at most")
     add("--per-response", type=int, metavar="N", help="samples with the same responses, at most")
-    add("--keep-complex", type=float, metavar="X", help="samples whose complexity (proxy, 1 to 10) is X or more pass both caps")
+    add("--keep-complex", type=float, metavar="X", help="samples of complexity (1 to 10) X or more pass both caps")
     add("--without-report", action="store_true", help="the indicators are not measured before and after")
 
 
 def run(args):
     """Filter a file: list of str, what to print."""
     path, out = Path(args.file), Path(args.out)
-    root = Path(args.images) if args.images else path.parent
+    root = Path(args.images or path.parent)
     for name in ("per_task", "per_response"):
         if vars(args)[name] is not None and vars(args)[name] < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {vars(args)[name]}; it must be 1 or more")
     if not 0 <= args.matching_percentile < 100:
         raise ValueError(f"--matching-percentile is {args.matching_percentile}; it lies from 0 to below 100")
     settings, helpers = quality.settings_of(args), quality.helpers_of(args, out)
-    scores = score(path, root, args, settings, helpers)
-    reasons = decide(scores, args)
-    if all(reasons) and (missing := [why for several in reasons for why in several if MISSING in why]):
-        (out / "scores.jsonl").unlink()  # they are those of the wrong folder
-        sys.exit(f"{path}: no record is kept, {len(missing)} pictures are not in {root}; name the folder where image paths start "
-                 f"by --images. The first: {missing[0]}")  # fmt: skip
+    reasons = decide(score(path, root, args, settings, helpers), args)
+    if all(reasons) and (missing := [why for why in sum(reasons, []) if MISSING in why]):
+        (out / "scores.jsonl").unlink()  # those of the wrong folder
+        sys.exit(f"{path}: no record is kept, {len(missing)} pictures are not in {root}; --images FOLDER says "
+                 f"where image paths start. The first: {missing[0]}")  # fmt: skip
     counts = write(path, out, reasons)
     report = {"file": str(path), "flags": {k: v for k, v in vars(args).items() if k != "file"}, **counts}
     told = [f"{path}: kept {counts['kept']} of {counts['records']} records"]
@@ -78,33 +77,34 @@ def run(args):
             quality.write(out / name, file, settings, indicators, found)
             report[name] = {one.key: one.value for one in indicators}
         told.append(f"{'indicator':<12}{'before':>10}{'after':>10}")
-        told += [f"{key:<12}{quality.number(value)}{quality.number(report['after'][key])}" for key, value in report["before"].items()]
+        told += [f"{key:<12}{quality.number(value)}{quality.number(report['after'][key])}"
+                 for key, value in report["before"].items()]  # fmt: skip
     quality.write_json(out / "report.json", report)
     return [*told, f"written to {out}: kept.jsonl, dropped.jsonl, report.json"]
 
 
 def score(path, root, args, settings, helpers):
     """What each record is worth, read from scores.jsonl as far as it goes: list of dict, in the order of the file."""
-    judge = helpers.judge
     made_of = {
         "file": str(path), "bytes": os.stat(path).st_size, "images": str(root), "annotations": args.annotations,
-        "encoder": args.encoder, "judge": judge and judge.name, "votes": args.n, "temperature": args.temperature,
-        "seed": args.seed, "near": None if args.exact_only else args.near, "task_field": args.task_field,
+        "encoder": args.encoder, "judge": helpers.judge and helpers.judge.name, "votes": args.n,
+        "temperature": args.temperature, "seed": args.seed, "near": None if args.exact_only else args.near,
+        "task_field": args.task_field,
     }  # fmt: skip
     index, written = Index(made_of["near"]), files.JsonLines(Path(args.out) / "scores.jsonl", made_of)
-    rows = list(written)
+    rows, sound = list(written), []
     waiting = itertools.islice(tqdm(read(path), desc="score", unit="record", disable=None), len(rows), None)
     while batch := [sample for _, sample in itertools.islice(waiting, BATCH)]:
         new = score_batch(batch, root, settings, helpers)
         written.add(*new)
         rows += new
-    sound = []  # what is dropped anyway makes nothing else a duplicate
-    for number, (row, (_, sample)) in enumerate(zip(rows, tqdm(read(path), desc="duplicates", unit="record", disable=None))):
-        if "defects" not in row and not isinstance(sample, Unreadable):
+    again = tqdm(read(path), desc="duplicates", unit="record", disable=None)
+    for number, (row, (_, sample)) in enumerate(zip(rows, again)):
+        if "defects" not in row and not isinstance(sample, Unreadable):  # what goes anyway is no original
             index.add(sample)
             sound.append(number)
     for later, (first, why) in index.duplicates().items():
-        rows[sound[later]] |= {"duplicate": f"{why} of record {sound[first] + 1}"}
+        rows[sound[later]]["duplicate"] = f"{why} of record {sound[first] + 1}"
     return rows
 
 
@@ -116,27 +116,27 @@ def score_batch(batch, root, settings, helpers):
             rows.append({"unreadable": str(sample)})
             continue
         tag = tagging.tag(sample.pairs[0][0]) if sample.pairs else ""
-        rows.append({
+        row = {
             "task": sample.task if settings.task_field and sample.task else tag,
-            "said": zlib.crc32(" ".join(word for text in sample.responses for word in tokens(text)).encode()),
+            "said": zlib.crc32(" ".join(tokens(" ".join(sample.responses))).encode()),
             "complexity": max((proxy(asked, len(sample.pairs)) for asked, _ in sample.pairs), default=0.0),
-        })  # fmt: skip
+        }
+        rows.append(row)
         if broken := defects(sample, root):
-            rows[-1]["defects"] = [f"{rule}: {words}" for rule, words in broken]
+            row["defects"] = [f"{rule}: {words}" for rule, words in broken]
             continue
-        sound.append((rows[-1], sample))
+        sound.append((row, sample))
         if facts := known(sample, helpers.facts or {}):
-            rows[-1]["verdicts"] = [verify(question, answer, facts) for question, answer in sample.pairs]
+            row["verdicts"] = [verify(*pair, facts) for pair in sample.pairs]
     if helpers.judge:
         pairs = [(row, (sample, *pair)) for row, sample in sound for pair in sample.pairs]
         votes = judge_pairs([pair for _, pair in pairs], helpers, root, settings)
         for (row, _), vote in zip(pairs, votes):
-            if vote:
-                row.setdefault("votes", []).append(vote[0])
+            row.setdefault("votes", []).extend(vote[:1] if vote else [])
     seen = [(row, sample) for row, sample in sound if sample.images and sample.pairs]
     if helpers.encoder and seen:
-        pictures = [pictures_of(sample, root) for _, sample in seen]
-        degrees = helpers.encoder.match(pictures, [" ".join(text for _, text in sample.pairs) for _, sample in seen])
+        texts = [" ".join(answer for _, answer in sample.pairs) for _, sample in seen]
+        degrees = helpers.encoder.match([pictures_of(sample, root) for _, sample in seen], texts)
         for (row, _), degree in zip(seen, degrees):
             row["matching"] = degree
     return rows
@@ -155,8 +155,9 @@ def decide(scores, args):
         why = [f"unreadable: {row['unreadable']}"] if "unreadable" in row else []
         why += [f"defect: {words}" for words in row.get("defects", ())]
         why += [f"duplicate: {row['duplicate']}"] if "duplicate" in row else []
-        why += [f"wrong: round {place}, by {by}" for by, key in (("rule", "verdicts"), ("the judge's majority", "votes"))
-                for place, right in enumerate(row.get(key, ()), 1) if right is False]  # fmt: skip
+        for by, key in (("rule", "verdicts"), ("the judge's majority", "votes")):
+            rounds = enumerate(row.get(key, ()), start=1)
+            why += [f"wrong: round {place}, by {by}" for place, right in rounds if right is False]
         if "matching" in row and row["matching"] < least:
             percentile = f"percentile {args.matching_percentile:g}"
             why.append(f"mismatch: matching degree {row['matching']:.2f} below {least:.2f}, {percentile}")
@@ -168,18 +169,17 @@ def decide(scores, args):
 
 
 def _cap(reasons, scores, limit, key, name, args):
-    """Give all but `limit` of the records left in each group a reason, by lot; those as complex as --keep-complex stay."""
-    lots = random.Random(f"{args.seed}/{name}")
-    groups = {}
-    for number, (row, why) in enumerate(zip(scores, reasons)):
+    """Give all but `limit` of the records left in each group a reason, by lot; the --keep-complex ones stay."""
+    lots, groups = random.Random(f"{args.seed}/{name}"), {}
+    for row, why in zip(scores, reasons):
         if not why:
             spared = args.keep_complex is not None and row["complexity"] >= args.keep_complex
-            groups.setdefault(row[key], []).append((not spared, lots.random(), number))
+            groups.setdefault(row[key], []).append((not spared, lots.random(), why))
     for group, members in groups.items():
         told = f"task {group!r}" if key == "task" else "this response"
-        for capped, _, number in sorted(members)[limit:]:
+        for capped, _, why in sorted(members, key=lambda member: member[:2])[limit:]:
             if capped:
-                reasons[number].append(f"{name}: {len(members)} samples of {told}, {limit} are kept")
+                why.append(f"{name}: {len(members)} samples of {told}, {limit} are kept")
 
 
 def write(path, out, reasons):
@@ -188,19 +188,22 @@ def write(path, out, reasons):
     Returns: {"records", "kept": int, "dropped": {first reason's kind: int}}.
     Raises: ValueError if the file has changed meanwhile; nothing is replaced then.
     """
-    counts = Counter()
 
     def write_both(kept_path, dropped_path):
         with open(kept_path, "w", encoding="utf-8") as kept, open(dropped_path, "w", encoding="utf-8") as dropped:
             for element, why in itertools.zip_longest(json_files.records(path), reasons):
                 if element is None or why is None:
-                    raise ValueError(f"{path} has changed while it was filtered: {len(reasons)} records were scored, now there are others")
+                    raise ValueError(f"{path} has changed while it was filtered: no longer {len(reasons)} records")
                 record = element.value
-                counts[why[0].partition(":")[0] if why else "kept"] += 1
                 if why:
                     told = {"text": text_of(path, element)} if isinstance(record, ValueError) else {"record": record}
                     record = {"where": element.where, "reasons": why} | told
                 (dropped if why else kept).write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    files.replace(out / "kept.jsonl", lambda kept: files.replace(out / "dropped.jsonl", lambda dropped: write_both(kept, dropped)))
-    return {"records": len(reasons), "kept": counts["kept"], "dropped": {why: counts[why] for why in ORDER if counts[why]}}
+    def write_dropped(kept):
+        files.replace(out / "dropped.jsonl", lambda dropped: write_both(kept, dropped))
+
+    files.replace(out / "kept.jsonl", write_dropped)
+    counts = Counter(why[0].partition(":")[0] if why else "kept" for why in reasons)
+    dropped = {why: counts[why] for why in ORDER if counts[why]}
+    return {"records": len(reasons), "kept": counts["kept"], "dropped": dropped}

@@ -66,7 +66,7 @@ class Local:
         self.accepts_images = model.vision is not None
 
     def generate(self, chats, *, n=1, temperature=0.0, max_tokens=1024, seed=0, stop=()):
-        """As every generator; temperature 0 = greedy, the same text n times. Raises: Refused for a prompt that is too long."""
+        """As every generator; temperature 0 = greedy, the same text n times. Raises: Refused for too long a prompt."""
         draws, device = n if temperature else 1, self.model.decoder.embedding.weight.device
         prompts = [self._prompt(chat, max_tokens) for chat in chats for _ in range(draws)]
         names = [f"{seed}/{chat.sha}/{draft}" for chat in chats for draft in range(draws)]  # not the batch
@@ -141,11 +141,12 @@ def open_generator(args):
             raise ValueError("--generator replay needs --replies FILE, the replies.jsonl of another run")
         return Replay(args.replies)
     if not args.model:
-        raise ValueError(f"--generator {args.generator} needs --model: a folder for local, the model's name for endpoint")
+        raise ValueError(f"--generator {args.generator} needs --model: a folder if local, its name if endpoint")
     if args.generator == "local":
         check_device(args.device)
         if line := slow_line(args.dtype, args.device):
             print(f"({line})", file=sys.stderr)
         loaded = recipes.load(args.model, dtype=DTYPES[args.dtype], device=args.device, recipe=args.recipe)
         return Local(loaded, os.path.basename(os.path.abspath(args.model)), args.batch_size)
-    return OpenAICompatible(args.model, args.base_url, workers=args.workers, per_minute=args.per_minute, send_images=args.send_images)
+    options = {name: vars(args)[name] for name in ("workers", "per_minute", "send_images")}
+    return OpenAICompatible(args.model, args.base_url, **options)

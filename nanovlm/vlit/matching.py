@@ -17,11 +17,11 @@ from typing import Any
 import tokenizers
 import torch
 
-from nanovlm.data.images import CLIP, Preprocessing, load, to_pixels
+from nanovlm.data.images import CLIP, Preprocessing, to_pixels
 from nanovlm.data.tokenizer import Tokenizer
-from nanovlm.evaluation.items import Encoded
 from nanovlm.recipes import load as load_model, recipe_of
 from nanovlm.training.start import build_models, load_weights
+from nanovlm.vlit.samples import open_picture
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
@@ -42,7 +42,7 @@ class Encoder:
     @torch.no_grad()
     def images(self, pictures):
         """list of N paths, Encoded or PIL images -> float[N, V, E] of length 1, see contrastive.TwoTowers.views."""
-        opened = [one.open() if isinstance(one, Encoded) else load(one) for one in pictures]
+        opened = map(open_picture, pictures)
         pixels = [to_pixels(one, self.image_size, self.image_fit, self.preprocessing) for one in opened]
         return self.model.views(torch.stack(pixels))
 

@@ -9,10 +9,10 @@ How each is computed stands in the report and in indicators.py. Other forms than
 with which the same command goes on after an interruption.
 """
 
-import dataclasses
 import json
 import resource
 import time
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -26,7 +26,7 @@ from nanovlm.vlit.descriptions import sentences
 from nanovlm.vlit.generators import add_generator_flags, open_generator
 from nanovlm.vlit.indicators import Helpers, Settings, count_records, measure
 from nanovlm.vlit.matching import load_encoder
-from nanovlm.vlit.replies import Replies
+from nanovlm.vlit.replies import Judge, Replies
 from nanovlm.vlit.simcse import simcse_vectors
 from nanovlm.vlit.words import LEXICON, load_table
 
@@ -34,22 +34,22 @@ EMBEDDINGS = {"tfidf": tfidf_vectors, "simcse": simcse_vectors}
 HEAD = f"{'indicator':<34}{'value':>10}{'95% interval':>20}{'on':>10}{'seconds':>9}{'tokens':>9}"
 SHOWN = 5  # problems named on the screen
 ARROWS = {"higher": "↑", "lower": "↓"}
-REVIEW = load_table("table_4.json")  # the review's own values; its columns R and O/G are legible for two data sets only
+REVIEW = load_table("table_4.json")  # its own values; its columns R and O/G are legible for two data sets only
 
 
 def add_measure_flags(parser):
     """The flags that `quality`, `filter` and `compare` share."""
     add = parser.add_argument
     add("--images", metavar="FOLDER", help="where image paths start (default: the folder of FILE)")
-    add("--annotations", nargs="+", default=[], metavar="FILE", help="what people noted about the pictures, as for construct: "
-        "rules check responses against it")  # fmt: skip
-    add("--encoder", metavar="FOLDER", help="a CLIP folder, or a trained model's with its text tower, for the matching degree")
+    add("--annotations", nargs="+", default=[], metavar="FILE", help="what people noted about the pictures, as for "
+        "construct: rules check responses against it")  # fmt: skip
+    add("--encoder", metavar="FOLDER", help="a CLIP, or a trained model's with its text tower, for the matching degree")
     add("--embedding", choices=EMBEDDINGS, default="tfidf", help="of responses (default: tfidf)")
     add("--lexicon", metavar="FILE", help="names of things, one a line, instead of the built-in ones")
     add("--task-field", action="store_true", help="take the samples' own `task` where there is one")
-    for name, unit in (("kept", "pairs that encoder and judge see, at most"), ("instructions", "instructions of each task"),
-                       ("smallest", "personas of a cluster that counts"), ("responses", "responses of a draw"),
-                       ("draws", "draws of responses"), ("min-samples", "of DBSCAN")):  # fmt: skip
+    for name, unit in (("kept", "pairs that encoder and judge see, at most"), ("responses", "responses of a draw"),
+                       ("instructions", "instructions of each task"), ("draws", "draws of responses"),
+                       ("smallest", "personas of a cluster that counts"), ("min-samples", "of DBSCAN")):  # fmt: skip
         add(f"--{name}", type=int, default=vars(Settings())[name.replace("-", "_")], metavar="N", help=unit)
     add("--eps", type=float, default=Settings.eps, help="of DBSCAN, 1 - cosine")
     add("--seed", type=int, default=0)
@@ -58,33 +58,26 @@ def add_measure_flags(parser):
 
 def settings_of(args, size=None):
     """The Settings that the flags ask for. Raises: ValueError for a number out of range."""
-    given = {one.name: vars(args)[one.name] for one in dataclasses.fields(Settings) if one.name in args}
+    given = {one.name: vars(args)[one.name] for one in fields(Settings) if one.name in args}
     return Settings(**given | {"size": size, "votes": args.n})
 
 
 def helpers_of(args, out):
-    """What measuring needs beside the data set: indicators.Helpers.
-
-    out: Path of the folder where the judge's answers are written down.
-    """
+    """What measuring needs beside the data set: Helpers. out: folder where the judge's answers are written down."""
     collection = annotations.read(args.annotations)
     for problem in collection.problems:
         tqdm.write(f"annotation not read: {problem}")
-    pictures, lexicon = collection.pictures.values(), LEXICON
+    pictures, lexicon, judge = collection.pictures.values(), LEXICON, None
     told = {key: sentences(one) for one in pictures for key in keys_of(one)}
     if args.lexicon:
-        names = map(str.strip, Path(args.lexicon).read_text(encoding="utf-8").lower().split("\n"))
-        lexicon = frozenset(filter(None, names))
+        lines = Path(args.lexicon).read_text(encoding="utf-8").lower().split("\n")
+        lexicon = frozenset(line.strip() for line in lines if line.strip())
     out.mkdir(parents=True, exist_ok=True)
-    return Helpers(
-        facts=facts_of(pictures) if args.annotations else None,
-        encoder=load_encoder(args.encoder, args.recipe) if args.encoder else None,
-        judge=None if args.generator == "template" else open_generator(args),
-        embed=EMBEDDINGS[args.embedding],
-        lexicon=lexicon,
-        describe=lambda sample: known(sample, told) or "",
-        replies=Replies(out / "replies.jsonl"),
-    )
+    if args.generator != "template":
+        judge = Judge(open_generator(args), Replies(out / "replies.jsonl"))
+    facts = facts_of(pictures) if args.annotations else None
+    encoder = load_encoder(args.encoder, args.recipe) if args.encoder else None
+    return Helpers(facts, encoder, judge, EMBEDDINGS[args.embedding], lexicon, lambda sample: known(sample, told) or "")
 
 
 def add_flags(parser):
@@ -98,8 +91,7 @@ def add_flags(parser):
 def run(args):
     """Measure a file: list of str, what to print."""
     path, out = Path(args.file), Path(args.out)
-    settings = settings_of(args, args.size)
-    root = Path(args.images) if args.images else path.parent
+    settings, root = settings_of(args, args.size), Path(args.images or path.parent)
     return write(out, path, settings, *measure(path, settings, root, helpers_of(args, out)))
 
 
@@ -115,9 +107,9 @@ def table(indicators):
     """The indicators in words: list of str, a line for each, and for what was not measured why not."""
     lines = [HEAD]
     for one in indicators:
-        reach = "" if one.interval is None else f"{one.interval[0]:.2f} to {one.interval[1]:.2f}"
-        lines.append(f"{one.key + ' ' + ARROWS[one.better]:<13}{one.name:<21.21}{number(one.value)}{reach:>20}{one.measured:>10}"
-                     f"{one.seconds:>9.1f}{one.tokens:>9}")  # fmt: skip
+        reach = "{:.2f} to {:.2f}".format(*one.interval) if one.interval else ""
+        lines.append(f"{one.key + ' ' + ARROWS[one.better]:<13}{one.name:<21.21}{number(one.value)}{reach:>20}"
+                     f"{one.measured:>10}{one.seconds:>9.1f}{one.tokens:>9}")  # fmt: skip
         lines += [f"    {one.computation}"] if one.value is None else []
     return lines
 
@@ -126,36 +118,44 @@ def notes(indicators):
     """How each indicator was computed, and what stands beside it: list of str."""
     lines = []
     for one in indicators:
-        lines.append(f"{one.key}: {one.computation}")
         told = [f"{name} {value if isinstance(value, int) else number(value, 0)}" for name, value in one.beside.items()]
-        lines += [f"    {', '.join(told)}"] if told else []
+        lines += [f"{one.key}: {one.computation}", *([f"    {', '.join(told)}"] if told else [])]
     return lines
 
 
 def write(folder, path, settings, indicators, found):
-    """Write report.json, report.txt and report.png into a folder: list of str, what to print. found: indicators.Survey."""
+    """Write report.json, report.txt and report.png: list of str, what to print. found: indicators.Survey."""
     folder.mkdir(parents=True, exist_ok=True)
     problems = [f"{where}: {words}" for where, words in found.problems]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     report = {
-        "file": str(path), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "settings": dataclasses.asdict(settings),
-        "records": found.records, "unreadable": found.unreadable, "defective": found.defective, "pairs": found.num_pairs,
-        "tasks": dict(found.tasks.most_common()), "defects": dict(found.defects), "problems": problems,
-        "problems named": f"the first {len(problems)} of {found.unreadable + sum(found.defects.values())} or more",
-        "indicators": [dataclasses.asdict(one) for one in indicators], "peak memory, MiB": peak,
+        "file": str(path), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "settings": asdict(settings),
+        "records": found.records, "unreadable": found.unreadable, "defective": found.defective,
+        "pairs": found.num_pairs, "tasks": dict(found.tasks.most_common()), "defects": dict(found.defects),
+        "problems": problems,
+        "problems named": f"the first {len(problems)} of {found.unreadable + found.defects.total()} or more",
+        "indicators": list(map(asdict, indicators)), "peak memory, MiB": peak,
     }  # fmt: skip
     kinds = ", ".join(f"{rule} {count}" for rule, count in found.defects.most_common())
     told = [
-        f"{path}: {found.records} samples, {found.num_pairs} instructions with a response; {found.unreadable} records unreadable, "
-        f"{found.defective} samples with defects{f' ({kinds})' if kinds else ''}",
+        f"{path}: {found.records} samples, {found.num_pairs} instructions with a response; {found.unreadable} records "
+        f"unreadable, {found.defective} samples with defects{f' ({kinds})' if kinds else ''}",
         *(f"    {problem}" for problem in problems[:SHOWN]),
         *(["    … more in report.json"] if len(problems) > SHOWN else []),
         "", *table(indicators), "", *notes(indicators), "", f"peak memory of this process {peak:.0f} MiB",
     ]  # fmt: skip
-    write_json(folder / "report.json", report)
-    files.replace_text(folder / "report.txt", "\n".join(told) + "\n")
-    plot(folder / "report.png", path, settings, indicators, found)
-    return [*told, f"written to {folder}: report.json, report.txt, report.png"]
+    figure = plot(indicators, found, settings)
+    title = "   ".join(f"{one.key} {number(one.value, 0, 2)}" for one in indicators)
+    figure.suptitle(f"{path.name}, {found.records} samples, seed {settings.seed}\n{title}", fontsize=10)
+    return save(folder, "report", report, told, figure)
+
+
+def save(folder, name, report, told, figure):
+    """Write a report as .json, .txt and .png: list of str, what to print."""
+    write_json(folder / f"{name}.json", report)
+    files.replace_text(folder / f"{name}.txt", "\n".join(told) + "\n")
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    return [*told, f"written to {folder}: {name}.json, {name}.txt, {name}.png"]
 
 
 def write_json(path, value):
@@ -163,31 +163,24 @@ def write_json(path, value):
     files.replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def plot(path, file, settings, indicators, found):
-    """Shares of tasks, clusters of instructions of each, and lengths of responses."""
+def plot(indicators, found, settings):
+    """Shares of tasks, clusters of instructions of each, and lengths of responses: Figure."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     tasks, clusters, lengths = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
-    counts, values = dict(found.tasks.most_common()), {one.key: one for one in indicators}
-    tasks.barh(list(counts), [100 * count / sum(counts.values()) for count in counts.values()], color="tab:blue")
-    tasks.set_xlabel("share of instructions (%)")
-    tasks.set_title(f"{len(counts)} tasks by rule", fontsize=10)
-    clusters.barh(list(counts), [values["I"].beside.get(task, 0) for task in counts], color="tab:orange")
-    clusters.set_yticks([])
-    clusters.set_xlabel(f"word clusters of {settings.smallest}+ personas")
-    clusters.set_title("instruction diversity", fontsize=10)
+    counts, (large,) = dict(found.tasks.most_common()), [one.beside for one in indicators if one.key == "I"]
+    tasks.barh(list(counts), [100 * count / found.num_pairs for count in counts.values()], color="tab:blue")
+    tasks.set(xlabel="share of instructions (%)", title=f"{len(counts)} tasks by rule")
+    clusters.barh(list(counts), [large.get(task, 0) for task in counts], color="tab:orange")
+    clusters.set(yticks=[], xlabel=f"word clusters of {settings.smallest}+ personas", title="instruction diversity")
     for axes in (tasks, clusters):
         axes.invert_yaxis()
     edges = [0, *(2**power for power in range(max(found.words).bit_length() + 1))]
-    bins = {f"{low}" if high == low + 1 else f"{low}–{high - 1}": sum(found.words[length] for length in range(low, high))
-            for low, high in zip(edges, edges[1:])}  # fmt: skip
-    lengths.bar(list(bins), [100 * count / found.num_pairs for count in bins.values()], color="tab:green")
+    names = [f"{low}" if high == low + 1 else f"{low}–{high - 1}" for low, high in zip(edges, edges[1:])]
+    bins = [sum(map(found.words.__getitem__, range(low, high))) for low, high in zip(edges, edges[1:])]
+    lengths.bar(names, [100 * count / found.num_pairs for count in bins], color="tab:green")
     lengths.tick_params(axis="x", labelrotation=60)
-    lengths.set_xlabel("words of a response")
-    lengths.set_ylabel("share of responses (%)")
-    lengths.set_title("response length", fontsize=10)
-    title = "   ".join(f"{key} {number(one.value, 0, 2)}" for key, one in values.items())
-    figure.suptitle(f"{Path(file).name}, {found.records} samples, seed {settings.seed}\n{title}", fontsize=10)
-    figure.savefig(path, dpi=110)
+    lengths.set(xlabel="words of a response", ylabel="share of responses (%)", title="response length")
+    return figure
 
 
 # Several data sets
@@ -197,7 +190,7 @@ def add_compare_flags(parser):
     """The flags of `compare`."""
     add_measure_flags(parser)
     parser.add_argument("files", nargs="+", metavar="FILE", help="two or more data sets")
-    parser.add_argument("--size", type=int, metavar="N", help="samples of each (default: as many as the smallest holds)")
+    parser.add_argument("--size", type=int, metavar="N", help="samples of each (default: those of the smallest)")
     parser.add_argument("--out", default="out/compare", metavar="FOLDER")
 
 
@@ -206,9 +199,9 @@ def compare(args):
 
         python -m nanovlm.vlit compare A.json B.json C.json --images FOLDER
 
-    Several indicators grow with the number of samples, so every file is measured on as many as the smallest holds, drawn at
-    random (--size: fewer), and response diversity on as many responses. The folder holds compare.json, compare.txt and
-    compare.png.
+    Several indicators grow with the number of samples, so every file is measured on as many as the smallest holds,
+    drawn at random (--size: fewer), and response diversity on as many responses. The folder holds compare.json,
+    compare.txt and compare.png.
     """
     paths, out = list(map(Path, args.files)), Path(args.out)
     if len(paths) < 2:
@@ -216,18 +209,16 @@ def compare(args):
     names, size = labels(paths), args.size or min(map(count_records, paths))
     settings, helpers = settings_of(args, size), helpers_of(args, out)
     # a set of long conversations has more responses in as many samples
-    settings = dataclasses.replace(settings, responses=min(settings.responses, size))
-    roots = [Path(args.images) if args.images else path.parent for path in paths]
+    settings = replace(settings, responses=min(settings.responses, size))
+    roots = [Path(args.images or path.parent) for path in paths]
     found = {name: measure(path, settings, root, helpers)[0] for name, path, root in zip(names, paths, roots)}
     title = f"{size} samples of each, seed {args.seed}"
     told = [f"{len(paths)} data sets, {title}", "", *comparison(found), "", *notes(found[names[0]])]
-    write_json(out / "compare.json", {
-        "size": size, "settings": dataclasses.asdict(settings), "files": dict(zip(names, args.files)),
-        "data sets": {name: [dataclasses.asdict(one) for one in rows] for name, rows in found.items()},
-    })  # fmt: skip
-    files.replace_text(out / "compare.txt", "\n".join(told) + "\n")
-    plot_comparison(found, out / "compare.png", title)
-    return [*told, f"written to {out}: compare.json, compare.txt, compare.png"]
+    report = {"size": size, "settings": asdict(settings), "files": dict(zip(names, args.files)),
+              "data sets": {name: list(map(asdict, rows)) for name, rows in found.items()}}  # fmt: skip
+    figure = plot_comparison(found)
+    figure.suptitle(title, fontsize=10)
+    return save(out, "compare", report, told, figure)
 
 
 def labels(paths):
@@ -248,7 +239,7 @@ def comparison(found):
     width = max(map(len, (*found, *REVIEW["data sets"]))) + 3
 
     def row(name, values, digits=2, absent="-"):
-        cells = [number(values.get(one.key), 12, digits) if one.key in values else f"{absent:>12}" for one in first]
+        cells = (number(values[one.key], 12, digits) if one.key in values else f"{absent:>12}" for one in first)
         return f"{name:<{width}}" + "".join(cells)
 
     lines = [f"{'':<{width}}" + "".join(f"{one.key + ' ' + ARROWS[one.better]:>12}" for one in first)]
@@ -261,8 +252,8 @@ def comparison(found):
     return lines
 
 
-def plot_comparison(found, path, title):
-    """One small diagram for each indicator that was measured, a bar with its interval for each data set."""
+def plot_comparison(found):
+    """One small diagram for each indicator that was measured, a bar with its interval for each data set: Figure."""
     shown = [bars for bars in zip(*found.values()) if any(one.value is not None for one in bars)]
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
@@ -272,11 +263,10 @@ def plot_comparison(found, path, title):
         values = [one.value or 0.0 for one in bars]
         reach = [one.interval or (value, value) for one, value in zip(bars, values)]
         error = zip(*((max(0.0, value - low), max(0.0, high - value)) for value, (low, high) in zip(values, reach)))
-        axes.bar(range(len(bars)), values, yerr=list(error), color=[f"C{place}" for place in range(len(bars))], capsize=3)
+        axes.bar(range(len(bars)), values, yerr=list(error), color=[f"C{n}" for n in range(len(bars))], capsize=3)
         axes.set_xticks(range(len(bars)), list(found), rotation=20, ha="right", fontsize=8)
         axes.set_title(f"{bars[0].key}: {bars[0].name}", fontsize=9)
         axes.set_ylabel(f"{bars[0].better} is better", fontsize=8)
     for axes in grid[len(shown) :]:
         axes.set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    return figure

@@ -2,8 +2,8 @@
 
 replies.jsonl holds one answer a line:
     {"key": …, "chat": …, "generator": …, "replies": [str, …]}
-key is the hash of all that the answer depends on (words, generator, drawing), so nothing is asked twice, and no answer is
-mistaken for that of another setting. Memory holds the keys and where their lines begin.
+key is the hash of all that the answer depends on (words, generator, drawing), so nothing is asked twice, and no answer
+is mistaken for that of another setting. Memory holds the keys and where their lines begin.
 """
 
 import hashlib
@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from nanovlm.data.images import ImageError
 from nanovlm.files import JsonLines
+from nanovlm.vlit.words import load_table
 
+PROMPTS = load_table("prompts.json")
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
@@ -70,13 +72,18 @@ class Request:
     what: object = None
 
 
+def prompt(name, image="", **words):
+    """A Chat of one message: one of PROMPTS with some words filled in."""
+    return Chat((("user", "\n".join(PROMPTS[name]).format(**words)),), image)
+
+
 def digest(value):
     """A name for any JSON value: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def key_of(chat, generator, drawing):
-    """The name of an answer: str. chat: Chat. generator: has a name. drawing: Drawing."""
+    """The name of an answer: str. generator: has a name."""
     return digest([generator.name, chat.sha, *astuple(drawing)])
 
 
@@ -89,15 +96,14 @@ class Replies:
     """
 
     def __init__(self, path, field="key"):
-        self.path, self.file, self.places = Path(path), JsonLines(path), {}
+        self.file, self.places = JsonLines(path), {}
         for number, (start, answer) in enumerate(self.file.places(), start=1):
             try:
-                known = isinstance(answer["key"], str) and all(isinstance(text, str) for text in answer["replies"])
-                self.places[answer[field]] = start
-            except (KeyError, TypeError):
-                known = False
-            if not known:
-                raise ValueError(f"{path}, line {number}: no recorded answer; remove the line")
+                if not all(isinstance(one, str) for one in (answer["key"], answer["chat"], *answer["replies"])):
+                    raise TypeError("key, chat and replies must be texts")
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: no recorded answer ({error}); remove the line") from error
+            self.places[answer[field]] = start
 
     def __len__(self):
         return len(self.places)
@@ -107,8 +113,9 @@ class Replies:
         return self.file.at(self.places[name])["replies"] if name in self.places else []
 
     def add(self, key, chat, generator, replies):
-        """Write an answer down; it is in the file when this returns. chat: Chat. replies: list of str."""
-        self.places[key] = self.file.add({"key": key, "chat": chat.sha, "generator": generator.name, "replies": replies})
+        """Write an answer, a list of str, down; it is in the file when this returns."""
+        answer = {"key": key, "chat": chat.sha, "generator": generator.name, "replies": replies}
+        self.places[key] = self.file.add(answer)
 
 
 class Replay:
@@ -124,13 +131,13 @@ class Replay:
     def generate(self, chats, *, n=1, temperature=0.0, max_tokens=0, seed=0, stop=()):
         """As every generator; the first n recorded texts of each chat. Raises: Refused where there are fewer."""
         found = [self.replies.get(chat.sha)[:n] for chat in chats]
-        if short := [texts for texts in found if len(texts) < n]:
-            raise Refused(f"{self.replies.path} holds {len(short[0])} of the {n} answers to this request")
+        if (fewest := min(map(len, found))) < n:
+            raise Refused(f"{self.replies.file.path} holds {fewest} of the {n} answers to this request")
         return found
 
 
-class Recorded:
-    """A generator whose answers are written down and counted: what a judge has said is neither asked nor paid for twice.
+class Judge:
+    """A generator whose answers are written down and counted: nothing that it said is asked or paid for twice.
 
     Args:
       generator: as in generators.py. replies: Replies; None = nothing is written down.
@@ -141,15 +148,15 @@ class Recorded:
         self.generator, self.replies, self.tokens = generator, replies, 0
         self.name, self.accepts_images = generator.name, generator.accepts_images
 
-    def generate(self, chats, *, n, temperature, max_tokens, seed, stop=()):
-        """As every generator; a chat that was refused has no answers."""
-        drawing = Drawing(n, temperature, max_tokens, seed, tuple(stop))
+    def ask(self, chats, n, temperature, max_tokens, seed, stop=()):
+        """Texts for each Chat: list of lists of n str; a chat that was refused has none."""
+        drawing = Drawing(n, temperature, max_tokens, seed, stop)
         if self.replies is None:
             found = self.generator.generate(chats, **vars(drawing))
         else:
             ask((Request("", chat) for chat in chats), self.generator, drawing, self.replies, len(chats))
             found = [self.replies.get(key_of(chat, self.generator, drawing)) for chat in chats]
-        texts = [text for chat in chats for _, text in chat.messages] + [text for several in found for text in several]
+        texts = [text for chat in chats for _, text in chat.messages] + sum(found, [])
         self.tokens += sum(len(TOKEN.findall(text)) for text in texts)
         return found
 
@@ -164,29 +171,31 @@ def ask(requests, generator, drawing, replies, total=None):
     Raises: GeneratorError where the generator cannot go on; what was answered until then is in the file.
     """
     counts, refused, known = Counter(), [], set()
-    with tqdm(desc=f"asking {generator.name}", total=total, unit="request", disable=None) as bar:
+    bar = tqdm(desc=f"asking {generator.name}", total=total, unit="request", disable=None)
 
-        def new():
-            for request in requests:
-                key = key_of(request.chat, generator, drawing)
-                if key not in replies.places and key not in known:  # two of the same words are asked once
-                    known.add(key)
-                    yield key, request
-                else:
-                    counts["recorded"] += 1
-                    bar.update()
+    def new():
+        for request in requests:
+            key = key_of(request.chat, generator, drawing)
+            if key in replies.places or key in known:  # two of the same words are asked once
+                counts["recorded"] += 1
+                bar.update()
+            else:
+                known.add(key)
+                yield key, request
 
-        waiting = new()
-        batches = iter(lambda: list(itertools.islice(waiting, generator.batch_size)), [])
-        for batch, answers in in_parallel(lambda batch: _answers([one.chat for _, one in batch], generator, drawing),
-                                          batches, generator.workers):  # fmt: skip
-            for (key, request), answer in zip(batch, answers):
+    def answers(batch):
+        return _answers([request.chat for _, request in batch], generator, drawing)
+
+    waiting = new()
+    batches = iter(lambda: list(itertools.islice(waiting, generator.batch_size)), [])
+    with bar:
+        for batch, found in in_parallel(answers, batches, generator.workers):
+            for (key, request), answer in zip(batch, found):
                 if isinstance(answer, list):
                     replies.add(key, request.chat, generator, answer)
-                    counts["asked"] += 1
                 else:
                     refused.append((request.id, str(answer)))
-                    counts["refused"] += 1
+                counts["asked" if isinstance(answer, list) else "refused"] += 1
             bar.update(len(batch))
             bar.set_postfix(counts, refresh=False)
     return counts, refused
@@ -197,9 +206,7 @@ def _answers(chats, generator, drawing):
     try:
         return generator.generate(chats, **vars(drawing))
     except (Refused, ImageError, FileNotFoundError) as error:
-        if len(chats) == 1:
-            return [error]
-    return [answer for chat in chats for answer in _answers([chat], generator, drawing)]
+        return [error] if len(chats) == 1 else [_answers([chat], generator, drawing)[0] for chat in chats]
 
 
 def in_parallel(function, items, workers):
@@ -208,16 +215,15 @@ def in_parallel(function, items, workers):
     Args:
       function: item -> result. items: iterable, taken no faster than needed. workers: int; 1 = in this thread.
     Yields: (item, result), in order.
-    Raises: what the function raises; first the results of the calls that were under way are handed out. A program that is
-      interrupted does not wait for the threads.
+    Raises: what the function raises; first the results of the calls that were under way are handed out. A program that
+      is interrupted does not wait for the threads.
     """
     if workers == 1:
         yield from ((item, function(item)) for item in items)
         return
-    items, under_way, failure = iter(items), deque(), None
-    pool = ThreadPool(workers)
+    items, under_way, failure, pool = iter(items), deque(), None, ThreadPool(workers)
     while True:
-        new = itertools.islice(items, workers - len(under_way) if failure is None else 0)
+        new = itertools.islice(items, 0 if failure else workers - len(under_way))
         under_way.extend((item, pool.apply_async(function, (item,))) for item in new)
         if not under_way:
             break
@@ -229,5 +235,5 @@ def in_parallel(function, items, workers):
         else:
             yield item, result
     pool.close()
-    if failure is not None:
+    if failure:
         raise failure

@@ -1,7 +1,7 @@
 """Samples: one piece of instruction data, the files it stands in, and what it breaks as far as that needs no model.
 
-A file holds LLaVA's items, as JSON lines (what `construct` writes) or as one list. Beside id, image and conversations an
-item may say how it came to be; `train.py --data` passes over what it does not know:
+A file holds LLaVA's items, as JSON lines (what `construct` writes) or as one list. Beside id, image and conversations
+an item may say how it came to be; `train.py --data` passes over what it does not know:
     {"id", "image", "conversations": [{"from", "value"}, …], "task", "type": "AA" | "SI",
      "granularity": "global" | "region" | "interleaved", "provenance": {…}, "scores": {…}, "flags": […]}
 AA = annotation adaption, SI = self-instruct. Files are read item by item: memory does not grow with their length.
@@ -26,7 +26,7 @@ ROLES = {
 }  # fmt: skip
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 CONTAINERS = {  # key at the top of a file -> what it is; these are no records
-    "data": "MIMIC-IT's or TextVQA's file", "annotations": "MiniGPT-4's or COCO's file", "questions": "a VQA question file",
+    "data": "MIMIC-IT's or TextVQA's file", "annotations": "MiniGPT-4's or COCO's file", "questions": "VQA's questions",
 }  # fmt: skip
 LONGEST_PATH = 255  # characters; a longer name is a picture in base64
 MISSING = "no such image"
@@ -37,11 +37,13 @@ KNOWLEDGE = rf"(?:{DESCRIPTION}|information|text|context|details)"
 PICTURE = r"(?:image|picture|photo|photograph|scene)"
 SOURCE = re.compile(  # requirement 8: "the description", "the given text"; a picture cannot mention anything either
     rf"""\b(?:
-    (?:according\ to|based\ (?:solely\ |only\ )?on|from|judging\ by)\ (?:the|this|your)\ (?:{PICTURE}(?:'s)?\ |textual\ )?{DESCRIPTION}
+    (?:according\ to|based\ (?:solely\ |only\ )?on|from|judging\ by)\ (?:the|this|your)
+      \ (?:{PICTURE}(?:'s)?\ |textual\ )?{DESCRIPTION}
     | the\ (?:{PICTURE}(?:'s)?\ |textual\ )?{DESCRIPTION}\ (?:of\ the\ {PICTURE}\ )?
       (?:does|do|did|says?|states?|mentions?|indicates?|provides?|describes?|specifies|specify|suggests?)\b
     | (?:the|this|your)\ (?:given|provided|available|supplied)\ {KNOWLEDGE}
-    | (?:information|text|context|details?|{DESCRIPTION})\ (?:that\ (?:is|are|was|were)\ )?(?:given|provided|supplied|available\ to\ me)\b
+    | (?:information|text|context|details?|{DESCRIPTION})\ (?:that\ (?:is|are|was|were)\ )?
+      (?:given|provided|supplied|available\ to\ me)\b
     | (?:mentioned|specified|stated|described|provided|given)\ (?:in|by)\ the\ (?:textual\ )?{DESCRIPTION}
     | textual\ description
     | {PICTURE}\ (?:does\ not|doesn't|doesn’t|did\ not)\ mention
@@ -51,11 +53,13 @@ SOURCE = re.compile(  # requirement 8: "the description", "the given text"; a pi
 FORMAT = re.compile(r'"(?:User|AI)"\s*:|```|^\s*[{\[]\s*"', re.IGNORECASE)  # requirement 9's form where words should be
 HEDGE = re.compile(
     r"\b(?:(?:not|n't|n’t) (?:\w+ )?(?:clear|certain|sure|possible to (?:tell|say|determine))|unclear|uncertain"
-    r"|(?:cannot|can't|can’t|could not|couldn't|difficult to|hard to|impossible to) (?:\w+ )?(?:determine|identify|tell|say|confirm)"
-    r"|(?:specific|enough|clear) information)\b",
+    r"|(?:cannot|can['’]t|could not|couldn't|difficult to|hard to|impossible to) (?:\w+ )?"
+    r"(?:determine|identify|tell|say|confirm)|(?:specific|enough|clear) information)\b",
     re.IGNORECASE,
 )
-REGION = re.compile(r"\b(?:box|boxed|square|rectangle|circle[ds]?|frame[ds]?|outlined|marked|highlighted|region|area)\b", re.IGNORECASE)
+REGION = re.compile(
+    r"\b(?:box(?:ed)?|square|rectangle|circle[ds]?|frame[ds]?|outlined|marked|highlighted|region|area)\b", re.IGNORECASE
+)
 NEGATIVE = re.compile(r"^\W*no\b|\b(?:not|n't|n’t|no|none|neither|never|cannot|without)\b", re.IGNORECASE)
 
 
@@ -96,7 +100,8 @@ class Sample:
     def pairs(self):
         """Every instruction that is answered, with its response: list of (str, str)."""
         turns = [(role, bare(role, text)) for role, text in self.turns]
-        return [(one[1], other[1]) for one, other in zip(turns, turns[1:]) if (one[0], other[0]) == ("user", "assistant")]
+        return [(asked, answer) for (role, asked), (other, answer) in zip(turns, turns[1:])
+                if (role, other) == ("user", "assistant")]  # fmt: skip
 
     def item(self):
         """As it stands in a file: dict. What is empty is left out."""
@@ -127,8 +132,8 @@ def sample(item):
         raise ValueError(f"image must be a path or a list of paths, found {image!r}")
     if not isinstance(conversations, list):
         raise ValueError(f"conversations must be a list, found {conversations!r}")
-    known = {}
-    for name, kind in (("task", str), ("type", str), ("granularity", str), ("provenance", dict), ("scores", dict), ("flags", list)):
+    known, kinds = {}, {"task": str, "type": str, "granularity": str, "provenance": dict, "scores": dict, "flags": list}
+    for name, kind in kinds.items():
         known[name] = rest.pop(name, kind())
         if not isinstance(known[name], kind):
             raise ValueError(f"{name} must be a {kind.__name__}, found {known[name]!r}")
@@ -161,8 +166,8 @@ def read(path):
         found, value = True, element.value
         key = next((key for key in CONTAINERS if key in value), None) if isinstance(value, dict) else None
         if key and "conversations" not in value and isinstance(value[key], (dict, list)):
-            raise ValueError(f"{path}: the key {key!r} at its top makes it {CONTAINERS[key]}, not a file of records; bring it "
-                             "into LLaVA's form with `python -m nanovlm.data convert`")  # fmt: skip
+            raise ValueError(f"{path}: the key {key!r} at its top makes it {CONTAINERS[key]}, not a file of records; "
+                             "bring it into LLaVA's form with `python -m nanovlm.data convert`")  # fmt: skip
         try:
             if isinstance(value, ValueError):
                 raise value
@@ -198,11 +203,17 @@ def picture(name, root):
     raise FileNotFoundError(f"{Path(root) / name}: {MISSING}")
 
 
-def defects(sample, root=None):
+def open_picture(place):
+    """What `picture` gave: PIL.Image.Image. Raises: images.ImageError."""
+    return place.open() if isinstance(place, Encoded) else load(place)
+
+
+def defects(sample, root=None, decode=True):
     """What makes a sample bad to train on, such as talk about the text that its writer saw instead of the picture.
 
     Args:
       sample: Sample. root: folder where its image paths start; None = pictures are not looked at.
+      decode: pictures are opened as well, not only looked for.
     Returns: list of (rule, words) str; rule is "turns", "placeholders", "source", "format" or "image".
     """
     found = []
@@ -222,8 +233,9 @@ def defects(sample, root=None):
         found.append(("placeholders", f"{placeholders} {IMAGE} in the user's turns, {len(sample.images)} image(s)"))
     for name in sample.images if root is not None else ():
         try:
-            opened = picture(name, root)
-            opened.open() if isinstance(opened, Encoded) else load(opened)
+            place = picture(name, root)
+            if decode:
+                open_picture(place)
         except (ImageError, OSError) as error:
             found.append(("image", str(error)))
     return found
@@ -255,10 +267,11 @@ def lint(args):
 
         python -m nanovlm.vlit lint FILE [--images FOLDER]
 
-    Defects make a sample bad to train on: no order of turns, empty ones, other pictures than placeholders, remains of the
-    format, and talk about the text that the writer saw instead of the picture (requirements 3 and 8 of the review's system
-    prompt; its own printed samples break them). Remarks are softer: hedging (requirement 1), questions about a marked region
-    that never speak of it (2), a negative plan without a negative answer (6). `filter` drops for defects alone.
+    Defects make a sample bad to train on: no order of turns, empty ones, other pictures than placeholders, remains of
+    the format, and talk about the text that the writer saw instead of the picture (requirements 3 and 8 of the review's
+    system prompt; its own printed samples break them). Remarks are softer: hedging (requirement 1), questions about a
+    marked region that never speak of it (2), a negative plan without a negative answer (6). `filter` drops for defects
+    alone.
     """
     root = Path(args.file).parent if args.images is None else Path(args.images)
     counts, shown, total, broken = Counter(), [], 0, 0

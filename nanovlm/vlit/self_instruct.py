@@ -1,10 +1,10 @@
 """Self-instruct: a language model reads the description of a picture and writes a conversation about the picture.
 
-The system prompt (in prompts.json) is the review's (Appendix A.2.2) word for word, with its nine requirements as lines that
-a plan switches. The plans are the kinds of conversation that its Sec. 4.2.2 asks for. Before the description stand two of
-ten examples drawn at random ("about 10 generated samples through manual writing, randomly select 2 of them"), and behind it
-the key points once more ("redundantly", Sec. 4.2.2). The examples (examples.json) are described pictures that we imagined,
-each with a conversation that shows what the plans it serves ask for.
+The system prompt (in prompts.json) is the review's (Appendix A.2.2) word for word, with its nine requirements as lines
+that a plan switches. The plans are the kinds of conversation that its Sec. 4.2.2 asks for. Before the description stand
+two of ten examples drawn at random ("about 10 generated samples through manual writing, randomly select 2 of them"),
+and behind it the key points once more ("redundantly", Sec. 4.2.2). The examples (examples.json) are described pictures
+that we imagined, each with a conversation that shows what the plans it serves ask for.
 
 Differs from the paper: it prints the prompt for regions only; what a plan without a region says instead, the extra line
 of several rounds, the examples and the key points are ours.
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from nanovlm.names import nearest
 from nanovlm.vlit.annotations import Annotation, Picture
 from nanovlm.vlit.descriptions import describe
-from nanovlm.vlit.replies import Chat, digest
+from nanovlm.vlit.replies import Chat, PROMPTS, digest
 from nanovlm.vlit.words import load_table
 
-_prompts = load_table("prompts.json")["self-instruct"]
+_prompts = PROMPTS["self-instruct"]
 REQUIREMENTS = {int(place): words for place, words in _prompts["requirements"].items()}
 REMINDERS = {int(place): words for place, words in _prompts["reminders"].items()}  # of some requirements
 NUM_EXAMPLES = 2
@@ -52,35 +52,22 @@ PLANS = {plan.name: plan for plan in (
 
 @dataclass(frozen=True)
 class Example:
-    """plans: names of those it fits. picture: Picture. turns: (question, answer) each. region: the marked Annotation."""
+    """plans: names of those it fits. region: the marked Annotation, or None. turns: (question, answer) each."""
 
-    plans: tuple[str, ...]
+    plans: list
     picture: Picture
-    turns: tuple[tuple[str, str], ...]
     region: Annotation | None
+    turns: list
+
+    @classmethod
+    def read(cls, plans, annotations, turns, region=None):
+        """An entry of examples.json; region: id of an annotation."""
+        notes = [Annotation(**note) for note in annotations]
+        marked = next((note for note in notes if note.id == region), None)
+        return cls(plans, Picture("example", annotations=notes), marked, turns)
 
 
-def _example(plans, captions, objects, turns, attributes=(), asked=(), characters=(), region=None):
-    """An Example. objects, characters: (words, box). attributes: (object's place, words). asked: (question, answer)."""
-    notes = [Annotation(f"caption/{n}", "caption", words) for n, words in enumerate(captions)]
-    notes += [Annotation(f"object/{n}", "object", words, box=box) for n, (words, box) in enumerate(objects)]
-    notes += [Annotation(f"attribute/{n}", "attribute", words, of=f"object/{owner}") for n, (owner, words) in enumerate(attributes)]
-    notes += [Annotation(f"vqa/{n}", "vqa", answer, question) for n, (question, answer) in enumerate(asked)]
-    notes += [Annotation(f"ocr/{n}", "ocr", words, box=box) for n, (words, box) in enumerate(characters)]
-    marked = next((one for one in notes if one.id == region), None)
-    return Example(tuple(plans), Picture("example", annotations=notes), tuple(map(tuple, turns)), marked)
-
-
-EXAMPLES = tuple(_example(**example) for example in load_table("examples.json"))
-
-
-def written(turns):
-    """A conversation in the form of requirement 9, with its repeated keys: str.
-
-    turns: (question, answer) each.
-    """
-    pairs = [(name, words) for turn in turns for name, words in zip(("User", "AI"), turn)]
-    return "{" + ", ".join(f'"{name}": {json.dumps(words, ensure_ascii=False)}' for name, words in pairs) + "}"
+EXAMPLES = [Example.read(**example) for example in load_table("examples.json")]
 
 
 @dataclass(frozen=True)
@@ -99,15 +86,20 @@ def find_plan(name):
     return PLANS[name]
 
 
+def written(turns):
+    """A conversation in the form of requirement 9, with its repeated keys: str. turns: (question, answer) each."""
+    pairs = [(name, words) for turn in turns for name, words in zip(("User", "AI"), turn)]
+    return "{" + ", ".join(f'"{name}": {json.dumps(words, ensure_ascii=False)}' for name, words in pairs) + "}"
+
+
 def chosen_lines(plan, lines=None):
     """Numbers of the requirements that a plan states: tuple of int; the second only about a region.
 
     lines: instead of the plan's own. Raises: ValueError for a number that is none.
     """
-    lines = plan.lines if lines is None else lines
-    for number in lines:
-        if number not in REQUIREMENTS:
-            raise ValueError(f"there is no requirement {number}; they are numbered from 1 to {max(REQUIREMENTS)}")
+    lines = lines or plan.lines
+    if unknown := [number for number in lines if number not in REQUIREMENTS]:
+        raise ValueError(f"there is no requirement {unknown[0]}; they are numbered from 1 to {max(REQUIREMENTS)}")
     return tuple(number for number in lines if number != 2 or plan.granularity == "region")
 
 
@@ -116,8 +108,7 @@ def system_prompt(plan, lines=None):
     told = [REQUIREMENTS[number] for number in chosen_lines(plan, lines)]
     told += [_prompts["rounds"].format(rounds=plan.rounds)] if plan.rounds else []
     numbered = " ".join(f"{place}. {words}" for place, words in enumerate(told, start=1))
-    subject = _prompts["region" if plan.granularity == "region" else "whole"]
-    return f"{_prompts['opening'].format(subject=subject)} {numbered}"
+    return f"{_prompts['opening'].format(subject=_prompts['subjects'][plan.granularity])} {numbered}"
 
 
 def chat(picture, plan, region=None, form="sentences", lines=None, seed=0, image=""):
@@ -134,8 +125,7 @@ def chat(picture, plan, region=None, form="sentences", lines=None, seed=0, image
     messages = [("system", system_prompt(plan, lines))]
     for one in random.Random(digest([seed, picture.id, plan.name])).sample(fitting, NUM_EXAMPLES):
         messages += [("user", _given(describe(one.picture, form, one.region))), ("assistant", written(one.turns))]
-    stated = chosen_lines(plan, lines)
-    reminders = " ".join(words for number, words in REMINDERS.items() if number in stated)
+    reminders = " ".join(REMINDERS[number] for number in sorted(chosen_lines(plan, lines)) if number in REMINDERS)
     messages.append(("user", _given(describe(picture, form, region), reminders)))
     return Chat(tuple(messages), image, Material(plan, picture, region))
 

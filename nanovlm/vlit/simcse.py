@@ -29,10 +29,10 @@ STEPS, BATCH, RATE = 60, 64, 1e-3  # optimizer steps, sentences, Adam's
 
 def word_ids(texts):
     """int[B, T], right padded with 0, and int[B] lengths; a text without words is one word of its own."""
-    rows = [[1 + zlib.crc32(word.encode("utf-8", "replace")) % (BUCKETS - 1) for word in (tokens(text) or [repr(text)])[:LONGEST]]
-            for text in texts]  # fmt: skip
-    lengths = torch.tensor([len(row) for row in rows])
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True), lengths
+    words = [(tokens(text) or [repr(text)])[:LONGEST] for text in texts]
+    rows = [[1 + zlib.crc32(word.encode("utf-8", "replace")) % (BUCKETS - 1) for word in row] for row in words]
+    padded = nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
+    return padded, torch.tensor(list(map(len, rows)))
 
 
 class SentenceEncoder(nn.Module):

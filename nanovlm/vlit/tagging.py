@@ -2,8 +2,8 @@
 
 The review assigns labels with TagGPT (arXiv:2304.03022): a language model proposes labels from a sample, those that
 cover much and repeat no other are kept, and every instruction is given one of them. `propose` and `assign` do that with
-any generator. Without one, `tag` knows the tasks of tasks.json, whose names are those of the review's Table 5, unified as
-it says; of their rules on the lower-case instruction the first that fits decides.
+any generator. Without one, `tag` knows the tasks of tasks.json, whose names are those of the review's Table 5, unified
+as it says; of their rules on the lower-case instruction the first that fits decides.
 """
 
 import math
@@ -14,15 +14,16 @@ from difflib import SequenceMatcher
 import numpy
 
 from nanovlm.vlit.clustering import grams
-from nanovlm.vlit.replies import Chat
+from nanovlm.vlit.replies import prompt
 from nanovlm.vlit.words import load_table
 
 OTHER = "other"
 NEAREST = 0.25  # cosine below which no example is near enough
-COVERAGE, SIMILAR, TOGETHER = 0.02, 0.8, 20  # share of the sample a label covers; likeness of names; instructions a prompt
+COVERAGE = 0.02  # of the sample, of a label that is kept
+SIMILAR = 0.8  # two names alike
+TOGETHER = 20  # instructions in a prompt
 TASKS = load_table("tasks.json")
 RULES = {name: re.compile("|".join(task["rules"])) for name, task in TASKS.items()}
-_prompts = load_table("prompts.json")
 
 
 def _unit(text):
@@ -42,43 +43,37 @@ def tag(instruction):
         if rule.search(text):
             return name
     words = _unit(text)
-    near = {name: sum(share * example.get(gram, 0.0) for gram, share in words.items()) for name, example in EXAMPLES.items()}
+    near = {name: sum(words[gram] * share for gram, share in example.items() if gram in words)
+            for name, example in EXAMPLES.items()}  # fmt: skip
     best = max(near, key=near.get)
     return best if near[best] >= NEAREST else OTHER
 
 
-def _ask(generator, prompt, fillings, max_tokens, seed, stop=()):
-    """What a generator says to a prompt with each of some fillings: list of str, in lower case."""
-    chats = [Chat((("user", "\n".join(_prompts[prompt]).format(**filling)),)) for filling in fillings]
-    replies = generator.generate(chats, n=1, temperature=0.0, max_tokens=max_tokens, seed=seed, stop=stop)
-    return [" ".join(several).lower() for several in replies]
-
-
-def propose(generator, instructions, seed=0):
+def propose(judge, instructions, seed=0):
     """Labels for a sample of instructions, as TagGPT makes them.
 
     Args:
-      generator: as in generators.py. instructions: list of str. seed: int.
+      judge: replies.Judge. instructions: list of str. seed: int.
     Returns: list of str; names alike to a commoner one are merged into it.
     Raises: ValueError if the generator names none.
     """
     groups = [instructions[begin : begin + TOGETHER] for begin in range(0, len(instructions), TOGETHER)]
-    fillings = [{"instructions": "\n".join(f"- {one}" for one in group)} for group in groups]
-    lines = [line for reply in _ask(generator, "propose tasks", fillings, 128, seed) for line in reply.split("\n")]
+    chats = [prompt("propose tasks", instructions="\n".join(f"- {one}" for one in group)) for group in groups]
+    lines = "\n".join(sum(judge.ask(chats, 1, 0.0, 128, seed), [])).lower().split("\n")
     counts = Counter(name for line in lines if 0 < len(name := re.sub(r"^[\W\d]+|[\W]+$", "", line)) <= 40)
     kept = []
     for name, _ in counts.most_common():
         if all(SequenceMatcher(None, name, other).ratio() < SIMILAR for other in kept):
             kept.append(name)
     if not kept:
-        raise ValueError(f"{generator.name} named no task for {len(instructions)} instructions")
+        raise ValueError(f"{judge.name} named no task for {len(instructions)} instructions")
     return kept
 
 
-def assign(generator, instructions, tags, seed=0):
+def assign(judge, instructions, tags, seed=0):
     """One of the labels for every instruction: list of str, OTHER where the answer names none of them."""
-    fillings = [{"instruction": one, "tags": "\n".join(tags)} for one in instructions]
-    replies = _ask(generator, "assign task", fillings, 16, seed, stop=("\n",))
+    chats = [prompt("assign task", instruction=one, tags="\n".join(tags)) for one in instructions]
+    replies = [" ".join(several).lower() for several in judge.ask(chats, 1, 0.0, 16, seed, ("\n",))]
     return [max((name for name in tags if name in reply), key=len, default=OTHER) for reply in replies]
 
 

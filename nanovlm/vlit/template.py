@@ -8,11 +8,11 @@ and the whole pipeline runs on it without one. The seed and the number of the dr
 import random
 
 from nanovlm.vlit.descriptions import SEVERAL, counts, named_region, question
-from nanovlm.vlit.replies import Refused, digest
+from nanovlm.vlit.replies import PROMPTS, Refused, digest
 from nanovlm.vlit.self_instruct import written
-from nanovlm.vlit.words import ALWAYS_SEVERAL, GROUP_OF, NUMBERS, OTHER_NAMES, USES, counted, load_table, one_of, plural
+from nanovlm.vlit.words import ALWAYS_SEVERAL, GROUP_OF, NUMBERS, OTHER_NAMES, USES, counted, one_of, plural
 
-ASKED = load_table("prompts.json")["template"]  # kind of question -> several ways to ask it
+ASKED = PROMPTS["template"]  # kind of question -> several ways to ask it
 CLOSE = 0.05  # of the picture; objects nearer to each other than this are on no side of one another
 
 
@@ -51,7 +51,8 @@ class Rounds:
 
     def of_plan(self, plan):
         """The rounds of a self_instruct.Plan, in their order."""
-        seen = self._shuffled(self.number() + self.place() + self.side() + self.attributes() + self.characters() + self.asked())
+        kinds = (self.number, self.place, self.side, self.attributes, self.characters, self.asked)
+        seen = self._shuffled([pair for kind in kinds for pair in kind()])
         described = self.description()
         first = described or self.names()
         if plan.name == "region":
@@ -75,11 +76,12 @@ class Rounds:
 
     def names(self):
         """All categories with their numbers."""
-        told = [f"several {plural(name)}" if number == SEVERAL else counted(name, number) for name, number in self.counts.items()]
+        told = [counted(name, number) for name, number in self.counts.items()]
         if not told:
             return []
         verb = "is" if told[0].startswith("one ") else "are"
-        return [(self._ask("name all"), f"There {verb} {' and '.join(filter(None, (', '.join(told[:-1]), told[-1])))}.")]
+        listed = " and ".join(filter(None, (", ".join(told[:-1]), told[-1])))
+        return [(self._ask("name all"), f"There {verb} {listed}.")]
 
     def number(self):
         """How many there are of each category."""
@@ -98,15 +100,17 @@ class Rounds:
         for one, other in self._shuffled(pairs)[:2]:
             apart = (one.box[0] + one.box[2] - other.box[0] - other.box[2]) / 2
             asked, truth = self.draw.choice(("left", "right")), "left" if apart < 0 else "right"
-            answer = f"Yes, it is on the {truth}." if asked == truth else f"No, it is to the {truth} of the {other.value}."
+            answer = f"No, it is to the {truth} of the {other.value}."
             if abs(apart) > CLOSE:
+                answer = f"Yes, it is on the {truth}." if asked == truth else answer
                 found.append((f"Is the {one.value} to the {asked} of the {other.value}?", answer))
         return found
 
     def attributes(self):
         """What single objects are like."""
-        told = [(one.value, [note.value for note in self.picture.of_kind("attribute") if note.of == one.id]) for one in self.single]
-        return [(f"What is the {name} like?", f"It is {' and '.join(words)}.") for name, words in told if words]
+        notes = self.picture.of_kind("attribute")
+        told = [(one.value, " and ".join(note.value for note in notes if note.of == one.id)) for one in self.single]
+        return [(f"What is the {name} like?", f"It is {words}.") for name, words in told if words]
 
     def characters(self):
         """What can be read."""
@@ -115,16 +119,18 @@ class Rounds:
 
     def asked(self):
         """The annotated questions."""
-        return [(question(one)[0].upper() + question(one)[1:], _sentence(one.value)) for one in self.picture.of_kind("vqa")]
+        return [(_capital(question(one)), _sentence(one.value)) for one in self.picture.of_kind("vqa")]
 
     def absent(self):
         """Categories that are neither annotated nor spoken of; of people, captions speak in too many words."""
         if not self.objects:  # where nobody noted objects, none is known to be absent
             return []
         told = " ".join(one.value + " " + one.question for one in self.picture.annotations).lower()
-        names = [name for name in GROUP_OF if name not in self.counts and name not in ALWAYS_SEVERAL and name != "person"
-                 and not any(part in told for part in (name.split()[-1], plural(name), *OTHER_NAMES.get(name, ())))]  # fmt: skip
-        return [(self._ask("absent", one_of(name)), f"No, there is no {name} in the picture.") for name in self._shuffled(names)]
+        known = {*self.counts, *ALWAYS_SEVERAL, "person"}
+        names = [name for name in GROUP_OF if name not in known and not any(
+            part in told for part in (name.split()[-1], plural(name), *OTHER_NAMES.get(name, ())))]  # fmt: skip
+        return [(self._ask("absent", one_of(name)), f"No, there is no {name} in the picture.")
+                for name in self._shuffled(names)]  # fmt: skip
 
     def wrong_number(self):
         """A wrong number, put right."""
@@ -180,11 +186,14 @@ def _are(name, number):
 
 def _use(name):
     """What a category is for, as a sentence: str."""
-    words = one_of(name)
-    return f"{words[0].upper()}{words[1:]} {'are' if name in ALWAYS_SEVERAL else 'is'} {USES[name]}."
+    return f"{_capital(one_of(name))} {'are' if name in ALWAYS_SEVERAL else 'is'} {USES[name]}."
 
 
 def _sentence(words):
     """An annotation as a sentence: capital letter, full stop."""
-    words = words.strip()
-    return words[0].upper() + words[1:] + ("" if words.endswith((".", "!", "?")) else ".")
+    words = _capital(words.strip())
+    return words if words.endswith((".", "!", "?")) else f"{words}."
+
+
+def _capital(words):
+    return words[0].upper() + words[1:]

@@ -1,8 +1,8 @@
 """Words of instructions and answers: tokens, numbers, and names of things that can be seen, in singular and plural.
 
-The lists stand in words.json: COCO's 80 categories with their supercategories ("groups") and what each is for ("uses", in
-our own words), other words for them, and words that carry no content. A data set of another world brings its names by
-`--lexicon`.
+The lists stand in words.json: COCO's 80 categories with their supercategories ("groups") and what each is for ("uses",
+in our own words), other words for them, and words that carry no content. A data set of another world brings its names
+by `--lexicon`.
 """
 
 import functools
@@ -69,7 +69,7 @@ def number(word):
 
 
 def counted(name, number):
-    """A number of things in words: "one dog", "two dogs", "13 dogs"."""
+    """A number of things in words: "one dog", "two dogs", "13 dogs", "several dogs"."""
     return f"{dict(enumerate(NUMBERS)).get(number, number)} {name if number == 1 else plural(name)}"
 
 

@@ -139,7 +139,7 @@ def test_bad_input_ends_with_a_message(tmp_path, capsys):
     construct(tmp_path / "out", images=tmp_path / "absent", code=2)
     assert "no such folder of pictures" in capsys.readouterr().err
     construct(tmp_path / "out", images=tmp_path, code=2)
-    assert "none of 4 pictures in" in capsys.readouterr().err
+    assert f"the last of 4 problems: {tmp_path}" in capsys.readouterr().err
 
 
 def test_missing_and_damaged_pictures_and_bad_records_are_counted_and_named(tmp_path):

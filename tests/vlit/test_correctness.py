@@ -21,6 +21,7 @@ from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlit import annotations
 from nanovlm.vlit.correctness import Facts, Thing, facts_of, known, verify
 from nanovlm.vlit.matching import BEGIN, END, load_encoder, own_encoder
+from nanovlm.vlit.replies import Judge
 from nanovlm.vlit.samples import sample
 from nanovlm.vlit.indicators import Helpers, Settings, grounding_precision, judge_pairs
 from nanovlm.published.weights import write_checkpoint
@@ -169,7 +170,7 @@ class Says:
 def test_votes():
     judge = Says(["Yes", "yes.", "No"], ["Yes", "No", "hm"], ["?", "", "maybe"], ["No!", "no", "No"])
     pairs = [(made("1", "a.png"), "q", "a")] * 4
-    assert judge_pairs(pairs, Helpers(judge=judge, describe=lambda sample: "a red car"), ".", Settings(votes=3)) == [
+    assert judge_pairs(pairs, Helpers(judge=Judge(judge), describe=lambda sample: "a red car"), ".", Settings(votes=3)) == [
         (True, pytest.approx(2 / 3), 0), (None, 0.5, 1), (None, 0.0, 3), (False, 1.0, 0),
     ]  # fmt: skip
     chat, n, temperature = judge.asked[0]

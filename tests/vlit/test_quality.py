@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nanovlm.data import json_files
-from nanovlm.vlit import indicators as survey
+from nanovlm.vlit import indicators, replies
 from nanovlm.vlit.__main__ import main
 from nanovlm.vlit.indicators import elements, parse_mark, proxy
 from nanovlm.vlit.indicators import Settings
@@ -94,6 +94,10 @@ def test_every_indicator_of_a_small_file(folder, capsys):
     assert Image.open(out / "report.png").width > 800
 
 
+def asked_through(judge, folder):
+    return replies.Judge(judge, replies.Replies(folder / "replies.jsonl"))
+
+
 class Judge:
     """Says yes to everything, gives the mark 7, names two tasks."""
 
@@ -120,18 +124,15 @@ class Judge:
 
 
 def test_a_judge_votes_marks_and_names_tasks(folder):
-    from nanovlm.vlit.replies import Replies
-
     judge, settings = Judge(), Settings(votes=3)
-    replies = Replies(folder / "replies.jsonl")
-    indicators, _ = measure(folder / "data.jsonl", settings, folder, Helpers(judge=judge, replies=replies))
-    found = {one.key: one for one in indicators}
+    found, _ = measure(folder / "data.jsonl", settings, folder, Helpers(judge=asked_through(judge, folder)))
+    found = {one.key: one for one in found}
     assert found["C"].value == 100 and found["C"].measured == 5 and found["C"].beside["agreement"] == 1
     assert found["C"].interval[0] < 100 and found["C"].tokens > 0
     assert found["IC"].value == 7 and found["IC"].tokens > 0 and found["IC"].beside["unreadable marks"] == 0
     assert found["T"].value == 1 and found["T"].beside["other"] == 4 and "TagGPT" in found["T"].computation
     asked = judge.asked
-    measure(folder / "data.jsonl", settings, folder, Helpers(judge=judge, replies=Replies(folder / "replies.jsonl")))
+    measure(folder / "data.jsonl", settings, folder, Helpers(judge=asked_through(judge, folder)))
     assert judge.asked == asked  # what was recorded is not asked again
 
 
@@ -144,15 +145,15 @@ def test_what_a_judge_is_told_and_shown(folder):
     blind, seeing = Watcher(), Watcher()
     seeing.accepts_images = True
     for judge in (blind, seeing):
-        helpers = Helpers(judge=judge, describe=lambda sample: f"told of {sample.id}")
-        indicators, _ = measure(folder / "data.jsonl", Settings(votes=1), folder, helpers)
+        helpers = Helpers(judge=replies.Judge(judge), describe=lambda sample: f"told of {sample.id}")
+        found, _ = measure(folder / "data.jsonl", Settings(votes=1), folder, helpers)
     judged = {
         judge: [chat for chat in judge.chats if "Is the answer right" in chat.messages[-1][1]]
         for judge in (blind, seeing)
     }
     assert all("told of" in chat.messages[-1][1] and not chat.image for chat in judged[blind])
     assert Counter(chat.image.rpartition("/")[2] for chat in judged[seeing]) == {"a.png": 3, "b.png": 1}
-    assert indicators[1].beside["pictures missing"] == 1 and indicators[1].measured == 4
+    assert found[1].beside["pictures missing"] == 1 and found[1].measured == 4
     assert not any("told of" in chat.messages[-1][1] for chat in judged[seeing])
 
 
@@ -186,7 +187,7 @@ def test_bad_flags_end_with_a_message(folder, capsys, flags, words):
 
 
 def test_a_field_with_too_many_tasks_is_none(folder, monkeypatch):
-    monkeypatch.setattr(survey, "MOST_TASKS", 3)
+    monkeypatch.setattr(indicators, "MOST_TASKS", 3)
     lines = [json.dumps(item(n, "Why?", "So.", task=f"task {n}")) for n in range(5)]
     (folder / "own.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="more than 3 different tasks, the last 'task 3'; leave out --task-field"):
@@ -216,9 +217,9 @@ def test_tasks_by_rule(instruction, task):
 
 
 def test_labels_of_a_language_model():
-    tags = propose(Judge(), [f"instruction {n}" for n in range(45)])
+    tags = propose(replies.Judge(Judge()), [f"instruction {n}" for n in range(45)])
     assert tags == ["counting", "asking why"]  # numbers and bullets gone, equal names merged
-    assigned = assign(Judge(), ["how many?", "why?"], tags)
+    assigned = assign(replies.Judge(Judge()), ["how many?", "why?"], tags)
     assert assigned == ["counting", OTHER]
     assert covering(["a"] * 98 + ["b", OTHER]) == {"a": 98, OTHER: 2}
 
@@ -227,7 +228,7 @@ def test_labels_of_a_language_model():
             return [[] for _ in chats]
 
     with pytest.raises(ValueError, match="named no task"):
-        propose(Silent(), ["one"])
+        propose(replies.Judge(Silent()), ["one"])
 
 
 def test_balance_by_hand():
@@ -325,13 +326,13 @@ def many(path, number):
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "NAMED", 10)
+    monkeypatch.setattr(indicators, "NAMED", 10)
     monkeypatch.setattr(json_files, "CHUNK", 1 << 12)
     options, peaks = Settings(instructions=30, responses=50, draws=2, kept=40), []
     for number in (300, 1500):
         path = many(tmp_path / f"{number}.jsonl", number)
         tracemalloc.start()
-        survey.survey(path, settings=options)
+        indicators.Survey(path, options)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 150_000  # 1,200 records more are over a megabyte as objects
@@ -341,8 +342,8 @@ def test_the_same_seed_gives_the_same_report(tmp_path):
     path = many(tmp_path / "a.jsonl", 120)
 
     def values(seed):
-        indicators, _ = measure(path, Settings(size=60, seed=seed, instructions=10, responses=20, draws=2))
-        return [(one.key, one.value, {k: v for k, v in one.beside.items()}) for one in indicators]
+        found, _ = measure(path, Settings(size=60, seed=seed, instructions=10, responses=20, draws=2))
+        return [(one.key, one.value, {k: v for k, v in one.beside.items()}) for one in found]
 
     assert values(1) == values(1) != values(2)
 

@@ -9,8 +9,7 @@ from PIL import Image
 
 from nanovlm.data.__main__ import main as data_main
 from nanovlm.vlit.__main__ import main
-from nanovlm.vlit.indicators import measure
-from nanovlm.vlit.indicators import survey
+from nanovlm.vlit.indicators import Survey, measure
 
 
 def turns(*said, roles=("human", "gpt")):
@@ -33,7 +32,7 @@ def folder(tmp_path):
 def look(folder, *items, name="data.jsonl"):
     """The Survey of some records, pictures looked for."""
     (folder / name).write_text("\n".join(json.dumps(one, ensure_ascii=False) for one in items))
-    return survey(folder / name, folder)
+    return Survey(folder / name, root=folder)
 
 
 def filtered(folder, name="data.jsonl"):
@@ -108,7 +107,7 @@ def test_unreadable_records_are_counted_and_named(folder):
     lines.insert(1, '{"id": 7, "id": 8, "conversations": []}')
     lines.insert(3, '{"id": 9, "conversations"')
     (folder / "data.jsonl").write_text("\n".join(lines))
-    found = survey(folder / "data.jsonl", folder)
+    found = Survey(folder / "data.jsonl", root=folder)
     assert (found.records, found.unreadable) == (3, 2)
     assert [where.rpartition(", ")[2] for where, _ in found.problems] == ["line 2", "line 4"]
     _, dropped = filtered(folder)
@@ -119,7 +118,7 @@ def test_unreadable_records_are_counted_and_named(folder):
 def test_pretty_printed_objects_in_a_row(folder):
     items = [{"id": n, "conversations": turns(f"What is {n}?", "A number.")} for n in range(4)]
     (folder / "data.json").write_text("\n".join(json.dumps(one, indent=4) for one in items))
-    assert survey(folder / "data.json", folder).records == 4
+    assert Survey(folder / "data.json", root=folder).records == 4
 
 
 CONVERTED = {
@@ -142,6 +141,6 @@ def test_what_convert_makes_can_be_measured(folder):
     lines = [{"instruction": "What is it?", "inputs": "", "outputs": "Red.", "image_base64_str": [png()]}]
     (folder / "m3it.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data_main(["convert", "m3it", str(folder / "m3it.jsonl"), str(folder / "ours.jsonl")])
-    indicators, found = measure(folder / "ours.jsonl", root=folder / "ours_images")
+    measured, found = measure(folder / "ours.jsonl", root=folder / "ours_images")
     assert found.num_pairs == 1 and found.defective == 0
-    assert next(one for one in indicators if one.key == "T").value == 1
+    assert next(one for one in measured if one.key == "T").value == 1
