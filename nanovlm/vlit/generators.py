@@ -19,7 +19,6 @@ import sys
 import zlib
 
 import torch
-from torch import nn
 
 from nanovlm import recipes
 from nanovlm.data.batching import pixels_of, prompt_row
@@ -28,20 +27,13 @@ from nanovlm.data.templates import end_ids
 from nanovlm.decoder import Decoder
 from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.projector import LinearProjector
 from nanovlm.vlit.endpoint import OpenAICompatible
 from nanovlm.vlit.replies import Drawing, Refused, Replay
 from nanovlm.vlit.template import Template
 from nanovlm.vlm import VLM
 
 LEAST = {"n": 1, "max_tokens": 1, "temperature": 0, "workers": 1, "per_minute": 0, "batch_size": 1}  # of flags
-
-
-class NoBridge(nn.Module):
-    """Stands where a language model by itself has no bridge."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.output_width = width
 
 
 class Local:
@@ -59,7 +51,7 @@ class Local:
     def __init__(self, loaded, name, batch_size=4):
         model = loaded.model
         if isinstance(model, Decoder):
-            model = VLM(None, NoBridge(model.config.width), model)
+            model = VLM(None, LinearProjector(model.config.width, model.config.width), model)  # it is never shown anything
         if not isinstance(model, VLM):
             raise ValueError(f"{name}: a {type(model).__name__} writes no text; give the folder of a language model")
         self.loaded, self.model, self.name, self.batch_size = loaded, model, f"local {name}", batch_size
