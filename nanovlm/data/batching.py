@@ -98,11 +98,9 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
       pad_to: int, T is the longest row rounded up to a multiple of this (but max_tokens at most).
       pack: bool, several conversations in one row.
     Returns: Batch; pixels is None when no picture is shown.
-    Raises: ValueError without records; naming the record, for a conversation without trained token, or a row that is
+    Raises: ValueError, naming the record, for a conversation without trained token, or a row that is
       too long and may not be cut, or whose cut would leave no trained token or a part of a picture.
     """
-    if not records:
-        raise ValueError("a batch needs at least one record")
     rows, pictures, visuals = [], [], {}  # per conversation: its row, and where its pictures stand among the visuals
     for record in records:
         for where, row in record.rows or rows_of(record, template, tokenizer, num_image_tokens, image_size):

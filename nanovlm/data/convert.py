@@ -9,7 +9,7 @@ that a conversion that was killed leaves nothing that looks finished. Every item
 it is written; one that training would refuse is skipped and reported.
 
 Captions and labels are replies to a question without words ("<image>" alone): what is asked is a matter of the mixture,
-which draws a prompt for each record (datasets.py).
+which draws a prompt for each record (datasets.Prompted).
 
 Schemas: ShareGPT as in lm-sys/FastChat; MIMIC-IT, arXiv:2306.05425, its repository's docs; M3IT, arXiv:2306.04387, its
 data card; MiniGPT-4, Vision-CAIR/MiniGPT-4, dataset/README_2_STAGE.md; COCO, cocodataset.org/#format-data; VQA v2,
@@ -88,7 +88,7 @@ class Output:
 
 
 # Each format is a function (args, output) -> (records, make): json_files.Elements, and a function that makes of one of
-# them an item as in datasets.py, or None. A ValueError of it costs that record alone.
+# them an item (see README.md), or None. A ValueError of it costs that record alone.
 
 
 def exchange(question, answer, pictures=0):

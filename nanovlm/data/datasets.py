@@ -1,25 +1,7 @@
 """Data sources from the command line: LLaVA's JSON or tar shards, alone or several listed in a JSON file.
 
-An item of LLaVA's JSON (arXiv:2304.08485; github.com/haotian-liu/LLaVA, docs/Finetune_Custom_Data.md):
-
-    {"id": …, "image": "a.jpg" or ["a.jpg", …] (absent in text-only items), "conversations":
-     [{"from": "human" or "gpt", "value": "<image>\\nWhat?"}, …], "kind": optional question type}
-
-Beside or instead of image, "video": a film, an animation or a folder of frames; or the list of its frames; or a list of
-such lists, for several. <video> stands where each is shown. A sample of tar shards is such an item (tar_shards.py).
-
-A list of data sets (--datasets):
-
-    {"captions": {"reader": "llava", "path": "captions.json", "images": "pictures",
-                  "prompts": ["{question} Be brief."]},
-     "dialogues": {"reader": "llava", "path": "dialogues.jsonl"},
-     "pairs": {"reader": "shards", "path": "cc3m"}}
-
-Relative paths start at the folder of that file. prompts (optional) are the ways to put a question; one is drawn per
-record. {question} in them stands for the user's words, {question?} for the same with a question mark if it lacks one; a
-prompt with neither asks about pictures that come without words (captions, labels). A recipe may bring prompts for data
-sets of its mixture; those of the file come first, and [] means none. num_frames and sampling ("uniform" or "random",
-both optional) say which frames of a video are shown.
+The forms are in README.md of this folder; LLaVA's is that of arXiv:2304.08485 (github.com/haotian-liu/LLaVA,
+docs/Finetune_Custom_Data.md).
 """
 
 import os
@@ -209,7 +191,7 @@ def listed_sources(path, seed=0, prompts=None):
     """The sources that a datasets file lists, and what is missing of them.
 
     Args:
-      path: the JSON file, see the head of this module.
+      path: the JSON file, see README.md.
       seed: int, of every source's shuffling.
       prompts: dict name -> list of prompts, for datasets that have none in the file.
     Returns: (dict name -> source, dict name -> what of its files is missing), in the file's order.

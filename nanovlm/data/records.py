@@ -143,7 +143,7 @@ def drawn(record, seed):
 
 
 def record_of(item, where, clip, locate):
-    """One item in LLaVA's form (see datasets.py) as a record.
+    """One item in LLaVA's form (see README.md) as a record.
 
     Args:
       item: what stands in the file. where: "FILE, line N", for messages. clip: video.Clip, all but its source.

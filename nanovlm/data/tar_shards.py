@@ -1,6 +1,6 @@
 """Tar shards: samples side by side in a few large files, as the package webdataset reads them.
 
-    coco-000000.tar    000000.json   an item as in datasets.py; "image": ["0.jpg", …] are the endings of its pictures
+    coco-000000.tar    000000.json   an item, see README.md; "image": ["0.jpg", …] are the endings of its pictures
                        000000.0.jpg
                        000001.json
                        …
@@ -169,7 +169,7 @@ class ShardWriter:
         """One sample.
 
         Args:
-          item: dict, as in datasets.py; image is set here. pictures: list of (ending such as "jpg", bytes).
+          item: dict, see README.md; image is set here. pictures: list of (ending such as "jpg", bytes).
         """
         number = sum(self.samples.values())
         if number % self.samples_per_shard == 0:

@@ -315,7 +315,7 @@ def complaint(recipe, stages, missing, known):
         if not why and known:
             return ValueError(f"stage {reading[name]!r} reads {name!r}, which neither the recipe nor --datasets provides."
                               f"{nearest(name, known)}")
-    lines = [f"{len(missing)} data sets are missing; list them in --datasets FILE.json (see nanovlm/data/datasets.py), train "
+    lines = [f"{len(missing)} data sets are missing; list them in --datasets FILE.json (see nanovlm/data/README.md), train "
              "on the others with --allow-missing, or leave one out with --set STAGE.mixture.NAME=none:"]
     for stage in dict.fromkeys(reading.get(name) for name in missing):
         lines.append(f" {stage or 'read by no stage'}: (share, examples, page)")

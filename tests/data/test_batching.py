@@ -112,11 +112,6 @@ def test_rounds_are_rows(tokenizer):
     assert batch.shown.tolist() == [0, 0] and batch.owner.tolist() == [0, 1]
 
 
-def test_a_batch_of_nothing(tokenizer):
-    with pytest.raises(ValueError, match="at least one record"):
-        batch_of([], tokenizer)
-
-
 def test_pictures_are_fitted(tokenizer):
     red = Image.new("RGB", (16, 8), (255, 0, 0))
     record = Record("r", (Visual("v", (red,)),), (talk("what?", "red", 0),))
