@@ -136,7 +136,8 @@ def test_its_runs_of_many_processes_are_understood():
 def test_its_flags_exist():
     parsers = [evaluation_command.make_parser(), *map(recipes_command.parser, recipes_command.COMMANDS)]
     parsers += [*map(vlit_parser, vlit_command.COMMANDS), bench_parser()]
-    known = {word for parser in (train.make_parser(), sample.make_parser(), data_command.make_parser(), *parsers)
+    parsers += data_command.make_parser()._subparsers._group_actions[0].choices.values()
+    known = {word for parser in (train.make_parser(), sample.make_parser(), *parsers)
              for word in parser._option_string_actions} | TORCHRUN | SLURM
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", re.sub(r"pip install .*", "", ALL)))
     assert len(named) > 15 and named <= known
