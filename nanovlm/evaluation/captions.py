@@ -53,25 +53,10 @@ def tokenize(text):
     return [piece for piece in pieces if piece not in REMOVED and piece.strip("-")]
 
 
-def ngrams(tokens):
-    """Counts of all n-grams, n = 1 to 4: Counter of tuples; do not change it."""
-    return _ngrams(tuple(tokens))
-
-
 @functools.lru_cache(maxsize=16384)  # BLEU and CIDEr count the same references
-def _ngrams(tokens):
+def ngrams(tokens):
+    """Counts of all n-grams of a tuple, n = 1 to 4: Counter of tuples; do not change it."""
     return Counter(tokens[i : i + n] for n in ORDERS for i in range(len(tokens) - n + 1))
-
-
-def check(candidates, references):
-    """Raise ValueError unless every caption has references."""
-    if not candidates or len(candidates) != len(references):
-        raise ValueError(
-            f"{len(candidates)} captions and references of {len(references)} pictures; give one caption each"
-        )
-    for place, several in enumerate(references):
-        if not several:
-            raise ValueError(f"picture {place} has no reference caption; drop it and its caption, or add one")
 
 
 def bleu(candidates, references):
@@ -79,19 +64,16 @@ def bleu(candidates, references):
 
     Args:
       candidates: list of captions, one per picture, each a list of tokens.
-      references: list of lists of captions, the references of each picture.
+      references: list of lists of captions, the references of each picture, one at least.
     Returns: list of 4 float between 0 and 1.
     """
-    check(candidates, references)
     right, guessed = Counter(), Counter()
     candidate_length = reference_length = 0
-    for candidate, several in zip(candidates, references):
-        counted = [ngrams(reference) for reference in several]
-        for gram, count in ngrams(candidate).items():
-            most = max(reference.get(gram, 0) for reference in counted)  # no reference alone has more of it
-            right[len(gram)] += min(count, most)
-        for n in ORDERS:
-            guessed[n] += max(len(candidate) - n + 1, 0)
+    for candidate, several in zip(candidates, references, strict=True):
+        counted = [ngrams(tuple(reference)) for reference in several]
+        for gram, count in ngrams(tuple(candidate)).items():
+            right[len(gram)] += min(count, max(reference[gram] for reference in counted))  # no reference alone has more
+            guessed[len(gram)] += count
         candidate_length += len(candidate)
         # the closest reference length; of two as close, the shorter
         reference_length += min((abs(len(r) - len(candidate)), len(r)) for r in several)[1]
@@ -129,66 +111,51 @@ def rouge_l(candidates, references):
     Args: as in `bleu`.
     Returns: list of float between 0 and 1; their mean is the score of the corpus.
     """
-    check(candidates, references)
     scores = []
     for candidate, several in zip(candidates, references):
         common = [common_subsequence(candidate, reference) for reference in several]
-        precision = max(c / max(len(candidate), 1) for c in common)
+        precision = max(common) / max(len(candidate), 1)
         recall = max(c / max(len(reference), 1) for c, reference in zip(common, several))
-        if precision and recall:
-            scores.append((1 + BETA**2) * precision * recall / (recall + BETA**2 * precision))
-        else:
-            scores.append(0.0)
+        total = recall + BETA**2 * precision
+        scores.append((1 + BETA**2) * precision * recall / total if precision and recall else 0.0)
     return scores
 
 
-class Cider:
-    """CIDEr-D against the references of a corpus, whose pictures decide how rare an n-gram is.
+def cider(candidates, references):
+    """CIDEr-D of every caption against the references of the corpus, whose pictures decide how rare an n-gram is.
 
         g(c)  = count in c · (ln N - ln max(1, df))         df: pictures whose references hold the n-gram, of N
         s_n   = Σ min(g(c), g(r)) g(r) / (|g(c)| |g(r)|)     over the n-grams of one length n
         CIDEr = 10 · mean over n and references of s_n · exp(-Δ² / 2σ²),   Δ: difference in bigrams
 
     In a corpus of one picture every weight, and so every score, is 0.
+    Args: as in `bleu`.
+    Returns: list of float between 0 and 10; their mean is the score of the corpus.
     """
+    pictures_with = Counter(gram for several in references for gram in set().union(*(ngrams(tuple(r)) for r in several)))
+    log_pictures = math.log(len(references))
 
-    def __init__(self, references):
-        """references: list of lists of captions, the references of each picture."""
-        counted = [[ngrams(caption) for caption in several] for several in references]
-        self.log_pictures = math.log(max(len(references), 1))
-        self.pictures_with = Counter(gram for several in counted for gram in set().union(*several))
-        self.references = [[self._vector(counts) for counts in several] for several in counted]
-
-    def _vector(self, counts):
+    def vector(caption):
         """(weights {n-gram: float}, squared length for each n, bigrams)."""
-        weights, squares, bigrams = {}, [0.0] * 5, 0
-        for gram, count in counts.items():
-            weight = count * (self.log_pictures - math.log(max(1, self.pictures_with[gram])))
-            weights[gram] = weight
-            squares[len(gram)] += weight * weight
-            bigrams += count if len(gram) == 2 else 0
-        return weights, squares, bigrams
+        weights, squares = {}, [0.0] * 5
+        for gram, count in ngrams(tuple(caption)).items():
+            weights[gram] = count * (log_pictures - math.log(max(1, pictures_with[gram])))
+            squares[len(gram)] += weights[gram] * weights[gram]
+        return weights, squares, max(len(caption) - 1, 0)
 
-    def scores(self, candidates):
-        """CIDEr-D of every caption: list of float between 0 and 10; their mean is the score of the corpus.
+    def similarity(candidate, reference):
+        """Mean over n of s_n, times the penalty of unequal lengths."""
+        (weights, squares, bigrams), (other, other_squares, other_bigrams) = candidate, reference
+        dots = [0.0] * 5
+        for gram in weights.keys() & other.keys():
+            dots[len(gram)] += min(weights[gram], other[gram]) * other[gram]
+        cosines = (dots[n] / math.sqrt(squares[n] * other_squares[n]) for n in ORDERS if squares[n] and other_squares[n])
+        return sum(cosines) / len(ORDERS) * math.exp(-((bigrams - other_bigrams) ** 2) / (2 * SIGMA**2))
 
-        candidates: list of captions, one per picture of the corpus, in its order.
-        """
-        check(candidates, self.references)
-        return [
-            sum(_similarity(self._vector(ngrams(candidate)), reference) for reference in several) * 10 / len(several)
-            for candidate, several in zip(candidates, self.references)
-        ]
-
-
-def _similarity(candidate, reference):
-    """Mean over n of s_n, times the penalty of unequal lengths."""
-    (weights, squares, bigrams), (other, other_squares, other_bigrams) = candidate, reference
-    dots = [0.0] * 5
-    for gram in weights.keys() & other.keys():
-        dots[len(gram)] += min(weights[gram], other[gram]) * other[gram]
-    cosines = (dots[n] / math.sqrt(squares[n] * other_squares[n]) for n in ORDERS if squares[n] and other_squares[n])
-    return sum(cosines) / len(ORDERS) * math.exp(-((bigrams - other_bigrams) ** 2) / (2 * SIGMA**2))
+    scores = []
+    for candidate, several in zip(map(vector, candidates), references, strict=True):
+        scores.append(sum(similarity(candidate, vector(reference)) for reference in several) * 10 / len(several))
+    return scores
 
 
 def caption_scores(candidates, references, tokenizer=tokenize):
@@ -196,14 +163,11 @@ def caption_scores(candidates, references, tokenizer=tokenize):
 
     Args:
       candidates: list of str, one caption per picture.
-      references: list of lists of str.
+      references: list of lists of str, one at least per picture.
       tokenizer: function str -> list of str; `str.split` for text that is tokenised already.
     Returns: {"BLEU-1": …, "BLEU-4", "ROUGE-L", "CIDEr": float}, and "CIDEr of each": list of float.
     """
-    candidates = [tokenizer(text) for text in candidates]
-    references = [[tokenizer(text) for text in several] for several in references]
-    rouge = rouge_l(candidates, references)
-    cider = Cider(references).scores(candidates)
+    candidates, references = [*map(tokenizer, candidates)], [[*map(tokenizer, several)] for several in references]
+    rouge, each = rouge_l(candidates, references), cider(candidates, references)
     scores = {f"BLEU-{n}": score for n, score in zip(ORDERS, bleu(candidates, references))}
-    scores |= {"ROUGE-L": sum(rouge) / len(rouge), "CIDEr": sum(cider) / len(cider), "CIDEr of each": cider}
-    return scores
+    return scores | {"ROUGE-L": sum(rouge) / len(rouge), "CIDEr": sum(each) / len(each), "CIDEr of each": each}

@@ -6,9 +6,8 @@
     choice         one of several options, by likelihood or letter  SEED-Bench, MMBench, ScienceQA, MMLU, ARC
     judged         free words that another model judges             Open-VQA, MM-Vet
 
-Each takes a batch of items, an Asker and the Task, and gives a prediction per item:
-    {"id", "kind", "group", "question", "answers", "prediction", "score": 0 to 1 or None, …}
-`tasks.TASKS` says which benchmark is put how.
+Each takes an item, what the model said to it, and the Task, and gives (score between 0 and 1 or None, dict of what else is
+written down). `tasks.TASKS` says which benchmark is put how.
 """
 
 import json
@@ -62,69 +61,62 @@ def listed(options):
     return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
 
 
-def answered(items, asker, task):
-    """(item, what the model said to it) pairs."""
-    return list(zip(items, asker.replies([put(item, task) for item in items])))
+def predictions(items, asker, task):
+    """Ask a batch of items: list of {"id", "kind", "group", "question", "answers", "prediction", "score", "media", …}.
 
-
-def prediction(item, text, score, **more):
-    """What is written down about an answer: dict."""
-    told = {"id": item.id, "kind": item.kind, "group": item.group, "question": item.question}
-    media = [str(one) for one in item.media if isinstance(one, Path)]
-    submit = {} if item.submit is None else {"submit": item.submit}
-    return told | {"answers": list(item.answers), "prediction": text, "score": score, "media": media} | submit | more
-
-
-def short_answer(items, asker, task):
-    """A few words, scored by `task.score` of SCORES; without human answers (a test split) there is no score."""
-    score = SCORES[task.score]
-    found = answered(items, asker, task)
-    return [prediction(item, said, score(said, item.answers) if item.answers else None) for item, said in found]
-
-
-def caption(items, asker, task):
-    """A sentence about a picture; CIDEr and the like need the whole corpus, so there is no score yet."""
-    return [prediction(item, said, None) for item, said in answered(items, asker, task)]
-
-
-def yes_no(items, asker, task):
-    """Yes or no, read by `task.parse`; "said" is "yes", "no" or "other"."""
-    found = [(item, text, task.parse(text)) for item, text in answered(items, asker, task)]
-    return [prediction(item, text, float(said == item.answers[0]), said=said) for item, text, said in found]
-
-
-def choice(items, asker, task):
-    """One of several options; item.answers holds the place of the right one.
-
-    task.way: "likelihood" (of the option's words, summed over tokens), "likelihood_mean", "likelihood_letter" (of the
-    letter that stands before the option), or "letter", which the model writes and `task.parse` reads.
-    "said" is the place of the option, None if none could be read.
+    task.way of a choice: "letter", which the model writes and `task.parse` reads; "likelihood" of the option's words, summed
+    over tokens; "likelihood_mean"; or "likelihood_letter", of the letter that stands before the option.
     """
-    if task.way == "letter":
-        found = [(item, text, task.parse(text, item.options), {}) for item, text in answered(items, asker, task)]
-    else:
-        letters, column = task.way == "likelihood_letter", int(task.way == "likelihood_mean")
+    asked = [put(item, task) for item in items]
+    if task.way.startswith("likelihood"):
+        letters, found = task.way == "likelihood_letter", []
         options = [LETTERS[: len(item.options)] if letters else item.options for item in items]
-        found = []
-        for item, several in zip(items, asker.losses([put(item, task) for item in items], options)):
-            losses = [one[column] for one in several]
+        for item, several in zip(items, asker.losses(asked, options)):
+            losses = [total / number if task.way == "likelihood_mean" else total for total, number in several]
             place = losses.index(min(losses))
-            found.append((item, item.options[place], place, {"losses": losses}))
-    scores = [float(place == item.answers[0]) if item.answers else None for item, _, place, _ in found]
-    return [
-        prediction(item, text, score, said=place, options=list(item.options), **more)
-        for (item, text, place, more), score in zip(found, scores)
-    ]
+            found.append((item.options[place], *chosen(item, place, losses=losses)))
+    else:
+        found = [(text, *task.protocol(item, text, task)) for item, text in zip(items, asker.replies(asked))]
+    told = []
+    for item, (text, score, more) in zip(items, found):
+        one = {"id": item.id, "kind": item.kind, "group": item.group, "question": item.question}
+        one |= {"answers": list(item.answers), "prediction": text, "score": score}
+        one["media"] = [str(source) for source in item.media if isinstance(source, Path)]
+        told.append(one | ({} if item.submit is None else {"submit": item.submit}) | more)
+    return told
 
 
-def judged(items, asker, task):
+def short_answer(item, text, task):
+    """A few words, scored by `task.score` of SCORES; without human answers (a test split) there is no score."""
+    return SCORES[task.score](text, item.answers) if item.answers else None, {}
+
+
+def caption(item, text, task):
+    """A sentence about a picture; CIDEr and the like need the whole corpus, so there is no score yet."""
+    return None, {}
+
+
+def yes_no(item, text, task):
+    """Yes or no, read by `task.parse`; "said" is "yes", "no" or "other"."""
+    said = task.parse(text)
+    return float(said == item.answers[0]), {"said": said}
+
+
+def choice(item, text, task):
+    """One of several options; "said" is its place, None if none could be read. item.answers holds the place of the right one."""
+    return chosen(item, task.parse(text, item.options))
+
+
+def chosen(item, place, **more):
+    score = float(place == item.answers[0]) if item.answers else None
+    return score, {"said": place, "options": list(item.options)} | more
+
+
+def judged(item, text, task):
     """Free words, and what a judge is asked about them: "" where there is no true answer (OwlEval)."""
-    form = {"score": WITH_SCORE, "share": GRADED}.get(task.way, IMPLIES)
-    found = []
-    for item, said in answered(items, asker, task):
-        words = {"QUESTION": item.question, "PREDICTION": said, "GROUND_TRUTH": " or ".join(item.answers)}
-        found.append(prediction(item, said, None, judge_prompt=fill(form, words) if item.answers else ""))
-    return found
+    form = {"score": WITH_SCORE, "share": GRADED}.get(task.way, IMPLIES) if item.answers else ""
+    words = {"QUESTION": item.question, "PREDICTION": text, "GROUND_TRUTH": " or ".join(item.answers)}
+    return None, {"judge_prompt": fill(form, words)}
 
 
 def rotated(items):
@@ -174,7 +166,7 @@ class Asker:
             last = templates.prompt(self._conversation(item, description)[0], template)[-1]
             continues = last.visual is None and last.special is None
             choices.append([tokenizer.encode(template.answer_prefix + one, continues=continues) for one in several])
-        prompts = self._prompts(items, descriptions, 0)
+        prompts = self._prompts(items, descriptions, max(len(ids) for several in choices for ids in several))
         inputs = [prompt.visual_inputs for prompt in prompts]
         return score_choices(self.loaded.model, [prompt.row.ids for prompt in prompts], choices, inputs)
 
@@ -227,35 +219,30 @@ def score_choices(model, prompts, choices, visual_inputs):
     Args:
       model: vlm.VLM.
       prompts: list of B lists of ids; vlm.IMAGE_TOKEN where an image token stands.
-      choices: per prompt a list of choices, each a list of at least one id.
+      choices: per prompt a list of choices, each a list of at least one id; the context has room for the longest.
       visual_inputs: per prompt a list of float[f, 3, H, W], in order.
-    Returns: per prompt a list of (sum, mean) float, the negative log-likelihood of each choice's tokens in nats.
-    Raises: ValueError for too little context.
+    Returns: per prompt a list of (float, int), the negative log-likelihood of each choice's tokens in nats, and their number.
     """
-    flat = [ids for several in choices for ids in several]
-    longest, needed = max(map(len, flat)), max(len(prompt) + max(map(len, several)) for prompt, several in zip(prompts, choices))
-    if needed > model.decoder.config.context_length:
-        raise ValueError(f"prompt and choice have {needed} tokens, more than the context of {model.decoder.config.context_length}")
-    shown, pictures = [pixels for several in visual_inputs for pixels in several], {}
+    flat, shown = [ids for several in choices for ids in several], [pixels for several in visual_inputs for pixels in several]
+    longest, pictures = max(map(len, flat)), {}
     encode(model, shown, pictures)
-    keys = list(pictures)
-    tokens = [image_tokens for _, image_tokens in pictures.values()]
+    keys, tokens = list(pictures), [image_tokens for _, image_tokens in pictures.values()]
     rows = Rows(model, prompts, tokens, [keys.index(id(pixels)) for pixels in shown], longest)
     rows.select([place for place, several in enumerate(choices) for _ in several])
     targets = torch.tensor([ids + [0] * (longest - len(ids)) for ids in flat], device=rows.logits.device)  # R T, padded
-    columns = rows.cache.length + torch.arange(longest - 1, device=targets.device).expand(len(flat), -1)  # R T-1
-    positions, media = columns - rows.pads[:, None], rows.media
-    if media is not None:
-        media = Media(media.tokens, Visible(*(edge.expand_as(columns) for edge in (media.visible.first, media.visible.stop))))
-    scores = rows.logits[:, None]  # what the prompt's last token says of the first
-    if longest > 1:
-        visible = Visible(rows.pads[:, None].expand_as(columns), columns + 1)
-        embeddings = model.decoder.embedding(targets[:, :-1])
-        hidden = model.decoder(embeddings, positions, visible, torch.zeros_like(columns), cache=rows.cache, media=media)
-        scores = torch.cat([scores, model.decoder.logits(hidden).float()], 1)
     real = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in flat], device=targets.device)
+    scores, media = rows.logits[:, None], rows.media  # what the prompt's last token says of the first
+    if longest > 1:
+        columns = rows.cache.length + torch.arange(longest - 1, device=targets.device).expand(len(flat), -1)  # R T-1
+        if media is not None:
+            edges = media.visible.first, media.visible.stop
+            media = Media(media.tokens, Visible(*(edge.expand_as(columns) for edge in edges)))
+        pads, embeddings = rows.pads[:, None].expand_as(columns), model.decoder.embedding(targets[:, :-1])
+        modality, visible = torch.zeros_like(columns), Visible(pads, columns + 1)
+        hidden = model.decoder(embeddings, columns - pads, visible, modality, cache=rows.cache, media=media)
+        scores = torch.cat([scores, model.decoder.logits(hidden).float()], 1)
     losses = F.cross_entropy(scores.transpose(1, 2), targets, reduction="none") * real
-    pairs = iter([(total, total / len(ids)) for total, ids in zip(losses.sum(1).tolist(), flat)])
+    pairs = iter([(total, len(ids)) for total, ids in zip(losses.sum(1).tolist(), flat)])
     return [[next(pairs) for _ in several] for several in choices]
 
 

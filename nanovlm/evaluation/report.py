@@ -1,6 +1,7 @@
 """What stands at the end of an evaluation: report.json, a table, bars with intervals, the worst cases as pictures, and the
 file that the benchmark's server or program takes."""
 
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -19,40 +20,40 @@ WORST = 12  # pictures on the contact sheet
 MOST_BARS = 40
 
 
-def write(folder, settings, task, predictions, missing, problems, pictures):
+def write(folder, settings, task, predictions, reading, items):
     """Write report.json, report.txt, classes.png, worst.png and the submission file into a folder.
 
     Args:
       folder: Path. settings: dict, how the run was made. task: tasks.Task. predictions: list of dict.
-      missing: {item id: list of paths}. problems: list of str, records that could not be read.
-      pictures: {item id: path, items.Encoded or PIL image}.
+      reading: items.Reading of the benchmark. items: list of those Items that were asked.
     Returns: list of str, what to print.
     """
     scores, rows = (task.summarise(predictions) if predictions else {}), classes(predictions)
+    missing = {item.id: [str(path) for path in item.missing] for item in reading.items if item.missing}
     report = settings | {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "torch": torch.__version__,
         "answered": len(predictions),
         "missing": missing,
-        "problems": problems,
+        "problems": reading.problems,
         "scores": scores,
-        "classes": [{"class": k, "answers": n, "share": s, "interval": list(edges)} for k, n, s, edges in rows],
+        "classes": [dict(zip(("class", "answers", "share", "interval"), row)) for row in rows],
         "mean score": mean(predictions),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     name = f"{settings['task']}, {settings['model']}: {len(predictions)} answers, seed {settings['seed']}"
     lines = [name, "", *table(scores, rows)]
     if missing:
-        first = ", ".join([str(path) for paths in missing.values() for path in paths][:3])
+        first = ", ".join(list(itertools.chain(*missing.values()))[:3])
         lines.append(f"NOT ASKED: {len(missing)} questions whose media are missing, all in report.json: {first} …")
     if missing and not predictions:
         lines.append("NOTHING WAS MEASURED: give the folder of the pictures or films by --images")
-    if problems:
-        lines.append(f"NOT READ OR PUT: {len(problems)} records, all in report.json: {problems[0]}")
+    if reading.problems:
+        lines.append(f"NOT READ OR PUT: {len(reading.problems)} records, all in report.json: {reading.problems[0]}")
     (folder / "report.txt").write_text("\n".join(lines) + "\n")
     if rows:
         bars(rows, folder / "classes.png", name)
-        worst(predictions, pictures, folder / "worst.png", f"worst of {settings['task']}")
+        worst(predictions, items, folder / "worst.png", f"worst of {settings['task']}")
     for file, text in (task.submission(predictions) if task.submission else {}).items():
         (folder / file).write_text(text, encoding="utf-8")
     return lines
@@ -80,30 +81,30 @@ def table(scores, rows):
 
 def bars(rows, path, title):
     """A PNG with one bar per class, its interval, and the number of answers."""
-    rows = rows[:MOST_BARS]
-    figure = Figure(figsize=(8, 1.2 + 0.32 * len(rows)), layout="constrained")
+    kinds, numbers, shares, intervals = zip(*rows[:MOST_BARS])
+    figure = Figure(figsize=(8, 1.2 + 0.32 * len(kinds)), layout="constrained")
     axes = figure.subplots()
     # max: rounding may put the end of an interval of 0 or 1 a hair inside
-    reach = [(max(0.0, share - low), max(0.0, high - share)) for _, _, share, (low, high) in rows]
-    colors = ["#4477aa"] + ["#88aacc"] * (len(rows) - 1)
-    axes.barh(range(len(rows)), [share for _, _, share, _ in rows], xerr=list(zip(*reach)), color=colors, capsize=2)
-    axes.set_yticks(range(len(rows)), [f"{kind[:40]} ({number})" for kind, number, _, _ in rows], parse_math=False)
+    reach = [(max(0.0, share - low), max(0.0, high - share)) for share, (low, high) in zip(shares, intervals)]
+    colors = ["#4477aa"] + ["#88aacc"] * (len(kinds) - 1)
+    axes.barh(range(len(kinds)), shares, xerr=list(zip(*reach)), color=colors, capsize=2)
+    axes.set_yticks(range(len(kinds)), [f"{kind[:40]} ({n})" for kind, n in zip(kinds, numbers)], parse_math=False)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="share of right answers, with its 95% Wilson interval")
     axes.set_title(title, parse_math=False, fontsize="medium")
     figure.savefig(path, format="png", dpi=100)
 
 
-def worst(predictions, pictures, path, title):
+def worst(predictions, items, path, title):
     """A sheet with pictures of the lowest scores, as far as there are any."""
+    pictures = {item.id: item.media[0] for item in items if item.media and not item.is_clip}
     wrong = [one for one in predictions if one["score"] not in (None, 1) and one["id"] in pictures]
     samples = []
     for one in sorted(wrong, key=lambda one: one["score"])[:WORST]:
         source, truth = pictures[one["id"]], one["answers"][0]
         shown = source.open() if isinstance(source, Encoded) else images.load(source)
-        truth = one["options"][truth] if one.get("options") else truth["answer"] if isinstance(truth, dict) else truth
-        answer = Answer(one["id"], 0, one["kind"], one["question"], truth, one["prediction"])
-        samples.append((one["id"], shown, answer))
+        truth = one["options"][truth] if "options" in one else truth["answer"] if isinstance(truth, dict) else truth
+        samples.append((one["id"], shown, Answer(one["id"], 0, one["kind"], one["question"], truth, one["prediction"])))
     if samples:
         sample_sheet(samples, path, title)
 
@@ -225,14 +226,14 @@ def science_qa_submission(predictions):
     return {"submission.json": json.dumps({"results": chosen, "outputs": outputs})}
 
 
-def letter(said):
-    """The letter of a place; "" where none could be read."""
-    return "" if said is None else LETTERS[said]
+def letter(one):
+    """The letter of the chosen option; "" where none could be read."""
+    return "" if one["said"] is None else LETTERS[one["said"]]
 
 
 def letter_lines(predictions):
     """A line {question_id, prediction: letter} each: SEED-Bench."""
-    lines = [json.dumps({"question_id": one["id"], "prediction": letter(one["said"])}) + "\n" for one in predictions]
+    lines = [json.dumps({"question_id": one["id"], "prediction": letter(one)}) + "\n" for one in predictions]
     return {"submission.jsonl": "".join(lines)}
 
 
@@ -247,7 +248,7 @@ def mmbench(predictions):
     for one in predictions:
         if one["id"].endswith("#0"):
             options = [*one["options"], *[""] * (5 - len(one["options"]))]
-            lines.append(row(one["submit"], one["question"], *options, letter(one["said"])))
+            lines.append(row(one["submit"], one["question"], *options, letter(one)))
     return {"submission.tsv": "".join(lines)}
 
 

@@ -77,9 +77,7 @@ def run(args, loaded, judge=None):
         said = protocols.ask_judge(prompts, judge, args.judgements, out, args.batch_size)
         said = {id: {"judgement": said[id]} | protocols.judgement(said[id], task.way) for id in prompts if id in said}
         predictions = [one | said.get(one["id"], {}) for one in predictions]
-    missing = {item.id: [str(path) for path in item.missing] for item in reading.items if item.missing}
-    pictures = {item.id: item.media[0] for item in items if item.media and not item.is_clip}
-    return report.write(out, settings, task, predictions, missing, reading.problems, pictures), len(predictions)
+    return report.write(out, settings, task, predictions, reading, items), len(predictions)
 
 
 def choose_shots(items, task, args):
@@ -114,7 +112,7 @@ def answers(batch, asker, task, problems):
     problems: list of str, which receives a damaged picture or a question that is too long.
     """
     try:
-        return task.protocol(batch, asker, task)
+        return protocols.predictions(batch, asker, task)
     except ValueError as error:
         if len(batch) == 1:
             problems.append(f"{batch[0].id}: {error}")

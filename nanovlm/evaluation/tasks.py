@@ -24,7 +24,7 @@ CAPTION_PRESETS = ("caption", "image_description", "default")
 class Task:
     """How one benchmark is measured.
 
-    protocol: one of protocols.py. read: function (data, pictures, split) -> items.Reading.
+    protocol: one of the five of protocols.py. read: function (data, pictures, split) -> items.Reading.
     prompt: words of a question, with {question}, {options}, {hint} or {ocr}.
     summarise: function predictions -> {name: number or None}, see report.py.
     presets: names of decodings, the first that a model's recipe has is used.

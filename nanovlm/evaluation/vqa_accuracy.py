@@ -10,8 +10,6 @@ by tens of points on some sets, so it is a variant here and not the default.
 import functools
 import re
 
-from nanovlm.names import nearest
-
 VARIANTS = {
     "always": "normalise always, leave one annotator out by place (as TextVQA's own code does)",
     "official": "as the program of visualqa.org computes it",
@@ -53,20 +51,15 @@ def tidy(text):
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@functools.lru_cache(maxsize=65536)  # the same few words come again and again
 def normalize(text):
     """The form in which answers are compared: str."""
-    return _normalize(tidy(text))
-
-
-@functools.lru_cache(maxsize=65536)  # the same few words come again and again
-def _normalize(text):
-    number = COMMA_IN_NUMBER.search(text) is not None
-    without = text
+    text = tidy(text)
+    without, number = text, COMMA_IN_NUMBER.search(text)
     for mark in PUNCTUATION:
-        if mark not in text:
-            continue
-        touches_space = f"{mark} " in text or f" {mark}" in text  # anywhere in the text, for all its occurrences
-        without = without.replace(mark, "" if touches_space or number else " ")
+        if mark in text:
+            touches_space = f"{mark} " in text or f" {mark}" in text  # anywhere in the text, for all its occurrences
+            without = without.replace(mark, "" if touches_space or number else " ")
     without = PERIOD.sub("", without, count=STRIPPED_PERIODS)
     words = (NUMBERS.get(word, word) for word in without.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
@@ -77,46 +70,22 @@ def vqa_accuracy(prediction, answers, variant="always"):
 
     Args:
       prediction: str.
-      answers: list of str, one per annotator (usually ten); or, for "official", the records of the file, dicts with
-        "answer" and whatever else stands there.
+      answers: list of str, one per annotator (usually ten, one at least); or, for "official", the records of the file,
+        dicts with "answer" and whatever else stands there.
       variant: one of VARIANTS.
     Returns: float between 0 and 1.
-    Raises: ValueError for an unknown variant, or without answers.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}.{nearest(variant, VARIANTS)}")
-    if not answers:
-        raise ValueError("no human answers to compare with; VQA accuracy needs at least one")
-    if variant == "official":
-        return _official(prediction, answers)
-    words = normalize(prediction)
-    same = [normalize(_text(answer)) == words for answer in answers]
-    matches = sum(same)
+    records = [answer if isinstance(answer, dict) else {"answer": answer} for answer in answers]
+    said, words = tidy(prediction), [tidy(record["answer"]) for record in records]
+    if variant != "official" or len(set(words)) > 1:
+        said, words = normalize(said), list(map(normalize, words))
+    matches, number = words.count(said), len(words)
     if variant == "min3":
         return min(1.0, matches / 3)
-    if len(same) == 1:
+    if variant == "official":  # equal records count as one annotator: without ids, identical answers never meet each other
+        beside = [record | {"answer": ""} for record, word in zip(records, words) if word == said]
+        total = (number - matches) * min(1.0, matches / 3)  # those that differ stand beside every matching one
+        return (total + sum(min(1.0, sum(other != mine for other in beside) / 3) for mine in beside)) / number
+    if number == 1:
         return float(matches)
-    return sum(min(1.0, (matches - mine) / 3) for mine in same) / len(same)
-
-
-def _official(prediction, answers):
-    """Equal records count as one and the same annotator, so without ids identical answers never meet each other."""
-    words = [tidy(_text(answer)) for answer in answers]
-    prediction = tidy(prediction)
-    if len(set(words)) > 1:
-        prediction, words = normalize(prediction), list(map(normalize, words))
-    matching = [place for place, word in enumerate(words) if word == prediction]
-    total = (len(answers) - len(matching)) * min(1.0, len(matching) / 3)  # these differ from every matching record
-    beside = [_beside(answers[place]) for place in matching]
-    total += sum(min(1.0, sum(other != mine for other in beside) / 3) for mine in beside)
-    return total / len(answers)
-
-
-def _beside(answer):
-    """What a record says beside the answer."""
-    return {key: value for key, value in answer.items() if key != "answer"} if isinstance(answer, dict) else {}
-
-
-def _text(answer):
-    """The words of an annotator's answer, given as str or as a record of the file."""
-    return answer["answer"] if isinstance(answer, dict) else answer
+    return sum(min(1.0, (matches - (word == said)) / 3) for word in words) / number

@@ -55,13 +55,6 @@ def test_official_vqa_accuracy_has_its_two_quirks():
     assert vqa_accuracy("CAT", mixed, "official") == 1.0
 
 
-def test_vqa_accuracy_errors():
-    with pytest.raises(ValueError, match="always"):
-        vqa_accuracy("x", ["x"], "alway")
-    with pytest.raises(ValueError, match="at least one"):
-        vqa_accuracy("x", [])
-
-
 @pytest.mark.parametrize(
     ("text", "tokens"),  # as Stanford's PTBTokenizer 3.4.1 gives them, punctuation removed
     [
@@ -108,13 +101,11 @@ def test_rouge_takes_precision_and_recall_from_different_references():
 
 def test_cider_of_one_picture_is_zero_and_length_counts_in_bigrams():
     same = ["a", "b", "c", "d"]
-    assert captions.Cider([[same]]).scores([same]) == [0.0]
+    assert captions.cider([same], [[same]]) == [0.0]
     corpus = [[same], [["e", "f", "g", "h"]]]
-    assert captions.Cider(corpus).scores([same, ["x"]]) == [pytest.approx(10), 0.0]
-    longer = captions.Cider(corpus).scores([same + ["z"], ["x"]])[0]
+    assert captions.cider([same, ["x"]], corpus) == [pytest.approx(10), 0.0]
+    longer = captions.cider([same + ["z"], ["x"]], corpus)[0]
     assert 0 < longer < 10
-    with pytest.raises(ValueError, match="2 pictures"):
-        captions.Cider(corpus).scores([same])
 
 
 @pytest.mark.parametrize(
@@ -284,9 +275,8 @@ def test_choices_behind_a_shared_prefix_have_the_losses_of_whole_rows():
     choices = [[[9], [10, 11, 12], [13, 3]], [[4, 5], [6]], [[7, 8, 9]]]
     found = protocols.score_choices(model, prompts, choices, inputs)
     for prompt, several, pixels, scores in zip(prompts, choices, inputs, found):
-        for ids, (total, mean) in zip(several, scores, strict=True):
-            wanted = naive_loss(model, prompt, ids, pixels)
-            assert total == pytest.approx(wanted, abs=1e-4) and mean == pytest.approx(wanted / len(ids), abs=1e-4)
+        for ids, (total, length) in zip(several, scores, strict=True):
+            assert total == pytest.approx(naive_loss(model, prompt, ids, pixels), abs=1e-4) and length == len(ids)
     single = protocols.score_choices(model, prompts[:1], [[[9], [10]]], inputs[:1])
     assert single[0][0][0] == pytest.approx(found[0][0][0], abs=1e-4)
 
@@ -304,11 +294,6 @@ def test_choices_of_every_kind_of_decoder(name):
     for prompt, several, pixels, scores in zip(prompts, choices, inputs, protocols.score_choices(model, prompts, choices, inputs)):
         for ids, (total, _) in zip(several, scores, strict=True):
             assert total == pytest.approx(naive_loss(model, prompt, ids, pixels), abs=1e-3)
-
-
-def test_a_choice_that_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="41 tokens, more than the context of 40"):
-        protocols.score_choices(random_vlm(), [[1] * 38], [[[1, 2, 3]]], [[]])
 
 
 @pytest.mark.parametrize(
