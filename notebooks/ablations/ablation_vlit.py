@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 from ablations import ablation_04
+from ablations.agreement import pearson
 import numpy
 import torch
 from ablations.ablation_04 import (
@@ -31,7 +32,6 @@ from ablations.ablation_04 import (
 
 from nanovlm.data.datasets import LlavaJson
 from nanovlm.data.scene_questions import Scenes
-from nanovlm.evaluation.agreement import pearson
 from nanovlm.training.stages import Stage
 from nanovlm.vlit import annotations, filtering
 from nanovlm.vlit.__main__ import Parser

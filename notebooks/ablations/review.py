@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
-from nanovlm.evaluation.agreement import icc, pearson
+from ablations.agreement import icc, pearson
 from nanovlm.vlit.words import load_table
 
 TABLES = json.loads(Path(__file__).with_name("review.json").read_text(encoding="utf-8"))

@@ -13,9 +13,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from ablations.agreement import icc
 
 from nanovlm.evaluation import captions, yes_no
-from nanovlm.evaluation.agreement import icc
 from nanovlm.evaluation.vqa_accuracy import VARIANTS, vqa_accuracy
 
 HERE = Path(__file__).parents[1] / "golden" / "evaluation"

@@ -7,10 +7,11 @@ import random
 import numpy
 import pytest
 import torch
+from ablations import agreement
 from random_models import randomise
 from tiny import random_vlm
 
-from nanovlm.evaluation import agreement, captions, pairwise, protocols, yes_no
+from nanovlm.evaluation import captions, pairwise, protocols, yes_no
 from nanovlm.evaluation.items import Item
 from nanovlm.evaluation.vqa_accuracy import CONTRACTIONS, normalize, vqa_accuracy
 from nanovlm.recipes import RECIPES
