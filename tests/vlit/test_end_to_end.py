@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
+from vlit_data import GOLDEN, PHOTOS, lines, vlit
 
 import train
-from nanovlm.vlit import __main__ as command_line
 from nanovlm.vlit.annotations import read
 
 TESTS = Path(__file__).parents[1]
-GOLDEN = TESTS / "golden" / "vlit"
-ANNOTATIONS = [str(path) for path in (*sorted(GOLDEN.glob("*_photos.json")), GOLDEN / "caps_boxes.jsonl")]
+ANNOTATIONS = [*PHOTOS, GOLDEN / "caps_boxes.jsonl"]
 
 
 def stand_ins(folder):
@@ -23,21 +22,8 @@ def stand_ins(folder):
         image = Image.new("RGB", (96, 72), (200, 200, 200))
         for one in picture.of_kind("object"):
             corners = [side * size for side, size in zip(one.box, image.size * 2)]
-            ImageDraw.Draw(image).rectangle(corners, fill=tuple(hash_of(one.value)))
+            ImageDraw.Draw(image).rectangle(corners, fill=tuple(sum(map(ord, one.value)) * prime % 256 for prime in (7, 31, 101)))
         image.save(folder / picture.file_name)
-
-
-def hash_of(word):
-    """A colour for a word."""
-    return (sum(map(ord, word)) * prime % 256 for prime in (7, 31, 101))
-
-
-def run(*arguments):
-    assert command_line.main([str(one) for one in arguments]) == 0
-
-
-def items(path):
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 @pytest.mark.slow
@@ -46,8 +32,8 @@ def test_photographs_and_annotations_become_a_trained_stage(tmp_path, capsys):
     images.mkdir()
     stand_ins(images)
     made, kept, out = tmp_path / "vlit", tmp_path / "filtered", tmp_path / "trained"
-    run("construct", "--annotations", *ANNOTATIONS, "--images", images, "--out", made, "-n", 2)
-    samples = items(made / "samples.jsonl")
+    vlit("construct", "--annotations", *ANNOTATIONS, "--images", images, "--out", made, "-n", 2)
+    samples = lines(made / "samples.jsonl")
     assert len(samples) > 250 and {item["image"].split("/")[0] for item in samples} == {"..", "marked"}
 
     wrong = [spoiled(samples, "2/SI/global/0", "How many cats are there?", "There are seven cats."),
@@ -55,19 +41,19 @@ def test_photographs_and_annotations_become_a_trained_stage(tmp_path, capsys):
     with open(made / "samples.jsonl", "a") as file:
         file.writelines([json.dumps(wrong[0]) + "\n", '{"id": "broken", \n', json.dumps(wrong[1]) + "\n"])
 
-    run("quality", made / "samples.jsonl", "--annotations", *ANNOTATIONS, "--out", tmp_path / "quality")
+    vlit("quality", made / "samples.jsonl", "--annotations", *ANNOTATIONS, "--out", tmp_path / "quality")
     told = capsys.readouterr().out
     assert f"{len(samples) + 2} samples" in told and "1 records unreadable, 1 samples with defects" in told
 
-    run("filter", made / "samples.jsonl", "--annotations", *ANNOTATIONS, "--out", kept, "--without-report", "--exact-only")
-    good = items(kept / "kept.jsonl")
-    reasons = [one["reasons"][0] for one in items(kept / "dropped.jsonl")]
+    vlit("filter", made / "samples.jsonl", "--annotations", *ANNOTATIONS, "--out", kept, "--without-report", "--exact-only")
+    good = lines(kept / "kept.jsonl")
+    reasons = [one["reasons"][0] for one in lines(kept / "dropped.jsonl")]
     assert sorted(reason.split(":")[0] for reason in reasons if not reason.startswith("duplicate")) == ["defect", "unreadable", "wrong"]
     assert len(good) + len(reasons) == len(samples) + 3 and not {one["id"] for one in wrong} & {one["id"] for one in good}
 
     arguments = [str(TESTS / "vlit_recipe.py"), "--data", str(kept / "kept.jsonl"), "--images", str(made), "--out", str(out)]
     assert train.main([*arguments, "--threads", "1"]) == 0
-    losses = [entry["loss"] for entry in items(out / "log.jsonl") if "loss" in entry]
+    losses = [entry["loss"] for entry in lines(out / "log.jsonl") if "loss" in entry]
     assert len(losses) == 40 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert (out / "model.safetensors").is_file()
 
