@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from nanovlm.attention import attention, causal, causal_rows, full
 from nanovlm.modality_adaptive import ModalityAdaptive, route, Routing
-from nanovlm.training.linear_cross_entropy import linear_cross_entropy
+from nanovlm.training.language_loss import linear_cross_entropy
 
 
 ERROR_FACTOR = 2  # times the error of torch's own attention in bfloat16

@@ -30,7 +30,7 @@ from nanovlm.training.cost import GB, stage_memory
 from nanovlm.projector import MLPProjector
 from nanovlm.recipes import RECIPES
 from nanovlm.training.cost import Cost, example_cost
-from nanovlm.training.linear_cross_entropy import language_loss
+from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, VLM

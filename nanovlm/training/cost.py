@@ -20,7 +20,7 @@ from nanovlm.decoder import Context
 from nanovlm.modality_adaptive import Routing
 from nanovlm.recipes.recipe import Expected
 from nanovlm.training import optimizer
-from nanovlm.training.linear_cross_entropy import is_chunked, linear_cross_entropy, ROWS
+from nanovlm.training.language_loss import is_chunked, linear_cross_entropy, ROWS
 from nanovlm.training.processes import all_parts, BLOCK, MODES
 from nanovlm.training.start import add_lora, build_models, check_stages, choose_size, choose_stages, home
 

@@ -22,7 +22,7 @@ from nanovlm.generation.prefill import Workspace
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training import checkpoint
 from nanovlm.training.cost import make_meter
-from nanovlm.training.linear_cross_entropy import language_loss
+from nanovlm.training.language_loss import language_loss
 from nanovlm.training.progress import plot_curves, say
 from nanovlm.training.update import EVERY, is_held_out, total_norm
 

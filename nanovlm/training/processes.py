@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from nanovlm.names import nearest
-from nanovlm.training.linear_cross_entropy import language_loss
+from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import all_parts, everything, freeze, Stage
 from nanovlm.vit import resize_positions
 
@@ -75,6 +75,10 @@ class Processes:
         total = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(total, group=self.group)
         return total.tolist()
+
+    def sum_up(self, report):
+        """The counts of all processes: a dataclass of int, as a new one."""
+        return type(report)(*map(int, self.sum([*vars(report).values()])))
 
     def gather(self, value, group=None):
         """Everybody's value, by rank: list. value: anything that can be pickled."""

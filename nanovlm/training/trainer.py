@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import string
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 import torch
@@ -31,25 +31,19 @@ from nanovlm.training.stages import fingerprints, text_side
 from nanovlm.training.update import make_feed, NotFinite, reading, TrainingError, Update
 
 MOST_SKIPPED = 10  # updates in a row
-POSITION = ("step", "starts", "measures", "answers")  # of a Trainer, in every checkpoint
+POSITION = ("step", "starts", "measures", "answers", "stage_step", "skipped", "frozen")  # of a Trainer, in every checkpoint
 
 
 class Trainer:
-    """Trains a Run.
-
-    Args:
-      run: processes.Run. stop: progress.StopRequests.
-    """
+    """Trains a processes.Run, until it is done or progress.StopRequests has a request."""
 
     def __init__(self, run, stop):
         self.run, self.processes, self.stop = run, run.processes, stop
         self.log = Log(run.out / "log.jsonl" if run.processes.main else None, run.recipe.log)
         self.writer, self.writing = ThreadPoolExecutor(1), None  # of checkpoints; the one that is being written
-        self.step = 0  # updates of the whole run that are done
-        self.starts = dict.fromkeys(run.sources, 0)  # records that finished stages have read
-        self.measures = {}  # stage name -> "before" | "after" -> measure -> share
-        self.answers = []  # of the last exam
-        self.began, self.seconds_before, self.cpu_seconds_before = time.monotonic(), 0.0, 0.0  # in earlier processes of this run
+        self.step, self.starts = 0, dict.fromkeys(run.sources, 0)  # updates that are done; records that finished stages have read
+        self.measures, self.answers = {}, []  # stage name -> "before" | "after" -> measure -> share; of the last exam
+        self.began, self.earlier = time.monotonic(), {"seconds": 0.0, "cpu_seconds": 0.0}  # in earlier processes of this run
 
     def train(self):
         """Train all stages, or what the last checkpoint leaves of them, and write the results.
@@ -67,7 +61,7 @@ class Trainer:
                 self.train_stage()
                 self.end()
             self.wait()
-            self.ask(self.finish)
+            self.ask(self.finish, self.stop.anywhere)
         except Exception as error:
             if not self.processes.is_lost(error):  # or nobody would come to finish the checkpoint
                 self.wait()
@@ -109,9 +103,8 @@ class Trainer:
         lay_out(run, stage)
         if stage.copy_vision_branch:
             run.model.copy_vision_branch()
-        self.index, self.stage, self.stage_step = index, stage, 0  # updates of this stage that are done
-        self.skipped = 0  # of them, the last ones, left out as the loss or gradient was not finite
-        self.report = Report()  # rows cut to max_tokens
+        self.index, self.stage, self.report = index, stage, Report()  # of rows cut to max_tokens
+        self.stage_step = self.skipped = 0  # updates of this stage that are done; of them, the last ones, left out
         self.feed, self.damage = make_feed(run, stage, self.starts, self.step)
         self.optimizers = optimizer.Together(optimizer.build(run.parts(), stage, torch.get_num_threads()), run.device)
         self.watch = Watch(self)
@@ -127,8 +120,9 @@ class Trainer:
         with reading():
             records = self.processes.together(self.feed.next)
             damaged = sum(self.processes.gather(self.feed.damaged), [])
-            so_far = (self.stage_step + 1) * self.stage.batch_size
-            self.processes.by_main(lambda: self.damage.add(self.step + 1, damaged, so_far)) if damaged else None
+            if damaged:
+                so_far = (self.stage_step + 1) * self.stage.batch_size
+                self.processes.by_main(lambda: self.damage.add(self.step + 1, damaged, so_far))
         return records
 
     @contextlib.contextmanager
@@ -162,7 +156,7 @@ class Trainer:
                 say(f"stage {stage.name}, step {self.stage_step}: the loss jumped to {loss:.4f}, above {limit:.4f}")
             self.log.write(stage=stage.name, step=self.step, loss=loss, lr=lr, gradient_norm=norm,
                            tokens_per_second=round(tokens / seconds), data_seconds=round(waited, 4),
-                           seconds=round(self.seconds(), 3), **more)
+                           seconds=round(self.clock()["seconds"], 3), **more)
         bar.update(self.stage_step, None if norm is None else loss, lr, tokens / seconds, min(1.0, waited / seconds), used)
 
     def end(self):
@@ -172,7 +166,7 @@ class Trainer:
         if moved:
             raise TrainingError(f"stage {stage.name}: frozen tensors have moved: {', '.join(moved)}")
         say("\n".join([*self.watch.table(), f"stage {stage.name}: none of the {len(now)} frozen tensors has moved"]))
-        report = self.whole_report()
+        report = self.processes.sum_up(self.report)
         if report.truncated_rows:
             say(f"stage {stage.name}: {report.truncated_rows:,} of {report.rows:,} rows were cut to "
                 f"max_tokens {stage.max_tokens}, {report.truncated_tokens:,} tokens lost")
@@ -182,17 +176,10 @@ class Trainer:
         for name, drawn in self.feed.state()["drawn"].items():
             self.starts[name] += drawn
 
-    def whole_report(self):
-        """The counts of all processes: Report."""
-        return Report(*map(int, self.processes.sum([*vars(self.report).values()])))
-
-    def seconds(self):
-        """Seconds of training so far, without the time between two processes."""
-        return self.seconds_before + time.monotonic() - self.began
-
-    def cpu_seconds(self):
-        """CPU-seconds of all threads so far, which other work on the machine hardly changes."""
-        return self.cpu_seconds_before + time.process_time()
+    def clock(self):
+        """Time of training so far, without that between two processes, and of all threads' work: dict of seconds."""
+        return {"seconds": self.earlier["seconds"] + time.monotonic() - self.began,
+                "cpu_seconds": self.earlier["cpu_seconds"] + time.process_time()}
 
     def asked_to_stop(self):
         """The Stopped to raise now, of any process, or None."""
@@ -208,24 +195,18 @@ class Trainer:
 
     def save(self, feed, random):
         """Write a checkpoint of the present weights; feed and random: their states after the last update."""
-        run, own = self.run, {name: vars(self)[name] for name in POSITION}
-        state = own | {
-            "stage": self.index, "stage_step": self.stage_step, "report": asdict(self.whole_report()), "frozen": self.frozen,
-            "skipped": self.skipped, "image_size": run.model.vision.image_size, "identity": run.identity, "feed": feed,
-            "seconds": self.seconds(), "cpu_seconds": self.cpu_seconds(), "log_bytes": self.log.size(),
-            "processes": self.processes.size}  # fmt: skip
+        run, own, tensors = self.run, {name: vars(self)[name] for name in POSITION}, self.tensors() | {"random": random}
+        state = own | self.clock() | {
+            "stage": self.index, "report": asdict(self.processes.sum_up(self.report)), "image_size": run.model.vision.image_size,
+            "identity": run.identity, "feed": feed, "log_bytes": self.log.size(), "processes": self.processes.size}  # fmt: skip
         self.wait()
-        background = run.args.save_in_background
-        rest = checkpoint.begin(run.out, self.step, self.tensors() | {"random": random}, state, self.processes, run.args.keep, background)
-        if background:
-            self.writing = self.writer.submit(rest)
-        else:
-            rest()
+        rest = checkpoint.begin(run.out, self.step, tensors, state, self.processes, run.args.keep, run.args.save_in_background)
+        self.writing = self.writer.submit(rest) if run.args.save_in_background else rest()
 
     def wait(self):
         """Until the checkpoint is written that was begun. Raises: CheckpointError if it could not be."""
         writing, self.writing = self.writing, None
-        if writing is not None:
+        if isinstance(writing, Future):
             writing.result()
 
     def last_checkpoint(self):
@@ -239,7 +220,7 @@ class Trainer:
         if changed:
             raise checkpoint.CheckpointError(f"{folders[-1]} belongs to another run: {changed}")
         vars(self).update({name: state[name] for name in POSITION})
-        self.seconds_before, self.cpu_seconds_before = state["seconds"], state["cpu_seconds"]
+        self.earlier = {name: state[name] for name in self.earlier}
         self.log.cut(state["log_bytes"])
         say(f"continuing after step {self.step}, in stage {self.run.stages[state['stage']].name}")
         if state["processes"] != self.processes.size:
@@ -261,34 +242,33 @@ class Trainer:
         self.watch.movement.start = found["movement"]
         self.feed.load_state(state["feed"])
         self.report = Report(**state["report"]) if self.processes.main else Report()  # the others' counts are in it
-        self.frozen, self.stage_step, self.skipped = state["frozen"], state["stage_step"], state["skipped"]
+        vars(self).update({name: state[name] for name in POSITION})
 
-    def ask(self, function):
+    def ask(self, function, context=contextlib.nullcontext):
         """What function(run) finds out about the model, in the main process: no gradient, no trace in the random state."""
+        def answer():
+            with context():
+                return function(run)
+
         run = self.run
         with whole(run), torch.no_grad(), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
             models = [model for model in (run.model, run.contrastive) if model is not None]
             for model in models:
                 model.eval()
-            found = self.processes.by_main(lambda: function(run))
+            found = self.processes.by_main(answer)
             for model in models:
                 model.train()
         return found
 
     def measure(self, moment):
         """Measure a stage before or after it, log it, and say afterwards what the stage achieved."""
-        def evaluate(run):
-            with self.stop.anywhere():  # nothing trains
-                return run.recipe.evaluate(run, stage)
-
         stage = self.stage
-        found = self.ask(evaluate)
+        found = self.ask(lambda run: run.recipe.evaluate(run, stage), self.stop.anywhere)
         self.measures.setdefault(stage.name, {})[moment] = found
         self.log.write(stage=stage.name, step=self.step, when=moment, measures=found)
         for _, key, _, _ in string.Formatter().parse(stage.summary):
             if key is not None and key not in found:
-                raise TrainingError(f"the summary of stage {stage.name!r} names {key!r}, which is not measured."
-                                    f"{nearest(key, found)}")
+                raise TrainingError(f"the summary of stage {stage.name!r} names {key!r}, which is not measured.{nearest(key, found)}")
         if moment == "after" and stage.summary:
             before = self.measures[stage.name]["before"]
             say(stage.summary.format(**{key: f"{before[key]:.1%} → {found[key]:.1%}" for key in found}))
@@ -305,15 +285,14 @@ class Trainer:
 
     def finish(self, run):
         """Write the model, the curves and the results, and print the tables; in the main process."""
-        with self.stop.anywhere():
-            tensors = {"model": run.model.state_dict(), "text_tower": text_side(run.contrastive)}
-            checkpoint.write_model(run.out, tensors, run.model.vision.image_size)
-            checkpoint.replace(run.out / "curves.png", lambda path: plot_curves(self.log.read(), path, run.args.seed))
-            results = run.recipe.finish(run)
-            results |= {"parameters": sum(p.numel() for p in run.model.parameters()), "seconds": round(self.seconds(), 1),
-                        "cpu_seconds": round(self.cpu_seconds(), 1)}
-            checkpoint.replace_json(run.out / "results.json", results)
-            say("\n".join(["", *measures_table(self.measures), "", *run.recipe.report(run, results)]))
+        tensors = {"model": run.model.state_dict(), "text_tower": text_side(run.contrastive)}
+        checkpoint.write_model(run.out, tensors, run.model.vision.image_size)
+        checkpoint.replace(run.out / "curves.png", lambda path: plot_curves(self.log.read(), path, run.args.seed))
+        results = run.recipe.finish(run)
+        results |= {"parameters": sum(p.numel() for p in run.model.parameters())}
+        results |= {name: round(seconds, 1) for name, seconds in self.clock().items()}
+        checkpoint.replace_json(run.out / "results.json", results)
+        say("\n".join(["", *measures_table(self.measures), "", *run.recipe.report(run, results)]))
 
 
 def random_state(device):

@@ -13,7 +13,7 @@ from nanovlm.training.cost import FLOAT32, Memory, outside_and_inside, stage_mem
 from nanovlm.recipes import RECIPES
 from nanovlm.training.cost import Cost, example_cost, pair_cost
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
-from nanovlm.training.linear_cross_entropy import is_chunked, language_loss
+from nanovlm.training.language_loss import is_chunked, language_loss
 from nanovlm.training.processes import BLOCK, surround
 from nanovlm.training.stages import freeze
 

@@ -1,0 +1,218 @@
+"""The next-token loss in less time and memory than `VLM.loss`, which says what it is; values and gradients are the same.
+
+A picture that several rows show runs once. Where the image stands in front of the text, as in Lynx, a causal decoder
+computes for it the same keys and values whatever is asked behind it. So they are computed once per picture and copied to
+every row that shows it; with six short questions per picture this halves the decoder's work.
+
+The scores of all tokens are never there at once. Scores of N tokens over V words are N * V numbers, and eager training keeps
+them, their softmax and their gradient; at 49,152 words they outweigh the rest of a small model. But the gradient of a
+cross-entropy is known as soon as its scores are: so 256 rows are scored, turned into their gradient in place, and
+multiplied into the gradients of the hidden states and of the weight, before the next rows are looked at. All that is kept
+are these two gradients, which the backward pass only has to scale. For a row with scores s = W h + b and label y:
+
+  loss = log(sum(exp(s))) - s_y     d loss / d s = p - [y]     d loss / d h = W^T (p - [y])     d loss / d W = (p - [y]) h^T
+
+with p = softmax(s). The idea is that of Liger Kernel, arXiv:2410.10989, Sec. 3.2, here in plain torch. (torch 2.13 has
+F.linear_cross_entropy, which takes no part in autocast and in bfloat16 sums in bfloat16.)
+
+B rows, T tokens, M visual inputs, N image tokens of each, K key/value heads, D head width, W width, V vocabulary
+"""
+
+import torch
+from torch import nn
+
+from nanovlm.attention import Visible, causal_rows
+from nanovlm.cache import KeptKeys
+from nanovlm.modality_adaptive import TEXT, VISION
+from nanovlm.vlm import check_counts, cross_entropy, IGNORE, IMAGE_TOKEN, next_tokens
+
+ROWS = 256  # scored at a time: enough to keep the product busy, few enough to be forgotten
+LARGE_VOCABULARY = 16384  # words, from which scores are made in chunks
+
+
+def language_loss(model, batch, share=True, lean=True, chunked=None):
+    """`VLM.loss` in less time and memory.
+
+    Args:
+      model: vlm.VLM. batch: vlm.Batch.
+      share: the image tokens of a picture that several rows show run once.
+      lean: leave out what the loss does not depend on, so that its parameters get no gradient instead of zeros. False
+        for many processes, each of which has to run every module.
+      chunked: never hold all scores at once; None = with a large vocabulary.
+    Returns: as `VLM.loss`.
+    """
+    labels, head = next_tokens(batch.labels), model.decoder.lm_head
+    trained = labels != IGNORE
+    hidden = wanted_states(model, batch, trained, lean) if share else model.hidden(batch)[trained]
+    chunked = is_chunked(model) if chunked is None else chunked
+    if chunked and (head is None or type(head) is nn.Linear):  # a low-rank update is more than a weight
+        weight, bias = (model.decoder.embedding.weight, None) if head is None else (head.weight, head.bias)
+        return linear_cross_entropy(hidden, weight, labels[trained], bias), int(trained.sum())
+    return cross_entropy(model.decoder.logits(hidden), labels[trained]), int(trained.sum())
+
+
+def is_chunked(model):
+    """bool, whether a vlm.VLM has so many words that its scores are made in chunks."""
+    return model.decoder.config.vocab_size >= LARGE_VOCABULARY
+
+
+class SharedKeys:
+    """In place of a cache: before every row's own keys and values stand those of its picture.
+
+    Args:
+      layers: per layer (k, v) float[M, K, N, D]. picture: int[B], the picture of each row.
+    """
+
+    def __init__(self, layers, picture):
+        self.layers, self.picture = layers, picture
+
+    def update(self, layer_index, k, v):
+        """k, v float[B, K, T, D] -> float[B, K, N + T, D]."""
+        image_k, image_v = (self.copy(x) for x in self.layers[layer_index])
+        return torch.cat([image_k, k], dim=2), torch.cat([image_v, v], dim=2)
+
+    def copy(self, kept):
+        """float[M, K, N, D], one a picture -> float[B, K, N, D], one a row."""
+        copies = kept.index_select(0, self.picture)
+        if copies.requires_grad:
+            copies.register_hook(torch.Tensor.contiguous)  # adding up rows of a slice costs index_select many times the time
+        return copies
+
+
+def can_share(batch, is_image):
+    """Whether pictures stand in front of their rows, one a row, equally long, at equal positions, and some row repeats one.
+
+    Args:
+      batch: vlm.Batch. is_image: bool[B, T], ids == IMAGE_TOKEN.
+    """
+    if len(batch.frames) in (0, len(batch.shown)):
+        return False
+    num_image_tokens = is_image.sum(1)
+    longest = int(num_image_tokens.max())
+    in_front = bool((num_image_tokens == is_image[:, :longest].sum(1)).all())
+    all_or_none = bool(((num_image_tokens == 0) | (num_image_tokens == longest)).all())
+    one_each = len(batch.owner) == int((num_image_tokens > 0).sum())
+    real = batch.segments >= 0
+    one_document = bool((batch.segments <= 0).all() and (real[:, 1:] <= real[:, :-1]).all())
+    positions = batch.positions[num_image_tokens > 0, :longest]
+    same_positions = bool((positions == positions[:1]).all())
+    return in_front and all_or_none and one_each and one_document and same_positions
+
+
+def two_lengths(lengths):
+    """Split rows into short and long ones so that the fewest columns are computed: int[B] tokens -> one or two int[b] rows."""
+    lengths, order = lengths.sort()
+    num_short = torch.arange(len(lengths), device=lengths.device)
+    longest_short = torch.cat([lengths[:1], lengths[:-1]])
+    columns = num_short * longest_short + (len(lengths) - num_short) * lengths[-1]
+    best = int(columns.argmin())
+    return [order] if best == 0 else [order[:best], order[best:]]
+
+
+def wanted_states(model, batch, wanted, lean=True):
+    """The states of `VLM.hidden` at wanted positions, with rows that share their pictures where they can.
+
+    Args:
+      model: vlm.VLM. batch: vlm.Batch. wanted: bool[B, T], none of them padding.
+      lean: where no image token is wanted, the last layer computes no more of them than their keys and values.
+    Returns: float[N, W], row by row.
+    """
+    is_image, decoder, device = batch.ids == IMAGE_TOKEN, model.decoder, batch.ids.device
+    if model.media_token is not None or not can_share(batch, is_image):
+        return model.hidden(batch)[wanted]
+    only_text = lean and not bool((wanted & is_image).any())
+
+    # The pictures, once each, at the positions that they have in any row that shows them.
+    image_tokens = model.encode(batch.pixels, batch.frames)
+    check_counts(is_image, [image_tokens[m] for m in batch.shown.tolist()])
+    image_tokens = torch.stack(image_tokens).to(decoder.embedding.weight.dtype)  # M N W
+    num_image_tokens, kept = image_tokens.shape[1], KeptKeys()
+    row_of = torch.zeros(len(image_tokens), dtype=torch.long, device=device).index_copy(0, batch.shown, batch.owner)
+    positions, visible = batch.positions[row_of, :num_image_tokens], causal_rows(*image_tokens.shape[:2], device)
+    modality = torch.full(image_tokens.shape[:2], VISION, device=device)
+    image_hidden = decoder(image_tokens, positions, visible, modality, cache=kept, only_fill=only_text)
+
+    # The text: short rows and long rows apart. A row without a picture gets some picture's keys and does not see them.
+    states, places = [], []
+    skip = is_image.sum(1)  # B
+    length = (batch.segments >= 0).sum(1) - skip
+    picture = torch.zeros_like(skip).index_copy(0, batch.owner, batch.shown)
+    for rows in two_lengths(length):
+        index = torch.arange(int(length[rows].max()), device=device)
+        real = index < length[rows, None]  # b T'
+        column = (index + skip[rows, None]).clamp(max=batch.ids.shape[1] - 1)
+        first = torch.where(skip[rows] > 0, 0, num_image_tokens)[:, None].expand_as(column)
+        visible = Visible(first, torch.where(real, num_image_tokens + index + 1, first))
+        ids = batch.ids[rows].gather(1, column)
+        text_hidden = decoder(decoder.embedding(ids.clamp(min=0)), batch.positions[rows].gather(1, column), visible,
+                              torch.full_like(ids, TEXT), cache=SharedKeys(kept.layers, picture[rows]))
+        chosen = real & wanted[rows].gather(1, column)
+        states.append(text_hidden[chosen])
+        places.append((rows[:, None] * batch.ids.shape[1] + column)[chosen])
+    if not only_text:
+        place = batch.owner[:, None] * batch.ids.shape[1] + torch.arange(num_image_tokens, device=device)
+        chosen = wanted.flatten()[place]
+        states.append(image_hidden[batch.shown][chosen])
+        places.append(place[chosen])
+    return torch.cat(states)[torch.cat(places).argsort()]
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum over the rows, with every gradient made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels):
+        """hidden float[N, W], weight float[V, W], bias float[V] or None, labels int64[N] -> float32[]."""
+        needed = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden) if needed[0] else None
+        # bfloat16 would lose the small rows of many sums
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for rows, row_labels, place in zip(hidden.split(ROWS), labels.split(ROWS), range(0, len(hidden), ROWS)):
+            scores = torch.nn.functional.linear(rows, weight, bias).float()
+            top = scores.amax(1, keepdim=True)
+            right = scores.gather(1, row_labels[:, None])
+            shares = scores.sub_(top).exp_()
+            sums = shares.sum(1, keepdim=True)
+            total += (sums.log() + top - right).sum()
+            if not any(needed):
+                continue
+            d_scores = shares.div_(sums)
+            d_scores.scatter_add_(1, row_labels[:, None], torch.full_like(right, -1.0))
+            if d_bias is not None:
+                d_bias += d_scores.sum(0)
+            d_scores = d_scores.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[place : place + ROWS].copy_(d_scores @ weight)
+            if d_weight is not None and d_scores.dtype == d_weight.dtype:
+                d_weight.addmm_(d_scores.t(), rows)
+            elif d_weight is not None:
+                d_weight += d_scores.t() @ rows
+            del scores, shares, d_scores  # before the next rows are scored
+        gradients = (d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype),
+                     d_bias if d_bias is None else d_bias.to(bias.dtype))  # fmt: skip
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        """Scale in place: a second copy of the weight's gradient would be the largest tensor of all."""
+        # autograd notices the change, and refuses to use the same graph again
+        return *(None if grad is None else grad.mul_(d_total) for grad in ctx.saved_tensors), None
+
+
+def linear_cross_entropy(hidden, weight, labels, bias=None):
+    """Cross-entropy of the scores hidden @ weight^T + bias, summed over the rows.
+
+    Args:
+      hidden: float[N, W]. weight: float[V, W]. labels: int64[N], in [0, V). bias: float[V] or None.
+    Returns: float32[], in nats. Its graph serves one backward pass.
+    """
+    kind = hidden.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # once here, not once per chunk
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+    if not torch.is_grad_enabled():  # autograd functions are told of gradients all the same
+        hidden, weight, bias = hidden.detach(), weight.detach(), bias if bias is None else bias.detach()
+    return LinearCrossEntropy.apply(hidden, weight, bias, labels)
