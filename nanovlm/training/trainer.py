@@ -7,9 +7,8 @@
 One process runs this loop, or a thousand do (processes.py): each reads its share of the records, and the gradient is that
 of all of them. What decides how the loop goes on is agreed upon.
 
-A run that is killed at any moment and resumed gives the same losses and the same weights, bit for bit: everything
-random comes from the seed and a position (record n of a source, torch's own random state), and the position is in
-every checkpoint.
+A run that is killed at any moment and resumed gives the same losses and the same weights, bit for bit: everything random
+comes from the seed and a position (record n of a source, torch's own random state), which is in every checkpoint.
 """
 
 import contextlib
@@ -69,13 +68,13 @@ class Trainer:
 
     def train_stage(self):
         """The updates of a stage that are left."""
-        run, stage, steps = self.run, self.stage, self.optimizers
+        run, stage, optimizers = self.run, self.stage, self.optimizers
         with contextlib.closing(Bar(stage, self.stage_step, self.processes.main)) as bar, contextlib.closing(self.feed):
             while self.stage_step < stage.steps:
                 began, update, norm, tokens = time.monotonic(), None, None, 0
                 with self.nothing_lost():  # what goes wrong in here is saved as it was, or the update is left out
-                    update = Update(run, stage, self.next_records(), steps.parameters, self.report)
-                    steps.zero_grad()
+                    update = Update(run, stage, self.next_records(), optimizers.parameters, self.report)
+                    optimizers.zero_grad()
                     for micro_batch in update.micro_batches():
                         loss = run.loss(*micro_batch.inputs)  # summed over the trained tokens
                         update.add(micro_batch, loss)
@@ -84,8 +83,8 @@ class Trainer:
                     loss, tokens = update.average()
                     norm = update.clip(stage.clip)
                 if norm is not None:
-                    steps.set_lr(optimizer.lr_factor(self.stage_step, stage))
-                    steps.step()
+                    optimizers.set_lr(optimizer.lr_factor(self.stage_step, stage))
+                    optimizers.step()
                 self.stage_step, self.step = self.stage_step + 1, self.step + 1
                 self.log_step(bar, update, loss, norm, tokens, time.monotonic() - began)
                 self.watch.after_step(norm)
