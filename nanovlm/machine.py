@@ -10,16 +10,12 @@ up to forty times slower than float32. The choice follows what the machine says 
     all others            float32: macOS, "mps", older processors
 """
 
-import os
 import platform
 import re
-import subprocess
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
-
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = "cpu, cuda, cuda:1, or mps (untried)"
@@ -93,35 +89,3 @@ def check_device(name):
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from error
-
-
-# Where a number comes from: commit, machine, day. What is published without them cannot be checked.
-
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def commit():
-    """The commit that is checked out: str, with "+" behind it if the code has been changed since; "unknown" without git."""
-    def git(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "train.py", "nanovlm")
-    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + "+" * bool(changed)
-
-
-def cpu():
-    """What the processor calls itself: str."""
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def machine():
-    """Processor and cores that this process may use: str."""
-    return f"{cpu()}, {len(os.sched_getaffinity(0))} cores"
-
-
-def stamp():
-    """Commit, machine, torch and day in one line: str."""
-    return f"commit {commit()}; {machine()}; torch {torch.__version__}; {date.today()}"

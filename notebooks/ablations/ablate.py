@@ -16,8 +16,8 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 from ablations import ablation_report
 from ablations.ablation_runs import AblationError, run
 from ablations.variants import ABLATIONS
+from support.provenance import ROOT
 from nanovlm.names import nearest
-from nanovlm.machine import ROOT
 
 TABLES = ROOT / "notebooks" / "results" / "ablations"
 

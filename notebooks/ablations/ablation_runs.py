@@ -24,9 +24,9 @@ import zlib
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from nanovlm import machine
 from nanovlm.training import checkpoint
 from ablations.ablation_recipe import RECIPE
+from support import provenance
 from nanovlm.training.start import build_models, choose_stages
 from nanovlm.training.stages import Stage
 from nanovlm.published.weights import SINGLE
@@ -50,7 +50,7 @@ class AblationError(RuntimeError):
 @functools.cache
 def command_line():
     """The module `train`, whose command line every run goes through."""
-    specification = importlib.util.spec_from_file_location("train", machine.ROOT / "train.py")
+    specification = importlib.util.spec_from_file_location("train", provenance.ROOT / "train.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
@@ -104,7 +104,7 @@ def ensure(folder, arguments, train):
         train([RECIPE.name, *arguments, "--threads", "1", "--device", "cpu", "--out", str(folder), *resume])
         results = json.loads((folder / "results.json").read_text())
         spent = round(time.process_time() - began, 1)  # of this run; the process may have trained others before
-        told = {"cpu_seconds": spent, TRAINED: machine.stamp()}
+        told = {"cpu_seconds": spent, TRAINED: provenance.stamp()}
         checkpoint.replace_json(folder / "results.json", results | told)
     return results_of(folder)
 

@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
 import torch
+from support.provenance import commit, machine
 from support.readme_tables import RESULTS, TESTS, fill
 
 from nanovlm.files import replace_text
-from nanovlm.machine import commit, machine
 from nanovlm.recipes import recipe_of
 from nanovlm.training.start import DEFAULT_THREADS, settle_precision
 
