@@ -1,34 +1,10 @@
-"""Comparing a module of ours with one of transformers or a golden file: weights and gradients under our names."""
+"""Comparing a module of ours with one of transformers: weights and gradients under our names."""
 
-import json
 import re
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
-
-
-class Golden:
-    """One golden file: `config`, and tensors by `inputs`, `outputs` and official weight names."""
-
-    def __init__(self, name):
-        with safe_open(Path(__file__).parent / "golden" / f"{name}.safetensors", "pt") as file:
-            self.config = json.loads(file.metadata()["config"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        self.inputs, self.outputs, self.weights = (
-            {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}
-            for kind in ("in/", "out/", "weights/")
-        )
-
-    def load(self, module, prefix, rules):
-        """Give a module the weights below an official prefix, renamed by `translate`; a name left over raises."""
-        weights = {n.removeprefix(prefix): w for n, w in self.weights.items() if n.startswith(prefix)}
-        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        ours = translate(weights, rules)
-        module.load_state_dict({name: w.reshape(shapes.get(name, w.shape)) for name, w in ours.items()})
-        return module.eval()
 
 
 def perturb(module, spread=0.05):

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovlm.attention import Visible, causal, causal_rows, full
+from nanovlm.attention import Visible, causal, causal_rows
 from nanovlm.cache import KeyValueCache
-from nanovlm.decoder import Context, Decoder, DecoderConfig, LayerOptions, per_modality
+from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions, per_modality
 from nanovlm.modality_adaptive import ModalityAdaptive
 from random_models import randomise, small_decoder
 
@@ -157,20 +157,6 @@ def test_cached_equals_uncached(backend):
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
 
 
-@torch.no_grad()
-def test_cache_with_the_patterns_that_need_no_mask():
-    decoder, embeddings = small_decoder(LAYERS), torch.randn(2, 6, 16)
-    modality = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
-    whole = run(decoder, embeddings, modality)
-    cache = KeyValueCache(decoder.config, 2, 6)
-    parts = [decoder(embeddings[:, :4], arange(2, 4), causal_rows(2, 4), modality[:, :4], cache=cache)]
-    cache.advance(4)
-    for t in (4, 5):
-        parts.append(decoder(embeddings[:, t : t + 1], arange(2, 1, t), full(1, t + 1), modality[:, t : t + 1], cache))
-        cache.advance(1)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
-
-
 def test_cache_is_told_the_layer():
     decoder = small_decoder(LAYERS)
 
@@ -223,46 +209,17 @@ def test_layer_options_per_layer():
     assert LayerOptions() == LayerOptions(adapter_width=0, modality_adaptive=False, cross_attention=False)
 
 
-def test_llama_s_layers_have_no_biases():
-    biases = {name for name, _ in small_decoder([LayerOptions(modality_adaptive=True)]).named_parameters() if "bias" in name}
-    assert not biases
-
-
-@pytest.mark.parametrize("record", [LayerOptions, DecoderConfig, Context])
-def test_records_cannot_be_changed(record):
-    assert record.__dataclass_params__.frozen
-
-
-def test_defaults_of_the_config():
-    config = DecoderConfig(23, 16, 4, 2, 20, 32, (LayerOptions(),))
-    assert (config.rope_base, config.norm_eps, config.tied_head) == (10000.0, 1e-6, False)
-    assert config.head_width == 4
-    assert (config.norm, config.ffn, config.activation, config.qkv_bias) == ("rms", "gated", "silu", "")
-    assert not (config.output_bias or config.ffn_bias or config.head_bias or config.parallel)
-    assert config.rotary_width is config.position_offset is config.cross_attention_width is None
-    assert config.num_rotary == 4 and dataclasses.replace(config, rotary_width=0).num_rotary == 0
-    decoder = Decoder(config)
-    assert decoder.backend == "sdpa" and decoder.norm.eps == 1e-6 and decoder.positions is None
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(width=18), "width 18 must be a multiple of num_heads 4"),
-        (dict(num_kv_heads=3), "num_heads 4, and that one of num_kv_heads 3"),
-        (dict(width=12), "3 of a head's 3 channels"),
-        (dict(rotary_width=3), "3 of a head's 4 channels"),
-        (dict(rotary_width=6), "6 of a head's 4 channels"),
-        (dict(rotary_width=-2), "-2 of a head's 4 channels"),
-        (dict(norm="rmsnorm"), "norm 'rmsnorm' is unknown. Did you mean 'rms'?"),
-        (dict(ffn="gate"), "ffn 'gate' is unknown. Did you mean 'gated'?"),
-        (dict(activation="gelu_new"), "activation 'gelu_new' is unknown. Did you mean 'gelu_tanh'?"),
-        (dict(qkv_bias="qv"), "qkv_bias 'qv' is unknown. Did you mean 'qkv'?"),
-        (dict(head_bias=True, tied_head=True), "head_bias with tied_head"),
-    ],
-)
+@pytest.mark.parametrize("options, message", [
+    (dict(width=18), "width 18 .* num_heads 4"), (dict(num_kv_heads=3), "num_heads 4.* num_kv_heads 3"),
+    (dict(width=12), "3 of a head's 3 channels"), (dict(rotary_width=3), "3 of a head's 4 channels"),
+    (dict(rotary_width=6), "6 of a head's 4 channels"), (dict(rotary_width=-2), "-2 of a head's 4 channels"),
+    (dict(norm="rmsnorm"), "norm .*Did you mean 'rms'"), (dict(ffn="gate"), "ffn .*Did you mean 'gated'"),
+    (dict(activation="gelu_new"), "activation .*Did you mean 'gelu_tanh'"), (dict(qkv_bias="qv"), "Did you mean 'qkv'"),
+    (dict(head_bias=True, tied_head=True), "head_bias with tied_head"),
+])  # fmt: skip
 def test_bad_sizes_are_refused(options, message):
     config = DecoderConfig(23, 16, 4, 2, 20, 32, (LayerOptions(),))
+    assert (config.rope_base, config.norm_eps, config.num_rotary, config.norm) == (10000.0, 1e-6, 4, "rms")
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config, **options)
 
@@ -296,6 +253,7 @@ def test_attention_maps(backend):
 
 
 @pytest.mark.parametrize("option, names", [
+    (dict(), set()),
     (dict(qkv_bias="qkv"), {"attention.q", "attention.k.text", "attention.k.vision", "attention.v.text", "attention.v.vision"}),
     (dict(output_bias=True), {"attention.o"}),
     (dict(ffn_bias=True), {"ffn.gate", "ffn.up", "ffn.down"}),
@@ -368,11 +326,3 @@ def test_start_of_a_plain_feed_forward_and_of_learned_positions():
         for linear, factor in ((layer.attention.o, 4), (layer.ffn.fc_2, 4), (layer.ffn.fc_1, 1)):
             bound = linear.in_features**-0.5 / factor
             assert 0.95 * bound < linear.weight.abs().max() <= bound
-
-
-def test_every_parameter_gets_a_gradient():
-    decoder = small_decoder(LAYERS)
-    modality = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 1, 0]])
-    hidden = run(decoder, decoder.embedding(torch.arange(10).reshape(2, 5)), modality)
-    decoder.logits(hidden).square().sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in decoder.parameters())

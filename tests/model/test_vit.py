@@ -1,6 +1,5 @@
 """The ViT piece by piece: patches, positions, options, and a whole forward pass written again by hand."""
 
-import dataclasses
 import math
 
 import pytest
@@ -32,45 +31,25 @@ def test_defaults_and_options():
     assert Block(6, 2, 8).norm_1.eps == Block(6, 2, 8).norm_2.eps == 1e-6
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(image_size=13), "image_size 13 is no multiple of patch_size 4; try 12"),
-        (dict(image_size=23), "image_size 23 is no multiple of patch_size 4; try 20"),
-        (dict(image_size=3), "image_size 3 is no multiple of patch_size 4; try 4"),
-        (dict(image_size=0), "image_size 0 is no multiple of patch_size 4; try 4"),
-        (dict(width=16), "width 16 must be a multiple of num_heads 3"),
-        (dict(width=18), "width 18 must be a multiple of .* 4"),
-        (dict(activation="gelo"), "unknown activation 'gelo'. Did you mean 'gelu'?"),
-        (dict(qkv_bias="all"), "qkv_bias 'all' names projections other than q, k, v"),
-        (dict(conv_stem=True, patch_size=6), "patch_size 6 is not 2, 4, 8"),
-        (dict(conv_stem=True, patch_size=1), "patch_size 1 is not 2, 4, 8"),
-    ],
-)
+@pytest.mark.parametrize("options, message", [
+    (dict(image_size=13), "image_size 13 is no multiple of patch_size 4; try 12"), (dict(image_size=3), "image_size 3 .*try 4"),
+    (dict(image_size=0), "image_size 0 .*try 4"), (dict(width=16), "width 16 must be a multiple of num_heads 3"),
+    (dict(width=18), "width 18 must be a multiple of .* 4"), (dict(activation="gelo"), "'gelo'. Did you mean 'gelu'"),
+    (dict(qkv_bias="all"), "qkv_bias 'all'"), (dict(conv_stem=True, patch_size=6), "patch_size 6 is not 2, 4, 8"),
+    (dict(conv_stem=True, patch_size=1), "patch_size 1 is not 2, 4, 8"), (dict(feature_layer=3), "feature_layer 3, .* 1 to 2"),
+    (dict(feature_layer=0), "feature_layer 0, .* 1 to 2"), (dict(feature_layer=-2), "feature_layer -2, .* 1 to 2"),
+    (dict(class_token=False, drop_class_token=True), "drop_class_token, but there is no class token"),
+])  # fmt: skip
 def test_bad_sizes_are_refused(options, message):
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+    with pytest.raises(ValueError, match=message):
         config(**options)
-
-
-def test_the_config_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config().width = 16
 
 
 def test_good_sizes_are_accepted():
     for size in (4, 8, 12):
         check_image_size(size, 4)
     assert config(patch_size=6).patch_size == 6  # a power of 2 only matters to the convolutional stem
-    for patch_size in (2, 8):
-        assert config(conv_stem=True, image_size=16, patch_size=patch_size).conv_stem
-
-
-def test_patch_convolution_is_cutting_and_a_matrix():
-    vit, pixels = small_vit(), torch.randn(2, 3, 12, 12)
-    patches = F.unfold(pixels, kernel_size=4, stride=4).transpose(1, 2)  # 2 9 48
-    weight, bias = vit.patch_embedding.weight.flatten(1), vit.patch_embedding.bias
-    found = vit.patch_embedding(pixels).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(found, patches @ weight.T + bias)
+    assert all(config(conv_stem=True, image_size=16, patch_size=size).conv_stem for size in (2, 8))
 
 
 def naive_vit(vit, pixels, activation, eps):
@@ -96,16 +75,10 @@ def naive_vit(vit, pixels, activation, eps):
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(),
-        dict(class_token=False, patch_bias=False),
-        dict(pre_norm=True, activation="quick_gelu", norm_eps=1e-2),
-        dict(post_norm=False, qkv_bias="qv", activation="gelu_tanh"),
-        dict(image_size=16),  # more tokens than channels
-    ],
-)
+@pytest.mark.parametrize("options", [
+    dict(), dict(class_token=False, patch_bias=False), dict(pre_norm=True, activation="quick_gelu", norm_eps=1e-2),
+    dict(post_norm=False, qkv_bias="qv", activation="gelu_tanh"), dict(image_size=16),  # more tokens than channels
+])  # fmt: skip
 def test_forward_by_hand(options, backend):
     vit = small_vit(**options)
     pixels = torch.randn(2, 3, vit.image_size, vit.image_size)
@@ -138,28 +111,15 @@ def test_which_projections_carry_a_bias():
         assert attention.o.bias is not None
 
 
-def test_every_patch_sees_every_patch():
-    vit, pixels = small_vit(), torch.randn(1, 3, 12, 12)
-    before = vit(pixels)
-    for corner in (0, 11):
-        changed = pixels.clone()
-        changed[..., corner, corner] += 1
-        assert ((vit(changed) - before).abs().amax(-1) > 1e-6).all()
-
-
-def test_resize_positions_to_the_same_size_changes_nothing():
-    for rows in (9, 10, 1, 2):
-        table = torch.randn(rows, 5)
-        torch.testing.assert_close(resize_positions(table, math.isqrt(rows) ** 2), table, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("class_rows", [0, 1])
-@pytest.mark.parametrize("new", [2, 3, 4, 7])
+@pytest.mark.parametrize("new", [2, 4, 7])
 def test_resize_positions_stretches_the_grid(class_rows, new):
     table = torch.randn(class_rows + 16, 5)
     resized = resize_positions(table, new * new)
     assert resized.shape == (class_rows + new * new, 5)
     assert torch.equal(resized[:class_rows], table[:class_rows])
+    if new == 4:
+        torch.testing.assert_close(resized, table, rtol=0, atol=1e-6)
     for channel in range(5):  # one channel at a time: rows and columns must not be exchanged, nor channels mixed
         picture = table[class_rows:, channel].reshape(1, 1, 4, 4)
         expected = F.interpolate(picture, size=(new, new), mode="bicubic", align_corners=False)
@@ -192,6 +152,9 @@ def test_resize_positions_works_in_float32_and_keeps_the_type():
     resized = resize_positions(table, 36)
     assert resized.dtype == torch.bfloat16
     assert torch.equal(resized, resize_positions(table.float(), 36).bfloat16())
+    for rows, patches in ((17, 12), (12, 9)):
+        with pytest.raises(ValueError, match=f"a table of {rows} rows for {patches} patches"):
+            resize_positions(torch.randn(rows, 5), patches)
 
 
 @pytest.mark.parametrize("class_token", [True, False])
@@ -221,14 +184,10 @@ def test_pixels_of_another_size_are_refused(shape):
         small_vit()(torch.randn(shape))
 
 
-@pytest.mark.parametrize(
-    "patch_size, plan",  # (width, stride) of each convolution; one before and one after the last halving keep the size
-    [
-        (2, [(12, 1), (12, 2), (12, 1)]),
-        (4, [(6, 2), (6, 1), (12, 2), (12, 1)]),
-        (8, [(3, 2), (6, 2), (6, 1), (12, 2), (12, 1)]),
-    ],
-)
+# (width, stride) of each convolution; one before and one after the last halving keep the size
+@pytest.mark.parametrize("patch_size, plan", [
+    (2, [(12, 1), (12, 2), (12, 1)]), (4, [(6, 2), (6, 1), (12, 2), (12, 1)]), (8, [(3, 2), (6, 2), (6, 1), (12, 2), (12, 1)]),
+])  # fmt: skip
 def test_conv_stem(patch_size, plan):
     stem = randomise(ConvStem(patch_size, 12))
     x = pixels = torch.randn(2, 3, 16, 16) + 1
@@ -320,27 +279,6 @@ def test_a_dropped_class_token_still_takes_part(options):
     with torch.no_grad():
         dropping.class_token.copy_(torch.randn(12))
     assert (dropping(pixels) - before).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(feature_layer=3), "feature_layer 3, but there are blocks 1 to 2"),
-        (dict(feature_layer=0), "feature_layer 0, but there are blocks 1 to 2"),
-        (dict(feature_layer=-2), "feature_layer -2, but there are blocks 1 to 2"),
-        (dict(class_token=False, drop_class_token=True), "drop_class_token, but there is no class token"),
-    ],
-)
-def test_features_that_do_not_exist(options, message):
-    with pytest.raises(ValueError, match=message):
-        config(**options)
-
-
-def test_resize_positions_wants_square_grids():
-    with pytest.raises(ValueError, match="a table of 17 rows for 12 patches"):
-        resize_positions(torch.randn(17, 5), 12)
-    with pytest.raises(ValueError, match="a table of 12 rows for 9 patches"):
-        resize_positions(torch.randn(12, 5), 9)
 
 
 def test_places_on_a_line():

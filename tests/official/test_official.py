@@ -12,7 +12,7 @@ import torch
 
 from nanovlm import recipes
 from golden import read
-from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, visible_rows
+from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
 from nanovlm.published.weights import to_ours, to_published
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -145,9 +145,7 @@ def test_open_flamingo(flamingo, backend):
     features, ids = golden.inputs["vision_features"], golden.inputs["input_ids"]  # 2 rows of 2 pictures of 1 frame
     tokens = torch.stack(model.encode_features(features.flatten(0, 2), torch.ones(4, dtype=torch.long)))
     torch.testing.assert_close(tokens.unflatten(0, (2, 2)), golden.outputs["visual_tokens"], **CLOSE)
-    batch = batch_of(ids)
-    embeddings, media = model.place(ids, batch.segments, list(tokens), range(4), torch.tensor([0, 0, 1, 1]))
-    hidden = model.decoder(embeddings, batch.positions, visible_rows(batch.segments), torch.zeros_like(ids), media=media)
+    hidden = model.hidden(batch_of(ids, shown=torch.arange(4), owner=torch.tensor([0, 0, 1, 1])), image_tokens=list(tokens))
     torch.testing.assert_close(model.decoder.logits(hidden), golden.outputs["logits"], **CLOSE)
 
 
@@ -161,6 +159,22 @@ def test_what_is_read_can_be_written_again(every):
     assert left <= {"lang_encoder.lm_head.weight"}  # OPT's head is its embedding
 
 
+def test_openflamingo_s_outputs_depend_on_its_gates(flamingo):
+    golden, model, _ = flamingo
+    ids, features = golden.inputs["input_ids"], golden.inputs["vision_features"].flatten(0, 2)
+    batch = batch_of(ids, shown=torch.arange(4), owner=torch.tensor([0, 0, 1, 1]))
+    tokens = model.encode_features(features, batch.frames)
+    for name, gate in model.decoder.named_parameters():
+        if name.endswith("gate"):
+            before = gate.detach().clone()
+            gate.data.zero_()
+            found = model.decoder.logits(model.hidden(batch, image_tokens=tokens))
+            assert (found - golden.outputs["logits"]).abs().max() > 1e-2, name
+            gate.data.copy_(before)
+    found = model.decoder.logits(model.hidden(batch, image_tokens=tokens))
+    torch.testing.assert_close(found, golden.outputs["logits"], **CLOSE)
+
+
 def test_the_official_outputs_depend_on_adapters_and_image_copies(lynx, owl):
     """Otherwise the agreement above would say nothing about them."""
     (lynx_golden, model, _), (owl_golden, owl_model, _) = lynx, owl
@@ -172,7 +186,5 @@ def test_the_official_outputs_depend_on_adapters_and_image_copies(lynx, owl):
         assert (model(batch) - before).abs().max() > 0.1
         model.decoder.layers[index].adapter = adapter
     batch = spliced(owl_golden, owl_model.num_image_tokens(56))
-    embeddings = owl_model.embed(batch.ids, owl_model.encode(batch.pixels, batch.frames), [0, 1])
-    is_image, visible = (batch.ids == IMAGE_TOKEN).long(), visible_rows(batch.segments)
-    both, text = (owl_model.decoder(embeddings, batch.positions, visible, modality) for modality in (is_image, is_image * 0))
-    assert (both - text).abs().max() > 0.1
+    text = owl_model.hidden(batch, modality=torch.zeros_like(batch.ids))
+    assert (owl_model.hidden(batch) - text).abs().max() > 0.1
