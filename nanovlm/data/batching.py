@@ -32,12 +32,9 @@ class FrameCache:
         self.arrays = OrderedDict()  # the longest unused first
 
     def get(self, path, how, make):
-        """The array of a picture file, made only if it is not there.
+        """The array of a picture file, made only if it is not there; it cannot be written to.
 
-        Args:
-          path: str or Path of the file. how: hashable, all else that decides the array. make: () -> numpy array.
-        Returns: uint8 array that cannot be written to.
-        Raises: whatever make raises; nothing is kept then.
+        how: hashable, all that decides it beside the file. make: () -> numpy array; if it raises, nothing is kept.
         """
         try:
             status = os.stat(path)
@@ -65,14 +62,11 @@ FRAMES = FrameCache()
 
 @dataclass
 class Report:
-    """What batching had to cut; hand the same one to every call and print it.
+    """What batching had to cut; hand the same one to every call and print it."""
 
-    rows: rows written. truncated_rows: rows cut to max_tokens. truncated_tokens: tokens lost by that.
-    """
-
-    rows: int = 0
-    truncated_rows: int = 0
-    truncated_tokens: int = 0
+    rows: int = 0  # written
+    truncated_rows: int = 0  # cut to max_tokens
+    truncated_tokens: int = 0  # lost by that
 
     def add(self, other):
         """Count in what another Report has counted."""
@@ -80,7 +74,7 @@ class Report:
             setattr(self, name, getattr(self, name) + value)
 
 
-def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit, max_tokens, report=None, pad_to=1,
+def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit, max_tokens, report=None,
                 preprocessing=images.CLIP, pack=False):
     """One row per conversation (or per reply: Template.rounds), padded on the right; each picture is encoded once.
 
@@ -95,7 +89,6 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
       image_size, fit, preprocessing: as in images.to_pixels.
       max_tokens: int, length of a row at most, image tokens included.
       report: Report that counts the rows cut to max_tokens; None = a longer row is an error.
-      pad_to: int, T is the longest row rounded up to a multiple of this (but max_tokens at most).
       pack: bool, several conversations in one row.
     Returns: Batch; pixels is None when no picture is shown.
     Raises: ValueError, naming the record, for a conversation without trained token, or a row that is
@@ -108,7 +101,7 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
             seen = [record.visuals[image[0]] for image in rows[-1].images]
             pictures.append([visuals.setdefault(visual.key, (len(visuals), visual))[0] for visual in seen])
     documents = packed([len(row.ids) for row in rows], max_tokens) if pack else [[n] for n in range(len(rows))]
-    ids, labels, segments, positions = pad([[rows[n] for n in row] for row in documents], max_tokens, pad_to, tokenizer.pad)
+    ids, labels, segments, positions = pad([[rows[n] for n in row] for row in documents], tokenizer.pad)
     visuals = [visual for _, visual in visuals.values()]
     pixels = pixels_of(visuals, image_size, fit, preprocessing) if visuals else None
     frames = torch.tensor([len(visual.frames) for visual in visuals], dtype=torch.long)
@@ -119,10 +112,7 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
 
 
 def rows_of(record, template, tokenizer, num_image_tokens, image_size):
-    """The conversations of a record written as rows: list of (where, templates.Row).
-
-    Args: as in `build_batch`. Raises: ValueError, naming the record, for turns out of order.
-    """
+    """The conversations of a record written as rows: list of (where, templates.Row). Args and errors: as `build_batch`."""
     counts = [num_image_tokens(image_size, len(visual.frames)) for visual in record.visuals]
     rows = []
     for number, conversation in enumerate(record.conversations):
@@ -159,9 +149,7 @@ def cut(row, max_tokens, report, where):
 def packed(lengths, room):
     """Documents put together into rows: the longest first, each where it leaves least room over.
 
-    Args:
-      lengths: list of int, tokens of each document, each at most room. room: int, tokens of a row.
-    Returns: list of list of int, the documents of each row.
+    lengths: tokens of each document, each at most `room`, those of a row. Returns: list of list of int, documents by row.
     """
     rows, free = [], []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
@@ -175,10 +163,9 @@ def packed(lengths, room):
     return rows
 
 
-def pad(documents, max_tokens, pad_to, padding):
+def pad(documents, padding):
     """ids, labels, segments, positions: int64[B, T] each; documents: the Rows that stand in each of the B rows."""
     length = max(sum(len(row.ids) for row in rows) for rows in documents)
-    length = min(-(-length // pad_to) * pad_to, max_tokens)
     ids = numpy.full((len(documents), length), padding)
     labels, segments, positions = numpy.full_like(ids, IGNORE), numpy.full_like(ids, -1), numpy.zeros_like(ids)
     for b, rows in enumerate(documents):
@@ -205,19 +192,12 @@ def prompt_row(conversation, template, tokenizer, num_image_tokens, max_tokens):
     """
     row = templates.write(templates.prompt(conversation, template), tokenizer, num_image_tokens)
     if len(row.ids) > max_tokens:
-        raise ValueError(f"the prompt has {len(row.ids)} tokens, there is room for {max_tokens}; shorten it or drop earlier "
-                         "turns")
+        raise ValueError(f"the prompt has {len(row.ids)} tokens, there is room for {max_tokens}; shorten it")
     return row
 
 
 def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
-    """The frames of visual inputs, behind one another.
-
-    Args:
-      visuals: list of Visual, at least one frame in all.
-      image_size, fit, preprocessing: as in images.to_pixels.
-    Returns: float32[F, 3, S, S].
-    """
+    """The frames of visual inputs, behind one another: float32[F, 3, S, S]. Args: a list of Visual; as images.to_pixels."""
     squares = [fitted(frame, visual.view, image_size, fit, preprocessing) for visual in visuals for frame in visual.frames]
     return images.normalise(numpy.stack(squares), preprocessing)
 
@@ -255,7 +235,7 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
             row = cut(templates.Row(ids, ids), max_tokens, report, f"record {record.id!r}")
             look = looks.setdefault((picture, *(region or (-1, -1))), len(looks))
             pairs.append((look, captions.setdefault(tuple(row.ids), len(captions))))
-    ids, _, _, _ = pad([[templates.Row(ids, ids)] for ids in captions], max_tokens, 1, tokenizer.pad)
+    ids, _, _, _ = pad([[templates.Row(ids, ids)] for ids in captions], tokenizer.pad)
     right = torch.zeros(len(looks), len(captions), dtype=torch.bool)
     right[tuple(torch.tensor(pairs).T)] = True
     pixels = pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing)
@@ -263,10 +243,7 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
 
 
 def captions_of(record):
-    """What is said of a record's one picture: list of (caption, region or None).
-
-    Raises: ValueError if it has not one picture, or no caption, or regions of a picture that is not seen as it is.
-    """
+    """What is said of a record's one picture: list of (caption, region or None). Errors: as `contrastive_batch`."""
     where = f"record {record.id!r}"
     if [len(visual.frames) for visual in record.visuals] != [1]:
         raise ValueError(f"{where} has {len(record.visuals)} visual inputs; a contrastive batch needs one picture each")

@@ -4,6 +4,7 @@ The forms are in README.md of this folder; LLaVA's is that of arXiv:2304.08485 (
 docs/Finetune_Custom_Data.md).
 """
 
+import gzip
 import os
 import warnings
 from array import array
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy
 from tqdm import tqdm
 
-from nanovlm.data.json_files import PACKED, field, parse, read_at, records
+from nanovlm.data.json_files import field, open_bytes, parse, read_at, records
 from nanovlm.data.records import Turn, drawn, permutation, record_of
 from nanovlm.data.tar_shards import TarShards
 from nanovlm.data.video import Clip, FRAMES
@@ -28,7 +29,7 @@ LISTED = 20  # missing files, or items that cannot be used, named one by one in 
 
 
 class LlavaJson:
-    """Source over a LLaVA-style .json (a list) or .jsonl (one item a line) file.
+    """Source over a file of LLaVA's items, a list or one a line.
 
     Every item and the presence of every image are checked when the source is made. Only where an item stands in the file
     is kept: it is read again, and its images are decoded, when it is used.
@@ -37,7 +38,7 @@ class LlavaJson:
     def __init__(self, path, image_folder=None, name=None, seed=0, num_frames=FRAMES, sampling="uniform"):
         """
         Args:
-          path: the .json or .jsonl file.
+          path: the file.
           image_folder: where relative image paths start; None = the folder of the file. Where it holds every picture, and
             none in the folders that the file names ("coco/train2017/1.jpg"), they are found by their bare names.
           name: name of the source in mixtures; None = the file's name without its ending.
@@ -52,12 +53,8 @@ class LlavaJson:
         self.clip, self.bare_names = Clip("", num_frames, sampling), False
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no such image folder (wanted by {self.path})")
-        if self.path.suffix not in (".json", ".jsonl"):
-            raise ValueError(f"{path}: the reader knows .json (one list) and .jsonl (one item a line), not {self.path.suffix!r}")
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; give the LLaVA-style .json or .jsonl")
-        with open(path, "rb") as file:
-            if file.read(2) == PACKED:
+        with open_bytes(path) as file:
+            if isinstance(file, gzip.GzipFile):
                 raise ValueError(f"{path}: packed by gzip; unpack it, so that any item can be read by itself")
         self.starts, self.stops = array("q"), array("q")  # bytes of every item in the file
         present, unusable = {}, []  # path of an image -> whether it is there
@@ -137,10 +134,8 @@ class Prompted:
           source: any source.
           prompts: list of str, each with {question} or {question?} at most once, where the user's words go.
           seed: int.
-        Raises: ValueError for a prompt with more of them, or no prompt.
+        Raises: ValueError for a prompt with more of them.
         """
-        if not prompts:
-            raise ValueError(f"prompts is empty; give at least one, for example {QUESTION!r}, or leave it out")
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip() or prompt.count(QUESTION) + prompt.count(MARKED) > 1:
                 raise ValueError(f"prompt {prompt!r} must be words with {QUESTION} or {MARKED} at most once")
@@ -188,19 +183,17 @@ def asked(question):
 
 
 def listed_sources(path, seed=0, prompts=None):
-    """The sources that a datasets file lists, and what is missing of them.
+    """The sources that a datasets file (see README.md) lists, and what is missing of them.
 
     Args:
-      path: the JSON file, see README.md.
-      seed: int, of every source's shuffling.
+      path: the file. seed: int, of every source's shuffling.
       prompts: dict name -> list of prompts, for datasets that have none in the file.
     Returns: (dict name -> source, dict name -> what of its files is missing), in the file's order.
     Raises: FileNotFoundError for the file itself; ValueError, naming file and dataset, for anything malformed or unknown.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such datasets file")
-    entries = parse(path.read_bytes(), str(path))
+    with open_bytes(path) as file:
+        entries = parse(file.read(), str(path))
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{path}: an object of name -> {{reader, path, images}}, with at least one, was expected")
     for name, entry in entries.items():
@@ -242,9 +235,7 @@ def command_line_sources(data=None, images=None, datasets=None, seed=0, prompts=
     """What --data FILE --images FOLDER and --datasets FILE ask for.
 
     Args:
-      data, images, datasets: paths or None.
-      seed: int, of every source's shuffling.
-      prompts: as in `listed_sources`.
+      data, images, datasets: paths or None. seed, prompts: as in `listed_sources`.
     Returns: as `listed_sources`; the source of --data is called "data"; empty if nothing was asked for.
     Raises: as `listed_sources`; FileNotFoundError for what is missing of --data; ValueError for images without data, or
       a listed dataset that takes the name "data" too.

@@ -71,10 +71,7 @@ def load(source, max_pixels=MAX_PIXELS):
 
 
 def from_base64(text):
-    """The bytes of a picture in base64, perhaps behind "data:image/…;base64," and broken into lines.
-
-    Raises: ImageError if it is no base64.
-    """
+    """The bytes of a picture in base64, perhaps behind "data:image/…;base64," and in lines. Raises: ImageError."""
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
@@ -119,18 +116,14 @@ def opened(source, max_pixels=MAX_PIXELS):
         except Image.UnidentifiedImageError as error:
             raise ImageError(f"{source}: not an image, or of a format that PIL cannot read") from error
         except Image.DecompressionBombError as error:
-            remedy = "if you trust it, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS"
-            raise ImageError(f"{source}: {error}; {remedy}") from error
+            raise ImageError(f"{source}: {error}; if you trust it, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS") from error
         except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:  # all of PIL's readers'
             raise ImageError(f"{source}: the image is damaged or cut short ({error}); copy or download it again") from error
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How one model wants its pictures.
-
-    Raises: ValueError for an unknown fit, a size below 1 or a deviation that is not positive.
-    """
+    """How one model wants its pictures. Raises: ValueError for values that none can have."""
 
     image_size: int  # S in pixels
     fit: str = "crop"  # crop: shorter side to S, centre kept; pad: to a square; stretch; squash: stretched twice
@@ -160,7 +153,7 @@ SIGLIP = Preprocessing(224, "stretch", HALF, HALF)
 
 
 def to_pixels(image, image_size, fit="crop", preprocessing=CLIP):
-    """One picture as the numbers a ViT reads.
+    """One picture as the numbers a ViT reads: float32[3, S, S].
 
     Args:
       image: PIL.Image.Image of mode RGB, as `load` gives it.
@@ -168,17 +161,14 @@ def to_pixels(image, image_size, fit="crop", preprocessing=CLIP):
       fit: "crop" (shorter side to S, centre kept), "pad" (a square of the longer side in the mean colour, then to S),
         "stretch", or "squash" (stretched to a square of the longer side, then to S).
       preprocessing: Preprocessing of which the colours count; size and fit are those given here.
-    Returns: float32[3, S, S].
     """
-    square = to_square(image, image_size, fit, preprocessing)
-    return normalise(numpy.asarray(square)[None], preprocessing)[0]
+    return normalise(numpy.asarray(to_square(image, image_size, fit, preprocessing))[None], preprocessing)[0]
 
 
 def to_square(image, image_size, fit, preprocessing=CLIP):
-    """A picture fitted to S x S, bicubic; one that has this size already is returned as it is.
+    """A picture fitted to S x S, bicubic: PIL.Image.Image; one that has this size already is returned as it is.
 
-    Args and errors: as in `to_pixels`; ValueError for an unknown fit, a size below 1 or a picture that is not RGB.
-    Returns: PIL.Image.Image, S x S.
+    Args: as in `to_pixels`. Raises: ValueError for an unknown fit, a size below 1 or a picture that is not RGB.
     """
     preprocessing = replace(preprocessing, image_size=image_size, fit=fit)
     if image.mode != "RGB":
@@ -206,8 +196,7 @@ def _upright_rgb(image, source):
     if image.mode.startswith("I"):  # PIL's own conversion clips everything above 255 to white
         values = numpy.asarray(image).astype(numpy.int64)
         if values.min() < 0 or values.max() > 65535:
-            found = f"{values.min()} to {values.max()}"
-            raise ImageError(f"{source}: pixel values {found} exceed 16 bits; save it with 8 or 16")
+            raise ImageError(f"{source}: pixel values {values.min()} to {values.max()} exceed 16 bits; save it with 8 or 16")
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(numpy.uint8))
     if image.mode == "F":
         raise ImageError(f"{source}: floating-point pixels have no agreed white; save the picture with 8 or 16 bits")

@@ -57,29 +57,21 @@ class Tokenizer:
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
     def encode(self, text, continues=False):
-        """list[int], never a special id.
+        """list[int], never a special id. Raises: UnicodeEncodeError (a ValueError) for half a surrogate pair.
 
         continues: whether text stands before it in the row; here it makes no difference.
-
-        Raises: UnicodeEncodeError (a ValueError) for half a surrogate pair, which is no character.
         """
         return list(self._encode(text))
 
     def decode(self, ids):
-        """str; special ids are left out.
-
-        Raises: ValueError for an id outside the vocabulary.
-        """
+        """str; special ids are left out. Raises: ValueError for an id outside the vocabulary."""
         for id in ids:
             if not 0 <= id < self.vocab_size:
                 raise ValueError(f"id {id} is outside the vocabulary of {self.vocab_size} tokens")
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def special_id(self, token):
-        """int: the id of a special token by its name.
-
-        Raises: ValueError if there is none of that name.
-        """
+        """int: the id of a special token by its name. Raises: ValueError if there is none of that name."""
         ids = {special.content: id for id, special in self.backend.get_added_tokens_decoder().items()}
         if token not in ids:
             raise ValueError(f"the tokenizer has no special token {token!r}.{nearest(token, ids)}")
@@ -138,17 +130,15 @@ def train_tokenizer(texts, vocab_size):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL)
     if vocab_size < smallest:
-        needs = f"256 bytes and {len(SPECIAL)} special tokens; at least {smallest}"
-        raise ValueError(f"vocab_size {vocab_size} has no room for {needs}")
+        raise ValueError(f"vocab_size {vocab_size} has no room for 256 bytes and {len(SPECIAL)} special tokens; at least {smallest}")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=sorted(alphabet), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=sorted(alphabet),
+                                  show_progress=False)
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend)
 
@@ -156,10 +146,8 @@ def train_tokenizer(texts, vocab_size):
 def check_vocabulary(tokenizer, num_embeddings, spare_rows=0):
     """Raise ValueError unless the model has a row for every token and at most spare_rows more (published ones do)."""
     if not 0 <= num_embeddings - tokenizer.vocab_size <= spare_rows:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but the model {num_embeddings} embeddings; "
-            "they belong to different models: use the tokenizer.json beside the model"
-        )
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model {num_embeddings} embeddings; they belong "
+                         "to different models: use the tokenizer.json beside the model")
 
 
 def _load(path):

@@ -133,9 +133,7 @@ def _film(path, choose, max_pixels):
     try:
         import av
     except ImportError as error:
-        raise ImportError(
-            f"{path}: films are read through the package av; pip install av, or give a folder of frames or a GIF"
-        ) from error
+        raise ImportError(f"{path}: films are read through the package av; pip install av, or give frames or a GIF") from error
     try:
         total = _count(av, path, max_pixels)
         while True:
@@ -161,6 +159,6 @@ def _count(av, path, max_pixels):
             raise images.ImageError(f"{path}: no moving pictures in it, only sound or text")
         stream = container.streams.video[0]
         if stream.width * stream.height > max_pixels:
-            found = f"frames of {stream.width} x {stream.height} pixels"
-            raise images.ImageError(f"{path}: {found} are more than the limit of {max_pixels:,}")
+            size = f"{stream.width} x {stream.height}"
+            raise images.ImageError(f"{path}: frames of {size} pixels are more than the limit of {max_pixels:,}")
         return sum(1 for packet in container.demux(stream) if packet.size)

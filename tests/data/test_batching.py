@@ -128,14 +128,6 @@ def test_pictures_from_files(tokenizer, tmp_path):
     assert torch.equal(pixels[1], images.to_pixels(Image.new("RGB", (8, 8), (77, 77, 77)), 8))
 
 
-def test_length_rounded_up(tokenizer):
-    longest = batch_of(RECORDS, tokenizer).ids.shape[1]
-    rounded = -(-longest // 8) * 8
-    assert longest % 8 and batch_of(RECORDS, tokenizer, pad_to=8).ids.shape[1] == rounded
-    assert batch_of(RECORDS, tokenizer, pad_to=longest).ids.shape[1] == longest
-    assert batch_of(RECORDS, tokenizer, pad_to=8, max_tokens=longest).ids.shape[1] == longest  # never beyond max_tokens
-
-
 def test_a_long_row_is_an_error_unless_cuts_are_counted(tokenizer):
     longest = batch_of(RECORDS, tokenizer).ids.shape[1]
     batch_of(RECORDS, tokenizer, max_tokens=longest)

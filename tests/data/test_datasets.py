@@ -78,7 +78,7 @@ def test_malformed_lists(folder, content, message):
 
 
 def test_list_that_is_missing_or_no_text(folder):
-    with pytest.raises(FileNotFoundError, match="none.json: no such datasets file"):
+    with pytest.raises(FileNotFoundError, match="none.json: no such file"):
         listed_sources(folder / "none.json")
     (folder / "odd.json").write_bytes(b'{"\xff": 1}')
     with pytest.raises(ValueError, match="odd.json: not UTF-8"):
@@ -164,9 +164,9 @@ def test_prompts_are_drawn_per_record():
     assert [default.record(n) for n in range(60)] == [Prompted(Fixed("?"), prompts, 0).record(n) for n in range(60)]
 
 
-@pytest.mark.parametrize("prompts", [[], [""], ["{question} {question}"], ["{question}", 3], ["{question?} {question}"]])
+@pytest.mark.parametrize("prompts", [[""], ["{question} {question}"], ["{question}", 3], ["{question?} {question}"]])
 def test_bad_prompts(prompts):
-    with pytest.raises(ValueError, match="prompts is empty|must be words with {question} or {question\\?} at most once"):
+    with pytest.raises(ValueError, match="must be words with {question} or {question\\?} at most once"):
         Prompted(Fixed("?"), prompts)
 
 
