@@ -179,6 +179,7 @@ def test_m3it_in_all_its_spellings(tmp_path):
         ("train.jsonl, line 6", "no base64"),
         ("train.jsonl, line 7", "key 'instruction' stands twice in one object"),
         ("train.jsonl, line 8", f"{source}, line 8, column 8: malformed JSON: Expecting value")]
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_minigpt4(tmp_path):
@@ -203,27 +204,29 @@ def test_coco_captions(tmp_path):
 
 
 def test_boxes_are_text(tmp_path):
-    boxes = [(7, [50, 25, 100, 50], 0), (7, [190, 0, 20, 100], 0), (7, [0, 0, 9, 9], 1), (8, [0, 0, 9, 9], 0)]
-    listed = [{"id": n, "image_id": image, "category_id": 1, "bbox": box, "iscrowd": crowd}
-              for n, (image, box, crowd) in enumerate(boxes)]
+    boxes = [(7, 1, [50, 25, 100, 50], 0), (7, 1, [190, 0, 20, 100], 0), (7, 1, [0, 0, 9, 9], 1), (8, 1, [0, 0, 9, 9], 0),
+             (7, 5, [0, 0, 9, 9], 0), (7, 1, [0, 0, 9], 0), (7, 1, [0, 0, -1, 9], 0), (7, 1, ["0", 0, 1, 9], 0)]
+    listed = [{"id": n, "image_id": image, "category_id": category, "bbox": box, "iscrowd": crowd}
+              for n, (image, category, box, crowd) in enumerate(boxes)]
     content = COCO | {"annotations": listed, "categories": [{"id": 1, "name": "dog"}]}
     items, said = convert(tmp_path, "coco-boxes", write(tmp_path / "in.json", content))
     assert [item["conversations"] for item in items] == [
         asked("<image>\nWhat is in the region [0.250, 0.250, 0.750, 0.750]?", "dog"),
         asked("<image>\nWhat is in the region [0.950, 0.000, 1.000, 1.000]?", "dog")]  # it reached beyond the picture
-    assert [reason for *_, reason in said] == ["a crowd, whose box holds more than one dog",
-                                               "the file does not say how large picture 8 is"]
+    facts = ["a crowd", "how large picture 8 is", "category_id 5", "bbox", "bbox", "bbox"]
+    assert len(said) == 6 and all(fact in reason for fact, (*_, reason) in zip(facts, said))
     items, _ = convert(tmp_path, "coco-boxes", tmp_path / "in.json", "--question", "{box}: name it.", out="b.jsonl")
     assert items[0]["conversations"][0]["value"] == "<image>\n[0.250, 0.250, 0.750, 0.750]: name it."
 
 
 def test_vqa(tmp_path):
-    wordings = ["What is it", "Is it?", "Name it.", "who"]
-    pictures = [262148, "abc", "b.png", 5]
+    wordings = ["What is it", "Is it?", "Name it.", "who", "lost?", "whose?"]
+    pictures = [262148, "abc", "b.png", 5, 6, 7]
     given = [{"question_id": n, "image_id": image, "question": words} for n, (image, words) in enumerate(zip(pictures, wordings))]
     said = [["cat", "dog", "dog"], ["no", "yes"], ["a"], ["", " "]]
     answers = [{"question_id": n, "answers": [{"answer": answer} for answer in words]} for n, words in enumerate(said)]
     answers[2]["multiple_choice_answer"] = "agreed"
+    answers.append({"question_id": 5, "answers": ["a"], "image_id": 8})
     questions = write(tmp_path / "q.json", {"questions": given})
     annotations = write(tmp_path / "a.json", {"annotations": answers})
     items, told = convert(tmp_path, "vqa", questions, "--annotations", annotations)
@@ -232,7 +235,10 @@ def test_vqa(tmp_path):
         {"id": 1, "image": "abc.jpg", "conversations": asked("<image>\nIs it?", "no")},
         {"id": 2, "image": "b.png", "conversations": asked("<image>\nName it?", "agreed")},
     ]
-    assert told == [("q.json, line 1, item 4", "skipped", "no answer")]
+    assert told == [
+        ("q.json, line 1, item 4", "skipped", "no answer"),
+        ("q.json, line 1, item 5", "skipped", f"question_id 4 has no annotation in {annotations}"),
+        ("q.json, line 1, item 6", "skipped", "the question is about picture 7, its annotation about 8")]
     items, _ = convert(tmp_path, "vqa", questions, "--annotations", annotations, "--image-name", "x/{id}.png", out="b.jsonl")
     assert items[0]["image"] == "x/262148.png"
 

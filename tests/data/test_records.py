@@ -35,53 +35,35 @@ def only(folder, item):
     return LlavaJson(write(folder, [item])).record(0)
 
 
-def test_single_image(folder):
-    record = only(folder, {"id": 7, "image": "a.png", "conversations": said("<image>\nWhat is this?", "a cat")})
-    picture = str(folder / "a.png")
-    expected = (Turn("user", (0, "\nWhat is this?")), Turn("assistant", ("a cat",)))
-    assert record == Record("7", (Visual(picture, (picture,)),), (expected,))
+A, B = "a.png", "sub/b.png"
 
 
-def test_several_images_keep_their_places(folder):
-    talk = said("<image> or <image>?", "the first") + said("and\n<image>", "no")
-    record = only(folder, {"id": "x", "image": ["a.png", "sub/b.png", "a.png"], "conversations": talk})
-    assert [turn.parts for turn in record.conversations[0]] == [
-        (0, " or ", 1, "?"), ("the first",), ("and\n", 2), ("no",),
-    ]  # fmt: skip
-    assert [visual.key for visual in record.visuals] == [str(folder / name) for name in ("a.png", "sub/b.png", "a.png")]
+@pytest.mark.parametrize("item, parts, images", [
+    ({"image": A, "conversations": said("<image>\nWhat?", "a cat")}, [(0, "\nWhat?"), ("a cat",)], [A]),
+    ({"image": [A, B, A], "conversations": said("<image> or <image>?", "the first") + said("and\n<image>", "no")},
+     [(0, " or ", 1, "?"), ("the first",), ("and\n", 2), ("no",)], [A, B, A]),
+    ({"image": None, "conversations": said("hi", "hello")}, [("hi",), ("hello",)], []),
+    ({"image": [], "conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]},
+     [("hi",), ("hello",)], []),
+    ({"conversations": said("which tag?", "<image>")}, [("which tag?",), ("<image>",)], []),  # of a reply it is text
+    ({"conversations": [{"from": "gpt", "value": "once upon a time"}]}, [("once upon a time",)], []),
+])
+def test_items(folder, item, parts, images):
+    record = only(folder, {"id": 7, "kind": "colour", "model": "m", **item})
+    paths = [str(folder / name) for name in images]
+    assert record.visuals == tuple(Visual(path, (path,)) for path in paths)
+    (turns,) = record.conversations
+    assert [turn.parts for turn in turns] == parts and (record.id, record.kinds) == ("7", ("colour",))
+    assert [turn.role for turn in turns] == (["user", "assistant"] * 2)[-len(turns) :]
 
 
-@pytest.mark.parametrize("image", [{}, {"image": None}, {"image": []}])
-def test_text_only_items(folder, image):
-    talk = [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]
-    record = only(folder, {"id": "x", **image, "conversations": talk})
-    assert record.visuals == ()
-    assert record.conversations == ((Turn("user", ("hi",)), Turn("assistant", ("hello",))),)
-
-
-def test_what_the_assistant_writes_stays_text(folder):
-    record = only(folder, {"id": "x", "conversations": said("which tag?", "<image>")})
-    assert record.conversations[0][1] == Turn("assistant", ("<image>",))
-
-
-def test_one_reply_alone_is_plain_text(folder):
-    record = only(folder, {"id": "x", "conversations": [{"from": "gpt", "value": "once upon a time"}]})
-    assert record.conversations == ((Turn("assistant", ("once upon a time",)),),)
-
-
-def test_kind_and_unknown_fields(folder):
-    record = only(folder, {"id": "x", "model": "m", "kind": "colour", "conversations": said("q", "a")})
-    assert record.kinds == ("colour",)
-
-
-def test_jsonl_with_blank_lines_byte_order_mark_and_line_separator(folder):
+def test_lines_with_blank_ones_byte_order_mark_and_line_separator(folder):
     path = folder / "some.jsonl"
     items = [{"id": str(n), "conversations": said("q", f"line\u2028{n}")} for n in range(3)]
-    text = "\n\n".join(json.dumps(item, ensure_ascii=False) for item in items) + "\n"
-    path.write_text(text, encoding="utf-8-sig")
+    path.write_text("\n\n".join(json.dumps(item, ensure_ascii=False) for item in items) + "\n", encoding="utf-8-sig")
     source = LlavaJson(path)
-    assert sorted(source.record(n).id for n in range(3)) == ["0", "1", "2"]
-    assert {source.record(n).conversations[0][1].text for n in range(3)} == {f"line\u2028{n}" for n in range(3)}
+    assert {(record.id, record.conversations[0][1].text) for record in map(source.record, range(3))} == {
+        (str(n), f"line\u2028{n}") for n in range(3)}
 
 
 def test_image_folder_is_the_files_own_unless_given(folder):
@@ -125,12 +107,7 @@ def test_every_epoch_holds_every_record_once_in_its_own_order(folder):
     backwards = [again.record(n).id for n in reversed(range(60))]
     assert backwards[::-1] == epochs[0] + epochs[1] + epochs[2]
     assert [other.record(n).id for n in range(20)] != epochs[0]
-
-
-def test_without_a_seed_the_order_is_that_of_seed_0(folder):
-    path = write(folder, [{"id": n, "conversations": said("q", "a")} for n in range(20)])
-    orders = [[source.record(n).id for n in range(20)] for source in (LlavaJson(path), LlavaJson(path, seed=0))]
-    assert orders[0] == orders[1]
+    assert LlavaJson(path).seed == 0
 
 
 def test_permutation_depends_on_each_argument():

@@ -4,7 +4,6 @@ import io
 import json
 
 import pytest
-import torch
 from PIL import Image
 
 from nanovlm.data.__main__ import main
@@ -62,23 +61,13 @@ def test_control_characters_do_not_reach_the_terminal(tokenizer):
     assert lines[1] == r"<s>user: \x1b[31m\t↵bot:[ a Cat</s>]"
 
 
-def test_padding_ids_are_named_where_they_are_real(tokenizer):
-    batch = batch_of(tokenizer, NANO, talk("hi"))
-    batch.ids[0, :2] = torch.tensor([tokenizer.pad, tokenizer.pad])
-    assert paint(batch, tokenizer, color=False)[1].startswith("<pad><pad>")
-
-
-def test_legend():
+def test_legend_and_colour_only_on_a_terminal_that_wants_it():
     assert legend(False) == "[trained (has a loss)]   read only   <image xN> N image tokens"
     assert legend(True).startswith(f"{GREEN}trained (has a loss){PLAIN}   {GREY}read only{PLAIN}   {BLUE}<image xN>")
-
-
-def test_colour_only_on_a_terminal_that_wants_it():
     terminal, file = io.StringIO(), io.StringIO()
     terminal.isatty = lambda: True
     assert use_color(terminal, {}) and use_color(terminal, {"NO_COLOR": ""})
-    assert not use_color(terminal, {"NO_COLOR": "1"})
-    assert not use_color(file, {})
+    assert not use_color(terminal, {"NO_COLOR": "1"}) and not use_color(file, {})
 
 
 RECIPE = """

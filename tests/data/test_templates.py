@@ -174,11 +174,6 @@ def test_a_text_behind_a_picture_or_special_token_begins_anew():
     )
 
 
-def test_templates_cannot_change():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        NANO.system = "other"
-
-
 def test_defaults():
     rendered = segments((Turn("user", (0, "\nHi", 1)), Turn("assistant", ("Yo",))), Template())
     assert shown(rendered) == "<s>user: <0>\nHi<1>\nbot:[ Yo][</s>]"

@@ -52,15 +52,10 @@ def test_special_tokens_are_three_different_ids_that_decode_to_nothing(tokenizer
     assert tokenizer.decode([ids[0], *a, ids[1], *b, ids[2]]) == "A red"
 
 
-@pytest.mark.parametrize("id", [-1, 320])
-def test_ids_outside_the_vocabulary_are_refused(tokenizer, id):
-    with pytest.raises(ValueError, match=f"id {id} is outside the vocabulary of {tokenizer.vocab_size}"):
-        tokenizer.decode([5, id])
-
-
-def test_edge_of_the_vocabulary(tokenizer):
-    with pytest.raises(ValueError, match="outside"):
-        tokenizer.decode([tokenizer.vocab_size])
+def test_ids_outside_the_vocabulary_are_refused(tokenizer):
+    for id in (-1, 320, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=f"id {id} is outside the vocabulary of {tokenizer.vocab_size}"):
+            tokenizer.decode([5, id])
     tokenizer.decode([tokenizer.vocab_size - 1, 0])
 
 
@@ -149,8 +144,6 @@ def test_vocabulary_and_model_must_fit(tokenizer):
     size = tokenizer.vocab_size
     check_vocabulary(tokenizer, size)
     check_vocabulary(tokenizer, size + 3, spare_rows=3)
-    with pytest.raises(ValueError, match=f"{size} tokens but the model {size + 1} embeddings"):
-        check_vocabulary(tokenizer, size + 1)
     for rows, spare in ((size - 1, 0), (size + 1, 0), (size + 4, 3), (size - 1, 3)):
         with pytest.raises(ValueError, match=f"{size} tokens but the model {rows} embeddings"):
             check_vocabulary(tokenizer, rows, spare)
