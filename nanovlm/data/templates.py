@@ -139,77 +139,84 @@ def segments(conversation, template, last="assistant"):
 
     Args:
       conversation: sequence of Turn: user and assistant alternate, or one assistant turn alone (plain text).
-      template: Template.
-      last: who speaks last.
+      template: Template. last: who speaks last.
     Returns: list of Segment; neighbouring texts are one, so that a word may carry the newline before it into one token.
     Raises: ValueError if the turns are out of order.
     """
     check_order([turn.role for turn in conversation], last)
-    found = []
-
-    def say(text, trained=False):
-        before = found[-1] if found else Segment()
-        if text and before.text and before.trained == trained:
-            found[-1] = Segment(before.text + text, trained)
-        elif text:
-            found.append(Segment(text, trained))
-
-    def write_form(text, trained=False):
-        """A text of the template, cut at its special tokens."""
-        names = "|".join(map(re.escape, template.specials))
-        for piece in re.split(f"({names})", text) if names else [text]:
-            if piece in template.specials:
-                found.append(Segment(special=piece, trained=trained))
-            else:
-                say(piece, trained)
-
-    def show(visual, suffix=True):
-        found.append(Segment(visual=visual, special=template.media_token or None))
-        say(template.image_suffix if suffix else "")
-
-    def speak(turn, trained=False):
-        """What is said in a turn, with the visual inputs that stand in it; trained: of a reply, whether it is."""
-        parts, visuals = turn.parts, visuals_of(turn)
-        if visuals and template.image_place != "inline":
-            words = (part.strip() for part in parts if isinstance(part, str))  # the gap an image leaves closes
-            parts = (" ".join(word for word in words if word),)
-            for left, visual in enumerate(visuals if template.image_place == "turn" else (), start=1 - len(visuals)):
-                show(visual, suffix=parts[0] or template.without_questions or left)  # no newline before no words
-        for part in parts:
-            if not isinstance(part, str):
-                show(part)
-            elif not (template.without_questions and turn.role == "user"):
-                say(part.lower() if turn.role in template.lower_case else part, trained)
-
+    page = Page(template)
     if template.image_place == "row":
-        for visual in (visual for turn in conversation for visual in visuals_of(turn)):
-            show(visual)
+        page.show(visual for turn in conversation for visual in visuals_of(turn))
     if template.begin_with_bos:
-        found.append(Segment(special="bos"))
+        page.segments.append(Segment(special="bos"))
     if conversation[0].role == "user":
-        write_form(template.system)
+        page.write(template.system)
     for place, turn in enumerate(conversation):
         if turn.role == "user":
-            write_form(template.turn_prefix if place else "")
+            page.write(template.turn_prefix if place else "")
             if template.image_place == "chunk":
-                for visual in visuals_of(turn):
-                    show(visual)
-            write_form(template.user_prefix)
-            speak(turn)
-            write_form(template.user_suffix + template.assistant_prefix)
+                page.show(visuals_of(turn))
+            page.write(template.user_prefix)
+            page.speak(turn)
+            page.write(template.user_suffix + template.assistant_prefix)
         else:
             closed = not template.rounds or place == len(conversation) - 1
-            write_form(template.answer_prefix if place else "", closed)
-            speak(turn, closed)
-            write_form(template.answer_suffix, closed)
+            page.write(template.answer_prefix if place else "", closed)
+            page.speak(turn, closed)
+            page.write(template.answer_suffix, closed)
             if closed and template.end_with_eos:
-                found.append(Segment(special="eos", trained=True))
-    return found
+                page.segments.append(Segment(special="eos", trained=True))
+    return page.segments
 
 
 def visuals_of(turn):
     """The visual inputs of a turn, by number: list of int."""
     return [part for part in turn.parts if not isinstance(part, str)]
+
+
+class Page:
+    """The segments of a conversation as they are written; trained: whether what is written is."""
+
+    def __init__(self, template):
+        self.template, self.segments = template, []
+
+    def say(self, text, trained=False):
+        """Words, behind those before them."""
+        before = self.segments[-1] if self.segments else Segment()
+        if text and before.text and before.trained == trained:
+            self.segments[-1] = Segment(before.text + text, trained)
+        elif text:
+            self.segments.append(Segment(text, trained))
+
+    def write(self, text, trained=False):
+        """A text of the template, cut at its special tokens."""
+        names = "|".join(map(re.escape, self.template.specials))
+        for piece in re.split(f"({names})", text) if names else [text]:
+            if piece in self.template.specials:
+                self.segments.append(Segment(special=piece, trained=trained))
+            else:
+                self.say(piece, trained)
+
+    def show(self, visuals, suffix_last=True):
+        """Visual inputs, each with its suffix, the last perhaps without."""
+        visuals = list(visuals)
+        for left, visual in enumerate(visuals, start=1 - len(visuals)):
+            self.segments.append(Segment(visual=visual, special=self.template.media_token or None))
+            self.say(self.template.image_suffix if left or suffix_last else "")
+
+    def speak(self, turn, trained=False):
+        """What is said in a turn, with the visual inputs that stand in it."""
+        form, parts, visuals = self.template, turn.parts, visuals_of(turn)
+        if visuals and form.image_place != "inline":
+            words = (part.strip() for part in parts if isinstance(part, str))  # the gap an image leaves closes
+            parts = (" ".join(word for word in words if word),)
+            if form.image_place == "turn":
+                self.show(visuals, suffix_last=parts[0] or form.without_questions)  # no newline before no words
+        for part in parts:
+            if not isinstance(part, str):
+                self.show([part])
+            elif not (form.without_questions and turn.role == "user"):
+                self.say(part.lower() if turn.role in form.lower_case else part, trained)
 
 
 def prompt(conversation, template):
