@@ -11,9 +11,10 @@
 #
 # **Time**: 20 minutes to read, half a minute to run on one core.
 #
-# **Reads**: `nanovlm/vit.py`, `nanovlm/contrastive.py`, `nanovlm/training/optimizer.py`, `nanovlm/training/stages.py`,
-# `nanovlm/data/images.py`, `nanovlm/data/scenes.py`, `nanovlm/data/scene_questions.py`,
-# `nanovlm/data/scene_questions.py`, `nanovlm/data/records.py`, `nanovlm/data/batching.py`, `nanovlm/data/tokenizer.py`
+# **Reads**: `nanovlm/vit.py`, `nanovlm/contrastive.py`, `nanovlm/training/optimizer.py`,
+# `nanovlm/training/stages.py`, `nanovlm/data/images.py`, `nanovlm/data/scenes.py`,
+# `nanovlm/data/scene_questions.py`, `nanovlm/data/records.py`, `nanovlm/data/batching.py`,
+# `nanovlm/data/tokenizer.py`
 #
 # A language model reads a list of vectors, one per token. A picture is a grid of pixels. This lesson follows a
 # picture from one to the other: cut it, embed the pieces, tell each piece where it came from. At the end you will
@@ -22,24 +23,21 @@
 # %%
 import itertools
 
-from support import lesson
-from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-from support import solutions
 import torch
 import torch.nn.functional as F
+from support import checks, lesson, solutions
 from support.lesson import grouped_bars, show_pictures, show_source
 
-from nanovlm.training import optimizer
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import contrastive_batch
 from nanovlm.data.images import MEAN, STD, to_pixels
 from nanovlm.data.records import Record, Turn
-from nanovlm.data.scene_questions import REGIONS
-from nanovlm.data.scene_questions import Scenes
+from nanovlm.data.scene_questions import REGIONS, Scenes
 from nanovlm.data.scenes import COLORS
 from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.training import optimizer
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ConvStem, ViT, ViTConfig, sincos_positions
 

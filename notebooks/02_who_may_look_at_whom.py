@@ -18,12 +18,10 @@
 # believe the drawings: it *measures* who influences whom.
 
 # %%
-from support import lesson
-from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-from support import solutions
 import torch
+from support import checks, lesson, solutions
 from support.lesson import show_source
 
 from nanovlm.attention import Visible, attention, causal, causal_rows, full, prefix, sliding_window

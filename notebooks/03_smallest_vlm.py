@@ -11,9 +11,11 @@
 #
 # **Time**: 25 minutes to read, half a minute to run on one core.
 #
-# **Reads**: `nanovlm/vlm.py`, `nanovlm/vit.py`, `nanovlm/resampler.py`, `nanovlm/decoder.py`, `nanovlm/contrastive.py`,
-# `nanovlm/training/optimizer.py`, `nanovlm/training/stages.py`, `nanovlm/generation/sampler.py`, `nanovlm/data/scene_questions.py`, `nanovlm/data/scenes.py`, `nanovlm/data/records.py`,
-# `nanovlm/data/tokenizer.py`, `nanovlm/data/templates.py`, `nanovlm/data/batching.py`
+# **Reads**: `nanovlm/vlm.py`, `nanovlm/vit.py`, `nanovlm/resampler.py`, `nanovlm/decoder.py`,
+# `nanovlm/contrastive.py`, `nanovlm/training/optimizer.py`, `nanovlm/training/stages.py`,
+# `nanovlm/generation/sampler.py`, `nanovlm/data/scene_questions.py`, `nanovlm/data/scenes.py`,
+# `nanovlm/data/records.py`, `nanovlm/data/tokenizer.py`, `nanovlm/data/templates.py`, `nanovlm/data/batching.py`,
+# `nanovlm/recipes/nano_tests.py`
 #
 # A vision-language model (VLM) looks at a picture and answers in words. It needs three parts: something that
 # sees, something that speaks, and a bridge between them. Here we put the three together as small as they go,
@@ -22,15 +24,12 @@
 # %%
 import textwrap
 
-from support import lesson
-from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-from support import solutions
 import torch
+from support import checks, lesson, solutions
 from support.lesson import grouped_bars, show_pictures, show_source
 
-from nanovlm.training import optimizer
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import build_batch, contrastive_batch, pixels_of, prompt_row
 from nanovlm.data.records import Record, Visual
@@ -39,9 +38,10 @@ from nanovlm.data.scenes import COLORS, SHAPES
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
+from nanovlm.generation.sampler import Decoding, generate
 from nanovlm.recipes.nano_tests import majority_baseline
 from nanovlm.resampler import Resampler
-from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.training import optimizer
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, VLM

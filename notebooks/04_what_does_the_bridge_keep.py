@@ -20,14 +20,12 @@
 # every paper begin with a tower that has seen captions before the first question is asked?
 
 # %%
-from support import lesson
-from ablations import ablation_04
-from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-from support import solutions
 import torch
+from ablations import ablation_04
 from IPython.display import Markdown
+from support import checks, lesson, solutions
 from support.lesson import show_source
 
 from nanovlm.abstractor import Abstractor, AbstractorLayer

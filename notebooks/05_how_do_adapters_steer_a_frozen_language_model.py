@@ -11,8 +11,9 @@
 #
 # **Time**: 25 minutes to read, one minute to run on one core.
 #
-# **Reads**: `nanovlm/adapter.py`, `nanovlm/lora.py`, `nanovlm/decoder.py`, `nanovlm/vlm.py`, `nanovlm/training/optimizer.py`,
-# `nanovlm/training/stages.py`, `nanovlm/recipes/lynx.py`, `nanovlm/data/records.py`
+# **Reads**: `nanovlm/adapter.py`, `nanovlm/lora.py`, `nanovlm/decoder.py`, `nanovlm/vlm.py`,
+# `nanovlm/training/optimizer.py`, `nanovlm/training/stages.py`, `nanovlm/recipes/lynx.py`,
+# `nanovlm/data/records.py`
 #
 # Lynx (arXiv:2307.02469) does not touch its language model: 6.7 billion numbers stay frozen, and small networks
 # between the layers learn to read pictures. This lesson counts what trains and what does not, looks at what such
@@ -23,24 +24,22 @@
 import copy
 from dataclasses import replace
 
-from support import lesson
-from ablations import ablation_07
-from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-from support import solutions
 import torch
 import torch.nn.functional as F
+from ablations import ablation_07
 from IPython.display import Markdown
+from support import checks, lesson, solutions
 from support.lesson import show_source
 
 from nanovlm import lora
-from nanovlm.training import optimizer
 from nanovlm.adapter import Adapter
 from nanovlm.data.records import Record, Turn
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.lora import LoRALinear
 from nanovlm.recipes import lynx
+from nanovlm.training import optimizer
 from nanovlm.training.stages import Stage
 from nanovlm.vlm import IGNORE
 

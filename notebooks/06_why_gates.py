@@ -22,20 +22,18 @@
 import copy
 from dataclasses import replace
 
-from support import lesson
-from ablations import ablation_07
-from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-from support import solutions
 import torch
+from ablations import ablation_07
+from support import checks, lesson, solutions
 from support.lesson import show_source
 
-from nanovlm.training import optimizer
 from nanovlm.cross_attention import GatedCrossAttention
 from nanovlm.data.batching import build_batch
 from nanovlm.data.templates import NANO
 from nanovlm.decoder import Decoder, DecoderLayer, LayerOptions
+from nanovlm.training import optimizer
 from nanovlm.training.stages import Stage
 from nanovlm.vlm import VLM
 

@@ -21,14 +21,12 @@
 # %%
 import inspect
 
-from support import lesson
-from ablations import ablation_07
-from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-from support import solutions
 import torch
+from ablations import ablation_07
 from IPython.display import Markdown
+from support import checks, lesson, solutions
 from support.lesson import show_source
 
 from nanovlm.decoder import DecoderAttention, DecoderLayer

@@ -11,8 +11,8 @@
 #
 # **Time**: 20 minutes to read, a minute to run on one core.
 #
-# **Reads**: `nanovlm/training/stages.py`, `nanovlm/training/diagnostics.py`, `nanovlm/training/optimizer.py`, `nanovlm/vit.py`,
-# `nanovlm/recipes/mplug_owl2.py`
+# **Reads**: `nanovlm/training/stages.py`, `nanovlm/training/diagnostics.py`, `nanovlm/training/optimizer.py`,
+# `nanovlm/vit.py`, `nanovlm/recipes/mplug_owl2.py`
 #
 # None of the papers trains its model in one go. A stage frees some parts, freezes all others, and often shows larger
 # pictures than the one before. This lesson lines up the papers' stages, runs a chain of five in miniature, and measures
@@ -21,18 +21,15 @@
 # %%
 import copy
 
-from support import lesson
-from support import chain_08
-from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-from support import solutions
 import torch
+from support import chain_08, checks, lesson, solutions
 from support.lesson import show_source
 
+from nanovlm.recipes import RECIPES, mplug_owl2
 from nanovlm.training.diagnostics import Movement
 from nanovlm.training.optimizer import groups
-from nanovlm.recipes import RECIPES, mplug_owl2
 from nanovlm.training.stages import PARTS
 from nanovlm.vit import resize_positions
 

@@ -11,8 +11,7 @@
 #
 # **Time**: 35 minutes to read, a minute to run on one core.
 #
-# **Reads**: `nanovlm/attention.py`, `notebooks/support/fused_norm.py`, `nanovlm/flash_attention.py`,
-# `nanovlm/flash_attention.py`, `nanovlm/bench/kernels.py`
+# **Reads**: `nanovlm/attention.py`, `nanovlm/flash_attention.py`, `nanovlm/bench/kernels.py`
 #
 # Attention is two matrix products with a softmax between. A GPU's tensor cores do such products faster than its
 # memory can hand them numbers, so whoever writes the scores to memory and reads them again waits for the memory. This
@@ -24,19 +23,16 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are made: they then run as numpy
 
-from support import lesson
-from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-from support import solutions
 import torch
+from support import checks, lesson, solutions
+from support.fused_norm import forward_kernel, rms_norm
 from support.lesson import show_source
 
 from nanovlm.attention import causal, causal_rows, reference, sliding_window
-from nanovlm.bench.kernels import BYTES, Case, FLOPS
-from support.fused_norm import forward_kernel, rms_norm
-from nanovlm.flash_attention import flash_attention, seen_by
-from nanovlm.flash_attention import edges, see
+from nanovlm.bench.kernels import BYTES, FLOPS, Case
+from nanovlm.flash_attention import edges, flash_attention, see, seen_by
 
 SEED = 0
 torch.manual_seed(SEED);

@@ -11,9 +11,9 @@
 #
 # **Time**: 25 minutes to read, half a minute to run on one core.
 #
-# **Reads**: `nanovlm/generation/sampler.py`, `nanovlm/generation/logits_processors.py`, `nanovlm/generation/beam_search.py`, `nanovlm/generation/beam_search.py`,
-# `nanovlm/attention.py`, `nanovlm/decoder.py`, `nanovlm/projector.py`, `nanovlm/vit.py`, `nanovlm/vlm.py`,
-# `nanovlm/data/scene_questions.py`, `nanovlm/data/tokenizer.py`
+# **Reads**: `nanovlm/generation/sampler.py`, `nanovlm/generation/logits_processors.py`,
+# `nanovlm/generation/beam_search.py`, `nanovlm/attention.py`, `nanovlm/decoder.py`, `nanovlm/projector.py`,
+# `nanovlm/vit.py`, `nanovlm/vlm.py`, `nanovlm/data/scene_questions.py`, `nanovlm/data/tokenizer.py`
 #
 # A language model does not write. It gives every word of its vocabulary a probability, and something else has to
 # choose one, again and again. This lesson looks at the choices: the most probable word, a word drawn from the
@@ -22,23 +22,21 @@
 # %%
 import itertools
 
-from support import lesson
-from support import checks
 import matplotlib.pyplot as plt
-from support import solutions
 import torch
+from support import checks, lesson, solutions
 from support.lesson import show_source
 
-from nanovlm.generation import beam_search, logits_processors, sampler
 from nanovlm.attention import causal_rows
-from nanovlm.generation.beam_search import Beams
 from nanovlm.data.scene_questions import SceneTexts
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
-from nanovlm.projector import LinearProjector
+from nanovlm.generation import beam_search, logits_processors, sampler
+from nanovlm.generation.beam_search import Beams
 from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.projector import LinearProjector
 from nanovlm.vit import ViT, ViTConfig
-from nanovlm.vlm import Batch, IGNORE, VLM
+from nanovlm.vlm import IGNORE, VLM, Batch
 
 SEED = 0
 torch.manual_seed(SEED);

@@ -22,13 +22,11 @@
 # %%
 import dataclasses
 
-from support import lesson
-from support import checks
 import matplotlib.pyplot as plt
 import numpy as np
-from support import solutions
 import torch
 from IPython.display import Markdown
+from support import checks, lesson, solutions
 from support.lesson import show_source
 
 from nanovlm.abstractor import Abstractor

@@ -519,7 +519,7 @@ def test_a_check_refuses_what_is_no_tensor():
 
 def test_the_table_says_how_it_came_about_and_is_complete():
     note, results = ablation.read()
-    assert note.startswith("python notebooks/ablations/ablation_07.py, 20") and "CPU-seconds, seeds 0 to 2" in note
+    assert note.startswith("python notebooks/ablation_07.py, 20") and "CPU-seconds, seeds 0 to 2" in note
     wanted = [(seed, arm.name) for seed in (0, 1, 2) for arm in ablation.ARMS]
     assert [(result.seed, result.arm) for result in results] == wanted
     assert len({result.text_loss_before for result in results}) == 3  # one language model per seed, in all its arms
@@ -593,7 +593,7 @@ SHORTEST = ablation_04.Settings(tower_steps=1, answer_steps=2, pictures=2, exam=
 
 def test_the_table_of_lesson_04_says_how_it_came_about_and_is_complete():
     note, results = ablation_04.read()
-    assert note.startswith("python notebooks/ablations/ablation_04.py, 20") and "CPU-seconds, seeds 0 to 2" in note
+    assert note.startswith("python notebooks/ablation_04.py, 20") and "CPU-seconds, seeds 0 to 2" in note
     wanted = [(seed, arm) for seed in (0, 1, 2) for arm in ablation_04.ARMS]
     found = [(result.seed, ablation_04.Arm(**{name: getattr(result, name) for name in vars(arm)}))
              for result, (_, arm) in zip(results, wanted)]  # fmt: skip
