@@ -17,13 +17,12 @@ HEAD = (
     ("lm_head.{p}", "lm_head.{p}"),
     Tied("lm_head.weight", "embedding.weight"),
 )
+QKV = tuple((f"model.layers.{{i}}.self_attn.{part}_proj.{{p}}", f"layers.{{i}}.attention.{part}.{{p}}") for part in "qkv")
 
 LLAMA = (
     ("model.embed_tokens.weight", "embedding.weight"),
     ("model.layers.{i}.input_layernorm.weight", "layers.{i}.norm_1.weight"),
-    ("model.layers.{i}.self_attn.q_proj.{p}", "layers.{i}.attention.q.{p}"),  # biases: Qwen2
-    ("model.layers.{i}.self_attn.k_proj.{p}", "layers.{i}.attention.k.{p}"),
-    ("model.layers.{i}.self_attn.v_proj.{p}", "layers.{i}.attention.v.{p}"),
+    *QKV,  # biases: Qwen2
     ("model.layers.{i}.self_attn.o_proj.{p}", "layers.{i}.attention.o.{p}"),
     ("model.layers.{i}.post_attention_layernorm.weight", "layers.{i}.norm_2.weight"),
     ("model.layers.{i}.mlp.gate_proj.weight", "layers.{i}.ffn.gate.weight"),
@@ -46,13 +45,7 @@ PHI_REST = (
     *HEAD,
     ANGLES,
 )
-PHI = (
-    ("model.layers.{i}.self_attn.q_proj.{p}", "layers.{i}.attention.q.{p}"),
-    ("model.layers.{i}.self_attn.k_proj.{p}", "layers.{i}.attention.k.{p}"),
-    ("model.layers.{i}.self_attn.v_proj.{p}", "layers.{i}.attention.v.{p}"),
-    *PHI_REST,
-    Alias("{rest}", "model.{rest}"),
-)
+PHI = (*QKV, *PHI_REST, Alias("{rest}", "model.{rest}"))
 
 OPT = (
     ("model.decoder.embed_tokens.weight", "embedding.weight"),
@@ -75,16 +68,16 @@ OPT = (
 def phi_fused(num_heads):
     """Phi-2 as transformers 4.36 wrote it (LLaVA-Phi): q, k and v in one matrix, interleaved head by head."""
     thirds = tuple(f"layers.{{i}}.attention.{name}.{{p}}" for name in "qkv")
-    return (Fused("model.layers.{i}.self_attn.query_key_value.{p}", thirds, "heads", num_heads), *PHI_REST)
+    return (Fused("model.layers.{i}.self_attn.query_key_value.{p}", thirds, num_heads), *PHI_REST)
+
+
+KEYS = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings", "width": "hidden_size",
+        "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "ffn_width": "intermediate_size",
+        "mlp_width": "intermediate_size", "image_size": "image_size", "patch_size": "patch_size"}  # ours -> a config's
 
 
 def size(config, key, default=None):
-    """A whole number of a config: int, 1 or more.
-
-    Args:
-      config: dict. key: str. default: int when the key is absent or null; None = it must be there.
-    Raises: ValueError.
-    """
+    """A whole number of a config, 1 or more; default: when the key is absent or null. Raises: ValueError."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -93,8 +86,13 @@ def size(config, key, default=None):
     return value
 
 
+def sizes(config, keys=KEYS, **defaults):
+    """Sizes of a config under our names: {ours: int}; defaults: {ours: int}, which are wanted."""
+    return {ours: size(config, keys[ours], default) for ours, default in defaults.items()}
+
+
 def number(config, key, default):
-    """A number of a config: float; default when the key is absent or null. Raises: ValueError."""
+    """A number of a config above 0: float; default when the key is absent or null. Raises: ValueError."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
@@ -108,6 +106,12 @@ def section(config, key):
     if not isinstance(value, dict):
         raise ValueError(f"config: {key} is {value!r}, expected an object")
     return value
+
+
+def text_section(config):
+    """The text_config of a vision-language model; transformers 5 keeps tie_word_embeddings outside of it."""
+    tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
+    return section(config, "text_config") | tied
 
 
 def activation(config, key, default):
@@ -125,13 +129,7 @@ def expect(config, key, value, meaning):
 
 
 def rope(config, rotary_share=1.0):
-    """Rotary settings in either dialect.
-
-    Args:
-      config: dict. rotary_share: default share of a head that turns.
-    Returns: (float base, float share of the head that turns).
-    Raises: ValueError for stretched positions, which are not built.
-    """
+    """Rotary settings in either dialect: (float base, float share of a head that turns); raises for stretched ones."""
     settings = config | section(config, "rope_parameters")
     for source in (settings, section(config, "rope_scaling")):
         kind = source.get("rope_type", source.get("type", "default"))
@@ -140,15 +138,12 @@ def rope(config, rotary_share=1.0):
     return number(settings, "rope_theta", 10000.0), number(settings, "partial_rotary_factor", rotary_share)
 
 
-def plain_layers(config, default):
-    """Layers that carry nothing extra: tuple of LayerOptions, one per layer of the config."""
-    return (LayerOptions(),) * size(config, "num_hidden_layers", default)
-
-
-def check_head_width(config, width, num_heads):
-    """Raise ValueError if a config asks for heads of another width than width / num_heads."""
-    if width % num_heads == 0:
-        expect(config, "head_dim", width // num_heads, "heads of another width than hidden_size / num_attention_heads")
+def decoder_config(known, config, tied_head=False, **options):
+    """A DecoderConfig of what `sizes` found and of plain layers; tied_head: where the config does not say."""
+    layers = (LayerOptions(),) * known.pop("num_layers")
+    num_kv_heads = size(config, "num_key_value_heads", known["num_heads"])
+    tied_head = bool(config.get("tie_word_embeddings", tied_head))
+    return DecoderConfig(**known, num_kv_heads=num_kv_heads, layers=layers, tied_head=tied_head, **options)
 
 
 def llama_config(config):
@@ -159,99 +154,56 @@ def llama_config(config):
     Returns: DecoderConfig.
     Raises: ValueError for what is not built.
     """
-    width, num_heads = size(config, "hidden_size", 4096), size(config, "num_attention_heads", 32)
-    check_head_width(config, width, num_heads)
-    expect(config, "hidden_act", "silu", "another activation")
     expect(config, "mlp_bias", False, "biases in the feed-forward")
-    return DecoderConfig(
-        vocab_size=size(config, "vocab_size", 32000),
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=size(config, "num_key_value_heads", num_heads),
-        ffn_width=size(config, "intermediate_size", 11008),
-        context_length=size(config, "max_position_embeddings", 2048),
-        layers=plain_layers(config, 32),
-        rope_base=rope(config)[0],
-        norm_eps=number(config, "rms_norm_eps", 1e-6),
-        tied_head=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias="qkv" if config.get("attention_bias") else "",
-        output_bias=bool(config.get("attention_bias")),
-    )
+    biased = bool(config.get("attention_bias"))
+    known = sizes(config, vocab_size=32000, ffn_width=11008, context_length=2048, **LLAMA_7B)
+    return gated_config(known, config, qkv_bias="qkv" if biased else "", output_bias=biased)
 
 
 def qwen2_config(config):
     """Qwen2 and Qwen2.5: LLaMA with biases on queries, keys and values. Arguments and errors as `llama_config`."""
-    width, num_heads = size(config, "hidden_size", 4096), size(config, "num_attention_heads", 32)
-    check_head_width(config, width, num_heads)
-    expect(config, "hidden_act", "silu", "another activation")
     expect(config, "use_sliding_window", False, "a sliding window")
-    return DecoderConfig(
-        vocab_size=size(config, "vocab_size", 151936),
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=size(config, "num_key_value_heads", num_heads),
-        ffn_width=size(config, "intermediate_size", 22016),
-        context_length=size(config, "max_position_embeddings", 32768),
-        layers=plain_layers(config, 32),
-        rope_base=rope(config)[0],
-        norm_eps=number(config, "rms_norm_eps", 1e-6),
-        tied_head=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias="qkv",
-    )
+    known = sizes(config, vocab_size=151936, ffn_width=22016, context_length=32768, **LLAMA_7B)
+    return gated_config(known, config, qkv_bias="qkv")
+
+
+LLAMA_7B = {"width": 4096, "num_heads": 32, "num_layers": 32}
+
+
+def gated_config(known, config, **options):
+    """What LLaMA and Qwen2 have in common; options: their biases."""
+    expect(config, "hidden_act", "silu", "another activation")
+    if known["width"] % known["num_heads"] == 0:
+        head_width = known["width"] // known["num_heads"]
+        expect(config, "head_dim", head_width, "heads of another width than hidden_size / num_attention_heads")
+    eps = number(config, "rms_norm_eps", 1e-6)
+    return decoder_config(known, config, rope_base=rope(config)[0], norm_eps=eps, **options)
+
+
+BIASED = {"norm": "layer", "ffn": "plain", "qkv_bias": "qkv", "output_bias": True, "ffn_bias": True}
 
 
 def phi_config(config):
     """Phi-2: attention and feed-forward side by side behind one norm. Arguments and errors as `llama_config`."""
-    width, num_heads = size(config, "hidden_size", 2048), size(config, "num_attention_heads", 32)
     expect(config, "qk_layernorm", False, "norms on queries and keys")
-    base, rotary_share = rope(config, rotary_share=0.5)
-    return DecoderConfig(
-        vocab_size=size(config, "vocab_size", 51200),
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=size(config, "num_key_value_heads", num_heads),
-        ffn_width=size(config, "intermediate_size", 8192),
-        context_length=size(config, "max_position_embeddings", 2048),
-        layers=plain_layers(config, 24),
-        rope_base=base,
-        rotary_width=int(rotary_share * (width // num_heads)),
-        norm="layer",
-        norm_eps=number(config, "layer_norm_eps", 1e-5),
-        parallel=True,
-        ffn="plain",
-        activation=activation(config, "hidden_act", "gelu_new"),
-        qkv_bias="qkv",
-        output_bias=True,
-        ffn_bias=True,
-        tied_head=bool(config.get("tie_word_embeddings", False)),
-        head_bias=True,
+    known = sizes(config, vocab_size=51200, width=2048, num_heads=32, ffn_width=8192, context_length=2048, num_layers=24)
+    base, share = rope(config, rotary_share=0.5)
+    return decoder_config(
+        known, config, rope_base=base, rotary_width=int(share * (known["width"] // known["num_heads"])), parallel=True,
+        norm_eps=number(config, "layer_norm_eps", 1e-5), activation=activation(config, "hidden_act", "gelu_new"),
+        head_bias=True, **BIASED,
     )
 
 
 def opt_config(config):
     """OPT: learned positions, two unused rows in front of them, ReLU. Arguments and errors as `llama_config`."""
-    width = size(config, "hidden_size", 768)
+    known = sizes(config, KEYS | {"ffn_width": "ffn_dim"}, vocab_size=50272, width=768, num_heads=12, ffn_width=3072,
+                  context_length=2048, num_layers=12)
     expect(config, "do_layer_norm_before", True, "norms behind the residual (OPT-350m)")
-    expect(config, "word_embed_proj_dim", width, "embeddings of another width (OPT-350m)")
+    expect(config, "word_embed_proj_dim", known["width"], "embeddings of another width (OPT-350m)")
     expect(config, "enable_bias", True, "linear layers without biases")
     expect(config, "layer_norm_elementwise_affine", True, "norms without weights")
-    num_heads = size(config, "num_attention_heads", 12)
-    return DecoderConfig(
-        vocab_size=size(config, "vocab_size", 50272),
-        width=width,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        ffn_width=size(config, "ffn_dim", 3072),
-        context_length=size(config, "max_position_embeddings", 2048),
-        layers=plain_layers(config, 12),
-        rotary_width=0,
-        position_offset=2,
-        norm="layer",
-        norm_eps=1e-5,
-        ffn="plain",
-        activation=activation(config, "activation_function", "relu"),
-        qkv_bias="qkv",
-        output_bias=True,
-        ffn_bias=True,
-        tied_head=bool(config.get("tie_word_embeddings", True)),
+    return decoder_config(
+        known, config, tied_head=True, rotary_width=0, position_offset=2, norm_eps=1e-5,
+        activation=activation(config, "activation_function", "relu"), **BIASED,
     )

@@ -18,7 +18,7 @@ import math
 
 from nanovlm.data.templates import LLAVA, PLAIN
 from nanovlm.decoder import Decoder
-from nanovlm.published.language import LLAMA, expect, llama_config, section
+from nanovlm.published.language import LLAMA, expect, llama_config, section, text_section
 from nanovlm.projector import LinearProjector, MLPProjector
 from nanovlm.recipes.recipe import Expected, Published, at_size, published_recipe
 from nanovlm.generation.sampler import Decoding
@@ -90,7 +90,7 @@ def build(config):
     config = nested(config)
     expect(config, "projector_hidden_act", "gelu", "another activation in the projector")
     expect(config, "multimodal_projector_bias", True, "a projector without biases")
-    clip, llm = clip_config(section(config, "vision_config")), llama_config(section(config, "text_config"))
+    clip, llm = clip_config(section(config, "vision_config")), llama_config(text_section(config))
     layer, features = config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy", "default")
     if not isinstance(layer, int) or features not in ("default", "full"):
         raise ValueError(

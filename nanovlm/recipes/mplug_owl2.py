@@ -114,7 +114,7 @@ def vision_layout(num_heads):
         ("embeddings.patch_embed.weight", "patch_embedding.weight"),
         ("embeddings.pre_layernorm.{p}", "pre_norm.{p}"),
         ("encoder.layers.{i}.input_layernorm.{p}", "blocks.{i}.norm_1.{p}"),
-        Fused("encoder.layers.{i}.self_attn.query_key_value.{p}", qkv, "heads", num_heads),
+        Fused("encoder.layers.{i}.self_attn.query_key_value.{p}", qkv, num_heads),
         ("encoder.layers.{i}.self_attn.dense.{p}", "blocks.{i}.attention.o.{p}"),
         ("encoder.layers.{i}.post_attention_layernorm.{p}", "blocks.{i}.norm_2.{p}"),
         ("encoder.layers.{i}.mlp.fc{j}.{p}", "blocks.{i}.fc_{j}.{p}"),

@@ -26,7 +26,7 @@ import math
 from nanovlm.data import images
 from nanovlm.data.templates import CHATML, PLAIN
 from nanovlm.decoder import Decoder
-from nanovlm.published.language import LLAMA, llama_config, section, size
+from nanovlm.published.language import LLAMA, llama_config, section, size, text_section
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
 from nanovlm.generation.sampler import Decoding
@@ -74,7 +74,7 @@ def build(config):
     Raises: ValueError for patches that do not divide into such squares, or for what cannot be built.
     """
     config = complete(config, FULL)
-    vision, llm = ViT(siglip_config(section(config, "vision_config"))), llama_config(section(config, "text_config"))
+    vision, llm = ViT(siglip_config(section(config, "vision_config"))), llama_config(text_section(config))
     bridge = PixelShuffleProjector(vision.config.width, llm.width, size(config, "merge"))
     bridge.num_image_tokens(vision.num_tokens(vision.image_size))  # raises before the first picture does
     return VLM(vision, bridge, Decoder(llm))
