@@ -1,24 +1,19 @@
 """What a checkpoint holds: family, sizes, type, parts, and what would be missing if it were loaded.
 
     python -m nanovlm.recipes inspect FILE_OR_FOLDER
+    python -m nanovlm.recipes inspect MANIFEST.json      names and shapes alone; status 1 if they do not fit
 
 Only headers are read. The family stands in config.json, or is told by names that no other family has; without
-config.json the sizes are those of the published model of that family.
+config.json the sizes are those of the published model of that family. A manifest is a JSON object with `family`,
+`config` and `tensors` {name: shape}; `computed_or_extra_tensors` may list what some files carry beside them.
 """
 
 import collections
 import re
 from pathlib import Path
 
-from nanovlm.recipes import FAMILIES, RECIPES
-from nanovlm.published.convert import WRAPPED, by_part
-from nanovlm.published.convert import count, count_all, find_family
-from nanovlm.published.load import build_on_meta, family_of, read_config
-from nanovlm.vlm import VLM
-from nanovlm.published.weights import grouped
-from nanovlm.published.weights import OURS, open_checkpoint
-from nanovlm.published.weights import shapes_of
-from nanovlm.published.weights import plan
+from nanovlm.published.load import build_on_meta, by_part, count, family_of, find_family, read_json
+from nanovlm.published.weights import grouped, open_checkpoint, OURS, plan, shapes_of
 
 SIGNS = (  # family, and what stands in one of its names and in none of those further down; the first that is found
     ("lynx", r"output_adapter\.|^(model\.)?vision_encoder\.blocks\.\d+\.attn\.q_proj"),
@@ -44,58 +39,90 @@ def recognise(names):
     return next((family for family, sign in SIGNS if any(re.search(sign, name) for name in names)), None)
 
 
-def inspect(path, family=None):
-    """Describe a checkpoint.
+def inspect(path, family, families, recipes):
+    """Describe a checkpoint, or check a manifest.
 
     Args:
-      path: str or Path of a safetensors, .pt or .bin file, or of a folder. family: str or None = find out.
+      path: str or Path of a safetensors, .pt or .bin file, of a folder, or of a manifest.
+      family: str or None = find out. families: {family: Published}. recipes: {name: Recipe}.
     Returns: list of lines to print.
-    Raises: ValueError or OSError, in words for the user.
+    Raises: ValueError or OSError, in words for the user; WeightsError for a manifest that does not fit its model.
     """
     path = Path(path)
+    if path.suffix == ".json":
+        return check_manifest(path, families)
     checkpoint = open_checkpoint(path, pickled=True)
-    folder = path if path.is_dir() else path.parent
-    config = read_config(folder) if (folder / "config.json").exists() else {}
-    family, published, sizes, table, source = describe(checkpoint, config, family, folder)
-    kinds = collections.Counter(checkpoint.dtypes.values())
-    lines = [f"{path}: {len(checkpoint.shapes):,} tensors, {count_all(checkpoint.shapes.values()):,} numbers",
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    config = read_json(beside) if beside.exists() else {}
+    family, sizes, ours, source = describe(checkpoint.shapes, config, family, families, recipes)
+    kinds = collections.Counter(str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values())
+    lines = [*checkpoint.notes, f"{path}: {len(checkpoint.shapes):,} tensors, {count(checkpoint.shapes):,} numbers",
              f"  family   {family or 'unknown'} ({source})",
              f"  type     {', '.join(f'{kind} ({number:,})' for kind, number in kinds.most_common())}",
-             f"  files    {len(set(checkpoint.files.values()))}"]
-    if published is None:
-        return [*lines, "  tensors  " + "; ".join(grouped(checkpoint.shapes)[:20]), *pre_2024(checkpoint)]
-    if not sizes and not published.configs:
-        return [*lines, "  sizes    unknown without config.json", *tops(checkpoint), *pre_2024(checkpoint)]
-    sizes = sizes or published.configs["full"]
+             f"  files    {len({file for file, _ in checkpoint.places.values()})}"]
+    if any("Wqkv" in name for name in checkpoint.shapes):
+        lines.append("  note     Phi-2's layout of before January 2024 (fused Wqkv), which is not read")
+    published = families.get(family)
+    sizes = sizes or published and published.configs.get("full")
+    if not sizes:
+        lines += ["  sizes    unknown without config.json"] * bool(published)
+        return [*lines, "  tensors  " + "; ".join(grouped(checkpoint.shapes)[:20])]
     model, layout = build_on_meta(published, sizes)
-    found = plan(table or (*layout, *WRAPPED), checkpoint.shapes, shapes_of(model), ("vision.positions", "positions"))
+    found = plan(OURS if ours else layout, checkpoint.shapes, shapes_of(model), ("vision.positions", "positions"))
     lines.append(f"  sizes    {'; '.join(told_sizes(sizes)) or 'the defaults of its class'}")
-    return [*lines, *held(model, found, checkpoint), *lacking(model, found, published)]
+    return [*lines, *held(model, found), *lacking(model, found, published)]
 
 
-def describe(checkpoint, config, family, folder):
-    """What a checkpoint is: (family or None, Published or None, config or None, table or None, how it is known)."""
-    if "recipe" in config and not family:
-        recipe = RECIPES.get(str(config["recipe"]))
-        if recipe is None or recipe.published is None:
-            return config["recipe"], None, None, None, "config.json of train.py"
-        return recipe.published.family, recipe.published, recipe.published.configs.get(config.get("size")), OURS, \
-            "config.json of train.py"
-    if "family" in config and not family:
-        family = family_of(config, str(folder / "config.json"), FAMILIES)
-        return family, FAMILIES[family], config.get("config"), OURS, "config.json of convert"
-    told = recognise(checkpoint.shapes)
+def describe(names, config, family, families, recipes):
+    """What a checkpoint is: (family or None, config or None = as published, whether its names are ours, how it is known)."""
     if family:
-        return family, find_family(family), config if config.get("model_type") else None, None, "as given"
-    if "model_type" in config:
-        try:
-            named = family_of(config, str(folder / "config.json"), FAMILIES)
-        except ValueError as error:
-            return told, FAMILIES.get(told), None, None, f"by its names; {error}"
-        alike = told in (None, named) or {told, named} <= {"llama", "qwen2"}
-        note = "" if alike else f", though its names look like {told}"
-        return named, FAMILIES[named], config, None, f"config.json{note}"
-    return told, FAMILIES.get(told), None, None, "by its names; sizes as published, since there is no config.json"
+        return find_family(family, families).family, config if config.get("model_type") else None, False, "as given"
+    if "recipe" in config:
+        recipe = recipes.get(str(config["recipe"]))
+        if recipe is None or recipe.published is None:
+            return config["recipe"], None, True, "config.json of train.py"
+        return recipe.published.family, recipe.published.configs.get(config.get("size")), True, "config.json of train.py"
+    if "family" in config:
+        return family_of(config, "config.json", families), config.get("config"), True, "config.json of convert"
+    told = recognise(names)
+    if "model_type" not in config:
+        return told, None, False, "by its names; sizes as published, since there is no config.json"
+    try:
+        named = family_of(config, "config.json", families)
+    except ValueError as error:
+        return told, None, False, f"by its names; {error}"
+    alike = told in (None, named) or {told, named} <= {"llama", "qwen2"}
+    return named, config, False, "config.json" if alike else f"config.json, though its names look like {told}"
+
+
+def check_manifest(path, families):
+    """The report on a manifest that fits: list of lines. Raises: ValueError naming what does not fit, or is malformed."""
+    content = read_json(path)
+    wrong = [key for key in ("family", "config", "tensors") if key not in content]
+    if wrong:
+        raise ValueError(f"{path} lacks {', '.join(wrong)}; it is no manifest")
+    published = find_family(content["family"], families)
+    parts = {key: content.get(key) or {} for key in ("config", "tensors", "computed_or_extra_tensors")}
+    for key, part in parts.items():
+        if not isinstance(part, dict):
+            raise ValueError(f"{path}: {key} is {type(part).__name__}, expected an object")
+    config, *lists = parts.values()
+    shapes = {name: shape for tensors in lists for name, shape in tensors.items()}
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or any(type(length) is not int or length < 0 for length in shape):
+            raise ValueError(f"{path}: {name} has the shape {shape!r}, expected a list of whole numbers")
+    model, table = build_on_meta(published, config)
+    ours = shapes_of(model)
+    found = plan(table, shapes, ours)
+    found.check(str(path))
+    zeros = sum(entry.parts.count(None) * count(shapes, [name]) // len(entry.parts) for name, entry in found.consumed.items())
+    held_numbers = count(shapes, found.consumed.keys() - found.skipped)
+    note = f" ({zeros:,} of them zeros, which only the file holds)" if zeros else ""
+    lines = [f"{content.get('name', path.stem)}: family {published.family}, {len(shapes):,} tensors", *held(model, found)]
+    lines += [f"  parameters of the file  {held_numbers:15,}", f"  parameters of the model {count(ours) + zeros:15,}{note}"]
+    if content.get("total_params") not in (None, held_numbers):
+        lines.append(f"  note     the manifest states total_params {content['total_params']}")
+    return lines
 
 
 def told_sizes(config, where=""):
@@ -108,55 +135,27 @@ def told_sizes(config, where=""):
     return lines
 
 
-def tops(checkpoint):
-    """Parts of a file whose sizes are unknown, by the beginning of their names: list of lines."""
-    parts = collections.Counter()
-    for name, shape in checkpoint.shapes.items():
-        parts[name.split(".")[0]] += count(shape)
-    return [f"  part     {name:20} {number:15,} parameters" for name, number in parts.items()]
-
-
-def pre_2024(checkpoint):
-    """A warning for Phi-2's first layout: list of lines."""
-    if any("Wqkv" in name for name in checkpoint.shapes):
-        return ["  note     Phi-2's layout of before January 2024 (fused Wqkv), which is not read"]
-    return []
-
-
-def parts_of(model, names):
-    """{part: our names}; a bare tower's or language model's parts are its own modules."""
-    if isinstance(model, VLM):
-        return by_part(names)
-    parts = {}
-    for name in names:
-        parts.setdefault(name.split(".")[0], []).append(name)
-    return parts
-
-
-def held(model, found, checkpoint):
-    """The parts that are there, and what is passed over: list of lines."""
+def held(model, found):
+    """The parts that are there, and what is not read: list of lines."""
     ours = shapes_of(model)
-    filled = [part for _, names in found.consumed.values() for part in names if part is not None]
-    lines = [f"  part     {part:20} {count_all(ours[name] for name in names):15,} parameters, {len(names):,} tensors"
-             for part, names in parts_of(model, filled).items()]
-    skipped = found.computed | found.unused | dict.fromkeys(found.twice, "a second copy of a tied tensor")
-    for reason, number in collections.Counter(skipped.values()).items():
-        lines.append(f"  not read {number:,} tensors: {reason}")
-    return lines
+    lines = [f"  part     {part:20} {count(ours, names):15,} parameters, {len(names):,} tensors"
+             for part, names in by_part(model, found.filled()).items()]
+    reasons = collections.Counter(found.skipped.values())
+    return lines + [f"  not read {number:,} tensors: {reason}" for reason, number in reasons.items()]
 
 
 def lacking(model, found, published):
     """What would be missing or not fit: list of lines."""
     lines = []
-    for part, names in parts_of(model, found.missing).items():
+    for part, names in by_part(model, found.missing).items():
         shown = "; ".join(grouped([found.missing[name] for name in names])[:4])
         lines.append(f"  missing  {part:20} {len(names):,} tensors: {shown}")
     if found.unexpected:
         lines.append(f"  no place {len(found.unexpected):,} tensors: {'; '.join(grouped(found.unexpected)[:8])}")
-    for name, (has, expected) in list(found.misshaped.items())[:8]:
-        lines.append(f"  shape    {name} is {list(has)}, expected {list(expected)}")
-    for name, (has, expected) in found.resized.items():
-        lines.append(f"  shape    {name}: a table of {list(has)}, expected {list(expected)}: another resolution")
+    for name, (has, wants) in list(found.misshaped.items())[:8]:
+        lines.append(f"  shape    {name} is {list(has)}, expected {list(wants)}")
+    for name, (has, wants) in found.resized.items():
+        lines.append(f"  shape    {name}: a table of {list(has)}, expected {list(wants)}: another resolution")
     if found.missing and published.contents:
         lines.append(f"  note     {published.contents}")
     return lines or ["  missing  nothing"]

@@ -114,6 +114,14 @@ def text_section(config):
     return section(config, "text_config") | tied
 
 
+def with_vocabulary(config, vocab_size):
+    """A config whose language model has at least `vocab_size` rows; published tables are often longer than that."""
+    for part in ("llm", "text_config"):
+        if part in config:
+            return config | {part: with_vocabulary(config[part], vocab_size)}
+    return config | {"vocab_size": max(config["vocab_size"], vocab_size)}
+
+
 def activation(config, key, default):
     """Our name of an activation that a config names as transformers does. Raises: ValueError for an unknown one."""
     name = config.get(key) or default

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,12 +19,10 @@ from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.generation.sampler import Decoding
 from nanovlm.names import nearest
 from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
-from nanovlm.published import vision
-from nanovlm.published.language import LLAMA, llama_config, OPT, opt_config, PHI, phi_config, QWEN2, qwen2_config
+from nanovlm.published import language, vision
 from nanovlm.published.tokenizers import load_tokenizer, PADDED_ROWS
-from nanovlm.published.weights import INDEX, load_model, open_checkpoint, OURS, SINGLE, WeightsError
+from nanovlm.published.weights import INDEX, load_weights, open_checkpoint, OURS, SINGLE, WeightsError
 from nanovlm.qformer import QFormer
-from nanovlm.recipes.recipe import Published
 from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
@@ -49,6 +49,17 @@ UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, Arithmet
 
 
 @dataclass(frozen=True)
+class Published:
+    """How a published checkpoint becomes our model and back."""
+
+    family: str                         # what --family calls it
+    build: Callable                     # (config: dict of a config.json, manifest or golden file) -> nn.Module
+    layout: Callable                    # (config) -> rename table, see weights.py
+    configs: dict[str, dict] = field(default_factory=dict)  # size -> config; "full" is as published
+    contents: str = ""                  # what the released files hold, where they are not the whole model
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model and all that is needed to talk to it."""
 
@@ -63,20 +74,24 @@ class Loaded:
     preprocessing: Preprocessing = CLIP  # mean and deviation of its pixels; size and fit are those above
 
 
+def read_json(path):
+    """A JSON object: dict. Raises: ValueError or OSError naming the file."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); restore the file, or train or download again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object; restore the file, or train or download again")
+    return content
+
+
 def read_config(folder):
     """config.json of a folder: dict. Raises: FileNotFoundError, ValueError."""
-    path = folder / "config.json"
-    if not path.exists():
+    if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} holds no config.json; give the output folder of train.py, for example "
                                 "out/nano, or a published model's; `python -m nanovlm.recipes convert --family NAME` "
                                 "writes one")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); train again or restore the file") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds no object; train again or restore the file")
-    return config
+    return read_json(folder / "config.json")
 
 
 def family_of(config, where, families):
@@ -87,9 +102,7 @@ def family_of(config, where, families):
     Raises: ValueError with the nearest known name.
     """
     if "family" in config:
-        if config["family"] not in families:
-            raise ValueError(f"{where}: family {config['family']!r} is unknown.{nearest(config['family'], families)}")
-        return config["family"]
+        return find_family(config["family"], families).family
     kind = config.get("model_type")
     if kind is None:
         missing = [key for key in ("recipe", "size", "image_size", "stages") if key not in config]
@@ -102,8 +115,15 @@ def family_of(config, where, families):
     return MODEL_TYPES[kind]
 
 
+def find_family(name, families):
+    """The Published of a family. Raises: ValueError with the nearest known name."""
+    if not isinstance(name, str) or name not in families:
+        raise ValueError(f"unknown family {name!r}.{nearest(name, families)}")
+    return families[name]
+
+
 def build_on_meta(published, config):
-    """A model without memory. Raises: WeightsError if its config describes none."""
+    """A model without memory, and its rename table. Raises: WeightsError if its config describes none."""
     try:
         with torch.device("meta"):
             return published.build(config), published.layout(config)
@@ -165,85 +185,94 @@ def open_trained(folder, config, recipe, dtype, device):
         raise FileNotFoundError(f"{folder} holds no {SINGLE}: its training has not finished; go on with --resume")
     published = recipe.published is not None
     tokenizer = load_tokenizer(folder, added_tokens(recipe)) if published else Tokenizer(folder / "tokenizer.json")
-
-    def build():
+    with torch.device("meta"):
         found = config.get("architecture")  # which earlier versions did not write
         model = rebuild(found)[0] if found else recipe.build(config["size"], tokenizer.vocab_size)
         model.vision.resize(config["image_size"])
         if "lora" in config:
             lora.add(model, **config["lora"])
-        return model
-
+    checkpoint = open_checkpoint(folder)
     try:
-        model, _ = load_model(build, OURS, open_checkpoint(folder), dtype, device)
+        load_weights(model, OURS, checkpoint, dtype, device)
     except WeightsError as error:
         raise ValueError(f"{folder} does not fit recipe {recipe.name!r}: {error}") from error
     lora.merge(model)
     last, settings = list(config["stages"].items())[-1]
     template = recipe.stage_templates.get(last, recipe.template)  # a model that is only aligned knows no other form
-    check_media_token(model, tokenizer, template)
-    return Loaded(
-        model=model,
-        tokenizer=tokenizer,
-        template=template,
-        decodings=recipe.decodings,
-        image_size=config["image_size"],
-        image_fit=settings["image_fit"],
-        remark=recipe.remark,
-        notes=spare_rows(tokenizer, model.decoder, PADDED_ROWS if published else 0),
-        preprocessing=recipe.preprocessing,
-    )
+    spare_rows = PADDED_ROWS if published else 0
+    return ready(model, tokenizer, recipe, template, settings["image_fit"], checkpoint.notes, spare_rows)
 
 
 def open_published(folder, config, published, recipe, dtype, device, image_size=None):
     """A published folder, or one that `convert` wrote: Loaded; see `recipes.load`.
 
-    published: recipe.Published. recipe: Recipe of that family, None for a bare tower or language model.
+    published: Published. recipe: Recipe of that family, None for a bare tower or language model.
     """
     ours = "family" in config
-    sizes = config["config"] if ours else config
-    _, layout = build_on_meta(published, sizes)
-
-    def build():
-        model = published.build(sizes)
-        size = image_size or (config.get("image_size") if ours else None)
-        if size:
-            vision_of(model).resize(size)
-        return model
-
+    model, layout = build_on_meta(published, config["config"] if ours else config)
+    resize(model, image_size or ours and config.get("image_size"))
+    checkpoint = open_checkpoint(folder)
     resizable = ("vision.positions", "positions") if image_size else ()
-    model, found = load_model(build, OURS if ours else layout, open_checkpoint(folder), dtype, device, resizable)
-    notes = [f"{name}: {has[-2]} rows resized to {wanted[-2]}" for name, (has, wanted) in found.resized.items()]
-    decoder = model if isinstance(model, Decoder) else vars(model)["_modules"].get("decoder")
-    tokenizer = None
-    if decoder is not None:
-        tokenizer = load_tokenizer(folder, added=added_tokens(recipe))
-        notes += spare_rows(tokenizer, decoder, PADDED_ROWS)
-        check_media_token(model, tokenizer, recipe.template if recipe else PLAIN)
-    stages = recipe.stages("full", False) if recipe else ()
-    return Loaded(
-        model=model,
-        tokenizer=tokenizer,
-        template=recipe.template if recipe else PLAIN,
-        decodings=recipe.decodings if recipe else {"default": Decoding()},
-        image_size=vision_of(model).image_size if has_vision(model) else 0,
-        image_fit=stages[-1].image_fit if stages else "crop",
-        remark=recipe.remark if recipe else "",
-        notes=tuple(notes),
-        preprocessing=recipe.preprocessing if recipe else CLIP,
-    )
+    found = load_weights(model, OURS if ours else layout, checkpoint, dtype, device, resizable)
+    notes = [f"{name}: {has[-2]} rows resized to {wants[-2]}" for name, (has, wants) in found.resized.items()]
+    tokenizer = load_tokenizer(folder, added_tokens(recipe)) if decoder_of(model) else None
+    image_fit = recipe.stages("full", False)[-1].image_fit if recipe else "crop"
+    template = recipe.template if recipe else PLAIN
+    return ready(model, tokenizer, recipe, template, image_fit, (*checkpoint.notes, *notes), PADDED_ROWS)
 
 
-def has_vision(model):
-    """bool, whether a model reads pictures (an OpenFlamingo may start from features)."""
-    return isinstance(model, ViT) or vars(model)["_modules"].get("vision") is not None
+def ready(model, tokenizer, recipe, template, image_fit, notes, spare_rows):
+    """Loaded, after tokenizer and model were compared; spare_rows: of the embedding, that may belong to no token."""
+    if tokenizer is not None:
+        rows = decoder_of(model).config.vocab_size
+        check_vocabulary(tokenizer, rows, spare_rows)
+        spare, media_token = rows - tokenizer.vocab_size, vars(model).get("media_token")
+        if spare:
+            notes += (f"{rows} embedding rows for {tokenizer.vocab_size} tokens: {spare} only fill up the table",)
+        known = None if media_token is None else tokenizer.special_id(template.media_token)
+        if known != media_token:
+            raise ValueError(f"the model's media token has id {media_token}, but in the tokenizer "
+                             f"{template.media_token!r} has {known}; correct media_token_id in config.json")
+    tower = vision_of(model)
+    image_size = tower.image_size if tower else 0
+    if recipe is None:
+        return Loaded(model.eval(), tokenizer, template, {"default": Decoding()}, image_size, image_fit, "", notes)
+    return Loaded(model.eval(), tokenizer, template, recipe.decodings, image_size, image_fit, recipe.remark, notes,
+                  recipe.preprocessing)
+
+
+def decoder_of(model):
+    """The language model of a model: Decoder, None of towers alone."""
+    return model if isinstance(model, Decoder) else getattr(model, "decoder", None)
 
 
 def vision_of(model):
-    """The ViT of a model, or the model itself if it is one. Raises: ValueError if there is none."""
-    if not has_vision(model):
+    """The tower of a model: ViT, None where it reads no pictures (an OpenFlamingo may start from features)."""
+    return model if isinstance(model, ViT) else getattr(model, "vision", None)
+
+
+def resize(model, image_size):
+    """Make a model's tower read pictures of `image_size` pixels; None, 0: as it is. Raises: ValueError without a tower."""
+    if image_size and vision_of(model) is None:
         raise ValueError("image_size was given, but this model reads no pictures")
-    return model if isinstance(model, ViT) else model.vision
+    if image_size:
+        vision_of(model).resize(image_size)
+
+
+def by_part(model, names):
+    """{part: its names among these}; a bare tower's or language model's parts are its modules."""
+    if isinstance(model, VLM):
+        found = {part: [name for name in names if name in held] for part, held in model.parts().items()}
+        return {part: some for part, some in found.items() if some}
+    parts = {}
+    for name in names:
+        parts.setdefault(name.split(".")[0], []).append(name)
+    return parts
+
+
+def count(shapes, names=None):
+    """How many numbers are in tensors; shapes: {name: shape}, names: which of them, None = all."""
+    return sum(math.prod(shapes[name]) for name in (shapes if names is None else names))
 
 
 def added_tokens(recipe):
@@ -254,79 +283,35 @@ def added_tokens(recipe):
     return tuple(dict.fromkeys(token for token in (*template.specials, template.media_token) if token))
 
 
-def check_media_token(model, tokenizer, template):
-    """Raise ValueError if the model looks for its pictures at another id than the tokenizer gives their token."""
-    media_token = vars(model).get("media_token")
-    known = None if media_token is None else tokenizer.special_id(template.media_token)
-    if known != media_token:
-        raise ValueError(f"the model's media token has id {media_token}, but in the tokenizer {template.media_token!r} "
-                         f"has {known}; correct media_token_id in config.json")
-
-
-def spare_rows(tokenizer, decoder, most):
-    """Notes on rows of the embedding that belong to no token: tuple of str.
-
-    Raises: ValueError if tokenizer and embedding belong to different models.
-    """
-    rows = decoder.config.vocab_size
-    check_vocabulary(tokenizer, rows, most)
-    spare = rows - tokenizer.vocab_size
-    note = f"{rows} embedding rows for {tokenizer.vocab_size} tokens: {spare} only fill up the table"
-    return (note,) if spare else ()
-
-
-# Published towers and language models by themselves: what the papers' models are put together from.
-#
-# They have no recipe, since nothing is trained here with one of them alone; they are opened, converted, inspected and
-# checked like the papers' models.
-
-
-class PooledTower(nn.Module):
-    """SigLIP's tower with the attention pooling that its files hold."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.vision = ViT(config)
-        self.pool = AttentionPool(config.width, config.num_heads, config.mlp_width, config.activation, config.norm_eps)
+# Towers and language models by themselves, which the papers' models are put together from. They have no recipe, since
+# nothing is trained here with one of them alone; they are opened, converted and inspected like the papers' models.
 
 
 def language_model(family, read, table):
     """A bare decoder's Published; read: config -> DecoderConfig."""
-    return Published(family, lambda config: Decoder(read(config)), lambda config: table, {})
-
-
-def build_clip(config):
-    """CLIP of a config: contrastive.CLIP if it describes both towers, else the ViT."""
-    return vision.clip_pair(config) if vision.is_pair(config) else ViT(vision.clip_config(config))
-
-
-def layout_clip(config):
-    """The table of `build_clip`."""
-    return vision.CLIP_PAIR if vision.is_pair(config) else vision.CLIP
+    return Published(family, lambda config: Decoder(read(config)), lambda config: table)
 
 
 def build_siglip(config):
-    """SigLIP of a config: siglip.SigLIP if it describes both towers, else the tower with its pooling."""
+    """SigLIP of a config: contrastive.SigLIP if it describes both towers, else the tower with its pooling."""
     if vision.is_pair(config):
         return vision.siglip_pair(config)
-    return PooledTower(vision.siglip_config(config))
-
-
-def layout_siglip(config):
-    """The table of `build_siglip`."""
-    if vision.is_pair(config):
-        return vision.SIGLIP_PAIR
-    return (*vision.vision_side(vision.SIGLIP), *vision.POOL, vision.PREFIX)
+    one = vision.siglip_config(config)
+    pool = AttentionPool(one.width, one.num_heads, one.mlp_width, one.activation, one.norm_eps)
+    return nn.ModuleDict({"vision": ViT(one), "pool": pool})
 
 
 BARE = {
-    "llama": language_model("llama", llama_config, LLAMA),  # Vicuna and SmolLM2 too
-    "qwen2": language_model("qwen2", qwen2_config, QWEN2),
-    "phi": language_model("phi", phi_config, PHI),
-    "opt": language_model("opt", opt_config, OPT),
-    "clip": Published("clip", build_clip, layout_clip, {}),
-    "siglip": Published("siglip", build_siglip, layout_siglip, {}),
-    "eva": Published(
-        "eva", lambda config: ViT(vision.eva_config(config)), lambda config: vision.EVA, {}
+    "llama": language_model("llama", language.llama_config, language.LLAMA),  # Vicuna and SmolLM2 too
+    "qwen2": language_model("qwen2", language.qwen2_config, language.QWEN2),
+    "phi": language_model("phi", language.phi_config, language.PHI),
+    "opt": language_model("opt", language.opt_config, language.OPT),
+    "clip": Published(
+        "clip", lambda config: vision.clip_pair(config) if vision.is_pair(config) else ViT(vision.clip_config(config)),
+        lambda config: vision.CLIP_PAIR if vision.is_pair(config) else vision.CLIP,
     ),
-}  # fmt: skip
+    "siglip": Published(
+        "siglip", build_siglip, lambda config: vision.SIGLIP_PAIR if vision.is_pair(config) else vision.SIGLIP_POOLED,
+    ),
+    "eva": Published("eva", lambda config: ViT(vision.eva_config(config)), lambda config: vision.EVA),
+}

@@ -1,18 +1,22 @@
-"""python -m nanovlm.recipes [list | coverage | inspect | convert | consolidate]"""
+"""python -m nanovlm.recipes [list | inspect | convert | consolidate]"""
 
 import argparse
 import sys
 from pathlib import Path
 
 from nanovlm.names import nearest
+from nanovlm.published.convert import convert
+from nanovlm.published.inspect import inspect
+from nanovlm.recipes import FAMILIES, RECIPES, table
+from nanovlm.training.checkpoint import consolidate
 
 COMMANDS = {
     "list": "the table of the models: tokens, parameters, memory (also without a command)",
-    "coverage": "check every tensor of a published checkpoint's manifest",
-    "inspect": "what a checkpoint holds, and what it lacks",
+    "inspect": "what a checkpoint holds, and what it lacks; of a manifest of names and shapes, whether it fits",
     "convert": "published weights into our folder, or back; separate towers into a model to train",
     "consolidate": "the newest checkpoint of a run, whole or in shards, as a model that sample.py can load",
 }
+GONE = {"compare": "python tests/official/compare.py FILE.safetensors", "coverage": "inspect MANIFEST.json"}
 MISFIT, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 USAGE_TEXT = "usage: python -m nanovlm.recipes [COMMAND] [-h]\n\n" + "\n".join(
     f"  {name:11} {what}" for name, what in COMMANDS.items()
@@ -23,8 +27,6 @@ def parser(command):
     """The command line of a command: argparse.ArgumentParser."""
     one = argparse.ArgumentParser(prog=f"python -m nanovlm.recipes {command}", description=COMMANDS[command],
                                   allow_abbrev=False)
-    if command == "coverage":
-        one.add_argument("file", metavar="MANIFEST.json")
     if command == "consolidate":
         one.add_argument("folder", metavar="OUT", help="output folder of train.py")
     if command == "inspect":
@@ -45,27 +47,6 @@ def parser(command):
     return one
 
 
-def run(command, wishes):
-    """Run a command: its exit code. Each is imported when it is needed."""
-    if command == "list":
-        from nanovlm.recipes.table import main
-        return main()
-    if command == "coverage":
-        from nanovlm.published.convert import check
-        lines = check(wishes.file).lines()
-    elif command == "inspect":
-        from nanovlm.published.inspect import inspect
-        lines = inspect(wishes.path, wishes.family)
-    elif command == "consolidate":
-        from nanovlm.training.checkpoint import consolidate
-        lines = consolidate(Path(wishes.folder))
-    else:
-        from nanovlm.published.convert import convert
-        lines = convert(wishes)
-    print("\n".join(lines))
-    return 0
-
-
 def main(arguments=None):
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -73,15 +54,22 @@ def main(arguments=None):
     if command in ("-h", "--help"):
         print(USAGE_TEXT)
         return 0
-    if command == "compare":
-        print("recipes compare: use python tests/official/compare.py FILE.safetensors", file=sys.stderr)
-        return USAGE
     if command not in COMMANDS:
-        print(f"{USAGE_TEXT}\n\nrecipes: unknown command {command!r}.{nearest(command, COMMANDS)}", file=sys.stderr)
+        hint = f"use {GONE[command]}" if command in GONE else f"unknown command.{nearest(command, COMMANDS)}"
+        print(f"{USAGE_TEXT}\n\nrecipes {command}: {hint}", file=sys.stderr)
         return USAGE
-    wishes = parser(command).parse_intermixed_args(rest)
+    args = parser(command).parse_intermixed_args(rest)
     try:
-        return run(command, wishes)
+        if command == "list":
+            return table.main()
+        if command == "inspect":
+            lines = inspect(args.path, args.family, FAMILIES, RECIPES)
+        elif command == "convert":
+            lines = convert(args, FAMILIES, RECIPES)
+        else:
+            lines = consolidate(Path(args.folder))
+        print("\n".join(lines))
+        return 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"recipes {command}: {error}", file=sys.stderr)
         return MISFIT

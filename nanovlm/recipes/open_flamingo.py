@@ -26,10 +26,10 @@ from nanovlm.recipes.recipe import Expected, Published, at_size, complete, publi
 from nanovlm.resampler import Resampler
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
-from nanovlm.published.vision import clip_config
+from nanovlm.published.vision import clip_config, OPEN_CLIP
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.published.weights import Alias, Fused, Unused, as_entry, prefixed
+from nanovlm.published.weights import Alias, Fused, as_entry, prefixed
 
 CLIP_L = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
@@ -98,22 +98,6 @@ def build_for_tokenizer(size, vocab_size):
     return build(config | {"media_token_id": vocab_size - 1} if vocab_size else config)
 
 
-OPEN_CLIP = (  # the tower as open_clip and OpenAI spell it
-    ("class_embedding", "class_token"),
-    ("positional_embedding", "positions"),
-    ("conv1.weight", "patch_embedding.weight"),
-    ("ln_pre.{p}", "pre_norm.{p}"),
-    ("transformer.resblocks.{i}.ln_{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
-    *(
-        Fused(f"transformer.resblocks.{{i}}.attn.in_proj_{p}", tuple(f"blocks.{{i}}.attention.{name}.{p}" for name in "qkv"))
-        for p in ("weight", "bias")
-    ),
-    ("transformer.resblocks.{i}.attn.out_proj.{p}", "blocks.{i}.attention.o.{p}"),
-    ("transformer.resblocks.{i}.mlp.c_fc.{p}", "blocks.{i}.fc_1.{p}"),
-    ("transformer.resblocks.{i}.mlp.c_proj.{p}", "blocks.{i}.fc_2.{p}"),
-    Unused("ln_post.{p}", "serves CLIP's own loss"),
-    Unused("proj", "serves CLIP's own loss"),
-)
 CROSS_ATTENTION = (
     ("attn_gate", "attention_gate"),
     ("attn.norm.{p}", "norm.{p}"),

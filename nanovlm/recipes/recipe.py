@@ -15,21 +15,12 @@ from typing import Any
 
 from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.data.templates import Template
+from nanovlm.published.language import with_vocabulary
+from nanovlm.published.load import Published
 
 
 SMOKE_STEPS, TINY_STEPS = 4, 100  # optimizer steps of a stage in a smoke run, and at the tiny size
 TINY_BATCH = 4  # examples
-
-
-@dataclass(frozen=True)
-class Published:
-    """How a published checkpoint becomes our model and back."""
-
-    family: str                         # what --family calls it
-    build: Callable                     # (config: dict of a config.json, manifest or golden file) -> vlm.VLM
-    layout: Callable                    # (config) -> rename table, see weight_tables.py
-    configs: dict[str, dict]            # size -> config; "full" is as published
-    contents: str = ""                  # what the released files hold, where they are not the whole model
 
 
 @dataclass(frozen=True)
@@ -111,14 +102,6 @@ def complete(config, defaults):
         elif given is None:
             filled[key] = default
     return filled
-
-
-def with_vocabulary(config, vocab_size):
-    """A config whose language model has at least `vocab_size` rows; published tables are often longer than that."""
-    for part in ("llm", "text_config"):
-        if part in config:
-            return config | {part: with_vocabulary(config[part], vocab_size)}
-    return config | {"vocab_size": max(config["vocab_size"], vocab_size)}
 
 
 def at_size(stages, size, smoke, tiny_images):

@@ -14,7 +14,7 @@ from nanovlm.machine import facts_of, slow_line, training_precision
 from nanovlm.names import nearest
 from nanovlm.published.load import added_tokens, architecture, rebuild
 from nanovlm.published.tokenizers import load_tokenizer
-from nanovlm.published.weights import fill, fit, open_checkpoint, OURS
+from nanovlm.published import weights
 from nanovlm.recipes.recipe import digest
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.processes import Processes, Run
@@ -166,8 +166,7 @@ def load_weights(folder, model, contrastive):
     model.vision.resize(config["image_size"])
     if "lora" in config:  # its low-rank updates become part of the weights
         lora.add(model, **config["lora"])
-    weights = open_checkpoint(folder)
-    fill(model.state_dict(), fit(model, OURS, weights), weights)
+    weights.load_weights(model, weights.OURS, weights.open_checkpoint(folder))
     lora.merge(model)
     if contrastive is not None and (folder / "text_tower.safetensors").exists():
         checkpoint.load_file_into(text_side(contrastive), folder / "text_tower.safetensors")
