@@ -21,8 +21,9 @@ import nanovlm
 from nanovlm.files import new_folder
 from nanovlm.modality_adaptive import ModalityAdaptive
 from nanovlm.published import language
+from nanovlm.published.language import read_json, with_vocabulary
 from nanovlm.published.load import (
-    added_tokens, build_on_meta, by_part, count, family_of, find_family, load_tokenizer, open_trained, read_config, read_json,
+    added_tokens, build_on_meta, by_part, count, family_of, find_family, KNOWN, load_tokenizer, open_trained, read_config,
     resize, vision_of,
 )
 from nanovlm.published.vision import BEHIND, BLIP2_REST, CLIP, EVA, eva_original, OPEN_CLIP, OTHER_SIDE, SIGLIP
@@ -33,30 +34,6 @@ from nanovlm.published.weights import (
 
 LANGUAGE_MODELS = {"LLaMA": language.LLAMA, "Qwen2": language.QWEN2, "Phi-2": language.PHI, "OPT": language.OPT}
 WORDS = ("decoder.embedding.weight", "decoder.lm_head.weight", "decoder.lm_head.bias")
-BESIDE = (  # what lies beside weights and says how to talk to them
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "chat_template.json", "chat_template.jinja",
-)  # fmt: skip
-HEADERS = {  # what transformers wants to read in config.json beside the sizes
-    "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
-    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
-    "phi": {"model_type": "phi", "architectures": ["PhiForCausalLM"]},
-    "opt": {"model_type": "opt", "architectures": ["OPTForCausalLM"]},
-    "clip": {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]},
-    "siglip": {"model_type": "siglip_vision_model", "architectures": ["SiglipVisionModel"]},
-    "eva": {"model_type": "blip_2_vision_model", "architectures": ["Blip2VisionModel"]},
-    "llava": {
-        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 32000,
-        "projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-        "vision_config": {"model_type": "clip_vision_model"}, "text_config": {"model_type": "llama"},
-    },
-    "blip2": {
-        "model_type": "blip-2", "architectures": ["Blip2ForConditionalGeneration"], "image_token_index": 50265,
-        "vision_config": {"model_type": "blip_2_vision_model"}, "qformer_config": {"model_type": "blip_2_qformer"},
-        "text_config": {"model_type": "opt"},
-    },
-}  # fmt: skip
 
 
 class Source(NamedTuple):
@@ -196,7 +173,7 @@ def check_rest(model, rest, filled, has_source, published):
 
 def widest(sources):
     """The type of most bits among the tensors to be read, float32 for a mixture of halves: torch.dtype."""
-    kinds = {source.checkpoint.dtypes[name] for source in sources for name in source.found.consumed}
+    kinds = {source.checkpoint.headers[name].dtype for source in sources for name in source.found.consumed}
     if kinds in ({torch.float16}, {torch.bfloat16}):
         return kinds.pop()
     return torch.float32
@@ -256,7 +233,7 @@ def export(source, out, args, families, recipes):
     """
     checkpoint = open_checkpoint(source, pickled=True)
     folder = source if source.is_dir() else source.parent
-    config, kinds = read_config(folder), list(checkpoint.dtypes.values())
+    config, kinds = read_config(folder), [header.dtype for header in checkpoint.headers.values()]
     dtype = vars(torch)[args.dtype] if args.dtype else max(TYPES, key=kinds.count)
     if "recipe" in config:
         recipe = recipes.get(config["recipe"])
@@ -264,7 +241,7 @@ def export(source, out, args, families, recipes):
             raise ValueError(f"recipe {config['recipe']!r} is nobody's published model, so there is no layout to write")
         published, loaded = recipe.published, open_trained(folder, config, recipe, dtype, "cpu")
         model = loaded.model
-        sizes = language.with_vocabulary(published.configs[config["size"]], loaded.tokenizer.vocab_size)
+        sizes = with_vocabulary(published.configs[config["size"]], loaded.tokenizer.vocab_size)
     else:
         published = find_family(args.family or family_of(config, folder / "config.json", families), families)
         ours = "family" in config
@@ -276,7 +253,7 @@ def export(source, out, args, families, recipes):
     with new_folder(out) as temporary:
         names = write_checkpoint(temporary, published.layout(sizes), model.state_dict(), int(args.max_shard_gb * 1e9))
         (temporary / "config.json").write_text(json.dumps(sizes, indent=2))
-        beside = [name for name in BESIDE if (folder / name).exists()]
+        beside = [name for name in KNOWN["beside"] if (folder / name).exists()]
         for name in beside:
             shutil.copyfile(folder / name, temporary / name)
     files = f"{len(names)} file{'s' * (len(names) > 1)}"
@@ -286,7 +263,7 @@ def export(source, out, args, families, recipes):
 
 def published_config(family, sizes, tower, dtype):
     """config.json of a published folder: the sizes, what transformers wants to know, and the present picture size."""
-    config = merged(HEADERS.get(family, {"model_type": family}), sizes)
+    config = merged(KNOWN["families"][family].get("header", {"model_type": family}), sizes)
     for part in (config.get("vision_config"), config.get("vision"), (config.get("visual_config") or {}).get("visual_model")):
         if isinstance(part, dict) and tower:
             part["image_size"] = tower.image_size

@@ -12,31 +12,18 @@ import collections
 import re
 from pathlib import Path
 
-from nanovlm.published.load import build_on_meta, by_part, count, family_of, find_family, read_json
+from nanovlm.published.language import read_json
+from nanovlm.published.load import build_on_meta, by_part, count, family_of, find_family, KNOWN
 from nanovlm.published.weights import grouped, open_checkpoint, OURS, plan, shapes_of
 
-SIGNS = (  # family, and what stands in one of its names and in none of those further down; the first that is found
-    ("lynx", r"output_adapter\.|^(model\.)?vision_encoder\.blocks\.\d+\.attn\.q_proj"),
-    ("mplug_owl2", r"visual_abstractor\.|\.multiway\."),
-    ("open_flamingo", r"gated_cross_attn_layer|^perceiver\."),
-    ("blip2", r"^qformer\."),
-    ("llava_phi", r"^model\.layers\.\d+\.self_attn\.query_key_value\."),
-    ("llava", r"multi_modal_projector\.|mm_projector\."),
-    ("siglip", r"^logit_bias$|head\.probe$|^text_model\.head\."),
-    ("clip", r"pre_layrnorm\."),
-    ("eva", r"self_attn\.qkv\.|attn\.q_bias$"),
-    ("opt", r"decoder\.embed_positions\."),
-    ("phi", r"final_layernorm\.|\.Wqkv\."),
-    ("qwen2", r"self_attn\.q_proj\.bias$"),
-    ("llama", r"mlp\.gate_proj\."),
-)
 SIZE_KEYS = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
              "ffn_dim", "vocab_size", "image_size", "patch_size", "width", "depth", "num_latents", "num_query_tokens"}
 
 
 def recognise(names):
     """The family whose names these are: str, or None."""
-    return next((family for family, sign in SIGNS if any(re.search(sign, name) for name in names)), None)
+    signs = {family: re.compile(told["sign"]) for family, told in KNOWN["families"].items()}
+    return next((family for family, sign in signs.items() if any(map(sign.search, names))), None)
 
 
 def inspect(path, family, families, recipes):
@@ -55,7 +42,7 @@ def inspect(path, family, families, recipes):
     beside = (path if path.is_dir() else path.parent) / "config.json"
     config = read_json(beside) if beside.exists() else {}
     family, sizes, ours, source = describe(checkpoint.shapes, config, family, families, recipes)
-    kinds = collections.Counter(str(dtype).removeprefix("torch.") for dtype in checkpoint.dtypes.values())
+    kinds = collections.Counter(str(header.dtype).removeprefix("torch.") for header in checkpoint.headers.values())
     lines = [*checkpoint.notes, f"{path}: {len(checkpoint.shapes):,} tensors, {count(checkpoint.shapes):,} numbers",
              f"  family   {family or 'unknown'} ({source})",
              f"  type     {', '.join(f'{kind} ({number:,})' for kind, number in kinds.most_common())}",
@@ -102,12 +89,10 @@ def check_manifest(path, families):
     if wrong:
         raise ValueError(f"{path} lacks {', '.join(wrong)}; it is no manifest")
     published = find_family(content["family"], families)
-    parts = {key: content.get(key) or {} for key in ("config", "tensors", "computed_or_extra_tensors")}
-    for key, part in parts.items():
-        if not isinstance(part, dict):
-            raise ValueError(f"{path}: {key} is {type(part).__name__}, expected an object")
-    config, *lists = parts.values()
-    shapes = {name: shape for tensors in lists for name, shape in tensors.items()}
+    parts = [content[key] for key in ("config", "tensors")] + [content.get("computed_or_extra_tensors", {})]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path}: config, tensors and computed_or_extra_tensors must be objects")
+    config, shapes = parts[0], parts[1] | parts[2]
     for name, shape in shapes.items():
         if not isinstance(shape, list) or any(type(length) is not int or length < 0 for length in shape):
             raise ValueError(f"{path}: {name} has the shape {shape!r}, expected a list of whole numbers")

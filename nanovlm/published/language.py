@@ -5,6 +5,8 @@ transformers 4 writes rope_theta and partial_rotary_factor, transformers 5 puts 
 file leaves out takes the default of transformers' class, which is not always the published model's value.
 """
 
+import json
+
 from nanovlm.decoder import DecoderConfig, LayerOptions
 from nanovlm.names import nearest
 from nanovlm.published.weights import Alias, Computed, Fused, Tied
@@ -74,6 +76,17 @@ def phi_fused(num_heads):
 KEYS = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings", "width": "hidden_size",
         "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "ffn_width": "intermediate_size",
         "mlp_width": "intermediate_size", "image_size": "image_size", "patch_size": "patch_size"}  # ours -> a config's
+
+
+def read_json(path):
+    """A JSON object: dict. Raises: ValueError or OSError naming the file."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); restore the file, or train or download again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no JSON object; restore the file, or train or download again")
+    return content
 
 
 def size(config, key, default=None):

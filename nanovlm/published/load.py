@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,26 +21,19 @@ from nanovlm.generation.sampler import Decoding
 from nanovlm.names import nearest
 from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
 from nanovlm.published import language, vision
+from nanovlm.published.language import read_json
 from nanovlm.published.tokenizers import load_tokenizer, PADDED_ROWS
-from nanovlm.published.weights import INDEX, load_weights, open_checkpoint, OURS, SINGLE, WeightsError
+from nanovlm.published.weights import INDEX, load_weights, open_checkpoint, OURS, refuse_adapter, SINGLE, WeightsError
 from nanovlm.qformer import QFormer
 from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT, ViTConfig
-from nanovlm.vlm import VLM
+from nanovlm.vlm import part_of, VLM
 
 
-MODEL_TYPES = {  # model_type of a published config.json -> family
-    "llama": "llama", "qwen2": "qwen2", "phi": "phi", "opt": "opt",
-    "clip": "clip", "clip_vision_model": "clip", "siglip": "siglip", "siglip_vision_model": "siglip",
-    "blip_2_vision_model": "eva", "blip-2": "blip2", "llava": "llava", "llava_llama": "llava", "llava_phi": "llava_phi",
-    "mplug_owl2": "mplug_owl2", "lynx": "lynx", "open_flamingo": "open_flamingo",
-}  # fmt: skip
-REFUSED = {  # model_type -> why not
-    "phi-msft": "Phi-2's layout of before January 2024 (fused Wqkv); download the present files of microsoft/phi-2",
-    "mixformer-sequential": "Phi-2's layout of before January 2024 (fused Wqkv); download the present files",
-    "instructblip": "its bridge reads the instruction, which no bridge here does",
-    "mpt": "ALiBi and norms on queries and keys, which are out of scope",
-}
+# Of each family: the model_types of its config.json, a pattern that stands in one of its tensors' names and in none of the
+# families further down, and what transformers wants to read in config.json beside the sizes.
+KNOWN = json.loads(Path(__file__).with_name("families.json").read_text())
+MODEL_TYPES = {kind: family for family, told in KNOWN["families"].items() for kind in told["model_types"]}
 BRIDGES = {
     one.__name__: one for one in (LinearProjector, MLPProjector, PixelShuffleProjector, Resampler, Abstractor, QFormer)
 }
@@ -74,20 +68,10 @@ class Loaded:
     preprocessing: Preprocessing = CLIP  # mean and deviation of its pixels; size and fit are those above
 
 
-def read_json(path):
-    """A JSON object: dict. Raises: ValueError or OSError naming the file."""
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); restore the file, or train or download again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no JSON object; restore the file, or train or download again")
-    return content
-
-
 def read_config(folder):
     """config.json of a folder: dict. Raises: FileNotFoundError, ValueError."""
     if not (folder / "config.json").exists():
+        refuse_adapter(folder)
         raise FileNotFoundError(f"{folder} holds no config.json; give the output folder of train.py, for example "
                                 "out/nano, or a published model's; `python -m nanovlm.recipes convert --family NAME` "
                                 "writes one")
@@ -108,8 +92,8 @@ def family_of(config, where, families):
         missing = [key for key in ("recipe", "size", "image_size", "stages") if key not in config]
         raise ValueError(f"{where} lacks {', '.join(missing)}; it is not what train.py wrote, and without model_type "
                          "no published model's either")
-    if kind in REFUSED:
-        raise ValueError(f"{where}: model_type {kind!r} is not read: {REFUSED[kind]}")
+    if kind in KNOWN["refused"]:
+        raise ValueError(f"{where}: model_type {kind!r} is not read: {KNOWN['refused'][kind]}")
     if not isinstance(kind, str) or MODEL_TYPES.get(kind) not in families:
         raise ValueError(f"{where}: model_type {kind!r} is none that can be built.{nearest(kind, MODEL_TYPES)}")
     return MODEL_TYPES[kind]
@@ -261,12 +245,9 @@ def resize(model, image_size):
 
 def by_part(model, names):
     """{part: its names among these}; a bare tower's or language model's parts are its modules."""
-    if isinstance(model, VLM):
-        found = {part: [name for name in names if name in held] for part, held in model.parts().items()}
-        return {part: some for part, some in found.items() if some}
     parts = {}
     for name in names:
-        parts.setdefault(name.split(".")[0], []).append(name)
+        parts.setdefault(part_of(name) if isinstance(model, VLM) else name.split(".")[0], []).append(name)
     return parts
 
 

@@ -65,7 +65,7 @@ class Same:
         return parts[0]
 
     def split(self, tensor):
-        """The published tensor -> list of ours."""
+        """The published tensor -> ours."""
         return [tensor]
 
 
@@ -81,10 +81,9 @@ class Reshaped(Same):
     unit_axes: tuple[int, ...] = (0,)  # ascending axes of the published tensor
 
     def join(self, parts):
-        tensor = parts[0]
-        for axis in self.unit_axes:
-            tensor = tensor.unsqueeze(axis)
-        return tensor
+        axes = iter(parts[0].shape)
+        length = parts[0].ndim + len(self.unit_axes)
+        return parts[0].reshape([1 if axis in self.unit_axes else next(axes) for axis in range(length)])
 
     def split(self, tensor):
         return [tensor.squeeze(self.unit_axes)]
@@ -147,20 +146,15 @@ def as_entry(entry):
 
 
 def prefixed(table, published="", ours=""):
-    """A table whose names all stand behind a prefix.
-
-    Args:
-      table: tuple of entries. published, ours: str, put in front of the names, dots included.
-    Returns: tuple of entries.
-    """
+    """A table whose names all stand behind a prefix, dots included: tuple of entries."""
     moved = []
     for entry in map(as_entry, table):
-        entry = replace(entry, published=published + entry.published)
+        changes = {"published": published + entry.published}
         if isinstance(entry, Alias):
-            entry = replace(entry, canonical=published + entry.canonical, whole=entry.whole and published + entry.whole)
+            changes |= {"canonical": published + entry.canonical, "whole": entry.whole and published + entry.whole}
         elif isinstance(entry, Same):
-            entry = replace(entry, ours=tuple(part and ours + part for part in entry.parts))
-        moved.append(entry)
+            changes["ours"] = tuple(part and ours + part for part in entry.parts)
+        moved.append(replace(entry, **changes))
     return tuple(moved)
 
 
@@ -228,26 +222,28 @@ def plan(table, found, ours, resizable=()):
         entry = matches[name]
         if entry is None:
             result.unexpected.append(name)
-        elif isinstance(entry, Computed):
+            continue
+        if isinstance(entry, Computed):
             result.skipped[name] = entry.reason
-        else:
-            real = [part for part in entry.parts if part]
-            like = [part and torch.empty(ours[part], device="meta") for part in entry.parts]
-            shapes = tuple(found[name]), tuple(entry.join(like).shape)
-            if shapes[0] != shapes[1]:
-                stretched = real[0] in resizable and without_rows(shapes[0]) == without_rows(shapes[1])
-                (result.resized if stretched else result.misshaped)[real[0] if stretched else name] = shapes
-            if filled & set(real):
-                result.skipped[name] = "a second copy of a tied tensor"
-            result.consumed[name] = entry
-            filled |= set(real)
+            continue
+        real = [part for part in entry.parts if part]
+        joined = entry.join([part and torch.empty(ours[part], device="meta") for part in entry.parts])
+        has, wants = tuple(found[name]), tuple(joined.shape)
+        if has != wants and real[0] in resizable and without_rows(has) == without_rows(wants):
+            result.resized[real[0]] = has, wants
+        elif has != wants:
+            result.misshaped[name] = has, wants
+        if filled & set(real):
+            result.skipped[name] = "a second copy of a tied tensor"
+        result.consumed[name] = entry
+        filled |= set(real)
     names = homes(known)
     result.missing = {name: names.get(name, name) for name in ours if name not in filled}
     return result
 
 
 def places(table, ours):
-    """Every name under which a table can have the model's tensors: {published name: its entry, the names written out}."""
+    """Every name under which a table can have the model's tensors: {published name: entry, its names written out}."""
     found = {}
     for entry in table:
         pattern = next(filter(None, entry.parts)) if isinstance(entry, Same) else ""
@@ -270,8 +266,8 @@ def match(table, names, known):
     """The entry of every published name, None where there is none: dict; known: result of `places`."""
 
     def find(name):
-        unread = (entry for entry in table if isinstance(entry, Computed) and expression(entry.published).fullmatch(name))
-        return known.get(name) or next(unread, None)
+        unread = (entry for entry in table if isinstance(entry, Computed))
+        return known.get(name) or next((entry for entry in unread if expression(entry.published).fullmatch(name)), None)
 
     found = {name: find(name) for name in names}
     direct = [name for name, entry in found.items() if isinstance(entry, Same)]
@@ -313,24 +309,24 @@ def grouped(names):
 def likely_cause(found):
     """The probable reason why a Plan does not fit: str."""
     names = " ".join(found.unexpected)
+    absent = {name.split(".")[0] for name in found.missing} - {name.split(".")[0] for name in found.filled()}
     if "Wqkv" in names:
-        return "Phi-2's layout of before January 2024 (fused Wqkv), which is not read; download the present microsoft/phi-2"
+        return "Phi-2's layout of before January 2024 (fused Wqkv), which is not read; download the present files"
     if "lora_A" in names:
         return "a LoRA adapter without its base model; merge it first (PEFT's merge_and_unload)"
-    absent = {name.split(".")[0] for name in found.missing} - {name.split(".")[0] for name in found.filled()}
     if absent & {"vision", "decoder"} and found.consumed and not found.unexpected:
         return (f"the files hold no {' and no '.join(sorted(absent))}, as some were published; put them together with "
                 "`python -m nanovlm.recipes convert ... --vision PATH --language PATH`")
     if len(found.missing) > len(found.consumed) and (found.unexpected or not found.consumed):
         return "a checkpoint of another family; name the right one with --family, or see what it is with inspect"
-    if found.misshaped and not found.missing and not found.unexpected:
-        if all("pos" in name for name in found.misshaped):
-            return "a position table of another resolution; ask for its resizing with image_size"
-        if all(has[1:] == wants[1:] and re.search("embed|lm_head", name) for name, (has, wants) in found.misshaped.items()):
-            return "another vocabulary; correct vocab_size in config.json"
-        return "another size of the same family; config.json does not belong to these weights"
     if found.missing and not found.unexpected:
         return "a missing shard, or a file that holds only a part of the model (inspect names the parts)"
+    if found.misshaped and not found.unexpected:
+        if all("pos" in name for name in found.misshaped):
+            return "a position table of another resolution; ask for its resizing with image_size"
+        if all(re.search("embed|lm_head", name) for name in found.misshaped):
+            return "another vocabulary; correct vocab_size in config.json"
+        return "another size of the same family; config.json does not belong to these weights"
     return "config.json does not belong to these weights (a larger model, or one with more parts?), or renamed tensors"
 
 
@@ -349,14 +345,14 @@ def to_ours(table, tensors, ours, where="the checkpoint"):
     shapes = {name: tuple(getattr(value, "shape", value)) for name, value in ours.items()}
     found = plan(table, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes)
     found.check(where)
-    return renamed(found, tensors.items(), where)
+    return renamed(found, ((name, tensors[name]) for name in found.consumed), where)
 
 
 def renamed(found, tensors, where, change=lambda piece: piece):
     """{our name: Tensor} of a Plan from (published name, Tensor) pairs; change: what is done to each of our tensors."""
     result = {}
     for name, tensor in tensors:
-        entry = found.consumed.get(name, Same("", ()))
+        entry = found.consumed[name]
         for part, piece in zip(entry.parts, entry.split(tensor)):
             if part is None:
                 continue
@@ -378,29 +374,25 @@ def to_published(table, state):
     Returns: {published name: Tensor}.
     Raises: WeightsError naming the tensors for which the layout has no place.
     """
-    known = places([as_entry(entry) for entry in table], state)
+    known = places(map(as_entry, table), state)
     names = homes(known)
     homeless = [name for name in state if name not in names]
     if homeless:
         raise WeightsError(f"the published layout has no place for {len(homeless)} tensors: "
                            f"{'; '.join(grouped(homeless))}; merge or remove what the paper's model does not have")
-    written = dict.fromkeys(names[name] for name in state)
-    return {name: known[name].join([part and state[part] for part in known[name].parts]) for name in written}
+    entries = [known[name] for name in dict.fromkeys(names[name] for name in state)]
+    return {entry.published: entry.join([part and state[part] for part in entry.parts]) for entry in entries}
 
 
 def resized(name, table, num_rows):
-    """A table with another number of rows: positions are stretched, words are cut off or added at the words' mean.
+    """float[R, ...] with another number of rows: positions are stretched, words cut off or added at the words' mean.
 
-    Args:
-      name: str, ours. table: float[R, ...]. num_rows: int.
-    Returns: float[num_rows, ...].
-    Source: Lynx's loader for the words, whose new rows are the mean of the old ones.
+    Source: Lynx's loader for the words.
     """
     if name.endswith("positions"):
         return resize_positions(table, math.isqrt(num_rows) ** 2)
     mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
-    added = mean.expand(max(num_rows - len(table), 0), *mean.shape[1:])
-    return torch.cat([table[:num_rows], added])
+    return torch.cat([table[:num_rows], mean.expand(max(num_rows - len(table), 0), *mean.shape[1:])])
 
 
 # ---- checkpoints ----
@@ -411,10 +403,14 @@ class Checkpoint:
     """A checkpoint that is open, with nothing read but the headers."""
 
     where: str  # for messages
-    shapes: dict[str, torch.Size]
-    dtypes: dict[str, torch.dtype]
+    headers: dict[str, torch.Tensor]  # name -> Tensor on the meta device: shape and type
     places: dict[str, tuple[Path, str]]  # name -> its file and its name there
     notes: tuple[str, ...]  # what is unusual about the files
+
+    @property
+    def shapes(self):
+        """{name: shape}."""
+        return {name: tuple(header.shape) for name, header in self.headers.items()}
 
     def read(self, names):
         """(name, Tensor) one by one; a shard is closed before the next is opened."""
@@ -433,12 +429,10 @@ def open_checkpoint(path, pickled=False):
     Returns: Checkpoint, its names without the prefix of a wrapper that every one of them has.
     Raises: FileNotFoundError for a missing file or shard; WeightsError naming a damaged one.
     """
-    path, notes, tensors, places = Path(path), (), {}, {}
+    path, headers, places = Path(path), {}, {}
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     found = find_file(path, pickled) if path.is_dir() else path
-    if found == path / SINGLE and (path / INDEX).exists():
-        notes = (f"{path} holds {SINGLE} and {INDEX}: the single file is read, the index and its shards are not",)
     if not pickled and found.suffix != ".safetensors" and found.name != INDEX:
         raise WeightsError(f"{found} is no safetensors file; write one with `python -m nanovlm.recipes convert`")
     for file, listed in (read_index(found) if found.suffix == ".json" else {found: None}).items():
@@ -446,31 +440,35 @@ def open_checkpoint(path, pickled=False):
         wrong = set() if listed is None else held.keys() ^ listed
         if wrong:
             raise WeightsError(f"{found} and {file.name} belong to different downloads: only one has {min(wrong)}")
-        tensors |= {name: tensor.to("meta") for name, tensor in held.items()}
+        headers |= {name: tensor.to("meta") for name, tensor in held.items()}
         places |= {name: (file, name) for name in held}
     for wrapper in WRAPPERS * 2:  # in any order
-        if all(name.startswith(wrapper) for name in tensors):
-            tensors, places = ({name.removeprefix(wrapper): x for name, x in old.items()} for old in (tensors, places))
-    shapes, dtypes = ({name: getattr(tensor, key) for name, tensor in tensors.items()} for key in ("shape", "dtype"))
-    return Checkpoint(str(path), shapes, dtypes, places, notes)
+        if all(name.startswith(wrapper) for name in headers):
+            headers, places = ({name.removeprefix(wrapper): x for name, x in old.items()} for old in (headers, places))
+    beside = found == path / SINGLE and (path / INDEX).exists()
+    notes = (f"{path} holds {SINGLE} and {INDEX}: the single file is read, the index and its shards are not",)
+    return Checkpoint(str(path), headers, places, notes * beside)
 
 
 def find_file(folder, pickled):
     """The file of a folder that holds its weights, or their index: Path. Raises: FileNotFoundError, WeightsError."""
-    if (folder / "adapter_config.json").exists():
-        raise WeightsError(f"{folder} is a LoRA adapter without its base model; merge it first, with PEFT's "
-                           "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)")
+    refuse_adapter(folder)
     for name in (SINGLE, INDEX, *PICKLED):
         if (folder / name).exists():
             return folder / name
-    singles = sorted(folder.glob("*.safetensors"))
-    if pickled and not singles:
-        singles = sorted([*folder.glob("*.pt"), *folder.glob("*.pth")])
-    if len(singles) == 1:
+    singles = sorted(folder.glob("*.safetensors")) or pickled and [*folder.glob("*.pt"), *folder.glob("*.pth")]
+    if singles and len(singles) == 1:
         return singles[0]
-    names = ", ".join(found.name for found in singles) or "no safetensors file"
+    names = ", ".join(found.name for found in singles or ()) or "no safetensors file"
     raise FileNotFoundError(f"{folder} holds {names}, but no {SINGLE} and no {INDEX}; name the file itself, or restore "
                             "the index")
+
+
+def refuse_adapter(folder):
+    """Raise WeightsError for the folder of a LoRA adapter, which is no model."""
+    if (folder / "adapter_config.json").exists():
+        raise WeightsError(f"{folder} is a LoRA adapter without its base model; merge it first, with PEFT's "
+                           "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)")
 
 
 def read_index(index):
@@ -480,8 +478,7 @@ def read_index(index):
         for name, shard in json.loads(index.read_text())["weight_map"].items():
             shards.setdefault(index.with_name(shard), []).append(name)  # with_name refuses other folders
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise WeightsError(f"{index} is no index of shards in its folder ({what}); download it again") from error
+        raise WeightsError(f"{index} is no index of shards in its folder ({error}); download it again") from error
     missing = sorted(shard.name for shard in shards if not shard.exists())
     if missing:
         raise FileNotFoundError(f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}; "
@@ -531,10 +528,10 @@ def write_checkpoint(folder, table, state, max_shard_bytes=MAX_SHARD_BYTES):
 
 def read_weights(found, checkpoint, dtype, device):
     """The tensors of a Plan that fits: {our name: Tensor}, copies of the wanted type on the wanted device."""
-    foreign = {checkpoint.dtypes[name] for name in found.consumed}.difference(TYPES)
+    foreign = {checkpoint.headers[name].dtype for name in found.consumed}.difference(TYPES)
     if foreign:
         raise WeightsError(f"{checkpoint.where} holds weights of type {', '.join(map(str, foreign))} (quantised?); take "
-                           f"the original in one of {', '.join(map(str, TYPES))}")
+                           "the original in float32, float16 or bfloat16")
     tensors = checkpoint.read(found.consumed)
     return renamed(found, tensors, checkpoint.where, lambda piece: piece.to(device, dtype, copy=True).contiguous())
 

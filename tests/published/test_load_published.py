@@ -136,9 +136,9 @@ def test_load_takes_no_bin_files(language):
 @pytest.mark.slow
 def test_the_command_line_ends_in_one_line_and_a_code(tmp_path):
     call = [sys.executable, "-m", "nanovlm.recipes"]
-    done = subprocess.run([*call, "coverage", str(tmp_path / "absent.json")], capture_output=True, text=True)
+    done = subprocess.run([*call, "inspect", str(tmp_path / "absent.json")], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "absent.json" in done.stderr
-    assert subprocess.run([*call, "coverage"], capture_output=True).returncode == 2
+    assert subprocess.run([*call, "inspect"], capture_output=True).returncode == 2
 
 
 def test_tied_and_untied_heads(tmp_path):

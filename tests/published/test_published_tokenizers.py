@@ -4,6 +4,7 @@ import io
 import json
 import random
 import struct
+import sys
 import warnings
 
 import pytest
@@ -113,23 +114,9 @@ def test_sentencepiece_ids_and_text(trained, vicuna):
     assert vicuna.vocab_size == processor.get_piece_size()
 
 
-def test_every_piece_is_read(trained, tmp_path):
-    spm = pytest.importorskip("sentencepiece")
-    processor = spm.SentencePieceProcessor(model_proto=trained)
-    (tmp_path / "a.model").write_bytes(trained)
-    model = published_tokenizers.read(tmp_path / "a.model")
-    kinds = {published_tokenizers.UNKNOWN: processor.is_unknown, published_tokenizers.CONTROL: processor.is_control,
-             published_tokenizers.BYTE: processor.is_byte}
-    assert len(model.pieces) == processor.get_piece_size()
-    for id, (text, score, kind) in enumerate(model.pieces):
-        assert (text, score) == (processor.id_to_piece(id), processor.get_score(id))
-        assert {known for known, is_it in kinds.items() if is_it(id)} == ({kind} & kinds.keys())
-    assert (model.model_type, model.byte_fallback, model.add_prefix, model.squeeze) == (2, True, True, False)
-
-
 def naive(pieces, text):
     """SentencePiece's rule: join the neighbours whose piece scores highest, the first of equals."""
-    score = {text: score for text, score, kind in pieces if kind == published_tokenizers.NORMAL}
+    score = {text: score for text, score, kind in pieces if kind == 1}
     parts = list(text)
     while True:
         known = [(score[a + b], -place) for place, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in score]
@@ -170,55 +157,25 @@ def test_without_a_prefix_of_its_own(tmp_path):
 PIECES = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("a", -1.0, 1), ("b", -2.0, 1)]
 
 
-@pytest.mark.parametrize(
-    "data, message",
-    [
-        (b"", "holds no piece"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer, not the file itself"),
-        (b"no model at all", "not a SentencePiece model, or damaged"),
-        (proto(PIECES)[:-3], r"damaged \(the file ends within a field\)"),
-        (proto(PIECES) + b"\xff", r"damaged \(the file ends within a number\)"),
-        (b"\x08" + b"\xff" * 10 + b"\x01", "a number of more than 64 bits"),
-        (field(1, field(2, 0.5)), "a piece without text"),
-        (field(1, field(1, b"a") + field(3, 9)), "a piece of the unknown kind 9"),
-        (field(1, field(1, b"\xff")), "damaged"),
-        (field(1, 7), "damaged"),
-        (b"\x0b", "unknown wire type 3"),
-        (proto(PIECES, model_type=1), "no BPE model; use the tokenizer.json"),
-        (proto(PIECES + PIECES[3:4]), "a piece stands in it twice"),
-        (proto(PIECES[1:]), "has 0 unknown pieces"),
-        (proto([*PIECES, ("c", 0.0, 5)]), "unused pieces"),
-        (proto([*PIECES, ("<0x00>", 0.0, 6)], byte_fallback=True), "has 1 of the 256"),
-    ],
-)  # fmt: skip
-def test_damaged_and_foreign_models(tmp_path, data, message):
-    with pytest.raises(ValueError, match=f"tokenizer.model: .*{message}"):
+@pytest.mark.parametrize("data", [b"", b"version https://git-lfs.github.com/spec/v1", b"no model at all", proto(PIECES)[:-3],
+                                  proto(PIECES + PIECES[3:4]), proto(PIECES[1:])])  # fmt: skip
+def test_damaged_models_are_named(tmp_path, data):
+    with pytest.raises(ValueError, match="tokenizer.model: .*git lfs pull" if b"git" in data else "tokenizer.model: "):
         load_tokenizer(folder_of(tmp_path, {"tokenizer.model": data}))
 
 
-def test_models_that_change_their_text_are_refused(tmp_path):
-    spm = pytest.importorskip("sentencepiece")
-    for changes in ({"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True}):
-        data = train_sentencepiece(spm, **changes)
-        with pytest.raises(ValueError, match="changes texts before cutting them"):
-            load_tokenizer(folder_of(tmp_path, {"tokenizer.model": data}))
-    with pytest.raises(ValueError, match="no BPE model"):
-        data = train_sentencepiece(spm, model_type="unigram")
+@pytest.mark.parametrize("changes", [{"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True},
+                                     {"model_type": "unigram"}, {"user_defined_symbols": ["<sep>"]}])  # fmt: skip
+def test_models_that_cut_in_another_way_are_refused(tmp_path, changes):
+    data = train_sentencepiece(pytest.importorskip("sentencepiece"), **changes)
+    with pytest.raises(ValueError, match="tokenizer.model.*tokenizer.json"):
         load_tokenizer(folder_of(tmp_path, {"tokenizer.model": data}))
 
 
-def test_whatever_is_broken_in_a_model_gives_the_named_error(trained, tmp_path):
-    rng = random.Random(0)
-    path = tmp_path / "tokenizer.model"
-    for _ in range(200):
-        broken = bytearray(trained)
-        for _ in range(3):
-            broken[rng.randrange(len(broken))] = rng.randrange(256)
-        path.write_bytes(broken[: rng.choice([len(broken), rng.randrange(len(broken))])])
-        try:
-            assert published_tokenizers.read(path).pieces
-        except ValueError as error:
-            assert "tokenizer.model: not a SentencePiece model, or damaged" in str(error)
+def test_without_the_package_the_error_names_it(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ImportError, match="sentencepiece"):
+        load_tokenizer(folder_of(tmp_path, {"tokenizer.model": trained}))
 
 
 # ---- tokenizer.json ----
@@ -243,7 +200,7 @@ def byte_level(special=(), added=(), template=None, prefix=False, size=420):
 def llama_json(trained, tmp_path):
     """A tokenizer.json in LLaMA's form, with what LLaVA adds."""
     (tmp_path / "llama.model").write_bytes(trained)
-    backend = published_tokenizers.convert(sentencepiece.read(tmp_path / "llama.model"))
+    backend = published_tokenizers.from_sentencepiece(tmp_path / "llama.model")
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     backend.add_special_tokens(["<image>", "<pad>"])
     return backend
@@ -390,10 +347,10 @@ def test_opt_with_a_blank_before_every_text(tmp_path):
 @pytest.mark.parametrize(
     "files, message",
     [
-        ({"merges.txt": "a b c\n"}, r"merges.txt: two tokens .* found \('a', 'b', 'c'\)"),
+        ({"merges.txt": "a b c\n"}, "merges.txt"),
         ({"merges.txt": "漢 字\n"}, "vocab.json and merges.txt do not belong together"),
-        ({"vocab.json": "{"}, "vocab.json: malformed JSON"),
-        ({"vocab.json": "[1]"}, "vocab.json: a JSON object was expected, found list"),
+        ({"vocab.json": "{"}, "vocab.json: not JSON"),
+        ({"vocab.json": "[1]"}, "vocab.json: holds no JSON object"),
         ({"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}}, "a Qwen2Tokenizer cannot be made"),
         ({"tokenizer_config.json": {"eos_token": "<end>"}}, "eos_token '<end>' is not in the vocabulary"),
         ({"added_tokens.json": {"<image>": 7}}, "'<image>' should have id 7 but gets 420; these files belong to two"),
@@ -593,6 +550,6 @@ def test_rows_equal_the_published_tokenisation(trained, tmp_path, name, text):
 
 def sentencepiece_backend(trained, tmp_path):
     (tmp_path / "a.model").write_bytes(trained)
-    backend = published_tokenizers.convert(sentencepiece.read(tmp_path / "a.model"))
+    backend = published_tokenizers.from_sentencepiece(tmp_path / "a.model")
     backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     return backend

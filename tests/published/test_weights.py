@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nanovlm.published.weights import WeightsError, grouped
-from nanovlm.published.weights import OURS, new_folder, open_checkpoint, write_checkpoint
-from nanovlm.published.weights import load_model, resized
-from nanovlm.published.weights import Alias, Computed, Fused, Reshaped, Tied, Unused, plan, prefixed, to_ours, to_published
+from nanovlm.published.weights import (
+    Alias, Computed, Fused, OURS, Reshaped, Tied, Unused, WeightsError, grouped, load_weights, open_checkpoint, plan, prefixed,
+    resized, to_ours, to_published, write_checkpoint,
+)
 
 TABLE = (
     ("h.{i}.w.{p}", "layers.{i}.{p}"),
-    Fused("h.{i}.qkv.{p}", ("q.{i}.{p}", "k.{i}.{p}", "v.{i}.{p}"), "heads", num_heads=2),
+    Fused("h.{i}.qkv.{p}", ("q.{i}.{p}", "k.{i}.{p}", "v.{i}.{p}"), num_heads=2),
     Fused("zeros", ("first", None, "last")),
     Reshaped("frames", "frames", unit_axes=(0, 2)),
     ("words", "words"),
@@ -88,7 +88,7 @@ def test_another_spelling_of_all_names(ours):
 def test_what_is_computed_or_unused_is_counted(ours):
     published = to_published(TABLE, ours) | {"h.0.inv_freq": torch.ones(1), "pool.probe": torch.ones(1)}
     found = plan(TABLE, {name: tensor.shape for name, tensor in published.items()}, {n: t.shape for n, t in ours.items()})
-    assert found.fits and found.computed == {"h.0.inv_freq": "angles"} and found.unused == {"pool.probe": "not wanted"}
+    assert not found.check("file") and found.skipped == {"h.0.inv_freq": "angles", "pool.probe": "not wanted"}
     assert len(found.consumed) == len(published) - 2
 
 
@@ -139,15 +139,6 @@ def test_prefixes_move_every_kind_of_entry(ours):
         to_ours(table, published | {"pool.x": torch.ones(1)}, state)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [lambda: Fused("a", ("b", "c"), "thirds"), lambda: Fused("a", ("b", "c"), "heads"), lambda: plan((("{x}", "y"),), {"z": ()}, {})],
-)
-def test_wrong_tables_are_refused(wrong):
-    with pytest.raises(ValueError):
-        wrong()
-
-
 def test_names_are_drawn_together():
     assert grouped(["h.0.w", "h.1.w", "h.3.w", "x", "h.2.b"]) == ["h.{0-1,3}.w (3)", "x", "h.2.b"]
 
@@ -159,6 +150,14 @@ class Stack(nn.Module):
 
 
 STACK = (("h.{i}.{p}", "layers.{i}.{p}"),)
+
+
+def load(folder, **options):
+    """A Stack with what a folder holds."""
+    with torch.device("meta"):
+        model = Stack()
+    load_weights(model, STACK, open_checkpoint(folder), **options)
+    return model
 
 
 @pytest.mark.parametrize("max_bytes", [10**9, 40_000, 1])
@@ -173,8 +172,7 @@ def test_shards_are_written_and_read(tmp_path, max_bytes):
         assert all(name in load_file(tmp_path / shard) for name, shard in index["weight_map"].items())
         index["metadata"]["total_size"] -= 4096  # as Llama-2's published one
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    model, found = load_model(Stack, STACK, open_checkpoint(tmp_path))
-    assert equal(model.state_dict(), state) and found.fits and not model.training
+    assert equal(load(tmp_path).state_dict(), state)
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16),
@@ -182,7 +180,7 @@ def test_shards_are_written_and_read(tmp_path, max_bytes):
 def test_types_are_turned_on_the_way(tmp_path, stored, wanted):
     state = {name: tensor.to(stored) for name, tensor in Stack().state_dict().items()}
     write_checkpoint(tmp_path, STACK, state)
-    model, _ = load_model(Stack, STACK, open_checkpoint(tmp_path), dtype=wanted)
+    model = load(tmp_path, dtype=wanted)
     assert equal(model.state_dict(), {name: tensor.to(wanted) for name, tensor in state.items()})
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -190,8 +188,8 @@ def test_types_are_turned_on_the_way(tmp_path, stored, wanted):
 def test_quantised_weights_are_refused(tmp_path):
     save_file({name: tensor.to(torch.int8) for name, tensor in to_published(STACK, Stack().state_dict()).items()},
               tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match="I8"):
-        load_model(Stack, STACK, open_checkpoint(tmp_path))
+    with pytest.raises(WeightsError, match="int8"):
+        load(tmp_path)
 
 
 MEASURE = """
@@ -199,8 +197,7 @@ import re, sys
 from pathlib import Path
 from torch import nn
 import torch
-from nanovlm.published.weights import open_checkpoint
-from nanovlm.published.weights import load_model
+from nanovlm.published.weights import load_weights, open_checkpoint
 class Stack(nn.Module):
     def __init__(self):
         super().__init__()
@@ -210,7 +207,9 @@ def memory(field):
 nn.Linear(1024, 1024)(torch.randn(2, 1024))
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = memory("VmRSS")
-model, _ = load_model(Stack, (("h.{i}.{p}", "layers.{i}.{p}"),), open_checkpoint(sys.argv[1]), dtype=torch.float32)
+with torch.device("meta"):
+    model = Stack()
+load_weights(model, (("h.{i}.{p}", "layers.{i}.{p}"),), open_checkpoint(sys.argv[1]))
 print(memory("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
 """
 
@@ -225,14 +224,7 @@ def test_loading_needs_one_shard_beside_the_model(tmp_path):
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown, model = map(int, done.stdout.split())
-    assert 0.95 * model < grown < model + shard and model > 7 * shard
-
-
-def test_nothing_is_left_of_a_folder_that_failed(tmp_path):
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as folder:
-        (folder / "half").write_text("")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
+    assert 0.95 * model < grown < model + 1.5 * shard and model > 7 * shard
 
 
 def test_a_full_disk_is_reported(tmp_path, monkeypatch):
@@ -245,26 +237,43 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_files_with_one_tensor(tmp_path):
+def test_shards_and_index_of_different_downloads(tmp_path):
     write_checkpoint(tmp_path, STACK, Stack().state_dict(), 40_000)
     first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    before, path = second.read_bytes(), tmp_path / "model.safetensors.index.json"
     save_file(load_file(first) | load_file(second), second)
-    with pytest.raises(WeightsError, match="stands in"):
+    with pytest.raises(WeightsError, match=second.name):  # a tensor in two files
         open_checkpoint(tmp_path)
-
-
-def test_an_index_of_another_download(tmp_path):
-    write_checkpoint(tmp_path, STACK, Stack().state_dict(), 40_000)
-    path = tmp_path / "model.safetensors.index.json"
+    second.write_bytes(before)
     index = json.loads(path.read_text())
-    index["weight_map"]["h.99.weight"] = index["weight_map"]["h.0.weight"]
-    path.write_text(json.dumps(index))
-    with pytest.raises(WeightsError, match="h.99.weight"):
-        open_checkpoint(tmp_path)
-    index["weight_map"]["h.99.weight"] = "../elsewhere.safetensors"
-    path.write_text(json.dumps(index))
-    with pytest.raises(WeightsError, match="outside its folder"):
-        open_checkpoint(tmp_path)
+    for shard, words in ((first.name, "h.99.weight"), ("../elsewhere.safetensors", "index.json")):
+        index["weight_map"]["h.99.weight"] = shard
+        path.write_text(json.dumps(index))
+        with pytest.raises(WeightsError, match=words):
+            open_checkpoint(tmp_path)
+
+
+def test_a_single_file_goes_before_an_index(tmp_path):
+    """As in transformers; the shards may be gone."""
+    old, new = Stack().state_dict(), Stack().state_dict()
+    write_checkpoint(tmp_path, STACK, old, 40_000)
+    save_file(to_published(STACK, new), tmp_path / "model.safetensors")
+    for shard in [None, *tmp_path.glob("model-*")]:
+        if shard is not None:
+            shard.unlink()
+        assert equal(load(tmp_path).state_dict(), new) and "index" in open_checkpoint(tmp_path).notes[0]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod.", "model.", "module.model."])
+def test_names_saved_from_inside_a_wrapper(tmp_path, prefix):
+    state = Stack().state_dict()
+    tensors = {prefix + name: tensor for name, tensor in to_published(STACK, state).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert equal(load(tmp_path).state_dict(), state)
+    tensors["h.5.bias"] = tensors.pop(f"{prefix}h.5.bias")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="h.0.weight|h.{"):  # not every name: a mistake
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("rows", [3, 5, 8])
