@@ -16,8 +16,7 @@ import train
 from nanovlm import recipes
 from nanovlm.generation.chat import Chat
 from nanovlm.decoder import DecoderConfig
-from nanovlm.published import convert, inspect
-from nanovlm.recipes import nano
+from nanovlm.recipes import nano, __main__ as recipes_command
 from nanovlm.published.load import architecture, rebuild
 from nanovlm.training.checkpoint import consolidate
 from nanovlm.vlit.matching import load_encoder
@@ -172,9 +171,8 @@ def test_no_file_in_a_folder_is_run(hostile, tmp_path, capsys):
         recipes.load(hostile)
     with pytest.raises(ValueError, match="recipe"):
         load_encoder(hostile)
-    with pytest.raises(ValueError, match="recipe"):
-        convert.read(hostile, json.loads((hostile / "config.json").read_text()), None, torch.float32, None)
-    assert any("train.py" in line for line in inspect.inspect(hostile))
+    assert recipes_command.main(["convert", "--to", "published", str(hostile), str(tmp_path / "published")]) == 1
+    assert recipes_command.main(["inspect", str(hostile)]) == 0 and "train.py" in capsys.readouterr().out
     assert recipes.load(hostile, recipe=TINY).model.decoder.config.width == 16
     capsys.readouterr()
     arguments = [str(TINY), *FAST, "--out"]
