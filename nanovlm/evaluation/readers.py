@@ -4,6 +4,7 @@ Each takes the folder (or file) of the questions, the folder of the pictures, an
 """
 
 import csv
+import functools
 import io
 import json
 from pathlib import Path
@@ -17,14 +18,33 @@ from nanovlm.evaluation.items import (
 csv.field_size_limit(1 << 30)  # a picture in base64 is one field
 
 
-def from_records(path, make):
-    """A file of records: Reading."""
-    return Reading().collect(read_records(path), make)
+def rows(path, make=csv.DictReader, **form):
+    """(where, row) pairs of a table; make, form: of Python's csv."""
+    return [(f"{path}, record {n}", row) for n, row in enumerate(make(io.StringIO(read_text(path)), **form), 1)]
 
 
-def from_object(path, make):
-    """A file that is one object of questions by id, as `make((id, question), place)` reads them: Reading."""
-    return Reading().collect([(f"{path}, question {id}", (id, one)) for id, one in read_json(path).items()], make)
+def members(path):
+    """(where, (id, question)) pairs of one object of questions by id."""
+    return [(f"{path}, question {id}", (id, one)) for id, one in read_json(path).items()]
+
+
+def reads(*patterns, split="", records=read_records):
+    """Makes a reader of one file from what makes an item of one of its records.
+
+    Args:
+      patterns: of the file's name, {} being the split; the first that fits counts. split: the usual one.
+      records: function path -> (where, record) pairs.
+    """
+
+    def reader(make):
+        @functools.wraps(make)
+        def read(data, pictures, wanted):
+            path = find(data, *(pattern.format(wanted or split) for pattern in patterns), split=wanted)
+            return Reading().collect(records(path), lambda one, place: make(one, place, pictures))
+
+        return read
+
+    return reader
 
 
 # A few words, or a sentence
@@ -72,40 +92,29 @@ def text_vqa(data, pictures, split):
     return Reading().collect(numbered(questions, "question"), make)
 
 
-def vizwiz(data, pictures, split):
+@reads("{}.json", "*.json", split="val")
+def vizwiz(one, place, pictures):
     """VizWiz's own file: a list of {image, question, answers}."""
-
-    def make(one, place):
-        image, answers = one["image"], tuple(one.get("answers", ()))
-        media = (picture(pictures, image),)
-        return Item(image, one["question"], answers, one.get("answer_type", ""), media=media, submit=image)
-
-    return from_records(find(data, f"{split or 'val'}.json", "*.json", split=split), make)
+    image, answers = one["image"], tuple(one.get("answers", ()))
+    media = (picture(pictures, image),)
+    return Item(image, one["question"], answers, one.get("answer_type", ""), media=media, submit=image)
 
 
-def gqa(data, pictures, split):
+@reads("*{}_balanced_questions.json", "*questions*.json", split="testdev", records=members)
+def gqa(pair, place, pictures):
     """GQA: an object of questions by id."""
-
-    def make(pair, place):
-        id, one = pair
-        answers = (one["answer"],) if "answer" in one else ()
-        media = (picture(pictures, f"{one['imageId']}.jpg"),)
-        return Item(id, one["question"], answers, one.get("types", {}).get("structural", ""), media=media, submit=id)
-
-    patterns = f"*{split or 'testdev'}_balanced_questions.json", "*questions*.json"
-    return from_object(find(data, *patterns, split=split), make)
+    id, one = pair
+    answers, kind = (one["answer"],) if "answer" in one else (), one.get("types", {}).get("structural", "")
+    return Item(id, one["question"], answers, kind, media=(picture(pictures, f"{one['imageId']}.jpg"),), submit=id)
 
 
-def video_qa(data, pictures, split):
+@reads("*{}*.json*", "*.json*", split="test")
+def video_qa(one, place, pictures):
     """MSVD-QA and MSRVTT-QA: a list of {id, question, answer, video | video_id | video_name}."""
-
-    def make(one, place):
-        name = str(one.get("video") or one.get("video_name") or one["video_id"])
-        names = [f"{stem}{ending}" for stem in (name, f"video{name}") for ending in (".mp4", ".avi", ".gif")]
-        media = (picture(pictures, name, *names),)
-        return Item(str(one.get("id", place)), one["question"], (one["answer"],), media=media, is_clip=True)
-
-    return from_records(find(data, f"*{split or 'test'}*.json*", "*.json*"), make)
+    name = str(one.get("video") or one.get("video_name") or one["video_id"])
+    names = [f"{stem}{ending}" for stem in (name, f"video{name}") for ending in (".mp4", ".avi", ".gif")]
+    media = (picture(pictures, name, *names),)
+    return Item(str(one.get("id", place)), one["question"], (one["answer"],), media=media, is_clip=True)
 
 
 def captions(data, pictures, split):
@@ -197,18 +206,14 @@ def mme(data, pictures, split):
 # Free answers for a judge
 
 
-def open_vqa(data, pictures, split):
+@reads("*{}*.jsonl*", "*.jsonl*", split="images")
+def open_vqa(one, place, pictures):
     """Open-VQA, pictures or videos: JSON lines whose answer is a list."""
-
-    def make(one, place):
-        answers, is_clip = one["answer"], "video" in one
-        if not isinstance(answers, list):
-            raise ValueError(f"answer {answers!r} is no list")
-        media = (picture(pictures, one["video" if is_clip else "image"]),)
-        id, kind = str(one["index"]), one.get("class", "")
-        return Item(id, one["question"], tuple(answers), kind, media=media, is_clip=is_clip)
-
-    return from_records(find(data, f"*{split or 'images'}*.jsonl*", "*.jsonl*", split=split), make)
+    answers, is_clip = one["answer"], "video" in one
+    if not isinstance(answers, list):
+        raise ValueError(f"answer {answers!r} is no list")
+    media = (picture(pictures, one["video" if is_clip else "image"]),)
+    return Item(str(one["index"]), one["question"], tuple(answers), one.get("class", ""), media=media, is_clip=is_clip)
 
 
 def open_vqa_video(data, pictures, split):
@@ -216,40 +221,29 @@ def open_vqa_video(data, pictures, split):
     return open_vqa(data, pictures, split or "videos")
 
 
-def mm_vet(data, pictures, split):
+@reads("mm-vet.json", "*.json", records=members)
+def mm_vet(pair, place, pictures):
     """MM-Vet: an object of questions by id; <AND> and <OR> stand between parts of an answer."""
-
-    def make(pair, place):
-        id, one = pair
-        kind, media = "+".join(sorted(one.get("capability", ()))), (picture(pictures, one["imagename"]),)
-        return Item(id, one["question"], (one["answer"],), kind, media=media, submit=id)
-
-    return from_object(find(data, "mm-vet.json", "*.json"), make)
+    id, one = pair
+    kind, media = "+".join(sorted(one.get("capability", ()))), (picture(pictures, one["imagename"]),)
+    return Item(id, one["question"], (one["answer"],), kind, media=media, submit=id)
 
 
-def owl_eval(data, pictures, split):
+@reads("*questions*.jsonl", "*.jsonl")
+def owl_eval(one, place, pictures):
     """OwlEval: JSON lines {image, question_id, question, category: list}; there is no true answer."""
-
-    def make(one, place):
-        kind, media = "+".join(one.get("category", ())), (picture(pictures, one["image"]),)
-        return Item(str(one["question_id"]), one["question"], (), kind, media=media)
-
-    return from_records(find(data, "*questions*.jsonl", "*.jsonl"), make)
+    kind, media = "+".join(one.get("category", ())), (picture(pictures, one["image"]),)
+    return Item(str(one["question_id"]), one["question"], (), kind, media=media)
 
 
-def visit_bench(data, pictures, split):
+@reads("*multi_images*.csv", "*.csv", records=rows)
+def visit_bench(row, place, pictures):
     """VisIT-Bench: a table; one address of a picture, or a list of them in JSON. Pictures are looked up by their names."""
-    path = find(data, "*multi_images*.csv", "*.csv", split=split)
-
-    def make(row, place):
-        links = row.get("images") or row.get("image_url") or row["image"]
-        links = json.loads(links) if links.startswith("[") else [links]
-        media = tuple(picture(pictures, link.rpartition("/")[2]) for link in links)
-        truth = row.get("reference_output") or row.get("output_human_annotated")
-        return Item(str(place), row["instruction"], (truth,) if truth else (), row["instruction_category"], media=media)
-
-    rows = csv.DictReader(io.StringIO(read_text(path)))
-    return Reading().collect([(f"{path}, record {n}", row) for n, row in enumerate(rows, 1)], make)
+    links = row.get("images") or row.get("image_url") or row["image"]
+    links = json.loads(links) if links.startswith("[") else [links]
+    media = tuple(picture(pictures, link.rpartition("/")[2]) for link in links)
+    truth = row.get("reference_output") or row.get("output_human_annotated")
+    return Item(str(place), row["instruction"], (truth,) if truth else (), row["instruction_category"], media=media)
 
 
 # Multiple choice: an item's `answers` holds the place of the right option
@@ -278,9 +272,9 @@ ROTATED = 1_000_000  # MMBench's circular files: question n rotated by k options
 def mmbench(data, pictures, split):
     """MMBench: a table with tabulators; the picture stands in it, or is named by the index of the question that has it."""
     path = find(data, "*.tsv", split=split)
-    rows = list(csv.DictReader(io.StringIO(read_text(path)), delimiter="\t"))
-    encoded = {row["index"]: row["image"] for row in rows if len(row.get("image") or "") > 64}
-    is_circular = any(int(row["index"]) >= ROTATED for row in rows if row["index"].isdigit())
+    found = rows(path, delimiter="\t")
+    encoded = {row["index"]: row["image"] for _, row in found if len(row.get("image") or "") > 64}
+    is_circular = any(row["index"].isdigit() and int(row["index"]) >= ROTATED for _, row in found)
 
     def make(row, place):
         index, image, answer = int(row["index"]), row.get("image"), row.get("answer")
@@ -294,7 +288,7 @@ def mmbench(data, pictures, split):
             extra={"hint": f"{hint}\n" if hint not in ("", "nan") else ""}, submit=index,
         )  # fmt: skip
 
-    return Reading().collect([(f"{path}, row {n}", row) for n, row in enumerate(rows, 2)], make)
+    return Reading().collect(found, make)
 
 
 def science_qa(data, pictures, split):
@@ -314,15 +308,12 @@ def science_qa(data, pictures, split):
     return Reading().collect([(f"problem {id}", id) for id in ids], make)
 
 
-def q_bench(data, pictures, split):
+@reads("*{}*.json", "*.json", split="dev")
+def q_bench(one, place, pictures):
     """Q-Bench (LLVisionQA): a list of {img_path, question, candidates, correct_ans, concern | type}."""
-
-    def make(one, place):
-        options, truth = tuple(one["candidates"]), one.get("correct_ans")
-        answers, kind = () if truth is None else (options.index(truth),), str(one.get("concern", one.get("type", "")))
-        return Item(str(place), one["question"], answers, kind, media=(picture(pictures, one["img_path"]),), options=options)
-
-    return from_records(find(data, f"*{split or 'dev'}*.json", "*.json"), make)
+    options, truth = tuple(one["candidates"]), one.get("correct_ans")
+    answers, kind = () if truth is None else (options.index(truth),), str(one.get("concern", one.get("type", "")))
+    return Item(str(place), one["question"], answers, kind, media=(picture(pictures, one["img_path"]),), options=options)
 
 
 def mmlu(data, pictures, split):
@@ -337,8 +328,7 @@ def mmlu(data, pictures, split):
             answers = ("ABCD".index(letter.strip()),)
             return Item(f"{subject}/{place}", question, answers, subject, options=tuple(options[-4:]))
 
-        rows = csv.reader(io.StringIO(read_text(path)))
-        reading.collect([(f"{path}, row {n}", row) for n, row in enumerate(rows, 1)], make)
+        reading.collect(rows(path, csv.reader), make)
     return reading
 
 
@@ -350,4 +340,5 @@ def arc(data, pictures, split):
         answers = ([option["label"] for option in choices].index(one["answerKey"]),)
         return Item(one["id"], one["question"]["stem"], answers, options=tuple(option["text"] for option in choices))
 
-    return from_records(find(data, f"*{(split or 'test').capitalize()}*.jsonl", "*.jsonl"), make)
+    path = find(data, f"*{(split or 'test').capitalize()}*.jsonl", "*.jsonl")
+    return Reading().collect(read_records(path), make)

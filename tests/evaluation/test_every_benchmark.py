@@ -13,7 +13,7 @@ from nanovlm.data.images import CLIP
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import protocols, report, runner
-from nanovlm.evaluation.__main__ import make_parser, parse
+from nanovlm.evaluation.__main__ import parse
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.generation.sampler import Decoding
 
@@ -201,7 +201,7 @@ def run(loaded, tmp_path, monkeypatch):
         FILES[task][0](data)
         command = [task, "--model", "tiny", "--data", str(data), "--out", str(out), "--limit", str(limit), "--batch-size", "4"]
         judge = (lambda prompts: ["Yes, 0.5"] * len(prompts)) if TASKS[task].protocol is protocols.judged else None
-        runner.run(parse(make_parser(), [*command, *flags]), loaded, judge)
+        runner.run(parse([*command, *flags]), loaded, judge)
         predictions = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()[1:]]
         return predictions, json.loads((out / "report.json").read_text()), lambda name: (out / name).read_text()
 

@@ -356,7 +356,7 @@ def test_choice_files(tmp_path):
     write(tmp_path / "test" / "anatomy_test.csv", '"a, b?",1,2,3,4,D\nbroken,1,2,3,4,E\n')
     reading = readers.mmlu(tmp_path, tmp_path, "")
     assert (reading.items[0].question, reading.items[0].kind, reading.items[0].answers) == ("a, b?", "anatomy", (3,))
-    assert "row 2" in reading.problems[0]
+    assert "record 2" in reading.problems[0]
     arc = {"id": "a", "question": {"stem": "q", "choices": [{"text": t, "label": n} for n, t in zip("123", "xyz")]}, "answerKey": "2"}
     assert readers.arc(write(tmp_path / "ARC-Test.jsonl", json.dumps(arc)), tmp_path, "").items[0].answers == (1,)
 
