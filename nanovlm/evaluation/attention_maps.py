@@ -183,45 +183,38 @@ def table(looks):
 
 
 def draw_by_layer(looks, question, path):
-    """Save a PNG: a row per Looks, with maps of the first, middle and last layer, and shares of all layers."""
+    """Save a PNG: a row per Looks, with maps of the first, middle and last layer, and shares of all layers.
+
+    A map is the attention of every answer token over all that stands before it; the picture's tokens are marked.
+    """
     columns = max(len(one.shown_layers()) for one in looks)
     heights = [1.6 + 0.16 * max(len(one.words), 8) for one in looks]
     figure = Figure(figsize=(4 * columns + 4, 0.6 + sum(heights)), layout="constrained")
     ratios = {"width_ratios": [3] * columns + [2.4], "height_ratios": heights}
-    for panels, one in zip(figure.subplots(len(looks), columns + 1, squeeze=False, **ratios), looks):
-        for panel in panels[:-1]:
+    for (*panels, last), one in zip(figure.subplots(len(looks), columns + 1, squeeze=False, **ratios), looks):
+        for panel in panels[len(one.shown_layers()) :]:
             panel.set_axis_off()
+        edges = torch.nn.functional.pad(one.is_image.int(), (1, 1)).diff().nonzero().flatten().tolist()
+        name = one.name if len(one.name) <= LONGEST else f"…{one.name[1 - LONGEST :]}"
         for panel, layer in zip(panels, one.shown_layers()):
-            draw_map(panel, one, layer)
-        draw_shares(panels[-1], one)
+            weights = one.maps[layer].sqrt().numpy()
+            panel.imshow(weights, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            for start, stop in zip(edges[::2], edges[1::2]):
+                panel.plot([start - 0.5, stop - 0.5], [-0.62, -0.62], color=COLORS["picture"], linewidth=5, clip_on=False)
+            panel.axvline(one.num_prompt - 0.5, color="white", linewidth=0.8, linestyle="--")
+            panel.set_title(f"{name}\nlayer {layer}", fontsize="small", parse_math=False, pad=10)
+            panel.set_xlabel("token that is looked at (red: picture; dashed: answer begins)", fontsize="small")
+            panel.set_yticks(range(len(one.words)), list(map(readable, one.words)), fontsize=6, parse_math=False)
+            panel.tick_params(axis="x", labelsize=7)
+        left = torch.zeros(len(one.maps))
+        for name, shares in one.shares().items():
+            last.barh(range(len(shares)), shares.numpy(), left=left.numpy(), color=COLORS[name], label=name, height=0.8)
+            left = left + shares
+        last.axvline(one.even(), color="black", linestyle=":", label="picture, if looked at evenly")
+        last.invert_yaxis()
+        last.set(xlim=(0, 1), xlabel="share of attention", ylabel="layer")
+        last.set_yticks(one.shown_layers())
+        last.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     title = f"Where each token of the answer to {question!r} looked; brightness: square root of the weight, 0 to 1"
     figure.suptitle(title, parse_math=False, fontsize="medium")
     figure.savefig(path, format="png", dpi=100)
-
-
-def draw_map(panel, one, layer):
-    """The attention of every answer token over all that stands before it; the picture's tokens are marked."""
-    panel.set_axis_on()
-    panel.imshow(one.maps[layer].sqrt().numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    edges = torch.nn.functional.pad(one.is_image.int(), (1, 1)).diff().nonzero().flatten().tolist()
-    for start, stop in zip(edges[::2], edges[1::2]):
-        panel.plot([start - 0.5, stop - 0.5], [-0.62, -0.62], color=COLORS["picture"], linewidth=5, clip_on=False)
-    panel.axvline(one.num_prompt - 0.5, color="white", linewidth=0.8, linestyle="--")
-    name = one.name if len(one.name) <= LONGEST else f"…{one.name[1 - LONGEST :]}"
-    panel.set_title(f"{name}\nlayer {layer}", fontsize="small", parse_math=False, pad=10)
-    panel.set_xlabel("token that is looked at (red: picture; dashed: answer begins)", fontsize="small")
-    panel.set_yticks(range(len(one.words)), [readable(word) for word in one.words], fontsize=6, parse_math=False)
-    panel.tick_params(axis="x", labelsize=7)
-
-
-def draw_shares(panel, one):
-    """Shares of every layer, one bar each."""
-    left = torch.zeros(len(one.maps))
-    for name, shares in one.shares().items():
-        panel.barh(range(len(shares)), shares.numpy(), left=left.numpy(), color=COLORS[name], label=name, height=0.8)
-        left = left + shares
-    panel.axvline(one.even(), color="black", linestyle=":", label="picture, if looked at evenly")
-    panel.invert_yaxis()
-    panel.set(xlim=(0, 1), xlabel="share of attention", ylabel="layer")
-    panel.set_yticks(one.shown_layers())
-    panel.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

@@ -34,6 +34,7 @@ from nanovlm.generation.answer import DESCRIBE, make_prompt, reply
 from nanovlm.generation.prefill import encode, Rows
 from nanovlm.generation.sampler import Decoding
 from nanovlm.recipes.nano_tests import exact_match
+from nanovlm.vlm import IGNORE
 
 LETTERS = string.ascii_uppercase
 SCORES = {  # name -> function (prediction str, answers) -> float between 0 and 1
@@ -51,14 +52,10 @@ def fill(form, words):
 
 def put(item, task):
     """An item whose question stands in the form of the task: Item."""
-    words = {"question": item.question, "options": listed(item.options), "hint": "", "ocr": ""} | item.extra
+    options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, item.options))
+    words = {"question": item.question, "options": options, "hint": "", "ocr": ""} | item.extra
     text = fill(task.prompt, {f"{{{name}}}": text for name, text in words.items()})
     return replace(item, question=text.strip())
-
-
-def listed(options):
-    """Options as they stand in a prompt, "A. …" on a line each: str."""
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
 
 
 def predictions(items, asker, task):
@@ -79,9 +76,9 @@ def predictions(items, asker, task):
         found = [(text, *task.protocol(item, text, task)) for item, text in zip(items, asker.replies(asked))]
     told = []
     for item, (text, score, more) in zip(items, found):
-        one = {"id": item.id, "kind": item.kind, "group": item.group, "question": item.question}
-        one |= {"answers": list(item.answers), "prediction": text, "score": score}
-        one["media"] = [str(source) for source in item.media if isinstance(source, Path)]
+        media = [str(source) for source in item.media if isinstance(source, Path)]
+        one = {name: getattr(item, name) for name in ("id", "kind", "group", "question", "answers")}
+        one |= {"prediction": text, "score": score, "media": media}
         told.append(one | ({} if item.submit is None else {"submit": item.submit}) | more)
     return told
 
@@ -109,7 +106,7 @@ def choice(item, text, task):
 
 def chosen(item, place, **more):
     score = float(place == item.answers[0]) if item.answers else None
-    return score, {"said": place, "options": list(item.options)} | more
+    return score, {"said": place, "options": item.options, **more}
 
 
 def judged(item, text, task):
@@ -229,20 +226,20 @@ def score_choices(model, prompts, choices, visual_inputs):
     keys, tokens = list(pictures), [image_tokens for _, image_tokens in pictures.values()]
     rows = Rows(model, prompts, tokens, [keys.index(id(pixels)) for pixels in shown], longest)
     rows.select([place for place, several in enumerate(choices) for _ in several])
-    targets = torch.tensor([ids + [0] * (longest - len(ids)) for ids in flat], device=rows.logits.device)  # R T, padded
-    real = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in flat], device=targets.device)
+    padded = [ids + [IGNORE] * (longest - len(ids)) for ids in flat]
+    targets = torch.tensor(padded, device=rows.logits.device)  # R T
     scores, media = rows.logits[:, None], rows.media  # what the prompt's last token says of the first
     if longest > 1:
         columns = rows.cache.length + torch.arange(longest - 1, device=targets.device).expand(len(flat), -1)  # R T-1
         if media is not None:
             edges = media.visible.first, media.visible.stop
             media = Media(media.tokens, Visible(*(edge.expand_as(columns) for edge in edges)))
-        pads, embeddings = rows.pads[:, None].expand_as(columns), model.decoder.embedding(targets[:, :-1])
+        pads, embeddings = rows.pads[:, None].expand_as(columns), model.decoder.embedding(targets[:, :-1].clamp(min=0))
         modality, visible = torch.zeros_like(columns), Visible(pads, columns + 1)
         hidden = model.decoder(embeddings, columns - pads, visible, modality, cache=rows.cache, media=media)
         scores = torch.cat([scores, model.decoder.logits(hidden).float()], 1)
-    losses = F.cross_entropy(scores.transpose(1, 2), targets, reduction="none") * real
-    pairs = iter([(total, len(ids)) for total, ids in zip(losses.sum(1).tolist(), flat)])
+    losses = F.cross_entropy(scores.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(1)
+    pairs = zip(losses.tolist(), map(len, flat))
     return [[next(pairs) for _ in several] for several in choices]
 
 
@@ -313,10 +310,11 @@ def ask_judge(asked, judge, judgements, out, batch_size):
       judgements: path of a file {"id", "judgement"} a line, or "". out: Path of the folder of judgements.jsonl.
     """
     file, told = JsonLines(out / "judgements.jsonl"), {}
-    for where, record in [*(read_records(judgements) if judgements else ()), *((file.path, record) for record in file)]:
+    for where, record in read_records(judgements) if judgements else ():
         if not isinstance(record, dict) or not {"id", "judgement"} <= record.keys():
             raise ValueError(f"{where}: no object with id and judgement")
         told[record["id"]] = record["judgement"]
+    told |= {record["id"]: record["judgement"] for record in file}
     left = [id for id in asked if id not in told]
     for start in range(0, len(left) if judge else 0, batch_size):
         batch = left[start : start + batch_size]

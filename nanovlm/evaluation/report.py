@@ -153,13 +153,14 @@ def mme(predictions):
     return yes_no.mme_scores(answers)
 
 
+def unparsed(predictions):
+    """The share of answers in which no option could be read."""
+    return {"unparsed": mean(predictions, lambda one: float(one["said"] is None))}
+
+
 def lettered(predictions):
     """The mean score, over all and per kind, and the share of answers in which no option could be read."""
     return mean_scores(predictions) | unparsed(predictions)
-
-
-def unparsed(predictions):
-    return {"unparsed": mean(predictions, lambda one: float(one["said"] is None))}
 
 
 def circular(predictions):
@@ -168,8 +169,8 @@ def circular(predictions):
         return {"all": None, "single": None}
     whole = [several for several in by(predictions, "group").values() if len(several) == len(several[0]["options"])]
     right = [{"kind": several[0]["kind"], "score": float(all(one["score"] for one in several))} for several in whole]
-    scores = dict.fromkeys(kind for kind in by(predictions, "kind") if kind) | mean_scores(right)
-    return {"all": scores.pop("all"), "single": mean(predictions)} | scores | unparsed(predictions)
+    scores = {"all": None, "single": mean(predictions)} | dict.fromkeys(mean_scores(predictions)) | mean_scores(right)
+    return scores | unparsed(predictions)
 
 
 def science_qa(predictions):
@@ -209,9 +210,7 @@ def as_json(content):
 
 def records(id_field, answer_field):
     """A list of objects: VQAv2, OK-VQA, TextVQA, GQA, VizWiz, COCO captions."""
-    return lambda predictions: as_json(
-        [{id_field: one["submit"], answer_field: one["prediction"]} for one in predictions]
-    )
+    return lambda predictions: as_json([{id_field: one["submit"], answer_field: one["prediction"]} for one in predictions])
 
 
 def by_id(predictions):
@@ -226,46 +225,51 @@ def science_qa_submission(predictions):
     return {"submission.json": json.dumps({"results": chosen, "outputs": outputs})}
 
 
+def lines(name, line, first=""):
+    """Files of a line per prediction: name.format(**prediction) of `line(prediction)`, behind the first."""
+
+    def write(predictions):
+        files = defaultdict(lambda: first)
+        for one in predictions:
+            files[name.format(**one)] += line(one)
+        return files
+
+    return write
+
+
+def cells(*content):
+    """A line of cells between tabulators."""
+    return "\t".join(" ".join(str(cell).split()) for cell in content) + "\n"
+
+
 def letter(one):
     """The letter of the chosen option; "" where none could be read."""
     return "" if one["said"] is None else LETTERS[one["said"]]
 
 
-def letter_lines(predictions):
-    """A line {question_id, prediction: letter} each: SEED-Bench."""
-    lines = [json.dumps({"question_id": one["id"], "prediction": letter(one)}) + "\n" for one in predictions]
-    return {"submission.jsonl": "".join(lines)}
+def mmbench_row(one):
+    """The unturned question of an index; MMBench's server takes the same columns as an Excel file."""
+    options = [*one["options"], *[""] * (5 - len(one["options"]))]
+    return cells(one["submit"], one["question"], *options, letter(one)) if one["id"].endswith("#0") else ""
 
 
-def row(*cells):
-    """A line of cells between tabulators."""
-    return "\t".join(" ".join(str(cell).split()) for cell in cells) + "\n"
+def mme_row(one):
+    """Picture, question, truth and answer, as MME's eval tool takes them."""
+    picture = (one["media"] or [one["group"]])[0].rpartition("/")[2]
+    return cells(picture, one["question"], one["answers"][0].capitalize(), one["prediction"])
 
 
-def mmbench(predictions):
-    """A table with the unturned question of every index: MMBench. Its server takes the same columns as an Excel file."""
-    lines = [row("index", "question", *"ABCDE", "prediction")]
-    for one in predictions:
-        if one["id"].endswith("#0"):
-            options = [*one["options"], *[""] * (5 - len(one["options"]))]
-            lines.append(row(one["submit"], one["question"], *options, letter(one)))
-    return {"submission.tsv": "".join(lines)}
+def letter_line(one):
+    """As SEED-Bench's leaderboard takes them."""
+    return json.dumps({"question_id": one["id"], "prediction": letter(one)}) + "\n"
 
 
-def pope_submission(predictions):
-    """Lines {question, answer} in the order of the questions, a file per split: POPE's evaluate.py."""
-    files = defaultdict(str)
-    for one in predictions:
-        line = json.dumps({"question": one["question"], "answer": one["prediction"]}, ensure_ascii=False)
-        files[f"submission_{one['kind']}.jsonl"] += line + "\n"
-    return files
+def pope_line(one):
+    """As POPE's evaluate.py takes them, in the order of the questions."""
+    return json.dumps({"question": one["question"], "answer": one["prediction"]}, ensure_ascii=False) + "\n"
 
 
-def mme_submission(predictions):
-    """A text file per task, picture TAB question TAB truth TAB answer: MME's eval tool."""
-    files = defaultdict(str)
-    for one in predictions:
-        picture = (one["media"] or [one["group"]])[0].rpartition("/")[2]
-        line = row(picture, one["question"], one["answers"][0].capitalize(), one["prediction"])
-        files[f"submission_{one['kind']}.txt"] += line
-    return files
+letter_lines = lines("submission.jsonl", letter_line)
+mmbench = lines("submission.tsv", mmbench_row, cells("index", "question", *"ABCDE", "prediction"))
+pope_submission = lines("submission_{kind}.jsonl", pope_line)
+mme_submission = lines("submission_{kind}.txt", mme_row)

@@ -174,7 +174,6 @@ def test_rotations_move_every_option_through_every_letter():
         ("8#0", ("w", "x"), ()), ("8#1", ("x", "w"), ()),
     ]  # fmt: skip
     assert protocols.rotated(asked) == asked  # those that stand rotated in their file
-    assert protocols.listed(["w", "x"]) == "A. w\nB. x"
 
 
 @pytest.mark.parametrize(
