@@ -151,6 +151,7 @@ def tuned(tmp_path_factory):
     return folder / "base", folder / "tuned"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_base_bit_for_bit(tuned):
     base, found = (load_file(out / "model.safetensors") for out in tuned)
     updates = {name for name in found if ".lora_" in name}
@@ -160,6 +161,7 @@ def test_a_run_leaves_the_base_bit_for_bit(tuned):
     assert json.loads((tuned[1] / "config.json").read_text())["lora"] == {"rank": 2, "alpha": 6.0}
 
 
+@pytest.mark.slow
 def test_loaded_the_updates_are_merged(tuned):
     base, loaded = (recipes.load(folder, recipe=RECIPE).model for folder in tuned)
     found, plain = load_file(tuned[1] / "model.safetensors"), base.state_dict()
@@ -171,6 +173,7 @@ def test_loaded_the_updates_are_merged(tuned):
     assert torch.equal(loaded.decoder.embedding.weight, base.decoder.embedding.weight)
 
 
+@pytest.mark.slow
 def test_the_next_run_starts_from_the_merged_model(tuned, tmp_path):
     merged = recipes.load(tuned[1], recipe=RECIPE).model.state_dict()
     again = ["--threads", "1", "--stages", "align", "--set", "align.steps=1", "--set", "align.warmup_steps=0"]
@@ -187,6 +190,7 @@ def test_the_next_run_starts_from_the_merged_model(tuned, tmp_path):
     assert torch.equal(second[name], merged[name])
 
 
+@pytest.mark.slow
 def test_resumed_bit_for_bit(tuned, tmp_path):
     out = tmp_path / "run"
     assert run("--out", out, "--init", tuned[0], *FLAGS, "--max-minutes", "0") == 0  # stops after every step
@@ -197,6 +201,7 @@ def test_resumed_bit_for_bit(tuned, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (tuned[1] / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_another_rank_is_another_run(tuned, capsys, tmp_path):
     out = tmp_path / "run"
     assert run("--out", out, "--init", tuned[0], *FLAGS, "--max-minutes", "0") == 0

@@ -8,7 +8,8 @@ from nanovlm.generation.sampler import Decoding, generate
 from parity import CLOSE, perturb
 from published_models import make_batch, real_logits, write
 
-NAMES = ["llava", "llava tiny_linear", "lynx", "mplug_owl2", "llava_phi", "blip2", "open_flamingo", "small"]
+SLOW = ["llava", "llava tiny_linear", "lynx", "llava_phi", "blip2", "small"]
+NAMES = ["mplug_owl2", "open_flamingo", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 WITHOUT_CLIPS = ("open_flamingo",)  # its code asserts a single frame; a clip is several pictures there
 
 
@@ -33,8 +34,7 @@ def rows(name, model):
     return [[a, 1, *words[:6]], [1, *words[6:19]], [1, b, *words[19:22], c, d, 5], [clip, 1, 7], [1, *words[22:27], e, 9]]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("side, backend", [("left", "sdpa"), ("right", "reference")])
 def test_each_row_as_alone(tiny, side, backend):
     name, model = tiny
     torch.manual_seed(1)
