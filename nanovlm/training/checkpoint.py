@@ -8,13 +8,14 @@
                             state.json               stage and step, data cursors, settings that must not change
 
 The folder is written under a temporary name, every file is forced to the disk, then the folder is renamed: a rename
-happens or does not, so a kill or a full disk at any moment leaves the previous checkpoint in place. Of several processes
-the main one writes. With fsdp each writes its own shards of all tensors, and any number of processes reads them again:
+happens or does not, so a kill or a full disk at any moment leaves the previous checkpoint in place. Of several
+processes the main one writes. With fsdp each writes its own shards of all tensors, and any number of processes reads
+them again:
 
-    OUT/state/step-00001234/shard-00001-model-00001-of-00001.safetensors   of the first process: "model/vision.positions"
+    OUT/state/step-00001234/shard-00001-model-00001-of-00001.safetensors  of the first process: "model/vision.positions"
 
-These files, and the places of the shards in their headers, are those of torch.distributed.checkpoint's safetensors writer.
-Nothing is ever unpickled.
+These files, and the places of the shards in their headers, are those of torch.distributed.checkpoint's safetensors
+writer. Nothing is ever unpickled.
 """
 
 import json
@@ -114,8 +115,9 @@ def consolidate(out):
         raise CheckpointError(f"{out} holds no checkpoint; give the output folder of train.py")
     state, tensors = read_state(folders[-1]), read(folders[-1])
     write_model(out, tensors, state["image_size"])
-    size = sum(tensor.numel() for tensor in tensors["model"].values())
-    return [f"{out / 'model.safetensors'}: {len(tensors['model'])} tensors, {size:,} parameters, of step {state['step']}"]
+    model = tensors["model"].values()
+    size = f"{len(model)} tensors, {sum(tensor.numel() for tensor in model):,} parameters"
+    return [f"{out / 'model.safetensors'}: {size}, of step {state['step']}"]
 
 
 # Writing.
@@ -128,8 +130,8 @@ def begin(out, step, tensors, state, processes=Processes(), keep=1, background=F
       out: Path, the run's output folder. step: int, optimizer steps of the whole run that are done.
       tensors: dict of dicts, file name without ending -> tensor name -> Tensor. state: JSON-able dict.
       keep: int, checkpoints that stay, this one included. background: the tensors may change before the rest is done.
-    Returns: a function for the rest, which returns the Path of the checkpoint's folder; either raises CheckpointError, in
-      all processes, if the disk is full or the folder cannot be written. The previous checkpoint stays.
+    Returns: a function for the rest, which returns the Path of the checkpoint's folder; either raises CheckpointError,
+      in all processes, if the disk is full or the folder cannot be written. The previous checkpoint stays.
     """
     folder = out / "state" / f"{PREFIX}{step:08d}"
     temporary = Path(f"{folder}{TEMPORARY}")
@@ -145,10 +147,11 @@ def begin(out, step, tensors, state, processes=Processes(), keep=1, background=F
             processes.agree(error, processes.saving)
         except (OSError, SafetensorError) as error:
             if processes.main:
-                shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; the next save sweeps up what is left
-            before = [f"The checkpoint {path.name} is intact" for path in complete(out)[-1:]] or ["There is no earlier checkpoint"]
+                shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; the next save sweeps up the rest
+            before = complete(out)
+            before = f"The checkpoint {before[-1].name} is intact" if before else "There is no earlier checkpoint"
             raise CheckpointError(f"the checkpoint of step {step} could not be written to {out / 'state'} ({error}). "
-                                  f"{before[0]}. Make room, then continue with --resume.") from error
+                                  f"{before}. Make room, then continue with --resume.") from error
         return result
 
     def make_room():
@@ -191,7 +194,7 @@ def begin(out, step, tensors, state, processes=Processes(), keep=1, background=F
 
 
 def begin_sharded(folder, tensors, processes):
-    """Copy the shards of this process to the CPU and begin to write them: a function that waits until all is written."""
+    """Copy this process's shards to the CPU and begin to write them: a function that waits until all is written."""
     flat = {f"{kind}/{name}": tensor.detach() for kind, content in tensors.items() for name, tensor in content.items()}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     writing = dcp.async_save(flat, storage_writer=writer, process_group=processes.saving)
@@ -232,7 +235,7 @@ def read(folder, targets=None, processes=Processes()):
     """The tensors of a checkpoint, whole or in shards.
 
     Args:
-      folder: Path, from `complete`. targets: {kind: {name: Tensor}}; of a DTensor among them only its own shards are read.
+      folder: Path, from `complete`. targets: {kind: {name: Tensor}}; of a DTensor only its own shards are read.
     Returns: {kind: {name: Tensor}}, all that the checkpoint holds.
     Raises: CheckpointError if a file is missing or damaged.
     """
@@ -257,7 +260,7 @@ def read(folder, targets=None, processes=Processes()):
 
 
 def load_file_into(targets, path):
-    """`copy_into` from a safetensors file. Raises: FileNotFoundError; CheckpointError if it is damaged or does not fit."""
+    """`copy_into` from a safetensors file. Raises: FileNotFoundError; CheckpointError if it does not fit."""
     try:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
@@ -293,7 +296,7 @@ def optimizer_tensors(optimizers):
 
 
 def optimizer_places(optimizers):
-    """Where the state of fresh optimizers belongs: dict "key/parameter name" -> Parameter, for all that there can be."""
+    """Where the state of fresh optimizers belongs: dict "key/parameter name" -> Parameter, all that there can be."""
     return {f"{key}/{name}": parameter for optimizer, parameter, name in named(optimizers)
             for key in STATE_KEYS[type(optimizer).__name__]}
 
@@ -320,8 +323,12 @@ def named(optimizers):
 
 
 def difference(saved, now, where=""):
-    """Where two JSON values differ first: str ("stages.instruct.steps was 100, is now 200"), or None if they are equal."""
+    """Where two JSON values differ first: str ("stages.instruct.steps was 100, is now 200"), or None for equal ones."""
     if isinstance(saved, dict) and isinstance(now, dict):
-        found = (difference(saved.get(key, "absent"), now.get(key, "absent"), f"{where}.{key}" if where else key) for key in saved | now)
-        return next((one for one in found if one), None)
+        for key in saved | now:
+            path = f"{where}.{key}" if where else key
+            found = difference(saved.get(key, "absent"), now.get(key, "absent"), path)
+            if found:
+                return found
+        return None
     return None if saved == now else f"{where} was {saved!r}, is now {now!r}"

@@ -3,7 +3,7 @@
 Nothing in here changes a weight or draws a random number that training would draw.
 
     part             gradient   moved
-    bridge            0.8123    12.41%      |g| of the part's gradient; |w - w0| / |w0|, w0 = weights when the stage began
+    bridge            0.8123    12.41%      |g| of the part's gradient; |w - w0| / |w0|, w0 = weights at the beginning
     language_model    frozen     0.00%
 
 A spike is a loss far above the last ones: more than SPIKE times their usual distance from their median. It is written
@@ -16,7 +16,7 @@ from collections import deque
 
 from torch.distributed.tensor import DTensor
 
-from nanovlm.data.batching import build_batch, Report
+from nanovlm.data.batching import Report
 from nanovlm.generation.answer import Assistant, make_prompt, reply
 from nanovlm.generation.prefill import Workspace
 from nanovlm.generation.sampler import Decoding
@@ -24,7 +24,7 @@ from nanovlm.training import checkpoint
 from nanovlm.training.cost import make_meter
 from nanovlm.training.language_loss import language_loss
 from nanovlm.training.progress import plot_curves, say
-from nanovlm.training.update import EVERY, is_held_out, total_norm
+from nanovlm.training.update import EVERY, is_held_out, make_batch, total_norm
 
 SAMPLE = 4096  # numbers of a tensor that stand for all, evenly spaced: a copy of all weights would double their memory
 WINDOW, FEWEST = 50, 20  # losses that a new one is compared with, at most and at least
@@ -50,7 +50,7 @@ class Movement:
         self.start = {name: sample(parts[part][name]) for part in self.names for name in self.names[part]}
 
     def measure(self, parts):
-        """How far each part has come: dict part -> |w - w0| / |w0|. parts: as at the beginning, of the present model."""
+        """How far each part has come: dict part -> |w - w0| / |w0|. parts: as at the beginning, of today's model."""
         found = {}
         for part, names in self.names.items():
             moved = length = 0.0
@@ -58,7 +58,7 @@ class Movement:
                 before, weight = self.start[name], parts[part][name].numel() / self.start[name].numel()
                 moved += weight * (sample(parts[part][name]) - before).square().sum().item()
                 length += weight * before.square().sum().item()
-            found[part] = (moved / length) ** 0.5 if length else float(moved > 0)  # what began at zero: all of it is new
+            found[part] = (moved / length) ** 0.5 if length else float(moved > 0)  # what began at zero is all new
         return found
 
 
@@ -67,8 +67,11 @@ def gradient_norms(parts, stage, factor=1.0):
 
     factor: float, what clipping has shortened the gradient to.
     """
-    gradients = {part: [one.grad for one in parts[part].values() if one.grad is not None] for part in stage.learning_rates}
-    return {part: total_norm(found).item() / factor if found else 0.0 for part, found in gradients.items()}
+    found = {}
+    for part in stage.learning_rates:
+        gradients = [parameter.grad for parameter in parts[part].values() if parameter.grad is not None]
+        found[part] = total_norm(gradients).item() / factor if gradients else 0.0
+    return found
 
 
 def movement_table(entries, parts):
@@ -94,7 +97,7 @@ def spike_limit(losses):
 
 
 def held_out(source):
-    """The held-out records of a source, at most KEPT of the first LOOKED_AT: list of Record; damaged ones are passed over."""
+    """The held-out records of a source, at most KEPT of the first LOOKED_AT, without damaged ones: list of Record."""
     found = []
     for n in range(min(len(source), LOOKED_AT)):
         try:
@@ -117,9 +120,7 @@ def held_out_losses(run, stage, records):
     for name, own in records.items():
         total = count = 0
         for start in range(0, len(own), size):
-            batch = build_batch(own[start : start + size], run.template_of(stage), run.tokenizer, run.model.num_image_tokens,
-                                stage.image_size, stage.image_fit, stage.max_tokens, Report(),
-                                preprocessing=run.recipe.preprocessing)  # fmt: skip
+            batch = make_batch(run, stage, own[start : start + size], Report())
             loss, trained = language_loss(run.model, batch.to(run.device), run.share_prefix)
             total, count = total + loss.item(), count + trained
         if count:
@@ -128,9 +129,11 @@ def held_out_losses(run, stage, records):
 
 
 def held_out_answers(run, stage, records, max_new_tokens=32):
-    """The model's words where a held-out record has its last answer: list of str, "id: question -> answer (right: truth)"."""
-    assistant = Assistant(run.model, run.tokenizer, run.template_of(stage), stage.image_size, stage.image_fit, run.recipe.preprocessing)
-    asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in (one.conversations[0] for one in records)]
+    """The model's words where held-out records have their last answer: list of str."""
+    assistant = Assistant(run.model, run.tokenizer, run.template_of(stage), stage.image_size, stage.image_fit,
+                          run.recipe.preprocessing)  # fmt: skip
+    talks = [record.conversations[0] for record in records]
+    asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in talks]
     prompts = [make_prompt(assistant, turns, one.visuals, max_new_tokens) for turns, one in zip(asked, records)]
     decoding, workspace, lines = Decoding(max_new_tokens=max_new_tokens), Workspace(share=run.share_prefix), []
     for record, turns, said in zip(records, asked, reply(assistant, prompts, decoding, workspace=workspace)):
@@ -197,10 +200,9 @@ class Watch:
         """Log the loss of held-out records and print a few answers."""
         losses, answers = self.trainer.ask(self.held_out_now)
         if losses:
-            step = self.trainer.step
-            self.log.write(stage=self.stage.name, step=step, held_out=losses, answers=answers)
-            say("\n".join([f"step {step}: held-out loss {', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())}",
-                           *(f"  {line}" for line in answers)]))
+            self.log.write(stage=self.stage.name, step=self.trainer.step, held_out=losses, answers=answers)
+            told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            say("\n  ".join([f"step {self.trainer.step}: held-out loss {told}", *answers]))
 
     def held_out_now(self, run):
         """(dict source -> loss, list of answers) of the model as it is."""
@@ -214,8 +216,8 @@ class Watch:
 
     def draw(self):
         """Write curves.png anew, seldom enough to cost less than 1% of the time."""
-        began = time.monotonic()
-        checkpoint.replace(self.run.out / "curves.png", lambda path: plot_curves(self.log.read(), path, self.run.args.seed))
+        began, run = time.monotonic(), self.run
+        checkpoint.replace(run.out / "curves.png", lambda path: plot_curves(self.log.read(), path, run.args.seed))
         now = time.monotonic()
         self.next_curves = now + max(CURVES, 100 * (now - began))
 

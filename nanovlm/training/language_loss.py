@@ -1,16 +1,16 @@
-"""The next-token loss in less time and memory than `VLM.loss`, which says what it is; values and gradients are the same.
+"""The next-token loss in less time and memory than `VLM.loss`, which says what it is: the same values and gradients.
 
 A picture that several rows show runs once. Where the image stands in front of the text, as in Lynx, a causal decoder
-computes for it the same keys and values whatever is asked behind it. So they are computed once per picture and copied to
-every row that shows it; with six short questions per picture this halves the decoder's work.
+computes for it the same keys and values whatever is asked behind it. So they are computed once per picture and copied
+to every row that shows it; with six short questions per picture this halves the decoder's work.
 
-The scores of all tokens are never there at once. Scores of N tokens over V words are N * V numbers, and eager training keeps
-them, their softmax and their gradient; at 49,152 words they outweigh the rest of a small model. But the gradient of a
-cross-entropy is known as soon as its scores are: so 256 rows are scored, turned into their gradient in place, and
-multiplied into the gradients of the hidden states and of the weight, before the next rows are looked at. All that is kept
-are these two gradients, which the backward pass only has to scale. For a row with scores s = W h + b and label y:
+The scores of all tokens are never there at once. Scores of N tokens over V words are N * V numbers, and eager training
+keeps them, their softmax and their gradient; at 49,152 words they outweigh the rest of a small model. But the gradient
+of a cross-entropy is known as soon as its scores are: so 256 rows are scored, turned into their gradient in place, and
+multiplied into the gradients of the hidden states and of the weight, before the next rows are looked at. All that is
+kept are these two gradients, which the backward pass only has to scale. For a row with scores s = W h + b and label y:
 
-  loss = log(sum(exp(s))) - s_y     d loss / d s = p - [y]     d loss / d h = W^T (p - [y])     d loss / d W = (p - [y]) h^T
+  loss = log(sum(exp(s))) - s_y    d loss / d s = p - [y]    d loss / d h = W^T (p - [y])   d loss / d W = (p - [y]) h^T
 
 with p = softmax(s). The idea is that of Liger Kernel, arXiv:2410.10989, Sec. 3.2, here in plain torch. (torch 2.13 has
 F.linear_cross_entropy, which takes no part in autocast and in bfloat16 sums in bfloat16.)
@@ -75,12 +75,12 @@ class SharedKeys:
         """float[M, K, N, D], one a picture -> float[B, K, N, D], one a row."""
         copies = kept.index_select(0, self.picture)
         if copies.requires_grad:
-            copies.register_hook(torch.Tensor.contiguous)  # adding up rows of a slice costs index_select many times the time
+            copies.register_hook(torch.Tensor.contiguous)  # index_select is slow at adding up a slice's rows
         return copies
 
 
 def can_share(batch, is_image):
-    """Whether pictures stand in front of their rows, one a row, equally long, at equal positions, and some row repeats one.
+    """Whether pictures stand in front of their rows, one a row, equally long, at equal positions, and some one twice.
 
     Args:
       batch: vlm.Batch. is_image: bool[B, T], ids == IMAGE_TOKEN.
@@ -100,7 +100,7 @@ def can_share(batch, is_image):
 
 
 def two_lengths(lengths):
-    """Split rows into short and long ones so that the fewest columns are computed: int[B] tokens -> one or two int[b] rows."""
+    """Split rows, int[B] tokens, into short and long ones so that few columns are computed: one or two int[b]."""
     lengths, order = lengths.sort()
     num_short = torch.arange(len(lengths), device=lengths.device)
     longest_short = torch.cat([lengths[:1], lengths[:-1]])

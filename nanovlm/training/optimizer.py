@@ -1,7 +1,7 @@
 """Optimizer groups, learning rates over time, and the table that shows them.
 
-A group is part x depth x {matrix, other, scalar} and carries its name, so that its learning rate can be read off and its
-state saved by parameter name. Matrices are the 2-D weights inside blocks; embeddings, convolutions, latents,
+A group is part x depth x {matrix, other, scalar} and carries its name, so that its learning rate can be read off and
+its state saved by parameter name. Matrices are the 2-D weights inside blocks; embeddings, convolutions, latents,
 positions, norms, biases and heads are "other"; single numbers, which cannot be sharded, stand apart. Only matrices see
 weight decay and, when a stage asks for it, Muon.
 
@@ -32,12 +32,7 @@ BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.")  # the numbered blocks
 
 
 def orthogonalised(matrix, dtype):
-    """A matrix with singular values near 1 and, about, the singular vectors it had.
-
-    Args:
-      matrix: float[N, M]. dtype: torch.dtype of the products.
-    Returns: dtype[N, M].
-    """
+    """A matrix with singular values near 1 and, about, the singular vectors it had: float[N, M] -> dtype[N, M]."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(dtype)
@@ -52,8 +47,9 @@ def orthogonalised(matrix, dtype):
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov's momentum, its direction made orthogonal; for matrices, whole ones or DTensors.
 
-    Orthogonalising the rows that one process holds would be another algorithm. Momentum is elementwise and stays sharded;
-    only the direction is gathered, made orthogonal by every process in the same way, and each keeps its own rows of it.
+    Orthogonalising the rows that one process holds would be another algorithm. Momentum is elementwise and stays
+    sharded; only the direction is gathered, made orthogonal by every process in the same way, and each keeps its own
+    rows of it.
 
     Args:
       groups: list of dict with params, lr and weight_decay. momentum: float. dtype: torch.dtype of the iterations.
@@ -88,46 +84,36 @@ class Muon(torch.optim.Optimizer):
 
 
 def lr_factor(step, stage):
-    """Learning rate at a step as a share of the peak.
+    """Learning rate as a share of the peak, float; step: int, optimizer steps of this stage that are done.
 
-    Args:
-      step: int, optimizer steps of this stage that are done, 0 <= step < stage.steps.
-      stage: Stage.
-    Returns: float. During the warm-up it rises from start_lr_factor in a straight line and is 1 at warmup_steps;
-      the schedule then falls so that it would meet end_lr_factor at `steps`, one past the last update.
+    During the warm-up it rises from start_lr_factor in a straight line and is 1 at warmup_steps; the schedule then
+    falls so that it would meet end_lr_factor at `steps`, one past the last update.
     """
     if step < stage.warmup_steps:
         return stage.start_lr_factor + (1 - stage.start_lr_factor) * step / stage.warmup_steps
     if stage.schedule == "constant":
         return 1.0
+    decay_steps = stage.steps - stage.warmup_steps
     if stage.schedule == "trapezoid":
-        decay_steps = min(stage.decay_share * stage.steps, stage.steps - stage.warmup_steps)
-    else:
-        decay_steps = stage.steps - stage.warmup_steps
+        decay_steps = min(stage.decay_share * stage.steps, decay_steps)
     progress = max(0.0, 1 - (stage.steps - step) / decay_steps)
     height = (1 + math.cos(math.pi * progress)) / 2 if stage.schedule == "cosine" else 1 - progress
     return stage.end_lr_factor + (1 - stage.end_lr_factor) * height
 
 
 def depths_from_top(names):
-    """Depth of every parameter of one part, counted from its top, for layer-wise learning-rate decay.
+    """Depth of every parameter of one part, counted from its top, for layer-wise learning-rate decay: dict name -> int.
 
-    Args:
-      names: list of str, the part's parameter names in the order of registration.
-    Returns: dict name -> int. With L blocks, what is registered after the last block (a final norm) has depth 0,
-      block i has L - i, what comes before the first block (patches, positions) has L + 1. A part without blocks
-      has depth 0 throughout.
-    Source: BEiT, arXiv:2106.08254 (get_num_layer_for_vit of its code).
+    names: list of str in the order of registration. With L blocks, what is registered after the last block (a final
+    norm) has depth 0, block i has L - i, what comes before the first block (patches, positions) has L + 1. A part
+    without blocks has depth 0 throughout. Source: BEiT, arXiv:2106.08254 (get_num_layer_for_vit of its code).
     """
-    blocks = [int(match.group(1)) if (match := BLOCK.search(name)) else None for name in names]
-    numbers = sorted({block for block in blocks if block is not None})
-    if not numbers:
-        return dict.fromkeys(names, 0)
-    depth = len(numbers) + 1
-    result = {}
-    for name, block in zip(names, blocks):
-        if block is not None:
-            depth = len(numbers) - numbers.index(block)
+    blocks = {name: match.group(1) for name in names if (match := BLOCK.search(name))}
+    numbers = sorted(set(blocks.values()), key=int, reverse=True)  # the top one first
+    depth, result = len(numbers) + 1 if numbers else 0, {}
+    for name in names:
+        if name in blocks:
+            depth = numbers.index(blocks[name]) + 1
         elif depth <= len(numbers):
             depth = 0
         result[name] = depth
@@ -135,22 +121,14 @@ def depths_from_top(names):
 
 
 def is_matrix(name, parameter):
-    """True for the 2-D weights inside blocks, which weight decay and Muon are meant for.
-
-    Args:
-      name: str, the parameter's name.
-      parameter: the Parameter.
-    Returns: bool.
-    """
+    """True for the 2-D weights inside blocks, which weight decay and Muon are meant for."""
     return parameter.ndim == 2 and name.endswith(".weight") and BLOCK.search(name) is not None
 
 
 def groups(parts, stage):
     """Sort the parameters that a stage trains into named groups.
 
-    Args:
-      parts: dict part -> dict name -> Parameter (`VLM.parts()`).
-      stage: Stage.
+    Args: parts: dict part -> dict name -> Parameter (`VLM.parts()`). stage: Stage.
     Returns: list of dict with `name` ("vision/2/matrix": part, depth from the top, kind), `peak_lr`, `lr`,
       `weight_decay`, `params` and `param_names`.
     Raises: ValueError if the stage gives a learning rate or a layer decay to a part that the model does not have.
@@ -187,19 +165,15 @@ def portions(groups, number):
 
 
 def build(parts, stage, num_threads=1):
-    """Make the optimizers of a stage. Frozen parts get no state.
+    """Make the optimizers of a stage: list of Muon (if the stage asks for it and trains matrices), then AdamW.
 
     Args:
-      parts: dict part -> dict name -> Parameter (`VLM.parts()`).
-      stage: Stage.
+      parts, stage: as in `groups`, whose keys each group keeps; frozen parts get no state.
       num_threads: int, into so many Muons the matrices are divided, which then can take their steps side by side.
-    Returns: list of torch.optim.Optimizer: Muon (if the stage asks for it and trains matrices), then AdamW. Each
-      group keeps the keys of `groups`.
     Raises: ValueError if the stage names a part that the model does not have.
     """
-    everything = groups(parts, stage)
     to_muon, to_adamw = [], []
-    for group in everything:
+    for group in groups(parts, stage):
         muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
         (to_muon if muon else to_adamw).append(group)
     optimizers = []
@@ -212,19 +186,15 @@ def build(parts, stage, num_threads=1):
 
 
 def set_lr(optimizers, factor):
-    """Set every group's learning rate to its peak times a factor.
-
-    Args:
-      optimizers: list of optimizers from `build`.
-      factor: float, from `lr_factor`.
-    """
+    """Set every group's learning rate to its peak times a factor from `lr_factor`; optimizers: list from `build`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
 
 class Together:
-    """The optimizers of a stage as one; on a CPU each steps on a thread of its own, as Muon's products are too small for several.
+    """The optimizers of a stage as one; on a CPU each steps on a thread of its own, as Muon's products are too small
+    for several.
 
     optimizers: list from `build`. device: torch.device of the parameters.
     """
@@ -258,13 +228,7 @@ class Together:
 
 
 def table(parts, stage):
-    """The table printed before a stage: which part trains, how large it is, and how fast it moves.
-
-    Args:
-      parts: dict part -> dict name -> Parameter.
-      stage: Stage.
-    Returns: list of str, lines.
-    """
+    """The table printed before a stage, list of str: which part trains, how large it is, and how fast it moves."""
     lines = [f"{'part':<16}{'parameters':>14}  {'trained':<8}peak learning rate"]
     total = trained = 0
     peaks = {part: set() for part in parts}

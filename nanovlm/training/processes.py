@@ -45,7 +45,7 @@ MODES = ("none", "ddp", "fsdp")
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
 PATIENCE = datetime.timedelta(days=7)  # for what has no time limit of its own: an evaluation, a slow disk
 SIGNS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "Socket Timeout", "Broken pipe")
-BLOCK = re.compile(r"(vision|text)\.blocks\.\d+|decoder\.layers\.\d+")  # names of what is compiled, recomputed and sharded
+BLOCK = re.compile(r"(vision|text)\.blocks\.\d+|decoder\.layers\.\d+")  # what is compiled, run again and sharded
 
 
 class Processes:
@@ -58,12 +58,10 @@ class Processes:
     def __init__(self, mode="none", rank=0, size=1, shards=1, timeout=600.0):
         self.mode, self.rank, self.size, self.shards = mode, rank, size, shards
         self.main = rank == 0  # the one that prints, logs, evaluates and writes what exists once
-        if mode != "none":
-            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
-            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-            self.saving = dist.new_group(backend="gloo", timeout=PATIENCE)  # apart: a thread talks over it
-        else:
-            self.group = self.patient = self.saving = None
+        self.group = self.patient = self.saving = None
+        if mode != "none":  # saving stands apart: a thread talks over it
+            waits = (datetime.timedelta(seconds=timeout), PATIENCE, PATIENCE)
+            self.group, self.patient, self.saving = (dist.new_group(backend="gloo", timeout=wait) for wait in waits)
 
     def __str__(self):
         return f"process {self.rank} of {self.size}"
@@ -127,7 +125,7 @@ class Processes:
         return answer[0]
 
     def is_lost(self, error):
-        """Whether an error says that another process is gone or does not answer: nothing can be agreed upon any more."""
+        """Whether an error says that another process is gone or silent: nothing can be agreed upon any more."""
         while error is not None and self.size > 1:
             if isinstance(error, dist.DistError) or any(sign in str(error) for sign in SIGNS):
                 return True
@@ -160,22 +158,22 @@ def join(mode, device, shards=None, timeout=600.0):
     size = int(os.environ.get("WORLD_SIZE", 1))
     if mode == "none":
         if size > 1:
-            raise ValueError(f"torchrun has started {size} processes, but --parallel is none: each would train the same "
-                             "model; name ddp or fsdp")
+            raise ValueError(f"torchrun has started {size} processes, but --parallel is none: each would train the "
+                             "same model; name ddp or fsdp")
         return Processes(), device
     missing = [name for name in ENVIRONMENT if name not in os.environ]
     if missing:
-        raise ValueError(f"--parallel {mode} takes several processes, which torchrun starts ({', '.join(missing)} not set): "
-                         f"torchrun --nproc-per-node 2 train.py ... --parallel {mode}")
+        raise ValueError(f"--parallel {mode} takes several processes, which torchrun starts ({', '.join(missing)} not "
+                         f"set): torchrun --nproc-per-node 2 train.py ... --parallel {mode}")
     if size % (shards or size):
         raise ValueError(f"--shards {shards} does not divide the {size} processes into groups")
     rank, local_rank, backend = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "gloo"
     if torch.device(device).type == "cuda":
         if not dist.is_nccl_available():
-            raise ValueError("this torch has no NCCL, by which GPUs talk to one another; install one that has, or --device cpu")
+            raise ValueError("this torch has no NCCL, by which GPUs exchange; install one that has, or --device cpu")
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"process {local_rank} of this machine finds only {torch.cuda.device_count()} GPUs; give torchrun "
-                             "a smaller --nproc-per-node")
+            raise ValueError(f"process {local_rank} of this machine finds only {torch.cuda.device_count()} GPUs; give "
+                             "torchrun a smaller --nproc-per-node")
         device, backend = f"cuda:{local_rank}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     wait = datetime.timedelta(seconds=timeout)
@@ -283,7 +281,7 @@ class LanguageLoss(nn.Module):
     def __init__(self, run, stage):
         super().__init__()
         self.model, self.device, self.precision, self.share = run.model, run.device, stage.precision, run.share_prefix
-        self.lean = run.processes.size == 1  # of many every process runs every module, or the others wait for its gradients
+        self.lean = run.processes.size == 1  # of many each runs every module, or the others wait for its gradients
 
     def forward(self, batches):
         """list of vlm.Batch, one for each thread -> float[] in nats, summed over their trained tokens."""
@@ -299,11 +297,12 @@ class LanguageLoss(nn.Module):
 
 
 class ContrastiveLoss(nn.Module):
-    """The loss of a pair of towers; of several processes each has a share, and all compare all pictures and captions."""
+    """The loss of a pair of towers; of several processes each has a share of it, over all pictures and captions."""
 
     def __init__(self, run, stage):
         super().__init__()
-        self.model, self.device, self.precision, self.processes = run.contrastive, run.device, stage.precision, run.processes
+        self.model, self.device, self.precision = run.contrastive, run.device, stage.precision
+        self.processes = run.processes
 
     def forward(self, shares, ids, lengths, right):
         """shares: (pixels, looks) for each thread; see batching.contrastive_batch -> float[] in nats."""
@@ -332,8 +331,8 @@ class ContrastiveLoss(nn.Module):
 def autocast(device, precision):
     """The context of a forward pass in a stage's precision.
 
-    Without torch's cache of cast weights on a CPU: all threads share it, and the first to finish its pass empties it. How
-    often a weight is cast, and so how its gradient is rounded, would depend on which thread was faster.
+    Without torch's cache of cast weights on a CPU: all threads share it, and the first to finish its pass empties it.
+    How often a weight is cast, and so how its gradient is rounded, would depend on which thread was faster.
     """
     return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16", cache_enabled=device.type != "cpu")
 
@@ -377,10 +376,11 @@ def merge_captions(found):
 
 # What is put around a model, from outside, so that many processes can train it: its own code stays as it was.
 #
-# Per block, as flags ask: torch.compile, and activation checkpointing (what happens inside a block is forgotten, and the
-# backward pass runs it again). Then DDP around the whole, or FSDP2's shards: first around every block, then around the
-# root with all that stands outside of blocks. The bridge belongs to the root: it is called once per length of clips, and
-# these differ from process to process, while every call of a sharded block is one that all processes must make.
+# Per block, as flags ask: torch.compile, and activation checkpointing (what happens inside a block is forgotten, and
+# the backward pass runs it again). Then DDP around the whole, or FSDP2's shards: first around every block, then around
+# the root with all that stands outside of blocks. The bridge belongs to the root: it is called once per length of
+# clips, and these differ from process to process, while every call of a sharded block is one that all processes must
+# make.
 #
 # Every stage wraps anew: what is frozen has no gradient to exchange and no state, and a new picture size brings a new
 # position table. With FSDP2 that means a new model without memory, which takes the shards over from the old one.
@@ -447,23 +447,27 @@ def take_over(run, model, contrastive):
     """Fill a run's new models with the weights of the old ones; at the beginning only the main process has theirs."""
     for one in (run.model, run.contrastive):
         for module in one.modules() if one is not None else ():
-            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):  # this stage's loss needs it not
+            if any(one.is_meta for one in module.parameters(recurse=False)):  # this stage's loss does not need it
                 module.to_empty(device=run.device, recurse=False)
-    before = everything(model, contrastive)
-    for name, target in everything(run.model, run.contrastive).items():
-        source = before[name]
+    targets = everything(run.model, run.contrastive)
+    for name, source in everything(model, contrastive).items():
+        target = targets[name]
         if isinstance(source, DTensor) and isinstance(target, DTensor) and source.shape == target.shape:
             target.to_local().copy_(source.to_local())  # shards stay where they are
             continue
-        if isinstance(source, DTensor):
-            source = source.full_tensor()
-        else:
-            here = run.processes.main
-            source = source.to(run.device) if here else torch.empty(source.shape, dtype=source.dtype, device=run.device)
-            dist.broadcast(source.contiguous(), src=0)
+        source = full(source, run)
         if source.shape != target.shape:  # a position table, for pictures of another size
             source = resize_positions(source, math.isqrt(len(target)) ** 2)
         copy_shard(target, source)
+
+
+def full(tensor, run):
+    """A whole tensor from its shards, or from the main process."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    tensor = tensor.to(run.device) if run.processes.main else torch.empty_like(tensor, device=run.device)
+    dist.broadcast(tensor.contiguous(), src=0)
+    return tensor
 
 
 @contextlib.contextmanager
@@ -481,7 +485,7 @@ def whole(run):
                 one.to_empty(device=run.device)
     targets = everything(*plain)
     for name, tensor in everything(*sharded).items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = full(tensor, run)
         if run.processes.main:
             targets[name].copy_(tensor)
     run.model, run.contrastive = plain

@@ -1,16 +1,17 @@
 """What a run shows and records: the JSON-lines log, the progress bar, and curves.png.
 
 log.jsonl holds one JSON object a line, each with "stage" and "step":
-    {"loss", "lr", "gradient_norm", "tokens_per_second", "data_seconds", "seconds"}  one per optimizer step; "utilisation",
-        the share of the GPU's peak, where that is known; "spike", the limit, where loss exceeds it (diagnostics.py)
+    {"loss", "lr", "gradient_norm", "tokens_per_second", "data_seconds", "seconds"}  one per optimizer step;
+        "utilisation", the share of the GPU's peak, where that is known; "spike", the limit, where loss exceeds it
+        (diagnostics.py)
     {"skipped": message}                                      an update that was left out (Stage.non_finite)
     {"when": "before" | "after", "measures": {name: number}}  held-out measures of a stage
     {"exam": [line, ...]}                                     answers, when one has changed
     {"parts": {part: {"gradient", "moved"}}}                  see diagnostics.py
     {"held_out": {source: loss}, "answers": [line, ...]}      likewise
-where step counts the optimizer steps of the whole run, lr is the largest of all groups, data_seconds those that the step
-waited for its records, and seconds those since the run began. To follow a run elsewhere, give a recipe of your own a
-function that takes one such entry; after an interruption some steps are told again:
+where step counts the optimizer steps of the whole run, lr is the largest of all groups, data_seconds those that the
+step waited for its records, and seconds those since the run began. To follow a run elsewhere, give a recipe of your own
+a function that takes one such entry; after an interruption some steps are told again:
 
     import dataclasses, wandb
     from nanovlm.recipes import lynx
@@ -42,13 +43,14 @@ class Log:
         self.lines, self.follow = None if path is None else JsonLines(path), follow
 
     def write(self, **entry):
-        """Append one entry. Raises: CheckpointError if the file cannot be written: a full disk, a folder that is gone."""
+        """Append one entry. Raises: CheckpointError if the file cannot be written: a full disk, a lost folder."""
         if self.lines is None:
             return
         try:
             self.lines.add(entry)
         except OSError as error:
-            raise CheckpointError(f"{self.lines.path} cannot be written ({error}); make room or give the folder back") from error
+            found = f"{self.lines.path} cannot be written ({error})"
+            raise CheckpointError(f"{found}; make room or give the folder back") from error
         if self.follow is not None:
             self.follow(entry)
 
@@ -57,7 +59,7 @@ class Log:
         return self.lines and self.lines.size()
 
     def cut(self, size):
-        """Forget what was written after a checkpoint. Raises: CheckpointError if the file holds less than it remembers."""
+        """Forget what was written after a checkpoint. Raises: CheckpointError if the file is shorter than it was."""
         if self.lines is None:
             return
         found = self.lines.size()
@@ -92,7 +94,9 @@ class Bar:
           loss: nats; None = the update was left out. lr: largest learning rate of all groups.
           waited: share of the step that went by waiting for data. utilisation: share of the GPU's peak, or None.
         """
-        numbers = "update left out" if loss is None else f"loss {loss:.4f}, lr {lr:.2g}, {tokens_per_second:,.0f} tokens/s"
+        numbers = "update left out"
+        if loss is not None:
+            numbers = f"loss {loss:.4f}, lr {lr:.2g}, {tokens_per_second:,.0f} tokens/s"
         if utilisation is not None:
             numbers += f", {utilisation:.0%} of peak"
         numbers += f", {waited:.0%} waiting for data"
@@ -101,7 +105,8 @@ class Bar:
         every = max(1, self.stage.steps // PLAIN_LINES)
         if self.bar.disable and (step % every == 0 or step == self.stage.steps):
             left = (self.stage.steps - step) * (time.monotonic() - self.began) / max(1, step - self.done)
-            print(f"{self.stage.name} {step}/{self.stage.steps}: {numbers}, {tqdm.format_interval(left)} left", flush=True)
+            left = tqdm.format_interval(left)
+            print(f"{self.stage.name} {step}/{self.stage.steps}: {numbers}, {left} left", flush=True)
 
     def close(self):
         """Leave the finished bar standing."""
@@ -154,15 +159,11 @@ def plot_curves(entries, path, seed):
 
 
 class Stopped(Exception):
-    """The run ended before its last step, with everything saved.
-
-    exit_code: int, of the process. reason: str.
-    """
+    """The run ended before its last step, with everything saved. exit_code: int, of the process. reason: str."""
 
     def __init__(self, exit_code, reason):
         super().__init__(exit_code, reason)  # both, so that it can be sent to another process
-        self.exit_code = exit_code
-        self.reason = reason
+        self.exit_code, self.reason = exit_code, reason
 
     def __str__(self):
         return self.reason
@@ -175,9 +176,7 @@ class StopRequests:
     """
 
     def __init__(self):
-        self.requested = None
-        self.safe = False
-        self.previous = {}
+        self.requested, self.safe, self.previous = None, False, {}
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):

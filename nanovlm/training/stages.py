@@ -1,13 +1,12 @@
 """A training stage as data: what trains, how fast, on which pictures, for how long.
 
 A recipe is a tuple of stages that run one after the other on the same model. The trainer reads these values, and
-`override` changes one of them from the command line. What a stage does not name stays frozen: `freeze` takes its gradients
-away, and `fingerprints` prove at the end of the stage that not a byte of it has moved.
+`override` changes one of them from the command line. What a stage does not name stays frozen: `freeze` takes its
+gradients away, and `fingerprints` prove at the end of the stage that not a byte of it has moved.
 """
 
 import dataclasses
 import hashlib
-import math
 import types
 import typing
 
@@ -29,13 +28,21 @@ TUNES = {  # what instruction tuning trains, by name ("Vision-Language Instructi
     "lora": ("bridge", "lora"),
     "all": ("vision", "bridge", *WORDS),
 }
-GRAFTED = ("adapters", "cross_attention", "vision_branch")  # what papers add inside the language model: it stays as it was
-IMAGE_FITS = ("crop", "pad", "stretch", "squash")
+GRAFTED = ("adapters", "cross_attention", "vision_branch")  # what papers add inside the language model stays as it was
 AUGMENTATIONS = ("none", "crop", "crop_flip")
-SCHEDULES = ("constant", "linear", "cosine", "trapezoid")
-OPTIMIZERS = ("adamw", "muon")
 PRECISIONS = ("auto", "float32", "bfloat16")
-NON_FINITE = ("stop", "skip")
+CHOICES = {  # field -> what it may be
+    "objective": tuple(TRAINABLE), "image_fit": ("crop", "pad", "stretch", "squash"), "augmentation": AUGMENTATIONS,
+    "schedule": ("constant", "linear", "cosine", "trapezoid"), "optimizer": ("adamw", "muon"), "precision": PRECISIONS,
+    "non_finite": ("stop", "skip"),
+}  # fmt: skip
+RANGES = {  # field -> where every number of it lies, ends in round brackets excluded
+    "steps": "[1, inf)", "batch_size": "[1, inf)", "micro_batch_size": "[1, inf)", "group": "[1, inf)",
+    "max_tokens": "[2, inf)", "image_size": "[1, inf)", "learning_rates": "(0, inf)", "mixture": "(0, inf)",
+    "muon_factor": "(0, inf)", "momentum": "[0, 1)", "betas": "[0, 1)", "eps": "(0, inf)", "weight_decay": "[0, inf)",
+    "layer_decay": "(0, 1]", "clip": "(0, inf)", "decay_share": "(0, 1]", "warmup_steps": "[0, inf)",
+    "start_lr_factor": "[0, 1]", "end_lr_factor": "[0, 1]",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,63 +86,49 @@ class Stage:
     summary: str = ""                  # sentence printed at the end; "{key}" becomes "43.0% → 98.5%" of that measure
 
     def __post_init__(self):
-        for field, known in (("objective", TRAINABLE), ("image_fit", IMAGE_FITS),
-                             ("augmentation", AUGMENTATIONS), ("schedule", SCHEDULES),
-                             ("optimizer", OPTIMIZERS), ("precision", PRECISIONS),
-                             ("non_finite", NON_FINITE)):
+        wrong = next(self._problems(), None)
+        if wrong:
+            raise ValueError(f"stage {self.name!r}: {wrong}")
+
+    def _problems(self):
+        """What is wrong with the values: str each."""
+        if not self.name or "." in self.name or "=" in self.name:
+            yield "a name is not empty and has no '.' and no '='"
+        for field, known in CHOICES.items():
             value = getattr(self, field)
             if value not in known:
-                raise ValueError(f"stage {self.name!r}: {field} {value!r} is unknown.{nearest(value, known)}")
+                yield f"{field} {value!r} is unknown.{nearest(value, known)}"
         for field in ("learning_rates", "layer_decay"):
             for part in getattr(self, field):
                 if part not in PARTS:
-                    raise ValueError(f"stage {self.name!r}: {field} names an unknown part {part!r}."
-                                     f"{nearest(part, PARTS)}")
-        unreached = [part for part in self.learning_rates if part not in TRAINABLE[self.objective]]
-        if unreached:
-            raise ValueError(f"stage {self.name!r}: the {self.objective} loss does not reach {unreached[0]!r}; "
-                             f"it can train {', '.join(TRAINABLE[self.objective])}")
-        self._check_ranges()
+                    yield f"{field} names an unknown part {part!r}.{nearest(part, PARTS)}"
+        for part in self.learning_rates:
+            if part not in TRAINABLE[self.objective]:
+                yield (f"the {self.objective} loss does not reach {part!r}; "
+                       f"it can train {', '.join(TRAINABLE[self.objective])}")
+        for field, interval in RANGES.items():
+            value = getattr(self, field)
+            numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+            if not all(number is None or lies_in(number, interval) for number in numbers):
+                yield f"{field} is {value}; expected: in {interval}"
+        micro = self.micro_batch_size or self.batch_size
+        if not self.learning_rates:
+            yield "learning_rates names no part, so nothing would train"
+        if not self.mixture:
+            yield "mixture names no data source"
+        if micro > self.batch_size:
+            yield f"micro_batch_size is {micro}; it lies between 1 and batch_size {self.batch_size}"
+        if self.warmup_steps >= self.steps:
+            yield f"warmup_steps is {self.warmup_steps}; it lies between 0 and steps - 1 = {self.steps - 1}"
+        if self.objective == "contrastive" and (micro != self.batch_size or self.group > 1 or self.packing):
+            yield (f"a contrastive loss compares the whole batch of {self.batch_size}, captions of all lengths: leave "
+                   "micro_batch_size, group and packing out")
 
-    def _check_ranges(self):
-        micro = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
-        rates = list(self.learning_rates.values())
-        for wrong, message in (
-            (not self.name or "." in self.name or "=" in self.name, "a name is not empty and has no '.' and no '='"),
-            (self.steps < 1, f"steps is {self.steps}; at least 1 is needed"),
-            (self.batch_size < 1, f"batch_size is {self.batch_size}; at least 1 is needed"),
-            (not 1 <= micro <= self.batch_size,
-             f"micro_batch_size is {micro}; it lies between 1 and batch_size {self.batch_size}"),
-            (self.objective == "contrastive" and micro != self.batch_size,
-             f"micro_batch_size is {micro}, but a contrastive loss compares the whole batch of {self.batch_size}: "
-             "leave micro_batch_size out"),
-            (self.group < 1, f"group is {self.group}; it is at least 1, which leaves the records as they are drawn"),
-            (self.objective == "contrastive" and (self.group > 1 or self.packing),
-             "group and packing are for language stages; a contrastive loss compares captions of all lengths"),
-            (self.max_tokens < 2, f"max_tokens is {self.max_tokens}; at least 2 are needed"),
-            (self.image_size < 1, f"image_size is {self.image_size}; at least 1 is needed"),
-            (not rates, "learning_rates names no part, so nothing would train"),
-            (not all(0 < rate < math.inf for rate in rates),
-             f"learning_rates are {rates}; each is above 0 (leave a part out to freeze it)"),
-            (not self.mixture, "mixture names no data source"),
-            (not all(0 < weight < math.inf for weight in self.mixture.values()),
-             f"mixture is {self.mixture}; each weight is above 0 (leave a source out to skip it)"),
-            (not all(0 < decay <= 1 for decay in self.layer_decay.values()),
-             f"layer_decay is {self.layer_decay}; each factor lies in (0, 1]"),
-            (not self.muon_factor > 0, f"muon_factor is {self.muon_factor}; it is above 0"),
-            (not 0 <= self.momentum < 1, f"momentum is {self.momentum}; it lies in [0, 1)"),
-            (not all(0 <= beta < 1 for beta in self.betas), f"betas are {self.betas}; each lies in [0, 1)"),
-            (not self.eps > 0, f"eps is {self.eps}; it is above 0"),
-            (not self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it is not negative"),
-            (self.clip is not None and not self.clip > 0, f"clip is {self.clip}; it is above 0, or none"),
-            (not 0 < self.decay_share <= 1, f"decay_share is {self.decay_share}; it lies in (0, 1]"),
-            (not 0 <= self.warmup_steps < self.steps,
-             f"warmup_steps is {self.warmup_steps}; it lies between 0 and steps - 1 = {self.steps - 1}"),
-            (not 0 <= self.start_lr_factor <= 1, f"start_lr_factor is {self.start_lr_factor}; it lies in [0, 1]"),
-            (not 0 <= self.end_lr_factor <= 1, f"end_lr_factor is {self.end_lr_factor}; it lies in [0, 1]"),
-        ):
-            if wrong:
-                raise ValueError(f"stage {self.name!r}: {message}")
+
+def lies_in(number, interval):
+    """Whether a number lies in an interval, written as in RANGES."""
+    low, high = map(float, interval[1:-1].split(","))
+    return low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")
 
 
 def override(stage, settings):
@@ -144,8 +137,9 @@ def override(stage, settings):
     Args:
       stage: Stage.
       settings: dict of str to str: a field's name ("steps"), or for a table "field.key" ("learning_rates.bridge"), and
-        the value. "tune" sets all learning rates at once, see `tuned`. "none" is None for an optional field and removes an entry of a table (`learning_rates.bridge=none`
-        freezes the bridge); tuples are written with commas ("0.9,0.98").
+        the value. "tune" sets all learning rates at once, see `tuned`. "none" is None for an optional field and removes
+        an entry of a table (`learning_rates.bridge=none` freezes the bridge); tuples are written with commas
+        ("0.9,0.98").
     Returns: Stage, a changed copy, checked only when all changes are in.
     Raises: ValueError if a field is unknown, a text is not of its type, or the stage would not be valid.
     """
@@ -153,45 +147,35 @@ def override(stage, settings):
     values = dict(vars(stage))
     for field, text in settings.items():
         name, _, key = field.partition(".")
+        where = f"{stage.name}.{field}"
         if field == "tune":
             values["learning_rates"] = tuned(stage.name, values["learning_rates"], text)
-            continue
-        where = f"{stage.name}.{field}"
-        if name not in hints:
+        elif name not in hints:
             raise ValueError(f"stage {stage.name!r} has no field {name!r}.{nearest(name, hints)}")
-        if typing.get_origin(hints[name]) is dict:
-            values[name] = _change_table(values[name], key, text, where)
-        elif key:
-            raise ValueError(f"{stage.name}.{name} is one value, not a table; write {stage.name}.{name}={text}")
-        else:
+        elif typing.get_origin(hints[name]) is not dict:
+            if key:
+                raise ValueError(f"{stage.name}.{name} is one value, not a table; write {stage.name}.{name}={text}")
             values[name] = _parse(hints[name], text, where)
+        elif not key:
+            raise ValueError(f"{where} is a table; write {where}.KEY={text}")
+        elif text.lower() != "none":
+            values[name] = values[name] | {key: _parse(float, text, where)}
+        elif key in values[name]:
+            values[name] = {other: value for other, value in values[name].items() if other != key}
+        else:
+            raise ValueError(f"{where}: there is no entry {key!r} to remove.{nearest(key, values[name])}")
     return Stage(**values)
 
 
 def tuned(stage_name, rates, choice):
-    """Learning rates of another choice of what a stage trains.
+    """Learning rates, part -> rate, of another choice of what a stage trains: a key of TUNES.
 
-    Args:
-      rates: dict part -> rate, as it is. choice: a key of TUNES.
-    Returns: dict part -> rate: of the choice, and of the GRAFTED parts that trained already; each as before, or at the
-      highest rate there was.
-    Raises: ValueError for an unknown choice.
+    The GRAFTED parts that trained go on; each rate is as before, or the highest that there was.
     """
     if choice not in TUNES:
         raise ValueError(f"{stage_name}.tune={choice} is unknown.{nearest(choice, TUNES)}")
     parts = (*TUNES[choice], *(part for part in GRAFTED if part in rates))
     return {part: rates.get(part, max(rates.values())) for part in parts}
-
-
-def _change_table(table, key, text, where):
-    """A copy of a dict str -> float with one entry set, or removed by "none"."""
-    if not key:
-        raise ValueError(f"{where} is a table; write {where}.KEY={text}")
-    if text.lower() != "none":
-        return table | {key: _parse(float, text, where)}
-    if key not in table:
-        raise ValueError(f"{where}: there is no entry {key!r} to remove.{nearest(key, table)}")
-    return {name: value for name, value in table.items() if name != key}
 
 
 def _parse(kind, text, where):

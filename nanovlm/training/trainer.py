@@ -4,11 +4,9 @@
         for step in range(stage.steps): records -> losses -> gradients -> step -> log -> exam, checkpoint
         prove that nothing frozen moved, measure again
 
-One process runs this loop, or a thousand do (processes.py): each reads its share of the records, and the gradient is that
-of all of them. What decides how the loop goes on is agreed upon.
-
-A run that is killed at any moment and resumed gives the same losses and the same weights, bit for bit: everything random
-comes from the seed and a position (record n of a source, torch's own random state), which is in every checkpoint.
+One process runs this loop, or a thousand do (processes.py), each with its share of the records. A run that is killed
+and resumed gives the same losses and weights, bit for bit: everything random comes from the seed and a position (record
+n of a source, torch's own random state), which is in every checkpoint.
 """
 
 import contextlib
@@ -30,7 +28,7 @@ from nanovlm.training.stages import fingerprints, text_side
 from nanovlm.training.update import make_feed, NotFinite, reading, TrainingError, Update
 
 MOST_SKIPPED = 10  # updates in a row
-POSITION = ("step", "starts", "measures", "answers", "stage_step", "skipped", "frozen")  # of a Trainer, in every checkpoint
+POSITION = ("step", "starts", "measures", "answers", "stage_step", "skipped", "frozen")  # of a Trainer, in checkpoints
 
 
 class Trainer:
@@ -40,9 +38,9 @@ class Trainer:
         self.run, self.processes, self.stop = run, run.processes, stop
         self.log = Log(run.out / "log.jsonl" if run.processes.main else None, run.recipe.log)
         self.writer, self.writing = ThreadPoolExecutor(1), None  # of checkpoints; the one that is being written
-        self.step, self.starts = 0, dict.fromkeys(run.sources, 0)  # updates that are done; records that finished stages have read
+        self.step, self.starts = 0, dict.fromkeys(run.sources, 0)  # updates done; records read in finished stages
         self.measures, self.answers = {}, []  # stage name -> "before" | "after" -> measure -> share; of the last exam
-        self.began, self.earlier = time.monotonic(), {"seconds": 0.0, "cpu_seconds": 0.0}  # in earlier processes of this run
+        self.began, self.earlier = time.monotonic(), {"seconds": 0.0, "cpu_seconds": 0.0}  # of earlier processes
 
     def train(self):
         """Train all stages, or what the last checkpoint leaves of them, and write the results.
@@ -156,7 +154,8 @@ class Trainer:
             self.log.write(stage=stage.name, step=self.step, loss=loss, lr=lr, gradient_norm=norm,
                            tokens_per_second=round(tokens / seconds), data_seconds=round(waited, 4),
                            seconds=round(self.clock()["seconds"], 3), **more)
-        bar.update(self.stage_step, None if norm is None else loss, lr, tokens / seconds, min(1.0, waited / seconds), used)
+        loss, waited = None if norm is None else loss, min(1.0, waited / seconds)
+        bar.update(self.stage_step, loss, lr, tokens / seconds, waited, used)
 
     def end(self):
         """Prove that nothing frozen has moved, measure, and say what a stage has met with."""
@@ -171,7 +170,8 @@ class Trainer:
                 f"max_tokens {stage.max_tokens}, {report.truncated_tokens:,} tokens lost")
         self.measure("after")
         if self.damage.count:
-            say(f"stage {stage.name}: {self.damage.count:,} damaged records were replaced by the next, see {self.damage.path}")
+            count, path = self.damage.count, self.damage.path
+            say(f"stage {stage.name}: {count:,} damaged records were replaced by the next, see {path}")
         for name, drawn in self.feed.state()["drawn"].items():
             self.starts[name] += drawn
 
@@ -195,12 +195,13 @@ class Trainer:
     def save(self, feed, random):
         """Write a checkpoint of the present weights; feed and random: their states after the last update."""
         run, own, tensors = self.run, {name: vars(self)[name] for name in POSITION}, self.tensors() | {"random": random}
+        report, background = self.processes.sum_up(self.report), run.args.save_in_background
         state = own | self.clock() | {
-            "stage": self.index, "report": asdict(self.processes.sum_up(self.report)), "image_size": run.model.vision.image_size,
-            "identity": run.identity, "feed": feed, "log_bytes": self.log.size(), "processes": self.processes.size}  # fmt: skip
+            "stage": self.index, "report": asdict(report), "identity": run.identity, "feed": feed,
+            "image_size": run.model.vision.image_size, "log_bytes": self.log.size(), "processes": self.processes.size}
         self.wait()
-        rest = checkpoint.begin(run.out, self.step, tensors, state, self.processes, run.args.keep, run.args.save_in_background)
-        self.writing = self.writer.submit(rest) if run.args.save_in_background else rest()
+        rest = checkpoint.begin(run.out, self.step, tensors, state, self.processes, run.args.keep, background)
+        self.writing = self.writer.submit(rest) if background else rest()
 
     def wait(self):
         """Until the checkpoint is written that was begun. Raises: CheckpointError if it could not be."""
@@ -223,8 +224,8 @@ class Trainer:
         self.log.cut(state["log_bytes"])
         say(f"continuing after step {self.step}, in stage {self.run.stages[state['stage']].name}")
         if state["processes"] != self.processes.size:
-            say(f"{state['processes']} processes wrote the checkpoint, {self.processes.size} go on: sums are taken in another "
-                "order, so the last digits of losses and weights will differ")
+            say(f"{state['processes']} processes wrote the checkpoint, {self.processes.size} go on: sums are taken in "
+                "another order, so the last digits of losses and weights will differ")
         return folders[-1], state
 
     def restore(self, folder, state):
@@ -244,19 +245,17 @@ class Trainer:
         vars(self).update({name: state[name] for name in POSITION})
 
     def ask(self, function, context=contextlib.nullcontext):
-        """What function(run) finds out about the model, in the main process: no gradient, no trace in the random state."""
+        """What function(run) finds out in the main process: no gradient, no trace in the random state."""
         def answer():
             with context():
                 return function(run)
 
         run = self.run
         with whole(run), torch.no_grad(), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-            models = [model for model in (run.model, run.contrastive) if model is not None]
-            for model in models:
-                model.eval()
+            models = torch.nn.ModuleList([model for model in (run.model, run.contrastive) if model is not None])
+            models.eval()
             found = self.processes.by_main(answer)
-            for model in models:
-                model.train()
+            models.train()
         return found
 
     def measure(self, moment):
@@ -267,7 +266,8 @@ class Trainer:
         self.log.write(stage=stage.name, step=self.step, when=moment, measures=found)
         for _, key, _, _ in string.Formatter().parse(stage.summary):
             if key is not None and key not in found:
-                raise TrainingError(f"the summary of stage {stage.name!r} names {key!r}, which is not measured.{nearest(key, found)}")
+                raise TrainingError(f"the summary of stage {stage.name!r} names {key!r}, which is not measured."
+                                    f"{nearest(key, found)}")
         if moment == "after" and stage.summary:
             before = self.measures[stage.name]["before"]
             say(stage.summary.format(**{key: f"{before[key]:.1%} → {found[key]:.1%}" for key in found}))

@@ -1,10 +1,12 @@
-"""One update of a stage: records become micro-batches, and what their losses leave in the gradients is averaged and clipped.
+"""One update of a stage: records become micro-batches, and what their losses leave in the gradients is averaged and
+clipped.
 
 A language loss is a sum over tokens and is divided by the trained tokens of the whole update, so that cutting it into
 micro-batches, or giving every process its share, changes nothing: dividing each micro-batch by its own tokens would
 count a word in a short batch for more. A contrastive loss compares all pairs and cannot be cut.
 
-A loss or a gradient that is not a number would spoil every weight with its step, so no step is taken. The stage says what
+A loss or a gradient that is not a number would spoil every weight with its step, so no step is taken. The stage says
+what
 then: non_finite="stop" ends the run with a checkpoint of the last good step, "skip" leaves out this one update.
 """
 
@@ -90,12 +92,16 @@ class MicroBatch:
     tokens: int
 
 
+def make_batch(run, stage, records, report, pack=False):
+    """The vlm.Batch of some records in a stage; report: batching.Report."""
+    return build_batch(records, run.template_of(stage), run.tokenizer, run.model.num_image_tokens, stage.image_size,
+                       stage.image_fit, stage.max_tokens, report, preprocessing=run.recipe.preprocessing, pack=pack)
+
+
 def language_batch(run, stage, records, report, num_threads):
     """A MicroBatch of some records, a vlm.Batch for each thread."""
-    batches = [build_batch(records[thread::num_threads], run.template_of(stage), run.tokenizer, run.model.num_image_tokens,
-                           stage.image_size, stage.image_fit, stage.max_tokens, report,
-                           preprocessing=run.recipe.preprocessing, pack=stage.packing)
-               for thread in range(min(num_threads, len(records)))]  # fmt: skip
+    shares = [records[thread::num_threads] for thread in range(min(num_threads, len(records)))]
+    batches = [make_batch(run, stage, share, report, stage.packing) for share in shares]
     trained = sum(int((batch.labels[:, 1:] != IGNORE).sum()) for batch in batches)
     tokens = sum(int((batch.segments >= 0).sum()) for batch in batches)
     if run.processes.size > 1 and batches[0].pixels is None:
@@ -118,7 +124,8 @@ def pairs_batch(run, stage, records, report, num_threads):
 def with_blank_picture(batch, model, image_size):
     """A vlm.Batch without pictures, and one more row that shows a blank one and trains nothing.
 
-    Of many processes every one runs every module. Loss and gradients stay as they are; what only pictures reach gets zeros.
+    Of many processes every one runs every module. Loss and gradients stay as they are; what only pictures reach gets
+    zeros.
     """
     tokens = model.num_image_tokens(image_size)
     picture = [IMAGE_TOKEN] * tokens if model.media_token is None else [model.media_token]
@@ -132,7 +139,8 @@ def with_blank_picture(batch, model, image_size):
     return dataclasses.replace(
         batch,
         ids=add(batch.ids, row, 0), labels=add(batch.labels, torch.full_like(row, IGNORE), IGNORE),
-        segments=add(batch.segments, torch.zeros_like(row), -1), positions=add(batch.positions, torch.arange(len(row)), 0),
+        segments=add(batch.segments, torch.zeros_like(row), -1),
+        positions=add(batch.positions, torch.arange(len(row)), 0),
         pixels=torch.zeros(1, 3, image_size, image_size), frames=torch.ones(1, dtype=torch.long),
         shown=torch.zeros(1, dtype=torch.long), owner=torch.tensor([len(batch.ids)]),
     )  # fmt: skip
@@ -172,7 +180,8 @@ class Update:
         make = pairs_batch if stage.objective == "contrastive" else language_batch
         parts = split(records, stage.micro_batch_size or stage.batch_size)
         with reading():
-            self.batches = run.processes.together(lambda: [make(run, stage, part, report, num_threads) for part in parts])
+            self.batches = run.processes.together(
+                lambda: [make(run, stage, part, report, num_threads) for part in parts])
 
     def micro_batches(self):
         """Each MicroBatch in turn; every process has equally many."""
@@ -182,9 +191,11 @@ class Update:
             yield self.batches[index] if index < len(self.batches) else blank(self.run, self.stage)
 
     def add(self, micro_batch, loss):
-        """Count the loss of a MicroBatch in, float[] summed over what it trains; what is not finite is raised by `average`."""
+        """Count a MicroBatch's loss in, float[] summed over what it trains; `average` raises what is not finite."""
         value = loss.item()
-        self.loss, self.trained, self.tokens = self.loss + value, self.trained + micro_batch.trained, self.tokens + micro_batch.tokens
+        self.loss += value
+        self.trained += micro_batch.trained
+        self.tokens += micro_batch.tokens
         if not math.isfinite(value) and self.failure is None:  # other processes still wait for this gradient
             origin = loss_origin(self.run, self.stage, micro_batch.inputs)
             self.failure = NotFinite(f"the loss is {value}; records: {named(micro_batch.records)}{origin}")
@@ -198,7 +209,7 @@ class Update:
         processes = self.run.processes
         processes.agree(self.failure)
         if processes.size > 1 and not any(processes.gather(any(record.visuals for record in self.records))):
-            for part in ("vision", "bridge", "vision_branch", "cross_attention"):  # blank pictures alone, as good as none
+            for part in ("vision", "bridge", "vision_branch", "cross_attention"):  # only blank pictures were shown
                 for parameter in self.run.parts()[part].values():
                     parameter.grad = None
         loss, trained, tokens = processes.sum([self.loss, self.trained, self.tokens])
@@ -215,7 +226,8 @@ class Update:
         """
         norm = total_norm([parameter.grad for parameter in self.parameters])
         if not math.isfinite(norm):
-            raise NotFinite(f"the gradient's norm is {norm.item()}; records: {named(self.records)}{gradient_origin(self.run)}")
+            found = f"the gradient's norm is {norm.item()}; records: {named(self.records)}"
+            raise NotFinite(found + gradient_origin(self.run))
         if largest is not None:
             for group in by_sharding(self.parameters):
                 torch.nn.utils.clip_grads_with_norm_(group, largest, norm)
@@ -244,7 +256,8 @@ def named(records):
 
 
 def loss_origin(run, stage, inputs):
-    """Where a loss stopped being finite: the batch goes through the model once more, and every module's output is looked at.
+    """Where a loss stopped being finite: the batch goes through the model once more, and every module's output is
+    looked at.
 
     Not with fsdp, where one process alone cannot run the model.
     """
@@ -272,7 +285,7 @@ def loss_origin(run, stage, inputs):
 
 @contextlib.contextmanager
 def watched(model):
-    """Within, the names of the modules that give out what is not finite: a list, an inner one before the one around it."""
+    """Within, the names of the modules that give out what is not finite: a list, inner ones first."""
     found = []
 
     def look(module, inputs, output, name):
@@ -294,13 +307,16 @@ def gradient_origin(run):
     The backward pass goes from the loss to the pixels and spoils all that comes behind it, so the bad gradient that is
     nearest to the loss is where it arose.
     """
-    bad = [(nearness(name), part, name) for part, parameters in run.parts().items() for name, parameter in parameters.items()
-           if parameter.grad is not None and not math.isfinite(total_norm([parameter.grad]))]  # fmt: skip
+    bad = []
+    for part, parameters in run.parts().items():
+        for name, parameter in parameters.items():
+            if parameter.grad is not None and not math.isfinite(total_norm([parameter.grad])):
+                bad.append((nearness(name), part, name))
     return f"; it arose in the part {max(bad)[1]}, at {max(bad)[2]}" if bad else ""
 
 
 def nearness(name):
-    """Where a parameter stands on the way from the pixels to the loss: (tower, bridge, words, layers, head; which layer)."""
+    """Where a parameter stands on the way from the pixels to the loss: (place of its part, which layer)."""
     order = ("vision.", "text.", "project_", "bridge.", "decoder.embedding.", "decoder.layers.", "decoder.")
     place = next((place for place, start in enumerate(order) if name.startswith(start)), len(order))
     block = BLOCK.search(name)
