@@ -3,15 +3,13 @@
     python -m nanovlm.evaluation attention out/nano --ask "what color is the star?" --draw "red star"
     python -m nanovlm.evaluation attention WITH_MAM WITHOUT_MAM --ask "what is 3 plus 4?" --image unrelated.jpg
 
-Heat: for every token of the answer, the decoder's attention from the place that predicted it to the image tokens, averaged
-over heads and layers. If the bridge is a resampler, an image token is a latent that looked at the patches itself, so
-both are multiplied: heat(token, patch) = sum over latents of decoder(token, latent) * resampler(latent, patch).
+Heat is the decoder's attention to the image tokens from the place that predicted a token of the answer, averaged over heads
+and layers. If an image token is a resampler's latent, which looked at the patches itself, both are multiplied:
+heat(token, patch) = sum over latents of decoder(token, latent) * resampler(latent, patch).
 
-Shares by layer: mPLUG-Owl2, arXiv:2311.04257, Figures 4 and 5: maps of the tokens of an answer over what stands before them,
-with and without the modality-adaptive module. The paper compares two trained models, as two folders do here; --as-text shows,
-beside each model, the same weights when image tokens are taken for words, which no training has prepared for.
-
-A map shows where information was read from, not why the answer came out as it did.
+Maps and shares by layer are those of mPLUG-Owl2, arXiv:2311.04257, Figures 4 and 5, which compare models with and without the
+modality-adaptive module. --as-text shows beside each model the same weights when image tokens are taken for words, which no
+training has prepared for. A map shows where information was read from, not why the answer came out as it did.
 
 n answer tokens, T tokens of prompt and answer, I image tokens of a picture, N patches, M pictures, L layers, H heads
 """

@@ -16,7 +16,7 @@ import csv
 import itertools
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy
@@ -28,17 +28,14 @@ WHICH = (  # our wording
     "Question: QUESTION\n\nAnswer A: ANSWER_A\n\nAnswer B: ANSWER_B\n\n"
     "Which of the two answers is better? Answer with A, B or tie."
 )
-SHEET = ("item", "model", "question", "picture", "answer", "mark")
 SHUFFLES, DRAWS, PAIRED_DRAWS = 100, 100, 2000
 START, K, SCALE = 1000.0, 32.0, 400.0  # points
 
 
 def read_answers(folders):
-    """The predictions of several runs.
+    """The predictions of several runs, from their folders or predictions.jsonl: {name: {item id: prediction}}.
 
-    Args:
-      folders: paths of what `python -m nanovlm.evaluation TASK` wrote, or of their predictions.jsonl.
-    Returns: {name: {item id: prediction}}; a name is the shortest end of its path that tells it from the others.
+    A name is the shortest end of its path that tells it from the others.
     Raises: ValueError for fewer than two, or if they have no item in common.
     """
     found = {}
@@ -59,12 +56,9 @@ def read_answers(folders):
 
 
 def rank(folders, judge, judgements, out, batch_size=16, seed=0):
-    """Compare, judge what is not judged yet, rank.
+    """Compare, judge what is not judged yet, rank: list of str, the table.
 
-    Args:
-      folders: of `read_answers`. judge, judgements: as of `protocols.ask_judge`.
-      out: folder for judgements.jsonl, judge_prompts.jsonl and ranking.json.
-    Returns: list of str, the table.
+    folders: of `read_answers`. judge, judgements: as of `protocols.ask_judge`. out: folder of its files and ranking.json.
     """
     out, answers, asked = Path(out), read_answers(folders), {}
     out.mkdir(parents=True, exist_ok=True)
@@ -121,10 +115,9 @@ def ranking(games, seed=0):
     found = {}
     for model in sorted(strengths, key=strengths.get, reverse=True):
         won = [outcome if first == model else 1 - outcome for first, second, outcome in games if model in (first, second)]
-        found[model] = {
-            "elo": elo[model], "elo interval": elo_edges[model], "bradley-terry": strengths[model],
-            "bradley-terry interval": edges[model], "wins": sum(won), "games": len(won),
-        }  # fmt: skip
+        values = elo[model], elo_edges[model], strengths[model], edges[model], sum(won), len(won)
+        names = "elo", "elo interval", "bradley-terry", "bradley-terry interval", "wins", "games"
+        found[model] = dict(zip(names, values))
     return found
 
 
@@ -174,9 +167,7 @@ def bradley_terry(games, steps=500, tolerance=1e-9):
 def bootstrap(number, measure, rng, draws):
     """95% intervals of what is measured on other draws of the same number of items: {name: (low, high)}.
 
-    Args:
-      measure: function (places int[number] of the items drawn) -> {name: float}; a draw may leave names out.
-      rng: numpy.random.Generator. draws: how many.
+    measure: function (places int[number] of the items drawn) -> {name: float}; a draw may leave names out.
     """
     found = defaultdict(list)
     for _ in range(draws):
@@ -192,10 +183,7 @@ def bootstrap(number, measure, rng, draws):
 
 
 def compare(folders, seed=0):
-    """Shares of both runs, their difference, and how many questions only one of them has (more) right: list of str.
-
-    Raises: ValueError if no question is scored in both.
-    """
+    """Shares of both runs, their difference, and how many questions only one of them has (more) right: list of str."""
     (first, one), (second, other) = read_answers(folders).items()
     kinds = {"all": []}
     for id in one:
@@ -228,7 +216,7 @@ def write_sheet(answers, path):
     """A table for one annotator, the mark left empty. answers: of `read_answers`."""
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(SHEET)
+        rows.writerow(("item", "model", "question", "picture", "answer", "mark"))
         for item in next(iter(answers.values())):
             for model, several in answers.items():
                 if item in several:
@@ -237,10 +225,7 @@ def write_sheet(answers, path):
 
 
 def read_sheets(paths):
-    """Filled sheets, one per annotator.
-
-    Returns: ({model: mean mark}, list of str: what breaks OwlEval's rules for ties, or is no mark).
-    """
+    """Filled sheets, one per annotator: ({model: mean mark}, list of str: what breaks OwlEval's rules, or is no mark)."""
     marks, breaches = defaultdict(list), []
     for path in map(Path, paths):
         sheet = defaultdict(dict)
@@ -253,13 +238,13 @@ def read_sheets(paths):
     return {model: sum(several) / len(several) for model, several in marks.items()}, breaches
 
 
-def ties_allowed(annotator, sheet, most_tied=2, most_ties=10):
+def ties_allowed(annotator, sheet):
     """What breaks the rules: list of str, one per breach. sheet: {item: {model: mark str}}."""
     breaches, ties = [], 0
     for item, marks in sheet.items():
-        wrong = {model: mark for model, mark in marks.items() if mark not in [*"12345"]}
-        breaches += [f"{annotator}, {item}: {model} has mark {mark!r}, not 1 to 5" for model, mark in wrong.items()]
-        tied = [count for mark in set(marks.values()) if (count := list(marks.values()).count(mark)) > 1]
-        breaches += [f"{annotator}, {item}: {count} models tied, {most_tied} at most" for count in tied if count > most_tied]
+        wrong = [(model, mark) for model, mark in marks.items() if mark not in [*"12345"]]
+        breaches += [f"{annotator}, {item}: {model} has mark {mark!r}, not 1 to 5" for model, mark in wrong]
+        tied = [count for count in Counter(marks.values()).values() if count > 1]
+        breaches += [f"{annotator}, {item}: {count} models tied, 2 at most" for count in tied if count > 2]
         ties += len(tied)
-    return breaches + ([f"{annotator}: {ties} ties, {most_ties} at most"] if ties > most_ties else [])
+    return breaches + ([f"{annotator}: {ties} ties, 10 at most"] if ties > 10 else [])

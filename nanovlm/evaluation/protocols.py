@@ -117,10 +117,8 @@ def judged(item, text, task):
 
 
 def rotated(items):
-    """Circular evaluation: every question as often as it has options, each time rotated by one more to the left: list of Item.
-
-    MMBench, arXiv:2307.06281. Items of a group were rotated in the benchmark's file already.
-    """
+    """Circular evaluation (MMBench, arXiv:2307.06281): every question as often as it has options, each time rotated by one more
+    to the left: list of Item. Those of a group were rotated in the benchmark's file already."""
     if any(item.group for item in items):
         return items
     found = []
@@ -136,11 +134,10 @@ def rotated(items):
 class Asker:
     """Puts items to a model in the form of its own template.
 
-    loaded: recipes.Loaded. decoding: sampler.Decoding of an answer.
-    describe: sampler.Decoding of a description that goes before every question about a picture; None = none.
-    shots: {kind: list of (Item, answer str)} that stand before a question of this kind, "" = of any other, as if they had
-      been asked.
-    num_frames: frames of a film. seed: of sampling; an item's answer depends on it and the item's id alone.
+    loaded: recipes.Loaded. decoding, describe: sampler.Decoding of an answer, and of a description that goes before every
+      question about a picture; None = none.
+    shots: {kind: list of (Item, answer str)} that stand before a question of this kind, "" = of any other.
+    num_frames: of a film. seed: of sampling; an answer depends on it and the item's id alone.
     border: pixels of black around every picture (OwlEval as Lynx shows it: 8).
     """
 
@@ -154,38 +151,38 @@ class Asker:
 
     def replies(self, items):
         """Answers: list of str."""
-        return self._reply(items, self._descriptions(items), self.decoding)
+        return self._reply(items, self._talks(items), self.decoding)
 
     def losses(self, items, options):
         """How unlikely each option, a list of str per item, is as the answer: of `score_choices`."""
-        template, tokenizer, descriptions, choices = self.loaded.template, self.loaded.tokenizer, self._descriptions(items), []
-        for item, description, several in zip(items, descriptions, options):
-            last = templates.prompt(self._conversation(item, description)[0], template)[-1]
+        template, tokenizer, talks, choices = self.loaded.template, self.loaded.tokenizer, self._talks(items), []
+        for (turns, _), several in zip(talks, options):
+            last = templates.prompt(turns, template)[-1]
             continues = last.visual is None and last.special is None
             choices.append([tokenizer.encode(template.answer_prefix + one, continues=continues) for one in several])
-        prompts = self._prompts(items, descriptions, max(len(ids) for several in choices for ids in several))
+        prompts = self._prompts(talks, max(len(ids) for several in choices for ids in several))
         inputs = [prompt.visual_inputs for prompt in prompts]
         return score_choices(self.loaded.model, [prompt.row.ids for prompt in prompts], choices, inputs)
 
-    def _descriptions(self, items):
-        """What is said before each question: list of str, or of None without `describe` or a picture."""
-        if self.describe is None:
-            return [None] * len(items)
-        shown = [replace(item, id=f"{item.id}/description", question=DESCRIBE) for item in items if item.media]
-        told = iter(self._reply(shown, [None] * len(shown), self.describe))
-        return [next(told) if item.media else None for item in items]
-
-    def _reply(self, items, descriptions, decoding):
-        prompts = self._prompts(items, descriptions, decoding.max_new_tokens)
+    def _reply(self, items, talks, decoding):
+        prompts = self._prompts(talks, decoding.max_new_tokens)
         return reply(self.loaded, prompts, decoding, [f"{self.seed}/{item.id}" for item in items])
 
-    def _prompts(self, items, descriptions, max_new_tokens):
-        """Items as the model reads them: list of answer.Prompt; a picture that several show is one tensor."""
-        pixels, talks = {}, map(self._conversation, items, descriptions)
+    def _prompts(self, talks, max_new_tokens):
+        """Talks as the model reads them: list of answer.Prompt; a picture that several show is one tensor."""
+        pixels = {}
         return [make_prompt(self.loaded, turns, visuals, max_new_tokens, pixels) for turns, visuals in talks]
 
-    def _conversation(self, item, description):
-        """(turns, visuals of all of them) of a question behind the shots and the description."""
+    def _talks(self, items):
+        """Of each item what `_talk` gives, behind a description where one is wanted and there is a picture: list."""
+        if self.describe is None:
+            return list(map(self._talk, items))
+        shown = [replace(item, id=f"{item.id}/description", question=DESCRIBE) for item in items if item.media]
+        told = iter(self._reply(shown, map(self._talk, shown), self.describe))
+        return [self._talk(item, next(told) if item.media else None) for item in items]
+
+    def _talk(self, item, description=None):
+        """(turns, visuals of all of them) of a question behind the shots and a description."""
         exchanges = [*self.shots.get(item.kind, self.shots.get("", ()))]
         if description is not None:
             exchanges.append((replace(item, question=DESCRIBE), description))
@@ -195,8 +192,7 @@ class Asker:
             places = range(len(visuals), len(visuals) + len(asked.media))
             visuals += [self._visual(one, asked.is_clip) for one in asked.media]
             turns.append(Turn("user", (*places, asked.question)))
-            if answer is not None:
-                turns.append(Turn("assistant", (answer,)))
+            turns += [] if answer is None else [Turn("assistant", (answer,))]
         return turns, visuals
 
     def _visual(self, source, is_clip):
@@ -304,10 +300,9 @@ GRADED = (  # MM-Vet's task (arXiv:2308.02490, Sec. 3.3) with our wording and ex
 def ask_judge(asked, judge, judgements, out, batch_size):
     """What the judge says: {id: text}. What it has said before, or the file `judgements` tells, is not asked for again.
 
-    Args:
-      asked: {id: prompt}. judge: function list of prompts -> list of texts; None = no one: what has no judgement is written
-        to judge_prompts.jsonl.
-      judgements: path of a file {"id", "judgement"} a line, or "". out: Path of the folder of judgements.jsonl.
+    asked: {id: prompt}; those that stay without a judgement are written to judge_prompts.jsonl.
+    judge: function list of prompts -> list of texts, or None. judgements: path of a file {"id", "judgement"} a line, or "".
+    out: Path of the folder of judgements.jsonl.
     """
     file, told = JsonLines(out / "judgements.jsonl"), {}
     for where, record in read_records(judgements) if judgements else ():
@@ -343,8 +338,7 @@ def parse_verdict(text):
 def parse_score(text):
     """(verdict as in `parse_verdict`, mark int or None): yes or no anywhere, and the first whole number from 0 to 5.
 
-    Reads plain words as well as the dictionaries that GPT judges like to write; 0 to 5 as in the public script, the paper
-    says 1 to 5.
+    So plain words are read, and the dictionaries that GPT judges like to write. The paper says 1 to 5, its script 0 to 5.
     """
     verdict = re.search(r"\b(yes|no)\b", text.lower())
     marks = re.findall(r"(?<![\d.])0*[0-5](?![\d]|\.\d)", text)

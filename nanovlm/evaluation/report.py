@@ -21,12 +21,9 @@ MOST_BARS = 40
 
 
 def write(folder, settings, task, predictions, reading, items):
-    """Write report.json, report.txt, classes.png, worst.png and the submission file into a folder.
+    """Write report.json, report.txt, classes.png, worst.png and the submission file: list of str, what to print.
 
-    Args:
-      folder: Path. settings: dict, how the run was made. task: tasks.Task. predictions: list of dict.
-      reading: items.Reading of the benchmark. items: list of those Items that were asked.
-    Returns: list of str, what to print.
+    settings: dict, how the run was made. reading: items.Reading of the benchmark. items: those Items that were asked.
     """
     scores, rows = (task.summarise(predictions) if predictions else {}), classes(predictions)
     missing = {item.id: [str(path) for path in item.missing] for item in reading.items if item.missing}

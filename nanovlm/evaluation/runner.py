@@ -22,12 +22,10 @@ JUDGE_REQUESTS = 4  # under way at once
 
 
 def run(args, loaded, judge=None):
-    """Ask everything that has no answer yet, then write the report.
+    """Ask everything that has no answer yet, then write the report: (list of str to print, int number of answers).
 
-    Args:
-      args: the flags of `python -m nanovlm.evaluation TASK`. loaded: recipes.Loaded.
-      judge: function list of prompts -> list of texts, for `protocols.judged`; None = only args.judgements.
-    Returns: (list of str, what to print; int, how many answers there are).
+    args: the flags of `python -m nanovlm.evaluation TASK`. loaded: recipes.Loaded.
+    judge: function list of prompts -> list of texts, for `protocols.judged`; None = only args.judgements.
     Raises: FileNotFoundError or ValueError, in words for the user, before anything is asked.
     """
     task, name, out = TASKS[args.task], args.task, Path(args.out)
@@ -81,10 +79,7 @@ def run(args, loaded, judge=None):
 
 
 def choose_shots(items, task, args):
-    """What stands before the questions: ({kind: list of Item}, "" = of every other kind; the items that are left to ask).
-
-    Raises: ValueError if args.shots_split holds too few.
-    """
+    """What stands before the questions: ({kind: list of Item}, "" = of every other kind; the items that are left to ask)."""
     number = args.shots
     if not (number and args.shots_split):
         return {"": items[:number]}, items[number:]
@@ -107,10 +102,7 @@ def shot_answer(item, task):
 
 
 def answers(batch, asker, task, problems):
-    """Predictions of a batch. If it breaks, its items are asked alone, and those that break become problems.
-
-    problems: list of str, which receives a damaged picture or a question that is too long.
-    """
+    """Predictions of a batch. If it breaks, its items are asked alone; damaged pictures and questions too long become problems."""
     try:
         return protocols.predictions(batch, asker, task)
     except ValueError as error:

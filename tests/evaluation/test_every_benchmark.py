@@ -251,14 +251,14 @@ def test_files_for_official_programs(run):
 
 
 def test_shots_of_another_split_are_those_of_the_questions_kind(run, monkeypatch):
-    seen, put = [], protocols.Asker._conversation
+    seen, talk = [], protocols.Asker._talk
 
-    def look(self, item, description):
-        turns, visuals = put(self, item, description)
+    def look(self, item):
+        turns, visuals = talk(self, item)
         seen.append([turn.text for turn in turns])
         return turns, visuals
 
-    monkeypatch.setattr(protocols.Asker, "_conversation", look)
+    monkeypatch.setattr(protocols.Asker, "_talk", look)
     _, told, _ = run("mmlu", "--shots", "1", "--shots-split", "dev")
     assert told["answered"] == 3 and told["shots"] == ["anatomy/0", "law/0"]
     letters = "\nA. red\nB. blue\nC. yes\nD. no\nAnswer:"

@@ -175,12 +175,12 @@ def test_sampled_answers_do_not_depend_on_the_batch(loaded):
 
 def test_shots_and_descriptions_stand_before_the_question(loaded, red, blue):
     default, shots = loaded.decodings["default"], [(Item("s", "what color is this?", media=(red,)), "red")]
-    turns, visuals = Asker(loaded, default, shots={"": shots})._conversation(Item("1", "and this?", media=(blue,)), "it is blue")
+    turns, visuals = Asker(loaded, default, shots={"": shots})._talk(Item("1", "and this?", media=(blue,)), "it is blue")
     assert [turn.parts for turn in turns] == [
         (0, "what color is this?"), ("red",), (1, "describe the image."), ("it is blue",), ("and this?",)
     ]  # fmt: skip
     assert [visual.frames for visual in visuals] == [(red,), (blue,)]
-    turns, _ = Asker(loaded, default, shots={"": shots, "k": []})._conversation(Item("1", "this?", kind="k"), None)
+    turns, _ = Asker(loaded, default, shots={"": shots, "k": []})._talk(Item("1", "this?", kind="k"))
     assert [turn.parts for turn in turns] == [("this?",)]
     asked = [Item("1", "what?", media=(blue,)), Item("2", "what?")]
     (description,) = Asker(loaded, Decoding(max_new_tokens=3)).replies([Item("1", "describe the image.", media=(blue,))])
