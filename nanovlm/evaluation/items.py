@@ -59,10 +59,14 @@ class Reading:
     items: list = field(default_factory=list)
     problems: list = field(default_factory=list)
 
-    def collect(self, records, make):
-        """Add the items that `make(record, place)` gives for (where, record) pairs; a record that breaks is a problem."""
+    def collect(self, records, make, word=""):
+        """Add the items that `make(record, place)` gives; a record that breaks is a problem.
+
+        records: (where, record) pairs, or with a word of what they are, plain records.
+        """
         known = {item.id for item in self.items}
-        for place, (where, record) in enumerate(records):
+        for place, record in enumerate(records):
+            where, record = (f"{word} {place}", record) if word else record
             try:
                 if isinstance(record, Exception):
                     raise record
@@ -79,7 +83,7 @@ class Reading:
 
 
 def read_text(path):
-    """A text file, perhaps compressed: str. Raises: ValueError naming the file if it is no text."""
+    """A text file, perhaps compressed: str. Raises: ValueError naming the file."""
     data = Path(path).read_bytes()
     try:
         return (gzip.decompress(data) if data[:2] == json_files.PACKED else data).decode("utf-8-sig")
@@ -97,10 +101,7 @@ def read_json(path):
 
 
 def read_records(path):
-    """Records of a file: a list, JSON lines, or objects in a row; see data/json_files.py.
-
-    Returns: list of (where, record); what cannot be read is a ValueError in place of the record.
-    """
+    """(where, record) pairs of a file, see data/json_files.py; what cannot be read is a ValueError in place of the record."""
     found = []
     try:
         for element in json_files.records(path):
@@ -108,11 +109,6 @@ def read_records(path):
     except ValueError as error:  # there is no going on behind it
         found.append((str(path), error))
     return found
-
-
-def numbered(records, word):
-    """(where, record) pairs of a list."""
-    return [(f"{word} {place}", record) for place, record in enumerate(records)]
 
 
 def find(folder, *patterns, split=""):
@@ -128,8 +124,7 @@ def find(folder, *patterns, split=""):
         raise FileNotFoundError(f"{folder}: no such file or folder; --data names the benchmark's files")
     for pattern in patterns:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
-        if len(found) > 1:
-            found = [path for path in found if split and split in path.name] or found
+        found = [path for path in found if split and split in path.name] or found
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise ValueError(f"{folder} holds several files that fit: {names}; give one of them, or --split")

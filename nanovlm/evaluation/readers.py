@@ -12,7 +12,7 @@ from pathlib import Path
 from nanovlm.data.easy_vqa import EasyVQA
 from nanovlm.data.scene_questions import Scenes
 from nanovlm.evaluation.items import (
-    coco_picture, Encoded, find, Item, numbered, picture, read_json, read_records, read_text, Reading,
+    coco_picture, Encoded, find, Item, picture, read_json, read_records, read_text, Reading,
 )
 
 csv.field_size_limit(1 << 30)  # a picture in base64 is one field
@@ -31,9 +31,8 @@ def members(path):
 def reads(*patterns, split="", records=read_records):
     """Makes a reader of one file from what makes an item of one of its records.
 
-    Args:
-      patterns: of the file's name, {} being the split; the first that fits counts. split: the usual one.
-      records: function path -> (where, record) pairs.
+    patterns: of the file's name, {} being the split; the first that fits counts. split: the usual one.
+    records: function path -> (where, record) pairs.
     """
 
     def reader(make):
@@ -71,17 +70,17 @@ def vqa(data, pictures, split):
         kind = truth.get("answer_type") or truth.get("question_type", "")
         return Item(str(id), one["question"], tuple(truth.get("answers", ())), kind, media=(path,), submit=id)
 
-    return Reading().collect(numbered(questions, "question"), make)
+    return Reading().collect(questions, make, "question")
 
 
 def text_vqa(data, pictures, split):
     """TextVQA's own file, {"data": [...]}; beside it, if there, the Rosetta OCR tokens."""
-    questions, ocr = read_json(find(data, "TextVQA_0*.json", split=split))["data"], {}
+    questions = read_json(find(data, "TextVQA_0*.json", split=split))["data"]
     try:
         rosetta = read_json(find(data, "TextVQA_Rosetta*.json", split=split))["data"]
-        ocr = {one["image_id"]: one["ocr_tokens"] for one in rosetta}
     except (FileNotFoundError, KeyError):
-        pass  # the task without OCR tokens needs none
+        rosetta = []  # the task without OCR tokens needs none
+    ocr = {one["image_id"]: one.get("ocr_tokens", []) for one in rosetta}
 
     def make(one, place):
         id, image, answers = one["question_id"], one["image_id"], tuple(one.get("answers", ()))
@@ -89,7 +88,7 @@ def text_vqa(data, pictures, split):
         path = picture(pictures, f"{image}.jpg", f"{image}.png")
         return Item(str(id), one["question"], answers, media=(path,), extra=extra, submit=id)
 
-    return Reading().collect(numbered(questions, "question"), make)
+    return Reading().collect(questions, make, "question")
 
 
 @reads("{}.json", "*.json", split="val")
@@ -135,7 +134,7 @@ def captions(data, pictures, split):
 
     split = split or "test"
     chosen = [one for one in content["images"] if one.get("split", split) == split]
-    return Reading().collect(numbered(chosen, "picture"), make)
+    return Reading().collect(chosen, make, "picture")
 
 
 def easy_vqa(data, pictures, split):
@@ -263,7 +262,7 @@ def seed_bench(data, pictures, split):
             options=tuple(str(one[f"choice_{letter}"]) for letter in "abcd"),
         )  # fmt: skip
 
-    return Reading().collect(numbered(content["questions"], "question"), make)
+    return Reading().collect(content["questions"], make, "question")
 
 
 ROTATED = 1_000_000  # MMBench's circular files: question n rotated by k options has the index n + k · ROTATED

@@ -28,15 +28,11 @@ def write(folder, settings, task, predictions, reading, items):
     scores, rows = (task.summarise(predictions) if predictions else {}), classes(predictions)
     missing = {item.id: [str(path) for path in item.missing] for item in reading.items if item.missing}
     report = settings | {
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "torch": torch.__version__,
-        "answered": len(predictions),
-        "missing": missing,
-        "problems": reading.problems,
-        "scores": scores,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "torch": torch.__version__,
+        "answered": len(predictions), "missing": missing, "problems": reading.problems, "scores": scores,
         "classes": [dict(zip(("class", "answers", "share", "interval"), row)) for row in rows],
         "mean score": mean(predictions),
-    }
+    }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     name = f"{settings['task']}, {settings['model']}: {len(predictions)} answers, seed {settings['seed']}"
     lines = [name, "", *table(scores, rows)]

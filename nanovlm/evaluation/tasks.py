@@ -49,7 +49,8 @@ class Task:
 short, likely = partial(Task, protocols.short_answer), partial(Task, protocols.choice, way="likelihood")
 vqa = partial(short, score="vqa", submission=report.records("question_id", "answer"))
 lettered = partial(Task, protocols.choice, prompt=LETTER, way="letter", parse=parse_letter, summarise=report.lettered)
-yes_no, captioned = partial(Task, protocols.yes_no), partial(Task, protocols.caption, summarise=report.captions)
+yes_no = partial(Task, protocols.yes_no)
+captioned = partial(Task, protocols.caption, readers.captions, DESCRIBE, report.captions, CAPTION_PRESETS)
 pope = partial(yes_no, readers.pope, SHORT, report.pope, submission=report.pope_submission)
 judged = partial(Task, protocols.judged, prompt=PLAIN, summarise=report.judged)
 
@@ -66,10 +67,8 @@ TASKS = {
     "video_qa": short(readers.video_qa, SHORT, score="lower"),
     "easy_vqa": short(readers.easy_vqa, PLAIN, presets=("default",)),
     "scenes": short(readers.scenes, PLAIN, presets=("default",)),
-    "coco_caption": captioned(
-        readers.captions, DESCRIBE, presets=CAPTION_PRESETS, submission=report.records("image_id", "caption")
-    ),
-    "flickr30k": captioned(readers.captions, DESCRIBE, presets=CAPTION_PRESETS),
+    "coco_caption": captioned(submission=report.records("image_id", "caption")),
+    "flickr30k": captioned(),
     "pope": pope(parse=parse_pope),
     "pope_strict": pope(parse=parse_strict),
     "mme": yes_no(
@@ -77,9 +76,7 @@ TASKS = {
     ),
     "seed_bench": likely(readers.seed_bench, SEED, submission=report.letter_lines),
     "seed_bench_mean": likely(readers.seed_bench, SEED, way="likelihood_mean"),
-    "mmbench": lettered(
-        readers.mmbench, summarise=report.circular, prepare=protocols.rotated, submission=report.mmbench
-    ),
+    "mmbench": lettered(readers.mmbench, summarise=report.circular, prepare=protocols.rotated, submission=report.mmbench),
     "science_qa": lettered(
         readers.science_qa, summarise=report.science_qa, parse=parse_science_qa, submission=report.science_qa_submission
     ),
@@ -89,9 +86,7 @@ TASKS = {
     "arc": likely(readers.arc, SEED),
     "open_vqa": judged(readers.open_vqa, presets=("open_vqa_image", "default")),
     "open_vqa_video": judged(readers.open_vqa_video, presets=("open_vqa_video", "default")),
-    "mm_vet": judged(
-        readers.mm_vet, way="share", presets=("default",), summarise=report.mm_vet, submission=report.by_id
-    ),
+    "mm_vet": judged(readers.mm_vet, way="share", presets=("default",), summarise=report.mm_vet, submission=report.by_id),
     "video_qa_score": judged(readers.video_qa, way="score", presets=("default",)),
     "owleval": judged(readers.owl_eval, presets=("owleval", "default"), border=8),
     "visit_bench": judged(readers.visit_bench, presets=("visit_bench", "default")),

@@ -39,13 +39,10 @@ def parse_strict(text):
 
 
 def mme_scores(by_task):
-    """Scores of all tasks and the two sums.
+    """Scores of all tasks and the two sums, if none of their tasks is missing: {"TASK score": 0 to 200, …, "perception", …}.
 
-    Args:
-      by_task: {task: list of (picture, prediction, truth)}; prediction "yes", "no" or "other", truth "yes" or "no". A
-        picture without two answers is left out.
-    Returns: {"TASK score": float between 0 and 200, …, "perception", "cognition"}; a sum only if none of its tasks is
-      missing.
+    by_task: {task: list of (picture, prediction, truth)}; prediction "yes", "no" or "other", truth "yes" or "no". A picture
+      without two answers is left out.
     """
     scores = {}
     for task, answers in by_task.items():
@@ -82,10 +79,8 @@ def yes_no_scores(pairs):
 
 
 def pope_scores(by_split):
-    """Scores of each split, and the mean of their F1 as LLaVA reports it.
+    """Scores of each split, {split: pairs as in `yes_no_scores`}, and the mean of their F1 as LLaVA reports it.
 
-    Args:
-      by_split: {split: pairs as in `yes_no_scores`}.
     Returns: {"SPLIT accuracy": float, …, "mean f1": float}.
     """
     scores = {split: yes_no_scores(pairs) for split, pairs in by_split.items()}

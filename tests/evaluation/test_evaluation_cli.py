@@ -195,15 +195,6 @@ def test_an_endpoint_judges_and_one_that_fails_leaves_a_run_that_goes_on(start, 
     assert "pip install openai" in start("open_vqa", "--judge-endpoint", "gpt-x").err
 
 
-def test_submission_files(start, tmp_path):
-    questions = [{"question_id": 7, "image_id": "a.png", "question": "what?"}]
-    (tmp_path / "test_questions.json").write_text(json.dumps({"questions": questions}))
-    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
-    done = start("vqav2")
-    (entry,) = json.loads((done.folder / "submission.json").read_text())
-    assert entry["question_id"] == 7 and isinstance(entry["answer"], str)
-
-
 def test_choices_run_through_a_model(start, tmp_path):
     (tmp_path / "biology_test.csv").write_text("what?,red,blue,yes,no,B\nwhat color?,red,blue,red blue,no,A\n")
     done = start("mmlu", "--batch-size", "1")
