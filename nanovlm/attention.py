@@ -23,18 +23,14 @@ BACKENDS = ("reference", "sdpa", "triton")
 class Visible:
     """The interval of keys that each query may attend to.
 
-    first: int[B or 1, T], the first visible key.
-    stop: int[B or 1, T], one past the last visible key; stop <= first: the query sees nothing.
-    pattern: "causal" (lower triangle over as many keys as queries), "full" (every key), "documents" (causal ones side
-      by side, of `lengths`) or "intervals" (anything); a hint that lets a backend leave the mask out, never more than
-      the intervals say.
-    lengths: tuple of int, tokens of each document; empty for other patterns.
+    `pattern` is a hint that lets a backend leave the mask out: "causal" (lower triangle over as many keys as queries),
+    "full" (every key), "documents" (causal ones side by side) or "intervals" (anything).
     """
 
-    first: Tensor
-    stop: Tensor
+    first: Tensor  # int[B or 1, T], the first visible key
+    stop: Tensor  # int[B or 1, T], one past the last visible key; stop <= first: the query sees nothing
     pattern: str = "intervals"
-    lengths: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()  # of "documents": tokens of each
 
     def mask(self, num_keys):
         """Draw the intervals as bool[B or 1, T, num_keys]; True = may attend."""
@@ -111,10 +107,7 @@ def sincos(num_places, width, device=None):
 
 
 def sincos_positions(num_patches, width, device=None):
-    """The start of a position table, float[num_patches, width]: the first half tells the row, the second the column.
-
-    Source: Better plain ViT baselines, arXiv:2205.01580, Sec. 3.
-    """
+    """Places of a square grid, float[num_patches, width]: half tells the row, half the column (arXiv:2205.01580, Sec. 3)."""
     side = math.isqrt(num_patches)
     axis = sincos(side, width // 2, device)
     rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)
@@ -180,13 +173,12 @@ def sdpa(q, k, v, visible):
 
 
 def multi_head(q, k, v, num_heads, backend="sdpa", visible=None, maps=None):
-    """Attend head by head, as towers and bridges do.
+    """Attend head by head, as towers and bridges do: float[B, T, H * D].
 
     Args:
       q: float[B, T, H * D]. k, v: float[B, S, H * D], projected already. num_heads: H.
       visible: Visible over the S keys; None = every query sees every key.
       maps: list that receives the weights float[B, H, T, S], for plots.
-    Returns: float[B, T, H * D].
     """
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # B H T|S D
     visible = full(q.shape[2], k.shape[2], q.device) if visible is None else visible
@@ -196,13 +188,12 @@ def multi_head(q, k, v, num_heads, backend="sdpa", visible=None, maps=None):
 
 
 def attention(q, k, v, visible, backend="sdpa"):
-    """Attend, by the backend asked for.
+    """Attend, by the backend asked for: float[B, H, T, D]; zeros where a query sees nothing.
 
     Args:
       q: float[B, H, T, D]. k, v: float[B, K, S, D], H a multiple of K (grouped queries).
       visible: Visible, intervals over the S keys.
       backend: "reference", "sdpa", or "triton" (flash_attention.py; a GPU and heads of at most 128 channels).
-    Returns: float[B, H, T, D]; zeros where a query sees nothing.
     Raises: ValueError for an unknown backend or head counts that do not divide.
     """
     if q.shape[1] % k.shape[1]:

@@ -23,11 +23,9 @@ class KeyValueCache:
         self.length = 0
 
     def update(self, layer_index, k, v):
-        """Write one layer's keys and values behind the cursor; the cursor itself stays, see `advance`.
+        """Write one layer's k, v float[B, H, T, D] behind the cursor, which stays; see `advance`.
 
-        Args: k, v: float[B, H, T, D].
         Returns: (k, v) float[B, H, length + T, D], all columns written so far; views, valid until the next update.
-        Raises: ValueError if the columns are full or the rows are not as many as the cache's.
         """
         self.check_room(k.shape[2], len(k))
         buffer, stop = self.layers[layer_index], self.length + k.shape[2]
@@ -47,10 +45,7 @@ class KeyValueCache:
         self.length += num_tokens
 
     def select_rows(self, rows):
-        """Go on with other rows, to drop finished ones or spread a prompt over its beams: row r continues old row rows[r].
-
-        Args: rows: list of R int. No more than before stay in the memory they have, and only those that move are copied.
-        """
+        """Go on with other rows, list of int: row r continues old row rows[r]. Only those that move are copied."""
         buffer = self.layers[0]
         if len(rows) > buffer.shape[1]:
             rows = torch.tensor(rows, device=buffer.device)
@@ -64,11 +59,9 @@ class KeyValueCache:
         self.layers = [buffer[:, : len(rows)] for buffer in self.layers]
 
     def copy_rows(self, rows, sources, first_column=0):
-        """Give some rows the histories of others, as beams do after a step.
+        """Row rows[n] goes on with what row sources[n] holds now, as beams do after a step; both int64[N].
 
-        Args:
-          rows, sources: int64[N], row rows[n] goes on with what row sources[n] holds now.
-          first_column: columns before it stay: beams of one prompt share its keys and values.
+        first_column: columns before it stay: beams of one prompt share its keys and values.
         """
         for buffer in self.layers:
             written = buffer[:, :, :, first_column : self.length]

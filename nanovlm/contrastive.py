@@ -79,10 +79,7 @@ class TextTower(nn.Module):
 
 
 class BidirectionalTextTower(TextTower):
-    """SigLIP's text side: every token sees every token, and the last position is the feature.
-
-    Args: pad_id: fills a caption up to the context length, as in training; 1 in SigLIP. Others: see TextTower.
-    """
+    """SigLIP's text side: every token sees every token; pad_id fills a caption up to the context, its end is the feature."""
 
     def __init__(self, vocab_size, width, num_layers, num_heads, mlp_width, context_length, pad_id,
                  activation="gelu_tanh", norm_eps=1e-6):  # fmt: skip
@@ -100,8 +97,7 @@ def info_nce(logits, right):
     """CLIP's symmetric loss: each picture picks among all captions, each caption among all pictures.
 
     Args: logits: float[B, C]. right: bool[B, C], True where caption j is right for picture i; each has at least one.
-    Returns: float[], mean of the means over pictures and over captions, nats.
-    Source: CLIP, Fig. 3; UniCL, Eq. 3 for several right answers.
+    Returns: float[], mean of the means over pictures and over captions, nats (CLIP, Fig. 3; UniCL, Eq. 3).
     """
     target = right.float()
     to_texts = -(target / target.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)
@@ -110,10 +106,7 @@ def info_nce(logits, right):
 
 
 def sigmoid_loss(logits, right):
-    """SigLIP's loss, of every pair by itself: float[], summed over captions and averaged over pictures, nats.
-
-    Args: as in `info_nce`. Source: SigLIP, Sec. 3.2 and Algorithm 1.
-    """
+    """SigLIP's loss, of every pair by itself: summed over captions, averaged over pictures (Sec. 3.2, Algorithm 1)."""
     return -F.logsigmoid(torch.where(right, logits, -logits)).sum(dim=1).mean()
 
 

@@ -83,15 +83,14 @@ class DecoderConfig:
             if value not in known:
                 raise ValueError(f"{field} {value!r} is unknown.{nearest(value, known)}")
         if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
-            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads}, and that one of "
-                             f"num_kv_heads {self.num_kv_heads}")
+            heads = f"num_heads {self.num_heads}, and that one of num_kv_heads {self.num_kv_heads}"
+            raise ValueError(f"width {self.width} must be a multiple of {heads}")
         if self.num_rotary % 2 or not 0 <= self.num_rotary <= self.head_width:
             raise ValueError(f"{self.num_rotary} of a head's {self.head_width} channels turn; expected an even number of them")
         if self.head_bias and self.tied_head:
             raise ValueError("head_bias with tied_head: an embedding table has no bias; leave one of them out")
         if any(options.cross_attention for options in self.layers) != (self.cross_attention_width is not None):
-            raise ValueError(f"cross_attention_width {self.cross_attention_width}: a decoder has it if and only if layers "
-                             "have cross_attention=True")
+            raise ValueError(f"cross_attention_width {self.cross_attention_width} belongs to layers with cross_attention=True")
 
     @property
     def head_width(self):
@@ -155,10 +154,7 @@ class GatedFeedForward(nn.Module):
         self.up = nn.Linear(width, ffn_width, bias)
         self.down = nn.Linear(ffn_width, width, bias)
 
-    @property
-    def output(self):
-        """The projection that writes into the residual stream."""
-        return self.down
+    output = property(lambda self: self.down)  # the projection that writes into the residual stream
 
     def forward(self, x):
         """x float[..., W] -> the same shape."""
@@ -174,10 +170,7 @@ class PlainFeedForward(nn.Module):
         self.fc_1 = nn.Linear(width, ffn_width, bias)
         self.fc_2 = nn.Linear(ffn_width, width, bias)
 
-    @property
-    def output(self):
-        """The projection that writes into the residual stream."""
-        return self.fc_2
+    output = property(lambda self: self.fc_2)
 
     def forward(self, x):
         """x float[..., W] -> the same shape."""
@@ -250,7 +243,7 @@ class Decoder(nn.Module):
                     linear.weight.mul_((2 * len(self.layers)) ** -0.5)
 
     def forward(self, embeddings, positions, visible, modality, cache=None, out=None, media=None, only_fill=False):
-        """Run the layers.
+        """Run the layers: float[B, T, W], normalised hidden states, which `logits` turns into scores.
 
         Args:
           embeddings: float[B, T, W]. positions: int[B, T], for rotary angles or the learned table.
@@ -260,8 +253,7 @@ class Decoder(nn.Module):
           out: dict; when given, out["attention"] becomes a list over layers of float[B, H, T, S], and, with media,
             out["cross_attention"] one over the layers that have it.
           media: cross_attention.Media, what the cross-attention layers read; None = no picture.
-          only_fill: nothing is wanted but the keys and values in the cache, so the last layer ends with them.
-        Returns: float[B, T, W], normalised hidden states, which `logits` turns into scores; None with only_fill.
+          only_fill: the last layer ends with its keys and values in the cache, and None is returned.
         """
         cos, sin = rope_tables(positions, self.config.num_rotary, self.config.rope_base)
         adaptive = any(options.modality_adaptive for options in self.config.layers)

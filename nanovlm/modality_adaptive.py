@@ -61,12 +61,9 @@ def sort(modality):
 
 
 def route(modality, in_place=None):
-    """Find the tokens of each modality; a batch of text alone needs no routing at all.
+    """The Routing of int[B, T]; None = all text, known without looking.
 
-    Args:
-      modality: int[B, T]; None = all text, known without looking.
-      in_place: whether for `ModalityAdaptive.in_place`; None = on a GPU, where Triton is installed.
-    Returns: Routing.
+    in_place: whether for `ModalityAdaptive.in_place`; None = on a GPU, where Triton is installed.
     """
     if modality is None:
         return Routing(None, None, None)

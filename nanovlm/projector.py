@@ -71,10 +71,7 @@ class PixelShuffleProjector(nn.Module):
         self.position_scale = nn.Parameter(torch.full((output_width,), 0.3)) if positions else None
 
     def num_image_tokens(self, num_patches, num_frames=1):
-        """One token per square of `merge` x `merge` patches.
-
-        Raises: ValueError unless the patches form a grid that divides into such squares.
-        """
+        """One token per square of patches. Raises: ValueError unless they form a grid that divides into such squares."""
         side = math.isqrt(num_patches)
         if side * side != num_patches or side % self.merge:
             raise ValueError(f"{num_patches} patches are no square grid of {self.merge} x {self.merge} squares")

@@ -16,12 +16,13 @@ import os
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # compute capability -> product, weight gradient: (columns of the output, summed at a time, warps, stages)
 TILES = {90: ((256, 64, 8, 3), (256, 64, 8, 3)), 80: ((128, 32, 8, 3), (128, 32, 8, 3))}
-EXACT = ((64, 32, 8, 1), (64, 32, 8, 1))  # float32
+EXACT = (64, 32, 8, 1)  # float32
 
 
 @triton.jit
@@ -72,31 +73,24 @@ def weight_kernel(dy, x, text, vision, order, text_end, length, num_rows, num_in
     tl.store(places, acc.to(weight.dtype.element_ty), mask=(outs[:, None] < num_out) & (ins[None, :] < num_in))
 
 
-def tiles_for(x):
-    """The two kernels' tiles, by type and the GPU's kind."""
-    if x.dtype == torch.float32 or x.device.type != "cuda":
-        return EXACT
-    return TILES[90 if torch.cuda.get_device_capability(x.device) == (9, 0) else 80]
-
-
-def options(order, tile):
-    """A tile as a launch wants it; order's second size is that of a tile of rows."""
-    columns, summed, warps, stages = tile
+def options(x, order, number):
+    """How the kernel of that number in TILES cuts its work, as a launch wants it; a row of order is a tile of rows."""
+    kind = 90 if x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0) else 80
+    exact = x.dtype == torch.float32 or not x.is_cuda
+    columns, summed, warps, stages = EXACT if exact else TILES[kind][number]
     fusion = {} if INTERPRETED else dict(enable_fp_fusion=True)
     return dict(BLOCK_M=order.shape[1], BLOCK_N=columns, BLOCK_K=summed, num_warps=warps, num_stages=stages, **fusion)
 
 
 @torch.library.custom_op("nanovlm::routed_product", mutates_args=())
-def routed_product(x: torch.Tensor, text: torch.Tensor, vision: torch.Tensor, order: torch.Tensor,
-                   text_end: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def routed_product(x: Tensor, text: Tensor, vision: Tensor, order: Tensor, text_end: Tensor) -> Tensor:
     """x float[T, W] by text or vision float[V, W] -> float[T, V]; the rest is from modality_adaptive.sort."""
     x = x if x.stride(1) == 1 else x.contiguous()
     text, vision = (text, vision) if text.stride() == vision.stride() else (text.contiguous(), vision.contiguous())
-    out, tile = x.new_empty(x.shape[0], text.shape[0]), tiles_for(x)[0]
+    out, cut = x.new_empty(x.shape[0], text.shape[0]), options(x, order, 0)
     if out.numel():
-        product_kernel[len(order), triton.cdiv(len(text), tile[0])](
-            x, text, vision, out, order, text_end, *x.shape, len(text), x.stride(0), *text.stride(), out.stride(0),
-            **options(order, tile),
+        product_kernel[len(order), triton.cdiv(len(text), cut["BLOCK_N"])](
+            x, text, vision, out, order, text_end, *x.shape, len(text), x.stride(0), *text.stride(), out.stride(0), **cut,
         )  # fmt: skip
     return out
 
@@ -107,15 +101,13 @@ def _(x, text, vision, order, text_end):
 
 
 @torch.library.custom_op("nanovlm::routed_weight_gradient", mutates_args=())
-def weight_gradient(dy: torch.Tensor, x: torch.Tensor, order: torch.Tensor,
-                    text_end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def weight_gradient(dy: Tensor, x: Tensor, order: Tensor, text_end: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients float[V, W] of both weights: the sum of dy[row]^T x[row] over the rows of each modality."""
     dy, x = (part if part.stride(1) == 1 else part.contiguous() for part in (dy, x))
     text, vision = (x.new_empty(dy.shape[1], x.shape[1]) for _ in range(2))
-    tile, rows = tiles_for(x)[1], order.shape[1]
-    weight_kernel[triton.cdiv(dy.shape[1], rows), triton.cdiv(x.shape[1], tile[0]), 2](
-        dy, x, text, vision, order, text_end, order.numel(), *x.shape, dy.shape[1], dy.stride(0), x.stride(0),
-        **options(order, tile),
+    cut = options(x, order, 1)
+    weight_kernel[triton.cdiv(dy.shape[1], cut["BLOCK_M"]), triton.cdiv(x.shape[1], cut["BLOCK_N"]), 2](
+        dy, x, text, vision, order, text_end, order.numel(), *x.shape, dy.shape[1], dy.stride(0), x.stride(0), **cut,
     )  # fmt: skip
     return text, vision
 
@@ -123,11 +115,6 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, order: torch.Tensor,
 @weight_gradient.register_fake
 def _(dy, x, order, text_end):
     return tuple(x.new_empty(dy.shape[1], x.shape[1]) for _ in range(2))
-
-
-def keep(ctx, inputs, output):
-    """What the backward pass needs."""
-    ctx.save_for_backward(*inputs)
 
 
 def differentiate(ctx, dy):
@@ -141,7 +128,7 @@ def differentiate(ctx, dy):
     return dx, d_text, d_vision, None, None
 
 
-routed_product.register_autograd(differentiate, setup_context=keep)
+routed_product.register_autograd(differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def project(x, text, vision, order, text_end):

@@ -88,7 +88,6 @@ def resize_positions(table, num_patches):
     """Stretch a table float[T, W] to another square number of patches, bicubic as Lynx's and EVA's loaders do.
 
     The table is a square grid in row-major order, behind the class token's row, if there is one, which is copied.
-    Raises: ValueError where either is no square grid.
     """
     old, new = math.isqrt(len(table)), math.isqrt(num_patches)
     num_class_rows = len(table) - old * old
@@ -193,9 +192,8 @@ class ViT(nn.Module):
             self.image_size = image_size
 
     def forward(self, pixels):
-        """Features float[F, T, width] of normalised pixels float[F, 3, image_size, image_size].
+        """Features float[F, T, width] of normalised pixels float[F, 3, image_size, image_size]; a class token is the first.
 
-        The class token stands first, if it is kept, then the patches in row-major order.
         Raises: ValueError for pictures of another size than the position table's.
         """
         if tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):

@@ -93,16 +93,14 @@ class VLM(nn.Module):
         config = decoder.config
         width = config.width if config.cross_attention_width is None else config.cross_attention_width
         if (media_token is None) != (config.cross_attention_width is None):
-            raise ValueError(
-                f"media_token is {media_token} and the decoder's cross_attention_width {config.cross_attention_width}: "
-                "a model whose layers cross-attend to pictures has both, any other neither"
-            )
+            raise ValueError(f"media_token is {media_token} and the decoder's cross_attention_width "
+                             f"{config.cross_attention_width}; give both, or neither")
         if media_token is not None and not 0 <= media_token < config.vocab_size:
             raise ValueError(f"media_token {media_token} lies outside the vocabulary of {config.vocab_size}")
         lacks = [name for name in ("output_width", "num_image_tokens") if not hasattr(bridge, name)]
         lacks += ["forward"] * (type(bridge).forward is nn.Module.forward)
         if lacks:
-            raise ValueError(f"the bridge {type(bridge).__name__} lacks {', '.join(lacks)}; vlm.Bridge says what each must be")
+            raise ValueError(f"the bridge {type(bridge).__name__} lacks {', '.join(lacks)}; see vlm.Bridge")
         if bridge.output_width != width:
             raise ValueError(f"the bridge's output_width is {bridge.output_width}, the decoder reads {width}")
         self.vision = vision
@@ -119,12 +117,9 @@ class VLM(nn.Module):
                 module.backend = backend
 
     def num_image_tokens(self, image_size, num_frames=1):
-        """Image-token ids in the row for one visual input of `num_frames` pictures of `image_size` pixels: int.
-
-        With cross-attention there are none: the template writes the media token, and the image tokens stand aside.
-        """
+        """Image-token ids in the row for one visual input of `num_frames` pictures of `image_size` pixels: int."""
         if self.media_token is not None:
-            return 0
+            return 0  # the template writes the media token, and the image tokens stand beside the row
         return self.bridge.num_image_tokens(self.vision.num_tokens(image_size), num_frames)
 
     def encode(self, pixels, frames, out=None):
@@ -160,21 +155,17 @@ class VLM(nn.Module):
           shown: int[S] or list, which of them stands at each appearance, in row-major order.
         Raises: ValueError when the image-token ids are not as many as the image tokens.
         """
-        embeddings = self.decoder.embedding(ids.clamp(min=0))
-        is_image = ids == IMAGE_TOKEN
+        embeddings, is_image = self.decoder.embedding(ids.clamp(min=0)), ids == IMAGE_TOKEN
         placed = [image_tokens[m] for m in shown]
         check_counts(is_image, placed)
         if not placed:
             return embeddings
-        tokens = torch.cat(placed).to(embeddings.dtype)
-        return embeddings.masked_scatter(is_image[..., None], tokens)
+        return embeddings.masked_scatter(is_image[..., None], torch.cat(placed).to(embeddings.dtype))
 
     def media(self, ids, segments, image_tokens, shown, owner=None):
         """What the cross-attention layers read: cross_attention.Media; None where no picture is shown.
 
-        Args:
-          ids: int[B, T], media_token where a picture stands. segments: int[B, T], -1 = padding.
-          image_tokens, shown: as in `embed`. owner: int[S], row of each appearance; None = as the media tokens say.
+        Args: as in Batch and `embed`; owner None = as the media tokens say.
         Raises: ValueError when a row's media tokens are not as many as its pictures.
         """
         is_media = (ids == self.media_token) & (segments >= 0)
@@ -190,7 +181,7 @@ class VLM(nn.Module):
         return gather_media([tokens.to(dtype) for tokens in image_tokens], list(shown), is_media, segments)
 
     def place(self, ids, segments, image_tokens, shown, owner=None):
-        """Image tokens into the row (`embed`), or beside it (`media`), for the decoder: (float[B, T, W], Media or None)."""
+        """Image tokens into the row (`embed`), or beside it (`media`): (float[B, T, W], Media or None), for the decoder."""
         if self.media_token is None:
             return self.embed(ids, image_tokens, shown), None
         return self.embed(ids), self.media(ids, segments, image_tokens, shown, owner)
@@ -199,9 +190,7 @@ class VLM(nn.Module):
         """Run a batch's rows through the decoder: float[B, T, W], for `decoder.logits`.
 
         Args:
-          batch: Batch.
-          out: dict; when given, attention maps are left there: out["attention"], a list over layers of float[B, H, T, T],
-            with cross-attention out["cross_attention"], and what the bridge gives.
+          out: dict that receives the attention maps of bridge and decoder.
           image_tokens: list of M float[num_image_tokens, W], encoded before; None = `encode` the batch's pixels.
           modality: int[B, T], 0 = text, 1 = vision; None = as the ids say.
           cache: empty cache.KeyValueCache of B rows, which receives keys and values.
@@ -220,10 +209,9 @@ class VLM(nn.Module):
         return self.decoder.logits(self.hidden(batch, out))
 
     def loss(self, batch):
-        """Cross-entropy of the labelled tokens, each predicted from all before it.
+        """Cross-entropy of the labelled tokens, each predicted from all before it: (float[] summed in nats, int tokens).
 
-        Returns: (float[] summed in nats, int number of trained tokens): dividing is left to the caller, who knows
-          the trained tokens of the whole update.
+        Dividing is left to the caller, who knows the trained tokens of the whole update.
         """
         labels = next_tokens(batch.labels)
         trained = labels != IGNORE

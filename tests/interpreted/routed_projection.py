@@ -14,9 +14,7 @@ assert module.INTERPRETED
 MODALITIES = {
     "mixed": (torch.arange(300) % 7 < 3).long().view(3, 100),
     "a picture": torch.cat([torch.zeros(1, 10), torch.ones(1, 130), torch.zeros(1, 20)], 1).long(),
-    "all text": torch.zeros(2, 70).long(),
-    "all vision": torch.ones(2, 64).long(),
-    "one token": torch.ones(1, 1).long(),
+    "all text": torch.zeros(2, 70).long(), "all vision": torch.ones(2, 64).long(), "one token": torch.ones(1, 1).long(),
     "no tokens": torch.ones(0, 3).long(),
 }
 
