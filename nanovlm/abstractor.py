@@ -36,7 +36,7 @@ def patch_positions(num_features, width, device=None):
     side = math.isqrt(num_features)
     num_class_rows = num_features - side * side
     if num_class_rows > 1:
-        raise ValueError(f"{num_features} features a frame are no square grid of patches, with or without a class token")
+        raise ValueError(f"{num_features} features a frame are no square grid of patches (and a class token)")
     rows, columns = sincos_positions(side * side, width, device).chunk(2, dim=1)  # the ViT tells the row first
     return F.pad(torch.cat([columns, rows], dim=1), (0, 0, num_class_rows, 0))
 
@@ -87,7 +87,7 @@ class Abstractor(nn.Module):
     def __init__(self, vision_width, output_width, num_queries, num_layers, num_heads, ffn_width, ffn_norm_eps=1e-6):
         super().__init__()
         if vision_width % math.lcm(num_heads, 4):
-            raise ValueError(f"width {vision_width} must be a multiple of num_heads {num_heads} and of 4 (its positions)")
+            raise ValueError(f"width {vision_width} must be a multiple of num_heads {num_heads} and of 4")
         self.arguments = arguments(locals())
         self.output_width = output_width
         self.num_queries = num_queries

@@ -40,9 +40,9 @@ class Visible:
     def check(self, num_keys):
         """Raise ValueError where an interval leaves [0, num_keys]; for those who build one (it reads values)."""
         if self.first.shape != self.stop.shape or self.first.ndim != 2:
-            raise ValueError(f"first {tuple(self.first.shape)} and stop {tuple(self.stop.shape)} must share one shape [B, T]")
+            raise ValueError(f"first {tuple(self.first.shape)} and stop {tuple(self.stop.shape)} share no shape [B, T]")
         if bool((self.first < 0).any()) or bool((self.stop > num_keys).any()):
-            raise ValueError(f"intervals reach from {int(self.first.min())} to {int(self.stop.max())}, keys 0 to {num_keys}")
+            raise ValueError(f"intervals from {self.first.min()} to {self.stop.max()}, but keys 0 to {num_keys}")
         return self
 
 
@@ -71,7 +71,7 @@ def causal_rows(num_rows, num_tokens, device=None):
 
 
 def documents(lengths, device=None):
-    """Documents of `lengths` tokens side by side in one row, causal each: `causal` where lengths are known on the host."""
+    """Documents of `lengths` tokens side by side in one row, causal each: `causal` of lengths known on the host."""
     sizes = torch.tensor(lengths)
     first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)[None].to(device)
     stop = torch.arange(1, first.shape[1] + 1, device=device)[None]
@@ -107,7 +107,7 @@ def sincos(num_places, width, device=None):
 
 
 def sincos_positions(num_patches, width, device=None):
-    """Places of a square grid, float[num_patches, width]: half tells the row, half the column (arXiv:2205.01580, Sec. 3)."""
+    """Places of a square grid, float[num_patches, width]: half for the row, half for the column (arXiv:2205.01580)."""
     side = math.isqrt(num_patches)
     axis = sincos(side, width // 2, device)
     rows, columns = axis[:, None].expand(side, side, -1), axis[None].expand(side, side, -1)

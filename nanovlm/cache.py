@@ -36,7 +36,7 @@ class KeyValueCache:
     def check_room(self, num_tokens, num_rows):
         """Raise ValueError unless so many tokens fit behind the cursor, and the rows are the cache's."""
         if self.length + num_tokens > self.num_columns:
-            raise ValueError(f"the cache has {self.num_columns} columns, {self.length} written; no room for {num_tokens} more")
+            raise ValueError(f"no room for {num_tokens}: {self.num_columns} columns, {self.length} written")
         if num_rows != self.layers[0].shape[1]:
             raise ValueError(f"keys of {num_rows} rows for a cache of {self.layers[0].shape[1]}; see select_rows")
 

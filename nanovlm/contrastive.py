@@ -79,11 +79,12 @@ class TextTower(nn.Module):
 
 
 class BidirectionalTextTower(TextTower):
-    """SigLIP's text side: every token sees every token; pad_id fills a caption up to the context, its end is the feature."""
+    """SigLIP's text side: every token sees all; pad_id fills a caption up to the context, whose end is the feature."""
 
     def __init__(self, vocab_size, width, num_layers, num_heads, mlp_width, context_length, pad_id,
                  activation="gelu_tanh", norm_eps=1e-6):  # fmt: skip
-        super().__init__(vocab_size, width, num_layers, num_heads, mlp_width, context_length, activation, norm_eps, norm_eps)
+        sizes = (vocab_size, width, num_layers, num_heads, mlp_width, context_length)
+        super().__init__(*sizes, activation, norm_eps, norm_eps)
         self.pad_id = pad_id
 
     def forward(self, ids, lengths):
@@ -130,7 +131,7 @@ class AttentionPool(nn.Module):
     def forward(self, features):
         """float[B, T, W] of the ViT -> float[B, W]."""
         q, k, v = self.q(self.probe.expand(len(features), 1, -1)), self.k(features), self.v(features)
-        x = self.o(multi_head(q, k, v, self.num_heads, self.backend))[:, 0]  # no residual: the probe itself is no picture
+        x = self.o(multi_head(q, k, v, self.num_heads, self.backend))[:, 0]  # no residual: the probe is no picture
         return x + self.fc_2(self.activation(self.fc_1(self.norm(x))))
 
 
@@ -148,7 +149,7 @@ class TwoTowers(nn.Module):
         return F.normalize(self.pool(features) if looks is None else self.look(features, looks), dim=-1)
 
     def views(self, pixels):
-        """What of a picture a caption may fit: float[B, 3, H, W] -> float[B, V, E] of length 1; here all of it, V = 1."""
+        """What of a picture a caption may fit: float[B, 3, H, W] -> float[B, V, E] of length 1; here all, V = 1."""
         return self.embed_images(pixels)[:, None]
 
     def embed_texts(self, ids, lengths):
@@ -198,11 +199,11 @@ class ContrastiveModel(TwoTowers):
         return self.project_image(features).amax(dim=1)
 
     def views(self, pixels):
-        """Every patch, since regions are learned one patch at a time: float[B, 3, H, W] -> float[B, V, E] of length 1."""
+        """Every patch, as regions are learned a patch at a time: float[B, 3, H, W] -> float[B, V, E] of length 1."""
         return F.normalize(self.project_image(self.vision(pixels)), dim=-1)
 
     def look(self, features, looks):
-        """float[B, T, vision_width], looks float[R, 3] -> float[R, E]: the patch at a region's centre, or the picture's."""
+        """float[B, T, vision_width], looks float[R, 3] -> float[R, E]: the patch at the centre, or the whole."""
         side = math.isqrt(features.shape[1])
         picture, (x, y) = looks[:, 0].long(), (looks[:, 1:] * side).long().clamp(min=0).T
         patches = self.project_image(features[picture, y * side + x])  # R E

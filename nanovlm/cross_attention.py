@@ -49,7 +49,7 @@ class Media:
 
 
 def latest_picture(is_media, segments, num_image_tokens):
-    """Every token sees the latest picture of its own document, and none before the first: Visible over the row's pictures.
+    """Every token sees the latest picture of its own document, none before the first: Visible over the row's pictures.
 
     Args: is_media: bool[B, T], where a media token stands; it sees its own picture. segments: as in `attention.causal`.
     """
@@ -95,9 +95,8 @@ class GatedCrossAttention(nn.Module):
         self.v = nn.Linear(media_width, inner, bias=False)
         self.o = nn.Linear(inner, width, bias=False)
         self.attention_gate = nn.Parameter(torch.zeros(1))
-        self.ffn = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
-        )
+        widen, narrow = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.ffn = nn.Sequential(nn.LayerNorm(width), widen, nn.GELU(), narrow)
         self.ffn_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, media, backend="sdpa", out=None, index=None):

@@ -86,11 +86,11 @@ class DecoderConfig:
             heads = f"num_heads {self.num_heads}, and that one of num_kv_heads {self.num_kv_heads}"
             raise ValueError(f"width {self.width} must be a multiple of {heads}")
         if self.num_rotary % 2 or not 0 <= self.num_rotary <= self.head_width:
-            raise ValueError(f"{self.num_rotary} of a head's {self.head_width} channels turn; expected an even number of them")
+            raise ValueError(f"{self.num_rotary} of a head's {self.head_width} channels turn; expected an even number")
         if self.head_bias and self.tied_head:
             raise ValueError("head_bias with tied_head: an embedding table has no bias; leave one of them out")
         if any(options.cross_attention for options in self.layers) != (self.cross_attention_width is not None):
-            raise ValueError(f"cross_attention_width {self.cross_attention_width} belongs to layers with cross_attention=True")
+            raise ValueError(f"cross_attention_width {self.cross_attention_width} and layers' cross_attention differ")
 
     @property
     def head_width(self):
@@ -127,7 +127,7 @@ class DecoderAttention(nn.Module):
         self.o = nn.Linear(config.width, config.width, config.output_bias)
 
     def keys_and_values(self, x, context, index):
-        """x float[B, T, W], the normalised input of layer `index` -> two float[B, K, S, D], those of the cache included."""
+        """x float[B, T, W], normalised, of layer `index` -> two float[B, K, S, D], those of the cache included."""
         k = split(self.k, context.routing)(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # B K T D
         v = split(self.v, context.routing)(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         k = apply_rope(k, context.cos, context.sin)

@@ -63,7 +63,7 @@ def add(model, rank, alpha, where=DECODER_LAYERS):
     chosen = [name for name in linears if re.search(where, name)]
     adapted = [name for name in chosen if isinstance(linears[name], LoRALinear)]
     if not chosen or adapted:
-        raise ValueError(f"{where!r} names no linear layer, or {adapted} with an update; known are {', '.join(linears)}")
+        raise ValueError(f"{where!r} names no linear layer, or {adapted} with an update; known: {', '.join(linears)}")
     for name in chosen:
         model.set_submodule(name, LoRALinear(linears[name], rank, alpha).train(linears[name].training))
     return chosen

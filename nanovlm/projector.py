@@ -58,8 +58,8 @@ class PixelShuffleProjector(nn.Module):
 
     Args:
       merge: side of the square, patches; the ViT has no class token.
-      positions: tell every image token where it stands, by sines and cosines with a learned strength per channel. A small
-        tower trained on captions forgets places; the same place has the same code at every resolution.
+      positions: tell every image token where it stands, by sines and cosines with a learned strength per channel. A
+        small tower trained on captions forgets places; the same place has the same code at every resolution.
     """
 
     def __init__(self, vision_width, output_width, merge, positions=False):
@@ -71,7 +71,7 @@ class PixelShuffleProjector(nn.Module):
         self.position_scale = nn.Parameter(torch.full((output_width,), 0.3)) if positions else None
 
     def num_image_tokens(self, num_patches, num_frames=1):
-        """One token per square of patches. Raises: ValueError unless they form a grid that divides into such squares."""
+        """One token per square of patches. Raises: ValueError unless they form a grid of such squares."""
         side = math.isqrt(num_patches)
         if side * side != num_patches or side % self.merge:
             raise ValueError(f"{num_patches} patches are no square grid of {self.merge} x {self.merge} squares")

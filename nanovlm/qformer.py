@@ -99,10 +99,10 @@ class QFormer(nn.Module):
         return self.num_queries * num_frames
 
     def forward(self, patches, num_frames=1, out=None):
-        """Query each frame on its own, as InstructBLIP does: float[M, F * N, vision_width] -> float[M, F * K, output_width].
+        """Query each frame on its own: float[M, F * N, vision_width] -> float[M, F * K, output_width].
 
         out: dict; when given, out["latents"] becomes a list over the layers that look of float[M * F, H, K, N].
-        Source: InstructBLIP, arXiv:2305.06500, Sec. 3.1.
+        Source: InstructBLIP reads clips so, arXiv:2305.06500, Sec. 3.1.
         """
         maps = None if out is None else out.setdefault("latents", [])
         patches = patches.unflatten(1, (num_frames, -1)).flatten(0, 1)  # M*F N vision_width

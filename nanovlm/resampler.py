@@ -35,9 +35,8 @@ class ResamplerLayer(nn.Module):
         self.k = nn.Linear(vision_width, inner, bias=False)
         self.v = nn.Linear(vision_width, inner, bias=False)
         self.o = nn.Linear(inner, width, bias=False)
-        self.ffn = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, ffn_width, bias=False), nn.GELU(), nn.Linear(ffn_width, width, bias=False)
-        )
+        widen, narrow = nn.Linear(width, ffn_width, bias=False), nn.Linear(ffn_width, width, bias=False)
+        self.ffn = nn.Sequential(nn.LayerNorm(width), widen, nn.GELU(), narrow)
 
     def forward(self, latents, patches, backend, maps=None):
         """latents float[M, L, W], patches float[M, N, vision_width] -> float[M, L, W]."""
@@ -64,7 +63,7 @@ class Resampler(nn.Module):
                  max_frames=0, attend_to_latents=False):  # fmt: skip
         super().__init__()
         if attend_to_latents and vision_width != output_width:
-            raise ValueError(f"attend_to_latents: latents of width {output_width} among patches of width {vision_width}")
+            raise ValueError(f"attend_to_latents: latents of {output_width} channels among patches of {vision_width}")
         self.arguments = arguments(locals())
         self.output_width = output_width
         self.num_latents = num_latents
@@ -92,7 +91,7 @@ class Resampler(nn.Module):
         """
         if num_frames > 1:
             if num_frames > self.max_frames:
-                raise ValueError(f"a clip of {num_frames} frames, but frame embeddings for {self.max_frames}; take fewer frames")
+                raise ValueError(f"a clip of {num_frames} frames, but embeddings for {self.max_frames}")
             patches = patches.unflatten(1, (num_frames, -1)) + self.frame_embedding[:num_frames, None]
             patches = patches.flatten(1, 2)
         maps = None if out is None else out.setdefault("latents", [])

@@ -90,7 +90,8 @@ def routed_product(x: Tensor, text: Tensor, vision: Tensor, order: Tensor, text_
     out, cut = x.new_empty(x.shape[0], text.shape[0]), options(x, order, 0)
     if out.numel():
         product_kernel[len(order), triton.cdiv(len(text), cut["BLOCK_N"])](
-            x, text, vision, out, order, text_end, *x.shape, len(text), x.stride(0), *text.stride(), out.stride(0), **cut,
+            x, text, vision, out, order, text_end, *x.shape, len(text), x.stride(0), *text.stride(), out.stride(0),
+            **cut,
         )  # fmt: skip
     return out
 
@@ -128,7 +129,7 @@ def differentiate(ctx, dy):
     return dx, d_text, d_vision, None, None
 
 
-routed_product.register_autograd(differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+routed_product.register_autograd(differentiate, setup_context=lambda ctx, given, _: ctx.save_for_backward(*given))
 
 
 def project(x, text, vision, order, text_end):

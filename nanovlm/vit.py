@@ -4,7 +4,7 @@ A picture is cut into patches, a convolution embeds each, a learned position is 
 look at one another in both directions. No pooling and no classifier: the bridge wants every patch.
 
 ViT, arXiv:2010.11929; CLIP's variant arXiv:2103.00020. Differs from the paper:
-- options for the siblings: a class token, norms before and after the blocks, kinds of GELU, which of q, k, v has a bias;
+- options for the siblings: a class token, norms before and after the blocks, kinds of GELU, biases of q, k, v;
 - a stem of stride-2 convolutions instead of one patch convolution: a small ViT learns several times faster with it
   (Early Convolutions Help Transformers See Better, arXiv:2106.14881);
 - the position table is resizable, since training raises the resolution between its stages.
@@ -64,15 +64,15 @@ class ViTConfig:
     def __post_init__(self):
         check_image_size(self.image_size, self.patch_size)
         if self.width % math.lcm(self.num_heads, 4):
-            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads} and of 4 (its positions)")
+            raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads} and of 4")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}.{nearest(self.activation, ACTIVATIONS)}")
         if not set(self.qkv_bias) <= set("qkv"):
             raise ValueError(f"qkv_bias {self.qkv_bias!r} names projections other than q, k, v; write e.g. 'qv'")
         if self.conv_stem and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
-            raise ValueError(f"a convolutional stem halves the picture: patch_size {self.patch_size} is not 2, 4, 8, 16 ...")
+            raise ValueError(f"conv_stem halves the picture: patch_size {self.patch_size} is not 2, 4, 8, 16 ...")
         if self.feature_layer is not None and not 1 <= self.feature_layer <= self.num_layers:
-            raise ValueError(f"feature_layer {self.feature_layer}, but there are blocks 1 to {self.num_layers}; None = all")
+            raise ValueError(f"feature_layer {self.feature_layer}, but there are blocks 1 to {self.num_layers}")
         if self.drop_class_token and not self.class_token:
             raise ValueError("drop_class_token, but there is no class token; set one of the two otherwise")
 
@@ -166,7 +166,8 @@ class ViT(nn.Module):
         if config.conv_stem:
             self.patch_embedding = ConvStem(config.patch_size, config.width)
         else:
-            self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
+            size = config.patch_size
+            self.patch_embedding = nn.Conv2d(3, config.width, size, size, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.randn(config.width) * 0.02) if config.class_token else None
         table = sincos_positions(self.num_patches(config.image_size), config.width)
         self.positions = nn.Parameter(F.pad(table, (0, 0, int(config.class_token), 0)))  # the class token's place is 0
@@ -192,12 +193,9 @@ class ViT(nn.Module):
             self.image_size = image_size
 
     def forward(self, pixels):
-        """Features float[F, T, width] of normalised pixels float[F, 3, image_size, image_size]; a class token is the first.
-
-        Raises: ValueError for pictures of another size than the position table's.
-        """
+        """Features float[F, T, width] of normalised pixels float[F, 3, image_size, image_size], the class token first."""
         if tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
-            raise ValueError(f"pixels {tuple(pixels.shape)}, but this ViT reads {self.image_size} x {self.image_size}; resize one")
+            raise ValueError(f"pixels {tuple(pixels.shape)} for a ViT of {self.image_size} x {self.image_size}")
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # F N W
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # F 1+N W

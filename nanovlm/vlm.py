@@ -181,7 +181,7 @@ class VLM(nn.Module):
         return gather_media([tokens.to(dtype) for tokens in image_tokens], list(shown), is_media, segments)
 
     def place(self, ids, segments, image_tokens, shown, owner=None):
-        """Image tokens into the row (`embed`), or beside it (`media`): (float[B, T, W], Media or None), for the decoder."""
+        """Image tokens into the row (`embed`), or beside it (`media`): (float[B, T, W], Media or None)."""
         if self.media_token is None:
             return self.embed(ids, image_tokens, shown), None
         return self.embed(ids), self.media(ids, segments, image_tokens, shown, owner)
@@ -209,7 +209,7 @@ class VLM(nn.Module):
         return self.decoder.logits(self.hidden(batch, out))
 
     def loss(self, batch):
-        """Cross-entropy of the labelled tokens, each predicted from all before it: (float[] summed in nats, int tokens).
+        """Cross-entropy of the labelled tokens, each predicted from all before: (float[] summed in nats, int tokens).
 
         Dividing is left to the caller, who knows the trained tokens of the whole update.
         """

@@ -92,13 +92,13 @@ def test_what_is_wrong_is_said():
     zeros, fives = torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), 5)
     visible = Visible(zeros, fives)
     assert visible.check(5) is visible
-    with pytest.raises(ValueError, match="from 0 to 5, keys 0 to 4"):
+    with pytest.raises(ValueError, match="from 0 to 5, but keys 0 to 4"):
         visible.check(4)
     with pytest.raises(ValueError, match="from -1 to 5"):
         Visible(torch.tensor([[0, -1]]), fives).check(5)
-    with pytest.raises(ValueError, match="share one shape"):
+    with pytest.raises(ValueError, match="share no shape"):
         Visible(zeros, fives.expand(2, 2)).check(5)
-    with pytest.raises(ValueError, match="share one shape"):
+    with pytest.raises(ValueError, match="share no shape"):
         Visible(zeros[0], fives[0]).check(5)
 
 

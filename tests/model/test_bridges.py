@@ -75,7 +75,7 @@ def test_patches_alone_by_default_and_no_bias_inside():
 
 
 def test_attending_to_latents_needs_equal_widths():
-    with pytest.raises(ValueError, match="latents of width 10 among patches of width 7"):
+    with pytest.raises(ValueError, match="latents of 10 channels among patches of 7"):
         make(attend_to_latents=True)
     assert make(output_width=7, attend_to_latents=True).layers[1].attend_to_latents
 
@@ -101,11 +101,11 @@ def test_frame_embeddings_mark_every_patch_of_their_frame():
 
 def test_clips_without_or_beyond_the_frame_embeddings():
     patches = torch.randn(1, 12, 7)
-    with pytest.raises(ValueError, match="a clip of 2 frames, but frame embeddings for 0"):
+    with pytest.raises(ValueError, match="a clip of 2 frames, but embeddings for 0"):
         make()(patches, 2)
     resampler = make(max_frames=3)
     assert resampler(patches, 3).shape == (1, 3, 10)
-    with pytest.raises(ValueError, match="a clip of 4 frames, but frame embeddings for 3"):
+    with pytest.raises(ValueError, match="a clip of 4 frames, but embeddings for 3"):
         resampler(patches, 4)
 
 

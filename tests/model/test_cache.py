@@ -51,7 +51,7 @@ def test_memory_is_taken_once_and_in_the_asked_type():
 def test_full_cache_and_other_rows_are_errors():
     cache, _ = filled()
     cache.update(0, keys(3, 3), keys(3, 3))
-    with pytest.raises(ValueError, match="7 columns, 4 written; no room for 4"):
+    with pytest.raises(ValueError, match="no room for 4: 7 columns, 4 written"):
         cache.update(0, keys(3, 4), keys(3, 4))
     with pytest.raises(ValueError, match="1 rows for a cache of 3"):
         cache.update(0, keys(1, 1), keys(1, 1))

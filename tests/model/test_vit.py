@@ -180,7 +180,7 @@ def test_resize(class_token):
 
 @pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 3, 12, 16), (1, 1, 12, 12), (3, 12, 12)])
 def test_pixels_of_another_size_are_refused(shape):
-    with pytest.raises(ValueError, match="this ViT reads 12 x 12"):
+    with pytest.raises(ValueError, match="a ViT of 12 x 12"):
         small_vit()(torch.randn(shape))
 
 
