@@ -1,4 +1,4 @@
-"""What the tests of instruction data share: items, files of them, the commands, and a generator that says what it is told."""
+"""What the tests of instruction data share: items, files of them, the commands, and a generator that obeys."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def notes(*names):
 
 
 class Says:
-    """A generator whose answer is `reply(chat, n)`: a str for n equal texts, or a list. Attributes: asked: list of Chat."""
+    """A generator whose answer is `reply(chat, n)`: a str for n equal texts, or a list. asked: list of Chat."""
 
     name, accepts_images, batch_size, workers = "judge", False, 4, 1
 

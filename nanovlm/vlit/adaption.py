@@ -11,7 +11,7 @@ import re
 
 from nanovlm.vlit.descriptions import SEVERAL, counts, named_region, question
 from nanovlm.vlit.replies import PROMPTS, digest, prompt
-from nanovlm.vlit.samples import IMAGE, Sample
+from nanovlm.vlit.samples import make_item
 from nanovlm.vlit.template import Rounds
 from nanovlm.vlit.words import plural
 
@@ -62,18 +62,15 @@ def region_response(picture, region):
 
 
 def adapt(kind, slot, response, annotation_ids, id, image, pools, seed, sentence=None):
-    """One annotation as a sample.
+    """One of `responses` as a sample: LLaVA's item (dict).
 
-    Args:
-      kind, slot, response, annotation_ids: of `responses`. id: of the sample. image: as it stands in the file.
-      pools: kind -> list of instructions. seed: int, draws one of them together with the id.
-      sentence: the response written out by a language model, which needs no "Give a short answer."; None = short.
-    Returns: samples.Sample.
+    id: of the sample; with the seed it draws an instruction from pools (kind -> list). image: as it stands in the file.
+    sentence: the response written out by a language model, which needs no "Give a short answer."; None = short.
     """
     instruction = SLOT.sub(lambda _: slot, random.Random(digest([seed, id])).choice(pools[kind]))
     if kind in SHORT_KINDS and sentence is None:
         instruction = f"{instruction} {PROMPTS['adaption']['short']}"
-    turns = ("user", f"{IMAGE}\n{instruction}"), ("assistant", sentence or response)
     origin = {"generator": "annotations", "plan": kind, "prompt_sha": digest(instruction), "seed": seed,
               "annotation_ids": annotation_ids}  # fmt: skip
-    return Sample(id, (image,), turns, TASKS[kind], "AA", "region" if kind == "region" else "global", origin)
+    granularity = "region" if kind == "region" else "global"
+    return make_item(id, image, [instruction, sentence or response], TASKS[kind], "AA", granularity, origin)

@@ -142,12 +142,7 @@ def kind_of(path):
 
 
 def share_box(box, picture):
-    """A box in pixels as shares of a picture, cut off at its edges.
-
-    Args:
-      box: [left, top, width, height] in pixels. picture: Picture.
-    Returns: (left, top, right, bottom). Raises: ValueError.
-    """
+    """[left, top, width, height] in pixels as (left, top, right, bottom) in shares of a picture, cut at its edges."""
     if len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
         raise ValueError(f"bbox must be left, top, width and height in pixels, found {box!r}")
     if not picture.width or not picture.height:

@@ -12,6 +12,7 @@ Vectors and DBSCAN are scikit-learn's (optional: pip install scikit-learn).
 """
 
 import importlib
+from collections import Counter
 from itertools import combinations
 
 import numpy
@@ -58,13 +59,7 @@ def distinct_2(texts):
 
 
 def dbscan(points, eps, min_samples):
-    """Density-based clusters by cosine distance.
-
-    Args:
-      points: float32[N, D], each of length 1. eps: largest 1 - cosine.
-      min_samples: points within eps that make a core, itself counted.
-    Returns: int64[N]: number of the cluster from 0; -1 = noise.
-    """
+    """Clusters of float32[N, D] of length 1, by 1 - cosine: int64[N], from 0 in order; -1 = noise."""
     cluster = sklearn_module("cluster").DBSCAN(eps=eps + ROUNDING, min_samples=min_samples, metric="cosine")
     _, first, places, counts = numpy.unique(points, axis=0, return_index=True, return_inverse=True, return_counts=True)
     order = numpy.argsort(first)  # copies are one point with a weight; the points keep their order
@@ -84,18 +79,12 @@ def vendi(points):
 
 
 def cooccurrence(texts, min_count=1):
-    """The graph of words that stand in one text.
-
-    Args:
-      texts: iterable of lists of words. min_count: texts that two words must share to be joined.
-    Returns: {word: set of its neighbours}; a word without a neighbour is there too.
-    """
-    graph, counts = {}, {}
+    """The graph of words that stand together in min_count texts (lists of words) or more: {word: set of neighbours}."""
+    graph, counts = {}, Counter()
     for words in texts:
         unique = sorted(set(words))
         graph |= {word: set() for word in unique if word not in graph}
-        for pair in combinations(unique, 2):
-            counts[pair] = counts.get(pair, 0) + 1
+        counts.update(combinations(unique, 2))
     for (one, other), count in counts.items():
         if count >= min_count:
             graph[one].add(other)
@@ -104,12 +93,7 @@ def cooccurrence(texts, min_count=1):
 
 
 def components(nodes, neighbours):
-    """Connected components among some nodes.
-
-    Args:
-      nodes: iterable of the nodes that take part. neighbours: {node: set}; others than `nodes` in it are left out.
-    Returns: list of sets, in the order of the first node of each.
-    """
+    """Connected components among some nodes; others in {node: set of neighbours} are left out: list of sets."""
     waiting, found = dict.fromkeys(nodes), []
     for start in list(waiting):
         if start not in waiting:

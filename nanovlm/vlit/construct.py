@@ -28,7 +28,7 @@ from nanovlm.vlit.descriptions import FORMS
 from nanovlm.vlit.generators import add_generator_flags, drawing, open_generator
 from nanovlm.vlit.parsing import Unparsed, parse
 from nanovlm.vlit.replies import GeneratorError, Replies, Request, ask, digest, key_of, prompt
-from nanovlm.vlit.samples import IMAGE, Sample, defects, remarks
+from nanovlm.vlit.samples import defects, make_item, remarks, sample
 
 UNUSABLE = ("turns", "placeholders")  # defects with which a sample cannot be trained on; others become flags
 SHOWN = 10  # problems printed one by one; all are in failures.jsonl
@@ -95,11 +95,8 @@ def run(args):
 
 
 def find_pictures(collection, folder, limit=None):
-    """The pictures that have annotations.
+    """The pictures of a Collection that have annotations, at most `limit`; folder: None = they are not looked for.
 
-    Args:
-      collection: annotations.Collection. folder: where the files lie, or None = they are not looked for.
-      limit: int, pictures at most; None = all.
     Returns: (list of (Picture, path str or ""), list of (kind, words) of those that are missing or no pictures). Only
       headers are read here; what is damaged behind them, `lint` and `filter` find.
     """
@@ -140,11 +137,9 @@ def _area(left, top, right, bottom):
 
 
 def marked(picture, box):
-    """A picture with a box around something, so that a question can be about "the object in the square box".
+    """A picture (path or PIL image) with a box around something, so that questions can be about "the square box".
 
-    Args:
-      picture: path or PIL image. box: left, top, right, bottom as shares of the picture.
-    Returns: PIL.Image.Image of mode RGB, as large as the picture; the line lies outside the box where there is room.
+    box: left, top, right, bottom as shares of the picture; the line lies outside where there is room.
     Raises: images.ImageError, FileNotFoundError.
     """
     image = load(picture).copy()
@@ -158,11 +153,7 @@ def marked(picture, box):
 
 @dataclass(frozen=True)
 class View:
-    """A picture as a sample shows it.
-
-    image: as it stands in the samples' file. path: where it lies, "" if pictures are not looked at. region: what is
-    marked on it, or None.
-    """
+    """A picture as a sample shows it. image: as it stands in the file. path: "" if pictures are not looked at."""
 
     picture: annotations.Picture
     image: str
@@ -200,9 +191,9 @@ class Work:
         """Make, check and write every sample. pictures: as of `find_pictures`."""
         with open(path, "w", encoding="utf-8") as file:
             for method, make in (("adapt", self.adapted), ("self-instruct", self.conversations)):
-                for sample in make(pictures, plans) if self.args.method in (method, "both") else ():
-                    if sample := self.checked(sample):
-                        file.write(json.dumps(sample.item(), ensure_ascii=False) + "\n")
+                for item in make(pictures, plans) if self.args.method in (method, "both") else ():
+                    if self.check(item):
+                        file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
     def whole(self, picture, path):
         """A picture without a box: View."""
@@ -235,7 +226,7 @@ class Work:
                 yield f"{prefix}/region/{view.region.id}", adaption.region_response(picture, view.region), view.image
 
     def adapted(self, pictures, plans):
-        """Annotation adaption of every picture: iterator of Sample."""
+        """Annotation adaption of every picture: iterator of items."""
         once, written = replace(self.draw, n=1), {}
         pools = self.pools(once) if self.args.more_instructions else adaption.POOLS
 
@@ -273,7 +264,7 @@ class Work:
                     yield Request(f"{picture.id}/SI/{plan.name}{place}", chat, (plan, view))
 
     def conversations(self, pictures, plans):
-        """Self-instruct: iterator of Sample."""
+        """Self-instruct: iterator of items."""
         total = len(pictures) * len(plans)  # about
         self.ask(self.requests(pictures, plans), self.draw, total)
         for request in tqdm(self.requests(pictures, plans), "writing", total, unit="request", disable=None):
@@ -281,37 +272,39 @@ class Work:
             for index, text in enumerate(texts):
                 if text in texts[:index]:
                     self.notes["answers drawn twice"] += 1
-                elif sample := self.conversation(request, index, text):
-                    yield sample
+                elif item := self.conversation(request, index, text):
+                    yield item
 
     def conversation(self, request, index, text):
-        """One drawn answer as a Sample, or None if no conversation is found in it."""
+        """One drawn answer as an item, or None if no conversation is found in it."""
         (plan, view), id = request.what, f"{request.id}/{index}"
         try:
             parsed = parse(text)
         except Unparsed as error:
             return self.fail(f"unparsed: {error.reason}", f"{id}: {text[:200]!r}")
         self.notes.update(f"parsed although {note}" for note in parsed.notes)
-        (_, first), *rest = parsed.turns
         origin = {
             "generator": self.generator.name, "plan": plan.name, "prompt_sha": request.chat.sha, "seed": self.draw.seed,
             "temperature": self.draw.temperature, "index": index,
             "annotation_ids": [one.id for one in view.picture.annotations],
             "region": view.region and list(view.region.box),
         }  # fmt: skip
-        turns = ("user", f"{IMAGE}\n{first}"), *rest
-        return Sample(id, (view.image,), turns, plan.task, "SI", plan.granularity, origin)
+        texts = [words for _, words in parsed.turns]
+        return make_item(id, view.image, texts, plan.task, "SI", plan.granularity, origin)
 
-    def checked(self, sample):
-        """A sample with flags for what it breaks; None, and a failure, if it cannot be trained on."""
-        broken, plan = defects(sample), sample.provenance["plan"]
+    def check(self, item):
+        """Flag what an item breaks. Returns: whether it can be trained on; if not, that is a failure."""
+        one = sample(item)
+        broken = defects(one)
         if unusable := [f"{rule}: {words}" for rule, words in broken if rule in UNUSABLE]:
-            return self.fail("unusable", f"{sample.id}: {'; '.join(unusable)}")
-        softer = remarks(sample, sample.granularity, plan) if sample.type == "SI" else []
-        flags = tuple(dict.fromkeys(rule for rule, _ in broken + softer))
+            self.fail("unusable", f"{one.id}: {'; '.join(unusable)}")
+            return False
+        softer = remarks(one) if item["type"] == "SI" else []
+        if flags := list(dict.fromkeys(rule for rule, _ in broken + softer)):
+            item["flags"] = flags
         self.notes.update(f"flagged {rule}" for rule in flags)
-        self.counts[sample.type, plan] += 1
-        return replace(sample, flags=flags)
+        self.counts[item["type"], one.plan] += 1
+        return True
 
     def report(self, out, pictures, skipped):
         """Write failures.jsonl and report.json: list of str, what to print."""

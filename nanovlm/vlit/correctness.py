@@ -20,7 +20,8 @@ SEEN = re.compile(
 MORE = r"(.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|which|with|of)\s.*)?\??$"
 EXISTENCE = re.compile(rf"^(?:(?:is|are) there|(?:do|can) you see) {MORE}")
 COUNT = re.compile(r"\bhow many (.+?)(?:\s(?:are|is|can|do|does|have|has|were|was|in|on|at|did|you|appear)\b.*)?\??$")
-COLOR = re.compile(r"\bwhat(?:'s| is| are)? (?:the )?colou?rs?(?: of| is| are| do| does)? (.+?)(?:\sha(?:ve|s)\b.*)?\??$")
+COLOR = re.compile(r"\bwhat(?:'s| is| are)? (?:the )?colou?rs?(?: of| is| are| do(?:es)?)? (.+?)(?:\s(?:have|has)\b.*)?"
+                   r"\??$")  # fmt: skip
 SHAPE = re.compile(r"\bwhat (?:shape is|is|kind of (?:thing|object) is) (the \w+ (?:object|shape|thing))\??$")
 WHERE = re.compile(r"^where (?:is|are) (.+?)(?:\slocated|\spositioned)?\??$")
 WHETHER = re.compile(r"^(?:is|are) (the .+?) (?:to the )?(left of|right of|above|below) (the .+?)\??$")
@@ -108,12 +109,7 @@ def _head(name):
 
 
 def facts_of(pictures):
-    """What annotations say, by file name and by id.
-
-    Args:
-      pictures: iterable of annotations.Picture.
-    Returns: {key: Facts}; keys are the file's name without folder, and the id.
-    """
+    """What annotations.Pictures say: {key: Facts}; keys are the file's name without folder, and the id."""
     pictures = list(pictures)
     names = frozenset(one.value.lower() for picture in pictures for one in picture.of_kind("object"))
     if names & COCO:

@@ -13,15 +13,11 @@ SEVERAL = "several"  # of a crowd, whose members nobody counted
 
 
 def sentences(picture, region=None):
-    """The review's description.
-
-    Args:
-      picture: annotations.Picture. region: the Annotation that is circled by a square box, or None.
-    Returns: str, one paragraph.
-    """
+    """The review's description: one paragraph. region: the Annotation that is circled by a square box, or None."""
     captions, objects, pairs, texts = (picture.of_kind(kind) for kind in ("caption", "object", "vqa", "ocr"))
     names = {one.id: one.value for one in objects}
-    groups = [f"{number} {GROUP_OF.get(name, '')}_{name}".replace(" _", " ") for name, number in counts(objects).items()]
+    numbers = counts(objects).items()
+    groups = [f"{number} {GROUP_OF[name] + '_' if name in GROUP_OF else ''}{name}" for name, number in numbers]
     attributes = [f"{names[owner]} ({', '.join(told)})" for owner, told in _by_owner(picture).items() if owner in names]
     asked = [f"'Q: {question(one)} A: {_stopped(one.value)}'" for one in pairs]
     parts = (

@@ -52,13 +52,10 @@ class Index:
 
     def duplicates(self):
         """{number of a sample: (number of the earliest one that it repeats, "exact duplicate" or "near duplicate")}."""
-        exact = numpy.frombuffer(self.exact, numpy.uint64) if self.exact else numpy.zeros(0, numpy.uint64)
+        exact, pictures, table = map(numpy.asarray, (self.exact, self.pictures, self.signatures))
         found = {later: (first, "exact duplicate") for first, later in _groups(exact)}
-        if self.near is None or not len(exact):
-            return found
-        table = numpy.frombuffer(self.signatures, numpy.uint32).reshape(-1, HASHES)
-        pictures = numpy.frombuffer(self.pictures, numpy.uint64)
-        for begin in range(0, HASHES, BAND):
+        table = table.reshape(-1, HASHES)
+        for begin in range(0, HASHES if self.near else 0, BAND):
             keys = pictures.copy()
             for column in range(begin, begin + BAND):
                 keys = keys * numpy.uint64(0x9E3779B97F4A7C15) + table[:, column]  # wraps around, as hashes may
@@ -71,7 +68,7 @@ class Index:
 
 def _groups(keys):
     """(first, later) of every member but the first of each group of equal keys, as int."""
-    order = numpy.argsort(keys, kind="stable")
-    begins = numpy.flatnonzero(numpy.r_[True, keys[order][1:] != keys[order][:-1]]) if len(keys) else []
-    for begin, end in zip(begins, [*begins[1:], len(keys)]):
-        yield from ((int(order[begin]), int(later)) for later in order[begin + 1 : end])
+    _, places, group = numpy.unique(keys, return_index=True, return_inverse=True)
+    first = places[group]
+    later = numpy.flatnonzero(first < numpy.arange(len(keys)))
+    return zip(first[later].tolist(), later.tolist())

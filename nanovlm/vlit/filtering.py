@@ -85,13 +85,11 @@ def run(args):
 
 def score(path, root, args, settings, helpers):
     """What each record is worth, read from scores.jsonl as far as it goes: list of dict, in the order of the file."""
-    made_of = {
-        "file": str(path), "bytes": os.stat(path).st_size, "images": str(root), "annotations": args.annotations,
-        "encoder": args.encoder, "judge": helpers.judge and helpers.judge.name, "votes": args.n,
-        "temperature": args.temperature, "seed": args.seed, "near": None if args.exact_only else args.near,
-        "task_field": args.task_field,
-    }  # fmt: skip
-    index, written = Index(made_of["near"]), files.JsonLines(Path(args.out) / "scores.jsonl", made_of)
+    names = ("annotations", "encoder", "n", "temperature", "seed", "near", "exact_only", "task_field")
+    made_of = {"file": str(path), "bytes": os.stat(path).st_size, "images": str(root),
+               "judge": helpers.judge and helpers.judge.name} | {name: vars(args)[name] for name in names}  # fmt: skip
+    index = Index(None if args.exact_only else args.near)
+    written = files.JsonLines(Path(args.out) / "scores.jsonl", made_of)
     rows, sound = list(written), []
     waiting = itertools.islice(tqdm(read(path), desc="score", unit="record", disable=None), len(rows), None)
     while batch := [sample for _, sample in itertools.islice(waiting, BATCH)]:
@@ -143,12 +141,7 @@ def score_batch(batch, root, settings, helpers):
 
 
 def decide(scores, args):
-    """Why each record goes.
-
-    Args:
-      scores: list of dict of `score`. args: the flags.
-    Returns: list of lists of str, one per record; empty = kept.
-    """
+    """Why each record goes: list of lists of str, one per row of scores; empty = kept."""
     reasons, degrees = [], [row["matching"] for row in scores if "matching" in row]
     least = numpy.percentile(degrees, args.matching_percentile) if degrees else None
     for row in scores:
@@ -183,9 +176,8 @@ def _cap(reasons, scores, limit, key, name, args):
 
 
 def write(path, out, reasons):
-    """Write kept.jsonl and dropped.jsonl, each whole or not at all.
+    """Write kept.jsonl and dropped.jsonl: {"records", "kept": int, "dropped": {first reason's kind: int}}.
 
-    Returns: {"records", "kept": int, "dropped": {first reason's kind: int}}.
     Raises: ValueError if the file has changed meanwhile; nothing is replaced then.
     """
 

@@ -37,13 +37,9 @@ LEAST = {"n": 1, "max_tokens": 1, "temperature": 0, "workers": 1, "per_minute": 
 
 
 class Local:
-    """A loaded model as a generator: what train.py wrote, what `convert` wrote, or a published language model.
+    """A recipes.Loaded with a VLM or a bare Decoder as a generator. Raises: ValueError for a model that writes no text.
 
     The system message goes before the first user's words: templates here have no place for one.
-
-    Args:
-      loaded: recipes.Loaded with a VLM or a bare Decoder. name: str for provenance. batch_size: chats at once.
-    Raises: ValueError for a model that writes no text.
     """
 
     workers = 1
@@ -60,7 +56,7 @@ class Local:
     def generate(self, chats, *, n=1, temperature=0.0, max_tokens=1024, seed=0, stop=()):
         """As every generator; temperature 0 = greedy, the same text n times. Raises: Refused for too long a prompt."""
         draws, device = n if temperature else 1, self.model.decoder.embedding.weight.device
-        prompts = [self._prompt(chat, max_tokens) for chat in chats for _ in range(draws)]
+        prompts = [one for chat in chats for one in [self._prompt(chat, max_tokens)] * draws]
         names = [f"{seed}/{chat.sha}/{draft}" for chat in chats for draft in range(draws)]  # not the batch
         generators = [torch.Generator(device).manual_seed(zlib.crc32(name.encode())) for name in names]
         decoding = Decoding(max_new_tokens=max_tokens, eos_ids=end_ids(self.loaded.template, self.loaded.tokenizer))
@@ -95,8 +91,8 @@ class Local:
         return text[: min(places, default=len(text))].strip()
 
 
-def add_generator_flags(parser, n=Drawing.n, temperature=Drawing.temperature):
-    """Add them to an argparse parser, with the defaults of the command for n and temperature."""
+def add_generator_flags(parser):
+    """The flags that choose a generator, and how it answers."""
     add = parser.add_argument_group("generator").add_argument
     add("--generator", choices=("template", "local", "endpoint", "replay"), default="template",
         help="who writes (default: rules, without a model)")  # fmt: skip
@@ -108,8 +104,8 @@ def add_generator_flags(parser, n=Drawing.n, temperature=Drawing.temperature):
     add("--per-minute", type=float, default=0, metavar="N", help="endpoint: requests a minute at most; 0 = no limit")
     add("--send-images", action="store_true", help="endpoint: the pictures go along, for models that see")
     add("--replies", metavar="FILE", help="replay: recorded answers, the replies.jsonl of another run")
-    add("-n", type=int, default=n, metavar="N", help="answers drawn for each request")
-    add("--temperature", type=float, default=temperature)
+    add("-n", type=int, default=Drawing.n, metavar="N", help="answers drawn for each request")
+    add("--temperature", type=float, default=Drawing.temperature)
     add("--max-tokens", type=int, default=Drawing.max_tokens, metavar="N", help="tokens of an answer at most")
     add("--batch-size", type=int, default=4, metavar="N", help="local: requests that run together")
     add("--device", default=default_device(), help=f"local: {DEVICES}")

@@ -12,7 +12,7 @@ Differs from the paper:
 - As printed, I and R reward bad data: Ego-Splitting counts more the more it is given, and DBSCAN calls answers that all
   differ noise. Here I draws equally many instructions of every task and counts clusters of some size alone, and a
   response may be its own cluster. The form as printed stands beside it ("literal"), with the share of noise, distinct-2
-  and the Vendi score. The paper states no threshold, radius, neighbour count or base of the logarithm; Settings has ours.
+  and the Vendi score. The paper states no threshold, radius, neighbour count or base of the logarithm: see Settings.
 - O/G takes a dependency tool (HanLP) there; here the different names of things, marked regions, numbers and spatial
   relations are counted, under the name elements_lexical.
 - Without a judge, IC is a proxy, declared as such; C is decided by rules where annotations can (correctness.py), and
@@ -25,7 +25,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from nanovlm.evaluation.protocols import parse_verdict
 from nanovlm.recipes.nano_tests import wilson
 from nanovlm.vlit import tagging
-from nanovlm.vlit.clustering import cooccurrence, dbscan, distinct_2, ego_splitting, tfidf_vectors, vendi
+from nanovlm.vlit.clustering import cooccurrence, dbscan, distinct_2, ego_splitting, sklearn_module, tfidf_vectors, vendi  # fmt: skip
 from nanovlm.vlit.correctness import known, verify
 from nanovlm.vlit.matching import BATCH
 from nanovlm.vlit.replies import prompt
@@ -53,29 +53,34 @@ CLAUSE = re.compile(r"[,;:]|\b(?:and|or|but|while|which|that|because|if|when|who
 NUMBER = re.compile(r"(?<![\d.])\d+(?![\d]|\.\d)")
 
 
+def _flag(default, help):
+    """A field that is a flag: a whole number from 1 on."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a data set is measured; all of it stands in the report."""
 
     size: int | None = None  # samples drawn at random; None = all
     seed: int = 0
-    kept: int = 2000  # pairs that encoder and judge see, at most
+    kept: int = _flag(2000, "pairs that encoder and judge see, at most")
     votes: int = 5  # of the judge on each pair, odd
     temperature: float = 0.8  # of the votes
     task_field: bool = False  # the samples' own `task` is taken
-    instructions: int = 1000  # drawn of each task
+    instructions: int = _flag(1000, "instructions drawn of each task")
     min_count: int = 1  # instructions that two words must share to be joined
-    smallest: int = 5  # personas of the smallest cluster that counts
-    responses: int = 10_000  # of one draw
-    draws: int = 5  # of responses, where there are enough of them
+    smallest: int = _flag(5, "personas of the smallest cluster that counts")
+    responses: int = _flag(10_000, "responses of a draw")
+    draws: int = _flag(5, "draws of responses, where there are enough of them")
     eps: float = 0.3  # of DBSCAN: cosine distance, 1 - cosine
-    min_samples: int = 1  # responses within eps that make a core, itself counted
+    min_samples: int = _flag(1, "of DBSCAN: responses within eps that make a core, itself counted")
     literal_min_samples: int = 3  # of the form as printed
 
     def __post_init__(self):
-        for name in ("kept", "instructions", "smallest", "responses", "draws", "min_samples"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {vars(self)[name]}; it must be 1 or more")
+        for one in fields(self):
+            if one.metadata and vars(self)[one.name] < 1:
+                raise ValueError(f"--{one.name.replace('_', '-')} is {vars(self)[one.name]}; it must be 1 or more")
         if not 0 <= self.eps <= 2:
             raise ValueError(f"eps {self.eps}, a cosine distance, lies from 0 to 2")
         if self.votes < 1 or self.votes % 2 == 0:
@@ -130,6 +135,7 @@ def measure(path, settings=Settings(), root=None, helpers=Helpers()):
     Raises: ValueError if the file holds no pair, or fewer samples than settings.size.
     """
     judge, indicators = helpers.judge, []
+    sklearn_module()  # if it is missing, that is said before the file is read
     found = Survey(path, settings, root, helpers)
     for make in (matching_degree, grounding, correctness, task_diversity, instruction_diversity, response_diversity,
                  elements_lexical, complexity, balance):  # fmt: skip
@@ -243,14 +249,13 @@ class Survey:
 
     def _count(self, sample, instruction, response):
         """Count a pair. Returns: its task."""
-        times = [time.perf_counter()]
+        start = time.perf_counter()
         task = sample.task if self.settings.task_field and sample.task else tagging.tag(instruction)
-        times.append(time.perf_counter())
+        tagged = time.perf_counter()
         self.elements.add(elements(instruction, self.helpers.lexicon))
-        times.append(time.perf_counter())
+        counted = time.perf_counter()
         self.proxies.add(proxy(instruction, len(sample.pairs)))
-        times.append(time.perf_counter())
-        self.seconds.update({key: end - begin for key, begin, end in zip(("T", "O/G", "IC"), times, times[1:])})
+        self.seconds.update({"T": tagged - start, "O/G": counted - tagged, "IC": time.perf_counter() - counted})
         self.num_pairs += 1
         self.tasks[task] += 1
         if len(self.tasks) > MOST_TASKS:
@@ -301,10 +306,7 @@ def grounding(found):
 
 
 def grounding_precision(response, facts):
-    """Share of the things named in a response that are in the picture: float, or None if it names none.
-
-    facts: correctness.Facts. Only names that annotators looked for are counted.
-    """
+    """Share of what a response names, of all that annotators looked for, that is there; None if it names none."""
     names = set(named(tokens(response), facts.names))
     there = {thing.name for thing in facts.things} | facts.crowds
     return len(names & there) / len(names) if names else None
@@ -337,13 +339,11 @@ def correctness(found):
 
 
 def judge_pairs(pairs, helpers, root, settings):
-    """What a judge thinks of pairs, asked several times: the majority decides.
+    """What a judge thinks of (Sample, question, answer), asked several times: the majority decides.
 
     The review's way (Sec. 4.2.3): LLaVA-1.5 and examples written by hand there, any generator of generators.py here.
+    One that sees no pictures is told `helpers.describe(sample)`.
 
-    Args:
-      pairs: list of (Sample, question, answer). helpers: Helpers with a judge; one that sees no pictures is told
-        `helpers.describe(sample)`. root: where image paths start. settings: Settings.
     Returns: per pair (right: True, False, or None where the readable votes tie or are none; share of the readable votes
       that agree; number of unreadable votes), or None where the judge's picture is missing or no file (base64).
     """
@@ -398,10 +398,8 @@ def balance(found):
 
 
 def instruction_clusters(by_task, settings=Settings()):
-    """Instruction diversity.
+    """Instruction diversity of {task: list of str}.
 
-    Args:
-      by_task: {task: list of str}, a random sample of at most settings.instructions each.
     Returns: {"value": mean over tasks of the clusters of at least settings.smallest personas, "literal": of all
       clusters, "tasks": {task: (number of instructions, clusters that count, all clusters)}}.
     """
@@ -426,12 +424,10 @@ def instruction_diversity(found):
 
 
 def response_clusters(draws, settings=Settings(), embed=tfidf_vectors):
-    """Response diversity.
+    """Response diversity of some draws, lists of str of equal length: means over them.
 
-    Args:
-      draws: list of lists of str, random samples of equal size. embed: list of N str -> float32[N, D] of length 1.
-    Returns: {"value", "literal", "clusters", "literal clusters", "noise": share of the literal form, "vendi",
-      "distinct-2"}, means over the draws; "value" and "literal" are logs, None for no cluster.
+    Returns: {"value", "literal": logs, None for no cluster, "clusters", "literal clusters", "noise": share of the
+      literal form, "vendi", "distinct-2"}.
     """
     rows = []
     for texts in draws:
@@ -474,10 +470,7 @@ def elements(instruction, lexicon=LEXICON):
 
 
 def proxy(instruction, turns=1):
-    """A stand-in for a mark of complexity, from 1 to 10: float. Hard-wired weights, no judgement.
-
-    turns: of the user in the whole conversation.
-    """
+    """A stand-in for a mark of complexity, from 1 to 10: float. turns: of the user in the whole conversation."""
     text = instruction.lower()
     told = len(tokens(text)) / 10 + len(CLAUSE.findall(text)) / 2 + 1.5 * len(REASONING.findall(text)) + (turns - 1) / 2
     return min(10.0, 1 + told)

@@ -61,12 +61,7 @@ class Encoder:
         return [response] if whole else [one for one in SENTENCE.split(response) if one.strip()]
 
     def match(self, pictures, responses):
-        """Scores of responses.
-
-        Args:
-          pictures: per response a list of its pictures. responses: list of str, none empty.
-        Returns: list of float, 100 · cosine.
-        """
+        """100 · cosine of each response, none empty, and its list of pictures: list of float."""
         cut = [self.pieces(response) for response in responses]
         images, texts = self.images(sum(pictures, [])), self.texts(sum(cut, []))
         pairs = zip(images.split(list(map(len, pictures))), texts.split(list(map(len, cut))))

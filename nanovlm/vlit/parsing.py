@@ -15,6 +15,7 @@ ROLES = {
     "ai": "assistant", "ai assistant": "assistant", "assistant": "assistant", "visual ai assistant": "assistant",
     "gpt": "assistant", "answer": "assistant", "a": "assistant",
 }  # fmt: skip
+WORDS = {"true": "Yes", "false": "No", "null": ""}  # of values that are no text
 WHO, WHAT = ("role", "from", "speaker"), ("content", "value", "text")  # keys of a turn as an object of its own
 NAMES = "|".join(sorted(ROLES, key=len, reverse=True))
 KEY = re.compile(rf"""["'“]\s*({NAMES})\s*["'”]\s*:\s*""", re.IGNORECASE)  # in what is meant to be JSON
@@ -39,11 +40,28 @@ class Conversation:
     notes: tuple[str, ...] = ()
 
 
-class Pairs(list):
-    """A JSON object as its (key, value) pairs, repeated keys and all."""
+class Turns(list):
+    """The turns in a JSON object, repeated keys and all: list of (role, words)."""
+
+    @classmethod
+    def of(cls, pairs):
+        """Those of an object's (key, value) pairs."""
+        named = {key.strip().lower(): value for key, value in pairs}
+        who, what = (next((named[key] for key in keys if key in named), None) for keys in (WHO, WHAT))
+        role = ROLES.get(str(who).strip().lower())
+        if role and isinstance(what, str):
+            return cls([(role, what.strip())])
+        return cls(turn for key, value in pairs for turn in _turns(value, ROLES.get(key.strip().lower())))
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=Pairs, strict=False)  # strict would refuse line breaks in strings
+def _turns(value, role=None):
+    """Turns in a parsed value, which a speaker's name may stand before: list of (role, words)."""
+    if isinstance(value, list):
+        return value if isinstance(value, Turns) else [turn for inner in value for turn in _turns(inner)]
+    return [(role, WORDS.get(json.dumps(value), str(value)).strip())] if role else []
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=Turns.of, strict=False)  # strict would refuse line breaks in strings
 
 
 def parse(text):
@@ -82,29 +100,6 @@ def _from_json(text):
         else:
             turns += _turns(value)
     return turns, notes
-
-
-def _turns(value):
-    """Turns in a parsed value: list of (role, words)."""
-    if isinstance(value, Pairs):
-        named = {str(key).strip().lower(): inner for key, inner in value}
-        who = next((named[key] for key in WHO if key in named), None)
-        what = next((named[key] for key in WHAT if key in named), None)
-        if isinstance(who, str) and who.strip().lower() in ROLES and isinstance(what, str):
-            return [(ROLES[who.strip().lower()], what.strip())]
-        found = []
-        for key, inner in value:
-            role = ROLES.get(key.strip().lower())
-            found += [(role, _words(inner))] if role and not isinstance(inner, list) else _turns(inner)
-        return found
-    return [turn for inner in value for turn in _turns(inner)] if isinstance(value, list) else []
-
-
-def _words(value):
-    """A turn's text; a bare number is one, null is none."""
-    if isinstance(value, bool):
-        return "Yes" if value else "No"
-    return "" if value is None else str(value).strip()
 
 
 def _from_labels(text):

@@ -47,10 +47,9 @@ def add_measure_flags(parser):
     add("--embedding", choices=EMBEDDINGS, default="tfidf", help="of responses (default: tfidf)")
     add("--lexicon", metavar="FILE", help="names of things, one a line, instead of the built-in ones")
     add("--task-field", action="store_true", help="take the samples' own `task` where there is one")
-    for name, unit in (("kept", "pairs that encoder and judge see, at most"), ("responses", "responses of a draw"),
-                       ("instructions", "instructions of each task"), ("draws", "draws of responses"),
-                       ("smallest", "personas of a cluster that counts"), ("min-samples", "of DBSCAN")):  # fmt: skip
-        add(f"--{name}", type=int, default=vars(Settings())[name.replace("-", "_")], metavar="N", help=unit)
+    for one in fields(Settings):
+        if one.metadata:
+            add(f"--{one.name.replace('_', '-')}", type=int, default=one.default, metavar="N", **one.metadata)
     add("--eps", type=float, default=Settings.eps, help="of DBSCAN, 1 - cosine")
     add("--seed", type=int, default=0)
     add_generator_flags(parser)
@@ -231,10 +230,7 @@ def labels(paths):
 
 
 def comparison(found):
-    """Table 4: list of str, a row for each data set, the review's own rows below for orientation.
-
-    found: {name: list of Indicator}, the same indicators for all.
-    """
+    """Table 4 of {name: list of Indicator}: list of str, the review's own rows below for orientation."""
     first = next(iter(found.values()))
     width = max(map(len, (*found, *REVIEW["data sets"]))) + 3
 

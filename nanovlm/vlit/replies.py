@@ -39,7 +39,7 @@ class Chat:
     """What is asked.
 
     messages: (role, text) each, role "system" | "user" | "assistant"; the last is the user's.
-    image: path, or "" without one. material: construct's annotations behind the words, which `template` works from.
+    image: path, or "" without one. material: (Plan, Picture, region) behind the words, which `template` works from.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -88,10 +88,8 @@ def key_of(chat, generator, drawing):
 
 
 class Replies:
-    """A file of answers, by one of their fields.
+    """A file of answers, which may be absent, by their "key", or by their "chat" whatever the generator was.
 
-    Args:
-      path: the file; it may be absent. field: "key", or "chat" to find answers whatever the generator was.
     Raises: ValueError naming the line that is no answer.
     """
 
@@ -137,10 +135,8 @@ class Replay:
 
 
 class Judge:
-    """A generator whose answers are written down and counted: nothing that it said is asked or paid for twice.
+    """A generator whose answers are written down (replies: None = nowhere): nothing is asked or paid for twice.
 
-    Args:
-      generator: as in generators.py. replies: Replies; None = nothing is written down.
     Attributes: tokens: words and signs read and written, a stand-in for tokens, whatever the tokenizer.
     """
 
@@ -162,11 +158,8 @@ class Judge:
 
 
 def ask(requests, generator, drawing, replies, total=None):
-    """Put every request whose answer is not in the file yet.
+    """Put every Request whose answer is not in the file yet, and write the answers there. total: of them, for the bar.
 
-    Args:
-      requests: iterable of Request. generator: see generators.py. drawing: Drawing.
-      replies: Replies, which the answers are added to. total: number of requests, for the bar.
     Returns: (Counter of "asked", "recorded" and "refused", list of (id, why) of those refused).
     Raises: GeneratorError where the generator cannot go on; what was answered until then is in the file.
     """
@@ -210,13 +203,10 @@ def _answers(chats, generator, drawing):
 
 
 def in_parallel(function, items, workers):
-    """Call a function on items, in several threads.
+    """Call a function on items, taken no faster than needed, in some threads (1 = in this one): yields (item, result).
 
-    Args:
-      function: item -> result. items: iterable, taken no faster than needed. workers: int; 1 = in this thread.
-    Yields: (item, result), in order.
-    Raises: what the function raises; first the results of the calls that were under way are handed out. A program that
-      is interrupted does not wait for the threads.
+    What the function raises is raised after the results of the calls that were under way. A program that is interrupted
+    does not wait for the threads.
     """
     if workers == 1:
         yield from ((item, function(item)) for item in items)

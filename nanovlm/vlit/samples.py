@@ -9,7 +9,7 @@ AA = annotation adaption, SI = self-instruct. Files are read item by item: memor
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,7 +24,6 @@ ROLES = {
     "human": "user", "user": "user", "system": "system",
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
 }  # fmt: skip
-SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 CONTAINERS = {  # key at the top of a file -> what it is; these are no records
     "data": "MIMIC-IT's or TextVQA's file", "annotations": "MiniGPT-4's or COCO's file", "questions": "VQA's questions",
 }  # fmt: skip
@@ -76,20 +75,15 @@ class Sample:
     """One conversation about some images.
 
     images: paths as they stand in the file. turns: (role, text) each, role "user" | "assistant" | "system"; IMAGE in a
-    user's text is where an image stands. task: of Table 5 of the review, "" = not stated. fields: what else the item
-    holds; it is written back as it was.
+    user's text is where an image stands. task (of Table 5 of the review), granularity, plan: "" = not stated.
     """
 
     id: str
     images: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]
     task: str = ""
-    type: str = ""
     granularity: str = ""
-    provenance: dict = field(default_factory=dict)
-    scores: dict = field(default_factory=dict)
-    flags: tuple[str, ...] = ()
-    fields: dict = field(default_factory=dict)
+    plan: str = ""
 
     @property
     def responses(self):
@@ -103,42 +97,37 @@ class Sample:
         return [(asked, answer) for (role, asked), (other, answer) in zip(turns, turns[1:])
                 if (role, other) == ("user", "assistant")]  # fmt: skip
 
-    def item(self):
-        """As it stands in a file: dict. What is empty is left out."""
-        known = {
-            "image": self.images[0] if len(self.images) == 1 else list(self.images),
-            "conversations": [{"from": SPEAKERS[role], "value": text} for role, text in self.turns],
-            "task": self.task, "type": self.type, "granularity": self.granularity,
-            "provenance": self.provenance, "scores": self.scores, "flags": list(self.flags),
-        }  # fmt: skip
-        return {"id": self.id} | {name: value for name, value in known.items() if value} | self.fields
-
 
 def bare(role, text):
     """What a turn says, without the images."""
     return (text.replace(IMAGE, " ") if role == "user" else text).strip()
 
 
+def make_item(id, image, texts, task, type, granularity, provenance):
+    """LLaVA's item of a conversation about one picture: dict. texts: question and answer in turn."""
+    turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+    turns[0]["value"] = f"{IMAGE}\n{texts[0]}"
+    return {"id": id, "image": image, "conversations": turns, "task": task, "type": type, "granularity": granularity,
+            "provenance": provenance}  # fmt: skip
+
+
 def sample(item):
     """An item of a file as a Sample. Raises: ValueError that says what is wrong with it."""
     if not isinstance(item, dict):
         raise ValueError(f"an object with id, image and conversations was expected, found {type(item).__name__}")
-    rest = dict(item)
-    if missing := [name for name in ("id", "conversations") if name not in rest]:
-        raise ValueError(f"{' and '.join(missing)} missing; found {', '.join(map(repr, rest)) or 'nothing'}")
-    id, conversations, image = rest.pop("id"), rest.pop("conversations"), rest.pop("image", None)
+    if missing := [name for name in ("id", "conversations") if name not in item]:
+        raise ValueError(f"{' and '.join(missing)} missing; found {', '.join(map(repr, item)) or 'nothing'}")
+    conversations, image = item["conversations"], item.get("image")
     images = [] if image is None else image if isinstance(image, list) else [image]
     if not all(isinstance(one, str) and one for one in images):
         raise ValueError(f"image must be a path or a list of paths, found {image!r}")
     if not isinstance(conversations, list):
         raise ValueError(f"conversations must be a list, found {conversations!r}")
-    known, kinds = {}, {"task": str, "type": str, "granularity": str, "provenance": dict, "scores": dict, "flags": list}
-    for name, kind in kinds.items():
-        known[name] = rest.pop(name, kind())
-        if not isinstance(known[name], kind):
-            raise ValueError(f"{name} must be a {kind.__name__}, found {known[name]!r}")
-    known["flags"] = tuple(known["flags"])
-    return Sample(str(id), tuple(images), tuple(map(_turn, conversations)), **known, fields=rest)
+    for name, kind in (("task", str), ("granularity", str), ("provenance", dict)):
+        if not isinstance(item.get(name, kind()), kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, found {item[name]!r}")
+    about = item.get("task", ""), item.get("granularity", ""), item.get("provenance", {}).get("plan", "")
+    return Sample(str(item["id"]), tuple(images), tuple(map(_turn, conversations)), *about)
 
 
 def _turn(turn):
@@ -188,12 +177,9 @@ def text_of(path, element):
 
 
 def picture(name, root):
-    """Where a picture of a sample is: Path, or items.Encoded.
+    """Where a picture of a sample is: Path, or items.Encoded. Raises: FileNotFoundError.
 
-    Args:
-      name: as the sample has it: a path with its folder or without, or base64 with a data-URL prefix or without.
-      root: Path, where paths start.
-    Raises: FileNotFoundError.
+    name: a path from root on, with its folder or without; or base64, with a data-URL prefix or without.
     """
     if name.startswith("data:") or (len(name) > LONGEST_PATH and "." not in name[-6:]):
         return Encoded(name)
@@ -211,9 +197,7 @@ def open_picture(place):
 def defects(sample, root=None, decode=True):
     """What makes a sample bad to train on, such as talk about the text that its writer saw instead of the picture.
 
-    Args:
-      sample: Sample. root: folder where its image paths start; None = pictures are not looked at.
-      decode: pictures are opened as well, not only looked for.
+    root: folder where its image paths start; None = pictures are not looked at. decode: they are opened as well.
     Returns: list of (rule, words) str; rule is "turns", "placeholders", "source", "format" or "image".
     """
     found = []
@@ -241,7 +225,7 @@ def defects(sample, root=None, decode=True):
     return found
 
 
-def remarks(sample, granularity="", plan=""):
+def remarks(sample):
     """What might be better: list of (rule, words) str.
 
     rule is "hedge" (the review's requirement 1), "region" (2, if that is the granularity) or "negative" (6, if that is
@@ -249,9 +233,9 @@ def remarks(sample, granularity="", plan=""):
     """
     found = [("hedge", f"turn {place}: {broken[0]!r}") for place, (role, text) in enumerate(sample.turns, start=1)
              if role == "assistant" and (broken := HEDGE.search(text))]  # fmt: skip
-    if granularity == "region" and not any(REGION.search(text) for _, text in sample.turns):
+    if sample.granularity == "region" and not any(REGION.search(text) for _, text in sample.turns):
         found.append(("region", "nobody speaks of the marked region"))
-    if plan == "negative" and not any(map(NEGATIVE.search, sample.responses)):
+    if sample.plan == "negative" and not any(map(NEGATIVE.search, sample.responses)):
         found.append(("negative", "no answer denies anything"))
     return found
 
@@ -281,7 +265,7 @@ def lint(args):
             found = [("unreadable", str(one))]
         else:
             found = defects(one, root)
-            counts.update(rule for rule, _ in remarks(one, one.granularity, one.provenance.get("plan", "")))
+            counts.update(rule for rule, _ in remarks(one))
         broken += bool(found)
         counts.update({rule for rule, _ in found})
         shown += [f"{where}: {rule}: {words}" for rule, words in found][: max(0, SHOWN - len(shown))]

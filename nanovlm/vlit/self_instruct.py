@@ -70,15 +70,6 @@ class Example:
 EXAMPLES = [Example.read(**example) for example in load_table("examples.json")]
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a chat was made from: for generators that work from annotations instead of words."""
-
-    plan: Plan
-    picture: Picture
-    region: Annotation | None = None
-
-
 def find_plan(name):
     """A plan by its name. Raises: ValueError with the nearest known one."""
     if name not in PLANS:
@@ -93,10 +84,7 @@ def written(turns):
 
 
 def chosen_lines(plan, lines=None):
-    """Numbers of the requirements that a plan states: tuple of int; the second only about a region.
-
-    lines: instead of the plan's own. Raises: ValueError for a number that is none.
-    """
+    """The requirements that a plan states, or `lines` instead; the second only about a region. Raises: ValueError."""
     lines = lines or plan.lines
     if unknown := [number for number in lines if number not in REQUIREMENTS]:
         raise ValueError(f"there is no requirement {unknown[0]}; they are numbered from 1 to {max(REQUIREMENTS)}")
@@ -112,14 +100,10 @@ def system_prompt(plan, lines=None):
 
 
 def chat(picture, plan, region=None, form="sentences", lines=None, seed=0, image=""):
-    """What is asked about one picture.
+    """What is asked about one picture: replies.Chat.
 
-    Args:
-      picture: annotations.Picture. plan: Plan. region: Annotation that is marked, for a plan that is about one.
-      form: of descriptions.FORMS. lines: as of `chosen_lines`.
-      seed: int; with the picture and the plan it decides which examples are shown.
-      image: path of the picture (marked), for generators that look at it.
-    Returns: replies.Chat.
+    region: Annotation that is marked, for a plan that is about one. form: of descriptions.FORMS. lines: as above.
+    seed: int; with the picture and the plan it decides which examples are shown. image: path, for those who look at it.
     """
     fitting = [one for one in EXAMPLES if plan.name in one.plans]
     messages = [("system", system_prompt(plan, lines))]
@@ -127,7 +111,7 @@ def chat(picture, plan, region=None, form="sentences", lines=None, seed=0, image
         messages += [("user", _given(describe(one.picture, form, one.region))), ("assistant", written(one.turns))]
     reminders = " ".join(REMINDERS[number] for number in sorted(chosen_lines(plan, lines)) if number in REMINDERS)
     messages.append(("user", _given(describe(picture, form, region), reminders)))
-    return Chat(tuple(messages), image, Material(plan, picture, region))
+    return Chat(tuple(messages), image, (plan, picture, region))
 
 
 def _given(description, reminders=""):

@@ -50,13 +50,7 @@ def tag(instruction):
 
 
 def propose(judge, instructions, seed=0):
-    """Labels for a sample of instructions, as TagGPT makes them.
-
-    Args:
-      judge: replies.Judge. instructions: list of str. seed: int.
-    Returns: list of str; names alike to a commoner one are merged into it.
-    Raises: ValueError if the generator names none.
-    """
+    """Labels for some instructions: list of str, those alike to a commoner one merged. Raises: ValueError for none."""
     groups = [instructions[begin : begin + TOGETHER] for begin in range(0, len(instructions), TOGETHER)]
     chats = [prompt("propose tasks", instructions="\n".join(f"- {one}" for one in group)) for group in groups]
     lines = "\n".join(sum(judge.ask(chats, 1, 0.0, 128, seed), [])).lower().split("\n")
@@ -86,10 +80,8 @@ def covering(assigned):
 
 
 def balance(counts):
-    """How evenly samples are spread over tasks.
+    """How evenly samples are spread over tasks, from {task: samples}.
 
-    Args:
-      counts: {task: samples}, at least one.
     Returns: {"variance": of the shares in percent², "entropy": nats, "gini": 0 even to 1, "largest": share}.
     """
     shares = numpy.sort(numpy.array(list(counts.values()), dtype=float))

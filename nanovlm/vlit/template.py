@@ -17,7 +17,7 @@ CLOSE = 0.05  # of the picture; objects nearer to each other than this are on no
 
 
 class Template:
-    """The rules as a generator, see generators.py. It answers chats that carry self_instruct.Material."""
+    """The rules as a generator, see generators.py. It answers chats that carry what they were made from."""
 
     name, accepts_images, batch_size, workers = "template", False, 1, 1
 
@@ -28,7 +28,7 @@ class Template:
     def _write(self, chat, seed, draft):
         if chat.material is None:
             raise Refused("the template generator works from annotations; this request needs a language model")
-        plan, picture, region = chat.material.plan, chat.material.picture, chat.material.region
+        plan, picture, region = chat.material
         turns = Rounds(picture, region, random.Random(digest([seed, chat.sha, draft]))).of_plan(plan)
         if not turns:
             raise Refused(f"picture {picture.id} has no annotation that a {plan.name} conversation can be made from")

@@ -4,12 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from vlit_data import GOLDEN, PHOTOS
 
-from nanovlm.vlit.annotations import kind_of, read
-from nanovlm.vlit.annotations import Picture, share_box
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "vlit"
-PHOTOS = sorted(GOLDEN.glob("*_photos.json"))
+from nanovlm.vlit.annotations import Picture, kind_of, read, share_box
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +33,7 @@ def instances(**changes):
 
 
 def test_each_source_is_known_by_its_keys():
-    kinds = {path.name: kind_of(path) for path in [*PHOTOS, GOLDEN / "caps_boxes.jsonl"]}
+    kinds = {path.name: kind_of(path) for path in map(Path, [*PHOTOS, GOLDEN / "caps_boxes.jsonl"])}
     assert kinds == {
         "captions_photos.json": "captions", "instances_photos.json": "instances", "cocotext_photos.json": "COCO-Text",
         "cocottributes_photos.json": "attributes", "v2_questions_photos.json": "questions",
@@ -73,7 +70,7 @@ def test_boxes_become_shares_of_the_picture_and_end_at_its_edges():
     picture = Picture("7", width=200, height=100)
     assert share_box([20, 10, 100, 50], picture) == (0.1, 0.1, 0.6, 0.6)
     assert share_box([-10, 90, 400, 20], picture) == (0.0, 0.9, 1.0, 1.0)
-    for box, words in (([20, 10, 0, 5], "no area"), ([1, 2, 3], "left, top, width and height"), ([250, 0, 9, 9], "no area")):
+    for box, words in (([20, 10, 0, 5], "no area"), ([1, 2, 3], "left, top, width"), ([250, 0, 9, 9], "no area")):
         with pytest.raises(ValueError, match=words):
             share_box(box, picture)
     with pytest.raises(ValueError, match="size of picture 8 is not stated"):
@@ -129,11 +126,11 @@ def test_a_crowd_is_no_single_object(tmp_path):
 
 
 def test_answers_without_their_questions_and_questions_without_answers_are_told(tmp_path):
-    questions = written(tmp_path, "q.json", {"questions": [{"question_id": 1, "image_id": 5, "question": "How many?"},
-                                                          {"question_id": 2, "image_id": 5, "question": "Why"}]})  # fmt: skip
+    asked = [{"question_id": n, "image_id": 5, "question": words} for n, words in ((1, "How many?"), (2, "Why"))]
     ten = [{"answer": "two"}] * 6 + [{"answer": "three"}] * 4  # no answer_id, as in VizWiz's copies
-    answers = written(tmp_path, "a.json", {"annotations": [{"question_id": 1, "image_id": 5, "answers": ten},
-                                                          {"question_id": 9, "image_id": 5, "answers": ten}]})  # fmt: skip
+    told = [{"question_id": n, "image_id": 5, "answers": ten} for n in (1, 9)]
+    questions = written(tmp_path, "q.json", {"questions": asked})
+    answers = written(tmp_path, "a.json", {"annotations": told})
     found = read([answers, questions])
     assert [(one.question, one.value) for one in found.pictures["5"].annotations] == [("How many?", "two")]
     assert found.skipped["questions without an answer"] == 1

@@ -13,7 +13,7 @@ import numpy
 import pytest
 
 from nanovlm.vlit.clustering import WIDTH, components, cooccurrence, dbscan, distinct_2, ego_splitting, tfidf_vectors, vendi  # fmt: skip
-from nanovlm.vlit.indicators import Settings, instruction_clusters, response_clusters
+from nanovlm.vlit.indicators import Settings, instruction_clusters, measure, response_clusters
 from nanovlm.vlit.words import content
 
 SHARED = os.environ.get("NANOVLM_SHARED")
@@ -74,9 +74,9 @@ def test_dbscan_finds_chains_copies_and_noise():
 
 
 def test_the_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):
-        dbscan(numpy.eye(3, dtype=numpy.float32), 0.3, 1)
+        measure("before the file is looked at")
 
 
 @pytest.mark.parametrize("wrong", ({"eps": -0.1}, {"eps": 2.5}, {"min_samples": 0}, *({"votes": n} for n in (0, 2, 4))))
@@ -139,15 +139,15 @@ def test_instruction_clusters_are_a_mean_over_tasks():
 
 
 @real_data
-def test_on_real_questions_only_the_mended_form_forgets_the_sample_size():
+def test_on_real_questions_only_our_form_forgets_the_sample_size():
     path = Path(SHARED, "data", "vqa_10answers", "textvqa_val_questions_vqa_format.json.gz")
     questions = [one["question"] for one in json.loads(gzip.decompress(path.read_bytes()))["questions"]]
     random.Random(0).shuffle(questions)
     clusters = [ego_splitting(cooccurrence(map(content, questions[:number]))) for number in (500, 5000)]
     literal = [len(found) for found in clusters]
-    mended = [sum(len(one) >= 5 for one in found) for found in clusters]
+    ours = [sum(len(one) >= 5 for one in found) for found in clusters]
     assert literal[1] > 3 * literal[0]
-    assert mended[1] < 2 * mended[0] and 5 <= mended[0] <= 25
+    assert ours[1] < 2 * ours[0] and 5 <= ours[0] <= 25
 
 
 @real_data

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy
@@ -78,8 +77,8 @@ def test_region_samples_show_marked_pictures(made):
     out, items = made
     for item in items:
         assert item["image"].startswith("marked/") == (item["granularity"] == "region")
-    images = {item["image"] for item in items if item["granularity"] == "region"}
-    assert images and all((numpy.asarray(Image.open(out / name)) == COLOR).all(axis=-1).mean() > 0.01 for name in images)
+    images = [Image.open(out / item["image"]) for item in items if item["granularity"] == "region"]
+    assert images and all((numpy.asarray(image) == COLOR).all(axis=-1).mean() > 0.01 for image in images)
 
 
 def test_the_report_counts_samples_failures_and_what_was_skipped(made):
@@ -137,7 +136,8 @@ def test_missing_and_damaged_pictures_and_bad_records_are_counted_and_named(tmp_
     items = construct(tmp_path / "out", annotations=[tmp_path / "captions.json", *PHOTOS[1:]], images=folder)
     told = failures(tmp_path / "out")
     kinds = dict(told)
-    assert "captions.json, line" in kinds["unreadable record"] and "'caption' must be a str" in kinds["unreadable record"]
+    for words in ("captions.json, line", "'caption' must be a str"):
+        assert words in kinds["unreadable record"]
     assert "coffee.jpg" in kinds["unreadable picture"]
     missing = [Path(what.partition(":")[0]).name for kind, what in told if kind == "missing picture"]
     assert missing == ["chelsea.jpg", "rocket.jpg"]
@@ -147,7 +147,8 @@ def test_missing_and_damaged_pictures_and_bad_records_are_counted_and_named(tmp_
 def test_without_a_folder_pictures_are_named_as_the_annotations_do(tmp_path):
     items = construct(tmp_path / "out", annotations=[GOLDEN / "caps_boxes.jsonl"], images=None)
     assert not (tmp_path / "out" / "marked").exists()
-    assert all(item["image"] == f"{int(item['id'].split('/')[0]):012d}.jpg" for item in items if item["granularity"] == "global")
+    names = {item["image"]: int(item["id"].split("/")[0]) for item in items if item["granularity"] == "global"}
+    assert names and all(image == f"{number:012d}.jpg" for image, number in names.items())
 
 
 def test_coco_pictures_are_found_under_the_names_of_2014(tmp_path):
@@ -155,7 +156,7 @@ def test_coco_pictures_are_found_under_the_names_of_2014(tmp_path):
     path = tmp_path / "val2014" / "COCO_val2014_000000296284.jpg"
     Image.new("RGB", (4, 4)).save(path)
     found, failed = find_pictures(read([GOLDEN / "caps_boxes.jsonl"]), tmp_path)
-    assert [place for _, place in found] == [str(path)] and Counter(kind for kind, _ in failed) == {"missing picture": 19}
+    assert [place for _, place in found] == [str(path)] and [kind for kind, _ in failed] == ["missing picture"] * 19
 
 
 # Parts
@@ -182,12 +183,12 @@ def test_regions_are_worth_a_box():
 
 def test_instruction_pools_grow_through_the_meta_prompt():
     assert adaption.meta_chat("caption").messages[-1][1] == (
-        "Here are some instructions that define a visual-language task. Continue to write 15 instructions with the same "
-        "meaning: 1) Describe the image briefly.; 2) Describe the image.; "
+        "Here are some instructions that define a visual-language task. Continue to write 15 instructions with the "
+        "same meaning: 1) Describe the image briefly.; 2) Describe the image.; "
         "3) Write a relevant description to pair with the image.;"
     )
-    reply = "4) Give a short account of the picture.; 5) describe the image.; 6. \"Sum up the image.\"\n7) Say it in 2 words."
-    new = ["Give a short account of the picture.", "Sum up the image.", "Say it in 2 words."]
+    reply = "4) Tell shortly what is there.; 5) describe the image.; 6. \"Sum up the image.\"\n7) Say it in 2 words."
+    new = ["Tell shortly what is there.", "Sum up the image.", "Say it in 2 words."]
     assert adaption.more_instructions("caption", reply) == new
     reply = "4) Tell me: [QUESTION]; 5) Answer it; 6) [QUESTION] [QUESTION]"
     assert adaption.more_instructions("vqa", reply) == ["Tell me: [QUESTION]"]
@@ -196,8 +197,8 @@ def test_instruction_pools_grow_through_the_meta_prompt():
 
 def test_short_answers_ask_for_one():
     def turns(kind, slot, response, id="1/AA/vqa/0", **more):
-        (_, asked), (_, answer) = adaption.adapt(kind, slot, response, ["1"], id, "a.jpg", adaption.POOLS, 0, **more).turns
-        return asked, answer
+        made = adaption.adapt(kind, slot, response, ["1"], id, "a.jpg", adaption.POOLS, 0, **more)
+        return [turn["value"] for turn in made["conversations"]]
 
     asked, answer = turns("vqa", "Is it red?", "yes")
     assert asked.endswith("Is it red? Give a short answer.") and answer == "yes"
@@ -212,8 +213,8 @@ def test_a_local_language_model_writes_through_the_command(tmp_path):
     sizes = LLAMA_SIZES | {"max_position_embeddings": 16384}
     decoder, config = randomise(Decoder(llama_config(sizes))), sizes | {"model_type": "llama", "rope_theta": 10000.0}
     folder = folder_with(tmp_path / "model", config, LLAMA, decoder.state_dict())
-    flags = ["--generator", "local", "--model", folder, "--method", "self-instruct", "--plans", "global", "--limit", "2"]
-    assert construct(tmp_path / "out", *flags, "-n", "2", "--max-tokens", "5", "--lines", "9") == []
+    flags = "--method self-instruct --plans global --limit 2 -n 2 --max-tokens 5 --lines 9".split()
+    assert construct(tmp_path / "out", "--generator", "local", "--model", folder, *flags) == []
     answers = lines(tmp_path / "out/replies.jsonl")
     assert [(one["generator"], len(one["replies"])) for one in answers] == [("local model", 2)] * 2
     assert {kind for kind, _ in failures(tmp_path / "out")} == {"unparsed: no conversation"}
@@ -237,9 +238,9 @@ def answered(body, number):
 
 
 def test_pools_and_short_answers_by_a_language_model(tmp_path):
-    out = tmp_path / "out"
+    out, flags = tmp_path / "out", ("adapt", "--more-instructions", "--answers", "sentences", "--base-url")
     with serving(answered) as server:
-        items = construct(out, *ENDPOINT, "adapt", "--more-instructions", "--answers", "sentences", "--base-url", server.url)
+        items = construct(out, *ENDPOINT, *flags, server.url)
     vqa = [item["conversations"] for item in items if item["provenance"]["plan"] == "vqa"]
     said = {reply["value"]: "Give a short answer" in asked["value"] for asked, reply in vqa}
     assert said.pop("evening")  # an empty reply leaves it short
@@ -250,7 +251,8 @@ def test_pools_and_short_answers_by_a_language_model(tmp_path):
 
 def test_unparsed_cut_and_repeated_answers_are_counted(tmp_path):
     good, cut = written([("a?", "The box.")]), '{"User": "a?", "AI": "The box.", "User": "c?'
-    bad = ["I cannot.", written([("look at <image>?", "box")]), written([("a?", "According to the caption, it is not clear.")])]
+    turns = ("look at <image>?", "box"), ("a?", "According to the caption, it is not clear.")
+    bad = ["I cannot.", *(written([turn]) for turn in turns)]
     flags = ("self-instruct", "--plans", "global", "--limit", "1", "-n", "6", "--base-url")
     with serving(lambda body, number: completion(good, good, cut, *bad)) as server:
         items = construct(tmp_path / "out", *ENDPOINT, *flags, server.url)
@@ -268,7 +270,8 @@ def test_an_endpoint_that_fails_leaves_a_run_that_goes_on(tmp_path, capsys):
     with serving(answered) as server:
         whole = construct(tmp_path / "whole", *flags, server.url)
         needed = len(server.bodies)
-    with serving(lambda body, number: (401, {}, b"no credit left") if number >= 7 else answered(body, number)) as server:
+    spent = (401, {}, b"no credit left")
+    with serving(lambda body, number: spent if number >= 7 else answered(body, number)) as server:
         construct(out, *flags, server.url, code=2)
     told = capsys.readouterr().err
     assert "no credit left" in told and "7 answers are in" in told and "the same command goes on" in told

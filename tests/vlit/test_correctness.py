@@ -36,7 +36,8 @@ def thing(words, box=None):
     return Thing(words, frozenset(words.split()), box)
 
 
-BOXES = {"small red star": (0.0, 0.1, 0.2, 0.3), "big blue circle": (0.6, 0.5, 0.9, 0.8), "small blue star": (0.4, 0.7, 0.5, 0.9)}
+BOXES = {"small red star": (0.0, 0.1, 0.2, 0.3), "big blue circle": (0.6, 0.5, 0.9, 0.8),
+         "small blue star": (0.4, 0.7, 0.5, 0.9)}  # fmt: skip
 SCENE = Facts(tuple(thing(name, box) for name, box in BOXES.items()), frozenset((*BOXES, "big red square")))
 KITCHEN = Facts(
     (thing("person"), thing("person"), thing("cup"), Thing("car", frozenset(("car", "red")))),
@@ -135,8 +136,8 @@ def test_real_counts_against_cocos_boxes():
     """Of five "how many" answers by GPT-4, four agree with the boxes and one does not: three people, seven boxes."""
     folder = Path(SHARED, "data", "llava_eval")
     facts = facts_of(annotations.read([folder / "table" / "caps_boxes_coco2014_val_80.jsonl"]).pictures.values())
-    asked = [one for one in lines(folder / "playground" / "coco2014_val_gpt4_qa_30x3.jsonl") if "ow many" in str(one)]
-    found = {one["image"]: verify(one["instruction"], one["output"], known(about(one["image"]), facts)) for one in asked}
+    found = {one["image"]: verify(one["instruction"], one["output"], known(about(one["image"]), facts))
+             for one in lines(folder / "playground/coco2014_val_gpt4_qa_30x3.jsonl") if "ow many" in str(one)}  # fmt: skip
     assert len(found) == 5 and list(found.values()).count(True) == 4
     assert found["COCO_val2014_000000515716.jpg"] is False
 
@@ -182,13 +183,13 @@ def test_matching_degree_by_its_definition(encoder, tmp_path):
     assert encoder.texts(["a red star " * 30]).shape == (1, 8)  # one sentence: cut behind, end kept
 
 
+TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+         "hidden_act": "quick_gelu"}  # fmt: skip
 CLIP_CONFIG = {
     "model_type": "clip", "projection_dim": 8,
-    "vision_config": {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-                      "intermediate_size": 32, "hidden_act": "quick_gelu"},
-    "text_config": {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-                    "intermediate_size": 32, "max_position_embeddings": 12, "hidden_act": "quick_gelu", "eos_token_id": 299,
-                    "bos_token_id": 298, "pad_token_id": 299},
+    "vision_config": TOWER | {"image_size": 16, "patch_size": 8},
+    "text_config": TOWER | {"vocab_size": 300, "max_position_embeddings": 12, "eos_token_id": 299, "bos_token_id": 298,
+                            "pad_token_id": 299},
 }  # fmt: skip
 
 

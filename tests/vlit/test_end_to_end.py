@@ -1,4 +1,4 @@
-"""From photographs and COCO's annotations to a trained stage: construct, quality, filter, train.py, each by its command."""
+"""From photographs and annotations to a trained stage: construct, quality, filter, train.py, each by its command."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,8 @@ def stand_ins(folder):
         image = Image.new("RGB", (96, 72), (200, 200, 200))
         for one in picture.of_kind("object"):
             corners = [side * size for side, size in zip(one.box, image.size * 2)]
-            ImageDraw.Draw(image).rectangle(corners, fill=tuple(sum(map(ord, one.value)) * prime % 256 for prime in (7, 31, 101)))
+            color = tuple(sum(map(ord, one.value)) * prime % 256 for prime in (7, 31, 101))
+            ImageDraw.Draw(image).rectangle(corners, fill=color)
         image.save(folder / picture.file_name)
 
 
@@ -45,14 +46,16 @@ def test_photographs_and_annotations_become_a_trained_stage(tmp_path, capsys):
     told = capsys.readouterr().out
     assert f"{len(samples) + 2} samples" in told and "1 records unreadable, 1 samples with defects" in told
 
-    vlit("filter", made / "samples.jsonl", "--annotations", *ANNOTATIONS, "--out", kept, "--without-report", "--exact-only")
+    flags = ("--annotations", *ANNOTATIONS, "--without-report", "--exact-only")
+    vlit("filter", made / "samples.jsonl", "--out", kept, *flags)
     good = lines(kept / "kept.jsonl")
-    reasons = [one["reasons"][0] for one in lines(kept / "dropped.jsonl")]
-    assert sorted(reason.split(":")[0] for reason in reasons if not reason.startswith("duplicate")) == ["defect", "unreadable", "wrong"]
-    assert len(good) + len(reasons) == len(samples) + 3 and not {one["id"] for one in wrong} & {one["id"] for one in good}
+    reasons = [one["reasons"][0].split(":")[0] for one in lines(kept / "dropped.jsonl")]
+    assert sorted(reason for reason in reasons if reason != "duplicate") == ["defect", "unreadable", "wrong"]
+    assert len(good) + len(reasons) == len(samples) + 3
+    assert not {one["id"] for one in wrong} & {one["id"] for one in good}
 
-    arguments = [str(TESTS / "vlit_recipe.py"), "--data", str(kept / "kept.jsonl"), "--images", str(made), "--out", str(out)]
-    assert train.main([*arguments, "--threads", "1"]) == 0
+    arguments = (TESTS / "vlit_recipe.py", "--data", kept / "kept.jsonl", "--images", made, "--out", out, "--threads", 1)
+    assert train.main(list(map(str, arguments))) == 0
     losses = [entry["loss"] for entry in lines(out / "log.jsonl") if "loss" in entry]
     assert len(losses) == 40 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert (out / "model.safetensors").is_file()

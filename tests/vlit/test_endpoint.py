@@ -77,7 +77,8 @@ def test_pictures_go_along_where_wanted(tmp_path):
         endpoint(server, send_images=True).generate([asked])
         endpoint(server).generate([asked])
     words, image = server.bodies[0]["messages"][1]["content"]
-    assert words == {"type": "text", "text": "hello"} and image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+    assert words == {"type": "text", "text": "hello"}
+    assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
     assert server.bodies[1]["messages"][1]["content"] == "hello"
 
 

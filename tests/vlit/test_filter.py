@@ -90,7 +90,8 @@ def test_pictures_that_are_elsewhere_are_named(folder, tmp_path):
 def test_what_is_dropped_anyway_makes_no_duplicate(folder):
     (folder / "broken.png").unlink()
     images = ("broken.png", "broken.png", "a.png", "a.png")
-    kept, dropped = filtered(folder, records=[about(n, "What is it?", LONG, image=name) for n, name in enumerate(images)])
+    records = [about(n, "What is it?", LONG, image=name) for n, name in enumerate(images)]
+    kept, dropped = filtered(folder, records=records)
     assert [one["id"] for one in kept] == [2] and [len(one["reasons"]) for one in dropped] == [1, 1, 1]
     assert dropped[2]["reasons"] == ["duplicate: exact duplicate of record 3"]
 
@@ -165,10 +166,11 @@ def test_a_file_that_changes_meanwhile_replaces_nothing(folder, monkeypatch, cap
 @pytest.mark.slow
 def test_a_killed_run_goes_on(folder):
     rng = random.Random(0)
-    records = [about(n, "How many dogs are there?", f"{rng.choice(('Two', 'Five'))} {rng.random()}") for n in range(3000)]
+    answers = [f"{rng.choice(('Two', 'Five'))} {rng.random()}" for _ in range(3000)]
+    records = [about(n, "How many dogs are there?", answer) for n, answer in enumerate(answers)]
     expected = filtered(folder, "--exact-only", records=records, out="whole")
-    command = [sys.executable, "-m", "nanovlm.vlit", "filter", str(folder / "many.jsonl"), "--annotations",
-               str(folder / "notes.jsonl"), "--out", str(folder / "killed"), "--exact-only", "--without-report"]  # fmt: skip
+    command = [sys.executable, "-m", "nanovlm.vlit", "filter", folder / "many.jsonl", "--annotations",
+               folder / "notes.jsonl", "--out", folder / "killed", "--exact-only", "--without-report"]  # fmt: skip
     scores = folder / "killed" / "scores.jsonl"
     for size in (2_000, 60_000):
         run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -108,12 +108,12 @@ def test_the_template_refuses_what_it_has_no_annotation_for():
 @pytest.mark.parametrize(
     ("box", "place"),
     (
-        ((0.4, 0.4, 0.6, 0.6), "in the middle of the picture"), ((0.0, 0.0, 0.2, 0.2), "at the top left of the picture"),
-        ((0.4, 0.8, 0.6, 1.0), "at the bottom of the picture"), ((0.8, 0.4, 1.0, 0.6), "at the right of the picture"),
+        ((0.4, 0.4, 0.6, 0.6), "in the middle"), ((0.0, 0.0, 0.2, 0.2), "at the top left"),
+        ((0.4, 0.8, 0.6, 1.0), "at the bottom"), ((0.8, 0.4, 1.0, 0.6), "at the right"),
     ),
 )  # fmt: skip
 def test_places_in_words(box, place):
-    assert place_of(box) == place
+    assert place_of(box) == f"{place} of the picture"
 
 
 # A local model

@@ -44,9 +44,10 @@ def test_other_forms_are_understood_and_noted(text, turns, notes):
 
 
 def test_names_of_speakers_inside_a_turn_are_words():
-    text = '{"User": "Which is right, A: cat or B: dog?", "AI": "A: the cat", "User": "c?", "AI": "User: is a word."}'
-    assert [words for _, words in parse(text).turns] == ["Which is right, A: cat or B: dog?", "A: the cat", "c?", "User: is a word."]
-    assert parse("User: who is it?\nAI: He says: me.\nAs the sign: reads").turns[1][1] == "He says: me.\nAs the sign: reads"
+    said = ["Which is right, A: cat or B: dog?", "A: the cat", "c?", "User: is a word."]
+    text = '{{"User": "{}", "AI": "{}", "User": "{}", "AI": "{}"}}'.format(*said)
+    assert [words for _, words in parse(text).turns] == said
+    assert parse("User: who?\nAI: He says: me.\nAs the sign: reads").turns[1][1] == "He says: me.\nAs the sign: reads"
 
 
 @pytest.mark.parametrize(

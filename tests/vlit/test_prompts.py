@@ -1,21 +1,18 @@
-"""What a generator is told: the two descriptions, the review's prompt with its switchable lines, examples, reminders."""
+"""What a generator is told: both descriptions, the review's prompt with its switchable lines, examples, reminders."""
 
 import os
 import re
 from pathlib import Path
 
 import pytest
+from vlit_data import PHOTOS
 
 from nanovlm.vlit import descriptions, self_instruct
-from nanovlm.vlit.annotations import read
-from nanovlm.vlit.annotations import Annotation, Picture
-from nanovlm.vlit.self_instruct import EXAMPLES, written
-from nanovlm.vlit.samples import defects, remarks
+from nanovlm.vlit.annotations import Annotation, Picture, read
 from nanovlm.vlit.parsing import parse
-from nanovlm.vlit.samples import Sample
-from nanovlm.vlit.self_instruct import PLANS, REQUIREMENTS, chat, system_prompt
+from nanovlm.vlit.samples import Sample, defects, remarks
+from nanovlm.vlit.self_instruct import EXAMPLES, PLANS, REQUIREMENTS, chat, system_prompt, written
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "vlit"
 SHARED = Path(os.environ.get("NANOVLM_SHARED", "absent"))
 BOX = (0.1, 0.2, 0.5, 0.6)
 
@@ -26,7 +23,7 @@ def notes(kind, *values, **fields):
 
 @pytest.fixture(scope="module")
 def photos():
-    return read(sorted(GOLDEN.glob("*_photos.json"))).pictures
+    return read(PHOTOS).pictures
 
 
 def test_the_reviews_own_example_of_a_description():
@@ -40,11 +37,11 @@ def test_the_reviews_own_example_of_a_description():
     annotations = notes("caption", *captions) + notes("object", *objects) + notes("ocr", "BARDOLING")
     annotations += [Annotation(f"vqa/{n}", "vqa", answer, question) for n, (question, answer) in enumerate(asked)]
     assert descriptions.sentences(Picture("1", annotations=annotations)) == (
-        "This is a picture which can be described as Two women preparing food in a kitchen, one at the sink and one at the "
-        "table. A set table with silverware, glasses and a bottle of wine. The image contains 2 kitchen_bottle, 1 "
-        "furniture_dining table, 2 person_person, 5 kitchen_cup, 1 food_banana. The image also contains a number of question "
-        "and answer pairs: 'Q: IS there flowers on the table? A: no.', 'Q: How many bottles are on the table? A: 2.'. The "
-        "following characters can be recognized in the image: BARDOLING."
+        "This is a picture which can be described as Two women preparing food in a kitchen, one at the sink and one at "
+        "the table. A set table with silverware, glasses and a bottle of wine. The image contains 2 kitchen_bottle, 1 "
+        "furniture_dining table, 2 person_person, 5 kitchen_cup, 1 food_banana. The image also contains a number of "
+        "question and answer pairs: 'Q: IS there flowers on the table? A: no.', 'Q: How many bottles are on the table? "
+        "A: 2.'. The following characters can be recognized in the image: BARDOLING."
     )
 
 
@@ -60,7 +57,8 @@ def test_empty_kinds_drop_out_and_regions_are_named(photos):
 
 
 def test_llavas_description_has_captions_and_boxes():
-    picture = Picture("1", annotations=notes("caption", "A man with a tie.", "A tie.") + notes("object", "tie", "person"))
+    annotations = notes("caption", "A man with a tie.", "A tie.") + notes("object", "tie", "person")
+    picture = Picture("1", annotations=annotations)
     expected = "A man with a tie.\nA tie.\n\ntie: [0.1, 0.2, 0.5, 0.6]\nperson: [0.1, 0.2, 0.5, 0.6]"
     assert descriptions.describe(picture, "boxes") == expected
     with pytest.raises(ValueError, match="Did you mean 'boxes'"):
@@ -102,7 +100,8 @@ def test_lines_are_switched_and_numbered_anew():
 
 
 def test_plans_differ_in_knowledge_negatives_and_rounds():
-    has = {name: tuple(number for number in (2, 4, 6) if REQUIREMENTS[number] in system_prompt(plan)) for name, plan in PLANS.items()}
+    has = {name: tuple(number for number in (2, 4, 6) if REQUIREMENTS[number] in system_prompt(plan))
+           for name, plan in PLANS.items()}  # fmt: skip
     assert has == {"global": (), "region": (2, 4, 6), "negative": (6,), "multi-round": (), "knowledge": (4,)}
     assert "at least 5 rounds" in system_prompt(PLANS["multi-round"])
 
@@ -132,9 +131,9 @@ def test_ten_examples_keep_the_rules_that_they_teach():
     for one in EXAMPLES:
         parsed = parse(written(one.turns))
         assert not parsed.notes and len(parsed.turns) == 2 * len(one.turns)
-        sample = Sample("example", (), parsed.turns)
-        assert defects(sample) == []
-        assert remarks(sample, "region" if one.region else "global", "negative" if "negative" in one.plans else "") == []
+        plan = "negative" if "negative" in one.plans else ""
+        sample = Sample("example", (), parsed.turns, granularity="region" if one.region else "", plan=plan)
+        assert defects(sample) + remarks(sample) == []
         assert ("region" in one.plans) == (one.region is not None)
         assert "multi-round" not in one.plans or len(one.turns) >= PLANS["multi-round"].rounds
     assert all(sum(name in one.plans for one in EXAMPLES) >= 3 for name in PLANS)

@@ -23,7 +23,7 @@ from nanovlm.vlit.tagging import OTHER, TASKS, assign, balance, covering, propos
 INDICATORS = ["MD", "C", "T", "I", "R", "O/G", "IC", "B"]  # the review's eight, in the order of its Table 4
 ITEMS = [
     item("0", "<image>\nWhat color is the dog?", "Brown.", image="a.png"),
-    item("1", "<image>\nHow many dogs are there?", "Two.", "Why are they wet?", "They may have been swimming.", image="a.png"),
+    item("1", "<image>\nHow many dogs are there?", "Two.", "Why are they wet?", "They may have swum.", image="a.png"),
     item("2", "<image>\nDescribe the image in detail.", "Two brown dogs stand on the grass.", image="b.png"),
     item("3", "Is there a cat?", "Brown.", image="none.png"),  # neither placeholder nor picture
 ]
@@ -121,7 +121,7 @@ def test_own_task_field_and_lexicon(folder):
     "flags, words",
     (
         (["--kept", "0"], "--kept is 0"), (["--min-samples", "0"], "--min-samples is 0"), (["--eps", "3"], "eps 3.0"),
-        (["--size", "50"], "holds 4 readable samples; 50 were asked for"), (["--generator", "replay"], "needs --replies"),
+        (["--size", "50"], "4 readable samples; 50 were asked for"), (["--generator", "replay"], "needs --replies"),
         (["--annotations", "missing.json"], "missing.json"), (["--encoder", "missing"], "config.json"),
     ),
 )  # fmt: skip
@@ -166,7 +166,8 @@ def test_labels_of_a_language_model():
 
 
 def test_balance_by_hand():
-    assert balance({"a": 5, "b": 5}) == {"variance": 0, "entropy": pytest.approx(math.log(2)), "gini": 0, "largest": 0.5}
+    even = {"variance": 0, "entropy": pytest.approx(math.log(2)), "gini": 0, "largest": 0.5}
+    assert balance({"a": 5, "b": 5}) == even
     told = balance({"a": 3, "b": 1})  # shares 75 and 25 percent
     assert (told["variance"], told["gini"], told["largest"]) == (625, pytest.approx(0.25), 0.75)
 

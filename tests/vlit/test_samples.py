@@ -1,4 +1,4 @@
-"""Files of samples: every form, every trap that published data is known for, what is said about it, and what is a defect."""
+"""Files of samples: every form, every trap that published data is known for, what is said about it, defects."""
 
 import base64
 import gzip
@@ -14,7 +14,7 @@ from vlit_data import item, lines, vlit, write_lines
 
 from nanovlm.data.__main__ import main as data_main
 from nanovlm.vlit.indicators import Survey, measure
-from nanovlm.vlit.samples import IMAGE, Sample, Unreadable, defects, read, remarks
+from nanovlm.vlit.samples import IMAGE, Sample, Unreadable, defects, read, remarks, sample
 
 SHARED = Path(os.environ.get("NANOVLM_SHARED", "absent"))
 ITEMS = [item("0", "<image>\nWhat colour?", answer, image="a.jpg")
@@ -37,7 +37,7 @@ def test_all_forms_give_the_same_samples(tmp_path, name):
     packed = tmp_path / f"{name}.gz"
     packed.write_bytes(gzip.compress(FORMS[name].encode()))
     for path in (tmp_path / name, packed):
-        assert [sample.item() for _, sample in read(path)] == ITEMS
+        assert [one for _, one in read(path)] == list(map(sample, ITEMS))
         assert all(where.startswith(f"{path}, line ") for where, _ in read(path))
 
 
@@ -61,7 +61,7 @@ def test_all_forms_give_the_same_samples(tmp_path, name):
 def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path, line, why):
     path = write_lines(tmp_path / "a.jsonl", [ITEMS[0], line, ITEMS[2]])
     (_, first), (where, error), (_, last) = read(path)
-    assert [first.item(), last.item()] == [ITEMS[0], ITEMS[2]]
+    assert [first, last] == [sample(ITEMS[0]), sample(ITEMS[2])]
     assert isinstance(error, Unreadable) and why in str(error) and error.text == line
     assert where == f"{path}, line 2" and str(path) not in str(error)
 
@@ -69,8 +69,8 @@ def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path, line, why):
 def test_bytes_that_are_no_text_cost_one_record(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"id": 1, "x": "\xff\xfe"}\n' + json.dumps(ITEMS[0]).encode())
-    (where, error), (_, sample) = read(path)
-    assert where.endswith("line 1") and "UTF-8" in str(error) and sample.item() == ITEMS[0]
+    (where, error), (_, whole) = read(path)
+    assert where.endswith("line 1") and "UTF-8" in str(error) and whole == sample(ITEMS[0])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_bytes_that_are_no_text_cost_one_record(tmp_path):
         ('[{"id": 1, "conversations": []},\n', "a.json, line 2"),
         *((text, "no record") for text in ("", "\n \n", "[]", "[ ]\n")),
         *((json.dumps(top, indent=indent), "nanovlm.data convert") for indent in (None, 1) for top in (
-            {"meta": {}, "data": {"A_1": {"instruction": "What is it?", "answer": "Blue.", "image_ids": ["a"]}}},  # MIMIC-IT
+            {"meta": {}, "data": {"A_1": {"instruction": "?", "answer": "Blue.", "image_ids": ["a"]}}},  # MIMIC-IT
             {"annotations": [{"image_id": 1, "caption": ""}]}, {"questions": []})),
     ),
 )  # fmt: skip
@@ -189,8 +189,8 @@ def test_what_convert_makes_can_be_measured(folder):
 # The words of a sample
 
 
-def sample(*said):
-    return Sample("1", ("a.jpg",), tuple(zip(("user", "assistant") * 2, (f"{IMAGE}\n{said[0]}", *said[1:]))))
+def about(asked, answer, granularity="", plan=""):
+    return Sample("1", ("a.jpg",), (("user", f"{IMAGE}\n{asked}"), ("assistant", answer)), "", granularity, plan)
 
 
 def rules(found):
@@ -207,8 +207,8 @@ def rules(found):
     ],
 )  # fmt: skip
 def test_talk_about_the_source_is_found_in_questions_and_answers(answer):
-    assert rules(defects(sample("Is there a dog?", answer))) == ["source"]
-    assert rules(defects(sample(answer, "Yes."))) == ["source"]
+    assert rules(defects(about("Is there a dog?", answer))) == ["source"]
+    assert rules(defects(about(answer, "Yes."))) == ["source"]
 
 
 @pytest.mark.parametrize(
@@ -220,15 +220,15 @@ def test_talk_about_the_source_is_found_in_questions_and_answers(answer):
     ],
 )  # fmt: skip
 def test_ordinary_words_are_no_talk_about_the_source(answer):
-    assert defects(sample("What?", answer)) == []
+    assert defects(about("What?", answer)) == []
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the review is not copied here")
 def test_the_reviews_own_samples_break_its_eighth_requirement():
-    """At least 3 of its 41 printed answers; read by hand: 6, where the image or the information "mentions" something."""
+    """At least 3 of its 41 printed answers; by hand: 6, where the image or the information "mentions" something."""
     text = (SHARED / "papers/vlit_review.txt").read_text().split("\n")
     answers = [line.partition("\t")[2] for line in text if re.match(r"A[Il] Assistant\t", line)]
-    broken = [answer for answer in answers if "source" in rules(defects(sample("?", answer)))]
+    broken = [answer for answer in answers if "source" in rules(defects(about("?", answer)))]
     assert len(answers) == 41 and len(broken) == 6
     assert sum("description" in answer or "information" in answer for answer in broken) >= 3
 
@@ -237,7 +237,7 @@ def test_the_reviews_own_samples_break_its_eighth_requirement():
 def test_llavas_180_answers_keep_every_rule():
     folder = SHARED / "data/llava_eval/playground"
     files = (("coco2014_val_gpt4_qa_30x3.jsonl", "output"), ("coco2014_val_qa_eval/qa90_gpt4_answer.jsonl", "text"))
-    samples = [sample("?", one[key]) for name, key in files for one in lines(folder / name)]
+    samples = [about("?", one[key]) for name, key in files for one in lines(folder / name)]
     assert len(samples) == 180 and not any(defects(one) + remarks(one) for one in samples)
 
 
@@ -253,7 +253,7 @@ def test_llavas_180_answers_keep_every_rule():
     ),
 )
 def test_softer_remarks(said, granularity, plan, expected):
-    assert rules(remarks(sample(*said), granularity, plan)) == expected
+    assert rules(remarks(about(*said, granularity, plan))) == expected
 
 
 def test_lint_counts_and_names(tmp_path, capsys):
