@@ -120,14 +120,10 @@ def test_strides_of_a_model_and_strange_ones():
         torch.testing.assert_close(f, e, atol=1e-5, rtol=1e-5)
 
 
-def test_scale():
+def test_scale_and_large_scores():
     (q, k, v), visible = make(CASES["sliding window"])
     expected = attention(q * 0.3 * 24**0.5, k, v, visible, "reference")
     torch.testing.assert_close(flash_attention(q, k, v, visible, scale=0.3), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_large_scores_stay_finite():
-    (q, k, v), visible = make(CASES["causal"])
     out = flash_attention(q * 1e4, k * 1e4, v, visible)
     torch.testing.assert_close(out, attention(q * 1e4, k * 1e4, v, visible, "reference"))
 
@@ -233,7 +229,7 @@ def test_a_decoder_compiles_in_one_piece():
     decoder.backend = "triton"
     x, positions = torch.randn(2, 16, 32), torch.arange(16).expand(2, -1)
     visible = causal(torch.tensor([[0] * 9 + [1] * 7, [0] * 12 + [-1] * 4]))
-    weight, graphs = torch.randn(2, 16, 32), []
+    weight, graphs, found = torch.randn(2, 16, 32), [], []
 
     def backend(graph, inputs):
         graphs.append(str(graph.graph))
@@ -241,10 +237,8 @@ def test_a_decoder_compiles_in_one_piece():
 
     for function in (decoder, torch.compile(decoder, backend=backend, fullgraph=True)):
         loss = (function(x, positions, visible, None) * weight).sum()
-        found = [loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)]
-        if graphs:
-            torch.testing.assert_close(found, expected)
-        expected = found
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)])
+    torch.testing.assert_close(*found)
     assert len(graphs) == 1 and graphs[0].count("nanovlm.flash_attention") == 2, "once in each layer"
 
 

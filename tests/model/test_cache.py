@@ -1,10 +1,8 @@
 import pytest
 import torch
 
-from nanovlm.attention import Visible, causal
 from nanovlm.cache import KeyValueCache
 from nanovlm.decoder import DecoderConfig, LayerOptions
-from tiny import random_vlm
 
 CONFIG = DecoderConfig(
     vocab_size=11, width=24, num_heads=4, num_kv_heads=2, ffn_width=8, context_length=9, layers=(LayerOptions(),) * 3
@@ -96,23 +94,3 @@ def test_copied_rows_leave_the_prompt_where_it_is():
             assert torch.equal(got[:, :, 3], old[[1, 1, 0], :, 3])
     cache.copy_rows(torch.tensor([2]), torch.tensor([0]))
     assert torch.equal(cache.update(0, keys(3, 1), keys(3, 1))[0][2, :, :3], written[0][0][0, :, :3])
-
-
-def test_cached_equals_uncached():
-    """Left-padded rows in three pieces through the cache against one pass without it."""
-    model = random_vlm()
-    decoder = model.decoder
-    torch.manual_seed(1)
-    x, pads = torch.randn(2, 9, 16), torch.tensor([0, 3])
-    columns = torch.arange(9)
-    positions = (columns - pads[:, None]).clamp(min=0)
-    modality = ((columns >= 4) & (columns < 6)).long().expand(2, -1)
-    segments = torch.where(columns >= pads[:, None], 0, -1)
-    whole = decoder(x, positions, causal(segments), modality)
-    cache, pieces = KeyValueCache(decoder.config, 2, 9), []
-    for start, stop in ((0, 5), (5, 6), (6, 9)):
-        visible = Visible(pads[:, None].expand(-1, stop - start), (columns[start:stop] + 1).expand(2, -1))
-        pieces.append(decoder(x[:, start:stop], positions[:, start:stop], visible, modality[:, start:stop], cache=cache))
-        cache.advance(stop - start)
-    real = segments >= 0
-    assert torch.allclose(torch.cat(pieces, dim=1)[real], whole[real], atol=1e-5)

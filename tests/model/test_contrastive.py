@@ -56,20 +56,6 @@ def text_tower(**options):
     return randomise(TextTower(**(sizes | options)))
 
 
-def test_text_tower_by_hand():
-    tower, ids = text_tower(), torch.randint(20, (1, 6))
-    x = tower.embedding(ids) + tower.positions[:6]
-    for block in tower.blocks:
-        normed = F.layer_norm(x, (12,), block.norm_1.weight, block.norm_1.bias, 1e-6)
-        q, k, v = (getattr(block.attention, name)(normed).unflatten(-1, (3, 4)).transpose(1, 2) for name in "qkv")
-        scores = (q @ k.transpose(-2, -1) / 2).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
-        x = x + block.attention.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        x = x + block.fc_2(F.gelu(block.fc_1(F.layer_norm(x, (12,), block.norm_2.weight, block.norm_2.bias, 1e-6))))
-    expected = F.layer_norm(x[:, -1], (12,), tower.norm.weight, tower.norm.bias, 1e-5)
-    torch.testing.assert_close(tower(ids, torch.tensor([6])), expected, atol=1e-5, rtol=1e-4)
-    assert len(tower.blocks) == 2 and tower.blocks[0].fc_1.out_features == 18
-
-
 def test_text_tower_reads_up_to_the_length_and_no_further():
     tower, ids = text_tower(), torch.randint(20, (3, 7))
     lengths = torch.tensor([7, 4, 1])
@@ -254,15 +240,6 @@ def test_siglip_reads_its_whole_context_in_both_directions():
         changed = ids.clone()
         changed[row, length:] = 13  # what stands behind a caption has no effect
         assert torch.equal(tower(changed, lengths), found)
-    x = tower.embedding(torch.tensor([[5, 1, 1, 1, 1, 1, 1, 1]])) + tower.positions
-    for block in tower.blocks:
-        normed = block.norm_1(x)
-        q, k, v = (getattr(block.attention, name)(normed).unflatten(-1, (2, 5)).transpose(1, 2) for name in "qkv")
-        seen = (q @ k.transpose(-2, -1) / 5**0.5).softmax(-1) @ v
-        x = x + block.attention.o(seen.transpose(1, 2).flatten(2))
-        x = x + block.fc_2(F.gelu(block.fc_1(block.norm_2(x)), approximate="tanh"))
-    expected = F.layer_norm(x[:, -1], (10,), tower.norm.weight, tower.norm.bias, 1e-6)
-    torch.testing.assert_close(tower(torch.tensor([[5]]), torch.tensor([1])), expected, atol=1e-5, rtol=1e-4)
     for tower in (tower, text_tower()):
         assert tower(torch.zeros(1, 8, dtype=torch.long), torch.tensor([8])).shape == (1, tower.norm.bias.shape[0])
         with pytest.raises(ValueError, match="a caption of 9 tokens, but the text tower reads 8"):
@@ -292,11 +269,9 @@ def test_siglip_starts_at_no_match():
     assert [getattr(fresh.pool, name).bias is not None for name in ("q", "k", "v", "o")] == [True] * 4
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_siglip_s_probe_by_hand(backend):
+def test_siglip_s_probe_by_hand():
     model, features = siglip(), torch.randn(2, 9, 12)
     pool, norm = model.pool, model.pool.norm
-    pool.backend = backend
     heads = []
     for head in (slice(0, 4), slice(4, 8), slice(8, 12)):
         q, k, v = pool.q(pool.probe)[head], pool.k(features)[..., head], pool.v(features)[..., head]

@@ -11,7 +11,6 @@ import train
 from nanovlm import lora, recipes
 from nanovlm.decoder import LayerOptions
 from nanovlm.lora import LoRALinear
-from nanovlm.vlm import PARTS
 from random_models import image_batch, randomise, small_decoder, small_vlm
 from test_train_cli import RECIPE, refuse, run
 
@@ -92,21 +91,6 @@ def test_mistakes(options):
     with pytest.raises(ValueError, match=str(next(iter(options.values()))).replace("$", r"\$")):
         lora.add(model, **dict(rank=2, alpha=2) | options)
     assert not isinstance(model.decoder.layers[0].attention.o, LoRALinear)  # nothing is half done
-
-
-def test_parts():
-    model = small_vlm(layers=LAYERS)
-    plain = model.parts()
-    lora.add(model, 2, 2, EVERYWHERE)
-    parts = model.parts()
-    assert tuple(parts) == tuple(PARTS)
-    for part in PARTS:
-        if part == "lora":
-            assert parts[part] and all(name.endswith(("lora_a", "lora_b")) for name in parts[part])
-        else:
-            assert parts[part].keys() == plain[part].keys()
-    names = [name for part in parts.values() for name in part]
-    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
 
 def test_only_the_updates_learn():
