@@ -36,6 +36,7 @@ from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.recipes.nano_tests import majority_baseline
 from nanovlm.resampler import Resampler
+from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import IGNORE, VLM
@@ -223,7 +224,7 @@ def learn_answers(arm, vision, seed, settings):
     )  # fmt: skip
 
     def loss_of(step):
-        loss, count = model.loss(rows(shown[step * settings.pictures : (step + 1) * settings.pictures], model))
+        loss, count = language_loss(model, rows(shown[step * settings.pictures : (step + 1) * settings.pictures], model))
         return loss / count
 
     train(parts, stage, loss_of)

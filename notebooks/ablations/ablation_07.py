@@ -29,6 +29,7 @@ from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.resampler import Resampler
+from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import IGNORE, VLM
@@ -151,7 +152,7 @@ def train(model, parts, source, tokenizer, settings, steps):
     for step in range(steps):
         optimizer.set_lr(optimizers, optimizer.lr_factor(step, stage))
         batch = rows(records(source, step * settings.batch_size, settings.batch_size), model, tokenizer)
-        loss, count = model.loss(batch)
+        loss, count = language_loss(model, batch)
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for each in optimizers:

@@ -32,6 +32,7 @@ from ablations.ablation_04 import (
 
 from nanovlm.data.datasets import LlavaJson
 from nanovlm.data.scene_questions import Scenes
+from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vlit import annotations, filtering
 from nanovlm.vlit.__main__ import Parser
@@ -130,7 +131,7 @@ def tune(model, batch_of, steps, settings, rate):
     stage = Stage("tune", "language", rates, {"set": 1.0}, steps, settings.batch, optimizer="muon", warmup_steps=warmup)
 
     def loss_of(step):
-        loss, count = model.loss(rows(batch_of(step), model))
+        loss, count = language_loss(model, rows(batch_of(step), model))
         return loss / count
 
     train(parts, stage, loss_of)

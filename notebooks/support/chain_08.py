@@ -29,6 +29,7 @@ from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.training.diagnostics import Movement
 from nanovlm.projector import PixelShuffleProjector
+from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import all_parts
 from nanovlm.training.stages import Stage
 from nanovlm.vlm import IGNORE, VLM
@@ -94,7 +95,7 @@ def train_stage(stage, model, towers, tokenizer, source, start):
         chosen = records(source, start + step * stage.batch_size, stage.batch_size)
         if stage.objective == "contrastive":
             return towers.loss(*contrastive_batch(chosen, tokenizer, stage.image_size, "crop", 24))
-        loss, count = model.loss(batch_of(chosen, model, tokenizer, stage.image_size))
+        loss, count = language_loss(model, batch_of(chosen, model, tokenizer, stage.image_size))
         return loss / count
 
     train(parts, stage, loss_of)
