@@ -40,7 +40,7 @@ class Visible:
     def check(self, num_keys):
         """Raise ValueError where an interval leaves [0, num_keys]; for those who build one (it reads values)."""
         if self.first.shape != self.stop.shape or self.first.ndim != 2:
-            raise ValueError(f"first {tuple(self.first.shape)} and stop {tuple(self.stop.shape)} share no shape [B, T]")
+            raise ValueError(f"first {tuple(self.first.shape)} and stop {tuple(self.stop.shape)} differ, or are not [B, T]")
         if bool((self.first < 0).any()) or bool((self.stop > num_keys).any()):
             raise ValueError(f"intervals from {self.first.min()} to {self.stop.max()}, but keys 0 to {num_keys}")
         return self

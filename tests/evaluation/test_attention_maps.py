@@ -9,6 +9,7 @@ from PIL import Image
 from random_models import randomise, small_decoder, small_vit, small_vlm
 from tiny import random_vlm
 
+from nanovlm.abstractor import Abstractor
 from nanovlm.data.images import CLIP
 from nanovlm.data.templates import NANO, Row
 from nanovlm.data.tokenizer import train_tokenizer
@@ -17,6 +18,7 @@ from nanovlm.evaluation import attention_maps
 from nanovlm.evaluation.attention_maps import answer_attention, answer_heat, draw, look, Looks
 from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import LinearProjector, PixelShuffleProjector
+from nanovlm.qformer import QFormer
 from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT
 from nanovlm.vlm import Batch, VLM
@@ -35,6 +37,9 @@ def bridges():
     yield "resampler among its latents", VLM(wide, among, small_decoder())
     yield "merged patches", VLM(plain, randomise(PixelShuffleProjector(12, 16, merge=3)), small_decoder())
     yield "projector", small_vlm("projector")
+    sizes = dict(num_queries=3, num_heads=2, ffn_width=18)
+    yield "abstractor", VLM(classy, randomise(Abstractor(12, 16, num_layers=2, **sizes)), small_decoder())
+    yield "qformer", VLM(classy, randomise(QFormer(12, 16, 8, **sizes, cross_attention=(True, False, True))), small_decoder())
     yield "projector, class token", VLM(classy, randomise(LinearProjector(12, 16)), small_decoder())
 
 

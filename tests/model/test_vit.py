@@ -240,8 +240,7 @@ def test_start():
 
 
 def test_start_of_the_stem():
-    convolutions = [layer for layer in ConvStem(8, 64) if isinstance(layer, nn.Conv2d)]
-    for layer in convolutions[:-1]:
+    for layer in [layer for layer in ConvStem(8, 64) if isinstance(layer, nn.Conv2d)][:-1]:
         he = (2 / (9 * layer.in_channels)) ** 0.5  # keeps the signal's size through a rectifier
         assert 0.85 * he < layer.weight.std() < 1.15 * he and (layer.bias == 0).all()
 

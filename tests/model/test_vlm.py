@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import nanovlm
 from nanovlm import lora
 from nanovlm.attention import causal
 from nanovlm.decoder import LayerOptions
@@ -20,24 +21,15 @@ I = IMAGE_TOKEN
 
 def mixed_batch():
     """Four rows, padded: a clip and an image, text alone, the image again, another image behind text; 3 tokens each."""
+    no = IGNORE
     return image_batch(
-        ids=[
-            [I, I, I, 4, I, I, I, 5, 6],
-            [7, 8, 9, 10, 11, 12, 13, 0, 0],
-            [I, I, I, 14, 15, 0, 0, 0, 0],
-            [16, I, I, I, 17, 18, 19, 20, 0],
-        ],
+        ids=[[I, I, I, 4, I, I, I, 5, 6], [7, 8, 9, 10, 11, 12, 13, 0, 0], [I, I, I, 14, 15, 0, 0, 0, 0],
+             [16, I, I, I, 17, 18, 19, 20, 0]],
         segments=[[0] * 9, [0] * 7 + [-1] * 2, [0] * 5 + [-1] * 4, [0] * 8 + [-1]],
-        labels=[
-            [I, I, I, IGNORE, I, I, I, IGNORE, 6],
-            [IGNORE, IGNORE, 9, 10, IGNORE, 12, 13, IGNORE, IGNORE],
-            [I, I, I, 14, 15, IGNORE, IGNORE, IGNORE, IGNORE],
-            [16, I, I, I, IGNORE, 18, 19, 20, IGNORE],
-        ],
-        frames=[1, 2, 1],
-        shown=[1, 0, 0, 2],
-        owner=[0, 0, 2, 3],
-    )
+        labels=[[I, I, I, no, I, I, I, no, 6], [no, no, 9, 10, no, 12, 13, no, no], [I, I, I, 14, 15, no, no, no, no],
+                [16, I, I, I, no, 18, 19, 20, no]],
+        frames=[1, 2, 1], shown=[1, 0, 0, 2], owner=[0, 0, 2, 3],
+    )  # fmt: skip
 
 
 def test_the_kth_image_token_stands_in_the_kth_place():
@@ -231,15 +223,11 @@ def test_padding_in_front_changes_nothing():
 
 
 def test_visible_rows_takes_the_fast_case_only_where_it_is_exact():
-    for segments, pattern in (
-        ([[0, 0, 0], [0, 0, -1]], "causal"),
-        ([[0, 0, 0], [-1, -1, -1]], "causal"),
-        ([[0, 0, 0], [-1, 0, 0]], "intervals"),
-        ([[0, 0, 0], [0, -1, 0]], "intervals"),
-        ([[0, 0, 0], [0, 1, 1]], "intervals"),
-        ([[0, 0, 0], [1, 1, 1]], "intervals"),
-    ):
-        segments = torch.tensor(segments)
+    for second, pattern in (
+        ([0, 0, -1], "causal"), ([-1, -1, -1], "causal"), ([-1, 0, 0], "intervals"), ([0, -1, 0], "intervals"),
+        ([0, 1, 1], "intervals"), ([1, 1, 1], "intervals"),
+    ):  # fmt: skip
+        segments = torch.tensor([[0, 0, 0], second])
         visible = visible_rows(segments)
         assert visible.pattern == pattern
         real = segments >= 0
@@ -373,3 +361,8 @@ def test_batch_moves_as_a_whole():
         value = getattr(moved, field.name)
         assert value.device.type == "meta" and value.shape == getattr(batch, field.name).shape
     assert text_batch([[1, 2]]).to("meta").pixels is None
+
+
+def test_load_of_the_package(monkeypatch):
+    monkeypatch.setattr("nanovlm.recipes.load", lambda folder, **options: (folder, options))
+    assert nanovlm.load("out/nano", device="cpu") == ("out/nano", {"device": "cpu"})
