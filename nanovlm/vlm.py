@@ -186,23 +186,19 @@ class VLM(nn.Module):
             return self.embed(ids, image_tokens, shown), None
         return self.embed(ids), self.media(ids, segments, image_tokens, shown, owner)
 
-    def hidden(self, batch, out=None, image_tokens=None, modality=None, cache=None):
+    def hidden(self, batch, out=None, image_tokens=None, modality=None):
         """Run a batch's rows through the decoder: float[B, T, W], for `decoder.logits`.
 
         Args:
           out: dict that receives the attention maps of bridge and decoder.
           image_tokens: list of M float[num_image_tokens, W], encoded before; None = `encode` the batch's pixels.
           modality: int[B, T], 0 = text, 1 = vision; None = as the ids say.
-          cache: empty cache.KeyValueCache of B rows, which receives keys and values.
         """
         if image_tokens is None:
             image_tokens = [] if batch.pixels is None else self.encode(batch.pixels, batch.frames, out)
         embeddings, media = self.place(batch.ids, batch.segments, image_tokens, batch.shown.tolist(), batch.owner)
         modality = (batch.ids == IMAGE_TOKEN).long() if modality is None else modality
-        found = self.decoder(embeddings, batch.positions, visible_rows(batch.segments), modality, cache, out, media)
-        if cache is not None:
-            cache.advance(batch.ids.shape[1])
-        return found
+        return self.decoder(embeddings, batch.positions, visible_rows(batch.segments), modality, out=out, media=media)
 
     def forward(self, batch, out=None):
         """Scores of the next token everywhere: Batch -> float[B, T, V]."""

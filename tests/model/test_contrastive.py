@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanovlm.attention import full
 from nanovlm.contrastive import CLIP, ContrastiveModel, MAX_SCALE, TextTower, info_nce
 from nanovlm.contrastive import BidirectionalTextTower, SigLIP, sigmoid_loss
 from nanovlm.vit import ViT, ViTConfig
@@ -240,6 +241,8 @@ def test_siglip_reads_its_whole_context_in_both_directions():
         changed = ids.clone()
         changed[row, length:] = 13  # what stands behind a caption has no effect
         assert torch.equal(tower(changed, lengths), found)
+    hidden = tower.encode(torch.tensor([[5, 1, 1, 1, 1, 1, 1, 1]]), full(8, 8))
+    torch.testing.assert_close(tower(torch.tensor([[5]]), torch.tensor([1])), tower.norm(hidden[:, 7]))
     for tower in (tower, text_tower()):
         assert tower(torch.zeros(1, 8, dtype=torch.long), torch.tensor([8])).shape == (1, tower.norm.bias.shape[0])
         with pytest.raises(ValueError, match="a caption of 9 tokens, but the text tower reads 8"):
