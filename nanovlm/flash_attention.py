@@ -3,7 +3,7 @@
 The scores of T queries and S keys are T * S numbers, and writing and reading them costs far more time than computing
 them. So a program takes one tile of queries, walks over tiles of keys, and keeps for each query a running maximum, sum
 and output, rescaled when the maximum grows (the online softmax). Only the output and one number per query leave the
-chip, from which the backward pass computes the scores again. `..._as_written` is the same in torch.
+chip; backward, the scores are computed again. In torch this is `forward_as_written` and `backward_as_written`.
 
 A mask is an interval of keys per query (attention.Visible). Tiles of keys that no query of the tile sees are never
 visited, tiles that all of them see are taken without a mask, and only those between pay for one. dK and dV walk the
