@@ -324,7 +324,7 @@ def likely_cause(found):
     if found.misshaped and not found.unexpected:
         if all("pos" in name for name in found.misshaped):
             return "a position table of another resolution; ask for its resizing with image_size"
-        if all(re.search("embed|lm_head", name) for name in found.misshaped):
+        if all(has[1:] == wants[1:] and re.search("embed|lm_head", name) for name, (has, wants) in found.misshaped.items()):
             return "another vocabulary; correct vocab_size in config.json"
         return "another size of the same family; config.json does not belong to these weights"
     return "config.json does not belong to these weights (a larger model, or one with more parts?), or renamed tensors"

@@ -1,15 +1,16 @@
 """Golden files: a small model with its weights under published names, inputs, and what the official code made of them.
 
-A safetensors file with `weights/NAME`, `in/NAME`, `out/NAME`, and its sizes as JSON in the metadata under "config".
-This file reads one; golden_sizes.py completes its config, compare.py runs it.
+A safetensors file with `weights/NAME`, `in/NAME`, `out/NAME`, and its sizes as JSON in the metadata under "config". What
+the config leaves out is read off the shapes of the weights. Counts of heads leave no trace there, unless a buffer of
+rotary angles tells them; where the config is silent too, they are the released model's.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from nanovlm.published.weights import grouped
@@ -44,57 +45,118 @@ def read(path):
     Args:
       path: str or Path.
     Returns: Golden.
-    Raises: GoldenError for what is missing or damaged, with names.
+    Raises: GoldenError for what is missing or damaged.
     """
     path = Path(path)
-    if not path.is_file():
-        raise GoldenError(f"{path}: no such file")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            config = json.loads((file.metadata() or {})["config"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise GoldenError(f"{path}: not a safetensors file, or cut short or damaged: {error}") from error
-    strange = [name for name in tensors if not name.startswith(KINDS)]
-    if strange:
-        raise GoldenError(f"names that begin with none of {', '.join(KINDS)}: {'; '.join(grouped(strange))}")
-    weights, inputs, outputs = (
-        {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)} for kind in KINDS
-    )
-    for kind, found in zip(KINDS, (weights, inputs, outputs)):
-        if not found:
-            raise GoldenError(f"there is no tensor under {kind}; a golden file holds weights, inputs and outputs")
-    check_numbers(tensors)
-    return Golden(family_of(weights), read_config(metadata), weights, inputs, outputs)
-
-
-def read_config(metadata):
-    """The config out of a file's metadata: dict. Raises: GoldenError."""
-    if "config" not in metadata:
-        raise GoldenError("the metadata have no 'config': it holds the sizes of the model as JSON")
-    try:
-        config = json.loads(metadata["config"])
-    except ValueError as error:
-        raise GoldenError(f"the metadata's config is not JSON: {error}") from error
+    except (KeyError, ValueError) as error:
+        raise GoldenError(f"the metadata have no 'config' that is JSON: {error}") from error
     if not isinstance(config, dict):
         raise GoldenError(f"the metadata's config is {config!r}; an object with the model's sizes was expected")
+    parts = [{name[len(kind):]: tensor for name, tensor in tensors.items() if name.startswith(kind)} for kind in KINDS]
+    if not all(parts) or sum(map(len, parts)) != len(tensors):
+        raise GoldenError(f"names that begin with {', '.join(KINDS)}, each of them and no other, were expected")
+    found = [family for family, sign in MARKS.items() if any(re.fullmatch(sign, name) for name in parts[0])]
+    if len(found) != 1:
+        raise GoldenError(f"weights/ has names of {' and '.join(found) or 'no family'}: {'; '.join(grouped(parts[0])[:3])}")
+    return Golden(found[0], config, *parts)
+
+
+COUNT, STEP, PIXELS = "how many numbers stand at {i}", "from one number to the next", "side of the pictures"
+CLIP = {  # key of the config -> (name, axis of its length, or what else is read off)
+    "image_size": ("embeddings.position_embedding.weight", PIXELS), "num_hidden_layers": ("encoder.layers.{i}.", COUNT),
+    "patch_size": ("embeddings.patch_embedding.weight", -1), "hidden_size": ("embeddings.patch_embedding.weight", 0),
+    "intermediate_size": ("encoder.layers.0.mlp.fc1.weight", 0),
+}  # fmt: skip
+LLM = {
+    "vocab_size": ("embed_tokens.weight", 0), "hidden_size": ("embed_tokens.weight", 1), "num_hidden_layers": ("layers.{i}.", COUNT),
+}  # fmt: skip
+LLAMA = LLM | {"intermediate_size": ("layers.0.mlp.gate_proj.weight", 0)}
+SIZES = {  # family -> part of the config -> (beginning of the names, their table)
+    "lynx": {
+        "vision": ("vision_encoder.", {
+            "image_size": ("pos_embed", PIXELS), "patch_size": ("patch_embed.proj.weight", -1),
+            "width": ("patch_embed.proj.weight", 0), "depth": ("blocks.{i}.", COUNT), "mlp_width": ("blocks.0.mlp.fc1.weight", 0),
+        }),
+        "bridge": ("bridge.", {
+            "depth": ("layers.{i}.", COUNT), "num_latents": ("latents", 0), "ffn_width": ("layers.0.1.1.weight", 0),
+        }),
+        "llm": ("LLM.model.", LLAMA),
+        "": ("", {
+            "adapter_freq": ("LLM.model.layers.{i}.output_adapter.", STEP), "num_frames": ("absolute_frame_pos_embed", 1),
+            "adapter_width": ("LLM.model.layers.0.output_adapter.adapter_down.weight", 0),
+        }),
+    },
+    "mplug_owl2": {
+        "vision": ("model.vision_model.", CLIP | {
+            "image_size": ("embeddings.position_embedding", PIXELS),
+            "patch_size": ("embeddings.patch_embed.weight", -1), "hidden_size": ("embeddings.patch_embed.weight", 0),
+        }),
+        "abstractor": ("model.visual_abstractor.", {
+            "num_learnable_queries": ("query_embeds", 1), "hidden_size": ("query_embeds", 2),
+            "num_hidden_layers": ("encoder.layers.{i}.", COUNT),
+            "intermediate_size": ("encoder.layers.0.crossattention.output.mlp.w1.weight", 0),
+        }),
+        "llm": ("model.", LLAMA),
+    },
+    "llava_phi": {
+        "vision": ("model.vision_tower.vision_model.", CLIP),
+        "llm": ("model.", LLM | {"intermediate_size": ("layers.0.mlp.fc1.weight", 0)}),
+    },
+    "open_flamingo": {
+        "resampler": ("perceiver.", {"depth": ("layers.{i}.", COUNT), "num_latents": ("latents", 0)}),
+        "llm": ("lang_encoder.model.decoder.", LLM | {"ffn_dim": ("layers.0.decoder_layer.fc1.weight", 0)}),
+        "": ("", {
+            "vision_width": ("perceiver.latents", 1),
+            "cross_attn_every_n_layers": ("lang_encoder.model.decoder.layers.{i}.gated_cross_attn_layer.", STEP),
+        }),
+    },
+}  # fmt: skip
+
+
+def settled(golden, config):
+    """A config with what it leaves out read off the shapes: dict; config: the golden file's, in the recipe's own form."""
+    config, shapes = json.loads(json.dumps(config)), {name: tuple(tensor.shape) for name, tensor in golden.weights.items()}
+    for part, (prefix, table) in SIZES[golden.family].items():
+        told = config.setdefault(part, {}) if part else config
+        if not isinstance(told, dict):
+            raise GoldenError(f"config: {part} is {told!r}; an object with sizes was expected")
+        for key, (name, what) in table.items():
+            value = measured(shapes, prefix + name, what, told)
+            if told.get(key) is None and value is not None:
+                told[key] = value
+        if f"{prefix}embed_positions.weight" in shapes:  # OPT's two unused rows
+            told.setdefault("max_position_embeddings", shapes[f"{prefix}embed_positions.weight"][0] - 2)
+        angles = shapes.get(f"{prefix}layers.0.self_attn.rotary_emb.inv_freq")
+        if part == "llm" and angles and "hidden_size" in told:
+            told.setdefault("num_attention_heads", told["hidden_size"] // (2 * angles[0]))
+        if prefix == "bridge." and "bridge.layers.0.0.to_q.weight" in shapes:  # 64 channels each, if nothing else is said
+            inner = shapes["bridge.layers.0.0.to_q.weight"][0]
+            told.setdefault("head_width", inner // told["heads"] if "heads" in told else 64)
+            told.setdefault("heads", inner // told["head_width"])
     return config
 
 
-def check_numbers(tensors):
-    """Raise GoldenError for weights and outputs that are no floating-point numbers, and for any that is not finite."""
-    for name, tensor in tensors.items():
-        if name.startswith(("weights/", "out/")) and not tensor.is_floating_point():
-            raise GoldenError(f"{name} is of type {tensor.dtype}; floating-point numbers were expected")
-        if not bool(torch.isfinite(tensor.float()).all()):
-            count = int((~torch.isfinite(tensor.float())).sum())
-            raise GoldenError(f"{name} has {count} of {tensor.numel()} values that are NaN or infinite")
+def measured(shapes, name, what, told):
+    """A size: int, None where the tensor is absent, which is for the layout to report."""
+    head = re.escape(name).replace(r"\{i\}", r"(\d+)")
+    numbers = sorted({int(found[1]) for other in shapes if "{i}" in name and (found := re.match(head, other))})
+    if what == COUNT:
+        return len(numbers) or None
+    if what == STEP:
+        return numbers[1] - numbers[0] if len(numbers) > 1 else numbers[0] + 1 if numbers and numbers[0] else 10**6
+    if name not in shapes or what == PIXELS and not isinstance(patch := patch_of(shapes, name), int):
+        return None
+    return math.isqrt(shapes[name][-2] - 1) * patch if what == PIXELS else shapes[name][what]
 
 
-def family_of(weights):
-    """The family by the names of its weights: str. Raises: GoldenError for none, or several."""
-    found = [family for family, pattern in MARKS.items() if any(re.fullmatch(pattern, name) for name in weights)]
-    if len(found) != 1:
-        which = "names of several families: " + ", ".join(found) if found else "no family's names"
-        raise GoldenError(f"weights/ has {which}; known are {', '.join(MARKS)}; found e.g. {'; '.join(grouped(weights)[:3])}")
-    return found[0]
+def patch_of(shapes, positions):
+    """Side of the patches of the tower that has this position table: int or None."""
+    tower = positions.split("pos")[0].removesuffix("embeddings.")
+    found = [shape for name, shape in shapes.items() if name.startswith(tower) and len(shape) == 4]
+    return found[0][-1] if found else None
