@@ -6,25 +6,14 @@ from pathlib import Path
 import torch
 
 from nanovlm.names import nearest
+from nanovlm.published.load import BARE, family_of, Loaded, open_published, open_trained, read_config
 from nanovlm.recipes import blip2, llava, llava_phi, lynx, mplug_owl2, nano, nano_resampler, open_flamingo, small
-from nanovlm.published.load import BARE
-from nanovlm.published.load import Loaded, family_of, open_published, open_trained, read_config
 from nanovlm.recipes.recipe import digest, from_file
 
 __all__ = ["FAMILIES", "OF_FAMILY", "RECIPES", "Loaded", "find", "load", "recipe_of"]
 
-RECIPES = {
-    "nano": nano.RECIPE,
-    "nano_resampler": nano_resampler.RECIPE,
-    "lynx": lynx.RECIPE,
-    "mplug_owl2": mplug_owl2.RECIPE,
-    "llava_phi": llava_phi.RECIPE,
-    "llava": llava.RECIPE,
-    "blip2": blip2.RECIPE,
-    "open_flamingo": open_flamingo.RECIPE,
-    "small": small.RECIPE,
-}
-
+PAGES = (nano, nano_resampler, lynx, mplug_owl2, llava_phi, llava, blip2, open_flamingo, small)
+RECIPES = {page.RECIPE.name: page.RECIPE for page in PAGES}
 OF_FAMILY = {recipe.published.family: recipe for recipe in RECIPES.values() if recipe.published}
 FAMILIES = BARE | {family: recipe.published for family, recipe in OF_FAMILY.items()}  # whose weights can be read
 

@@ -70,7 +70,7 @@ def main(arguments=None):
             lines = consolidate(Path(args.folder))
         print("\n".join(lines))
         return 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"recipes {command}: {error}", file=sys.stderr)
         return MISFIT
     except KeyboardInterrupt:

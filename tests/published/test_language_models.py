@@ -3,8 +3,6 @@
 Tiny random models in float32, every parameter moved by N(0, 0.05^2) so that each bias and norm counts.
 """
 
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,45 +10,22 @@ import torch.nn.functional as F
 from nanovlm.attention import Visible, causal
 from nanovlm.cache import KeyValueCache
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions, RMSNorm
+from nanovlm.published import language
+from nanovlm.published.weights import to_ours
 
 transformers = pytest.importorskip("transformers")
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
-LLAMA_NAMES = [
-    (r"^model\.", ""),
-    (r"embed_tokens\.", "embedding."),
-    (r"input_layernorm\.", "norm_1."),
-    (r"post_attention_layernorm\.", "norm_2."),
-    (r"self_attn\.([qkvo])_proj\.", r"attention.\1."),
-    (r"mlp\.(gate|up|down)_proj\.", r"ffn.\1."),
-]
-PHI_NAMES = LLAMA_NAMES + [
-    (r"self_attn\.dense\.", "attention.o."),
-    (r"mlp\.fc([12])\.", r"ffn.fc_\1."),
-    (r"^final_layernorm\.", "norm."),
-]
-OPT_NAMES = [
-    (r"^model\.decoder\.", ""),
-    (r"embed_tokens\.", "embedding."),
-    (r"embed_positions\.weight", "positions"),
-    (r"^final_layer_norm\.", "norm."),
-    (r"self_attn_layer_norm\.", "norm_1."),
-    (r"final_layer_norm\.", "norm_2."),
-    (r"self_attn\.([qkv])_proj\.", r"attention.\1."),
-    (r"self_attn\.out_proj\.", "attention.o."),
-    (r"(\d\.)fc([12])\.", r"\1ffn.fc_\2."),
-]
-
 
 def llama(cls="Llama", num_heads=4, num_kv_heads=4, **options):
-    """A model of transformers and its renames; Qwen2's class differs by its biases alone."""
+    """A model of transformers and its rename table; Qwen2's class differs by its biases alone."""
     config = dict(
         vocab_size=61, hidden_size=12 * num_heads, intermediate_size=56, num_hidden_layers=3, rms_norm_eps=1e-3,
         num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, max_position_embeddings=40,
         tie_word_embeddings=False,
     )  # fmt: skip
     config = getattr(transformers, f"{cls}Config")(**(config | options))
-    return getattr(transformers, f"{cls}ForCausalLM")(config), LLAMA_NAMES
+    return getattr(transformers, f"{cls}ForCausalLM")(config), language.LLAMA
 
 
 def phi():
@@ -60,7 +35,7 @@ def phi():
         max_position_embeddings=40, layer_norm_eps=1e-3, hidden_act="gelu_new", resid_pdrop=0.0,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
     )  # fmt: skip
-    return transformers.PhiForCausalLM(config), PHI_NAMES
+    return transformers.PhiForCausalLM(config), language.PHI
 
 
 def opt():
@@ -69,7 +44,7 @@ def opt():
         vocab_size=61, hidden_size=36, ffn_dim=56, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=36,
         max_position_embeddings=40, dropout=0.0, pad_token_id=1,
     )  # fmt: skip
-    return transformers.OPTForCausalLM(config), OPT_NAMES
+    return transformers.OPTForCausalLM(config), language.OPT
 
 
 def decoder(width, num_heads, ffn_width, num_kv_heads=None, **options):
@@ -103,28 +78,18 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def rename(tensors, rules):
-    """Their names to ours; rotary tables are computed, not loaded."""
-    ours = {}
-    for name, tensor in tensors.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        ours[name] = tensor
-    return ours
-
-
 @pytest.fixture(params=FAMILIES)
 def pair(request):
-    """(transformers' model, ours with its weights, the renames)."""
+    """(transformers' model, ours with its weights, the rename table)."""
     torch.manual_seed(0)
     make_theirs, make_ours = FAMILIES[request.param]
-    (theirs, rules), ours = make_theirs(), make_ours()
+    (theirs, table), ours = make_theirs(), make_ours()
     theirs = theirs.float().eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    ours.load_state_dict(rename(dict(theirs.named_parameters()), rules))  # strict: every name on both sides
-    return theirs, ours, rules
+    ours.load_state_dict(to_ours(table, dict(theirs.named_parameters()), ours.state_dict()))  # every name on both sides
+    return theirs, ours, table
 
 
 def padded(front, behind):
@@ -148,7 +113,7 @@ def grads(logits, real, weights, embeddings):
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("front, behind", [(0, 0), (3, 0), (0, 2)])
 def test_values_and_gradients(pair, front, behind, backend):
-    theirs, ours, rules = pair
+    theirs, ours, table = pair
     ours.backend = backend
     real, segments, positions = padded(front, behind)
     ids = torch.randint(2, 61, (2, 7))
@@ -160,10 +125,11 @@ def test_values_and_gradients(pair, front, behind, backend):
     weights = torch.randn_like(logits)
     expected = grads(logits, real, weights, their_input)
     torch.testing.assert_close(grads(found, real, weights, our_input)[real], expected[real], atol=1e-4, rtol=1e-4)
-    their_grads = rename({name: parameter.grad for name, parameter in theirs.named_parameters()}, rules)
+    their_grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theirs.named_parameters()}
+    their_grads = to_ours(table, their_grads, ours.state_dict())
     for name, parameter in ours.named_parameters():
         if parameter.grad is None:  # words came in as embeddings: an untied table has nothing to learn
-            assert name == "embedding.weight" and their_grads[name] is None
+            assert name == "embedding.weight" and not their_grads[name].any()
             continue
         assert parameter.grad.abs().sum() > 0, name
         scale = max(1.0, float(their_grads[name].abs().max()))  # sums over 12 tokens and 61 words
