@@ -19,7 +19,9 @@ HEAD = (
     ("lm_head.{p}", "lm_head.{p}"),
     Tied("lm_head.weight", "embedding.weight"),
 )
-QKV = tuple((f"model.layers.{{i}}.self_attn.{part}_proj.{{p}}", f"layers.{{i}}.attention.{part}.{{p}}") for part in "qkv")
+QKV = tuple(
+    (f"model.layers.{{i}}.self_attn.{part}_proj.{{p}}", f"layers.{{i}}.attention.{part}.{{p}}") for part in "qkv"
+)
 
 LLAMA = (
     ("model.embed_tokens.weight", "embedding.weight"),
@@ -167,6 +169,9 @@ def decoder_config(known, config, tied_head=False, **options):
     return DecoderConfig(**known, num_kv_heads=num_kv_heads, layers=layers, tied_head=tied_head, **options)
 
 
+LLAMA_7B = {"width": 4096, "num_heads": 32, "num_layers": 32}
+
+
 def llama_config(config):
     """LLaMA, Vicuna, SmolLM2.
 
@@ -188,9 +193,6 @@ def qwen2_config(config):
     return gated_config(known, config, qkv_bias="qkv")
 
 
-LLAMA_7B = {"width": 4096, "num_heads": 32, "num_layers": 32}
-
-
 def gated_config(known, config, **options):
     """What LLaMA and Qwen2 have in common; options: their biases."""
     expect(config, "hidden_act", "silu", "another activation")
@@ -207,7 +209,8 @@ BIASED = {"norm": "layer", "ffn": "plain", "qkv_bias": "qkv", "output_bias": Tru
 def phi_config(config):
     """Phi-2: attention and feed-forward side by side behind one norm. Arguments and errors as `llama_config`."""
     expect(config, "qk_layernorm", False, "norms on queries and keys")
-    known = sizes(config, vocab_size=51200, width=2048, num_heads=32, ffn_width=8192, context_length=2048, num_layers=24)
+    known = sizes(config, vocab_size=51200, width=2048, num_heads=32, ffn_width=8192, context_length=2048,
+                  num_layers=24)
     base, share = rope(config, rotary_share=0.5)
     return decoder_config(
         known, config, rope_base=base, rotary_width=int(share * (known["width"] // known["num_heads"])), parallel=True,

@@ -30,8 +30,8 @@ from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import part_of, VLM
 
 
-# Of each family: the model_types of its config.json, a pattern that stands in one of its tensors' names and in none of the
-# families further down, and what transformers wants to read in config.json beside the sizes.
+# Of each family: the model_types of its config.json, a pattern that stands in one of its tensors' names and in none of
+# the families further down, and what transformers wants to read in config.json beside the sizes.
 KNOWN = json.loads(Path(__file__).with_name("families.json").read_text())
 MODEL_TYPES = {kind: family for family, told in KNOWN["families"].items() for kind in told["model_types"]}
 BRIDGES = {
@@ -236,7 +236,7 @@ def vision_of(model):
 
 
 def resize(model, image_size):
-    """Make a model's tower read pictures of `image_size` pixels; None, 0: as it is. Raises: ValueError without a tower."""
+    """Make a model's tower read pictures of this many pixels; None, 0: as it is. Raises: ValueError without a tower."""
     if image_size and vision_of(model) is None:
         raise ValueError("image_size was given, but this model reads no pictures")
     if image_size:

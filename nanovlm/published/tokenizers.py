@@ -275,7 +275,8 @@ def from_sentencepiece(path):
         text = text.replace(SPACE, " ")
         if backend.encode(text, add_special_tokens=False).ids != model.encode(text):
             raise ValueError(f"{path}: cuts {text!r} as no byte-pair encoding does that is read here (a unigram "
-                             "model, symbols that a user defined, texts changed before they are cut); use the tokenizer.json of the same model")
+                             "model, symbols that a user defined, texts changed before they are cut); use the "
+                             "tokenizer.json of the same model")
     return backend
 
 

@@ -229,7 +229,8 @@ def plan(table, found, ours, resizable=()):
         real = [part for part in entry.parts if part]
         joined = entry.join([part and torch.empty(ours[part], device="meta") for part in entry.parts])
         has, wants = tuple(found[name]), tuple(joined.shape)
-        if has != wants and real[0] in resizable and without_rows(has) == without_rows(wants):
+        piece = entry.split(torch.empty(has, device="meta"))[0] if real[0] in resizable else None
+        if has != wants and piece is not None and piece.shape[1:] == ours[real[0]][1:]:  # but for the rows
             result.resized[real[0]] = has, wants
         elif has != wants:
             result.misshaped[name] = has, wants
@@ -283,12 +284,6 @@ def match(table, names, known):
     return found
 
 
-def without_rows(shape):
-    """A shape without its rows, [R, W], [1, R, W] or, of a bias, [R]: (number of axes, the other lengths)."""
-    rows = max(len(shape) - 2, 0)
-    return len(shape), shape[:rows] + shape[rows + 1 :]
-
-
 def grouped(names):
     """Names with their first number drawn together: ["h.0.w", "h.1.w"] -> ["h.{0-1}.w (2)"]."""
     groups, lines = {}, []
@@ -324,7 +319,8 @@ def likely_cause(found):
     if found.misshaped and not found.unexpected:
         if all("pos" in name for name in found.misshaped):
             return "a position table of another resolution; ask for its resizing with image_size"
-        if all(has[1:] == wants[1:] and re.search("embed|lm_head", name) for name, (has, wants) in found.misshaped.items()):
+        words = [has[1:] == wants[1:] for name, (has, wants) in found.misshaped.items() if re.search("embed|lm_head", name)]
+        if all(words) and len(words) == len(found.misshaped):
             return "another vocabulary; correct vocab_size in config.json"
         return "another size of the same family; config.json does not belong to these weights"
     return "config.json does not belong to these weights (a larger model, or one with more parts?), or renamed tensors"
@@ -337,8 +333,8 @@ def to_ours(table, tensors, ours, where="the checkpoint"):
     """Rename published tensors.
 
     Args:
-      table: tuple of entries. tensors: {published name: Tensor}. ours: {our name: Tensor or shape} that the model needs.
-      where: str, named in errors.
+      table: tuple of entries. tensors: {published name: Tensor}. where: str, named in errors.
+      ours: {our name: Tensor or shape}, what the model needs.
     Returns: {our name: Tensor}, every one that the model needs.
     Raises: WeightsError naming what is missing, unexpected, mis-shaped, or there twice with different values.
     """
@@ -360,8 +356,8 @@ def renamed(found, tensors, where, change=lambda piece: piece):
                 piece = resized(part, piece, found.resized[part][1][-2:][0])
             piece = change(piece)
             if part in result and not torch.equal(result[part], piece):
-                raise WeightsError(f"{where}: {name} is a second copy of our {part}, but its values differ; the file is "
-                                   "damaged or not tied")
+                raise WeightsError(f"{where}: {name} is a second copy of our {part}, but its values differ; the file "
+                                   "is damaged or not tied")
             result[part] = piece
     return result
 
@@ -487,7 +483,7 @@ def read_index(index):
 
 
 def opened(path):
-    """The tensors of one file, memory-mapped: {name: Tensor}; nothing is unpickled but tensors. Raises: WeightsError."""
+    """The tensors of one file, memory-mapped: {name: Tensor}; of pickles nothing else is read. Raises: WeightsError."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -495,7 +491,7 @@ def opened(path):
     except Exception as error:  # a damaged file makes torch's reader raise almost anything
         with open(path, "rb") as file:
             pointer = file.read(23) == b"version https://git-lfs"
-        hint = "a pointer of git-lfs: run `git lfs pull`" if pointer else "cut short or damaged: download or copy it again"
+        hint = "a pointer of git-lfs: run `git lfs pull`" if pointer else "cut short or damaged: download it again"
         if isinstance(error, pickle.UnpicklingError):
             hint = "damaged, or holds Python objects beside tensors, which are not loaded"
         raise WeightsError(f"{path} is {hint} ({[*str(error).splitlines(), type(error).__name__][0]})") from error
@@ -530,8 +526,8 @@ def read_weights(found, checkpoint, dtype, device):
     """The tensors of a Plan that fits: {our name: Tensor}, copies of the wanted type on the wanted device."""
     foreign = {checkpoint.headers[name].dtype for name in found.consumed}.difference(TYPES)
     if foreign:
-        raise WeightsError(f"{checkpoint.where} holds weights of type {', '.join(map(str, foreign))} (quantised?); take "
-                           "the original in float32, float16 or bfloat16")
+        raise WeightsError(f"{checkpoint.where} holds weights of type {', '.join(map(str, foreign))} (quantised?); "
+                           "take the original in float32, float16 or bfloat16")
     tensors = checkpoint.read(found.consumed)
     return renamed(found, tensors, checkpoint.where, lambda piece: piece.to(device, dtype, copy=True).contiguous())
 

@@ -191,33 +191,19 @@ def test_vision_language_models_in_and_out(tmp_path, name):
         assert torch.equal(back(input_ids=ids, pixel_values=pixels).logits, expected)
 
 
+LLM = {"vocab_size": "vocab_size", "width": "hidden_size", "num_heads": "num_attention_heads", "ffn_width": "intermediate_size",
+       "context_length": "max_position_embeddings", "tied_head": "tie_word_embeddings"}  # fmt: skip
+GATED = LLM | {"num_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"}
+TOWER = {"width": "hidden_size", "num_layers": "num_hidden_layers", "patch_size": "patch_size", "image_size": "image_size",
+         "num_heads": "num_attention_heads", "mlp_width": "intermediate_size", "norm_eps": "layer_norm_eps"}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("read", "name", "names"),
     [
-        (llama_config, "Llama", {"vocab_size": "vocab_size", "width": "hidden_size", "num_heads": "num_attention_heads",
-                                 "num_kv_heads": "num_key_value_heads", "ffn_width": "intermediate_size",
-                                 "context_length": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-                                 "tied_head": "tie_word_embeddings"}),
-        (qwen2_config, "Qwen2", {"vocab_size": "vocab_size", "width": "hidden_size", "num_heads": "num_attention_heads",
-                                 "num_kv_heads": "num_key_value_heads", "ffn_width": "intermediate_size",
-                                 "context_length": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-                                 "tied_head": "tie_word_embeddings"}),
-        (phi_config, "Phi", {"vocab_size": "vocab_size", "width": "hidden_size", "num_heads": "num_attention_heads",
-                             "ffn_width": "intermediate_size", "context_length": "max_position_embeddings",
-                             "norm_eps": "layer_norm_eps", "tied_head": "tie_word_embeddings"}),
-        (opt_config, "OPT", {"vocab_size": "vocab_size", "width": "hidden_size", "num_heads": "num_attention_heads",
-                             "ffn_width": "ffn_dim", "context_length": "max_position_embeddings",
-                             "tied_head": "tie_word_embeddings"}),
-        (clip_config, "CLIPVision", {"width": "hidden_size", "num_layers": "num_hidden_layers", "patch_size": "patch_size",
-                                     "num_heads": "num_attention_heads", "mlp_width": "intermediate_size",
-                                     "image_size": "image_size", "norm_eps": "layer_norm_eps", "activation": "hidden_act"}),
-        (siglip_config, "SiglipVision", {"width": "hidden_size", "num_layers": "num_hidden_layers",
-                                         "patch_size": "patch_size", "num_heads": "num_attention_heads",
-                                         "mlp_width": "intermediate_size", "image_size": "image_size",
-                                         "norm_eps": "layer_norm_eps"}),
-        (eva_config, "Blip2Vision", {"width": "hidden_size", "num_layers": "num_hidden_layers", "patch_size": "patch_size",
-                                     "num_heads": "num_attention_heads", "mlp_width": "intermediate_size",
-                                     "image_size": "image_size", "norm_eps": "layer_norm_eps", "activation": "hidden_act"}),
+        (llama_config, "Llama", GATED), (qwen2_config, "Qwen2", GATED), (phi_config, "Phi", LLM | {"norm_eps": "layer_norm_eps"}),
+        (opt_config, "OPT", LLM | {"ffn_width": "ffn_dim"}), (clip_config, "CLIPVision", TOWER | {"activation": "hidden_act"}),
+        (siglip_config, "SiglipVision", TOWER), (eva_config, "Blip2Vision", TOWER | {"activation": "hidden_act"}),
     ],
 )  # fmt: skip
 def test_what_a_config_leaves_out_is_the_class_default(read, name, names):
