@@ -328,6 +328,11 @@ class ContrastiveLoss(nn.Module):
         return images, texts[first.to(texts.device)], right
 
 
+def stage_loss(run, stage):
+    """The loss module of a stage, around the run's model."""
+    return ContrastiveLoss(run, stage) if stage.objective == "contrastive" else LanguageLoss(run, stage)
+
+
 def autocast(device, precision):
     """The context of a forward pass in a stage's precision.
 
@@ -365,13 +370,11 @@ def merge_captions(found):
     Returns: (int64[C], where among all captions each different one stands first; bool[B, C], which a picture has).
     """
     captions = [caption for own, _ in found for caption in own]
-    places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
-    merged = torch.zeros(sum(len(right) for _, right in found), len(places), dtype=torch.bool)
-    rows = iter(merged)
-    for own, right in found:
-        for fits in right:
-            next(rows)[[places[caption] for caption, one in zip(own, fits) if one]] = True
-    return torch.tensor([captions.index(caption) for caption in places]), merged
+    unique = list(dict.fromkeys(captions))
+    place = torch.tensor([unique.index(caption) for caption in captions])
+    right = torch.block_diag(*(torch.tensor(rows, dtype=torch.float32) for _, rows in found))  # pictures x captions
+    merged = torch.zeros(len(right), len(unique)).index_add(1, place, right) > 0
+    return torch.tensor([captions.index(caption) for caption in unique]), merged
 
 
 # What is put around a model, from outside, so that many processes can train it: its own code stays as it was.
@@ -391,17 +394,16 @@ def lay_out(run, stage):
 
     With fsdp, `run.model` and `run.contrastive` become new ones, whose parameters are shards (DTensor).
     """
-    mode, old, contrastive = run.processes.mode, (run.model, run.contrastive), stage.objective == "contrastive"
+    mode, old = run.processes.mode, (run.model, run.contrastive)
     if mode == "fsdp":
         run.model, run.contrastive = copy.deepcopy(run.skeleton)
     run.model.vision.resize(stage.image_size)  # first: the position table may become a new parameter
     freeze(run.model, run.contrastive, stage)
-    trained = run.contrastive if contrastive else run.model
-    blocks = [block for name, block in trained.named_modules() if BLOCK.fullmatch(name)]
+    run.loss = stage_loss(run, stage)
+    blocks = [block for name, block in run.loss.model.named_modules() if BLOCK.fullmatch(name)]
     for block in blocks:
         if "forward" not in vars(block):
             surround(block, run.args.compile, run.args.recompute)
-    run.loss = ContrastiveLoss(run, stage) if contrastive else LanguageLoss(run, stage)
     if mode == "ddp":
         run.loss = DistributedDataParallel(run.loss)
         run.loss.register_comm_hook(None, add_up)

@@ -12,6 +12,7 @@ then: non_finite="stop" ends the run with a checkpoint of the last good step, "s
 
 import contextlib
 import dataclasses
+import functools
 import math
 import zlib
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from nanovlm.data.batching import build_batch, contrastive_batch, Preparation
 from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.records import Changed
 from nanovlm.training.optimizer import BLOCK
-from nanovlm.training.processes import add_up_scalars, autocast, exchange_with
+from nanovlm.training.processes import add_up_scalars, exchange_with, Processes, stage_loss
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, part_of
 
 EVERY = 100  # one record in so many is held out, if its recipe wants that: never trained on, but asked (diagnostics.py)
@@ -267,38 +268,26 @@ def loss_origin(run, stage, inputs):
         for name, parameter in parameters.items():
             if not torch.isfinite(parameter).all():
                 return f"; a weight of the part {part} is not finite itself: {name}"
-    model, first, *captions = run.model if stage.objective == "language" else run.contrastive, *inputs
-    with torch.no_grad(), autocast(run.device, stage.precision), watched(model) as found:
-        if stage.objective == "language":
-            for batch in first:
-                model.loss(batch.to(run.device))
-        else:
-            for share in first:
-                model.embed_images(*(one.to(run.device) for one in share))
-            model.embed_texts(*(one.to(run.device) for one in captions[:2]))
-    if not found:
-        return "; it arose in the loss itself"
-    name = found[0]
-    part = part_of(f"{name}.") if model is run.model or name.startswith("vision.") else "text_tower"
-    return f"; it arose in the part {part}, first seen behind {name}"
-
-
-@contextlib.contextmanager
-def watched(model):
-    """Within, the names of the modules that give out what is not finite: a list, inner ones first."""
-    found = []
-
-    def look(module, inputs, output, name):
-        if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
-            found.append(name)
-
-    hooks = [module.register_forward_hook(lambda *values, name=name: look(*values, name))
-             for name, module in model.named_modules() if name]
+    loss, found = stage_loss(dataclasses.replace(run, processes=Processes()), stage), []
+    hooks = [module.register_forward_hook(functools.partial(look, found, name))
+             for name, module in loss.model.named_modules() if name]  # fmt: skip
     try:
-        yield found
+        with torch.no_grad():
+            loss(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
+    if not found:
+        return "; it arose in the loss itself"
+    tower = stage.objective == "contrastive" and not found[0].startswith("vision.")
+    part = "text_tower" if tower else part_of(f"{found[0]}.")
+    return f"; it arose in the part {part}, first seen behind {found[0]}"
+
+
+def look(found, name, module, inputs, output):
+    """A forward hook: the names of modules that give out what is not finite are found, inner ones first."""
+    if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+        found.append(name)
 
 
 def gradient_origin(run):

@@ -11,7 +11,7 @@ from test_trainer import RECIPE, Squares, make
 
 from nanovlm.data.batching import Report, build_batch, contrastive_batch
 from nanovlm.training import optimizer, update
-from nanovlm.training.processes import ContrastiveLoss, LanguageLoss
+from nanovlm.training.processes import stage_loss
 from nanovlm.training.update import TrainingError, split
 
 RECORDS = [Squares(0).record(n) for n in range(5)] + [Squares(0, "text").record(0)]
@@ -40,8 +40,8 @@ def tower(**values):
 
 def gradients(run, stage, records, report=None):
     """An update without its step: (loss, norm, tokens, gradients by name)."""
-    contrastive = stage.objective == "contrastive"
-    model, run.loss = (run.contrastive, ContrastiveLoss(run, stage)) if contrastive else (run.model, LanguageLoss(run, stage))
+    run.loss = stage_loss(run, stage)
+    model = run.loss.model
     model.zero_grad()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     one = update.Update(run, stage, records, parameters, report or Report())
