@@ -30,10 +30,10 @@ def make_parser():
     style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     top = argparse.ArgumentParser(prog="python -m nanovlm.data", description=__doc__, **style)
     commands = top.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    add = commands.add_parser("show", help="the first records of a stage, as it would train on them", **style).add_argument
+    add = commands.add_parser("show", help="the first records of a stage, as trained on", **style).add_argument
     add("--recipe", default="nano", help="a recipe's name, or a Python file that defines RECIPE")
     add("--stage", help="default: the recipe's last")
-    add("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a value of a stage, as train.py")
+    add("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a value of a stage")
     add("--data", metavar="FILE.json", help="LLaVA-style JSON to show instead of the stage's mixture")
     add("--images", metavar="FOLDER", help="where the image paths in --data start")
     add("--datasets", metavar="FILE.json", help="data sources by name, for the stage's mixture")

@@ -107,12 +107,12 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
     frames = torch.tensor([len(visual.frames) for visual in visuals], dtype=torch.long)
     shown = torch.tensor([place for row in documents for n in row for place in pictures[n]], dtype=torch.long)
     owner = torch.tensor([b for b, row in enumerate(documents) for n in row for _ in pictures[n]], dtype=torch.long)
-    return Batch(ids=ids, labels=labels, segments=segments, positions=positions, pixels=pixels, frames=frames, shown=shown,
-                 owner=owner)
+    return Batch(ids=ids, labels=labels, segments=segments, positions=positions, pixels=pixels, frames=frames,
+                 shown=shown, owner=owner)
 
 
 def rows_of(record, template, tokenizer, num_image_tokens, image_size):
-    """The conversations of a record written as rows: list of (where, templates.Row). Args and errors: as `build_batch`."""
+    """The conversations of a record as rows: list of (where, templates.Row). Args and errors: as `build_batch`."""
     counts = [num_image_tokens(image_size, len(visual.frames)) for visual in record.visuals]
     rows = []
     for number, conversation in enumerate(record.conversations):
@@ -126,7 +126,7 @@ def rows_of(record, template, tokenizer, num_image_tokens, image_size):
 
 
 def cut(row, max_tokens, report, where):
-    """The templates.Row, cut to max_tokens where a report counts it. Errors: as in `build_batch`; where: str for them."""
+    """The templates.Row, cut to max_tokens where a report counts it. Errors, with `where` in front: as `build_batch`."""
     if not row.num_trained:
         raise ValueError(f"{where} has no trained token; the assistant must say something")
     if report is not None:
@@ -134,11 +134,11 @@ def cut(row, max_tokens, report, where):
     if len(row.ids) <= max_tokens:
         return row
     if report is None:
-        raise ValueError(f"{where} has {len(row.ids)} tokens, more than max_tokens {max_tokens}; raise max_tokens or shorten it")
+        raise ValueError(f"{where} has {len(row.ids)} tokens, more than max_tokens {max_tokens}; raise it")
     seen = [image for image in row.images if image[1] < max_tokens]
     kept = templates.Row(row.ids[:max_tokens], row.labels[:max_tokens], seen)
     if any(stop > max_tokens for _, _, stop in kept.images):
-        raise ValueError(f"{where}: cutting it to max_tokens {max_tokens} would cut a picture's image tokens; raise max_tokens")
+        raise ValueError(f"{where}: cutting it to max_tokens {max_tokens} would cut a picture's tokens; raise it")
     if not kept.num_trained:
         raise ValueError(f"{where}: cut to max_tokens {max_tokens} it has no trained token left; raise max_tokens")
     report.truncated_rows += 1
@@ -149,7 +149,7 @@ def cut(row, max_tokens, report, where):
 def packed(lengths, room):
     """Documents put together into rows: the longest first, each where it leaves least room over.
 
-    lengths: tokens of each document, each at most `room`, those of a row. Returns: list of list of int, documents by row.
+    lengths: tokens of each document, at most `room`, those of a row. Returns: list of list of int, documents by row.
     """
     rows, free = [], []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
@@ -197,8 +197,9 @@ def prompt_row(conversation, template, tokenizer, num_image_tokens, max_tokens):
 
 
 def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
-    """The frames of visual inputs, behind one another: float32[F, 3, S, S]. Args: a list of Visual; as images.to_pixels."""
-    squares = [fitted(frame, visual.view, image_size, fit, preprocessing) for visual in visuals for frame in visual.frames]
+    """The frames of a list of Visual, behind one another: float32[F, 3, S, S]. Args: as images.to_pixels."""
+    squares = [fitted(frame, visual.view, image_size, fit, preprocessing)
+               for visual in visuals for frame in visual.frames]
     return images.normalise(numpy.stack(squares), preprocessing)
 
 
@@ -209,7 +210,8 @@ def fitted(frame, view, image_size, fit, preprocessing):
     """
     def square():
         picture = images.load(frame)
-        return numpy.array(view.apply(picture, image_size) if view else images.to_square(picture, image_size, fit, preprocessing))
+        seen = view.apply(picture, image_size) if view else images.to_square(picture, image_size, fit, preprocessing)
+        return numpy.array(seen)
 
     if view is None and isinstance(frame, (str, Path)):
         return FRAMES.get(frame, (image_size, fit, preprocessing.border), square)
@@ -223,10 +225,10 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
       records: list of B Record with one picture each; every conversation ends with a caption of it.
       tokenizer, image_size, fit, max_tokens, report, preprocessing: as in `build_batch`.
     Returns: (pixels float32[B, 3, S, S], ids int64[C, T]: BOS, caption, EOS, padding on the right; lengths int64[C];
-      right bool[R, C]: whether a caption is right for a look; looks). The C captions are all different. A look is a picture
-      as a whole or a region of one: looks float32[R, 3] holds picture, x and y as shares, -1 for the whole; pictures ascend.
-    Raises: ValueError for a record without exactly one picture or without a caption, a caption that is too long, or regions
-      of a picture that is not seen as it is.
+      right bool[R, C]: whether a caption is right for a look; looks). The C captions are all different. A look is a
+      picture as a whole or a region of one: looks float32[R, 3] holds picture, x and y as shares, -1 for the whole.
+    Raises: ValueError for a record without exactly one picture or without a caption, a caption that is too long, or
+      regions of a picture that is not seen as it is.
     """
     captions, looks, pairs = {}, {}, []  # ids of a caption -> its place; look -> its place; (look, place of a caption)
     for picture, record in enumerate(records):
@@ -239,7 +241,8 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
     right = torch.zeros(len(looks), len(captions), dtype=torch.bool)
     right[tuple(torch.tensor(pairs).T)] = True
     pixels = pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing)
-    return pixels, ids, torch.tensor([len(ids) for ids in captions]), right, torch.tensor(list(looks), dtype=torch.float32)
+    looks = torch.tensor(list(looks), dtype=torch.float32)
+    return pixels, ids, torch.tensor([len(ids) for ids in captions]), right, looks
 
 
 def captions_of(record):
@@ -252,16 +255,16 @@ def captions_of(record):
         width, height = images.load(visual.frames[0]).size
         if visual.view or width != height:
             seen = "through an augmentation" if visual.view else f"as a square cut out of {width} x {height} pixels"
-            raise ValueError(f"{where} has regions, but its picture is seen {seen}; give square pictures, without augmentation")
+            raise ValueError(f"{where} has regions, but its picture is seen {seen}; give square ones, as they are")
     last = [conversation[-1] for conversation in record.conversations]
     if any(turn.role != "assistant" or not turn.text.strip() for turn in last):
         raise ValueError(f"{where} has no caption; its conversations must end with the assistant saying one")
     return list(zip((turn.text for turn in last), record.regions or (None,) * len(last)))
 
 
-# Records made ready for a stage: pictures decoded and fitted, conversations written as rows. All of it needs no model, so
-# that workers can do it ahead of the training; what they hand over is a record again, whose batch is the same to the last
-# bit as that of the record they were given.
+# Records made ready for a stage: pictures decoded and fitted, conversations written as rows. All of it needs no model,
+# so that workers can do it ahead of the training; what they hand over is a record again, whose batch is the same to the
+# last bit as that of the record they were given.
 
 CHARACTERS = 4  # of English text in one token, roughly
 
@@ -271,8 +274,8 @@ class Preparation:
     """What one stage does with a record before it can be batched.
 
     image_size, fit, preprocessing: as in images.to_pixels.
-    template, tokenizer, num_image_tokens, max_tokens: as in `build_batch`. Without a template (a contrastive stage) only
-      the pictures are made ready, and every record must be one picture with captions.
+    template, tokenizer, num_image_tokens, max_tokens: as in `build_batch`. Without a template (a contrastive stage)
+      only the pictures are made ready, and every record must be one picture with captions.
     """
 
     image_size: int

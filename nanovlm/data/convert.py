@@ -5,8 +5,8 @@
     OUT.report.jsonl      {"where": "FILE, line N", "skipped" or "changed": why}, a line for each
 
 The source is read record by record. What is written goes under a temporary name and is renamed when it is complete, so
-that a conversion that was killed leaves nothing that looks finished. Every item is read as training would read it before
-it is written; one that training would refuse is skipped and reported.
+that a conversion that was killed leaves nothing that looks finished. Every item is read as training would read it
+before it is written; one that training would refuse is skipped and reported.
 
 Captions and labels are replies to a question without words ("<image>" alone): what is asked is a matter of the mixture,
 which draws a prompt for each record (datasets.Prompted).
@@ -27,7 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanovlm.data import images
-from nanovlm.data.datasets import asked
+from nanovlm.data.datasets import asked, files_of
 from nanovlm.data.json_files import Element, elements, field, parse, read_at, records, text_field
 from nanovlm.data.records import record_of
 from nanovlm.data.tar_shards import ShardWriter
@@ -121,7 +121,8 @@ def dialogues(args, output):
             elif not turns and role == "gpt":
                 output.note("changed", where, "begins with the assistant: its first turn is left out")
             elif not value.strip() or role == "system" or (turns and turns[-1]["from"] == role):
-                cut = f"cut before turn {place}, " + ("which is empty" if not value.strip() else f"a second one by the {role}")
+                why = "which is empty" if not value.strip() else f"a second one by the {role}"
+                cut = f"cut before turn {place}, {why}"
                 break
             else:
                 turns.append({"from": role, "value": value})
@@ -150,7 +151,7 @@ def mimic_it(args, output):
     if args.images is None:
         raise ValueError(f"{args.source}: MIMIC-IT's pictures stand in a second file; name it with --images")
     if args.images.suffix == ".parquet":
-        raise ValueError(f"{args.images}: of MIMIC-IT's pictures the .json is read, not the .parquet; write it as id -> base64")
+        raise ValueError(f"{args.images}: of MIMIC-IT's pictures the .json is read (id -> base64), not the .parquet")
     pictures, told = {}, set()
     for element in elements(args.images):
         try:
@@ -186,8 +187,8 @@ def mimic_it(args, output):
         same = [other for other in related if get(other, where).get("image_ids") == one.get("image_ids")]
         examples = [other for other in related if other not in same]
         if len(examples) > args.in_context:
-            output.note("changed", where, "related records about other pictures are left out (--in-context N puts N of them in "
-                        "front)")
+            output.note("changed", where, "related records about other pictures are left out (--in-context N puts N of "
+                        "them in front)")
         item = {"id": id, "image": [], "video": [], "conversations": []}
         for member in [*examples[: args.in_context], id, *same]:
             turns, names, film = exchanges(member, pictured=member not in same)
@@ -235,7 +236,7 @@ def minigpt4(args, output):
 
 
 def instructions(path):
-    """The lines of a file of instructions without the marks of MiniGPT-4's dialogue. Raises: ValueError if it has none."""
+    """The lines of a file of instructions without the marks of MiniGPT-4's dialogue. Raises: ValueError without any."""
     text = path.read_text(encoding="utf-8-sig")
     for mark in ALIGNMENT:
         text = text.replace(mark, " ")
@@ -277,7 +278,7 @@ def categories(path):
 
 
 def coco_boxes(args, output):
-    """COCO's instances_*.json: what stands in a box? The box is text: left, top, right, bottom as shares of the sides."""
+    """COCO's instances_*.json: what stands in a box? The box is text, see box_text."""
     picture_of, names = coco(args), categories(args.source)
 
     def make(element):
@@ -299,7 +300,7 @@ def coco_boxes(args, output):
 
 
 def box_text(box, picture):
-    """Left, top, width, height in pixels -> "[0.370, 0.584, 0.504, 0.709]": left, top, right, bottom, as LLaVA has it."""
+    """Left, top, width, height in pixels -> left, top, right, bottom, as in LLaVA: "[0.370, 0.584, 0.504, 0.709]"."""
     (left, top, width, height), across, down = box, picture["width"], picture["height"]
     shares = (left / across, top / down, (left + width) / across, (top + height) / down)
     return f"[{', '.join(f'{min(max(share, 0), 1):.3f}' for share in shares)}]"
@@ -356,14 +357,15 @@ def question_lines(args, output):
         answer = commonest([answers] if isinstance(answers, str) else answers)
         if not answer:
             raise ValueError(f"{where}: no answer")
-        id = next((one[name] for name in ("question_id", "id", "index") if isinstance(one.get(name), (str, int))), where)
+        ids = (one.get(name) for name in ("question_id", "id", "index"))
+        id = next((id for id in ids if isinstance(id, (str, int))), where)
         return pictured(id, picture_name(field(one, "image", (str, int), where), args), question, answer)
 
     return records(args.source), make
 
 
 def folder(args, output):
-    """A folder of pictures: the .txt beside a picture is its caption; without one, its own folder's name is its class."""
+    """A folder of pictures: the .txt beside a picture is its caption; without one, its folder's name is its class."""
     if not args.source.is_dir():
         raise FileNotFoundError(f"{args.source}: no such folder of pictures")
     names = class_names(args.names) if args.names else {}
@@ -389,7 +391,7 @@ def folder(args, output):
 
 
 def class_names(path):
-    """Names of classes: {"n01440764": "tench", …} in JSON, or lines "n01440764 tench, Tinca tinca": the first name counts."""
+    """Names of classes: {"n01440764": "tench"} in JSON, or lines "n01440764 tench, Tinca tinca": the first counts."""
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("{"):
         pairs = parse(text.encode(), str(path)).items()
@@ -416,7 +418,7 @@ def add_flags(add):
     add("--question", default="", help="put to every picture without one; of coco-boxes with {box}; default: no words")
     add("--prompts", type=Path, metavar="FILE", help="of minigpt4: instructions, one a line, drawn for each picture")
     add("--names", type=Path, metavar="FILE", help="of folder: names of the classes, JSON or lines of FOLDER NAME")
-    add("--image-name", default="", metavar="NAME", help="how a picture's file is called, such as COCO_val2014_{id:012d}.jpg")
+    add("--image-name", default="", metavar="NAME", help="a picture's file, such as COCO_val2014_{id:012d}.jpg")
     add("--in-context", type=int, default=0, metavar="N", help="of mimic-it: put N related examples in front")
 
 
@@ -482,8 +484,7 @@ def usable(args, output):
             if item is None:
                 continue
             record = record_of(item, element.where, clip, lambda name: str(root / name))
-            sources = [visual.frames.source if isinstance(visual.frames, Clip) else visual.frames for visual in record.visuals]
-            paths = [path for source in sources for path in ([source] if isinstance(source, str) else source)]
+            paths = [path for visual in record.visuals for path in files_of(visual.frames)]
             missing = [path for path in paths if there and not os.path.exists(path)]
             if missing:
                 raise ValueError(f"picture {missing[0]} is missing")

@@ -31,16 +31,16 @@ LISTED = 20  # missing files, or items that cannot be used, named one by one in 
 class LlavaJson:
     """Source over a file of LLaVA's items, a list or one a line.
 
-    Every item and the presence of every image are checked when the source is made. Only where an item stands in the file
-    is kept: it is read again, and its images are decoded, when it is used.
+    Every item and the presence of every image are checked when the source is made. Only where an item stands in the
+    file is kept: it is read again, and its images are decoded, when it is used.
     """
 
     def __init__(self, path, image_folder=None, name=None, seed=0, num_frames=FRAMES, sampling="uniform"):
         """
         Args:
           path: the file.
-          image_folder: where relative image paths start; None = the folder of the file. Where it holds every picture, and
-            none in the folders that the file names ("coco/train2017/1.jpg"), they are found by their bare names.
+          image_folder: where relative image paths start; None = the folder of the file. Where it holds every picture,
+            and none in the folders that the file names ("coco/train2017/1.jpg"), they are found by their bare names.
           name: name of the source in mixtures; None = the file's name without its ending.
           seed: int; shuffles every epoch anew, together with the epoch's number.
           num_frames, sampling: frames of every video, as in video.load; random ones are drawn anew at every showing.
@@ -67,12 +67,14 @@ class LlavaJson:
                 unusable.append(str(error))
                 continue
             for visual in record.visuals:
-                note_presence(visual.frames, present)
+                exists = os.path.exists if isinstance(visual.frames, Clip) else os.path.isfile  # a film may be a folder
+                for file in files_of(visual.frames):
+                    present[file] = present.get(file) or exists(file)
             self.starts.append(element.start)
             self.stops.append(element.stop)
         if unusable:
-            raise ValueError(f"{path}: {len(unusable)} item(s) cannot be used; this leaves them out and reports each: python -m "
-                             f"nanovlm.data convert llava {path} OUT.jsonl{listed(unusable)}")
+            raise ValueError(f"{path}: {len(unusable)} item(s) cannot be used; this leaves them out and reports each: "
+                             f"python -m nanovlm.data convert llava {path} OUT.jsonl{listed(unusable)}")
         if not self.starts:
             raise ValueError(f"{path}: holds no item; items with id, image and conversations were expected")
         missing = [path for path, there in present.items() if not there]
@@ -84,10 +86,11 @@ class LlavaJson:
         bare = {self.folder / Path(path).name for path in present}
         structured = any(there and Path(path).parent != self.folder for path, there in present.items())
         if structured or len(bare) < len(present) or not all(path.exists() for path in bare):
-            raise FileNotFoundError(f"{self.path}: {len(missing)} of {len(present)} images are missing:{listed(missing)}")
+            found = f"{len(missing)} of {len(present)} images are missing"
+            raise FileNotFoundError(f"{self.path}: {found}:{listed(missing)}")
         self.bare_names = True
-        warnings.warn(f"{self.path}: images are found in {self.folder} by their bare names, {Path(missing[0]).name} for "
-                      f"{missing[0]}")
+        warnings.warn(f"{self.path}: images are found in {self.folder} by their bare names, {Path(missing[0]).name} "
+                      f"for {missing[0]}")
 
     def __len__(self):
         return len(self.starts)
@@ -104,16 +107,16 @@ class LlavaJson:
         return drawn(self._record(item, where), (self.seed, n))
 
     def _record(self, item, where):
-        return record_of(item, where, self.clip, lambda name: str(self.folder / (Path(name).name if self.bare_names else name)))
+        def locate(name):
+            return str(self.folder / (Path(name).name if self.bare_names else name))
+
+        return record_of(item, where, self.clip, locate)
 
 
-def note_presence(frames, present):
-    """Note for the file of every frame, or of a film, whether it is there: in present, dict path -> bool."""
+def files_of(frames):
+    """The files of a visual input of record_of: list of str; a film, which may be a folder of frames, is one."""
     source = frames.source if isinstance(frames, Clip) else frames
-    exists = os.path.exists if isinstance(source, str) else os.path.isfile  # a film may be a folder of frames
-    for path in [source] if isinstance(source, str) else source:
-        if path not in present:
-            present[path] = exists(path)
+    return [source] if isinstance(source, str) else list(source)
 
 
 def listed(lines):
@@ -189,7 +192,7 @@ def listed_sources(path, seed=0, prompts=None):
       path: the file. seed: int, of every source's shuffling.
       prompts: dict name -> list of prompts, for datasets that have none in the file.
     Returns: (dict name -> source, dict name -> what of its files is missing), in the file's order.
-    Raises: FileNotFoundError for the file itself; ValueError, naming file and dataset, for anything malformed or unknown.
+    Raises: FileNotFoundError for the file itself; ValueError, naming file and dataset, for what is malformed.
     """
     path = Path(path)
     with open_bytes(path) as file:
@@ -200,9 +203,10 @@ def listed_sources(path, seed=0, prompts=None):
         check_entry(entry, f"{path}, dataset {name!r}")
     sources, missing = {}, {}
     for name, entry in entries.items():
-        images, videos = entry.get("images"), {key: entry[key] for key in VIDEO_KEYS if key in entry}
+        data, videos = path.parent / entry["path"], {key: entry[key] for key in VIDEO_KEYS if key in entry}
+        images = path.parent / entry["images"] if "images" in entry else None
         try:
-            source = open_source(entry["reader"], path.parent / entry["path"], images and path.parent / images, name, seed, videos)
+            source = open_source(entry["reader"], data, images, name, seed, videos)
             ways = entry.get("prompts", (prompts or {}).get(name))
             sources[name] = Prompted(source, ways, seed) if ways else source
         except FileNotFoundError as error:

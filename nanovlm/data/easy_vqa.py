@@ -67,7 +67,7 @@ def caption_of(color, shape):
 
 
 def centre_of(pixels):
-    """The centre of all that is not background, as shares (x, y) of a picture uint8[H, W, 3] of one plain background."""
+    """The centre of what is not background, as shares (x, y) of a picture uint8[H, W, 3] of one plain background."""
     rows, columns = (pixels != np.median(pixels, axis=(0, 1))).any(-1).nonzero()
     height, width, _ = pixels.shape
     return float(columns.mean() + 0.5) / width, float(rows.mean() + 0.5) / height
@@ -81,10 +81,10 @@ class EasyVQA:
         Args:
           split: "train" or "test".
           kind: "questions"; or "denials", those with "not" or "no", of the pictures where one of them is false (of all,
-            seven in ten are true); or "captions" such as "blue rectangle", made from what the split's own answers reveal;
-            `num_incomplete` counts those that do not reveal both; or "names", such a caption and its words alone, each a
-            conversation of its own with the object's centre as region; or "texts", the questions put to such a caption in
-            place of the picture, where it tells both.
+            seven in ten are true); or "captions" such as "blue rectangle", made from what the split's answers reveal
+            (`num_incomplete` counts those that do not reveal both); or "names", such a caption and its words alone,
+            each a conversation of its own with the object's centre as region; or "texts", the questions put to such a
+            caption in place of the picture, where it tells both.
           seed: int, 0 or more; gives the order of every epoch and the sample of questions.
           questions_per_picture: how many questions of each picture a record holds, drawn anew each epoch; None = all.
         Raises: ValueError for a name that does not exist; ImportError or FileNotFoundError, with what to install,

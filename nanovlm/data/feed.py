@@ -33,7 +33,7 @@ class Course:
 
     def __init__(self, sources, lengths):
         if len(lengths) != len(sources) - 1 or min(lengths, default=1) < 1:
-            raise ValueError(f"{len(sources)} sources and lengths {lengths}; every source but the last needs a length from 1")
+            raise ValueError(f"{len(sources)} sources, lengths {lengths}: every source but the last needs one from 1")
         self.name, self.sources, self.lengths = sources[-1].name, sources, lengths
 
     def __len__(self):
@@ -93,8 +93,8 @@ class Mixture:
 
 
 # Damaged records: counted, named in a file, and too many of them stop the run. A record that cannot be used is replaced
-# by the next of its source, never by a random other, so that what a run trains on stays a function of the data alone: not
-# of the number of workers, nor of where it was interrupted.
+# by the next of its source, never by a random other, so that what a run trains on stays a function of the data alone:
+# not of the number of workers, nor of where it was interrupted.
 
 MAX_IN_A_ROW = 100  # damaged records one behind the other; then something else is wrong than a record
 FEW = 100  # records; the share of damaged ones is taken of at least so many
@@ -124,7 +124,7 @@ class Reader(torch.utils.data.Dataset):
 
 
 class DamageReport:
-    """The file of a run's damaged records, {"stage", "step"} and what Reader says of each, and their count in a stage."""
+    """The file of a run's damaged records, {"stage", "step"} and what Reader says, and their count in a stage."""
 
     def __init__(self, path, stage, step, limit):
         """
@@ -154,8 +154,8 @@ class DamageReport:
         self.lines.add(*({"stage": self.stage, "step": step} | one for one in damaged))
         self.count += len(damaged)
         if self.count > self.limit * max(read, FEW):
-            raise ValueError(f"{self.count} of {read} records are damaged, more than max_damaged {self.limit:g} allows (all are "
-                             f"listed in {self.path}); the last: {damaged[-1]['error']}")
+            raise ValueError(f"{self.count} of {read} records are damaged, more than max_damaged {self.limit:g} allows "
+                             f"(all are listed in {self.path}); the last: {damaged[-1]['error']}")
 
 
 class Feed:
@@ -168,7 +168,8 @@ class Feed:
     waited: seconds that the last `next` took. damaged: list of what was damaged in it, see Reader.
     """
 
-    def __init__(self, mixture, prepare, batch_size, steps, group=1, length=None, seed=0, rank=0, world=1, workers=0, prefetch=2):
+    def __init__(self, mixture, prepare, batch_size, steps, group=1, length=None, seed=0, rank=0, world=1, workers=0,
+                 prefetch=2):
         """
         Args:
           mixture: Mixture. prepare: function(Record) -> Record, see batching.Preparation.
@@ -206,8 +207,8 @@ class Feed:
         for record, damaged in itertools.islice(self.items, share):
             self.damaged += damaged
             if record is None:
-                raise ValueError(f"source {damaged[-1]['source']!r}: {MAX_IN_A_ROW} records in a row are damaged; the last: "
-                                 f"{damaged[-1]['error']}")
+                raise ValueError(f"source {damaged[-1]['source']!r}: {MAX_IN_A_ROW} records in a row are damaged; "
+                                 f"the last: {damaged[-1]['error']}")
             records.append(record)
         self.position = self.planned.popleft()
         self.waited = time.monotonic() - began

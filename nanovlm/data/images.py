@@ -28,7 +28,7 @@ HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation: pixels between -1 and 1
 MAX_PIXELS, MAX_SIDE = 64_000_000, 8_000
 IN_MEMORY = "picture in memory"  # for messages
 FITS = ("crop", "pad", "stretch", "squash")
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes; PIL refuses a picture over long comments
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes; else long comments are an error
 
 
 class ImageError(ValueError):
@@ -105,20 +105,20 @@ def opened(source, max_pixels=MAX_PIXELS):
                 image = Image.open(file)
             width, height = image.size
             scale = math.ceil(math.log2(max(1, width * height / max_pixels)) / 2)
-            if scale and image.format == "JPEG":  # which decodes smaller, and reads no more of the picture than that needs
+            if scale and image.format == "JPEG":  # which PIL can decode smaller
                 image.draft(None, (width >> scale, height >> scale))
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{source}: {width} x {height} is {width * height:,} pixels, more than the limit of "
-                                 f"{max_pixels:,}; scale it down, or pass a larger max_pixels to images.load if you trust it")
+                                 f"{max_pixels:,}; scale it down, or pass images.load a larger max_pixels")
             yield image
         except ImageError:
             raise
         except Image.UnidentifiedImageError as error:
             raise ImageError(f"{source}: not an image, or of a format that PIL cannot read") from error
         except Image.DecompressionBombError as error:
-            raise ImageError(f"{source}: {error}; if you trust it, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS") from error
+            raise ImageError(f"{source}: {error}; scale it down, or raise max_pixels and PIL's limit") from error
         except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:  # all of PIL's readers'
-            raise ImageError(f"{source}: the image is damaged or cut short ({error}); copy or download it again") from error
+            raise ImageError(f"{source}: the image is damaged or cut short ({error}); copy it again") from error
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _upright_rgb(image, source):
     if image.mode.startswith("I"):  # PIL's own conversion clips everything above 255 to white
         values = numpy.asarray(image).astype(numpy.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"{source}: pixel values {values.min()} to {values.max()} exceed 16 bits; save it with 8 or 16")
+            raise ImageError(f"{source}: pixel values {values.min()} to {values.max()} exceed 16 bits; save it with 16")
         image = Image.fromarray(((values * 255 + 32767) // 65535).astype(numpy.uint8))
     if image.mode == "F":
         raise ImageError(f"{source}: floating-point pixels have no agreed white; save the picture with 8 or 16 bits")

@@ -1,8 +1,8 @@
 """JSON files of any size and form, one record at a time.
 
-What is called .json may be one list, one object that holds a list under a key, lines of objects, or indented objects one
-after another; gzip may have packed it. No more of a file is held than one record needs. Each comes with the line where
-it begins, for messages, and with its bytes, so that a reader can come back for it later.
+What is called .json may be one list, one object that holds a list under a key, lines of objects, or indented objects
+one after another; gzip may have packed it. No more of a file is held than one record needs. Each comes with the line
+where it begins, for messages, and with its bytes, so that a reader can come back for it later.
 
 Lines end at "\\n" only: U+2028, at which `str.splitlines` cuts as well, may stand inside a text. An object that names a
 key twice is an error, since Python would keep the last value and lose the others without a word.
@@ -170,7 +170,7 @@ class Scanner:
         return Element(where, value, start, start + len(text), key)
 
     def inside(self, brackets="[{"):
-        """Walk through what opens here: the key of each member (None in a list), whose value must be read before the next."""
+        """Walk through what opens here: the key of each member, None in a list. Its value must be read first."""
         close = {"[": "]", "{": "}"}[self.take(brackets)]
         comma = self.take(close) if self.peek() == close else ","
         while comma == ",":
@@ -218,7 +218,8 @@ def elements(path, key=None):
                 else:
                     scanner.value()
             if names.count(key) != 1:
-                raise ValueError(f"{path}: one key {key!r} was expected, found {', '.join(map(repr, names)) or 'nothing'}")
+                found = ", ".join(map(repr, names)) or "nothing"
+                raise ValueError(f"{path}: one key {key!r} was expected, found {found}")
         scanner.end()
 
 

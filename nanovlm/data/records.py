@@ -68,8 +68,8 @@ class Record:
 
     kinds: question type of each conversation, for evaluation; empty = not stated.
     rows: (where, templates.Row) of its conversations, where a worker has written them ahead (batching.Preparation).
-    regions: for each conversation (x, y), the centre of what it speaks of as shares of the picture's width and height, or
-      None where it speaks of the whole; empty = all of the whole. Contrastive stages look there.
+    regions: for each conversation (x, y), the centre of what it speaks of as shares of the picture's width and height,
+      or None where it speaks of the whole; empty = all of the whole. Contrastive stages look there.
     Raises: ValueError if kinds or regions and conversations differ in number, or a part names a visual input that does
       not exist.
     """
@@ -83,8 +83,8 @@ class Record:
 
     def __post_init__(self):
         if not self.conversations or {len(self.kinds), len(self.regions)} - {0, len(self.conversations)}:
-            raise ValueError(f"record {self.id!r} has {len(self.conversations)} conversations, {len(self.kinds)} kinds and "
-                             f"{len(self.regions)} regions; each conversation has one, or none has")
+            raise ValueError(f"record {self.id!r} has {len(self.conversations)} conversations, {len(self.kinds)} kinds "
+                             f"and {len(self.regions)} regions; each conversation has one, or none has")
         for part in (part for turns in self.conversations for turn in turns for part in turn.parts):
             if not isinstance(part, str) and not 0 <= part < len(self.visuals):
                 raise ValueError(f"record {self.id!r} mentions visual input {part}; it has {len(self.visuals)}")
@@ -114,7 +114,7 @@ class Changed:
 
 
 def check_order(roles, last="assistant"):
-    """Raise ValueError unless user and assistant take turns and `last` speaks last; one assistant turn alone is fine."""
+    """Raise ValueError unless user and assistant take turns and `last` ends; one assistant turn alone is fine."""
     if not roles:
         raise ValueError("the conversation is empty; it needs at least one turn")
     for place, (one, other) in enumerate(zip(roles, roles[1:]), start=1):
@@ -128,7 +128,7 @@ def check_order(roles, last="assistant"):
 
 @functools.lru_cache(maxsize=64)
 def permutation(*seed, length):
-    """The order of one epoch: int64[length], a function of its arguments alone. seed: integers, the epoch among them."""
+    """The order of one epoch: int64[length], a function of the arguments. seed: integers, the epoch among them."""
     return numpy.random.default_rng(seed).permutation(length)
 
 
@@ -178,8 +178,8 @@ def record_of(item, where, clip, locate):
     for placeholder, given in shown.items():
         if asked[placeholder] != len(given):
             kind = placeholder.strip("<>")
-            raise ValueError(f"{where}: {asked[placeholder]} placeholder(s) {placeholder} in the human turns but {len(given)} "
-                             f"{kind}(s); every {kind} needs its {placeholder} where it stands")
+            raise ValueError(f"{where}: {asked[placeholder]} placeholder(s) {placeholder} in the human turns but "
+                             f"{len(given)} {kind}(s); every {kind} needs its {placeholder} where it stands")
     kinds = (field(item, "kind", str, where),) if "kind" in item else ()
     return Record(str(item["id"]), tuple(visuals), (tuple(turns),), kinds)
 

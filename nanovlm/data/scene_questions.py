@@ -70,7 +70,7 @@ def all_names(scene):
     return names
 
 
-# Questions. Each: (scene, rng, pairs that may be named although absent) -> (question, answer), or None if this draw has none.
+# Questions: (scene, rng, pairs that may be named although absent) -> (question, answer), or None if this draw has none.
 
 
 def _names(thing, scene):
@@ -127,9 +127,9 @@ def _existence(scene, rng, pairs):
 
 
 def _place(scene, rng, pairs):
-    thing, third = pick(rng, scene.objects), scene.canvas / 3
+    thing, lines = pick(rng, scene.objects), (scene.canvas / 3, 2 * scene.canvas / 3)
     names = _names(thing, scene)
-    if not names or any(abs(value - line) < REGION_MARGIN for value in (thing.x, thing.y) for line in (third, 2 * third)):
+    if not names or any(abs(value - line) < REGION_MARGIN for value in (thing.x, thing.y) for line in lines):
         return None
     return f"where is the {pick(rng, names)}?", place_of(thing, scene.canvas)
 
@@ -217,7 +217,7 @@ def check_source(split, splits, weights, known, seed, length, **ranges):
         ranges[f"the weight of {name!r}"] = weight, 0, None
     for name, (value, low, high) in (ranges | {"seed": (seed, 0, None), "length": (length, 1, None)}).items():
         if value < low or (high is not None and value > high):
-            raise ValueError(f"{name} is {value}; it must be {low} or more" + (f", {high} at most" if high is not None else ""))
+            raise ValueError(f"{name} is {value}; it must be from {low}{'' if high is None else f' to {high}'}")
 
 
 # The source of drawn scenes.
@@ -235,8 +235,8 @@ class Scenes:
         Args:
           split: "train"; "new" = other pictures of the same distribution; "unseen_pairs" = only held-out pairs;
             "reading" = only held-out strings, one in every picture, and only the reading question.
-          kind: "captions" (one), "questions", "both" (the caption first), or "names": all that can be said in few words of
-            each thing, conversations of their own with its centre as region; for these, questions_per_picture and
+          kind: "captions" (one), "questions", "both" (the caption first), or "names": all that can be said in few words
+            of each thing, conversations of their own with its centre as region; for these, questions_per_picture and
             weights mean nothing.
           seed: int, 0 or more.
           max_objects, min_objects: range of the number of objects.
@@ -277,7 +277,8 @@ class Scenes:
     def record(self, n):
         """Record n, n >= 0: one picture, each conversation one question about it and its answer."""
         scene, picture, asked = self._draw(n)
-        conversations = tuple((Turn("user", (0, question)), Turn("assistant", (answer,))) for _, question, answer in asked)
+        conversations = tuple((Turn("user", (0, question)), Turn("assistant", (answer,)))
+                              for _, question, answer in asked)
         centres = all_names(scene) if self.kind == "names" else ()
         regions = tuple((x / self.canvas, y / self.canvas) for _, x, y in centres)
         return Record(picture.key, (picture,), conversations, tuple(kind for kind, _, _ in asked), regions=regions)
@@ -294,8 +295,8 @@ class Scenes:
                 asked = [("name", NAME_PROMPT, name) for name, _, _ in all_names(scene)]
             if asked:
                 return scene, picture, asked
-        raise ValueError(f"none of {MAX_PICTURES} pictures of up to {self.max_objects} objects gave a question of the types "
-                         f"{', '.join(self.wanted[-1][1])}; allow more objects, more strings or more types")
+        raise ValueError(f"none of {MAX_PICTURES} pictures of up to {self.max_objects} objects gave a question of the "
+                         f"types {', '.join(self.wanted[-1][1])}; allow more objects, more strings or more types")
 
 
 # Text-only instructions: scenes in words, small facts, and plain captions, for training the language model alone.
@@ -473,8 +474,8 @@ def parse_scene(text, rng, canvas=64):
         objects = _pose(rng, described, sizes, box, canvas)
         if objects:
             return Scene(canvas, tuple(objects), string, box)
-    raise ValueError(f"found no room on {canvas} x {canvas} px for the {len(described)} objects described; use fewer or small "
-                     "ones")
+    raise ValueError(f"found no room on {canvas} x {canvas} px for the {len(described)} objects described; use fewer "
+                     "or small ones")
 
 
 def _read_objects(text):
@@ -505,7 +506,7 @@ def _read_object(phrase):
     sizes, colors, shapes = ([word for word in words if word in known] for known in (SIZES, COLORS, SHAPES))
     if (len(sizes) > 1, len(colors), len(shapes), len(sizes) + 2) != (False, 1, 1, len(words)):
         raise ValueError(f"{' '.join(words)!r} is not one object; write a color ({', '.join(COLORS)}) and a shape "
-                         f"({', '.join(SHAPES)}), small or big before them if you like, and 'and' or ',' between objects")
+                         f"({', '.join(SHAPES)}), small or big before them, and 'and' or ',' between objects")
     return sizes[0] if sizes else None, colors[0], shapes[0]
 
 

@@ -178,8 +178,8 @@ def sample_scene(rng, max_objects, split, with_string, min_objects=1, canvas=64)
     Raises: ValueError if a number is out of range.
     """
     if not 1 <= min_objects <= max_objects or canvas < MIN_CANVAS:
-        raise ValueError(f"{min_objects} to {max_objects} objects on {canvas} px: at least 1 object, min_objects no larger "
-                         f"than max_objects, and a canvas of {MIN_CANVAS} px or more are needed")
+        raise ValueError(f"{min_objects} to {max_objects} objects on {canvas} px: at least 1 object, min_objects no "
+                         f"larger than max_objects, and a canvas of {MIN_CANVAS} px or more are needed")
     pairs = HELD_OUT if split == "unseen_pairs" else TRAIN_PAIRS
     string = sample_string(rng, held_out=split == "reading") if with_string else None
     box = place_string(rng, string, canvas) if string else None

@@ -42,7 +42,8 @@ def paint(batch, tokenizer, color):
     for b in range(len(batch.ids)):
         length = int((batch.segments[b] >= 0).sum())
         ids, labels = batch.ids[b, :length].tolist(), batch.labels[b, :length].tolist()
-        kinds = ["image" if id == IMAGE_TOKEN else "read" if label == IGNORE else "trained" for id, label in zip(ids, labels)]
+        kinds = ["image" if id == IMAGE_TOKEN else "read" if label == IGNORE else "trained"
+                 for id, label in zip(ids, labels)]
         trained, padding = length - labels.count(IGNORE), batch.ids.shape[1] - length
         pictures = batch.shown[batch.owner == b].tolist()
         lines.append(f"row {b}: {length} tokens, {trained} trained, {padding} padding, pictures {pictures}")

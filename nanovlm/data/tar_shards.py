@@ -52,8 +52,8 @@ class TarShards:
         self.shards = shards_of(path)
         self.counts = numpy.array(counts(self.shards))
         if 0 in self.counts:
-            raise ValueError(f"{self.shards[self.counts.argmin()]}: holds no sample; samples of .json, or of a picture and its "
-                             ".txt, were expected")
+            raise ValueError(f"{self.shards[self.counts.argmin()]}: holds no sample; samples of .json, or of a picture "
+                             "and its .txt, were expected")
 
     def __len__(self):
         return int(self.counts.sum())
@@ -72,7 +72,7 @@ class TarShards:
         within = permutation(self.seed, epoch, shard, length=count)[place - ends[position]]  # counted from its end
         samples = members(path)
         if len(samples) != count:
-            raise ValueError(f"{path}: {len(samples)} samples, but {count} when it was counted; remove {INDEX} beside it")
+            raise ValueError(f"{path}: {len(samples)} samples, but {count} when counted; remove {INDEX} beside it")
         key, files = samples[within]
         return drawn(self._record(f"{path}, sample {key!r}", key, files), (self.seed, n))
 
@@ -130,7 +130,7 @@ def members(path):
 
 
 def counts(shards):
-    """Samples of each shard: list of int. From the index beside them where it fits the shard, else counted (minutes)."""
+    """Samples of each shard: list of int. From the index beside them if it fits the shard, else counted (minutes)."""
     index = shards[0].parent / INDEX
     known = parse(index.read_bytes(), str(index)) if index.exists() else {}
     found = []
@@ -174,7 +174,8 @@ class ShardWriter:
         number = sum(self.samples.values())
         if number % self.samples_per_shard == 0:
             self._close()
-            self.tar = tarfile.open(self.folder / f"{self.name}-{len(self.samples):06d}.tar", "w", format=tarfile.USTAR_FORMAT)
+            path = self.folder / f"{self.name}-{len(self.samples):06d}.tar"
+            self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
         names = [f"{n}.{ending}" for n, (ending, _) in enumerate(pictures)]
         item = {key: value for key, value in item.items() if key != "image"} | ({"image": names} if names else {})
         contents = [content for _, content in pictures]

@@ -130,15 +130,15 @@ def train_tokenizer(texts, vocab_size):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + len(SPECIAL)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size {vocab_size} has no room for 256 bytes and {len(SPECIAL)} special tokens; at least {smallest}")
+        raise ValueError(f"vocab_size {vocab_size} has no room for 256 bytes and special tokens; at least {smallest}")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), initial_alphabet=sorted(alphabet),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL),
+                                  initial_alphabet=sorted(alphabet), show_progress=False)
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend)
 
@@ -146,8 +146,8 @@ def train_tokenizer(texts, vocab_size):
 def check_vocabulary(tokenizer, num_embeddings, spare_rows=0):
     """Raise ValueError unless the model has a row for every token and at most spare_rows more (published ones do)."""
     if not 0 <= num_embeddings - tokenizer.vocab_size <= spare_rows:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model {num_embeddings} embeddings; they belong "
-                         "to different models: use the tokenizer.json beside the model")
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model {num_embeddings} embeddings; "
+                         "use the tokenizer.json beside the model")
 
 
 def _load(path):

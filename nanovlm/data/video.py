@@ -78,7 +78,8 @@ def load(path, num_frames, sampling="uniform", rng=None, max_pixels=images.MAX_P
         """Places of the frames to load, in rising order."""
         if not 1 <= total <= MAX_FRAMES:
             raise images.ImageError(f"{name}: it has {total:,} frames; from 1 to {MAX_FRAMES:,} are expected")
-        chosen[:] = uniform_places(total, num_frames) if sampling == "uniform" else random_places(total, num_frames, rng)
+        uniform = sampling == "uniform"
+        chosen[:] = uniform_places(total, num_frames) if uniform else random_places(total, num_frames, rng)
         return sorted(set(chosen))
 
     if pictures is not None:
@@ -133,7 +134,7 @@ def _film(path, choose, max_pixels):
     try:
         import av
     except ImportError as error:
-        raise ImportError(f"{path}: films are read through the package av; pip install av, or give frames or a GIF") from error
+        raise ImportError(f"{path}: films need the package av; pip install av, or give frames or a GIF") from error
     try:
         total = _count(av, path, max_pixels)
         while True:

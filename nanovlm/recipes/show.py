@@ -24,7 +24,8 @@ def show(args):
         raise ValueError(f"-n {args.n}: at least one record must be shown")
     recipe = find(args.recipe)
     stages = None if args.stage is None else [args.stage]
-    args = argparse.Namespace(**vars(args), size=None, smoke=False, stages=stages, without=[], allow_missing=False, precision=None)
+    args = argparse.Namespace(**vars(args), size=None, smoke=False, stages=stages, without=[], allow_missing=False,
+                              precision=None)
     stage = choose_stages(recipe, args)[-1]
     if stage.objective == "contrastive":
         raise ValueError(f"stage {stage.name!r} compares pictures with captions; --stage names one that trains tokens")

@@ -297,7 +297,7 @@ def test_shards(tmp_path, capsys):
         (["llava", "in.json", "there.jsonl"], "there.jsonl is there already"),
         (["llava", "in.json", "out", "--shards", "0"], "--shards 0: at least one sample"),
         (["mimic-it", "in.json", "out.jsonl"], "MIMIC-IT's pictures stand in a second file; name it with --images"),
-        (["mimic-it", "in.json", "out.jsonl", "--images", "LA.parquet"], "the .json is read, not the .parquet"),
+        (["mimic-it", "in.json", "out.jsonl", "--images", "LA.parquet"], "the .json is read (id -> base64), not the .parquet"),
         (["vqa", "in.json", "out.jsonl"], "VQA's answers stand in a second file"),
         (["llava", "in.json", "out.jsonl"], "no item could be made of it as llava"),
         (["minigpt4", "in.json", "out.jsonl"], "in.json, line 1, byte 0: malformed JSON"),

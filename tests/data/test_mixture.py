@@ -114,5 +114,5 @@ def test_a_course_reads_one_source_after_another():
 
 @pytest.mark.parametrize("lengths", [[], [1, 2], [0]])
 def test_a_course_needs_a_length_for_all_but_the_last(lengths):
-    with pytest.raises(ValueError, match="every source but the last needs a length from 1"):
+    with pytest.raises(ValueError, match="every source but the last needs one from 1"):
         Course([Counter("a"), Counter("b")], lengths)

@@ -145,7 +145,7 @@ def test_shards_that_cannot_be_used(folder, tmp_path_factory):
     source = TarShards(folder)
     (folder / "some-000000.tar").write_bytes((folder / "some-000002.tar").read_bytes())
     tar_shards.members.cache_clear()
-    with pytest.raises(ValueError, match="some-000000.tar: 2 samples, but 4 when it was counted"):
+    with pytest.raises(ValueError, match="some-000000.tar: 2 samples, but 4 when"):
         [source.record(n) for n in range(10)]
 
 

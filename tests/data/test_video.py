@@ -146,7 +146,7 @@ def test_damaged_animations_give_frames_or_a_named_error(tmp_path, clips):
 def test_films_without_av_say_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"film")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match="a.mp4: films are read through the package av; pip install av, or"):
+    with pytest.raises(ImportError, match="a.mp4: .*pip install av"):
         video.load(tmp_path / "a.mp4", 2)
 
 
