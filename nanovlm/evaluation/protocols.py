@@ -31,7 +31,7 @@ from nanovlm.evaluation.vqa_accuracy import vqa_accuracy
 from nanovlm.evaluation.yes_no import parse_strict
 from nanovlm.files import JsonLines, replace_text
 from nanovlm.generation.answer import DESCRIBE, make_prompt, reply
-from nanovlm.generation.prefill import encode, Rows
+from nanovlm.generation.prefill import Workspace, prefill
 from nanovlm.generation.sampler import Decoding
 from nanovlm.recipes.nano_tests import exact_match
 from nanovlm.vlm import IGNORE
@@ -216,11 +216,9 @@ def score_choices(model, prompts, choices, visual_inputs):
       visual_inputs: per prompt a list of float[f, 3, H, W], in order.
     Returns: per prompt a list of (float, int), the negative log-likelihood of each choice's tokens in nats, and their number.
     """
-    flat, shown = [ids for several in choices for ids in several], [pixels for several in visual_inputs for pixels in several]
-    longest, pictures = max(map(len, flat)), {}
-    encode(model, shown, pictures)
-    keys, tokens = list(pictures), [image_tokens for _, image_tokens in pictures.values()]
-    rows = Rows(model, prompts, tokens, [keys.index(id(pixels)) for pixels in shown], longest)
+    flat = [ids for several in choices for ids in several]
+    longest = max(map(len, flat))
+    rows = prefill(model, prompts, visual_inputs, longest, Workspace())
     rows.select([place for place, several in enumerate(choices) for _ in several])
     padded = [ids + [IGNORE] * (longest - len(ids)) for ids in flat]
     targets = torch.tensor(padded, device=rows.logits.device)  # R T

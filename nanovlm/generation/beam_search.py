@@ -4,27 +4,32 @@ Running beams carry summed log-probabilities. A candidate that ends moves to the
 the first num_beams candidates, scored by its sum / (new tokens) ** length_penalty; the best num_beams hypotheses stay.
 The rules, and their order, are those of transformers 5 (`GenerationMixin._beam_search`), including what looks odd there:
 twice as many candidates as beams (more with several end tokens), of which the later half may run on but not end.
+With do_sample the candidates are drawn, without replacement, instead of taken from the top.
 
-With do_sample the candidates are drawn, without replacement, instead of taken from the top. With counts_dummy_token
-another set of rules takes over, see beam_search_4_28.py.
+With counts_dummy_token the search is that of transformers 4.28 behind prompts of embeddings, which is how Lynx decoded
+(bytedance/lynx-llm; `beam_search`, `beam_sample` and `BeamSearchScorer` of transformers 4.28.1). Such a prompt has no ids,
+so that version put one dummy token in their place. It is never embedded, but counted, and other rules differed:
+
+- a text that does not end by itself is scored by its sum / (1 + new tokens) ** length_penalty; one that ends, by
+  (1 + new tokens without the end token), which is the number that today's rule divides by as well;
+- at the last step the num_beams best candidates that do not end are all hypotheses, besides those that do;
+- penalties and n-grams see the new tokens only, never the prompt;
+- with sampling all beams start equal, temperature acts on the summed scores, and drawn candidates are sorted;
+- always twice as many candidates as beams, and truncation leaves two ids.
+
+Differs from 4.28: the dummy itself is part of no n-gram. There it was the id that begins a text, and could be
+repeated only by a model that writes such an id.
 
 B prompts, N beams, K candidates, V vocabulary, M new tokens at most
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanovlm.generation.logits_processors import penalise, process, truncate
-
-
-# What a beam search carries from step to step, and the small operations on it.
-#
-# B prompts, N beams, K candidates, V vocabulary, M new tokens at most
-
+from nanovlm.generation.logits_processors import draw, penalise, truncate
 
 EXCLUDED = -1e9  # added to what may not be chosen
 
@@ -79,55 +84,21 @@ class Beams:
         return [Hypothesis(text, score) for text, score in zip(texts, scores)]
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The four choices in which beam searches differ; see beam_search.py for what each does."""
-
-    start: Callable
-    propose: Callable
-    advance: Callable
-    is_done: Callable
-
-
-def empty(num_prompts, decoding, device):
-    """Beams before the first step, all with score 0."""
-    shape = (num_prompts, decoding.num_beams)
-    ids = torch.zeros(*shape, decoding.max_new_tokens, dtype=torch.long, device=device)
-    return Beams(
-        running=ids,
-        running_scores=torch.zeros(shape, device=device),
-        ended=ids,
-        ended_scores=torch.full(shape, EXCLUDED, device=device),
-        ended_lengths=torch.zeros(shape, dtype=torch.long, device=device),
-        is_ended=torch.zeros(shape, dtype=torch.bool, device=device),
-    )
-
-
-def draw(totals, number, active, num_prompts, generator):
-    """Draw candidates without replacement, in the order drawn.
-
-    Args:
-      totals: float32[b, N * V] of the prompts still active. active: their numbers among the first `num_prompts`.
-      number: K. generator: as in sampler.generate.
-    Returns: int64[b, K].
-    """
-    probabilities = totals.softmax(dim=-1)
-    if isinstance(generator, list):
-        draws = [torch.multinomial(p, number, generator=generator[i]) for i, p in zip(active, probabilities)]
-        return torch.stack(draws)
-    everyone = torch.ones(num_prompts, totals.shape[1], device=totals.device)  # transformers draws for ended prompts too
-    everyone[active] = probabilities
-    return torch.multinomial(everyone, number, generator=generator)[active]
-
-
-def ends_text(token, decoding):
-    """Which candidates end their text by an end token: int64[B, K] -> bool[B, K]."""
-    return torch.isin(token, torch.tensor(decoding.eos_ids, dtype=torch.long, device=token.device))
-
-
 def pick(texts, places):
     """Texts int64[B, K, M] at places int64[B, N] -> int64[B, N, M]."""
     return texts.gather(1, places[..., None].expand(-1, -1, texts.shape[2]))
+
+
+def start(num_prompts, decoding, device):
+    """Beams before the first step. All beams of a prompt are equal, so all but one are excluded: it would win N times."""
+    shape = (num_prompts, decoding.num_beams)
+    ids = torch.zeros(*shape, decoding.max_new_tokens, dtype=torch.long, device=device)
+    excluded = torch.full(shape, EXCLUDED, device=device)
+    running_scores = torch.zeros(shape, device=device)
+    if not (decoding.counts_dummy_token and decoding.do_sample):  # there, equal beams may draw differently
+        running_scores[:, 1:] = EXCLUDED
+    no_ends = torch.zeros(shape, dtype=torch.bool, device=device)
+    return Beams(ids, running_scores, ids, excluded, no_ends.long(), no_ends)
 
 
 def beam_search(rows, decoding, generator=None):
@@ -137,17 +108,16 @@ def beam_search(rows, decoding, generator=None):
       rows: prefill.Rows, one per prompt; used up.
       decoding: sampler.Decoding with num_beams > 1.
       generator: with do_sample, one torch.Generator or a list of one per prompt, as in sampler.generate.
-    Returns: list of B lists of num_return_sequences beams.Hypothesis, best first.
+    Returns: list of B lists of num_return_sequences Hypothesis, best first.
     """
     num_prompts, num_beams, device = len(rows.logits), decoding.num_beams, rows.logits.device
-    rules = RULES_4_28 if decoding.counts_dummy_token else RULES
-    beams = rules.start(empty(num_prompts, decoding, device), decoding)
+    beams = start(num_prompts, decoding, device)
     rows.select([prompt for prompt in range(num_prompts) for _ in range(num_beams)])
     active, found = list(range(num_prompts)), [None] * num_prompts
     for step in range(decoding.max_new_tokens):
-        candidates = rules.propose(rows, beams, decoding, active, num_prompts, generator)
-        beams, source = rules.advance(beams, candidates, step, decoding)
-        done = rules.is_done(beams, candidates[0], step + 1, decoding)
+        candidates = propose(rows, beams, decoding, active, num_prompts, generator)
+        beams, source = advance(beams, candidates, step, decoding)
+        done = is_done(beams, candidates[0], step + 1, decoding) | (step + 1 == decoding.max_new_tokens)
         state = torch.cat([done[:, None].long(), source], dim=1).tolist()  # the one wait for the device in a step
         going = [place for place, (stop, *_) in enumerate(state) if not stop]
         for place in set(range(len(state))) - set(going):
@@ -163,30 +133,31 @@ def beam_search(rows, decoding, generator=None):
         rows.step(beams.running[:, :, step].flatten())
 
 
-def start(beams, decoding):
-    """Exclude all but one beam of a prompt, since all are equal still: Beams."""
-    running_scores = torch.full_like(beams.running_scores, EXCLUDED)
-    running_scores[:, 0] = 0.0
-    return dataclasses.replace(beams, running_scores=running_scores)
-
-
 def propose(rows, beams, decoding, active, num_prompts, generator):
     """Choose the candidates of this step among all continuations of all beams.
 
+    Args: rows, decoding, generator: as of `beam_search`. active: numbers of the prompts that go on, of num_prompts.
     Returns: (scores float32[B, K] summed log-probabilities, beam int64[B, K], token int64[B, K]).
     """
-    ends = len(decoding.eos_ids)
-    num_candidates = max(2, 1 + ends) * decoding.num_beams  # even if all ids that end come first, num_beams go on
-    min_keep = ends + 1 if ends else 2
-    log_probabilities = rows.logits.log_softmax(dim=-1)
-    log_probabilities = process(log_probabilities, rows.tokens, rows.num_new, decoding, min_keep)
-    vocab_size = log_probabilities.shape[1]
-    totals = log_probabilities.unflatten(0, (len(active), -1)) + beams.running_scores[..., None]  # B N V
-    totals = totals.flatten(1)
+    has_dummy, num_ends = decoding.counts_dummy_token, len(decoding.eos_ids)
+    num_candidates = 2 if has_dummy else max(2, 1 + num_ends)  # if all ids that end come first, the beams still go on
+    so_far = beams.running_scores.flatten()[:, None]  # BN 1
+    seen = rows.new_tokens if has_dummy else rows.tokens
+    scores = penalise(rows.logits.log_softmax(dim=-1), seen, rows.num_new, decoding)  # BN V
+    if has_dummy:
+        scores = scores + so_far
     if decoding.do_sample:
-        chosen = draw(totals, num_candidates, active, num_prompts, generator)
+        scores = truncate(scores, decoding, min_keep=2 if has_dummy or not num_ends else num_ends + 1)
+    if decoding.renormalize:
+        scores = scores.log_softmax(dim=-1)
+    totals = (scores if has_dummy else scores + so_far).view(len(active), -1)  # B NV
+    if decoding.do_sample:
+        chosen = draw(totals, active, num_prompts, generator, num_candidates * decoding.num_beams)
+        if has_dummy:
+            chosen = chosen.gather(1, totals.gather(1, chosen).argsort(dim=1, descending=True, stable=True))
     else:
-        chosen = totals.topk(num_candidates).indices
+        chosen = totals.topk(num_candidates * decoding.num_beams).indices
+    vocab_size = scores.shape[1]
     return totals.gather(1, chosen), chosen // vocab_size, chosen % vocab_size
 
 
@@ -199,117 +170,34 @@ def advance(beams, candidates, step, decoding):
     """
     scores, beam, token = candidates
     num_beams, length = decoding.num_beams, step + 1
+    is_last = length == decoding.max_new_tokens
     texts = pick(beams.running, beam)  # B K M
     texts[:, :, step] = token
-    ends = ends_text(token, decoding)
-    if length == decoding.max_new_tokens:
+    ends = torch.isin(token, torch.tensor(decoding.eos_ids, dtype=torch.long, device=token.device))
+    if is_last and not decoding.counts_dummy_token:
         ends = torch.ones_like(ends)
     may_end = ends & (torch.arange(scores.shape[1], device=scores.device) < num_beams)
     beams = beams.keep_best(texts, scores / length**decoding.length_penalty, length, may_end)
     running_scores, best = (scores + ends * EXCLUDED).topk(num_beams)
     beams = dataclasses.replace(beams, running=pick(texts, best), running_scores=running_scores)
+    if is_last and decoding.counts_dummy_token:
+        is_cut = ~is_done(beams, scores, length, decoding)[:, None] & ~ends.gather(1, best)
+        beams = beams.keep_best(beams.running, running_scores / (length + 1) ** decoding.length_penalty, length, is_cut)
     return beams, beam.gather(1, best)
 
 
 def is_done(beams, scores, length, decoding):
-    """Prompts whose hypotheses are final, now that beams have `length` new tokens: bool[B].
+    """Prompts of which no beam of `length` new tokens can improve the hypotheses: bool[B]. scores: of the candidates.
 
     Some beam must be able to improve on the worst hypothesis, at the length that is assumed for it; an empty place
     takes anything. With early_stopping as many hypotheses as beams are enough.
     """
-    if length == decoding.max_new_tokens:
-        return torch.ones_like(beams.is_ended[:, 0])
+    is_full, full_is_enough = beams.is_ended.all(dim=1), decoding.early_stopping is True
     if decoding.early_stopping == "never" and decoding.length_penalty > 0:
-        length = decoding.max_new_tokens  # where a positive penalty treats a beam best
+        length = decoding.max_new_tokens + decoding.counts_dummy_token  # where a positive penalty treats a beam best
+    if decoding.counts_dummy_token:
+        attainable = scores.amax(dim=1) / length**decoding.length_penalty
+        return is_full & ((beams.ended_scores.amin(dim=1) >= attainable) | full_is_enough)
     best = beams.running_scores[:, :1] / length**decoding.length_penalty
     worst = beams.ended_scores.amin(dim=1, keepdim=True).where(beams.is_ended, EXCLUDED)
-    full = beams.is_ended.all(dim=1) & (decoding.early_stopping is True)
-    return full | (best <= worst).all(dim=1)
-
-
-RULES = Rules(start, propose, advance, is_done)
-
-
-# Beam search as transformers 4.28 ran it behind prompts of embeddings, which is how Lynx decoded.
-#
-# A prompt of embeddings has no ids, so that version put one dummy token in their place. It is never embedded, but it is
-# counted, and a few more rules were others than today's:
-#
-# - a text that does not end by itself is scored by its sum / (1 + new tokens) ** length_penalty; one that ends, by
-#   (1 + new tokens without the end token), which is the number that today's rule divides by as well;
-# - at the last step the num_beams best candidates that do not end are all hypotheses, besides those that do;
-# - penalties and n-grams see the new tokens only, never the prompt (sampler and `propose` see to it);
-# - with sampling all beams start equal, temperature acts on the summed scores, and drawn candidates are sorted;
-# - always twice as many candidates as beams, and truncation leaves two ids.
-#
-# Differs from that version: the dummy itself is part of no n-gram. There it was the id that begins a text, and could be
-# repeated only by a model that writes such an id.
-#
-# Source: bytedance/lynx-llm with transformers 4.28.1, `beam_search`, `beam_sample` and `BeamSearchScorer`.
-#
-# B prompts, N beams, K candidates, V vocabulary, M new tokens at most
-
-
-def start_4_28(beams, decoding):
-    """Exclude all but one beam, but not for sampling, where equal beams may draw differently: Beams."""
-    running_scores = beams.running_scores.clone()
-    if not decoding.do_sample:
-        running_scores[:, 1:] = EXCLUDED
-    return dataclasses.replace(beams, running_scores=running_scores)
-
-
-def propose_4_28(rows, beams, decoding, active, num_prompts, generator):
-    """Choose the candidates of this step; arguments and result as in beam_search.propose."""
-    log_probabilities = penalise(rows.logits.log_softmax(dim=-1), rows.new_tokens, rows.num_new, decoding)
-    vocab_size = log_probabilities.shape[1]
-    totals = log_probabilities + beams.running_scores.flatten()[:, None]  # BN V
-    if decoding.do_sample:
-        totals = truncate(totals, decoding, min_keep=2)
-    if decoding.renormalize:
-        totals = totals.log_softmax(dim=-1)
-    totals = totals.view(len(active), -1)  # B NV
-    number = 2 * decoding.num_beams
-    if decoding.do_sample:
-        chosen = draw(totals, number, active, num_prompts, generator)
-        chosen = chosen.gather(1, totals.gather(1, chosen).argsort(dim=1, descending=True, stable=True))
-    else:
-        chosen = totals.topk(number).indices
-    return totals.gather(1, chosen), chosen // vocab_size, chosen % vocab_size
-
-
-def advance_4_28(beams, candidates, step, decoding):
-    """One step: candidates become running beams or hypotheses; arguments and result as in beam_search.advance."""
-    scores, beam, token = candidates
-    num_beams, length = decoding.num_beams, step + 1
-    texts = pick(beams.running, beam)  # B K M
-    texts[:, :, step] = token
-    ends = ends_text(token, decoding)
-    may_end = ends & (torch.arange(scores.shape[1], device=scores.device) < num_beams)
-    beams = beams.keep_best(texts, scores / length**decoding.length_penalty, length, may_end)
-    running_scores, best = (scores + ends * EXCLUDED).topk(num_beams)
-    beams = dataclasses.replace(beams, running=pick(texts, best), running_scores=running_scores)
-    if length == decoding.max_new_tokens:
-        cut = ~is_final(beams, scores, length, decoding)[:, None] & ~ends.gather(1, best)
-        final_scores = running_scores / (length + 1) ** decoding.length_penalty  # the dummy counts
-        beams = beams.keep_best(beams.running, final_scores, length, cut)
-    return beams, beam.gather(1, best)
-
-
-def is_final(beams, scores, length, decoding):
-    """Prompts that the search gives up for, as none of `scores` float32[B, K] can improve on their hypotheses: bool[B]."""
-    if decoding.early_stopping is True:
-        return beams.is_ended.all(dim=1)
-    if decoding.early_stopping == "never" and decoding.length_penalty > 0:
-        length = decoding.max_new_tokens + 1
-    attainable = scores.amax(dim=1) / length**decoding.length_penalty
-    return beams.is_ended.all(dim=1) & (beams.ended_scores.amin(dim=1) >= attainable)
-
-
-def is_done_4_28(beams, scores, length, decoding):
-    """Prompts whose hypotheses are final, now that beams have `length` new tokens: bool[B]."""
-    if length == decoding.max_new_tokens:
-        return torch.ones_like(beams.is_ended[:, 0])
-    return is_final(beams, scores, length, decoding)
-
-
-RULES_4_28 = Rules(start_4_28, propose_4_28, advance_4_28, is_done_4_28)
+    return (is_full & full_is_enough) | (best <= worst).all(dim=1)

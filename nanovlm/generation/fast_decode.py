@@ -5,18 +5,17 @@ takes, plus what Python and torch need to say so. Three things help, and none ch
 
 - weights stand side by side where they meet the same input (q k v; gate up), for one row as [in, out]: it then reads
   them along memory. The modules' own weights become views of that memory, so nothing is stored twice and the readable
-  decoder goes on working with them. A few rows meet weights [out, in] from the right, see `times`;
+  decoder goes on working with them. A few rows meet weights [out, in] from the right, see `product`;
 - what is the same for all layers of a step, or for all steps, is made once: rotary tables, masks, positions;
 - the queries that share a key head stand in the place of several tokens, so that no key or value is copied.
 
-`FastDecoder.bind` takes the place of prefill.bind and is forced by handing it to `generate` in a Workspace. Behind it
-are the two forms of a step in fast_steps.py.
+`FastDecoder.bind` takes the place of prefill.bind, and is chosen by handing the decoder to `generate` in a Workspace. A
+step has two forms. The eager one attends to the columns written so far, whose number it must know. `StaticStep` keeps the
+column on the device and attends to all columns behind a mask: every shape and address is the same in every step, so that
+torch.compile makes one graph of it and CUDA replays it without the host. Neither waits for the device.
 
-R rows, W width, H heads, K key/value heads, G = H / K, D head width, L columns of the cache, F feed-forward width
+R rows, W width, H heads, K key/value heads, G = H / K, D head width, L columns of the cache, P positions, V vocabulary
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +26,28 @@ from nanovlm.cache import KeyValueCache
 from nanovlm.decoder import GatedFeedForward, RMSNorm
 from nanovlm.modality_adaptive import ModalityAdaptive
 
+COLUMNS = 128  # a static cache is a multiple of so many columns, so that few sizes of it serve all prompts
+FEW_ROWS = range(2, 9)  # what a CPU multiplies faster from the right
+
 
 def text_branch(module):
     """What a new token meets, which is a word: the text copy of a split layer."""
     return module.text if isinstance(module, ModalityAdaptive) else module
 
 
+def for_reading(weight, one_row):
+    """float[out, in] -> float[in, out] with the same numbers.
+
+    one_row: also in this order of memory, if it is a CPU's: a product with one row reads that twice as fast, one with
+    many rows a tenth slower; a GPU sums along the other order.
+    """
+    return weight.t().contiguous() if one_row and weight.device.type == "cpu" else weight.t()
+
+
 @torch.no_grad()
 def pack(linears, one_row):
-    """Store the weights of linear layers side by side; their own, and their biases, become views of that.
+    """Store the weights of linear layers of one input side by side; their own, and their biases, become views of that.
 
-    Args: linears: nn.Linear of one input. one_row: as for `for_reading`.
     Returns: (weight float[in, all outs], bias float[all outs] or None).
     Raises: ValueError for a layer that is more than its weight and bias.
     """
@@ -56,42 +66,22 @@ def pack(linears, one_row):
     return weight, bias
 
 
-def for_reading(weight, one_row):
-    """float[out, in] -> float[in, out] with the same numbers.
-
-    one_row: also in this order of memory, if it is a CPU's: a product with one row reads that twice as fast, one with
-    many rows a tenth slower; a GPU sums along the other order.
-    """
-    return weight.t().contiguous() if one_row and weight.device.type == "cpu" else weight.t()
-
-
-@torch.no_grad()
-def unpack(model):
-    """Give every parameter memory of its own again, as saving needs it."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()
-
-
-FEW_ROWS = range(2, 9)  # what a CPU multiplies faster from the right
-
-
-def times(x, weight):
-    """The product of x float[R, in] and weight float[in, out], float[R, out].
+def product(x, weight, bias=None, residual=None):
+    """residual + x weight + bias: x float[R, in], weight float[in, out] -> float[R, out].
 
     A CPU's product of a few rows and a wide matrix copies the matrix into blocks first, which takes longer than the
     product; that of the transposed two does not, and takes a third (2 rows) to nine tenths (8 rows) of the time.
     """
-    wide = len(x) in FEW_ROWS and weight.shape[1] >= weight.shape[0] and not weight.is_contiguous()
-    if wide and x.dtype == torch.float32 and x.device.type == "cpu":
-        return (weight.t() @ x.t()).t().contiguous()
-    return x @ weight
-
-
-def project(x, weight, bias):
-    """x float[R, in] through [in, out]: float[R, out]."""
-    if bias is None:
-        return times(x, weight)
-    return torch.addmm(bias, x, weight) if len(x) == 1 else times(x, weight).add_(bias)
+    added = bias if residual is None else residual
+    if len(x) in FEW_ROWS:
+        wide = weight.shape[1] >= weight.shape[0] and not weight.is_contiguous()
+        from_right = wide and x.dtype == torch.float32 and x.device.type == "cpu"
+        out = (weight.t() @ x.t()).t().contiguous() if from_right else x @ weight
+        if added is not None:
+            out += added
+    else:
+        out = x @ weight if added is None else torch.addmm(added, x, weight)  # the sum is taken where the product is made
+    return out if bias is added or bias is None else out.add_(bias)
 
 
 def normaliser(norm):
@@ -108,45 +98,27 @@ def normaliser(norm):
     return normalise
 
 
-@dataclass(frozen=True)
 class PackedLayer:
-    """One decoder layer's modules and weights for a step; the layer still owns them."""
+    """The modules and weights of a decoder.DecoderLayer, which still owns them; one_row: as for `for_reading`."""
 
-    cross_attention: nn.Module | None
-    norm_1: Callable
-    norm_2: Callable | None
-    qkv: tuple  # of (weight, bias), as all below
-    o: tuple
-    wide: tuple  # gate and up, or fc_1
-    narrow: tuple  # down, or fc_2
-    adapter: nn.Module | None
-    activation: Callable
-    gated: bool
-
-
-def pack_layer(layer, one_row):
-    """decoder.DecoderLayer -> PackedLayer; one_row: as for `for_reading`."""
-    attention, ffn = layer.attention, layer.ffn
-    gated = isinstance(ffn, GatedFeedForward)
-    return PackedLayer(
-        cross_attention=layer.cross_attention,
-        norm_1=normaliser(text_branch(layer.norm_1)),
-        norm_2=None if layer.norm_2 is None else normaliser(text_branch(layer.norm_2)),
-        qkv=pack((attention.q, text_branch(attention.k), text_branch(attention.v)), one_row),
-        o=pack((attention.o,), one_row),
-        wide=pack((ffn.gate, ffn.up) if gated else (ffn.fc_1,), one_row),
-        narrow=(ffn.output.weight.t(), ffn.output.bias),  # reads fast enough as it is
-        adapter=None if isinstance(layer.adapter, nn.Identity) else layer.adapter,
-        activation=ffn.activation,
-        gated=gated,
-    )
+    def __init__(self, layer, one_row):
+        attention, ffn = layer.attention, layer.ffn
+        self.cross_attention, self.activation = layer.cross_attention, ffn.activation
+        self.gated = isinstance(ffn, GatedFeedForward)
+        self.norm_1 = normaliser(text_branch(layer.norm_1))
+        self.norm_2 = None if layer.norm_2 is None else normaliser(text_branch(layer.norm_2))
+        self.qkv = pack((attention.q, text_branch(attention.k), text_branch(attention.v)), one_row)
+        self.o = pack((attention.o,), one_row)
+        self.wide = pack((ffn.gate, ffn.up) if self.gated else (ffn.fc_1,), one_row)
+        self.narrow = ffn.output.weight.t(), ffn.output.bias  # reads fast enough as it is
+        self.adapter = None if isinstance(layer.adapter, nn.Identity) else layer.adapter
 
 
 class FastDecoder:
     """A decoder prepared for fast steps; its weights are laid out anew, in place.
 
     Args:
-      decoder: decoder.Decoder. static: one graph for all steps, see StaticStep; else EagerStep.
+      decoder: decoder.Decoder. static: one graph for all steps, see StaticStep.
       compiled: with static, also hand the step to torch.compile.
       rows: how many rows it will mostly serve; decides the order of the weights in memory, see `for_reading`.
     """
@@ -156,59 +128,83 @@ class FastDecoder:
             raise ValueError("compiled=True with static=False: eager steps have other shapes every time; add static=True")
         self.decoder, self.config, self.static = decoder, decoder.config, static
         self.norm = normaliser(decoder.norm)
-        self.layers = [pack_layer(layer, rows == 1) for layer in decoder.layers]
+        self.layers = [PackedLayer(layer, rows == 1) for layer in decoder.layers]
         if decoder.lm_head is None:
             head = for_reading(decoder.embedding.weight.data.contiguous(), rows == 1)
             decoder.embedding.weight.data = head.t()
             self.head = head, None
         else:
             self.head = pack((decoder.lm_head,), rows == 1)
-        self.compute = torch.compile(self.by_mask, fullgraph=True, dynamic=False) if compiled else self.by_mask
+        if compiled:
+            self.by_mask = torch.compile(self.by_mask, fullgraph=True, dynamic=False)
         self.static_steps = {}  # (rows, columns) -> StaticStep
 
     def bind(self, model, cache, pads, padded, media):
         """A step for these rows; arguments and result as those of prefill.bind."""
         media = self.decoder.keep(media)
-        if not self.static:
-            return EagerStep(self, cache, pads, padded, media)
-        size = len(pads), -(-cache.num_columns // COLUMNS) * COLUMNS
-        if size not in self.static_steps:
-            self.static_steps[size] = StaticStep(self, *size)
-        return self.static_steps[size].lend(cache, pads, media)
+        if self.static:
+            size = len(pads), -(-cache.num_columns // COLUMNS) * COLUMNS
+            if size not in self.static_steps:
+                self.static_steps[size] = StaticStep(self, *size)
+            return self.static_steps[size].take(cache, pads, media)
+        layers = [buffer.unbind(0) for buffer in cache.layers]  # keys and values, float[R, K, L, D] each
+        cos, sin = self.turning(cache.num_columns)
+        mask = hide(torch.arange(cache.num_columns, device=pads.device) < pads[:, None], cos.dtype) if padded else None
 
-    def hidden(self, x, cos, sin, write, mask, media):
-        """Run the layers for one token per row, and score.
+        def write(index, new):
+            cache.layers[index].select(3, cache.length).copy_(new)
+            k, v = layers[index]
+            return k.narrow(2, 0, cache.length + 1), v.narrow(2, 0, cache.length + 1)
+
+        @torch.inference_mode()
+        def step(tokens):
+            column = cache.length
+            cache.check_room(1, len(tokens))
+            positions = column - pads if padded else slice(column, column + 1)
+            seen = mask[..., : column + 1] if padded else None
+            scores = self.scores(tokens, positions, cos, sin, write, seen, media)
+            cache.advance(1)
+            return scores
+
+        return step
+
+    def scores(self, tokens, positions, cos, sin, write, mask, media):
+        """Run the layers for one token per row, and score what follows.
 
         Args:
-          x: float[R, W]. cos, sin: float[R or 1, H + 2 K, rotary channels], see `turning`.
+          tokens: int64[R]. positions: int64[R], or the slice of the one position of all. cos, sin: of `turning`.
           write: (layer index, float[2, R, K, D], its new keys and values) -> float[2, R, K, S, D], all to attend to.
           mask: float[R or 1, 1, 1, S], 0 or -inf; None = every column. media: cross_attention.Media or None.
         Returns: float32[R, V].
         """
-        config, num_rows = self.config, len(x)
+        config, num_rows = self.config, len(tokens)
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_width
+        x = F.embedding(tokens, self.decoder.embedding.weight)
+        if self.decoder.positions is not None:
+            x = x + self.decoder.positions[config.position_offset :][positions]
+        cos, sin = (table[positions][:, None].repeat(1, heads + 2 * kv_heads, 1) for table in (cos, sin))  # R H+2K D
+        cos[:, heads + kv_heads :], sin[:, heads + kv_heads :] = 1, 0  # values do not turn
         for index, packed in enumerate(self.layers):
             if packed.cross_attention is not None:
                 x = packed.cross_attention(x[:, None], media, self.decoder.backend, index=index)[:, 0]
             normed = packed.norm_1(x)
-            qkv = project(normed, *packed.qkv).view(num_rows, heads + 2 * kv_heads, width)
-            qkv = turn(qkv, cos, sin, config.num_rotary)
+            qkv = turn(product(normed, *packed.qkv).view(num_rows, -1, width), cos, sin)  # R H+2K D
             k, v = write(index, qkv[:, heads:].view(num_rows, 2, kv_heads, width).transpose(0, 1))
             q = qkv[:, :heads].view(num_rows, kv_heads, -1, width)  # R K G D
             seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            x_seen = add_projected(x, seen.reshape(num_rows, -1), *packed.o)
+            x_seen = product(seen.reshape(num_rows, -1), *packed.o, x)
             if packed.norm_2 is not None:
                 normed = packed.norm_2(x_seen)
-            wide = project(normed, *packed.wide)
+            wide = product(normed, *packed.wide)
             if packed.gated:
                 gate, up = wide.chunk(2, dim=-1)
                 wide = packed.activation(gate).mul_(up)
             else:
                 wide = packed.activation(wide)
-            x = add_projected(x_seen, wide, *packed.narrow)
+            x = product(wide, *packed.narrow, x_seen)
             if packed.adapter is not None:
                 x = packed.adapter(x)
-        return project(self.norm(x), *self.head).float()
+        return product(self.norm(x), *self.head).float()
 
     def by_mask(self, tokens, column, pads, buffers, cos, sin, media):
         """The step of StaticStep: everything that changes is a tensor.
@@ -219,108 +215,36 @@ class FastDecoder:
         Returns: float32[R, V].
         """
         columns = torch.arange(buffers[0].shape[3], device=tokens.device)
-        hidden = (columns > column) | (columns < pads[:, None])  # R L
-        mask = torch.zeros(hidden.shape, dtype=cos.dtype, device=tokens.device).masked_fill(hidden, float("-inf"))
+        mask = hide((columns > column) | (columns < pads[:, None]), cos.dtype)
 
-        def write(index, kv):
-            return buffers[index].index_copy_(3, column, kv[:, :, :, None])
+        def write(index, new):
+            return buffers[index].index_copy_(3, column, new[:, :, :, None])
 
-        positions = column - pads
-        tables = self.for_heads(cos[positions], sin[positions])
-        return self.hidden(self.embed(tokens, positions), *tables, write, mask[:, None, None], media)
-
-    def embed(self, tokens, positions):
-        """Words int64[R], plus the learned table (if any) at positions, int64[R] or a slice of one: float[R, W]."""
-        x = F.embedding(tokens, self.decoder.embedding.weight)
-        if self.decoder.positions is not None:
-            x = x + self.decoder.positions[self.config.position_offset :][positions]
-        return x
+        return self.scores(tokens, column - pads, cos, sin, write, mask, media)
 
     def turning(self, num_positions):
-        """Rotary tables: two float[num_positions, rotary channels]."""
+        """Rotary tables: two float[P, rotary channels]."""
         weight = self.decoder.embedding.weight
         positions = torch.arange(num_positions, device=weight.device)[None]
-        cos, sin = rope_tables(positions, self.config.num_rotary, self.config.rope_base)  # 1 1 P D/2
-        cos, sin = cos[0, 0].to(weight.dtype), sin[0, 0].to(weight.dtype)
+        tables = rope_tables(positions, self.config.num_rotary, self.config.rope_base)  # 1 1 P D/2
+        cos, sin = (table[0, 0].to(weight.dtype) for table in tables)
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
-    def for_heads(self, cos, sin):
-        """Tables float[N, D] of N positions for all heads of q k v: float[N, H + 2 K, D]; the values do not turn."""
-        turned = self.config.num_heads + self.config.num_kv_heads
-        num_values = self.config.num_kv_heads
-        cos, sin = cos[:, None], sin[:, None]
-        return (
-            torch.cat([cos.expand(-1, turned, -1), torch.ones_like(cos).expand(-1, num_values, -1)], dim=1),
-            torch.cat([sin.expand(-1, turned, -1), torch.zeros_like(sin).expand(-1, num_values, -1)], dim=1),
-        )
 
-
-def turn(x, cos, sin, num_rotary):
-    """attention.apply_rope for x float[R, H + 2 K, D], with tables of `for_heads`: the same shape."""
+def turn(x, cos, sin):
+    """attention.apply_rope for x float[R, H, D] with tables float[R or 1, H, rotary channels]: the same shape."""
+    num_rotary = cos.shape[-1]
     if num_rotary == 0:
         return x
-    if num_rotary == x.shape[-1]:
-        return torch.addcmul(x * cos, x.roll(num_rotary // 2, -1), sin)
-    turned, rest = x[..., :num_rotary], x[..., num_rotary:]
-    return torch.cat([torch.addcmul(turned * cos, turned.roll(num_rotary // 2, -1), sin), rest], dim=-1)
+    if num_rotary < x.shape[-1]:
+        return torch.cat([turn(x[..., :num_rotary], cos, sin), x[..., num_rotary:]], dim=-1)
+    return torch.addcmul(x * cos, x.roll(num_rotary // 2, -1), sin)
 
 
-def add_projected(residual, x, weight, bias):
-    """residual + x weight + bias, the sum taken where the product is made."""
-    out = torch.addmm(residual, x, weight) if len(x) not in FEW_ROWS else residual + times(x, weight)
-    return out if bias is None else out.add_(bias)
-
-
-# Two forms of a fast decoding step: by what is written so far, or by shapes and addresses that never change.
-#
-# `EagerStep` attends to the columns written so far, whose number it must know. `StaticStep` keeps the column on the
-# device and attends to all columns behind a mask: every shape and address is the same in every step, so that
-# torch.compile makes one graph of it and CUDA replays it without the host. Neither waits for the device.
-#
-# R rows, H heads, K key/value heads, D head width, L columns of the cache, V vocabulary
-
-
-COLUMNS = 128  # a static cache is a multiple of so many columns, so that few sizes of it serve all prompts
-
-
-class EagerStep:
-    """The next token of each row, by the columns written so far.
-
-    Args: a FastDecoder, then as prefill.bind.
-    """
-
-    def __init__(self, fast, cache, pads, padded, media):
-        self.fast, self.cache, self.pads, self.media = fast, cache, pads if padded else None, media
-        self.layers = [buffer.unbind(0) for buffer in cache.layers]  # keys and values, float[R, K, L, D] each
-        self.cos, self.sin = fast.turning(cache.num_columns)
-        self.mask = left_padding(pads, cache.num_columns, self.cos.dtype) if padded else None
-
-    @torch.inference_mode()
-    def __call__(self, tokens):
-        """tokens int64[R], written into the cache -> float32[R, V], scores of what follows."""
-        column = self.cache.length
-        self.cache.check_room(1, len(tokens))
-        if self.pads is None:
-            positions, mask = slice(column, column + 1), None
-        else:
-            positions, mask = column - self.pads, self.mask[..., : column + 1]
-        cos, sin = self.fast.for_heads(self.cos[positions], self.sin[positions])
-        x = self.fast.embed(tokens, positions)
-        scores = self.fast.hidden(x, cos, sin, self.write, mask, self.media)
-        self.cache.advance(1)
-        return scores
-
-    def write(self, index, kv):
-        """Put kv float[2, R, K, D] behind the written columns; all of them, two float[R, K, S, D]."""
-        (k, v), column = self.layers[index], self.cache.length
-        self.cache.layers[index].select(3, column).copy_(kv)
-        return k.narrow(2, 0, column + 1), v.narrow(2, 0, column + 1)
-
-
-def left_padding(pads, num_columns, dtype):
-    """pads int64[R] -> float[R, 1, 1, L], -inf where a column is padding."""
-    is_pad = torch.arange(num_columns, device=pads.device) < pads[:, None]
-    return torch.zeros(is_pad.shape, dtype=dtype, device=pads.device).masked_fill(is_pad, float("-inf"))[:, None, None]
+def hide(is_hidden, dtype):
+    """bool[R, L], True = a column that a row must not see -> float[R, 1, 1, L], -inf there and 0 elsewhere."""
+    mask = torch.zeros(is_hidden.shape, dtype=dtype, device=is_hidden.device)
+    return mask.masked_fill(is_hidden, float("-inf"))[:, None, None]
 
 
 class StaticStep:
@@ -336,13 +260,13 @@ class StaticStep:
         weight = fast.decoder.embedding.weight
         self.fast = fast
         self.cache = KeyValueCache(fast.config, num_rows, num_columns, weight.dtype, weight.device)
-        self.cos, self.sin = fast.turning(num_columns)
+        self.tables = fast.turning(num_columns)
         self.tokens, self.pads = weight.new_zeros(2, num_rows, dtype=torch.long)
         self.column = weight.new_zeros(1, dtype=torch.long)
         self.media = self.graph = self.scores = self.user = None
 
     @torch.no_grad()
-    def lend(self, cache, pads, media):
+    def take(self, cache, pads, media):
         """Take over a cache, which from now on shares this memory; the step for its rows, as prefill.bind."""
         for index, (own, given) in enumerate(zip(self.cache.layers, cache.layers)):
             own[:, :, :, : cache.length] = given[:, :, :, : cache.length]
@@ -366,14 +290,15 @@ class StaticStep:
                 self.capture()
             self.graph.replay()
         else:
-            self.scores = self.compute()
+            self.compute()
             self.column.add_(1)
         cache.advance(1)
         return self.scores
 
     def compute(self):
         """One step's scores, float32[R, V]."""
-        return self.fast.compute(self.tokens, self.column, self.pads, self.cache.layers, self.cos, self.sin, self.media)
+        arguments = self.tokens, self.column, self.pads, self.cache.layers, *self.tables, self.media
+        self.scores = self.fast.by_mask(*arguments)
 
     def capture(self):
         """Record the step as a CUDA graph; running it beforehand writes what the step itself will write again."""
@@ -385,5 +310,5 @@ class StaticStep:
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.scores = self.compute()
+            self.compute()
             self.column.add_(1)

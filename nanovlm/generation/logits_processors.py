@@ -118,7 +118,7 @@ def truncate(scores, decoding, min_keep=1):
     return scores
 
 
-def process(scores, tokens, num_new, decoding, min_keep=1):
+def process(scores, tokens, num_new, decoding):
     """Apply everything that a Decoding asks for.
 
     Args:
@@ -126,12 +126,27 @@ def process(scores, tokens, num_new, decoding, min_keep=1):
       tokens: int64[R, T], prompt and new tokens so far; ids below 0 are padding and image tokens.
       num_new: new tokens so far, of the T.
       decoding: sampler.Decoding.
-      min_keep: ids that truncation leaves at least.
     Returns: float32[R, V].
     """
     scores = penalise(scores, tokens, num_new, decoding)
     if decoding.do_sample:
-        scores = truncate(scores, decoding, min_keep)
-    if decoding.renormalize:
-        scores = scores.log_softmax(dim=-1)
-    return scores
+        scores = truncate(scores, decoding)
+    return scores.log_softmax(dim=-1) if decoding.renormalize else scores
+
+
+def draw(scores, active, num_rows, generator, number=1):
+    """Draw ids by chance, without replacement, in the order drawn.
+
+    Args:
+      scores: float32[N, V] of the rows still active. active: their numbers among the first `num_rows`.
+      generator: as in sampler.generate. One generator draws for ended rows as well, as transformers does.
+      number: K, ids per row.
+    Returns: int64[N, K].
+    """
+    probabilities = scores.softmax(dim=-1)
+    if isinstance(generator, list):
+        drawn = [torch.multinomial(one, number, generator=generator[row]) for row, one in zip(active, probabilities)]
+        return torch.stack(drawn)
+    everyone = torch.ones(num_rows, scores.shape[1], device=scores.device)
+    everyone[active] = probabilities
+    return torch.multinomial(everyone, number, generator=generator)[active]

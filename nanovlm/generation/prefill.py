@@ -1,9 +1,16 @@
-"""From prompts to rows that generate: pictures encoded once each, prompts run through the decoder once, then a token
+"""From prompts to rows that generate: pictures are encoded once each, prompts run through the decoder once, then a token
 at a time.
 
 Prompts of unequal length are padded on the left, so that all of them end in the same column of the cache.
 
-B prompts, P columns of the longest prompt, R rows (a prompt may have several: its beams or samples), V vocabulary
+A causal decoder computes the same keys and values for the same beginning, whatever comes behind it. So prompts that begin
+alike (many questions about one picture) run their beginning once, and only the rest row by row. Where nothing is alike,
+prompts of unequal length are beginnings as a whole. Beginnings stand side by side in one row, a document each, so that no
+padding is computed; the cache holds them as rows of their own. As rows end in the same column, their beginnings do not:
+the rest starts, for all of them, at the first column where some row parts from its group.
+
+B prompts, P columns of the longest prompt, U different beginnings, R rows (a prompt may have several: its beams or
+samples), V vocabulary, W width, K key/value heads, D head width
 """
 
 import time
@@ -14,20 +21,17 @@ from itertools import takewhile
 
 import torch
 
-from nanovlm.attention import causal, causal_rows, documents, full, Visible
-from nanovlm.cache import KeptKeys, KeyValueCache
+from nanovlm.attention import Visible, causal, causal_rows, documents, full
+from nanovlm.cache import KeyValueCache
 from nanovlm.vlm import IMAGE_TOKEN
 
-
-# What generation keeps from call to call, if asked to: pictures already encoded, and the time its parts took.
-
-
 PARTS = ("images", "prompt", "decoding")
+PADDING = -2  # in the rows' history; neither a word nor an image token
 
 
 @dataclass
 class Workspace:
-    """Hand the same one to several calls of `sampler.generate` or `sampler.stream`.
+    """What generation keeps from call to call of `sampler.generate` or `sampler.stream`, and the time its parts took.
 
     fast: fast_decode.FastDecoder of the model; None = the readable step.
     share: prompts that begin alike run their beginning once, others side by side; False: padded rows, each whole.
@@ -65,17 +69,13 @@ class Workspace:
         ]
 
 
-PADDING = -2  # in the rows' history; neither a word nor an image token
-
-
 def check_prompts(model, prompts, visual_inputs, decoding):
     """Raise ValueError for a prompt that the model cannot continue; the message names the prompt by its place."""
-    config = model.decoder.config
+    config, token = model.decoder.config, IMAGE_TOKEN if model.media_token is None else model.media_token
     if len(visual_inputs) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but visual inputs for {len(visual_inputs)}; give one list per prompt")
-    for token in decoding.eos_ids:
-        if token >= config.vocab_size:
-            raise ValueError(f"end token {token} lies outside the vocabulary of {config.vocab_size}; it would never come")
+    if max(decoding.eos_ids, default=0) >= config.vocab_size:
+        raise ValueError(f"end token {max(decoding.eos_ids)} lies outside the vocabulary of {config.vocab_size}")
     for place, (prompt, inputs) in enumerate(zip(prompts, visual_inputs)):
         if not prompt:
             raise ValueError(f"prompt {place} is empty; it needs at least one token")
@@ -90,69 +90,35 @@ def check_prompts(model, prompts, visual_inputs, decoding):
                 f"prompt {place} has {len(prompt)} tokens, which leaves {max(free, 0)} tokens free of the context of "
                 f"{config.context_length}; max_new_tokens is {decoding.max_new_tokens}: shorten the prompt or ask for less"
             )
-        found = prompt.count(IMAGE_TOKEN)
-        needed = sum(model.num_image_tokens(pixels.shape[-1], len(pixels)) for pixels in inputs)
-        if found != needed:
+        needed = len(inputs)
+        if model.media_token is None:
+            needed = sum(model.num_image_tokens(pixels.shape[-1], len(pixels)) for pixels in inputs)
+        if prompt.count(token) != needed:
             raise ValueError(
-                f"prompt {place} has {found} image-token ids, but its {len(inputs)} visual inputs become {needed} image tokens"
-            )
-        if model.media_token is not None and prompt.count(model.media_token) != len(inputs):
-            raise ValueError(
-                f"prompt {place} has {prompt.count(model.media_token)} media tokens (id {model.media_token}) for "
-                f"{len(inputs)} visual inputs; write one where each picture stands"
+                f"prompt {place} has {prompt.count(token)} ids {token} for its pictures; its {len(inputs)} visual inputs "
+                f"need {needed}"
             )
 
 
-def encode(model, visual_inputs, pictures):
-    """Encode the pictures that are not known yet, all in one call.
+def prefill(model, prompts, visual_inputs, max_new_tokens, workspace):
+    """Encode the pictures that are new, in one call, then run the prompts through the decoder: Rows.
 
-    Args:
-      visual_inputs: list of float[f, 3, H, W].
-      pictures: {id of the tensor: (the tensor, float[n, W] image tokens)}, which receives the new ones.
-    Returns: int, how many were new.
+    Args: as of sampler.generate, where they were checked. max_new_tokens: room to keep.
     """
-    missing = {id(pixels): pixels for pixels in visual_inputs if id(pixels) not in pictures}
-    if not missing:
-        return 0
-    weight = model.decoder.embedding.weight
-    pixels = torch.cat(list(missing.values())).to(weight.device, weight.dtype)  # F 3 H W
-    frames = torch.tensor([len(pixels) for pixels in missing.values()])
-    tokens = model.encode(pixels, frames)
-    pictures.update((key, (pixels, one)) for (key, pixels), one in zip(missing.items(), tokens))
-    return len(missing)
-
-
-def bind(model, cache, pads, padded, media):
-    """How the next token of some rows is computed.
-
-    Args:
-      model: vlm.VLM. cache: cache.KeyValueCache that holds the rows so far.
-      pads: int64[R], columns of padding in front of each row. padded: bool, whether there is any.
-      media: cross_attention.Media that the new tokens see, or None.
-    Returns: (tokens int64[R]) -> float32[R, V]: writes the tokens' keys and values, scores what follows.
-    """
-
-    media = model.decoder.keep(media)
-
-    def step(tokens):
-        column = cache.length
-        if padded:
-            visible = Visible(pads[:, None], torch.full_like(pads, column + 1)[:, None])
-        else:
-            visible = full(1, column + 1, tokens.device)
-        embeddings = model.decoder.embedding(tokens[:, None])  # R 1 W
-        return forward(
-            model.decoder, cache, embeddings, (column - pads)[:, None], visible, None, media  # a new token is a word
-        )
-
-    return step
-
-
-def forward(decoder, cache, embeddings, positions, visible, modality, media):
-    """Run the decoder behind the cache and score what follows the last column: float32[R, V]."""
-    hidden = decoder(embeddings, positions, visible, modality, cache=cache, media=media)
-    cache.advance(embeddings.shape[1])
-    return decoder.logits(hidden[:, -1]).float()  # only the last position is asked for
+    weight, inputs = model.decoder.embedding.weight, [pixels for one in visual_inputs for pixels in one]
+    known, keys = workspace.pictures, list(dict.fromkeys(map(id, inputs)))
+    with workspace.timed("images", weight.device):
+        missing = {id(pixels): pixels for pixels in inputs if id(pixels) not in known}
+        if missing:
+            pixels = torch.cat(list(missing.values())).to(weight.device, weight.dtype)  # F 3 H W
+            tokens = model.encode(pixels, torch.tensor([len(pixels) for pixels in missing.values()]))
+            known.update((key, (pixels, one)) for (key, pixels), one in zip(missing.items(), tokens))
+    with workspace.timed("prompt", weight.device):
+        image_tokens, shown = [known[key][1] for key in keys], [keys.index(id(pixels)) for pixels in inputs]
+        rows = Rows(model, prompts, image_tokens, shown, max_new_tokens, workspace.fast, workspace.share)
+    workspace.num_images += len(missing)
+    workspace.num_prompt_tokens += sum(map(len, prompts))
+    return rows
 
 
 class Rows:
@@ -183,23 +149,20 @@ class Rows:
         self.history[:, : self.num_columns] = ids
         self.cache = KeyValueCache(model.decoder.config, *self.history.shape, weight.dtype, weight.device)
         segments = (ids != PADDING).long() - 1
-        positions = (torch.arange(self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
         embeddings, media = model.place(ids, segments, image_tokens, shown)
-        modality = (ids == IMAGE_TOKEN).long()
-        can_save = media is None and share
-        plan = plan_shared(prompts, image_tokens, shown) if can_save else None
-        if can_save and plan is None and self.padded:
-            last = run_packed(model.decoder, self.cache, prompts, embeddings, modality)
-            self.logits = model.decoder.logits(last).float()
-        else:
-            start = 0
+        modality, start = (ids == IMAGE_TOKEN).long(), 0
+        if media is None and share:
+            groups, start = plan_beginnings(prompts, image_tokens, shown)
+        if start:
+            last = run_beginnings(model.decoder, self.cache, groups, start, embeddings, modality, pads)
+        if start < self.num_columns:
+            positions = (torch.arange(self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
             visible = causal(segments) if self.padded else causal_rows(*ids.shape, weight.device)
-            if plan is not None:
-                start = plan.start
-                run_shared(model.decoder, self.cache, plan, embeddings, modality, pads)
+            if start:
                 visible = Visible(visible.first[:, start:], visible.stop[:, start:])
             rest = (embeddings[:, start:], positions[:, start:], visible, modality[:, start:])
-            self.logits = forward(model.decoder, self.cache, *rest, media)
+            last = forward(model.decoder, self.cache, *rest, media)
+        self.logits = model.decoder.logits(last).float()
         self.media = None if media is None else media.step()
         self.next = self.bind(model, self.cache, self.pads, self.padded, self.media)
 
@@ -240,138 +203,101 @@ class Rows:
             self.cache.copy_rows(*moved, self.num_columns)
 
 
-# Prompts that begin alike pass through the decoder once up to where they part: many questions about one picture.
-#
-# A causal decoder computes the same keys and values for the same beginning, whatever comes behind it. So the beginnings
-# are run once each and copied into the cache of every row that has them; only the rest is run row by row. Rows end in
-# the same column, so their beginnings do not; the rest starts, for all of them, at the first column where some row parts
-# from its group, and what other rows still have in common from there on is computed again, to the same values.
-#
-# B rows, P columns, U different beginnings, M columns of the longest beginning, W width, K key/value heads, D head width
+def bind(model, cache, pads, padded, media):
+    """How the next token of some rows is computed.
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Which rows begin alike.
-
-    groups: list of lists of int, rows that begin alike, or a row alone. start: the first column run row by row.
+    Args:
+      model: vlm.VLM. cache: cache.KeyValueCache that holds the rows so far.
+      pads: int64[R], columns of padding in front of each row. padded: bool, whether there is any.
+      media: cross_attention.Media that the new tokens see, or None.
+    Returns: (tokens int64[R]) -> float32[R, V]: writes the tokens' keys and values, scores what follows.
     """
+    media, decoder = model.decoder.keep(media), model.decoder
 
-    groups: list
-    start: int
+    def step(tokens):
+        column = cache.length
+        visible = full(1, column + 1, tokens.device)
+        if padded:
+            visible = Visible(pads[:, None], torch.full_like(pads, column + 1)[:, None])
+        embeddings = decoder.embedding(tokens[:, None])  # R 1 W
+        last = forward(decoder, cache, embeddings, (column - pads)[:, None], visible, None, media)  # a word, no modality
+        return decoder.logits(last).float()
+
+    return step
 
 
-def plan_shared(prompts, image_tokens, shown):
-    """Find the prompts that begin with the same words and pictures, at least up to the end of a picture.
+def forward(decoder, cache, embeddings, positions, visible, modality, media):
+    """Run the decoder behind the cache: float[R, W], the hidden states of the last column."""
+    hidden = decoder(embeddings, positions, visible, modality, cache=cache, media=media)
+    cache.advance(embeddings.shape[1])
+    return hidden[:, -1]
 
-    Args: as in prefill.Rows.
-    Returns: Plan, or None where nothing, or too little, is saved.
+
+def plan_beginnings(prompts, image_tokens, shown):
+    """Find the prompts that begin with the same words and pictures, at least up to the end of their first picture.
+
+    Args: as in Rows.
+    Returns: (groups, start): lists of rows that begin alike, and the first column that is run row by row. Where little is
+      saved, every row is a group: whole if lengths differ (start = P), else with nothing in front (start = 0).
     """
-    cells, begins, place = [], {}, 0
-    for row, prompt in enumerate(prompts):
-        cells.append([])
-        pictures = iter(())
-        for token in prompt:
-            if token == IMAGE_TOKEN:
-                cell = next(pictures, None)
-                if cell is None:  # the next picture starts here
-                    picture, place = shown[place], place + 1
-                    pictures = iter([(picture, number) for number in range(len(image_tokens[picture]))])
-                    cell = next(pictures)
-                token = cell
-            cells[row].append(token)
-        begins.setdefault(first_picture(cells[row], row), []).append(row)
-    groups, columns = list(begins.values()), max(map(len, prompts))
+    pictures = iter([(picture, number) for picture in shown for number in range(len(image_tokens[picture]))])
+    cells = [[next(pictures) if token == IMAGE_TOKEN else token for token in prompt] for prompt in prompts]
+    groups, columns = {}, max(map(len, prompts))
+    for row, mine in enumerate(cells):
+        place = next((place for place, cell in enumerate(mine) if isinstance(cell, tuple)), None)
+        key = row if place is None else tuple(mine[: place + len(image_tokens[mine[place][0]])])  # text alone shares nothing
+        groups.setdefault(key, []).append(row)
     start = columns - 1  # the last token of a row is run with it, for its scores
-    for rows in groups:
+    for rows in groups.values():
         together = zip(*(cells[row] for row in rows))  # ends with the shortest
         common = len(list(takewhile(lambda alike: len(set(alike)) == 1, together)))
         start = min(start, *(columns - len(cells[row]) + common for row in rows))
-    longest = start - min(columns - len(cell) for cell in cells)
-    cost = len(groups) * longest + len(prompts) * (columns - start)
-    return Plan(groups, start) if cost < 0.9 * len(prompts) * columns else None
+    if len(groups) * start + len(prompts) * (columns - start) < 0.9 * len(prompts) * columns:
+        return list(groups.values()), start
+    return [[row] for row in range(len(prompts))], columns if min(map(len, prompts)) < columns else 0
 
 
-def first_picture(cells, row):
-    """What rows must share to be one group: all up to the end of the first picture; text alone shares with no row."""
-    place = next((place for place, cell in enumerate(cells) if isinstance(cell, tuple)), None)
-    if place is None:
-        return row
-    picture = cells[place][0]
-    stop = place
-    while stop < len(cells) and cells[stop] == (picture, stop - place):
-        stop += 1
-    return tuple(cells[:stop])
-
-
-def run_shared(decoder, cache, plan, embeddings, modality, pads):
-    """Fill the cache up to a column.
+class Beginnings:
+    """In place of a cache: writes beginnings into rows of one, so that they end in front of column `stop`.
 
     Args:
-      decoder: decoder.Decoder. cache: empty cache.KeyValueCache of B rows. plan: Plan.
-      embeddings: float[B, P, W], left-padded. modality: int[B, P]. pads: list of B int, columns of padding.
+      cache: cache.KeyValueCache. lengths: list of U int, tokens of each beginning as it is run.
+      places: list of (row, beginning, tokens of it that the row has). stop: column.
     """
-    device, groups, start = embeddings.device, plan.groups, plan.start
-    first = [min(rows, key=lambda row: pads[row]) for rows in groups]  # the row whose beginning reaches furthest
-    columns = torch.arange(start - min(pads[row] for row in first), device=device)  # M
-    index = (columns + torch.tensor([[pads[row]] for row in first], device=device)).clamp(max=embeddings.shape[1] - 1)
-    chosen = torch.tensor(first, device=device)[:, None]
-    kept = KeptKeys()
-    decoder(
-        embeddings[chosen, index],  # U M W; columns behind `start` are run in vain, and seen by none before them
-        columns.expand_as(index),
-        causal_rows(*index.shape, device),
-        modality[chosen, index],
-        cache=kept,
-    )
-    for buffer, (k, v) in zip(cache.layers, kept.layers):
-        for group, rows in enumerate(groups):
-            for row in rows:
-                length = max(start - pads[row], 0)
-                buffer[0, row, :, start - length : start] = k[group, :, :length]
-                buffer[1, row, :, start - length : start] = v[group, :, :length]
-    cache.advance(start)
 
-
-# Prompts of unequal length pass through the decoder side by side in one row, so that no padding is computed.
-#
-# Each is a document of a packed row, which sees itself alone. The cache holds them as rows of their own, padded on the
-# left, so that all of them end in one column.
-#
-# B prompts, P columns of the longest prompt, N tokens of all prompts, W width, K key/value heads, D head width
-
-
-class Unpacked:
-    """In place of a cache: writes the prompts of a packed row into the first columns of its rows, padded on the left."""
-
-    def __init__(self, cache, lengths):
-        self.cache, self.lengths, self.stop = cache, lengths, max(lengths)
+    def __init__(self, cache, lengths, places, stop):
+        self.cache, self.lengths, self.places, self.stop = cache, lengths, places, stop
 
     def update(self, layer_index, k, v):
-        """Write k, v float[1, K, N, D] and hand them back: there is nothing before them."""
-        buffer = self.cache.layers[layer_index]
-        prompts = zip(k[0].split(self.lengths, dim=1), v[0].split(self.lengths, dim=1))
-        for row, (k_row, v_row) in enumerate(prompts):
-            start = self.stop - k_row.shape[1]
-            buffer[0, row, :, start : self.stop] = k_row
-            buffer[1, row, :, start : self.stop] = v_row
+        """Write k, v float[1, K, N, D] or float[U, K, N / U, D] and hand them back: there is nothing before them."""
+        for kind, new in enumerate((k, v)):
+            beginnings = new.transpose(0, 1).flatten(1, 2).split(self.lengths, dim=1)
+            for row, beginning, length in self.places:
+                self.cache.layers[layer_index][kind, row, :, self.stop - length : self.stop] = beginnings[beginning][:, :length]
         return k, v
 
 
-def run_packed(decoder, cache, prompts, embeddings, modality):
-    """Fill the cache with whole prompts.
+def run_beginnings(decoder, cache, groups, stop, embeddings, modality, pads):
+    """Fill the cache up to column `stop`, each group's beginning run once.
 
     Args:
-      decoder: decoder.Decoder. cache: empty cache.KeyValueCache of B rows. prompts: list of B lists of ids.
-      embeddings: float[B, P, W], left-padded. modality: int[B, P].
-    Returns: float[B, W], the hidden states of the last tokens.
+      decoder: decoder.Decoder. cache: empty cache.KeyValueCache of B rows. groups: list of lists of rows that begin alike.
+      embeddings: float[B, P, W], left-padded. modality: int[B, P]. pads: list of B int, columns of padding.
+    Returns: float[U, W], hidden states of the last tokens.
     """
-    lengths, device = [len(prompt) for prompt in prompts], embeddings.device
-    num_columns = embeddings.shape[1]
-    pack = lambda rows: torch.cat([row[num_columns - length :] for row, length in zip(rows, lengths)])[None]
-    positions = torch.arange(num_columns, device=device)
-    positions = torch.cat([positions[:length] for length in lengths])[None]
-    visible = documents(lengths, device)
-    hidden = decoder(pack(embeddings), positions, visible, pack(modality), cache=Unpacked(cache, lengths))
-    cache.advance(num_columns)
-    return torch.stack([prompt[-1] for prompt in hidden[0].split(lengths)])
+    device, groups = embeddings.device, [[row for row in rows if pads[row] < stop] for rows in groups]
+    groups = [rows for rows in groups if rows]
+    first = [min(rows, key=lambda row: pads[row]) for rows in groups]  # the row whose beginning reaches furthest
+    lengths = [stop - pads[row] for row in first]
+    pack = lambda rows: torch.cat([rows[row, pads[row] : stop] for row in first])
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    shape, visible = (1, len(positions)), documents(lengths, device)
+    if len(set(lengths)) == 1:  # rows of equal length need no packing
+        shape, visible = (len(first), lengths[0]), causal_rows(len(first), lengths[0], device)
+    places = [(row, number, stop - pads[row]) for number, rows in enumerate(groups) for row in rows]
+    hidden = decoder(
+        pack(embeddings).view(*shape, -1), positions.view(shape), visible, pack(modality).view(shape),
+        cache=Beginnings(cache, lengths, places, stop),
+    )  # fmt: skip
+    cache.advance(stop)
+    return torch.stack([one[-1] for one in hidden.flatten(0, 1).split(lengths)])

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from nanovlm.generation.beam_search import beam_search
-from nanovlm.generation.logits_processors import process
-from nanovlm.generation.prefill import Rows, check_prompts, encode
-from nanovlm.generation.prefill import Workspace
+from nanovlm.generation.logits_processors import draw, process
+from nanovlm.generation.prefill import Workspace, check_prompts, prefill
 
 # option: (allowed, what is allowed in words)
 RANGES = {
@@ -44,7 +43,7 @@ class Decoding:
     num_beams: int = 1  # 1 = no beam search
     temperature: float = 1.0
     top_k: int = 0  # ids; 0 = all
-    top_p: float = 1.0  # probability
+    top_p: float = 1.0  # probability of the nucleus, see logits_processors.top_p
     length_penalty: float = 1.0  # a beam's score is divided by its new tokens to this power; > 0 favours long ones
     no_repeat_ngram_size: int = 0  # tokens; 0 = repeats are allowed
     repetition_penalty: float = 1.0
@@ -55,7 +54,7 @@ class Decoding:
     num_return_sequences: int = 1  # rows per prompt
     eos_ids: tuple[int, ...] = ()  # ids that end a row
     renormalize: bool = False  # make log-probabilities of the scores again after truncation
-    counts_dummy_token: bool = False  # as transformers 4.28 behind prompts of embeddings, so Lynx: beam_search_4_28.py
+    counts_dummy_token: bool = False  # as transformers 4.28 behind prompts of embeddings, so Lynx: beam_search.py
 
     def __post_init__(self):
         for name, (allowed, words) in RANGES.items():
@@ -92,7 +91,7 @@ def generate(model, prompts, decoding, visual_inputs=None, generator=None, batch
         order (the rows then depend on one another's number); or a list of them, one per row (sampling) or
         per prompt (beam sampling); None = torch's global one.
       batch_size: prompts that run together; None = all of them.
-      workspace: workspace.Workspace, which remembers pictures from call to call, takes the time, and may hold a
+      workspace: prefill.Workspace, which remembers pictures from call to call, takes the time, and may hold a
         fast_decode.FastDecoder for the steps.
     Returns: list of B * num_return_sequences lists of new ids, without the end token; a prompt's sequences side by
       side, the best first in a beam search.
@@ -113,7 +112,7 @@ def generate(model, prompts, decoding, visual_inputs=None, generator=None, batch
         stop = start + batch_size
         if not keeps:
             workspace.pictures = {key: one for key, one in workspace.pictures.items() if last_use[key] >= start}
-        rows = prefill(model, prompts[start:stop], visual_inputs[start:stop], decoding, workspace)
+        rows = prefill(model, prompts[start:stop], visual_inputs[start:stop], decoding.max_new_tokens, workspace)
         chosen = generator[start * per_prompt : stop * per_prompt] if isinstance(generator, list) else generator
         if decoding.num_beams > 1:
             with workspace.timed("decoding"):
@@ -121,11 +120,17 @@ def generate(model, prompts, decoding, visual_inputs=None, generator=None, batch
             answers += [hypothesis.tokens for hypotheses in found for hypothesis in hypotheses]
             workspace.num_new_tokens += len(found) * (rows.num_new + 1)
         else:
-            answers += collect(rows, decoding, chosen, workspace)
+            if per_prompt > 1:
+                rows.select([prompt for prompt in range(len(rows.logits)) for _ in range(per_prompt)])
+            texts = [[] for _ in rows.logits]
+            for places, tokens in sample_steps(rows, decoding, chosen, workspace):
+                for place, token in zip(places, tokens):
+                    texts[place].append(token)
+            answers += texts
     return answers
 
 
-def stream(model, prompt, decoding, visual_inputs=None, generator=None, workspace=None):
+def stream(model, prompt, decoding, visual_inputs=(), generator=None, workspace=None):
     """Continue one prompt, handing out every new id as soon as it is chosen.
 
     Args: as in `generate`, for one prompt: a list of ids, and the list of its visual inputs.
@@ -135,51 +140,23 @@ def stream(model, prompt, decoding, visual_inputs=None, generator=None, workspac
     for name in ("num_beams", "num_return_sequences"):
         if vars(decoding)[name] > 1:
             raise ValueError(f"streaming and {name}={vars(decoding)[name]} contradict: use {name}=1, or generate()")
-    visual_inputs = [] if visual_inputs is None else visual_inputs
     check_prompts(model, [prompt], [visual_inputs], decoding)
     check_generator(generator, 1)
-    return stream_checked(model, prompt, decoding, visual_inputs, generator, workspace or Workspace())
+    workspace = workspace or Workspace()
 
+    @torch.no_grad()
+    def steps():
+        rows = prefill(model, [prompt], [visual_inputs], decoding.max_new_tokens, workspace)
+        for _, tokens in sample_steps(rows, decoding, generator, workspace):
+            yield from tokens
 
-@torch.no_grad()
-def stream_checked(model, prompt, decoding, visual_inputs, generator, workspace):
-    """The iterator behind `stream`."""
-    rows = prefill(model, [prompt], [visual_inputs], decoding, workspace)
-    for _, tokens in sample_steps(rows, decoding, generator, workspace):
-        yield from tokens
+    return steps()
 
 
 def check_generator(generator, num_rows):
     """Raise ValueError for a list of generators of another length than the rows they draw for."""
     if isinstance(generator, list) and len(generator) != num_rows:
         raise ValueError(f"{len(generator)} generators for {num_rows} rows; give one per row, or a single one for all")
-
-
-def prefill(model, prompts, visual_inputs, decoding, workspace):
-    """Encode the pictures that are new, then run the prompts through the decoder: Rows."""
-    inputs, device = [pixels for one in visual_inputs for pixels in one], model.decoder.embedding.weight.device
-    with workspace.timed("images", device):
-        workspace.num_images += encode(model, inputs, workspace.pictures)
-    places = {id(pixels): None for pixels in inputs}
-    image_tokens = [workspace.pictures[key][1] for key in places]
-    places = {key: place for place, key in enumerate(places)}
-    shown = [places[id(pixels)] for pixels in inputs]
-    with workspace.timed("prompt", device):
-        rows = Rows(model, prompts, image_tokens, shown, decoding.max_new_tokens, workspace.fast, workspace.share)
-    workspace.num_prompt_tokens += sum(map(len, prompts))
-    return rows
-
-
-def collect(rows, decoding, generator, workspace):
-    """Sample or decode greedily to the end: list of R lists of ids."""
-    spread = [prompt for prompt in range(len(rows.logits)) for _ in range(decoding.num_return_sequences)]
-    if decoding.num_return_sequences > 1:
-        rows.select(spread)
-    answers = [[] for _ in spread]
-    for places, tokens in sample_steps(rows, decoding, generator, workspace):
-        for place, token in zip(places, tokens):
-            answers[place].append(token)
-    return answers
 
 
 def sample_steps(rows, decoding, generator, workspace):
@@ -193,7 +170,7 @@ def sample_steps(rows, decoding, generator, workspace):
         with workspace.timed("decoding"):
             seen = rows.new_tokens if decoding.counts_dummy_token else rows.tokens
             scores = process(rows.logits, seen, step, decoding)
-            chosen = draw(scores, active, num_rows, generator) if decoding.do_sample else scores.argmax(dim=-1)
+            chosen = draw(scores, active, num_rows, generator)[:, 0] if decoding.do_sample else scores.argmax(dim=-1)
             values = chosen.tolist()  # the one wait for the device in a step: the stop test
         workspace.num_new_tokens += len(values)
         going = close_gaps([place for place, value in enumerate(values) if value not in decoding.eos_ids])
@@ -215,20 +192,3 @@ def close_gaps(going):
     """
     kept, movers = set(going), [row for row in going if row >= len(going)]
     return [row if row in kept else movers.pop() for row in range(len(going))]
-
-
-def draw(scores, active, num_rows, generator):
-    """Draw one id per row.
-
-    Args:
-      scores: float32[N, V] of the rows still active. active: their numbers among the first `num_rows`.
-      generator: as in `generate`. One generator draws for ended rows as well, as transformers does.
-    Returns: int64[N].
-    """
-    probabilities = scores.softmax(dim=-1)
-    if isinstance(generator, list):
-        draws = [torch.multinomial(p, 1, generator=generator[row]) for row, p in zip(active, probabilities)]
-        return torch.cat(draws)
-    everyone = torch.ones(num_rows, scores.shape[1], device=scores.device)
-    everyone[active] = probabilities
-    return torch.multinomial(everyone, 1, generator=generator)[active, 0]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nanovlm.generation.logits_processors import forbid, min_p, no_repeat_ngram, process, repetition_penalty, seen_tokens, temperature, top_k, top_p
+from nanovlm.generation.logits_processors import forbid, min_p, no_repeat_ngram, process, repetition_penalty, seen_tokens, temperature, top_k, top_p, truncate
 from nanovlm.generation.sampler import Decoding
 
 NEVER = float("-inf")
@@ -98,8 +98,8 @@ SCORES = torch.tensor([[2.0, 1.5, -1.0, 0.5, 0.0, 1.0]])
 TOKENS = torch.tensor([[0, 3, 0]])
 
 
-def applied(num_new=5, min_keep=1, **options):
-    return process(SCORES, TOKENS, num_new, Decoding(max_new_tokens=9, **options), min_keep)
+def applied(num_new=5, **options):
+    return process(SCORES, TOKENS, num_new, Decoding(max_new_tokens=9, **options))
 
 
 def test_process_does_nothing_unless_asked():
@@ -118,7 +118,7 @@ def test_process_applies_each_option():
     assert kept(applied(do_sample=True, min_p=0.99)) == [[0]]
     assert kept(process(SCORES, TOKENS, 5, Decoding(do_sample=True, top_k=1))) == [[0]]
     for option in ({"top_k": 1}, {"top_p": 0.01}, {"min_p": 0.99}):
-        assert kept(applied(do_sample=True, min_keep=3, **option)) == [[0, 1, 5]]
+        assert kept(truncate(SCORES, Decoding(**option), min_keep=3)) == [[0, 1, 5]]
     assert torch.equal(applied(renormalize=True), SCORES.log_softmax(-1))
 
 

@@ -193,7 +193,7 @@ def test_a_step_waits_for_the_device_once(model, monkeypatch, fast, name):
     decoding = dataclasses.replace(DECODINGS[name], eos_ids=(), max_new_tokens=6)
     workspace = Workspace(None if fast is None else FastDecoder(model.decoder, static=fast))
     with torch.no_grad():
-        rows, lists = sampler.prefill(model, [[3, 4, 5], [6]], [[], []], decoding, workspace), []
+        rows, lists = sampler.prefill(model, [[3, 4, 5], [6]], [[], []], decoding.max_new_tokens, workspace), []
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self.shape) or tolist(self))
     with torch.no_grad(), Waits() as waits:
@@ -267,8 +267,8 @@ def test_pictures_are_forgotten_after_their_last_prompt(model, pictures, monkeyp
     kept = []
     prefill_ = sampler.prefill
 
-    def watched(model, prompts, visual_inputs, decoding, workspace):
-        rows = prefill_(model, prompts, visual_inputs, decoding, workspace)
+    def watched(*args):
+        rows, workspace = prefill_(*args), args[-1]
         kept.append(len(workspace.pictures))
         return rows
 
@@ -282,7 +282,7 @@ def test_pictures_are_forgotten_after_their_last_prompt(model, pictures, monkeyp
 def test_a_clip_is_one_visual_input(model):
     clip = torch.randn(2, 3, 8, 8)
     assert len(generate(model, [[*IMAGE, *IMAGE, 3]], DECODINGS["greedy"], [[clip]])) == 1
-    with pytest.raises(ValueError, match="4 image-token ids, but its 1 visual inputs become 8"):
+    with pytest.raises(ValueError, match="4 ids -1 for its pictures; its 1 visual inputs need 8"):
         generate(model, [[*IMAGE, 3]], DECODINGS["greedy"], [[clip]])
 
 
@@ -343,8 +343,8 @@ def test_new_tokens_up_to_the_last_place_of_the_context(model):
         ({"prompts": [[3], []]}, "prompt 1 is empty"),
         ({"prompts": [[3, 23]]}, "prompt 0 holds ids from 3 to 23; known are 0 to 22"),
         ({"prompts": [[3, -2]]}, "prompt 0 holds ids from -2 to 3"),
-        ({"prompts": [[3, -1]]}, "prompt 0 has 1 image-token ids, but its 0 visual inputs become 0"),
-        ({"prompts": [[3]], "visual_inputs": [[torch.zeros(1, 3, 8, 8)]]}, "has 0 image-token ids, but its 1 visual"),
+        ({"prompts": [[3, -1]]}, "prompt 0 has 1 ids -1 for its pictures; its 0 visual inputs need 0"),
+        ({"prompts": [[3]], "visual_inputs": [[torch.zeros(1, 3, 8, 8)]]}, "has 0 ids -1 for its pictures; its 1 visual"),
         ({"prompts": [[3], [4]], "visual_inputs": [[]]}, "2 prompts, but visual inputs for 1"),
         ({"decoding": Decoding(eos_ids=(3, 23))}, "end token 23 lies outside the vocabulary of 23"),
         ({"batch_size": 0}, "batch_size is 0"),

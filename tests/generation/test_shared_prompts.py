@@ -73,4 +73,6 @@ def test_scores_cache_and_answers_are_those_of_whole_rows(model, number):
 )
 def test_nothing_is_shared_where_nothing_is_saved(prompts, shown):
     flat = [picture for one in shown for picture in one]
-    assert prefill.plan_shared(prompts, list(torch.randn(2, 4, 16)), flat) is None
+    groups, start = prefill.plan_beginnings(prompts, list(torch.randn(2, 4, 16)), flat)
+    lengths = set(map(len, prompts))
+    assert groups == [[row] for row in range(len(prompts))] and start == (max(lengths) if len(lengths) > 1 else 0)
