@@ -28,7 +28,7 @@ from nanovlm.evaluation.tasks import TASKS
 from nanovlm.machine import check_device, default_device, DEVICES, DTYPES, slow_line
 from nanovlm.names import nearest
 
-COMMANDS = {"rank": pairwise.__doc__, "compare": pairwise.__doc__, "attention": attention_maps.__doc__}  # beside the tasks
+COMMANDS = {"rank": pairwise.__doc__, "compare": pairwise.__doc__, "attention": attention_maps.__doc__}  # no tasks
 NOTHING_MEASURED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit codes
 
 

@@ -3,13 +3,13 @@
     python -m nanovlm.evaluation attention out/nano --ask "what color is the star?" --draw "red star"
     python -m nanovlm.evaluation attention WITH_MAM WITHOUT_MAM --ask "what is 3 plus 4?" --image unrelated.jpg
 
-Heat is the decoder's attention to the image tokens from the place that predicted a token of the answer, averaged over heads
-and layers. If an image token is a resampler's latent, which looked at the patches itself, both are multiplied:
+Heat is the decoder's attention to the image tokens from the place that predicted a token of the answer, averaged over
+heads and layers. If an image token is a resampler's latent, which looked at the patches itself, both are multiplied:
 heat(token, patch) = sum over latents of decoder(token, latent) * resampler(latent, patch).
 
-Maps and shares by layer are those of mPLUG-Owl2, arXiv:2311.04257, Figures 4 and 5, which compare models with and without the
-modality-adaptive module. --as-text shows beside each model the same weights when image tokens are taken for words, which no
-training has prepared for. A map shows where information was read from, not why the answer came out as it did.
+Maps and shares by layer are those of mPLUG-Owl2, arXiv:2311.04257, Figures 4 and 5: models with and without the
+modality-adaptive module. --as-text shows beside each model the same weights when image tokens are taken for words,
+which no training has prepared for. A map shows where information was read from, not why the answer came out as it did.
 
 n answer tokens, T tokens of prompt and answer, I image tokens of a picture, N patches, M pictures, L layers, H heads
 """
@@ -100,7 +100,8 @@ def draw(path, pictures, heat, words, image_size, fit, title):
             panel.imshow(shown, extent=extent)
             alpha = 0.6 * cells / hottest  # the picture stays visible where nothing was read
             drawn = panel.imshow(cells, extent=extent, cmap="inferno", vmin=0, vmax=hottest, alpha=alpha)
-            panel.set_title(f"{word.strip() or repr(word)}\n{cells.sum():.0%} on the picture", fontsize=8, parse_math=False)
+            words = f"{word.strip() or repr(word)}\n{cells.sum():.0%} on the picture"
+            panel.set_title(words, fontsize=8, parse_math=False)
             panel.set_xlabel("x, pixels", fontsize=7)
             panel.set_ylabel("y, pixels", fontsize=7)
             panel.tick_params(labelsize=6)
@@ -113,8 +114,8 @@ def draw(path, pictures, heat, words, image_size, fit, title):
 class Looks:
     """Where one model looked while it answered.
 
-    name, answer: str. words: n str, the answer's tokens. maps: float32[L, n, T], averaged over heads. is_image: bool[T].
-    num_prompt: tokens of the prompt.
+    name, answer: str. words: n str, the answer's tokens. maps: float32[L, n, T], averaged over heads.
+    is_image: bool[T]. num_prompt: tokens of the prompt.
     """
 
     name: str
@@ -125,7 +126,7 @@ class Looks:
     num_prompt: int
 
     def shares(self):
-        """Attention on image tokens, on the prompt's words, and on the answer so far: {name: float32[L]}, adding up to 1."""
+        """Attention on image tokens, the prompt's words, and the answer so far: {name: float32[L]}, adding up to 1."""
         total = self.maps.mean(1)  # L T
         in_answer = torch.arange(len(self.is_image)) >= self.num_prompt
         chosen = self.is_image, ~self.is_image & ~in_answer, in_answer
@@ -198,7 +199,8 @@ def draw_by_layer(looks, question, path):
             weights = one.maps[layer].sqrt().numpy()
             panel.imshow(weights, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
             for start, stop in zip(edges[::2], edges[1::2]):
-                panel.plot([start - 0.5, stop - 0.5], [-0.62, -0.62], color=COLORS["picture"], linewidth=5, clip_on=False)
+                ends, color = [start - 0.5, stop - 0.5], COLORS["picture"]
+                panel.plot(ends, [-0.62, -0.62], color=color, linewidth=5, clip_on=False)
             panel.axvline(one.num_prompt - 0.5, color="white", linewidth=0.8, linestyle="--")
             panel.set_title(f"{name}\nlayer {layer}", fontsize="small", parse_math=False, pad=10)
             panel.set_xlabel("token that is looked at (red: picture; dashed: answer begins)", fontsize="small")

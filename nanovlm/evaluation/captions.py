@@ -132,7 +132,8 @@ def cider(candidates, references):
     Args: as in `bleu`.
     Returns: list of float between 0 and 10; their mean is the score of the corpus.
     """
-    pictures_with = Counter(gram for several in references for gram in set().union(*(ngrams(tuple(r)) for r in several)))
+    grams = [set().union(*(ngrams(tuple(reference)) for reference in several)) for several in references]
+    pictures_with = Counter(gram for several in grams for gram in several)
     log_pictures = math.log(len(references))
 
     def vector(caption):
@@ -149,7 +150,8 @@ def cider(candidates, references):
         dots = [0.0] * 5
         for gram in weights.keys() & other.keys():
             dots[len(gram)] += min(weights[gram], other[gram]) * other[gram]
-        cosines = (dots[n] / math.sqrt(squares[n] * other_squares[n]) for n in ORDERS if squares[n] and other_squares[n])
+        lengths = [math.sqrt(one * two) if one and two else math.inf for one, two in zip(squares, other_squares)]
+        cosines = [dots[n] / lengths[n] for n in ORDERS]
         return sum(cosines) / len(ORDERS) * math.exp(-((bigrams - other_bigrams) ** 2) / (2 * SIGMA**2))
 
     scores = []

@@ -101,7 +101,7 @@ def read_json(path):
 
 
 def read_records(path):
-    """(where, record) pairs of a file, see data/json_files.py; what cannot be read is a ValueError in place of the record."""
+    """(where, record) pairs of a file, see data/json_files.py; an unreadable record is a ValueError in its place."""
     found = []
     try:
         for element in json_files.records(path):

@@ -58,7 +58,7 @@ def read_answers(folders):
 def rank(folders, judge, judgements, out, batch_size=16, seed=0):
     """Compare, judge what is not judged yet, rank: list of str, the table.
 
-    folders: of `read_answers`. judge, judgements: as of `protocols.ask_judge`. out: folder of its files and ranking.json.
+    folders: of `read_answers`. judge, judgements, out: as of `protocols.ask_judge`; out also gets ranking.json.
     """
     out, answers, asked = Path(out), read_answers(folders), {}
     out.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def both_orders(first, second):
 
 
 def ranking(games, seed=0):
-    """Elo and Bradley-Terry with 95% bootstrap intervals: {model: {"elo", "elo interval", "bradley-terry", …, "wins"}}."""
+    """Elo and Bradley-Terry with 95% bootstrap intervals: {model: {"elo", "elo interval", "bradley-terry", …}}."""
     rng = numpy.random.default_rng(seed)
 
     def intervals(rate):
@@ -114,7 +114,8 @@ def ranking(games, seed=0):
     elo_edges, edges = intervals(lambda drawn: mean_elo(drawn, rng, 5)), intervals(bradley_terry)
     found = {}
     for model in sorted(strengths, key=strengths.get, reverse=True):
-        won = [outcome if first == model else 1 - outcome for first, second, outcome in games if model in (first, second)]
+        mine = [game for game in games if model in game]
+        won = [outcome if first == model else 1 - outcome for first, _, outcome in mine]
         values = elo[model], elo_edges[model], strengths[model], edges[model], sum(won), len(won)
         names = "elo", "elo interval", "bradley-terry", "bradley-terry interval", "wins", "games"
         found[model] = dict(zip(names, values))
@@ -178,7 +179,7 @@ def bootstrap(number, measure, rng, draws):
 
 # Two runs of one task side by side, question by question: with and without an unrelated image, a description, a shot.
 #
-# The same questions make the difference far surer than either share: its interval comes from the questions' own differences.
+# The same questions make the difference far surer than either share: its interval comes from their own differences.
 # How much an image that says nothing disturbs text is modality interference (mPLUG-Owl2, arXiv:2311.04257, Sec. 4.3).
 
 
@@ -196,15 +197,17 @@ def compare(folders, seed=0):
     rng = numpy.random.default_rng(seed)
     lines = [
         f"first: {first}, second: {second}",
-        f"{'class':<32}{'questions':>10}{'first':>9}{'second':>9}{'change':>9}  95% interval      better by first, second",
+        f"{'class':<32}{'questions':>10}{'first':>9}{'second':>9}{'change':>9}"
+        "  95% interval      better by first, second",
     ]
     for kind, scores in kinds.items():
         before, after = numpy.array(sorted(scores), dtype=float).T
         change = after - before
         ((low, high),) = bootstrap(len(change), lambda places: {"": change[places].mean()}, rng, PAIRED_DRAWS).values()
         lines.append(
-            f"{kind[:31]:<32}{len(scores):>10}{before.mean():>9.1%}{after.mean():>9.1%}{after.mean() - before.mean():>+9.1%}"
-            f"  {low:+.1%} to {high:+.1%}   {(change < 0).sum()}, {(change > 0).sum()}"
+            f"{kind[:31]:<32}{len(scores):>10}{before.mean():>9.1%}{after.mean():>9.1%}"
+            f"{after.mean() - before.mean():>+9.1%}  {low:+.1%} to {high:+.1%}   "
+            f"{(change < 0).sum()}, {(change > 0).sum()}"
         )
     return lines
 
@@ -225,7 +228,7 @@ def write_sheet(answers, path):
 
 
 def read_sheets(paths):
-    """Filled sheets, one per annotator: ({model: mean mark}, list of str: what breaks OwlEval's rules, or is no mark)."""
+    """Filled sheets, one per annotator: ({model: mean mark}, list of str: what breaks the rules, or is no mark)."""
     marks, breaches = defaultdict(list), []
     for path in map(Path, paths):
         sheet = defaultdict(dict)

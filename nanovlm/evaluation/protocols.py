@@ -6,8 +6,8 @@
     choice         one of several options, by likelihood or letter  SEED-Bench, MMBench, ScienceQA, MMLU, ARC
     judged         free words that another model judges             Open-VQA, MM-Vet
 
-Each takes an item, what the model said to it, and the Task, and gives (score between 0 and 1 or None, dict of what else is
-written down). `tasks.TASKS` says which benchmark is put how.
+Each takes an item, what the model said to it, and the Task, and gives (score between 0 and 1 or None, dict of what else
+is written down). `tasks.TASKS` says which benchmark is put how.
 """
 
 import json
@@ -61,8 +61,8 @@ def put(item, task):
 def predictions(items, asker, task):
     """Ask a batch of items: list of {"id", "kind", "group", "question", "answers", "prediction", "score", "media", …}.
 
-    task.way of a choice: "letter", which the model writes and `task.parse` reads; "likelihood" of the option's words, summed
-    over tokens; "likelihood_mean"; or "likelihood_letter", of the letter that stands before the option.
+    task.way of a choice: "letter", which the model writes and `task.parse` reads; "likelihood" of the option's words,
+    summed over tokens; "likelihood_mean"; or "likelihood_letter", of the letter that stands before the option.
     """
     asked = [put(item, task) for item in items]
     if task.way.startswith("likelihood"):
@@ -100,7 +100,7 @@ def yes_no(item, text, task):
 
 
 def choice(item, text, task):
-    """One of several options; "said" is its place, None if none could be read. item.answers holds the place of the right one."""
+    """One of several options; "said" is its place, None if none could be read; item.answers holds the right place."""
     return chosen(item, task.parse(text, item.options))
 
 
@@ -117,8 +117,10 @@ def judged(item, text, task):
 
 
 def rotated(items):
-    """Circular evaluation (MMBench, arXiv:2307.06281): every question as often as it has options, each time rotated by one more
-    to the left: list of Item. Those of a group were rotated in the benchmark's file already."""
+    """Circular evaluation (MMBench, arXiv:2307.06281): a question for every rotation of its options: list of Item.
+
+    Those of a group were rotated in the benchmark's file already.
+    """
     if any(item.group for item in items):
         return items
     found = []
@@ -134,8 +136,8 @@ def rotated(items):
 class Asker:
     """Puts items to a model in the form of its own template.
 
-    loaded: recipes.Loaded. decoding, describe: sampler.Decoding of an answer, and of a description that goes before every
-      question about a picture; None = none.
+    loaded: recipes.Loaded. decoding, describe: sampler.Decoding of an answer, and of a description that goes before
+      every question about a picture; None = none.
     shots: {kind: list of (Item, answer str)} that stand before a question of this kind, "" = of any other.
     num_frames: of a film. seed: of sampling; an answer depends on it and the item's id alone.
     border: pixels of black around every picture (OwlEval as Lynx shows it: 8).
@@ -214,7 +216,7 @@ def score_choices(model, prompts, choices, visual_inputs):
       prompts: list of B lists of ids; vlm.IMAGE_TOKEN where an image token stands.
       choices: per prompt a list of choices, each a list of at least one id; the context has room for the longest.
       visual_inputs: per prompt a list of float[f, 3, H, W], in order.
-    Returns: per prompt a list of (float, int), the negative log-likelihood of each choice's tokens in nats, and their number.
+    Returns: per prompt a list of (float, int): negative log-likelihood of each choice's tokens in nats, their number.
     """
     flat = [ids for several in choices for ids in several]
     longest = max(map(len, flat))
@@ -243,8 +245,8 @@ def score_choices(model, prompts, choices, visual_inputs):
 def parse_letter(text, options):
     """Which option an answer names: int, or None.
 
-    A letter alone or marked as one ("b", "**B**", "(B)", "B. two dogs", "answer: B"), else the one option that it says in
-    whole words; an option within a longer one that was said does not count.
+    A letter alone or marked as one ("b", "**B**", "(B)", "B. two dogs", "answer: B"), else the one option that it says
+    in whole words; an option within a longer one that was said does not count.
     """
     letter = f"[{LETTERS[: len(options)]}]"
     reason = "because|since|as"  # what may follow the letter A, which is a word as well
@@ -273,12 +275,13 @@ def parse_science_qa(text, options):
 
 # Free answers judged by a language model: any function from a list of prompts to the list of its answers.
 #
-# Open-VQA asks whether an answer implies the true one (Lynx, arXiv:2307.02469, Sec. 3.1); video question answering with a
-# score asks for yes or no and a mark (Video-ChatGPT, arXiv:2306.05424).
+# Open-VQA asks whether an answer implies the true one (Lynx, arXiv:2307.02469, Sec. 3.1); video question answering with
+# a score asks for yes or no and a mark (Video-ChatGPT, arXiv:2306.05424).
 
 
 IMPLIES = (  # word for word as printed in the paper
-    'Given the question "QUESTION", does the answer "PREDICTION" imply the answer "GROUND_TRUTH"? Answer with Yes or No.'
+    'Given the question "QUESTION", does the answer "PREDICTION" imply the answer "GROUND_TRUTH"? '
+    "Answer with Yes or No."
 )
 WITH_SCORE = (  # our wording of Video-ChatGPT's request
     'Question: "QUESTION"\nCorrect answer: "GROUND_TRUTH"\nPredicted answer: "PREDICTION"\n'
@@ -286,11 +289,12 @@ WITH_SCORE = (  # our wording of Video-ChatGPT's request
     "Answer with yes or no, then with an integer score from 0 (nothing agrees) to 5 (everything agrees)."
 )
 GRADED = (  # MM-Vet's task (arXiv:2308.02490, Sec. 3.3) with our wording and examples
-    "Grade the prediction of a model against the ground truth by a number from 0.0 (wrong) to 1.0 (right) in steps of 0.1. "
-    "<AND> in the ground truth joins what must all be said, <OR> joins what is right by itself.\n\n"
+    "Grade the prediction of a model against the ground truth by a number from 0.0 (wrong) to 1.0 (right) in steps of "
+    "0.1. <AND> in the ground truth joins what must all be said, <OR> joins what is right by itself.\n\n"
     "Question: What are the roots?\nGround truth: -1 <AND> -5\nPrediction: x = 3\nGrade: 0.0\n\n"
     "Question: What are the roots?\nGround truth: -1 <AND> -5\nPrediction: x = -1\nGrade: 0.5\n\n"
-    "Question: Which animal is it?\nGround truth: a lion cub <OR> a young lion\nPrediction: A young lion.\nGrade: 1.0\n\n"
+    "Question: Which animal is it?\nGround truth: a lion cub <OR> a young lion\nPrediction: A young lion.\n"
+    "Grade: 1.0\n\n"
     "Question: QUESTION\nGround truth: GROUND_TRUTH\nPrediction: PREDICTION\nGrade:"
 )
 
@@ -299,8 +303,8 @@ def ask_judge(asked, judge, judgements, out, batch_size):
     """What the judge says: {id: text}. What it has said before, or the file `judgements` tells, is not asked for again.
 
     asked: {id: prompt}; those that stay without a judgement are written to judge_prompts.jsonl.
-    judge: function list of prompts -> list of texts, or None. judgements: path of a file {"id", "judgement"} a line, or "".
-    out: Path of the folder of judgements.jsonl.
+    judge: function list of prompts -> list of texts, or None. judgements: path of a file {"id", "judgement"} a line,
+      or "". out: Path of the folder of judgements.jsonl.
     """
     file, told = JsonLines(out / "judgements.jsonl"), {}
     for where, record in read_records(judgements) if judgements else ():
@@ -320,7 +324,7 @@ def ask_judge(asked, judge, judgements, out, batch_size):
 
 
 def judgement(text, way):
-    """What a judge's words mean: {"verdict": True, False or None = unreadable, "mark": number or None, "score": 0 to 1}."""
+    """What a judge's words mean: {"verdict": bool or None = unreadable, "mark": number or None, "score": 0 to 1}."""
     if way == "share":
         share = parse_share(text)
         return {"verdict": None if share is None else share == 1, "mark": share, "score": share or 0.0}
@@ -336,7 +340,7 @@ def parse_verdict(text):
 def parse_score(text):
     """(verdict as in `parse_verdict`, mark int or None): yes or no anywhere, and the first whole number from 0 to 5.
 
-    So plain words are read, and the dictionaries that GPT judges like to write. The paper says 1 to 5, its script 0 to 5.
+    So plain words are read, and GPT's dictionaries. The paper says 1 to 5, its script 0 to 5.
     """
     verdict = re.search(r"\b(yes|no)\b", text.lower())
     marks = re.findall(r"(?<![\d.])0*[0-5](?![\d]|\.\d)", text)

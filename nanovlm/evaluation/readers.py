@@ -50,7 +50,7 @@ def reads(*patterns, split="", records=read_records):
 
 
 def vqa(data, pictures, split):
-    """VQA format: `questions`, and `annotations` with ten answers each, in two files; TextVQA and VizWiz come so as well."""
+    """VQA format: `questions`, and `annotations` with ten answers each, in two files; TextVQA, VizWiz come so too."""
     questions = read_json(find(data, "*questions*.json*", "*[Qq]uestions*", split=split))["questions"]
     try:
         annotations = read_json(find(data, "*annotations*.json*", split=split))["annotations"]
@@ -182,7 +182,7 @@ def pope(data, pictures, split):
 
 
 def mme(data, pictures, split):
-    """MME: a folder per task; in it or in `questions_answers_YN`, a text file per picture: question TAB Yes|No, twice."""
+    """MME: a folder per task; there or in `questions_answers_YN`, a text per picture: question TAB Yes|No, twice."""
     reading = Reading()
     for folder in sorted(path for path in Path(data).iterdir() if path.is_dir()):
         base = folder if Path(pictures) == Path(data) else Path(pictures, folder.name)
@@ -237,7 +237,7 @@ def owl_eval(one, place, pictures):
 
 @reads("*multi_images*.csv", "*.csv", records=rows)
 def visit_bench(row, place, pictures):
-    """VisIT-Bench: a table; one address of a picture, or a list of them in JSON. Pictures are looked up by their names."""
+    """VisIT-Bench: a table; one address of a picture, or a list in JSON. Pictures are looked up by their names."""
     links = row.get("images") or row.get("image_url") or row["image"]
     links = json.loads(links) if links.startswith("[") else [links]
     media = tuple(picture(pictures, link.rpartition("/")[2]) for link in links)
@@ -269,7 +269,7 @@ ROTATED = 1_000_000  # MMBench's circular files: question n rotated by k options
 
 
 def mmbench(data, pictures, split):
-    """MMBench: a table with tabulators; the picture stands in it, or is named by the index of the question that has it."""
+    """MMBench: a table with tabulators; the picture stands in it, or is named by the index of its question."""
     path = find(data, "*.tsv", split=split)
     found = rows(path, delimiter="\t")
     encoded = {row["index"]: row["image"] for _, row in found if len(row.get("image") or "") > 64}
@@ -312,7 +312,8 @@ def q_bench(one, place, pictures):
     """Q-Bench (LLVisionQA): a list of {img_path, question, candidates, correct_ans, concern | type}."""
     options, truth = tuple(one["candidates"]), one.get("correct_ans")
     answers, kind = () if truth is None else (options.index(truth),), str(one.get("concern", one.get("type", "")))
-    return Item(str(place), one["question"], answers, kind, media=(picture(pictures, one["img_path"]),), options=options)
+    media = (picture(pictures, one["img_path"]),)
+    return Item(str(place), one["question"], answers, kind, media=media, options=options)
 
 
 def mmlu(data, pictures, split):

@@ -1,5 +1,5 @@
-"""What stands at the end of an evaluation: report.json, a table, bars with intervals, the worst cases as pictures, and the
-file that the benchmark's server or program takes."""
+"""What stands at the end of an evaluation: report.json, a table, bars with intervals, the worst cases as pictures, and
+the file that the benchmark's server or program takes."""
 
 import itertools
 import json
@@ -135,8 +135,9 @@ def captions(predictions):
 
 def pope(predictions):
     """Accuracy, precision, recall, F1 and the share of yes per split, and the mean F1."""
-    splits = by(predictions, "kind").items()
-    return yes_no.pope_scores({split: [(one["said"], one["answers"][0]) for one in several] for split, several in splits})
+    kinds = by(predictions, "kind").items()
+    pairs = {split: [(one["said"], one["answers"][0]) for one in several] for split, several in kinds}
+    return yes_no.pope_scores(pairs)
 
 
 def mme(predictions):
@@ -167,7 +168,7 @@ def circular(predictions):
 
 
 def science_qa(predictions):
-    """Accuracy over all, with a picture, per subject, per grade band, and the share of answers that could not be read."""
+    """Accuracy over all, with a picture, per subject, per grade band, and the share of answers that are not read."""
     scores = mean_scores(predictions) | {"with picture": mean([one for one in predictions if one["media"]])}
     for band, grades in (("grades 1-6", range(1, 7)), ("grades 7-12", range(7, 13))):
         scores[band] = mean([one for one in predictions if one["group"] in [f"grade{grade}" for grade in grades]])
@@ -203,7 +204,9 @@ def as_json(content):
 
 def records(id_field, answer_field):
     """A list of objects: VQAv2, OK-VQA, TextVQA, GQA, VizWiz, COCO captions."""
-    return lambda predictions: as_json([{id_field: one["submit"], answer_field: one["prediction"]} for one in predictions])
+    return lambda predictions: as_json(
+        [{id_field: one["submit"], answer_field: one["prediction"]} for one in predictions]
+    )
 
 
 def by_id(predictions):

@@ -48,8 +48,9 @@ def run(args, loaded, judge=None):
         raise ValueError(f"unknown preset {args.preset!r}.{nearest(args.preset, presets)}")
     preset = args.preset or next((preset for preset in task.presets if preset in presets), "default")
     settings = {
-        "task": name, "model": Path(args.model).name, "data": str(args.data), "split": args.split, "prompt": task.prompt,
-        "preset": preset, "decoding": asdict(presets[preset]), "describe_first": args.describe_first,
+        "task": name, "model": Path(args.model).name, "data": str(args.data), "split": args.split,
+        "prompt": task.prompt, "preset": preset, "decoding": asdict(presets[preset]),
+        "describe_first": args.describe_first,
         "shots": sorted({item.id for several in shots.values() for item in several}), "num_frames": args.num_frames,
         "seed": args.seed, "unrelated_image": args.unrelated_image,
     }  # fmt: skip
@@ -79,14 +80,15 @@ def run(args, loaded, judge=None):
 
 
 def choose_shots(items, task, args):
-    """What stands before the questions: ({kind: list of Item}, "" = of every other kind; the items that are left to ask)."""
+    """What stands before the questions: ({kind: list of Item}, "" = of every other kind; the items left to ask)."""
     number = args.shots
     if not (number and args.shots_split):
         return {"": items[:number]}, items[number:]
     other = task.read(args.data, args.images or args.data, args.shots_split).items
     other = [item for item in other if item.answers and not item.missing]
     if len(other) < number:
-        raise ValueError(f"--shots {number}: the split {args.shots_split!r} has {len(other)} questions with answer and media")
+        found = f"the split {args.shots_split!r} has {len(other)} questions with answer and media"
+        raise ValueError(f"--shots {number}: {found}")
     kinds = {kind: [item for item in other if item.kind == kind][:number] for kind in {item.kind for item in other}}
     return {"": other[:number]} | {kind: several for kind, several in kinds.items() if len(several) == number}, items
 
@@ -102,7 +104,7 @@ def shot_answer(item, task):
 
 
 def answers(batch, asker, task, problems):
-    """Predictions of a batch. If it breaks, its items are asked alone; damaged pictures and questions too long become problems."""
+    """Predictions of a batch. If it breaks, its items are asked alone; those that break alone become problems."""
     try:
         return protocols.predictions(batch, asker, task)
     except ValueError as error:
@@ -125,7 +127,7 @@ def local_judge(loaded):
 def endpoint_judge(name):
     """A model behind $OPENAI_BASE_URL as the judge: function list of prompts -> list of texts, at temperature 0.
 
-    A prompt that the server refuses (too long, filtered) gets no words, which no parser reads: it is counted as unparsed.
+    A prompt that the server refuses (too long, filtered) gets no words, which no parser reads: it counts as unparsed.
     """
     try:
         import openai
@@ -134,9 +136,9 @@ def endpoint_judge(name):
     client = openai.OpenAI(api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=5)
 
     def ask(prompt):
-        messages = [{"role": "user", "content": prompt}]
+        asked = {"model": name, "messages": [{"role": "user", "content": prompt}]}
         try:
-            found = client.chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=JUDGE_TOKENS, seed=0)
+            found = client.chat.completions.create(**asked, temperature=0, max_tokens=JUDGE_TOKENS, seed=0)
             return found.choices[0].message.content or ""
         except (openai.BadRequestError, openai.UnprocessableEntityError):
             return ""

@@ -76,7 +76,9 @@ TASKS = {
     ),
     "seed_bench": likely(readers.seed_bench, SEED, submission=report.letter_lines),
     "seed_bench_mean": likely(readers.seed_bench, SEED, way="likelihood_mean"),
-    "mmbench": lettered(readers.mmbench, summarise=report.circular, prepare=protocols.rotated, submission=report.mmbench),
+    "mmbench": lettered(
+        readers.mmbench, summarise=report.circular, prepare=protocols.rotated, submission=report.mmbench
+    ),
     "science_qa": lettered(
         readers.science_qa, summarise=report.science_qa, parse=parse_science_qa, submission=report.science_qa_submission
     ),
@@ -86,7 +88,9 @@ TASKS = {
     "arc": likely(readers.arc, SEED),
     "open_vqa": judged(readers.open_vqa, presets=("open_vqa_image", "default")),
     "open_vqa_video": judged(readers.open_vqa_video, presets=("open_vqa_video", "default")),
-    "mm_vet": judged(readers.mm_vet, way="share", presets=("default",), summarise=report.mm_vet, submission=report.by_id),
+    "mm_vet": judged(
+        readers.mm_vet, way="share", presets=("default",), summarise=report.mm_vet, submission=report.by_id
+    ),
     "video_qa_score": judged(readers.video_qa, way="score", presets=("default",)),
     "owleval": judged(readers.owl_eval, presets=("owleval", "default"), border=8),
     "visit_bench": judged(readers.visit_bench, presets=("visit_bench", "default")),

@@ -26,8 +26,9 @@ STRIPPED_PERIODS = 32  # its count argument receives re.UNICODE by accident
 
 # Words that people write without their apostrophes. The official table, its slips included ("somebody'd" loses one).
 CONTRACTED = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't "
-    "it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't "
+    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
+    "isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've "
+    "shouldn't "
     "somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's "
     "they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's "
     "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"
@@ -82,7 +83,7 @@ def vqa_accuracy(prediction, answers, variant="always"):
     matches, number = words.count(said), len(words)
     if variant == "min3":
         return min(1.0, matches / 3)
-    if variant == "official":  # equal records count as one annotator: without ids, identical answers never meet each other
+    if variant == "official":  # equal records count as one annotator: without ids, identical answers never meet
         beside = [record | {"answer": ""} for record, word in zip(records, words) if word == said]
         total = (number - matches) * min(1.0, matches / 3)  # those that differ stand beside every matching one
         return (total + sum(min(1.0, sum(other != mine for other in beside) / 3) for mine in beside)) / number

@@ -39,10 +39,10 @@ def parse_strict(text):
 
 
 def mme_scores(by_task):
-    """Scores of all tasks and the two sums, if none of their tasks is missing: {"TASK score": 0 to 200, …, "perception", …}.
+    """Scores of all tasks, and the two sums if no task is missing: {"TASK score": 0 to 200, …, "perception", …}.
 
-    by_task: {task: list of (picture, prediction, truth)}; prediction "yes", "no" or "other", truth "yes" or "no". A picture
-      without two answers is left out.
+    by_task: {task: list of (picture, prediction, truth)}; prediction "yes", "no" or "other", truth "yes" or "no". A
+      picture without two answers is left out.
     """
     scores = {}
     for task, answers in by_task.items():
@@ -63,7 +63,7 @@ def yes_no_scores(pairs):
     """Scores of yes/no answers.
 
     Args:
-      pairs: list of (prediction, truth), at least one; "yes", "no", or a prediction "other", which is wrong and neither.
+      pairs: list of (prediction, truth), at least one; "yes", "no", or a prediction "other", wrong and neither.
     Returns: {"accuracy", "precision", "recall", "f1", "yes_ratio": float between 0 and 1}; a ratio without a case is 0.
     """
     said, true = [prediction for prediction, _ in pairs].count("yes"), [truth for _, truth in pairs].count("yes")

@@ -55,7 +55,8 @@ def evaluate(run, stage):
     if stage.objective == "contrastive":
         captions = EasyVQA("test", kind="captions")
         records = [captions.record(n) for n in range(number * 4)]
-        return zero_shot(run.contrastive, records, run.tokenizer, stage.image_size, stage.image_fit, run.recipe.preprocessing)
+        shown = stage.image_size, stage.image_fit, run.recipe.preprocessing
+        return zero_shot(run.contrastive, records, run.tokenizer, *shown)
     tests = held_out_tests(number, number)
     names = tests if {"bridge", "adapters"} & stage.learning_rates.keys() else ("text_only",)
     return {name: shares(ask(assistant(run), tests[name]))["all"] for name in names}
@@ -73,7 +74,8 @@ def finish(run):
     tests = held_out_tests(number, number or NUM_SCENES)
     answers = answer_tests(assistant(run), tests)
     samples = pick_samples(tests, answers)
-    replace(run.out / "samples.png", lambda path: sample_sheet(samples, path, f"held-out pictures, seed {run.args.seed}"))
+    title = f"held-out pictures, seed {run.args.seed}"
+    replace(run.out / "samples.png", lambda path: sample_sheet(samples, path, title))
     return nano_results(answers, majorities(tests))
 
 
@@ -140,7 +142,7 @@ def ask(assistant, records, blank=False, progress=lambda number: None, max_new_t
 
 
 def shares(answers):
-    """Shares of right answers, at least one: {"all": share, kind: share, …}; those without a kind count only in "all"."""
+    """Shares of right answers: {"all": share, kind: share, …}; those without a kind count only in "all"."""
     groups = {"all": answers}
     for answer in answers:
         if answer.kind:
@@ -238,7 +240,7 @@ def majorities(tests, num_records=NUM_TRAINING):
 
 
 def answer_tests(assistant, tests):
-    """Take the tests, easy-VQA's also over grey pictures: {name: list of Answer}. On a terminal a bar shows the progress."""
+    """Take the tests, easy-VQA's also over grey pictures: {name: list of Answer}."""
     todo = {name: (records, False) for name, records in tests.items()}
     if "easy_vqa_test" in tests:
         todo[BLANK] = tests["easy_vqa_test"], True
@@ -251,8 +253,8 @@ def nano_results(answers, majority):
     """Results as they are written to results.json, to which the trainer adds parameters and seconds.
 
     answers: {name: list of Answer}, of `answer_tests`. majority: of `majorities`.
-    Returns: {name: share in [0, 1]} for every test, and nested by test "kinds" (share per question type), "majority" (as
-      given), "interval" (95%, low and high) and "questions" (their number).
+    Returns: {name: share in [0, 1]} for every test, and nested by test "kinds" (share per question type), "majority"
+      (as given), "interval" (95%, low and high) and "questions" (their number).
     """
     found = {name: shares(given) for name, given in answers.items()}
     return {name: share["all"] for name, share in found.items()} | {
@@ -282,7 +284,7 @@ def results_table(results):
 
 @functools.lru_cache(maxsize=1)
 def exam_records():
-    """Three pictures, one of easy-VQA's test and two new scenes, the second with a string; two questions each: tuple of Record."""
+    """A picture of easy-VQA's test and two new scenes, the second with a string; two questions each: Records."""
     words = Scenes("new", seed=EXAM_SEED, min_objects=3, string_share=0.0)
     strings = Scenes("new", seed=EXAM_SEED, min_objects=2, string_share=1.0)
     asked = (EasyVQA("test"), ("color", "shape")), (words, ("relation", "count")), (strings, ("reading", "color"))
@@ -301,7 +303,7 @@ def first_record(source, kinds):
 
 
 def exam_lines(records, predictions):
-    """An answer to every question of an exam: list of str, "exam NUMBER  QUESTION  ANSWER ✓"; the number is the picture's."""
+    """An answer to every question of an exam: list of str, "exam NUMBER_OF_THE_PICTURE  QUESTION  ANSWER ✓"."""
     asked = [(number, turns) for number, record in enumerate(records, 1) for turns in record.conversations]
     return [
         f"exam {number}  {turns[-2].text}  {said(prediction, turns[-1].text)}"
@@ -323,11 +325,11 @@ def said(prediction, truth):
 
 @torch.no_grad()
 def zero_shot(model, records, tokenizer, image_size, image_fit="crop", preprocessing=CLIP):
-    """Which of the captions "COLOR SHAPE" does a contrastive model find closest to a picture (CLIP, arXiv:2103.00020, 3.1.4)?
+    """Which caption "COLOR SHAPE" does a contrastive model find closest to a picture (CLIP, arXiv:2103.00020, 3.1.4)?
 
     It measures a vision tower before there is a language model to ask.
     Args:
-      model: contrastive.ContrastiveModel. image_size, image_fit, preprocessing: as in images.to_pixels, those of the model.
+      model: contrastive.ContrastiveModel. image_size, image_fit, preprocessing: as in images.to_pixels.
       records: list of Record of EasyVQA(kind="captions"); a colour or shape that a caption lacks is not counted.
     Returns: {"color": share that is right, "shape": share}; at chance 1/8 and 1/3.
     """
@@ -357,7 +359,7 @@ SAMPLES = {  # test -> (pictures on the sheet, what is written above them)
 
 
 def pick_samples(tests, answers, numbers=SAMPLES):
-    """The first pictures of each test, the n-th with its n-th question, so that types differ: list of (label, image, Answer).
+    """The first pictures of each test, the n-th with its n-th question (types differ): list of (label, image, Answer).
 
     tests, answers: {name: list of Record or of their Answers}. numbers: {name: (how many pictures, label)}.
     """
@@ -371,9 +373,9 @@ def pick_samples(tests, answers, numbers=SAMPLES):
 
 
 def sample_sheet(samples, path, title, columns=4):
-    """Draw a PNG of pictures with a question and its answer below each; 240 x 320 pixels a sample, and 50 more in height.
+    """Draw a PNG of pictures with a question and its answer below each; 240 x 320 pixels a sample, 50 more in height.
 
-    samples: list of (label, PIL image, Answer). columns: samples side by side. title: the number of right answers is added.
+    samples: list of (label, PIL image, Answer). columns: samples side by side. title: what comes before "N right".
     """
     right = sum(answer.right for _, _, answer in samples)
     height = 3.2 * math.ceil(len(samples) / columns) + 0.5
