@@ -55,13 +55,13 @@ def trained(tmp_path_factory):
     (["--set", "align.image_size=17"], "no multiple of patch_size 4; try 16"),
     (["--set", "align.max_tokens=65"], "stage 'align': max_tokens is 65, but the context is 64"),
     (["--set", "tower.max_tokens=25"], "stage 'tower': max_tokens is 25, but the context is 24"),
-    (["--set", "tower.group=2"], "group and packing are for language stages"), (["--workers", "-1"], "-1 is less than 0"),
-    (["--set", "tower.packing=true"], "group and packing are for language stages"),
+    (["--set", "tower.group=2"], "group and packing"), (["--workers", "-1"], "-1 is less than 0"),
+    (["--set", "tower.packing=true"], "group and packing"),
     (["--max-damaged", "2"], "2 is no share between 0 and 1"),
     (["--device", "gpu"], "--device gpu cannot be used here"),
     (["--data", "nowhere.json"], "nowhere.json: no such file"),
     (["--images", "."], "--images is the image folder of --data"),
-    (["--datasets", "nowhere.json"], "no such datasets file"), (["--init", "nowhere"], "nowhere"),
+    (["--datasets", "nowhere.json"], "nowhere.json"), (["--init", "nowhere"], "nowhere"),
 ])
 def test_mistakes_are_answered_in_one_line(capsys, tmp_path, arguments, words):
     assert words in refuse(capsys, *arguments, "--out", tmp_path / "run")
