@@ -16,17 +16,13 @@ It raises GeneratorError where asking again later may help, and Refused for one 
 import dataclasses
 import os
 import sys
-import zlib
-
-import torch
 
 from nanovlm import recipes
-from nanovlm.data.batching import pixels_of, prompt_row
 from nanovlm.data.records import Turn, Visual
-from nanovlm.data.templates import end_ids
 from nanovlm.decoder import Decoder
 from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
-from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.generation.answer import PromptTooLong, make_prompt, reply
+from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import LinearProjector
 from nanovlm.vlit.endpoint import OpenAICompatible
 from nanovlm.vlit.replies import Drawing, Refused, Replay
@@ -50,45 +46,30 @@ class Local:
             model = VLM(None, LinearProjector(model.config.width, model.config.width), model)  # it is never shown anything
         if not isinstance(model, VLM):
             raise ValueError(f"{name}: a {type(model).__name__} writes no text; give the folder of a language model")
-        self.loaded, self.model, self.name, self.batch_size = loaded, model, f"local {name}", batch_size
+        self.loaded, self.name, self.batch_size = dataclasses.replace(loaded, model=model), f"local {name}", batch_size
         self.accepts_images = model.vision is not None
 
     def generate(self, chats, *, n=1, temperature=0.0, max_tokens=1024, seed=0, stop=()):
         """As every generator; temperature 0 = greedy, the same text n times. Raises: Refused for too long a prompt."""
-        draws, device = n if temperature else 1, self.model.decoder.embedding.weight.device
+        draws = n if temperature else 1
         prompts = [one for chat in chats for one in [self._prompt(chat, max_tokens)] * draws]
-        names = [f"{seed}/{chat.sha}/{draft}" for chat in chats for draft in range(draws)]  # not the batch
-        generators = [torch.Generator(device).manual_seed(zlib.crc32(name.encode())) for name in names]
-        decoding = Decoding(max_new_tokens=max_tokens, eos_ids=end_ids(self.loaded.template, self.loaded.tokenizer))
-        if temperature:
-            decoding = dataclasses.replace(decoding, do_sample=True, temperature=temperature)
-        rows, pixels = map(list, zip(*prompts))
-        found = generate(self.model, rows, decoding, pixels, generators if temperature else None)
-        texts = [self._text(ids, stop) for ids in found]
+        seeds = [f"{seed}/{chat.sha}/{draft}" for chat in chats for draft in range(draws)]  # not the batch
+        decoding = Decoding(max_new_tokens=max_tokens, do_sample=temperature > 0, temperature=temperature or 1.0)
+        texts = reply(self.loaded, prompts, decoding, seeds, stop)
         return [texts[place * draws : (place + 1) * draws] * (n // draws) for place in range(len(chats))]
 
     def _prompt(self, chat, max_tokens):
-        """(ids, visual inputs) of a chat; its picture stands before the last message."""
-        loaded, shown = self.loaded, []
+        """A chat as the model reads it: answer.Prompt; its picture stands before the last message."""
         system = "".join(text + "\n" for role, text in chat.messages if role == "system")
         (role, first), *rest = (one for one in chat.messages if one[0] != "system")
-        turns = [Turn(role, (text,)) for role, text in ((role, system + first), *rest)]
+        turns, visuals = [Turn(role, (text,)) for role, text in ((role, system + first), *rest)], []
         if self.accepts_images and chat.image:
-            visual = Visual(chat.image, (chat.image,))
-            shown = [pixels_of([visual], loaded.image_size, loaded.image_fit, loaded.preprocessing)]
+            visuals = [Visual(chat.image, (chat.image,))]
             turns[-1] = Turn("user", (0, *turns[-1].parts))
-        counts = [self.model.num_image_tokens(loaded.image_size, len(pixels)) for pixels in shown]
-        room = self.model.decoder.config.context_length - max_tokens
         try:
-            return prompt_row(turns, loaded.template, loaded.tokenizer, counts, room).ids, shown
-        except ValueError as error:
+            return make_prompt(self.loaded, turns, visuals, max_tokens)
+        except PromptTooLong as error:
             raise Refused(str(error)) from error
-
-    def _text(self, ids, stop):
-        """New ids as text, up to the first of the stopping words."""
-        text = self.loaded.tokenizer.decode(ids).removesuffix(self.loaded.template.answer_suffix)
-        places = [place for place in map(text.find, stop) if place >= 0]
-        return text[: min(places, default=len(text))].strip()
 
 
 def add_generator_flags(parser):

@@ -143,10 +143,9 @@ def test_a_local_text_depends_on_its_chat_seed_and_draft_alone(local):
 def test_the_local_model_looks_at_the_picture_and_hears_the_system(local, tmp_path):
     path = tmp_path / "red.png"
     Image.new("RGB", (8, 8), (220, 30, 30)).save(path)
-    ids, pixels = local._prompt(Chat(HELLO.messages, str(path)), 4)
-    bare, none = local._prompt(HELLO, 4)
-    assert ids.count(-1) == 4 and len(pixels) == 1 and none == []  # 8 pixels in patches of 4
-    assert local.loaded.tokenizer.decode([token for token in bare if token >= 0]).count("be brief\nhello") == 1
+    seen, bare = (local._prompt(chat, 4) for chat in (Chat(HELLO.messages, str(path)), HELLO))
+    assert seen.row.ids.count(-1) == 4 and len(seen.visual_inputs) == 1 and bare.visual_inputs == []  # 8 pixels, patches of 4
+    assert local.loaded.tokenizer.decode([token for token in bare.row.ids if token >= 0]).count("be brief\nhello") == 1
     with pytest.raises(FileNotFoundError):
         local._prompt(Chat(HELLO.messages, "absent.png"), 4)
     with pytest.raises(Refused, match="tokens"):  # too long
