@@ -23,7 +23,8 @@ from nanovlm.modality_adaptive import ModalityAdaptive
 from nanovlm.published import language
 from nanovlm.published.language import read_json, with_vocabulary
 from nanovlm.published.load import (
-    added_tokens, build_on_meta, by_part, count, family_of, find_family, KNOWN, load_tokenizer, open_trained, read_config,
+    added_tokens, build_on_meta, by_part, count, family_of, find_family, KNOWN, load_tokenizer, open_trained,
+    read_config,
     resize, vision_of,
 )
 from nanovlm.published.vision import BEHIND, BLIP2_REST, CLIP, EVA, eva_original, OPEN_CLIP, OTHER_SIDE, SIGLIP
@@ -140,7 +141,8 @@ def best(path, tables, prefix, ours, copies, resizable):
     plans = [plan(table, checkpoint.shapes, ours, resizable) for table in tables.values()]
     found = min(plans, key=lambda one: len(one.unexpected) + len(one.misshaped) + len(one.missing))
     if not found.consumed:
-        raise WeightsError(f"{checkpoint.where} is none of {', '.join(tables)}; its first tensor is {min(checkpoint.shapes)}")
+        first = min(checkpoint.shapes)
+        raise WeightsError(f"{checkpoint.where} is none of {', '.join(tables)}; its first tensor is {first}")
     return Source(checkpoint, found, copies)
 
 
@@ -195,7 +197,8 @@ def initialised(published, config, args, dtype):
 def report(source):
     """What was read from a source, and what was passed over: list of lines."""
     found, reasons = source.found, {}
-    lines = [*source.checkpoint.notes, f"{source.checkpoint.where}: {len(found.consumed.keys() - found.skipped)} tensors"]
+    number = len(found.consumed.keys() - found.skipped)
+    lines = [*source.checkpoint.notes, f"{source.checkpoint.where}: {number} tensors"]
     for name, reason in found.skipped.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
@@ -264,7 +267,8 @@ def export(source, out, args, families, recipes):
 def published_config(family, sizes, tower, dtype):
     """config.json of a published folder: the sizes, what transformers wants to know, and the present picture size."""
     config = merged(KNOWN["families"][family].get("header", {"model_type": family}), sizes)
-    for part in (config.get("vision_config"), config.get("vision"), (config.get("visual_config") or {}).get("visual_model")):
+    owl = (config.get("visual_config") or {}).get("visual_model")
+    for part in (config.get("vision_config"), config.get("vision"), owl):
         if isinstance(part, dict) and tower:
             part["image_size"] = tower.image_size
     return config | {"torch_dtype": str(dtype).removeprefix("torch.")}

@@ -61,14 +61,15 @@ def inspect(path, family, families, recipes):
 
 
 def describe(names, config, family, families, recipes):
-    """What a checkpoint is: (family or None, config or None = as published, whether its names are ours, how it is known)."""
+    """What a checkpoint is: (family or None, config or None = as published, bool names are ours, how it is known)."""
     if family:
         return find_family(family, families).family, config if config.get("model_type") else None, False, "as given"
     if "recipe" in config:
         recipe = recipes.get(str(config["recipe"]))
         if recipe is None or recipe.published is None:
             return config["recipe"], None, True, "config.json of train.py"
-        return recipe.published.family, recipe.published.configs.get(config.get("size")), True, "config.json of train.py"
+        published = recipe.published
+        return published.family, published.configs.get(config.get("size")), True, "config.json of train.py"
     if "family" in config:
         return family_of(config, "config.json", families), config.get("config"), True, "config.json of convert"
     told = recognise(names)
@@ -83,7 +84,7 @@ def describe(names, config, family, families, recipes):
 
 
 def check_manifest(path, families):
-    """The report on a manifest that fits: list of lines. Raises: ValueError naming what does not fit, or is malformed."""
+    """The report on a manifest that fits: list of lines. Raises: ValueError naming what is malformed, or does not fit."""
     content = read_json(path)
     wrong = [key for key in ("family", "config", "tensors") if key not in content]
     if wrong:
@@ -100,11 +101,13 @@ def check_manifest(path, families):
     ours = shapes_of(model)
     found = plan(table, shapes, ours)
     found.check(str(path))
-    zeros = sum(entry.parts.count(None) * count(shapes, [name]) // len(entry.parts) for name, entry in found.consumed.items())
+    zeros = sum(entry.parts.count(None) * count(shapes, [name]) // len(entry.parts)
+                for name, entry in found.consumed.items())
     held_numbers = count(shapes, found.consumed.keys() - found.skipped)
     note = f" ({zeros:,} of them zeros, which only the file holds)" if zeros else ""
-    lines = [f"{content.get('name', path.stem)}: family {published.family}, {len(shapes):,} tensors", *held(model, found)]
-    lines += [f"  parameters of the file  {held_numbers:15,}", f"  parameters of the model {count(ours) + zeros:15,}{note}"]
+    lines = [f"{content.get('name', path.stem)}: family {published.family}, {len(shapes):,} tensors",
+             *held(model, found), f"  parameters of the file  {held_numbers:15,}",
+             f"  parameters of the model {count(ours) + zeros:15,}{note}"]
     if content.get("total_params") not in (None, held_numbers):
         lines.append(f"  note     the manifest states total_params {content['total_params']}")
     return lines
