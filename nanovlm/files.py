@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import mmap
@@ -23,6 +24,11 @@ def sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(path):
+    """The SHA-256 of a file: str."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def replace(path, write):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 # bytes of fast memory that one program can have: an H100; the least of all later than an A100, as they share its tiles
 SHARED_LIMIT = {90: 232_448, 80: 101_376}
+KERNELS = ("attention", "projection")
 SPILL_LIMIT = 16  # bytes; more of it sits in a loop
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -151,7 +152,7 @@ def tile_of(variant):
 
 
 def label(variant):
-    """What a variant is called in bench_sass.json."""
+    """What a variant is called in sass.json."""
     width = f" width {variant.constants['D']}" if "D" in variant.constants else ""
     return f"{variant.name} sm_{variant.architecture}{width} {tile_of(variant)} w{variant.warps} s{variant.stages}"
 
@@ -159,7 +160,7 @@ def label(variant):
 def faults(variant, found, longest=None):
     """What makes the code slow or impossible: list of str, empty if nothing does.
 
-    longest: instructions that its loop may have (bench_sass.py); None = any number.
+    longest: instructions that its loop may have (`shortest_loop`); None = any number.
     """
     limit, wrong = SHARED_LIMIT[variant.architecture], []
     if found.spilled > SPILL_LIMIT:
@@ -185,18 +186,18 @@ def faults(variant, found, longest=None):
     return wrong
 
 
-def compile_all(names=("attention", "projection"), record=False):
+def compile_all(names, keep=False):
     """Compile and judge all variants of some files; prints a table.
 
-    Args: record: write the loops' lengths to bench_sass.json instead of judging them.
+    Args: keep: write the loops' lengths to sass.json instead of judging them.
     Returns: int, how many have faults.
     """
     import triton
 
     makers = dict(attention=attention_variants, projection=projection_variants)
-    known = {} if record else recorded(triton.__version__)
+    known = {} if keep else recorded(triton.__version__)
     print(f"Triton {triton.__version__}; registers and spilled bytes of a thread, shared bytes of a program, instructions of "
-          f"the loop over whole tiles ({'recorded' if record else 'at most 5% more than recorded' if known else 'nothing recorded'})")
+          f"the loop over whole tiles ({'recorded' if keep else 'at most 5% more than recorded' if known else 'nothing recorded'})")
     print(f"{'kernel':<20}{'sm':>4}{'width':>6} {'tile':>11}{'warps':>6}{'stages':>7}{'registers':>10}{'spilled':>8}"
           f"{'shared':>9}{'products':>9}{'copies':>7}{'loop':>6}  verdict")  # fmt: skip
     bad, lengths = 0, {}
@@ -211,21 +212,21 @@ def compile_all(names=("attention", "projection"), record=False):
         print(f"{variant.name:<20}{variant.architecture:>4}{width:>6} {tile_of(variant):>11}{variant.warps:>6}"
               f"{variant.stages:>7}{found.registers:>10}{found.spilled:>8}{found.shared:>9}{found.wgmma + found.mma:>9}"
               f"{found.copies:>7}{found.loop:>6}  {'; '.join(wrong) or 'good'}", flush=True)  # fmt: skip
-    if record:
+    if keep:
         record(triton.__version__, lengths)
     return bad
 
 
-def judge_all(wishes):
+def judge_all(args):
     """The command `bench compile`; returns the exit code, 1 if a kernel has a fault."""
-    return int(compile_all(wishes.kernel or ("attention", "projection"), wishes.record) > 0)
+    return int(compile_all(args.kernel or KERNELS, args.record) > 0)
 
 
 # How many machine instructions a kernel's loop has: a ratchet against code that grows slower without a GPU to notice.
 #
 # The loop over whole tiles is where a kernel spends its time, and its instructions beside the products are what the
 # tensor cores wait for. NVIDIA's disassembler comes with Triton and needs no GPU. What was counted once stands in
-# bench_sass.json, by version of Triton, whose assembler decides; `python -m nanovlm.bench compile` finds fault with a
+# sass.json, by version of Triton, whose assembler decides; `python -m nanovlm.bench compile` finds fault with a
 # loop that has become more than 5% longer, and `--record` writes today's counts there.
 
 

@@ -1,33 +1,25 @@
-"""How fast, compared with what everybody uses: `python -m nanovlm.bench decode`.
+"""How fast answers are written, compared with what everybody uses: `python -m nanovlm.bench decode`.
 
 Tokens per second of greedy decoding against `transformers.generate`, with the same random weights and prompts. Both
 run in turns, round after round, so that a busy machine disturbs them alike; the ratio is that of the medians. On a CPU
 both must write the same tokens, and the time is that of the one thread. Random weights are as fast as trained ones.
-
-    python -m nanovlm.bench decode                     135M and 4M parameters, one prompt and 16
-    python -m nanovlm.bench decode --case 4M --rounds 9
-    python -m nanovlm.bench decode --device cuda       7B in bfloat16, compiled, CUDA graphs
 """
 
-import argparse
-import importlib
-import platform
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
 import torch
 
-from nanovlm.published import weights
 from nanovlm.decoder import Decoder
 from nanovlm.generation.fast_decode import FastDecoder
-from nanovlm.published.language import LLAMA, llama_config
-from nanovlm.projector import LinearProjector
+from nanovlm.generation.prefill import Workspace
 from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.projector import LinearProjector
+from nanovlm.published import weights
+from nanovlm.published.language import LLAMA, llama_config
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
-from nanovlm.generation.prefill import Workspace
 
 SIZES = {  # as in a config.json of a LLaMA
     "135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
@@ -39,7 +31,6 @@ SIZES = {  # as in a config.json of a LLaMA
 }  # fmt: skip
 CONTEXT = 1024  # tokens
 SPREAD = 0.1  # standard deviation of the weights; with less, a random model with a tied head repeats its last word
-BAD_INPUT = 2  # exit code
 
 
 @dataclass(frozen=True)
@@ -65,11 +56,14 @@ CASES = {
 }
 
 
-def build(size, device, dtype):
-    """The same random LLaMA twice: (transformers' model, vlm.VLM around ours).
+def around(decoder):
+    """A decoder in a vlm.VLM whose tower and bridge are next to nothing."""
+    vision = ViT(ViTConfig(8, 4, width=8, num_layers=0, num_heads=1, mlp_width=8, class_token=False))
+    return VLM(vision, LinearProjector(8, decoder.config.width), decoder)
 
-    Raises: ImportError without transformers.
-    """
+
+def build(size, device, dtype):
+    """The same random LLaMA twice: (transformers' model, vlm.VLM around ours). Raises: ImportError without transformers."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -84,10 +78,8 @@ def build(size, device, dtype):
     finally:
         torch.set_default_dtype(before)
     decoder.load_state_dict(weights.to_ours(LLAMA, theirs.state_dict(), decoder.state_dict()))
-    vision = ViT(ViTConfig(8, 4, width=8, num_layers=0, num_heads=1, mlp_width=8, class_token=False))
-    model = VLM(vision, LinearProjector(8, decoder.config.width), decoder).to(device, dtype).eval()
     theirs.generation_config = transformers.GenerationConfig()
-    return theirs, model
+    return theirs, around(decoder).to(device, dtype).eval()
 
 
 def make_prompts(case, vocab_size):
@@ -117,34 +109,18 @@ def their_generate(model, prompts, decoding):
     return [row[:stop] for row, stop in zip(rows, stops)]
 
 
-def seconds(function, device):
-    """(seconds of this thread on a CPU, else of the wall, what the function returned)."""
-    clock = time.thread_time if device == "cpu" else time.perf_counter
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
-    answer = function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start, answer
-
-
-def read_bandwidth(device):
-    """Bytes per second that one thread, or the GPU, reads from memory: the best of a few sums over 512 MB."""
-    block = torch.ones(2**27, device=device)
-    block.sum()
-    return block.nbytes / min(seconds(block.sum, device)[0] for _ in range(5))
+def fast_workspace(model, device, rows):
+    """The Workspace with which a model decodes fastest on a device."""
+    return Workspace(FastDecoder(model.decoder, static=device == "cuda", compiled=device == "cuda", rows=rows))
 
 
 def compare(case, rounds, device, dtype):
     """Measure one case: list of lines. Raises: RuntimeError where the tokens differ on a CPU."""
     theirs, model = build(case.size, device, dtype)
-    prompts = make_prompts(case, model.decoder.config.vocab_size)
-    decoding = Decoding(max_new_tokens=case.num_new)
+    prompts, decoding = make_prompts(case, model.decoder.config.vocab_size), Decoding(max_new_tokens=case.num_new)
     if case.rows_end:
         decoding = Decoding(max_new_tokens=case.num_new, eos_ids=end_tokens(generate(model, prompts, decoding)))
-    on_gpu = device == "cuda"
-    workspace = Workspace(FastDecoder(model.decoder, static=on_gpu, compiled=on_gpu, rows=case.num_prompts))
+    workspace = fast_workspace(model, device, case.num_prompts)
     contenders = {
         "transformers": lambda: their_generate(theirs, prompts, decoding),
         "nanovlm": lambda: generate(model, prompts, decoding, workspace=workspace),
@@ -152,61 +128,58 @@ def compare(case, rounds, device, dtype):
     answers = {name: run() for name, run in contenders.items()}  # warm
     same = sum(a == b for one in zip(*answers.values()) for a, b in zip(*one))
     num_tokens = sum(map(len, answers["nanovlm"]))
-    if not on_gpu and answers["nanovlm"] != answers["transformers"]:
+    if device == "cpu" and answers["nanovlm"] != answers["transformers"]:
         raise RuntimeError(f"only {same} of {num_tokens} tokens are those of transformers: no speed to compare")
-    times = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            times[name].append(seconds(run, device)[0])
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    ratio = middle["transformers"] / middle["nanovlm"]
-    verdict = ""
-    if case.required is not None:
-        verdict = f" (required {case.required}: {'reached' if ratio >= case.required else 'MISSED'})"
+    times = in_turns(contenders, rounds, device)
+    middle = statistics.median(times["nanovlm"])
+    ratio, rate = statistics.median(times["transformers"]) / middle, num_tokens / middle
+    verdict = "" if case.required is None else f" (required {case.required}: {reached(ratio, case.required)})"
     if case.rate is not None:
-        rate = num_tokens / middle["nanovlm"]
-        verdict += f" (required {case.rate:.0f} tokens/s on an H200: {'reached' if rate >= case.rate else 'MISSED'})"
-    lines = [
-        f"{name:<13}{num_tokens / middle[name]:9.1f} tokens/s   median {middle[name]:.3f} s, "
-        f"{min(values):.3f} to {max(values):.3f}"
-        for name, values in times.items()
-    ]
-    steps = max(map(len, answers["nanovlm"]))
-    read = sum(p.nbytes for p in model.decoder.parameters()) * steps / middle["nanovlm"]
+        verdict += f" (required {case.rate:.0f} tokens/s on an H200: {reached(rate, case.rate)})"
+    read = sum(p.nbytes for p in model.decoder.parameters()) * max(map(len, answers["nanovlm"])) / middle
     bandwidth = read_bandwidth(device)
-    lines.append(f"ratio of medians {ratio:.2f}{verdict}; {same} of {num_tokens} tokens equal")
-    share = f"{read / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s of a plain sum"
-    lines.append(f"weights read at {read / 1e9:.1f} GB/s, {share}")
-    return lines
+    return [
+        *rates(times, num_tokens),
+        f"ratio of medians {ratio:.2f}{verdict}; {same} of {num_tokens} tokens equal",
+        f"weights read at {read / 1e9:.1f} GB/s, {read / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s of a plain sum",
+    ]
 
 
-def decode(wishes):
+def decode(args):
     """Run `bench decode`; returns the exit code."""
-    cases = CASES[wishes.device]
-    names = wishes.case or list(cases)
-    if wishes.device == "cuda" and not torch.cuda.is_available():
-        say = "--device cuda, but torch finds no GPU here; run it where there is one, or leave --device out"
-        print(f"bench: {say}", file=sys.stderr)
-        return BAD_INPUT
-    unknown = [name for name in names if name not in cases]
-    if unknown:
-        print(f"bench: --case {unknown[0]} is none of {', '.join(cases)} on {wishes.device}", file=sys.stderr)
-        return BAD_INPUT
-    torch.set_num_threads(1)
-    dtype = torch.bfloat16 if wishes.device == "cuda" else torch.float32
-    where = torch.cuda.get_device_name() if wishes.device == "cuda" else f"{cpu_name()}, one thread"
-    print(f"greedy decoding on {where}; torch {torch.__version__}; {wishes.rounds} rounds in turns; {dtype}")
-    for name in names:
-        case = cases[name]
+    cases = chosen(args, CASES[args.device])
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    print(f"greedy decoding on {where(args.device)}; torch {torch.__version__}; {args.rounds} rounds in turns; {dtype}")
+    for name, case in cases.items():
         ends = ", every row ends at another step" if case.rows_end else ""
         print(f"\n{name}: {case.num_prompts} prompt(s), up to {case.num_new} new tokens each{ends}")
-        try:
-            lines = compare(case, wishes.rounds, wishes.device, dtype)
-        except ImportError:
-            print("bench: transformers is missing; pip install -r tests/requirements.txt", file=sys.stderr)
-            return BAD_INPUT
-        print("\n".join(lines), flush=True)
+        print("\n".join(compare(case, args.rounds, args.device, dtype)), flush=True)
     return 0
+
+
+# ---- the timer and the table of all benchmarks
+
+
+def chosen(args, cases):
+    """The cases that --case names, or all: {name: case}. Raises: ValueError for an unknown one, or without the GPU."""
+    for name in args.case or ():
+        if name not in cases:
+            raise ValueError(f"--case {name} is none of {', '.join(cases)} on {args.device}")
+    need(args.device)
+    return {name: cases[name] for name in args.case or cases}
+
+
+def need(device):
+    """Raise ValueError without the device; on a CPU one thread is what is measured."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch finds no GPU here; run it where there is one, or leave --device out")
+    if device == "cpu":
+        torch.set_num_threads(1)
+
+
+def where(device):
+    """What is measured: str."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, one thread"
 
 
 def cpu_name():
@@ -215,48 +188,45 @@ def cpu_name():
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        return "an unknown processor"
 
 
-def make_parser():
-    """The command line, as an argparse parser."""
-    parser = argparse.ArgumentParser(
-        prog="python -m nanovlm.bench", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("decode", allow_abbrev=False, help="tokens per second against transformers.generate")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command.add_argument("--case", action="append", metavar="NAME", help="one of the cases; may be given several times")
-    command.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements of each side")
-    command.set_defaults(run=decode)
-    command = commands.add_parser("train", allow_abbrev=False, help="training steps against transformers; on a GPU, against its peak")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    command.add_argument("--case", action="append", metavar="NAME", help="one of the cases; may be given several times")
-    command.add_argument("--compile", action="store_true", help="on a GPU: torch.compile around every block")
-    command.add_argument("--out", default="notebooks/results", metavar="FOLDER", help="where the dated table of a GPU goes")
-    command.add_argument("--rounds", type=int, default=7, metavar="N", help="measurements of each side")
-    command.set_defaults(run=lambda wishes: importlib.import_module("nanovlm.bench.train").train(wishes))
-    command = commands.add_parser("kernels", allow_abbrev=False, help="the Triton kernels against torch's, on a GPU")
-    command.add_argument("--out", default="notebooks/results", metavar="FOLDER", help="where the dated table goes")
-    command.add_argument("--rounds", type=int, default=20, metavar="N", help="measurements of each contender")
-    command.add_argument("--only", default="", metavar="WORD", help="what has this in its name: causal, projection, loss …")
-    command.set_defaults(run=lambda wishes: importlib.import_module("nanovlm.bench.kernels").measure_all(wishes))
-    command = commands.add_parser("compile", allow_abbrev=False, help="registers, spills and memory of every kernel, without a GPU")
-    command.add_argument("--kernel", action="append", choices=("attention", "projection"), help="may be given several times")
-    command.add_argument("--record", action="store_true", help="remember how long the loops are, for later runs to compare with")
-    command.set_defaults(rounds=1, run=lambda wishes: importlib.import_module("nanovlm.bench.compile").judge_all(wishes))
-    return parser
+def seconds(function, device):
+    """(seconds of this thread on a CPU, else of the GPU, what the function returned)."""
+    if device == "cpu":
+        start = time.thread_time()
+        answer = function()
+        return time.thread_time() - start, answer
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    answer = function()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1000, answer
 
 
-def main(arguments=None):
-    """Run the command line; returns the exit code."""
-    parser = make_parser()
-    wishes = parser.parse_args(arguments)
-    if wishes.rounds < 1:
-        parser.error(f"--rounds {wishes.rounds}: at least 1 is needed")
-    return wishes.run(wishes)
+def in_turns(runs, rounds, device, between=lambda: None):
+    """Seconds of every function in every round, one after the other: {name: list}; between: called before each."""
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            between()
+            times[name].append(seconds(run, device)[0])
+    return times
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def read_bandwidth(device):
+    """Bytes per second that one thread, or the GPU, reads from memory: the best of a few sums over 512 MB."""
+    block = torch.ones(2**27, device=device)
+    return block.nbytes / min(in_turns({"sum": block.sum}, 6, device)["sum"])
+
+
+def rates(times, num_tokens):
+    """A line for every side of a comparison: list of str; times: as `in_turns` gives them."""
+    return [f"{name:<13}{num_tokens / statistics.median(found):9.1f} tokens/s   median {statistics.median(found):.3f} s, "
+            f"{min(found):.3f} to {max(found):.3f}" for name, found in times.items()]  # fmt: skip
+
+
+def reached(value, required):
+    """The verdict on a measured value: str."""
+    return "reached" if value >= required else "MISSED"

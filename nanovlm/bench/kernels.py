@@ -9,6 +9,7 @@ it is measured. Without a GPU the command says so and prints the floors, below w
 import csv
 import datetime
 import functools
+import math
 import statistics
 import sys
 from dataclasses import astuple, dataclass, fields
@@ -16,8 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel, SDPBackend
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from nanovlm.attention import attention, causal, causal_rows, full
+from nanovlm.bench import decode
 from nanovlm.modality_adaptive import ModalityAdaptive, route, Routing
 from nanovlm.training.language_loss import linear_cross_entropy
 
@@ -43,10 +47,7 @@ class Line:
 
 def flex(visible, tokens):
     """torch's flex_attention over the same intervals."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     torch.compiler.reset()  # after eight shapes torch.compile would give up, and write all scores to memory
-
     sees = lambda b, h, q, k: (k >= visible.first[0, q]) & (k < visible.stop[0, q])
     mask = create_block_mask(sees, None, None, tokens, tokens, device=visible.first.device)
     return functools.partial(torch.compile(flex_attention), block_mask=mask)
@@ -54,8 +55,6 @@ def flex(visible, tokens):
 
 def forced(backend, visible):
     """torch's fused attention by one of its kernels only; packed documents need its mask, which flash refuses."""
-    from torch.nn.attention import sdpa_kernel
-
     def run(q, k, v):
         with sdpa_kernel(backend):
             return attention(q, k, v, visible, "sdpa")
@@ -63,23 +62,24 @@ def forced(backend, visible):
     return run
 
 
-def contenders(case, visible):
-    """{name: function(q, k, v)}, ours first."""
-    from torch.nn.attention import SDPBackend
-
-    named = {OURS: lambda q, k, v: attention(q, k, v, visible, "triton")}
+def contenders(case, visible, ours="triton"):
+    """{name: function(q, k, v)}, ours first; ours: its backend."""
+    run = lambda backend: lambda q, k, v: attention(q, k, v, visible, backend)
+    if ours != "triton":  # a rehearsal
+        return {OURS: run(ours), "sdpa": run("sdpa")}
+    named = {OURS: run("triton")}
     if case.mask == "packed":
-        named["sdpa masked"] = lambda q, k, v: attention(q, k, v, visible, "sdpa")
+        named["sdpa masked"] = run("sdpa")
     else:
         named["sdpa flash"] = forced(SDPBackend.FLASH_ATTENTION, visible)
         named["sdpa cudnn"] = forced(SDPBackend.CUDNN_ATTENTION, visible)
     named["flex"] = flex(visible, case.tokens)  # half a minute of compilation for each case
     if case.tokens <= 2048:
-        named["eager"] = lambda q, k, v: attention(q, k, v, visible, "reference")
+        named["eager"] = run("reference")
     return named
 
 
-def check(width, device, dtype=torch.bfloat16, tokens=577, repeats=REPEATS):
+def check(width, device, dtype=torch.bfloat16, tokens=577, repeats=REPEATS, ours="triton"):
     """Raise RuntimeError unless our attention is as exact as torch's, times ERROR_FACTOR, and the same every time."""
     torch.manual_seed(width)
     segments = torch.arange(tokens, device=device) * 3 // tokens
@@ -92,14 +92,14 @@ def check(width, device, dtype=torch.bfloat16, tokens=577, repeats=REPEATS):
         out = exact(*inputs, visible) if backend == "exact" else attention(*inputs, visible, backend)
         return [out, *torch.autograd.grad(out, inputs, do.to(kind))]
 
-    expected, theirs, ours = run("exact", torch.float64), run("sdpa"), run("triton")
-    for name, e, t, o in zip(("out", "dq", "dk", "dv"), expected, theirs, ours):
+    expected, theirs, found = run("exact", torch.float64), run("sdpa"), run(ours)
+    for name, e, t, o in zip(("out", "dq", "dk", "dv"), expected, theirs, found):
         # some of torch's kernels give NaN where a query sees nothing
         error, allowed = ((x.double() - e).abs().max().item() for x in (o, t.nan_to_num()))
         if not error <= ERROR_FACTOR * allowed + 1e-6:
             raise RuntimeError(f"head width {width}: {name} is off by {error:.2e}, torch's by {allowed:.2e}")
     for repeat in range(repeats):
-        if not all(torch.equal(a, b) for a, b in zip(ours, run("triton"))):
+        if not all(torch.equal(a, b) for a, b in zip(found, run(ours))):
             raise RuntimeError(f"head width {width}: run {repeat + 2} gave other bits than the first")
 
 
@@ -111,27 +111,19 @@ def exact(q, k, v, visible):
     return scores.softmax(-1).masked_fill(~mask, 0) @ v
 
 
-def in_turns(runs, rounds):
+def in_turns(runs, rounds, device="cuda"):
     """Milliseconds of every run in every round, with a cold cache: {name: list}; one that fails: {name: its words}."""
-    cold, times = torch.empty(2**28, dtype=torch.int8, device="cuda"), {}
+    cold, failed = torch.empty(2**28 if device == "cuda" else 1, dtype=torch.int8, device=device), {}
     for name, run in runs.items():
         try:
             for _ in range(3):
                 run()
-            torch.cuda.synchronize()
-            times[name] = []
+            if device == "cuda":
+                torch.cuda.synchronize()
         except Exception as error:  # whatever a contender stumbles over stands in the table
-            times[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
-    for _ in range(rounds):
-        for name in (name for name in runs if isinstance(times[name], list)):
-            cold.zero_()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            runs[name]()
-            stop.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(stop))
-    return times
+            failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+    times = decode.in_turns({name: run for name, run in runs.items() if name not in failed}, rounds, device, cold.zero_)
+    return {name: failed.get(name) or [1000 * one for one in times[name]] for name in runs}
 
 
 def lines(what, times, flops):
@@ -140,27 +132,25 @@ def lines(what, times, flops):
     for name, values in times.items():
         if isinstance(values, str) or isinstance(times[OURS], str):
             note = values if isinstance(values, str) else f"{OURS} failed"
-            found.append(Line(what, name, *[float("nan")] * 5, note))
+            found.append(Line(what, name, *[math.nan] * 5, note))
             continue
-        ratios = [value / ours for value, ours in zip(values, times[OURS])]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(values, times[OURS])], n=4, method="inclusive")
         median = statistics.median(values)
         found.append(Line(what, name, median, middle, low, high, flops / median / 1e9))
     return found
 
 
-def attention_lines(case, rounds):
+def attention_lines(case, rounds, device="cuda", ours="triton"):
     """Forward and backward of one case: list of Line."""
-    visible = case.visible("cuda")
+    visible, dtype = case.visible(device), torch.bfloat16 if device == "cuda" else torch.float32
     shape = (case.rows, case.tokens, case.heads, case.head_width)
-    q, k, v, do = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    named = contenders(case, visible)
+    q, k, v, do = (torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(4))
+    inputs, named = [x.requires_grad_() for x in (q, k, v)], contenders(case, visible, ours)
     name = f"attention {case.mask} {case.tokens} tokens, {case.head_width} channels"
     with torch.no_grad():
-        times = in_turns({n: functools.partial(f, *inputs) for n, f in named.items()}, rounds)
+        times = in_turns({n: functools.partial(f, *inputs) for n, f in named.items()}, rounds, device)
     found = lines(f"{name}, forward", times, case.flops())
-    times = in_turns({n: backward_alone(f, inputs, do) for n, f in named.items()}, rounds)
+    times = in_turns({n: backward_alone(f, inputs, do) for n, f in named.items()}, rounds, device)
     return found + lines(f"{name}, backward", times, BACKWARD_FLOPS * case.flops())
 
 
@@ -232,38 +222,32 @@ def measures(only):
     return chosen
 
 
-def measure_all(wishes):
+def measure_all(args):
     """The command `bench kernels`; returns the exit code."""
     if not torch.cuda.is_available():
         print("torch finds no GPU here: nothing is measured. `python -m nanovlm.bench compile` judges compiled code.\n")
         print("\n".join(floors()))
         return 0
+    chosen, path = measures(args.only), Path(args.out) / f"kernels_{datetime.date.today().isoformat()}.csv"
     try:
-        chosen = measures(wishes.only)
-    except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
-    path = Path(wishes.out) / f"kernels_{datetime.date.today().isoformat()}.csv"
-    for width in (64, 88, 128):
-        try:
+        for width in (64, 88, 128):
             check(width, "cuda")
-        except RuntimeError as error:
-            print(f"bench: {error}; no speed to compare", file=sys.stderr)
-            return 1
-    where = (torch.cuda.get_device_name(), torch.__version__)
-    print(f"right to {ERROR_FACTOR} times torch's error, {REPEATS} runs alike; {where[0]}, torch {where[1]}")
+    except RuntimeError as error:
+        print(f"bench: {error}; no speed to compare", file=sys.stderr)
+        return 1
+    places = decode.where("cuda"), torch.__version__
+    print(f"right to {ERROR_FACTOR} times torch's error, {REPEATS} runs alike; {places[0]}, torch {places[1]}")
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with open(path, "a", newline="") as file:
         table = csv.writer(file)
         if is_new:
             table.writerow([field.name for field in fields(Line)] + ["device", "torch"])
-        for measure in chosen:
-            for line in measure(wishes.rounds):
-                table.writerow([*astuple(line), *where])
-                file.flush()  # a time limit must not cost what is already measured
-                print(f"{line.what:<56}{line.contender:<13}{line.median_ms:9.3f} ms{line.tflops:7.0f} TFLOP/s  ratio "
-                      f"{line.ratio:5.2f} ({line.ratio_low:.2f} to {line.ratio_high:.2f}) {line.note}", flush=True)  # fmt: skip
+        for line in (line for measure in chosen for line in measure(args.rounds)):
+            table.writerow([*astuple(line), *places])
+            file.flush()  # a time limit must not cost what is already measured
+            print(f"{line.what:<56}{line.contender:<13}{line.median_ms:9.3f} ms{line.tflops:7.0f} TFLOP/s  ratio "
+                  f"{line.ratio:5.2f} ({line.ratio_low:.2f} to {line.ratio_high:.2f}) {line.note}", flush=True)  # fmt: skip
     print(f"written to {path}")
     return 0
 

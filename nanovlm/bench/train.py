@@ -4,11 +4,9 @@ On a CPU against `transformers`: the same LLaMA with the same random weights, th
 turns, round after round, so that a busy machine disturbs both alike. Every step's loss must be the same on both sides, or
 there is no speed to compare; the ratio is that of the medians of one thread's time.
 
-On a GPU (`--device cuda`) there is nothing to compare with but the GPU itself: tokens per second, the share of its peak
-(utilisation.py), and the memory that a step took beside the estimate (memory.py), with torch's and with our own
-attention, into a dated table:
-
-    python -m nanovlm.bench train --device cuda --compile
+On a GPU (`--device cuda`) there is nothing to compare with but the GPU itself: tokens per second, the share of its peak,
+and the memory that a step took beside the forecast (both of training/cost.py), with torch's and with our own attention,
+into a dated table.
 """
 
 import csv
@@ -22,25 +20,20 @@ from pathlib import Path
 import torch
 
 from nanovlm.bench import decode
-from nanovlm.training import optimizer
 from nanovlm.decoder import Decoder
-from nanovlm.training.cost import peak_flops
 from nanovlm.published.language import llama_config
-from nanovlm.training.cost import GB, stage_memory
-from nanovlm.projector import MLPProjector
 from nanovlm.recipes import RECIPES
-from nanovlm.training.cost import Cost, example_cost
+from nanovlm.training import optimizer
+from nanovlm.training.cost import example_cost, GB, peak_flops, stage_memory, total_cost
 from nanovlm.training.language_loss import language_loss
-from nanovlm.training.stages import Stage
-from nanovlm.vit import ViT, ViTConfig
-from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, VLM
 from nanovlm.training.processes import BLOCK, surround
-from nanovlm.training.stages import freeze
+from nanovlm.training.stages import freeze, Stage
+from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
 
 SAME = 1e-4  # how far apart the two sides' losses may be: sums are taken in another order
 LEARNING_RATE = 1e-5  # AdamW turns the last digit of a small gradient into a whole step: larger ones drift apart
 REQUIRED = 0.95  # ratio of the medians
-CASES = {"4M": (8, 128), "135M": (2, 64)}  # size of bench.SIZES -> rows, tokens
+CASES = {"4M": (8, 128), "135M": (2, 64)}  # size of decode.SIZES -> rows, tokens
 SETTLE, MEASURED = 3, 10  # steps on a GPU: before the clock starts, and under it
 DECODER_PARTS = ("embedding", "language_model", "lm_head")
 
@@ -83,27 +76,16 @@ def sides(size, rows, tokens):
 
 
 def compare(size, rows, tokens, rounds):
-    """Measure one size on a CPU: (list of lines, ratio of the medians).
-
-    Raises: RuntimeError where the losses differ.
-    """
-    contenders = sides(size, rows, tokens)
-    times, losses = {name: [] for name in contenders}, {name: [] for name in contenders}
-    for number in range(rounds + 1):  # the first round warms up
-        for name, step in contenders.items():
-            seconds, loss = decode.seconds(step, "cpu")
-            losses[name].append(loss)
-            if number:
-                times[name].append(seconds)
+    """Measure one size on a CPU: (list of lines, ratio of the medians). Raises: RuntimeError where the losses differ."""
+    losses = {}
+    noted = {name: lambda name=name, step=step: losses.setdefault(name, []).append(step()) for name, step in sides(size, rows, tokens).items()}
+    times = {name: found[1:] for name, found in decode.in_turns(noted, rounds + 1, "cpu").items()}  # the first round warms up
     for number, (one, other) in enumerate(zip(*losses.values()), 1):
         if abs(one - other) > SAME * abs(one):
             raise RuntimeError(f"step {number}: the loss is {one:.6f} in transformers and {other:.6f} here: no speed to compare")
-    middle = {name: statistics.median(found) for name, found in times.items()}
-    ratio = middle["transformers"] / middle["nanovlm"]
-    lines = [f"{name:<13}{rows * tokens / middle[name]:9.1f} tokens/s   median {middle[name]:.3f} s, "
-             f"{min(found):.3f} to {max(found):.3f}" for name, found in times.items()]  # fmt: skip
-    verdict = "reached" if ratio >= REQUIRED else "MISSED"
-    lines.append(f"ratio of medians {ratio:.2f} (required {REQUIRED}: {verdict}); {rounds + 1} losses equal, "
+    ratio = statistics.median(times["transformers"]) / statistics.median(times["nanovlm"])
+    lines = decode.rates(times, rows * tokens)
+    lines.append(f"ratio of medians {ratio:.2f} (required {REQUIRED}: {decode.reached(ratio, REQUIRED)}); {rounds + 1} losses equal, "
                  f"{losses['nanovlm'][0]:.4f} to {losses['nanovlm'][-1]:.4f}")  # fmt: skip
     return lines, ratio
 
@@ -118,7 +100,7 @@ class Line:
     tokens: int  # of a row, image tokens included
     tokens_per_second: float
     utilisation: float  # share of the GPU's peak
-    required: float
+    required: float | None
     gb_measured: float
     gb_estimated: float
 
@@ -126,20 +108,21 @@ class Line:
 def slice_of_7b():
     """Four layers as wide as LLaMA-7B's behind a bridge and a tower of no size, text alone: (VLM, Stage, rows, text, frames)."""
     config = llama_config(decode.SIZES["7B"] | {"num_hidden_layers": 4, "max_position_embeddings": 2048})
-    vision = ViT(ViTConfig(28, 14, width=64, num_layers=0, num_heads=1, mlp_width=64, class_token=False))
-    stage = Stage("slice", "language", dict.fromkeys(DECODER_PARTS, 1e-4), {"words": 1}, 20, 8, max_tokens=2048, image_size=28,
-                  precision="bfloat16")  # fmt: skip
-    return VLM(vision, MLPProjector(64, config.width), Decoder(config)), stage, 8, 2048, 0
+    stage = Stage("slice", "language", dict.fromkeys(DECODER_PARTS, 1e-4), {"words": 1}, 20, 8, max_tokens=2048, image_size=8)
+    return decode.around(Decoder(config)), stage, 8, 2048, 0
 
 
-def whole_llava_phi():
-    """LLaVA-Phi in its last stage, which trains tower, bridge and language model."""
-    recipe = RECIPES["llava_phi"]
-    stage = recipe.stages("full", False)[-1]
-    return recipe.build("full", 0), stage, 4, 512, 1
+def of_recipe(name, size, stage, rows, text):
+    """A function that makes a recipe's model, as `slice_of_7b` does; stage: its number."""
+    recipe = RECIPES[name]
+    return lambda: (recipe.build(size, 0), recipe.stages(size, False)[stage], rows, text, 1)
 
 
-GPU_CASES = {"7B-slice": (slice_of_7b, 0.45), "llava_phi": (whole_llava_phi, 0.40)}  # what, and the share of the peak aimed at
+GPU_CASES = {  # what, and the share of the peak aimed at
+    "7B-slice": (slice_of_7b, 0.45),
+    "llava_phi": (of_recipe("llava_phi", "full", -1, 4, 512), 0.40),  # its last stage trains tower, bridge and language model
+    "lynx": (of_recipe("lynx", "full", 0, 8, 40), None),  # align, of pairs of a picture and a caption
+}
 
 
 def gpu_batch(model, stage, rows, text, frames, device):
@@ -157,20 +140,20 @@ def gpu_batch(model, stage, rows, text, frames, device):
     )  # fmt: skip
 
 
-def measure(name, backend, compiled, device="cuda"):
-    """Train some steps on a GPU: Line."""
-    make, required = GPU_CASES[name]
+def measure(name, make, required, backend, compiled=False, device="cuda"):
+    """Train some steps on a GPU (a CPU rehearses it, without its memory and peak): Line."""
     with torch.device("meta"):
         shape, stage, rows, text, frames = make()
+        stage = dataclasses.replace(stage, precision="bfloat16")
         costs = example_cost(shape, stage, text, frames)
     with torch.device(device):
         model = make()[0]
+    model.vision.resize(stage.image_size)
     freeze(model, None, stage)
     model.set_backend(backend)
-    if compiled:
-        for block_name, block in model.named_modules():
-            if BLOCK.fullmatch(block_name):
-                surround(block, compiled=True, recompute=False)
+    for block_name, block in model.named_modules() if compiled else ():
+        if BLOCK.fullmatch(block_name):
+            surround(block, compiled=True, recompute=False)
     optimizers, batch = optimizer.build(model.parts(), stage), gpu_batch(model, stage, rows, text, frames, device)
 
     def step():
@@ -183,60 +166,48 @@ def measure(name, backend, compiled, device="cuda"):
 
     for _ in range(SETTLE):
         step()
-    torch.cuda.reset_peak_memory_stats()
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     seconds, _ = decode.seconds(lambda: [step() for _ in range(MEASURED)], device)
-    flops, tokens = rows * sum(costs.values(), Cost()).flops, batch.ids.numel()
-    peak = peak_flops(torch.cuda.get_device_name()) or float("nan")
+    flops = rows * total_cost(costs.values()).flops * MEASURED / seconds
+    peak = on_gpu and peak_flops(torch.cuda.get_device_name()) or float("nan")
+    memory = torch.cuda.max_memory_allocated() if on_gpu else float("nan")
     return Line(
-        name, backend + (", compiled" if compiled else ""), rows, batch.ids.shape[1], tokens * MEASURED / seconds,
-        flops * MEASURED / seconds / peak, required, torch.cuda.max_memory_allocated() / GB,
-        stage_memory(model.parts(), stage, costs).total(rows) / GB,
+        name, backend + (", compiled" if compiled else ""), rows, batch.ids.shape[1], batch.ids.numel() * MEASURED / seconds,
+        flops / peak, required, memory / GB, stage_memory(model.parts(), stage, costs).total(rows) / GB,
     )  # fmt: skip
 
 
-def on_gpu(wishes):
+def on_gpu(args, cases):
     """All cases with both backends; a line is written as soon as it is measured. Returns the exit code."""
-    if not torch.cuda.is_available():
-        print("bench: --device cuda, but torch finds no GPU here; run it where there is one, or leave --device out", file=sys.stderr)
-        return decode.BAD_INPUT
-    path = Path(wishes.out) / f"train_{datetime.date.today().isoformat()}.csv"
+    path = Path(args.out) / f"train_{datetime.date.today().isoformat()}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"training steps on {torch.cuda.get_device_name()}; torch {torch.__version__}; table: {path}")
+    print(f"training steps on {decode.where('cuda')}; torch {torch.__version__}; table: {path}")
     with open(path, "a", newline="") as file:
         table = csv.writer(file)
         table.writerow([field.name for field in dataclasses.fields(Line)] + ["gpu", "torch", "command"])
-        for name in wishes.case or GPU_CASES:
-            for backend in ("sdpa", "triton"):
-                try:
-                    line = measure(name, backend, wishes.compile)
-                except torch.cuda.OutOfMemoryError as error:
-                    print(f"{name}, {backend}: does not fit: {error}", file=sys.stderr)
-                    continue
-                table.writerow([*dataclasses.astuple(line), torch.cuda.get_device_name(), torch.__version__, " ".join(sys.argv)])
-                file.flush()
-                print(f"{line.what:<11}{line.backend:<18}{line.rows} rows of {line.tokens}: {line.tokens_per_second:,.0f} tokens/s, "
-                      f"{line.utilisation:.1%} of peak (aim {line.required:.0%}), {line.gb_measured:.1f} GB "
-                      f"(estimated {line.gb_estimated:.1f})")  # fmt: skip
+        for name, backend in ((name, backend) for name in cases for backend in ("sdpa", "triton")):
+            try:
+                line = measure(name, *cases[name], backend, args.compile)
+            except torch.cuda.OutOfMemoryError as error:
+                print(f"{name}, {backend}: does not fit: {error}", file=sys.stderr)
+                continue
+            table.writerow([*dataclasses.astuple(line), decode.where("cuda"), torch.__version__, " ".join(sys.argv)])
+            file.flush()
+            aim = "" if line.required is None else f" (aim {line.required:.0%})"
+            print(f"{line.what:<11}{line.backend:<18}{line.rows} rows of {line.tokens}: {line.tokens_per_second:,.0f} tokens/s, "
+                  f"{line.utilisation:.1%} of peak{aim}, {line.gb_measured:.1f} GB (estimated {line.gb_estimated:.1f})")  # fmt: skip
     return 0
 
 
-def train(wishes):
+def train(args):
     """Run `bench train`; returns the exit code: 0 also for a ratio that is missed, which is said."""
-    known = GPU_CASES if wishes.device == "cuda" else CASES
-    unknown = [name for name in wishes.case or () if name not in known]
-    if unknown:
-        print(f"bench: --case {unknown[0]} is none of {', '.join(known)} on {wishes.device}", file=sys.stderr)
-        return decode.BAD_INPUT
-    if wishes.device == "cuda":
-        return on_gpu(wishes)
-    torch.set_num_threads(1)
-    print(f"training steps on {decode.cpu_name()}, one thread; torch {torch.__version__}; {wishes.rounds} rounds in turns; float32")
-    for name in wishes.case or CASES:
-        rows, tokens = CASES[name]
+    cases = decode.chosen(args, GPU_CASES if args.device == "cuda" else CASES)
+    if args.device == "cuda":
+        return on_gpu(args, cases)
+    print(f"training steps on {decode.where('cpu')}; torch {torch.__version__}; {args.rounds} rounds in turns; float32")
+    for name, (rows, tokens) in cases.items():
         print(f"\n{name}: {rows} rows of {tokens} tokens")
-        try:
-            print("\n".join(compare(name, rows, tokens, wishes.rounds)[0]), flush=True)
-        except ImportError:
-            print("bench: transformers is missing; pip install -r tests/requirements.txt", file=sys.stderr)
-            return decode.BAD_INPUT
+        print("\n".join(compare(name, rows, tokens, args.rounds)[0]), flush=True)
     return 0

@@ -1,6 +1,5 @@
 """Open a folder that holds a model: one that train.py wrote, one that `convert` wrote, or a published one."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -11,22 +10,19 @@ import torch
 from torch import nn
 
 from nanovlm import lora
-from nanovlm.abstractor import Abstractor
-from nanovlm.contrastive import AttentionPool, ContrastiveModel, TextTower
+from nanovlm.architecture import rebuild, UNBUILT
+from nanovlm.contrastive import AttentionPool
 from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.data.templates import PLAIN, Template
 from nanovlm.data.tokenizer import check_vocabulary, Tokenizer
-from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
+from nanovlm.decoder import Decoder
 from nanovlm.generation.sampler import Decoding
 from nanovlm.names import nearest
-from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
 from nanovlm.published import language, vision
 from nanovlm.published.language import read_json
 from nanovlm.published.tokenizers import load_tokenizer, PADDED_ROWS
 from nanovlm.published.weights import INDEX, load_weights, open_checkpoint, OURS, refuse_adapter, SINGLE, WeightsError
-from nanovlm.qformer import QFormer
-from nanovlm.resampler import Resampler
-from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vit import ViT
 from nanovlm.vlm import part_of, VLM
 
 
@@ -34,12 +30,6 @@ from nanovlm.vlm import part_of, VLM
 # the families further down, and what transformers wants to read in config.json beside the sizes.
 KNOWN = json.loads(Path(__file__).with_name("families.json").read_text())
 MODEL_TYPES = {kind: family for family, told in KNOWN["families"].items() for kind in told["model_types"]}
-BRIDGES = {
-    one.__name__: one for one in (LinearProjector, MLPProjector, PixelShuffleProjector, Resampler, Abstractor, QFormer)
-}
-
-# what building from a config of the wrong types may raise
-UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -114,50 +104,6 @@ def build_on_meta(published, config):
     except UNBUILT as error:
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise WeightsError(f"no {published.family} can be built from this config: {what}") from error
-
-
-def architecture(model, contrastive):
-    """What config.json says of a model, so that the folder opens whatever becomes of its recipe's sizes.
-
-    Args: model: vlm.VLM. contrastive: contrastive.ContrastiveModel or None.
-    Returns: dict of JSON values, which `rebuild` takes; None for a model of classes that only a recipe file knows.
-    """
-    kinds = [(model.vision, ViT), (model.bridge, BRIDGES.get(type(model.bridge).__name__)), (model.decoder, Decoder)]
-    if contrastive is not None:
-        kinds += [(contrastive, ContrastiveModel), (contrastive.text, TextTower)]
-    if any(type(one) is not kind for one, kind in kinds):
-        return None
-    found = {
-        "vision": dataclasses.asdict(model.vision.config),
-        "bridge": {"class": type(model.bridge).__name__} | model.bridge.arguments,
-        "decoder": dataclasses.asdict(model.decoder.config),
-        "media_token": model.media_token,
-    }
-    if contrastive is not None:
-        found["text_tower"] = contrastive.text.arguments
-        found["joint_width"] = contrastive.project_image.out_features
-    return json.loads(json.dumps(found))
-
-
-def rebuild(found):
-    """The models of an `architecture`: (vlm.VLM, contrastive.ContrastiveModel or None).
-
-    Raises: ValueError if it describes none.
-    """
-    try:
-        bridge, decoder = dict(found["bridge"]), dict(found["decoder"])
-        layers = tuple(LayerOptions(**options) for options in decoder.pop("layers"))
-        vision = ViT(ViTConfig(**found["vision"]))
-        bridge = BRIDGES[bridge.pop("class")](**bridge)
-        model = VLM(vision, bridge, Decoder(DecoderConfig(**decoder, layers=layers)), found["media_token"])
-        if "text_tower" not in found:
-            return model, None
-        text = TextTower(**found["text_tower"])
-        widths = vision.config.width, text.arguments["width"]
-        return model, ContrastiveModel(vision, widths[0], text, widths[1], found["joint_width"])
-    except UNBUILT as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"config.json: no model can be built from this architecture ({what})") from error
 
 
 def open_trained(folder, config, recipe, dtype, device):

@@ -1,21 +1,31 @@
 """The recipes: one file per paper, and `load`, which opens what training wrote and what others have published."""
 
-import sys
-from pathlib import Path
-
-import torch
+import importlib
+from collections.abc import Mapping
 
 from nanovlm.names import nearest
-from nanovlm.published.load import BARE, family_of, Loaded, open_published, open_trained, read_config
-from nanovlm.recipes import blip2, llava, llava_phi, lynx, mplug_owl2, nano, nano_resampler, open_flamingo, small
-from nanovlm.recipes.recipe import digest, from_file
+from nanovlm.recipes.recipe import from_file
 
-__all__ = ["FAMILIES", "OF_FAMILY", "RECIPES", "Loaded", "find", "load", "recipe_of"]
+NAMES = ("nano", "nano_resampler", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo", "small")
+OPENING = ("FAMILIES", "Loaded", "load", "recipe_of")  # names of opening.py, which reads every published layout
 
-PAGES = (nano, nano_resampler, lynx, mplug_owl2, llava_phi, llava, blip2, open_flamingo, small)
-RECIPES = {page.RECIPE.name: page.RECIPE for page in PAGES}
-OF_FAMILY = {recipe.published.family: recipe for recipe in RECIPES.values() if recipe.published}
-FAMILIES = BARE | {family: recipe.published for family, recipe in OF_FAMILY.items()}  # whose weights can be read
+
+class Recipes(Mapping):
+    """Name -> Recipe; a recipe's file is imported when it is asked for, so that training nano reads no other."""
+
+    def __getitem__(self, name):
+        if name not in NAMES:
+            raise KeyError(name)
+        return importlib.import_module(f"nanovlm.recipes.{name}").RECIPE
+
+    def __iter__(self):
+        return iter(NAMES)
+
+    def __len__(self):
+        return len(NAMES)
+
+
+RECIPES = Recipes()
 
 
 def find(name):
@@ -30,39 +40,7 @@ def find(name):
     return RECIPES[name]
 
 
-def recipe_of(folder, config, recipe=None):
-    """The Recipe of a folder that train.py wrote. What the folder itself names is never run.
-
-    Args:
-      folder: Path. config: dict of its config.json.
-      recipe: str or Path of the file it was trained from; not needed for a recipe of this package.
-    Raises: ValueError if a file is needed; FileNotFoundError.
-    """
-    name = str(config["recipe"])
-    if not name.endswith(".py"):
-        return find(name)
-    if recipe is None:
-        raise ValueError(f"{folder} was trained from a recipe file, which is run only if you name it yourself: --recipe "
-                         f"{Path(name).name}, or recipe= in Python (it was {name})")
-    if digest(recipe) != config.get("recipe_sha256", digest(recipe)):
-        print(f"({recipe} has changed since {folder} was trained from it)", file=sys.stderr)
-    return from_file(recipe)
-
-
-def load(folder, dtype=torch.float32, device="cpu", image_size=None, recipe=None):
-    """Open a model.
-
-    Args:
-      folder: str or Path, the output folder of train.py or of `convert`, or a published model's.
-      dtype: of the weights. device: where they go.
-      image_size: pixels, of a published model: another size than its own; the position table is resized.
-      recipe: str or Path of the recipe file that a folder was trained from; other folders need none.
-    Returns: Loaded, in evaluation mode.
-    Raises: FileNotFoundError or ValueError, in words for the user; nothing half-loaded is returned.
-    """
-    folder = Path(folder)
-    config = read_config(folder)
-    if "recipe" in config:
-        return open_trained(folder, config, recipe_of(folder, config, recipe), dtype, device)
-    family = family_of(config, str(folder / "config.json"), FAMILIES)
-    return open_published(folder, config, FAMILIES[family], OF_FAMILY.get(family), dtype, device, image_size)
+def __getattr__(name):
+    if name in OPENING:
+        return getattr(importlib.import_module("nanovlm.recipes.opening"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

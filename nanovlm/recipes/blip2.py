@@ -18,7 +18,9 @@ from nanovlm.data.templates import BLIP2, BLIP2_CAPTION
 from nanovlm.decoder import Decoder
 from nanovlm.published.language import OPT, expect, number, opt_config, section, size
 from nanovlm.qformer import QFormer
-from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
+from nanovlm.published.load import Published
+from nanovlm.recipes.papers import complete, published_recipe, shrinking, tiny_language, tiny_vision
+from nanovlm.recipes.recipe import Expected
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
 from nanovlm.published.vision import EVA, eva_config
@@ -45,19 +47,12 @@ CONFIGS = {
     "full": FULL,
     "full_364": FULL | {"vision_config": FULL["vision_config"] | {"image_size": 364}},
     "tiny": {
-        "vision_config": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
-        },
-        "qformer_config": {
-            "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
-        },
-        "text_config": {
-            "vocab_size": 512, "hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "max_position_embeddings": 256,
-        },
+        "vision_config": tiny_vision(28),
+        "qformer_config": {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2},
+        "text_config": tiny_language(48, heads=4, ffn_dim=96),
         "num_query_tokens": 4,
     },
-}  # fmt: skip
+}
 
 
 def looking_layers(config):
@@ -129,11 +124,6 @@ STAGES = (
 )  # fmt: skip
 
 
-def stages(size, smoke):
-    """The paper's second stage and the review's tuning; "tiny" and `smoke` shrink them, see recipe.at_size."""
-    return at_size(STAGES, size, smoke, {224: 28, 364: 42})
-
-
 DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
     "default": Decoding(max_new_tokens=30, num_beams=5, min_new_tokens=1),  # LAVIS's for captions
     "table_7": Decoding(max_new_tokens=50, num_beams=3, min_new_tokens=1),
@@ -148,6 +138,6 @@ WEIGHTS = (
     "language model  OPT-2.7B, huggingface.co/facebook/opt-2.7b",
 )
 RECIPE = published_recipe(
-    "blip2", Published("blip2", build, LAYOUT, CONFIGS), stages, BLIP2, DECODINGS, stage_templates={"align": BLIP2_CAPTION},
-    expected=EXPECTED, weights=WEIGHTS,
+    Published("blip2", build, LAYOUT, CONFIGS), stages=shrinking(STAGES, {224: 28, 364: 42}), template=BLIP2,
+    decodings=DECODINGS, stage_templates={"align": BLIP2_CAPTION}, expected=EXPECTED, weights=WEIGHTS,
 )  # fmt: skip

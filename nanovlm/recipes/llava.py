@@ -20,7 +20,9 @@ from nanovlm.data.templates import LLAVA, PLAIN
 from nanovlm.decoder import Decoder
 from nanovlm.published.language import LLAMA, expect, llama_config, section, text_section
 from nanovlm.projector import LinearProjector, MLPProjector
-from nanovlm.recipes.recipe import Expected, Published, at_size, published_recipe
+from nanovlm.published.load import Published
+from nanovlm.recipes.papers import CLIP_LARGE, published_recipe, shrinking, tiny_language, tiny_vision
+from nanovlm.recipes.recipe import Expected
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
 from nanovlm.published.vision import CLIP, clip_config
@@ -28,20 +30,8 @@ from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 from nanovlm.published.weights import Alias, prefixed
 
-CLIP_L = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
-    "image_size": 336,
-}  # fmt: skip
-TINY = {
-    "vision_config": {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14,
-        "image_size": 28,
-    },
-    "text_config": {
-        "vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-    },
-}  # fmt: skip
+CLIP_L = CLIP_LARGE | {"image_size": 336}
+TINY = {"vision_config": tiny_vision(28, layers=3, patch_size=14), "text_config": tiny_language(48, heads=4)}
 CONFIGS = {  # a language model's missing sizes are LLaMA-7B's
     "full": {
         "vision_config": CLIP_L,
@@ -93,10 +83,8 @@ def build(config):
     clip, llm = clip_config(section(config, "vision_config")), llama_config(text_section(config))
     layer, features = config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy", "default")
     if not isinstance(layer, int) or features not in ("default", "full"):
-        raise ValueError(
-            f"config: vision_feature_layer is {layer!r} with vision_feature_select_strategy {features!r}; "
-            "one layer, and 'default' (without the class token) or 'full', can be built"
-        )
+        raise ValueError(f"config: vision_feature_layer is {layer!r} with vision_feature_select_strategy {features!r}; one "
+                         "layer, and 'default' (without the class token) or 'full', can be built")
     vision = dataclasses.replace(
         clip,
         feature_layer=layer if layer >= 0 else clip.num_layers + 1 + layer,  # -2: the last block is left out
@@ -166,9 +154,8 @@ STAGES = {
 
 
 def stages(size, smoke):
-    """The two stages of LLaVA or LLaVA-1.5; tiny sizes and `smoke` shrink them, see recipe.at_size."""
-    kind, tiny = "linear" if "linear" in size else "full", "tiny" if size.startswith("tiny") else size
-    return at_size(STAGES[kind], tiny, smoke, {224: 28, 336: 28})
+    """The two stages of LLaVA or LLaVA-1.5."""
+    return shrinking(STAGES["linear" if "linear" in size else "full"], {224: 28, 336: 28})(size, smoke)
 
 
 DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
@@ -183,6 +170,6 @@ WEIGHTS = (
     "language model  Vicuna-7B v1.5 (\"linear\": v1.1), huggingface.co/lmsys/vicuna-7b-v1.5",
 )
 RECIPE = published_recipe(
-    "llava", Published("llava", build, LAYOUT, CONFIGS), stages, LLAVA, DECODINGS, stage_templates={"align": PLAIN},
-    expected=EXPECTED, weights=WEIGHTS,
+    Published("llava", build, LAYOUT, CONFIGS), stages=stages, template=LLAVA, decodings=DECODINGS,
+    stage_templates={"align": PLAIN}, expected=EXPECTED, weights=WEIGHTS,
 )  # fmt: skip

@@ -24,7 +24,9 @@ from nanovlm.data.templates import LLAVA_PHI, PLAIN
 from nanovlm.decoder import Decoder
 from nanovlm.published.language import expect, phi_config, phi_fused, section
 from nanovlm.projector import MLPProjector
-from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
+from nanovlm.published.load import Published
+from nanovlm.recipes.papers import CLIP_LARGE, complete, published_recipe, shrinking, tiny_language, tiny_vision
+from nanovlm.recipes.recipe import Expected
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
 from nanovlm.published.vision import CLIP, clip_config
@@ -34,24 +36,13 @@ from nanovlm.published.weights import prefixed
 
 CONFIGS = {
     "full": {
-        "vision": {
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "image_size": 336, "patch_size": 14, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
-        },
+        "vision": CLIP_LARGE | {"image_size": 336, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"},
         "llm": {
             "vocab_size": 51200, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
             "num_attention_heads": 32, "max_position_embeddings": 2048, "partial_rotary_factor": 0.4,
         },
     },
-    "tiny": {
-        "vision": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56,
-        },
-        "llm": {
-            "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 256,
-        },
-    },
+    "tiny": {"vision": tiny_vision(56, layers=3), "llm": tiny_language()},
 }  # fmt: skip
 
 
@@ -120,11 +111,6 @@ STAGES = (
 )  # fmt: skip
 
 
-def stages(size, smoke):
-    """The three stages; `size` "tiny" and `smoke` shrink them, see recipe.at_size."""
-    return at_size(STAGES, size, smoke, {336: 56})
-
-
 DECODINGS = {  # what ends a reply is the tokenizer's <|endoftext|>, see templates.end_ids
     "default": Decoding(max_new_tokens=1024),  # greedy, as in all its evaluations
     "short": Decoding(max_new_tokens=128),  # VQAv2, MME, POPE, TextVQA, VizWiz
@@ -143,6 +129,6 @@ WEIGHTS = (
     "language model  Phi-2, huggingface.co/microsoft/phi-2",
 )
 RECIPE = published_recipe(
-    "llava_phi", Published("llava_phi", build, LAYOUT, CONFIGS, CONTENTS), stages, LLAVA_PHI, DECODINGS,
-    stage_templates={"align": PLAIN}, expected=EXPECTED, weights=WEIGHTS,
+    Published("llava_phi", build, LAYOUT, CONFIGS, CONTENTS), stages=shrinking(STAGES, {336: 56}), template=LLAVA_PHI,
+    decodings=DECODINGS, stage_templates={"align": PLAIN}, expected=EXPECTED, weights=WEIGHTS,
 )  # fmt: skip

@@ -19,13 +19,15 @@ Where the two differ:
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from nanovlm.data.templates import LYNX
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.published.language import LLAMA, llama_config
-from nanovlm.recipes.prompts import lynx_prompts
-from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
+from nanovlm.published.load import Published
+from nanovlm.recipes.papers import complete, LLAMA_7B, published_recipe, shrinking, tiny_language
+from nanovlm.recipes.recipe import Expected
 from nanovlm.resampler import Resampler
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
@@ -35,31 +37,18 @@ from nanovlm.published.weights import Alias, Fused, Reshaped, prefixed
 
 CONFIGS = {
     "full": {
-        "vision": {
-            "image_size": 420, "patch_size": 14, "width": 1408, "depth": 39, "heads": 16, "mlp_ratio": 4.3637, "eps": 1e-6,
-        },
+        "vision": {"image_size": 420, "patch_size": 14, "width": 1408, "depth": 39, "heads": 16, "mlp_ratio": 4.3637, "eps": 1e-6},
         "bridge": {"depth": 3, "num_latents": 32, "heads": 8, "head_width": 64},
-        "llm": {
-            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-        },
+        "llm": LLAMA_7B,
         "adapter_freq": 2,
         "num_frames": 5,
     },
     "tiny": {
         "vision": {"image_size": 56, "width": 32, "depth": 2, "heads": 2},
         "bridge": {"depth": 1, "num_latents": 4, "heads": 2, "head_width": 16},
-        "llm": {
-            "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-            "num_attention_heads": 2, "max_position_embeddings": 256,
-        },
+        "llm": tiny_language(layers=4),
     },
-}  # fmt: skip
-
-
-def adapter_layers(config):
-    """Which layers carry an adapter: list of int, 0, adapter_freq, 2 * adapter_freq ..."""
-    return list(range(0, config["llm"]["num_hidden_layers"], config["adapter_freq"]))
+}
 
 
 def build(config):
@@ -74,19 +63,15 @@ def build(config):
     config = complete(config, CONFIGS["full"])
     eva, bridge, llm = config["vision"], config["bridge"], llama_config(config["llm"])
     mlp_width = eva.get("mlp_width", int(eva["width"] * eva["mlp_ratio"]))
-    vision = ViT(
-        ViTConfig(
-            eva["image_size"], eva["patch_size"], eva["width"], eva["depth"], eva["heads"], mlp_width,
-            post_norm=False, qkv_bias="qv", norm_eps=eva["eps"],
-        )
-    )  # fmt: skip
+    sizes = eva["image_size"], eva["patch_size"], eva["width"], eva["depth"], eva["heads"], mlp_width
+    vision = ViT(ViTConfig(*sizes, post_norm=False, qkv_bias="qv", norm_eps=eva["eps"]))
     resampler = Resampler(
         eva["width"], llm.width, bridge["num_latents"], bridge["depth"], bridge["heads"], bridge["head_width"],
         ffn_width=bridge.get("ffn_width", 4 * llm.width), max_frames=config["num_frames"],
     )  # fmt: skip
     adapter = LayerOptions(adapter_width=config.get("adapter_width", llm.width // 2))
-    chosen = adapter_layers(config)
-    layers = tuple(adapter if i in chosen else LayerOptions() for i in range(len(llm.layers)))
+    every = config["adapter_freq"]  # after layers 0, 2, 4 ...
+    layers = tuple(adapter if i % every == 0 else LayerOptions() for i in range(len(llm.layers)))
     return VLM(vision, resampler, Decoder(dataclasses.replace(llm, layers=layers)))
 
 
@@ -130,7 +115,8 @@ def LAYOUT(config):
     )
 
 
-DATASETS = json.loads((Path(__file__).parent / "lynx_mixture.json").read_text())["datasets"]
+DATASETS = json.loads(Path(__file__).with_name("lynx_mixture.json").read_text())["datasets"]
+POOLS = json.loads(Path(__file__).with_name("lynx_prompts.json").read_text())  # the first of each as Table 13 has it
 
 
 def mixture(column, *without):
@@ -170,11 +156,6 @@ STAGES = (
 )  # fmt: skip
 
 
-def stages(size, smoke):
-    """Table 8: three stages; `size` "tiny" and `smoke` shrink them, see recipe.at_size."""
-    return at_size(STAGES, size, smoke, {224: 28, 420: 56})
-
-
 def table_9(tokens, beams, top_p, top_k, length_penalty, ngram, do_sample):
     """One row of Table 9; at least one token before the end, and lengths counted as its transformers 4.28 does."""
     return Decoding(
@@ -193,21 +174,38 @@ DECODINGS = {
     "released": table_9(64, 5, 0.9, 3, -2.0, 2, True),  # the repository's own default, which no table of the paper uses
 }  # fmt: skip
 
+# How Lynx asks: at least three prompts for each task, one of which is drawn for every record (Sec. 2.3). GPT-4 continued
+# them on "Here are some instructions that define a visual-language task. Continue to write 15 instructions with the same
+# meaning: 1) PROMPT1; 2) PROMPT2; 3) PROMPT3;". Published is one prompt of each data set: it comes first in each pool. The
+# others are ours; `python -m nanovlm.vlit` asks a language model for more.
+AS_THEY_ARE = ("[QUESTION]", "[INSTRUCTION]", "[DIALOG]")  # the data set's own words
+SLOT = re.compile(r"\[[A-Z]+\](?: Options: \[OPTIONS\])?")  # a file writes a question and its options as one text
+
+
+def ask(data):
+    """A data set's prompts in the form that data/datasets.py takes: tuple of str; a question alone gets its mark."""
+    pool = next(pool for pool in POOLS if pool[0] == data["prompt"])
+    if data["kind"].startswith("video"):
+        pool = [prompt.replace("the image", "the video") for prompt in pool]
+    return tuple(SLOT.sub(lambda place: "{question?}" if place[0] == "[QUESTION]" else "{question}", prompt) for prompt in pool)
+
+
+PROMPTS = {data["name"]: ask(data) for data in DATASETS if data["prompt"] not in AS_THEY_ARE}
+
 CONTENTS = (
     "the released files probably hold bridge.*, the adapters and absolute_frame_pos_embed alone; EVA's tower and Vicuna-7B "
     "v1.1 come from their own files"
 )
-TABLE_8_TIME = "Table 8"
 EXPECTED = {
-    "align": Expected(40, num_gpus=32, hours=72, source=TABLE_8_TIME),
-    "resolution": Expected(40, num_gpus=32, hours=8, source=TABLE_8_TIME),
-    "instruct": Expected(100, num_gpus=24, hours=16, source=TABLE_8_TIME),
+    "align": Expected(40, num_gpus=32, hours=72, source="Table 8"),
+    "resolution": Expected(40, num_gpus=32, hours=8, source="Table 8"),
+    "instruct": Expected(100, num_gpus=24, hours=16, source="Table 8"),
 }
 WEIGHTS = (
     "vision          EVA01_g_psz14.pt, huggingface.co/QuanSun/EVA-CLIP",
     "language model  Vicuna-7B v1.1, huggingface.co/lmsys/vicuna-7b-v1.1",
 )
 RECIPE = published_recipe(
-    "lynx", Published("lynx", build, LAYOUT, CONFIGS, CONTENTS), stages, LYNX, DECODINGS, expected=EXPECTED, weights=WEIGHTS,
-    prompts=lynx_prompts(DATASETS),
-)
+    Published("lynx", build, LAYOUT, CONFIGS, CONTENTS), stages=shrinking(STAGES, {224: 28, 420: 56}), template=LYNX,
+    decodings=DECODINGS, expected=EXPECTED, weights=WEIGHTS, prompts=PROMPTS,
+)  # fmt: skip

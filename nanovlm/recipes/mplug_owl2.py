@@ -22,7 +22,9 @@ from nanovlm.abstractor import Abstractor
 from nanovlm.data.templates import MPLUG_OWL2
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.published.language import LLAMA, activation, llama_config, section
-from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
+from nanovlm.published.load import Published
+from nanovlm.recipes.papers import CLIP_LARGE, complete, LLAMA_7B, published_recipe, shrinking, tiny_language, tiny_vision
+from nanovlm.recipes.recipe import Expected
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
@@ -31,31 +33,20 @@ from nanovlm.published.weights import Computed, Fused, Reshaped, prefixed
 
 CONFIGS = {
     "full": {
-        "vision": {
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "image_size": 448, "patch_size": 14, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-6,
-        },
+        "vision": CLIP_LARGE | {"image_size": 448, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-6},
         "abstractor": {
             "num_learnable_queries": 64, "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16,
             "intermediate_size": 2816, "layer_norm_eps": 1e-6,
         },
-        "llm": {
-            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-        },
+        "llm": LLAMA_7B,
     },
     "tiny": {
-        "vision": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
-        },
+        "vision": tiny_vision(56),
         "abstractor": {
             "num_learnable_queries": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
             "intermediate_size": 64,
         },
-        "llm": {
-            "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "max_position_embeddings": 256,
-        },
+        "llm": tiny_language(),
     },
 }  # fmt: skip
 
@@ -90,19 +81,17 @@ def build(config):
             raise ValueError(
                 f"config: abstractor.{key} is {queries[key]}, but the tower gives {side} x {side} patches of width {width}"
             )
-    vision = ViT(
-        ViTConfig(
-            clip["image_size"], clip["patch_size"], width, clip["num_hidden_layers"], clip["num_attention_heads"],
-            clip["intermediate_size"], pre_norm=True, patch_bias=False,
-            activation=activation(clip, "hidden_act", "quick_gelu"), norm_eps=clip["layer_norm_eps"],
-        )
+    vision = ViTConfig(
+        clip["image_size"], clip["patch_size"], width, clip["num_hidden_layers"], clip["num_attention_heads"],
+        clip["intermediate_size"], pre_norm=True, patch_bias=False,
+        activation=activation(clip, "hidden_act", "quick_gelu"), norm_eps=clip["layer_norm_eps"],
     )  # fmt: skip
     abstractor = Abstractor(
         width, llm.width, queries["num_learnable_queries"], queries["num_hidden_layers"],
         queries["num_attention_heads"], queries["intermediate_size"], ffn_norm_eps=queries["layer_norm_eps"],
     )  # fmt: skip
     layers = (LayerOptions(modality_adaptive=True),) * len(llm.layers)
-    return VLM(vision, abstractor, Decoder(dataclasses.replace(llm, layers=layers)))
+    return VLM(ViT(vision), abstractor, Decoder(dataclasses.replace(llm, layers=layers)))
 
 
 def vision_layout(num_heads):
@@ -181,11 +170,6 @@ STAGES = (
 )  # fmt: skip
 
 
-def stages(size, smoke):
-    """The two stages; `size` "tiny" and `smoke` shrink them, see recipe.at_size."""
-    return at_size(STAGES, size, smoke, {224: 28, 448: 56})
-
-
 DECODINGS = {
     "default": Decoding(max_new_tokens=512, do_sample=True, temperature=0.2),  # the released command line
     "sample": Decoding(max_new_tokens=512, do_sample=True, temperature=0.7),  # its README
@@ -200,6 +184,6 @@ WEIGHTS = (
     "language model  LLaMA-2-7B, huggingface.co/meta-llama/Llama-2-7b-hf",
 )
 RECIPE = published_recipe(
-    "mplug_owl2", Published("mplug_owl2", build, LAYOUT, CONFIGS, CONTENTS), stages, MPLUG_OWL2, DECODINGS,
-    expected=EXPECTED, weights=WEIGHTS,
-)
+    Published("mplug_owl2", build, LAYOUT, CONFIGS, CONTENTS), stages=shrinking(STAGES, {224: 28, 448: 56}),
+    template=MPLUG_OWL2, decodings=DECODINGS, expected=EXPECTED, weights=WEIGHTS,
+)  # fmt: skip

@@ -34,6 +34,8 @@ QUESTIONS = {  # hard ones more often: a count or a relation needs several thing
 }  # fmt: skip
 ATTRIBUTES = {"color": 1.0, "shape": 1.0, "size": 0.7, "place": 1.0}  # one thing looked up, one answer: what is learned first
 CAPTIONS = {"caption": 1.0, "short_caption": 1.0}
+FEW = dict(min_objects=2, max_objects=3)
+BOTH = dict(kind="both", weights=ATTRIBUTES | CAPTIONS, **FEW)
 
 
 def projector(width):
@@ -72,19 +74,11 @@ def sources():
         "easy_vqa_texts": lambda seed: EasyVQA(kind="texts", seed=seed, questions_per_picture=4),
         "texts_single": lambda seed: SceneTexts(seed=seed + 1, max_objects=1, weights=TEXTS, questions_per_text=4),
         "texts": lambda seed: SceneTexts(seed=seed, max_objects=3, weights=TEXTS, questions_per_text=6),
-        "scenes_small": lambda seed: Scenes(
-            kind="both", seed=seed + 2, min_objects=2, max_objects=3, questions_per_picture=4, weights=ATTRIBUTES | CAPTIONS,
-            canvas=48,
-        ),
-        "scenes_both": lambda seed: Scenes(
-            kind="both", seed=seed + 3, min_objects=2, max_objects=3, questions_per_picture=5, weights=ATTRIBUTES | CAPTIONS
-        ),
+        "scenes_small": lambda seed: Scenes(seed=seed + 2, questions_per_picture=4, canvas=48, **BOTH),
+        "scenes_both": lambda seed: Scenes(seed=seed + 3, questions_per_picture=5, **BOTH),
         "scenes": lambda seed: Course(  # all at once, and looking up one thing among several is learned far later
             [
-                Scenes(
-                    seed=seed + 4, min_objects=2, max_objects=3, questions_per_picture=6, string_share=0.4,
-                    weights=ATTRIBUTES | {"reading": 3.0},
-                ),
+                Scenes(seed=seed + 4, questions_per_picture=6, string_share=0.4, weights=ATTRIBUTES | {"reading": 3.0}, **FEW),
                 Scenes(seed=seed + 5, max_objects=4, questions_per_picture=6, string_share=0.4, weights=QUESTIONS),
             ],
             [6000],

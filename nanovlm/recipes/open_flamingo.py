@@ -22,7 +22,10 @@ from nanovlm.data.templates import OPEN_FLAMINGO
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.published.language import OPT, expect, opt_config, size
 from nanovlm.recipes.lynx import RESAMPLER
-from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe, with_vocabulary
+from nanovlm.published.language import with_vocabulary
+from nanovlm.published.load import Published
+from nanovlm.recipes.papers import CLIP_LARGE, complete, published_recipe, shrinking, tiny_language, tiny_vision
+from nanovlm.recipes.recipe import Expected
 from nanovlm.resampler import Resampler
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
@@ -31,13 +34,9 @@ from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 from nanovlm.published.weights import Alias, Fused, as_entry, prefixed
 
-CLIP_L = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
-    "image_size": 224,
-}  # fmt: skip
 CONFIGS = {
     "full": {
-        "vision": CLIP_L,
+        "vision": CLIP_LARGE | {"image_size": 224},
         "vision_width": 1024,
         "resampler": {"depth": 6, "num_latents": 64},
         "cross_attn_every_n_layers": 1,
@@ -48,18 +47,12 @@ CONFIGS = {
         },
     },
     "tiny": {
-        "vision": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14,
-            "image_size": 28,
-        },
+        "vision": tiny_vision(28, patch_size=14),
         "vision_width": 32,
         "resampler": {"depth": 2, "num_latents": 4},
         "cross_attn_every_n_layers": 2,
         "media_token_id": 511,
-        "llm": {
-            "vocab_size": 512, "hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "max_position_embeddings": 256,
-        },
+        "llm": tiny_language(48, layers=4, heads=4, ffn_dim=96),
     },
 }  # fmt: skip
 
@@ -139,11 +132,6 @@ STAGES = (
 )  # fmt: skip
 
 
-def stages(size, smoke):
-    """The review's tuning; "tiny" and `smoke` shrink it, see recipe.at_size."""
-    return at_size(STAGES, size, smoke, {224: 28})
-
-
 DECODINGS = {  # what ends a reply is the template's; "caption" and "vqa" are those of OpenFlamingo's evaluation script
     "default": Decoding(max_new_tokens=64),
     "caption": Decoding(max_new_tokens=20, num_beams=3, length_penalty=0.0),
@@ -155,10 +143,8 @@ WEIGHTS = (
     "vision          CLIP ViT-L/14, 224 pixels, huggingface.co/openai/clip-vit-large-patch14",
     "language model  OPT-1.3B, huggingface.co/facebook/opt-1.3b",
 )
-RECIPE = dataclasses.replace(
-    published_recipe(
-        "open_flamingo", Published("open_flamingo", build, LAYOUT, CONFIGS, CONTENTS), stages, OPEN_FLAMINGO, DECODINGS,
-        expected={"instruct": Expected(150)}, weights=WEIGHTS,
-    ),
-    build=build_for_tokenizer,
-)
+RECIPE = published_recipe(
+    Published("open_flamingo", build, LAYOUT, CONFIGS, CONTENTS), build=build_for_tokenizer,
+    stages=shrinking(STAGES, {224: 28}), template=OPEN_FLAMINGO, decodings=DECODINGS, expected={"instruct": Expected(150)},
+    weights=WEIGHTS,
+)  # fmt: skip

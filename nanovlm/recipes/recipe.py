@@ -4,9 +4,9 @@ A recipe of a published model brings no data and no tokenizer of its own: the st
 `--datasets FILE.json` lists, and `--init FOLDER` holds tokenizer and weights. Such a run reports its losses.
 """
 
-import dataclasses
-import hashlib
+import functools
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,12 +15,7 @@ from typing import Any
 
 from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.data.templates import Template
-from nanovlm.published.language import with_vocabulary
-from nanovlm.published.load import Published
-
-
-SMOKE_STEPS, TINY_STEPS = 4, 100  # optimizer steps of a stage in a smoke run, and at the tiny size
-TINY_BATCH = 4  # examples
+from nanovlm.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class Expected:
     text_tokens: int                    # of an example on average, beside its image tokens; our estimate
     num_frames: int = 1                 # pictures of an example; 0 = text
     num_gpus: int = 8
-    gpu: str = "A100"                   # a key of gpus.PEAKS
+    gpu: str = "A100"                   # a key of cost.PEAKS
     hours: float | None = None          # as published; None = not stated
     source: str = ""                    # of hours and GPUs; "" = neither is stated, 8 A100 are ours
 
@@ -42,20 +37,22 @@ class Recipe:
     name: str
     sizes: tuple[str, ...]              # what --size may name; the first is the default
     build: Callable                     # (size, vocab_size) -> vlm.VLM
-    contrastive: Callable | None        # (size, model) -> contrastive.ContrastiveModel around model.vision
     stages: Callable                    # (size, smoke) -> tuple of Stage
-    sources: dict[str, Callable]        # name in the stages' mixtures -> (seed) -> source
-    tokenizer: Callable                 # () -> data.tokenizer.Tokenizer
     template: Template
-    decodings: dict[str, Any]           # preset name -> sampler.Decoding
-    evaluate: Callable                  # (run, stage) -> {measure: share}, quick, before and after every stage
-    exam: Callable                      # (run) -> list of lines, the answers to a few held-out questions
-    finish: Callable                    # (run) -> {key: value}, the full evaluation; becomes results.json
-    report: Callable                    # (run, results) -> list of lines printed last
+    tokenizer: Callable                 # () -> data.tokenizer.Tokenizer of a run from nothing
+    load_tokenizer: Callable = lambda folder: Tokenizer(Path(folder) / "tokenizer.json")  # (folder of a model) -> Tokenizer
+    contrastive: Callable | None = None  # (size, model) -> contrastive.ContrastiveModel around model.vision
+    sources: dict[str, Callable] = field(default_factory=dict)  # name in the stages' mixtures -> (seed) -> source
+    decodings: dict[str, Any] = field(default_factory=dict)  # preset name -> sampler.Decoding
+    evaluate: Callable = lambda run, stage: {}  # -> {measure: share}, quick, before and after every stage
+    exam: Callable = lambda run: []     # -> list of lines, the answers to a few held-out questions
+    finish: Callable = lambda run: {}   # -> {key: value}, the full evaluation; becomes results.json
+    report: Callable = lambda run, results: [  # -> list of lines printed last
+        f"the losses are in {run.out / 'log.jsonl'}, their curves in curves.png"]
     remark: str = ""                    # said beside an answer about a picture unlike the training's; "" = nothing
     save_every: int = 100               # optimizer steps between checkpoints
     exam_every: int = 50                # optimizer steps between exams
-    published: Published | None = None  # of a model whose weights others have published
+    published: Any = None               # published.load.Published of a model whose weights others have published
     stage_templates: dict[str, Template] = field(default_factory=dict)  # stage -> its own template instead
     preprocessing: Preprocessing = CLIP  # its mean and deviation; size and fit are the stage's
     prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # data set -> ways to ask, see data/datasets.py
@@ -63,10 +60,20 @@ class Recipe:
     expected: dict[str, Expected] = field(default_factory=dict)  # stage -> what it costs
     weights: tuple[str, ...] = ()       # files to start from, which --init FOLDER unites
 
+    def expects(self, stage):
+        """What is known or assumed of a Stage's examples: Expected."""
+        return self.expected.get(stage.name, Expected(min(64, stage.max_tokens // 2), num_gpus=1))
 
-def digest(path):
-    """The SHA-256 of a file: str."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    def home(self, dataset):
+        """Examples and page of a data set of some paper: str, for a list of what to fetch."""
+        known = papers_datasets().get(dataset, {})
+        return f"{known.get('examples', '?'):>7}  {known.get('page', 'its paper names no source')}"
+
+
+@functools.cache
+def papers_datasets():
+    """The papers' data sets: {name: {"page": where it lived, "examples": as its paper counts them}}, for people to read."""
+    return json.loads(Path(__file__).with_name("datasets.json").read_text())
 
 
 def from_file(path):
@@ -88,83 +95,3 @@ def from_file(path):
     if not isinstance(vars(module).get("RECIPE"), Recipe):
         raise ValueError(f"{path} defines no RECIPE; write RECIPE = Recipe(...), see nanovlm/recipes/nano.py")
     return module.RECIPE
-
-
-def complete(config, defaults):
-    """A config with what it leaves out: dict; nested parts are completed one by one, other keys are kept."""
-    filled = dict(config)
-    for key, default in defaults.items():
-        given = config.get(key)
-        if isinstance(default, dict):
-            if given is not None and not isinstance(given, dict):
-                raise ValueError(f"config: {key} is {given!r}, expected an object with {', '.join(default)}")
-            filled[key] = complete(given or {}, default)
-        elif given is None:
-            filled[key] = default
-    return filled
-
-
-def at_size(stages, size, smoke, tiny_images):
-    """The paper's stages as they stand, or shrunk to what a laptop rehearses.
-
-    Args:
-      stages: tuple of Stage. size: str; "tiny" shrinks pictures, rows and steps.
-      smoke: bool, a few steps of a few examples.
-      tiny_images: {pixels in the paper: pixels at the tiny size}.
-    Returns: tuple of Stage; parts, rates and mixtures are never touched.
-    """
-    if size == "tiny":
-        stages = [
-            dataclasses.replace(
-                stage, image_size=tiny_images[stage.image_size], steps=TINY_STEPS, batch_size=TINY_BATCH,
-                warmup_steps=TINY_STEPS // 20, max_tokens=min(stage.max_tokens, 256), precision="float32",
-                micro_batch_size=None,
-            )
-            for stage in stages
-        ]  # fmt: skip
-    if smoke:
-        stages = [
-            dataclasses.replace(
-                stage, steps=SMOKE_STEPS, warmup_steps=1, batch_size=min(stage.batch_size, TINY_BATCH), micro_batch_size=None,
-            )
-            for stage in stages
-        ]  # fmt: skip
-    return tuple(stages)
-
-
-def published_recipe(name, published, stages, template, decodings, stage_templates=None, remark="", preprocessing=CLIP,
-                     expected=None, weights=(), prompts=None):
-    """The recipe of a published model; its runs are judged by their losses alone.
-
-    Args:
-      name: str. published: Published. stages: (size, smoke) -> tuple of Stage, over the paper's datasets.
-      template, decodings, remark, preprocessing: as in Recipe. stage_templates: {stage: Template} where one has its own.
-      expected, weights, prompts: as in Recipe.
-    Returns: Recipe.
-    """
-
-    def no_tokenizer():
-        raise ValueError(f"recipe {name!r} has no tokenizer of its own: give --init FOLDER with the model's tokenizer.json")
-
-    return Recipe(
-        name=name,
-        sizes=tuple(published.configs),
-        build=lambda size, vocab_size: published.build(with_vocabulary(published.configs[size], vocab_size)),
-        contrastive=None,
-        stages=stages,
-        sources={},
-        tokenizer=no_tokenizer,
-        template=template,
-        decodings=decodings,
-        evaluate=lambda run, stage: {},
-        exam=lambda run: [],
-        finish=lambda run: {},
-        report=lambda run, results: [f"the losses are in {run.out / 'log.jsonl'}, their curves in curves.png"],
-        remark=remark,
-        published=published,
-        stage_templates=stage_templates or {},
-        preprocessing=preprocessing,
-        expected=expected or {},
-        weights=weights,
-        prompts=prompts or {},
-    )

@@ -28,7 +28,9 @@ from nanovlm.data.templates import CHATML, PLAIN
 from nanovlm.decoder import Decoder
 from nanovlm.published.language import LLAMA, llama_config, section, size, text_section
 from nanovlm.projector import PixelShuffleProjector
-from nanovlm.recipes.recipe import Expected, Published, at_size, complete, published_recipe
+from nanovlm.published.load import Published
+from nanovlm.recipes.papers import complete, published_recipe, shrinking, tiny_language, tiny_vision
+from nanovlm.recipes.recipe import Expected
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
 from nanovlm.published.vision import SIGLIP, siglip_config
@@ -52,13 +54,8 @@ CONFIGS = {
     "full": FULL,
     "full_224": FULL | {"vision_config": FULL["vision_config"] | {"image_size": 224}, "merge": 2},
     "tiny": {
-        "vision_config": {
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64,
-        },
-        "text_config": {
-            "vocab_size": 512, "hidden_size": 36, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
-            "num_key_value_heads": 1, "max_position_embeddings": 256,
-        },
+        "vision_config": tiny_vision(64),
+        "text_config": tiny_language(36, heads=3, intermediate_size=96, num_key_value_heads=1),
         "merge": 2,
     },
 }  # fmt: skip
@@ -108,11 +105,9 @@ STAGES = (
 
 
 def stages(size, smoke):
-    """The two stages; "full_224" shows smaller pictures, "tiny" and `smoke` shrink them, see recipe.at_size."""
-    chosen = STAGES
-    if size == "full_224":
-        chosen = tuple(dataclasses.replace(stage, image_size=224) for stage in STAGES)
-    return at_size(chosen, size, smoke, {512: 64})
+    """The two stages; "full_224" shows smaller pictures."""
+    pixels = 224 if size == "full_224" else 512
+    return shrinking([dataclasses.replace(stage, image_size=pixels) for stage in STAGES], {512: 64})(size, smoke)
 
 
 DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
@@ -121,8 +116,8 @@ DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
 }
 
 RECIPE = published_recipe(
-    "small", Published("small", build, LAYOUT, CONFIGS, "nobody has published it: it starts from the files of its two halves"),
-    stages, CHATML, DECODINGS, stage_templates={"align": PLAIN},
+    Published("small", build, LAYOUT, CONFIGS, "nobody has published it: it starts from the files of its two halves"),
+    stages=stages, template=CHATML, decodings=DECODINGS, stage_templates={"align": PLAIN},
     preprocessing=images.SIGLIP,  # pixels between -1 and 1
     expected={"align": Expected(20, num_gpus=1), "instruct": Expected(300, num_gpus=1)},
     weights=("vision          SigLIP-B/16, 512 pixels, huggingface.co/google/siglip-base-patch16-512",

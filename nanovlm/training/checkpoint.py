@@ -259,13 +259,15 @@ def read(folder, targets=None, processes=Processes()):
         raise damaged(folder, error) from error
 
 
-def load_file_into(targets, path):
-    """`copy_into` from a safetensors file. Raises: FileNotFoundError; CheckpointError if it does not fit."""
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy or train it again") from error
-    copy_into(targets, tensors, str(path))
+def load_file_into(targets, *paths):
+    """`copy_into` from safetensors files. Raises: FileNotFoundError; CheckpointError if they do not fit."""
+    tensors = {}
+    for path in paths:
+        try:
+            tensors |= safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); copy or train it again") from error
+    copy_into(targets, tensors, str(paths[0]))
 
 
 @torch.no_grad()

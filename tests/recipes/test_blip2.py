@@ -204,7 +204,7 @@ def test_what_cannot_be_built_is_said(part, key, value, words):
 
 
 def test_stages_are_those_of_table_7():
-    align, instruct = blip2.stages("full", False)
+    align, instruct = blip2.RECIPE.stages("full", False)
     assert set(align.learning_rates) == {"bridge"} and align.image_size == 224
     assert instruct.learning_rates == {"vision": 1e-5, "bridge": 1e-5}  # freeze_vit is False
     assert (instruct.warmup_steps, instruct.weight_decay, instruct.schedule, instruct.image_size) == (1000, 0.05, "cosine", 364)

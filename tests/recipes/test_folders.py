@@ -16,8 +16,8 @@ import train
 from nanovlm import recipes
 from nanovlm.generation.chat import Chat
 from nanovlm.decoder import DecoderConfig
-from nanovlm.recipes import nano, __main__ as recipes_command
-from nanovlm.published.load import architecture, rebuild
+from nanovlm.architecture import architecture, rebuild
+from nanovlm.recipes import nano, nano_resampler, __main__ as recipes_command
 from nanovlm.training.checkpoint import consolidate
 from nanovlm.vlit.matching import load_encoder
 
@@ -89,7 +89,7 @@ def test_a_folder_opens_whatever_becomes_of_its_recipe(tmp_path, monkeypatch, ca
     changed = dataclasses.replace(nano.RECIPE, evaluate=lambda run, stage: {}, exam=lambda run: [], finish=lambda run: {},
                                   report=lambda run, results: [],
                                   stages=lambda *told: tuple(dataclasses.replace(one, summary="") for one in nano.stages(*told)))
-    monkeypatch.setitem(recipes.RECIPES, "nano", changed)
+    monkeypatch.setattr(nano, "RECIPE", changed)
     assert train.main([*flags, "--max-minutes", "0"]) == 0
     assert consolidate(out)
     question = ("how many objects are there?", RED)
@@ -97,8 +97,8 @@ def test_a_folder_opens_whatever_becomes_of_its_recipe(tmp_path, monkeypatch, ca
     monkeypatch.setattr(nano, "SIZES", {"full": (128, 2), "tiny": (64, 2)})
     monkeypatch.setattr(nano, "projector", None)
     monkeypatch.setattr(nano, "DecoderConfig", lambda *sizes, **options: DecoderConfig(*sizes, **options | {"rope_base": 5.0}))
-    monkeypatch.setitem(recipes.RECIPES, "nano", dataclasses.replace(
-        changed, build=lambda size, vocab_size: nano.build(size, vocab_size, recipes.nano_resampler.resampler)))
+    monkeypatch.setattr(nano, "RECIPE", dataclasses.replace(
+        changed, build=lambda size, vocab_size: nano.build(size, vocab_size, nano_resampler.resampler)))
     assert ask(out, *question) == before
     assert recipes.load(out).model.decoder.config.rope_base == 100.0
     assert train.main([*flags, "--resume"]) == 0

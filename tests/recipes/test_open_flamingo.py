@@ -136,6 +136,6 @@ def test_mpt_is_refused_with_the_reason():
 
 
 def test_stage_is_that_of_table_8():
-    (stage,) = open_flamingo.stages("full", False)
+    (stage,) = open_flamingo.RECIPE.stages("full", False)
     assert set(stage.learning_rates) == {"bridge", "cross_attention"}  # freeze_lm_embeddings is True
     assert stage.steps * stage.batch_size == 158_000 * 6 and stage.warmup_steps == 1000

@@ -16,7 +16,8 @@ from nanovlm.training.optimizer import groups, lr_factor
 from nanovlm.recipes import RECIPES
 from nanovlm.recipes.lynx import DATASETS
 from nanovlm.published.load import added_tokens
-from nanovlm.recipes.recipe import TINY_BATCH, complete, with_vocabulary
+from nanovlm.published.language import with_vocabulary
+from nanovlm.recipes.papers import TINY_BATCH, complete
 from nanovlm.training.processes import Run
 
 NAMES = ("lynx", "mplug_owl2", "llava_phi")

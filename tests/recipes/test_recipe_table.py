@@ -86,7 +86,7 @@ def test_tokens(counted):
 def test_memory(counted):
     """Frozen: 2 bytes; trained: 16. A text tower beside the model is trained, not loaded."""
     lynx, nano = counted["lynx"], counted["nano"]
-    assert lynx.load_bytes == 2 * 8_413_647_120
+    assert lynx.total == 8_413_647_120
     assert lynx.train_bytes("align") == 2 * (8_413_647_120 - 688_430_224) + 16 * 688_430_224
     trained = nano.trained["tower"]
     frozen = nano.total - trained["vision"]

@@ -8,10 +8,10 @@ from live_bytes import LiveBytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm.training import optimizer
-from nanovlm.training.cost import PEAKS, peak_flops
-from nanovlm.training.cost import FLOAT32, Memory, outside_and_inside, stage_memory
 from nanovlm.recipes import RECIPES
-from nanovlm.training.cost import Cost, example_cost, pair_cost
+from nanovlm.training.cost import (
+    Cost, example_cost, FLOAT32, Memory, outside_and_inside, pair_cost, peak_flops, PEAKS, stage_memory, total_cost,
+)
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
 from nanovlm.training.language_loss import is_chunked, language_loss
 from nanovlm.training.processes import BLOCK, surround
@@ -58,7 +58,7 @@ def test_operations_are_those_of_torchs_counter(name, stage):
     with FlopCounterMode(display=False) as counter:
         language_loss(model, rows, share=False)[0].backward()
     products = sum(number for kind, number in counter.get_flop_counts()["Global"].items() if "attention" not in str(kind))
-    assert sum(costs.values(), Cost()).flops == pytest.approx(products + attention_operations(model, stage), rel=0.01)
+    assert total_cost(costs.values()).flops == pytest.approx(products + attention_operations(model, stage), rel=0.01)
 
 
 def attention_operations(model, stage):

@@ -5,9 +5,8 @@ import argparse
 import pytest
 
 from nanovlm.recipes import RECIPES
-from nanovlm.training.start import HOMES, SIZES, UNKNOWN, home
+from nanovlm.recipes.recipe import Expected, papers_datasets
 from nanovlm.training.cost import UTILISATION, hours, hours_lines, plan
-from nanovlm.recipes.recipe import Expected
 
 UNNAMED = {"AirCrowdFood", "HAR", "Pascal Sentences", "Pexels 110k", "TimeClassification", "VLN Caption", "VLN VQA"}
 
@@ -21,9 +20,10 @@ def test_every_data_set_of_a_paper_has_a_page_and_a_size():
     """Seven of Lynx's data sets are named nowhere but in its table."""
     names = {name for recipe in RECIPES.values() if recipe.published for size in recipe.sizes
              for stage in recipe.stages(size, False) for name in stage.mixture}  # fmt: skip
-    assert {name for name in names if UNKNOWN in home(name)} == UNNAMED
-    assert not set(HOMES) - names, "a page for a data set that no recipe reads"
-    assert home("VQAv2") == " 443.8K  visualqa.org" and "?" in home("COYO") and SIZES["BlipCapFilt"] == "102.8M"
+    home = RECIPES["lynx"].home
+    assert {name for name in names if "no source" in home(name)} == UNNAMED
+    assert not set(papers_datasets()) - names, "a page for a data set that no recipe reads"
+    assert home("VQAv2") == " 443.8K  visualqa.org" and "?" in home("COYO") and "102.8M" in home("BlipCapFilt")
 
 
 def test_every_published_recipe_says_what_its_stages_expect_and_which_weights():

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from nanovlm.recipes import RECIPES
-from nanovlm.recipes.lynx import DATASETS
-from nanovlm.recipes.prompts import AS_THEY_ARE, POOLS
+from nanovlm.recipes.lynx import AS_THEY_ARE, DATASETS, POOLS
 from nanovlm.training.start import find_sources, lost_lines
 from test_trainer import RECIPE, hooked, make, train
 

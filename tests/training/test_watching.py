@@ -24,7 +24,7 @@ from nanovlm.data.records import Changed, Record, Turn
 from nanovlm.training.update import gradient_origin, next_to_train, TrainingError
 from nanovlm.training.diagnostics import FEWEST, Movement, SAMPLE, SPIKE, gradient_norms, movement_table, sample, spike_limit
 from nanovlm.recipes import RECIPES
-from nanovlm.training.cost import Cost, example_cost
+from nanovlm.training.cost import example_cost, total_cost
 from nanovlm.training.stages import Stage
 from nanovlm.training.cost import Meter, measure, without_numbers
 
@@ -326,7 +326,7 @@ def test_the_share_of_the_peak_by_hand():
         model = recipe.build("tiny", 0)
         whole = example_cost(model, stage, 50)
         meter = measure(model, stage, peak=1e9)
-    flops = sum((cost for part, cost in whole.items() if part != "head"), Cost()).flops
+    flops = total_cost(cost for part, cost in whole.items() if part != "head").flops
     tokens = 50 + model.num_image_tokens(stage.image_size)
     assert meter.share(3, 3, 3 * tokens, seconds=2.0) == pytest.approx(3 * flops / 2 / 1e9, rel=1e-6)
     assert Meter(10.0, 2.0, 0.5, 100.0).share(2, 2, 8, 4.0) == (20 + 16 + 16) / 4 / 100
