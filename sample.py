@@ -67,69 +67,69 @@ def as_flag(name):
 def parse(arguments):
     """Flags as a namespace; ends the program with code 2 for an unknown flag or two that contradict."""
     parser = make_parser()
-    wishes, unknown = parser.parse_known_intermixed_args(arguments)  # the question may stand behind flags
+    args, unknown = parser.parse_known_intermixed_args(arguments)  # the question may stand behind flags
     if unknown:
-        flags = [as_flag(name) for name in vars(wishes) if name not in ("folder", "question")]
+        flags = [as_flag(name) for name in vars(args) if name not in ("folder", "question")]
         for name in (word.split("=")[0] for word in unknown if word.startswith("-")):
             parser.error(f"unknown flag {name!r}.{nearest(name, flags)}")
         parser.error(f"unexpected {unknown[0]!r}; put the whole question in quotes")
-    if wishes.greedy:
+    if args.greedy:
         for name in ("num_beams", "temperature", "top_k", "top_p"):
-            if vars(wishes)[name] is not None:
+            if vars(args)[name] is not None:
                 parser.error(f"--greedy and {as_flag(name)} contradict each other")
-    if wishes.frames < 1:
-        parser.error(f"--frames {wishes.frames}: a clip needs at least 1")
-    if wishes.video and wishes.attention is not None:
+    if args.frames < 1:
+        parser.error(f"--frames {args.frames}: a clip needs at least 1")
+    if args.video and args.attention is not None:
         parser.error("--video and --attention contradict each other: only pictures are drawn")
-    shown = wishes.image or wishes.video or wishes.draw is not None
-    if wishes.attention is not None and not (shown and wishes.question):
+    shown = args.image or args.video or args.draw is not None
+    if args.attention is not None and not (shown and args.question):
         parser.error("--attention needs a question and a picture: give --image or --draw")
-    if wishes.describe_first and wishes.question and not shown:
+    if args.describe_first and args.question and not shown:
         parser.error("--describe-first needs a picture: give --image, --video or --draw")
-    return wishes
+    return args
 
 
-def choose_decoding(decodings, wishes):
+def choose_decoding(decodings, args):
     """The preset, changed by the flags: sampler.Decoding."""
-    if wishes.preset not in decodings:
-        raise ValueError(f"unknown preset {wishes.preset!r}.{nearest(wishes.preset, decodings)}")
+    if args.preset not in decodings:
+        raise ValueError(f"unknown preset {args.preset!r}.{nearest(args.preset, decodings)}")
     names = ("num_beams", "temperature", "top_k", "top_p", "max_new_tokens")
-    changes = {name: vars(wishes)[name] for name in names if vars(wishes)[name] is not None}
-    if wishes.greedy:
+    changes = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    if args.greedy:
         changes |= {"do_sample": False, "num_beams": 1}
     elif {"temperature", "top_k", "top_p"} & changes.keys():
         changes["do_sample"] = True
-    return dataclasses.replace(decodings[wishes.preset], **changes)
+    return dataclasses.replace(decodings[args.preset], **changes)
 
 
-def open_chat(loaded, wishes):
+def open_chat(loaded, args):
     """A Chat with the loaded model."""
-    on_gpu = torch.device(wishes.device).type == "cuda"
-    decoding = choose_decoding(loaded.decodings, wishes)
+    on_gpu = torch.device(args.device).type == "cuda"
+    decoding = choose_decoding(loaded.decodings, args)
     fast = None
-    if wishes.fast:
+    if args.fast:
         fast = FastDecoder(loaded.model.decoder, static=on_gpu, compiled=on_gpu, rows=decoding.num_beams)
-    generator = torch.Generator(wishes.device).manual_seed(wishes.seed)
+    generator = torch.Generator(args.device).manual_seed(args.seed)
     return Chat(loaded, decoding, generator, Workspace(fast))
 
 
-def first_pictures(loaded, wishes):
+def first_pictures(loaded, args):
     """Pictures of the command line: PIL images, and tuples of them for clips; a posed scene is saved in the model's folder."""
-    pictures = [images.load(path) for path in wishes.image]
-    pictures += [tuple(video.load(path, wishes.frames)) for path in wishes.video]
-    if wishes.draw is not None:
-        generator = numpy.random.default_rng(wishes.seed)
-        scene = render(parse_scene(wishes.draw, generator, loaded.image_size), generator)
-        path = Path(wishes.folder) / "drawn.png"
+    pictures = [images.load(path) for path in args.image]
+    pictures += [tuple(video.load(path, args.frames)) for path in args.video]
+    if args.draw is not None:
+        generator = numpy.random.default_rng(args.seed)
+        scene = render(parse_scene(args.draw, generator, loaded.image_size), generator)
+        path = Path(args.folder) / "drawn.png"
         scene.save(path)
         print(f"(drawn: {path})")
         pictures.append(scene)
     return pictures
 
 
-def answer(chat, loaded, wishes, question, pictures):
+def answer(chat, loaded, args, question, pictures):
     """Print an answer while it is made."""
-    if wishes.describe_first and pictures:
+    if args.describe_first and pictures:
         describe = loaded.decodings.get("describe", chat.decoding)
         description, pieces = chat.describe_first(question, pictures, describe)
         print(f"(description: {description})")
@@ -147,17 +147,17 @@ def answer(chat, loaded, wishes, question, pictures):
         print(f"({loaded.remark})")
 
 
-def save_attention(chat, loaded, wishes, pictures):
+def save_attention(chat, loaded, args, pictures):
     """Draw where the last answer looked."""
     exchange, tokenizer = chat.last, loaded.tokenizer
     heat = attention_maps.answer_heat(loaded.model, exchange.row, exchange.answer, exchange.visual_inputs)
     words = [tokenizer.decode([token]) for token in exchange.answer]
-    title = f"where each token of the answer to {wishes.question!r} looked (seed {wishes.seed})"
-    attention_maps.draw(wishes.attention, pictures, heat, words, loaded.image_size, loaded.image_fit, title)
-    print(f"(attention: {wishes.attention})")
+    title = f"where each token of the answer to {args.question!r} looked (seed {args.seed})"
+    attention_maps.draw(args.attention, pictures, heat, words, loaded.image_size, loaded.image_fit, title)
+    print(f"(attention: {args.attention})")
 
 
-def converse(chat, loaded, wishes, pictures):
+def converse(chat, loaded, args, pictures):
     """Chat until /exit or the end of the input."""
     print("Ask. /image PATH or /video PATH shows something with the next question, /reset begins anew, /exit ends.")
     while True:
@@ -176,11 +176,11 @@ def converse(chat, loaded, wishes, pictures):
             elif command == "/image":
                 pictures = [*pictures, images.load(rest.strip())]
             elif command == "/video":
-                pictures = [*pictures, tuple(video.load(rest.strip(), wishes.frames))]
+                pictures = [*pictures, tuple(video.load(rest.strip(), args.frames))]
             elif command.startswith("/"):
                 print(f"unknown command {command!r}.{nearest(command, COMMANDS)}")
             elif line:
-                answer(chat, loaded, wishes, line, pictures)
+                answer(chat, loaded, args, line, pictures)
                 pictures = []
         except (ValueError, OSError) as error:
             print(f"({error})")  # the conversation goes on as if nothing had been said
@@ -190,24 +190,24 @@ def converse(chat, loaded, wishes, pictures):
 
 def main(arguments=None):
     """Run the command line; returns the exit code."""
-    wishes = parse(arguments)
+    args = parse(arguments)
     try:
-        check_device(wishes.device)
-        if line := slow_line(wishes.dtype, wishes.device):
+        check_device(args.device)
+        if line := slow_line(args.dtype, args.device):
             print(f"({line})", file=sys.stderr)
-        loaded = recipes.load(wishes.folder, dtype=DTYPES[wishes.dtype], device=wishes.device, recipe=wishes.recipe)
+        loaded = recipes.load(args.folder, dtype=DTYPES[args.dtype], device=args.device, recipe=args.recipe)
         if not isinstance(loaded.model, VLM):
-            raise ValueError(f"{wishes.folder} holds a {type(loaded.model).__name__} alone, and no vision-language model; "
+            raise ValueError(f"{args.folder} holds a {type(loaded.model).__name__} alone, and no vision-language model; "
                              "put one together with `python -m nanovlm.recipes convert --vision PATH --language PATH`")
-        chat = open_chat(loaded, wishes)
-        pictures = first_pictures(loaded, wishes)
-        if wishes.question is None:
-            converse(chat, loaded, wishes, pictures)
+        chat = open_chat(loaded, args)
+        pictures = first_pictures(loaded, args)
+        if args.question is None:
+            converse(chat, loaded, args, pictures)
         else:
-            answer(chat, loaded, wishes, wishes.question, pictures)
-            if wishes.attention is not None:
-                save_attention(chat, loaded, wishes, pictures)
-        if wishes.timing:
+            answer(chat, loaded, args, args.question, pictures)
+            if args.attention is not None:
+                save_attention(chat, loaded, args, pictures)
+        if args.timing:
             print("\n".join(chat.workspace.report()), file=sys.stderr)
         return 0
     except (ValueError, OSError, ImportError) as error:  # a film needs a package that pictures do not

@@ -208,8 +208,8 @@ def test_dtype_and_device_reach_the_loader(run):
 
 def test_the_question_may_stand_anywhere():
     for words in (["folder", "--image", "a", "q"], ["folder", "q", "--image", "a"], ["--image", "a", "folder", "q"]):
-        wishes = sample.parse(words)
-        assert (wishes.folder, wishes.question, wishes.image) == ("folder", "q", ["a"])
+        args = sample.parse(words)
+        assert (args.folder, args.question, args.image) == ("folder", "q", ["a"])
     assert sample.parse(["folder", "--image", "a"]).question is None
 
 
