@@ -84,7 +84,7 @@ def describe(names, config, family, families, recipes):
 
 
 def check_manifest(path, families):
-    """The report on a manifest that fits: list of lines. Raises: ValueError naming what is malformed, or does not fit."""
+    """The report on a manifest that fits: list of lines. Raises: ValueError naming what is wrong."""
     content = read_json(path)
     wrong = [key for key in ("family", "config", "tensors") if key not in content]
     if wrong:

@@ -42,7 +42,7 @@ class PublishedTokenizer(Tokenizer):
         backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in marked])
         backend.encode_special_tokens = True
         self.backend, self.inner = backend, _without_prefix(backend)
-        self.bos, self.eos, pad, unk = (backend.token_to_id(roles.get(role, "")) for role in ("bos", "eos", "pad", "unk"))
+        self.bos, self.eos, pad, unk = (backend.token_to_id(roles.get(role, "")) for role in ROLES)
         self.pad = next(id for id in (pad, unk, self.eos) if id is not None)
         self.add_bos = add_bos
         self.eos_ids = (self.eos,)
@@ -129,8 +129,8 @@ def load_tokenizer(folder, added=()):
         roles = {"bos": "</s>", "eos": "</s>", "pad": "<pad>"} | roles  # OPT, where no file says otherwise
     else:
         found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{folder}: no tokenizer; tokenizer.json, tokenizer.model, or vocab.json with merges.txt "
-                                f"is expected, found {found}")
+        raise FileNotFoundError(f"{folder}: no tokenizer; tokenizer.json, tokenizer.model, or vocab.json with "
+                                f"merges.txt is expected, found {found}")
     _add_tokens(backend, folder, config)
     known, told = {token.content for token in backend.get_added_tokens_decoder().values()}, bool(roles)
     for role, names in USUAL.items():
@@ -141,7 +141,8 @@ def load_tokenizer(folder, added=()):
         raise ValueError(f"{folder}: no token ends a text; tokenizer_config.json should name it as eos_token")
     for role, token in roles.items():
         if backend.token_to_id(token) is None:
-            raise ValueError(f"{folder}: its {role}_token {token!r} is not in the vocabulary; these files belong to two models")
+            raise ValueError(f"{folder}: its {role}_token {token!r} is not in the vocabulary; these files belong to "
+                             "two models")
     special = [token for token in special if backend.token_to_id(token) is not None]
     add_bos = _adds_bos(backend, roles, config, folder)
     if add_bos and backend.post_processor is None:  # for other programs that read the file which `save` writes
@@ -189,8 +190,8 @@ def _add_tokens(backend, folder, config):
             add = backend.add_special_tokens if special else backend.add_tokens
             add([AddedToken(text, normalized=False, special=special)])
         if backend.token_to_id(text) != id:
-            raise ValueError(f"{folder}: the token {text!r} should have id {id} but gets {backend.token_to_id(text)}; these "
-                             "files belong to two models")
+            raise ValueError(f"{folder}: the token {text!r} should have id {id} but gets {backend.token_to_id(text)}; "
+                             "these files belong to two models")
 
 
 def _adds_bos(backend, roles, config, folder):
@@ -248,8 +249,8 @@ def from_sentencepiece(path):
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise ImportError(f"{path} is read by the package sentencepiece, which is not installed; install it, or put the "
-                          "tokenizer.json of the same model beside it") from error
+        raise ImportError(f"{path} is read by the package sentencepiece, which is not installed; install it, or put "
+                          "the tokenizer.json of the same model beside it") from error
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # the library raises nothing narrower

@@ -97,7 +97,8 @@ OPEN_CLIP = (  # CLIP's tower as open_clip and OpenAI spell it
     ("conv1.weight", "patch_embedding.weight"),
     ("ln_pre.{p}", "pre_norm.{p}"),
     ("transformer.resblocks.{i}.ln_{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
-    *(Fused(f"transformer.resblocks.{{i}}.attn.in_proj_{p}", tuple(f"{part}.{p}" for part in QKV)) for p in ("weight", "bias")),
+    *(Fused(f"transformer.resblocks.{{i}}.attn.in_proj_{p}", tuple(f"{part}.{p}" for part in QKV))
+      for p in ("weight", "bias")),
     ("transformer.resblocks.{i}.attn.out_proj.{p}", "blocks.{i}.attention.o.{p}"),
     ("transformer.resblocks.{i}.mlp.c_fc.{p}", "blocks.{i}.fc_1.{p}"),
     ("transformer.resblocks.{i}.mlp.c_proj.{p}", "blocks.{i}.fc_2.{p}"),
@@ -163,8 +164,8 @@ VIT_B_16 = {"image_size": 224, "patch_size": 16, "width": 768, "num_layers": 12,
 
 def tower_config(config, named, eps, defaults=VIT_B_16, **options):
     """A ViTConfig; named: the default activation, eps: of the norms, defaults: the sizes of the family's class."""
-    act = activation(config, "hidden_act", named)
-    return ViTConfig(**sizes(config, **defaults), norm_eps=number(config, "layer_norm_eps", eps), activation=act, **options)
+    return ViTConfig(**sizes(config, **defaults), norm_eps=number(config, "layer_norm_eps", eps),
+                     activation=activation(config, "hidden_act", named), **options)
 
 
 def clip_config(config):
@@ -188,7 +189,8 @@ def eva_config(config):
     """EVA-g as BLIP-2 uses it: biases on queries and values alone. Arguments and errors as `clip_config`."""
     config = part_of_pair(config, "vision")
     expect(config, "qkv_bias", True, "a tower without biases on queries and values")
-    defaults = {"image_size": 224, "patch_size": 14, "width": 1408, "num_layers": 39, "num_heads": 16, "mlp_width": 6144}
+    defaults = {"image_size": 224, "patch_size": 14, "width": 1408, "num_layers": 39, "num_heads": 16,
+                "mlp_width": 6144}
     return tower_config(config, "gelu", 1e-6, defaults, qkv_bias="qv")
 
 

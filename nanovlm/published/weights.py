@@ -319,8 +319,8 @@ def likely_cause(found):
     if found.misshaped and not found.unexpected:
         if all("pos" in name for name in found.misshaped):
             return "a position table of another resolution; ask for its resizing with image_size"
-        words = [has[1:] == wants[1:] for name, (has, wants) in found.misshaped.items() if re.search("embed|lm_head", name)]
-        if all(words) and len(words) == len(found.misshaped):
+        rows = [has[1:] == wants[1:] for has, wants in found.misshaped.values()]
+        if all(rows) and all(re.search("embed|lm_head", name) for name in found.misshaped):
             return "another vocabulary; correct vocab_size in config.json"
         return "another size of the same family; config.json does not belong to these weights"
     return "config.json does not belong to these weights (a larger model, or one with more parts?), or renamed tensors"
