@@ -17,7 +17,7 @@ from nanovlm.data import __main__ as data_command
 from nanovlm.data.datasets import command_line_sources
 from nanovlm.evaluation import __main__ as evaluation_command
 from nanovlm.recipes.nano_tests import exam_lines, exam_records
-from nanovlm.bench.decode import make_parser as bench_parser
+from nanovlm.bench.__main__ import make_parser as bench_parser
 from nanovlm.recipes import __main__ as recipes_command
 from nanovlm.recipes import find
 from nanovlm.training import start

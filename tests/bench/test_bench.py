@@ -1,9 +1,12 @@
 """The benchmark's own machinery, on a model small enough for a test."""
 
+import json
+
 import pytest
 import torch
 
-from nanovlm.bench import decode
+from nanovlm.bench import decode, gpu
+from nanovlm.bench.__main__ import BAD_INPUT, main
 
 pytest.importorskip("transformers")
 TINY = dict(vocab_size=97, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -35,7 +38,7 @@ def test_both_write_the_same_and_rows_end_at_different_steps():
 
 
 def test_report(capsys):
-    assert decode.main(["decode", "--case", "tiny", "--rounds", "2"]) == 0
+    assert main(["decode", "--case", "tiny", "--rounds", "2"]) == 0
     out = capsys.readouterr().out
     assert "transformers" in out and "tokens equal" in out and "(required 0.0: reached)" in out
     assert "GB/s, " in out and "of the 10.0 GB/s of a plain sum" in out
@@ -55,15 +58,33 @@ def test_other_tokens_are_no_result(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without CUDA")
 def test_no_gpu_here(capsys):
-    assert decode.main(["decode", "--device", "cuda"]) == decode.BAD_INPUT
+    assert main(["decode", "--device", "cuda"]) == BAD_INPUT
     assert "--device cuda, but torch finds no GPU here" in capsys.readouterr().err
 
 
 def test_bad_input(capsys):
-    assert decode.main(["decode", "--case", "8B"]) == decode.BAD_INPUT
+    assert main(["decode", "--case", "8B"]) == BAD_INPUT
     assert "--case 8B is none of 135M, 4M" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        decode.main(["decode", "--rounds", "0"])
+        main(["decode", "--rounds", "0"])
     assert "--rounds 0: at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        decode.main(["decode", "--devic", "cpu"])
+        main(["decode", "--devic", "cpu"])
+
+
+def test_all_that_a_gpu_can_tell_is_rehearsed_without_one(tmp_path, monkeypatch):
+    """A part that fails leaves its error, and the next one runs; the file is there after each."""
+    def broken(args, minutes):
+        assert "equality" in json.loads((tmp_path / "gpu.json").read_text())["parts"]
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(gpu.PARTS, "nano", broken)
+    parts = [word for name in ("equality", "nano", "attention", "lynx", "decoding") for word in ("--part", name)]
+    assert main(["gpu", "--device", "cpu", "--tiny", "--out", str(tmp_path), *parts]) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert "no such kernel" in found["nano"]["error"] and found["decoding"]["result"]["tokens_per_second"] > 0
+    assert {line["contender"] for line in found["attention"]["result"]} == {"nanovlm", "sdpa"}
+    assert found["lynx"]["result"][0]["gb_estimated"] > 0
+    assert main(["gpu", "--device", "cpu", "--tiny", "--out", str(tmp_path), "--minutes", "0"]) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {part["error"] for part in found.values()} == {"no time was left"}

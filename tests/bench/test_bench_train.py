@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanovlm.bench import decode, train
+from nanovlm.bench.__main__ import BAD_INPUT, main
 from nanovlm.recipes import RECIPES
 from nanovlm.training.cost import example_cost
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
@@ -34,7 +35,7 @@ def test_both_sides_learn_the_same_in_every_step(tied, monkeypatch):
 
 
 def test_report(capsys):
-    assert decode.main(["train", "--case", "tiny", "--rounds", "2"]) == 0
+    assert main(["train", "--case", "tiny", "--rounds", "2"]) == 0
     printed = capsys.readouterr().out
     assert "tiny: 3 rows of 10 tokens" in printed and "ratio of medians" in printed and "(required 0.95: " in printed
     assert "3 losses equal" in printed
@@ -55,12 +56,12 @@ def test_another_loss_is_no_result(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without CUDA")
 def test_no_gpu_here(capsys, tmp_path):
-    assert decode.main(["train", "--device", "cuda", "--out", str(tmp_path / "results")]) == decode.BAD_INPUT
+    assert main(["train", "--device", "cuda", "--out", str(tmp_path / "results")]) == BAD_INPUT
     assert "--device cuda, but torch finds no GPU here" in capsys.readouterr().err and not (tmp_path / "results").exists()
 
 
 def test_bad_input(capsys):
-    assert decode.main(["train", "--case", "7B-slice"]) == decode.BAD_INPUT
+    assert main(["train", "--case", "7B-slice"]) == BAD_INPUT
     assert "--case 7B-slice is none of 4M, 135M, tiny on cpu" in capsys.readouterr().err
 
 
@@ -74,8 +75,8 @@ def test_what_a_gpu_would_train():
     attention = 3 * 4 * 4 * 4096 * text * (text + 1) / 2
     assert costs["decoder"].flops + costs["head"].flops == pytest.approx(products + attention, rel=1e-6) and frames == 0
     with torch.device("meta"):
-        model, stage, *_ = train.whole_llava_phi()
-    assert set(stage.learning_rates) == {"vision", "bridge", *train.DECODER_PARTS} and stage.precision == "bfloat16"
+        model, stage, *_ = train.GPU_CASES["llava_phi"][0]()
+    assert set(stage.learning_rates) == {"vision", "bridge", *train.DECODER_PARTS} and stage.precision == "auto"
 
 
 def test_its_batch_trains_the_words_behind_the_picture():

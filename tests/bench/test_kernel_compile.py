@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovlm.bench import compile, decode, kernels
+from nanovlm.bench import compile, kernels
+from nanovlm.bench.__main__ import main
 from nanovlm.bench.kernels import Case
 from nanovlm.bench.compile import Found, Variant, faults, read
 from nanovlm.bench.kernels import lines
@@ -116,11 +117,11 @@ def test_every_loop_is_recorded():
 def test_a_longer_loop_is_a_fault(monkeypatch, capsys):
     variant = Variant("x", None, 90, {}, {}, 8, 2)
     triton = pytest.importorskip("triton")
-    monkeypatch.setattr(compile, "norm_variants", lambda: [variant])
+    monkeypatch.setattr(compile, "attention_variants", lambda: [variant])
     monkeypatch.setattr(compile, "compiled", lambda variant: GOOD[90])
     for length, bad in ((477, 0), (476, 1)):  # 5% more than 477 is 500.85
         monkeypatch.setattr(compile, "recorded", lambda version: {compile.label(variant): length})
-        assert compile.compile_all(["norm"]) == bad
+        assert compile.compile_all(["attention"]) == bad
     assert f"Triton {triton.__version__}" in capsys.readouterr().out
 
 
@@ -128,7 +129,7 @@ def test_interpreted_kernels_are_refused(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="unset it"):
-        compile.compiled(next(compile.norm_variants()))
+        compile.compiled(next(compile.attention_variants()))
 
 
 def test_flops_and_floors_by_hand():
@@ -160,6 +161,6 @@ def test_a_part_of_the_benchmark_can_be_chosen():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it does without a GPU")
 def test_without_a_gpu_the_floors_are_printed(capsys):
-    assert decode.main(["kernels"]) == 0
+    assert main(["kernels"]) == 0
     printed = capsys.readouterr().out
     assert "no GPU here" in printed and len(printed.splitlines()) == len(kernels.CASES) + 4
