@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "nanovlm").rglob("*.py"))
 ORDER = {"": 0, "data": 1, "generation": 2, "training": 3, "published": 4, "recipes": 5, "evaluation": 6, "vlit": 7, "bench": 7}
 UPWARD = {"nanovlm/__init__.py"}  # hands `load` on
 OPTIONAL = ("transformers", "triton", "sentencepiece", "torchvision", "av", "sklearn", "openai", "easy_vqa", "tiktoken")
-LATE = ("matplotlib.figure", "nanovlm", "nanovlm.flash_attention", "nanovlm.routed_projection")  # slow to import, or with triton
+LATE = ("matplotlib.figure", "matplotlib.font_manager", "nanovlm", "nanovlm.flash_attention", "nanovlm.routed_projection")  # slow to import, or with triton
 
 
 def folder(path):
