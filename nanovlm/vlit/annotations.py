@@ -234,8 +234,8 @@ def add_question(found, one, key, where):
 def add_answer(found, one, key, where):
     """The answer agreed on, or the commonest of the annotators'."""
     (id,) = map(str, _ids(one, where, "question_id"))
-    answers = Counter(answer if isinstance(answer, str) else answer["answer"] for answer in one.get("answers", ()))
-    answer = one.get("multiple_choice_answer") or next((answer for answer, _ in answers.most_common(1)), "")
+    answers = [answer if isinstance(answer, str) else answer["answer"] for answer in one.get("answers", ())]
+    answer = one.get("multiple_choice_answer") or convert.commonest(answers)
     if id not in found.questions:
         raise ValueError(f"question_id {id} is a question in none of the files")
     image, question = found.questions.pop(id)

@@ -20,14 +20,13 @@ from tqdm import tqdm
 
 from nanovlm import files
 from nanovlm.vlit import annotations
-from nanovlm.vlit.clustering import tfidf_vectors
+from nanovlm.vlit.clustering import simcse_vectors, tfidf_vectors
 from nanovlm.vlit.correctness import facts_of, keys_of, known
 from nanovlm.vlit.descriptions import sentences
 from nanovlm.vlit.generators import add_generator_flags, open_generator
 from nanovlm.vlit.indicators import Helpers, Settings, count_records, measure
 from nanovlm.vlit.matching import load_encoder
 from nanovlm.vlit.replies import Judge, Replies
-from nanovlm.vlit.simcse import simcse_vectors
 from nanovlm.vlit.words import LEXICON, load_table
 
 EMBEDDINGS = {"tfidf": tfidf_vectors, "simcse": simcse_vectors}

@@ -16,8 +16,10 @@ from tqdm import tqdm
 
 from nanovlm.data import json_files
 from nanovlm.data.images import ImageError, load
+from nanovlm.data.json_files import field
 from nanovlm.data.records import check_order
 from nanovlm.evaluation.items import Encoded
+from nanovlm.vlit.words import load_table
 
 IMAGE = "<image>"
 ROLES = {
@@ -31,35 +33,16 @@ LONGEST_PATH = 255  # characters; a longer name is a picture in base64
 MISSING = "no such image"
 SHOWN = 20  # samples that `lint` names one by one
 
-DESCRIPTION = r"(?:descriptions?|captions?|annotations?)"
-KNOWLEDGE = rf"(?:{DESCRIPTION}|information|text|context|details)"
-PICTURE = r"(?:image|picture|photo|photograph|scene)"
-SOURCE = re.compile(  # requirement 8: "the description", "the given text"; a picture cannot mention anything either
-    rf"""\b(?:
-    (?:according\ to|based\ (?:solely\ |only\ )?on|from|judging\ by)\ (?:the|this|your)
-      \ (?:{PICTURE}(?:'s)?\ |textual\ )?{DESCRIPTION}
-    | the\ (?:{PICTURE}(?:'s)?\ |textual\ )?{DESCRIPTION}\ (?:of\ the\ {PICTURE}\ )?
-      (?:does|do|did|says?|states?|mentions?|indicates?|provides?|describes?|specifies|specify|suggests?)\b
-    | (?:the|this|your)\ (?:given|provided|available|supplied)\ {KNOWLEDGE}
-    | (?:information|text|context|details?|{DESCRIPTION})\ (?:that\ (?:is|are|was|were)\ )?
-      (?:given|provided|supplied|available\ to\ me)\b
-    | (?:mentioned|specified|stated|described|provided|given)\ (?:in|by)\ the\ (?:textual\ )?{DESCRIPTION}
-    | textual\ description
-    | {PICTURE}\ (?:does\ not|doesn't|doesn’t|did\ not)\ mention
-    )""",
-    re.VERBOSE | re.IGNORECASE,
-)
-FORMAT = re.compile(r'"(?:User|AI)"\s*:|```|^\s*[{\[]\s*"', re.IGNORECASE)  # requirement 9's form where words should be
-HEDGE = re.compile(
-    r"\b(?:(?:not|n't|n’t) (?:\w+ )?(?:clear|certain|sure|possible to (?:tell|say|determine))|unclear|uncertain"
-    r"|(?:cannot|can['’]t|could not|couldn't|difficult to|hard to|impossible to) (?:\w+ )?"
-    r"(?:determine|identify|tell|say|confirm)|(?:specific|enough|clear) information)\b",
-    re.IGNORECASE,
-)
-REGION = re.compile(
-    r"\b(?:box(?:ed)?|square|rectangle|circle[ds]?|frame[ds]?|outlined|marked|highlighted|region|area)\b", re.IGNORECASE
-)
-NEGATIVE = re.compile(r"^\W*no\b|\b(?:not|n't|n’t|no|none|neither|never|cannot|without)\b", re.IGNORECASE)
+def pattern(forms):
+    """What finds any of some forms, in capitals or not."""
+    return re.compile("|".join(forms), re.IGNORECASE)
+
+
+_patterns = load_table("patterns.json")
+_names = _patterns["names"]  # that stand within the others
+SOURCE = pattern(form.format(**_names) for form in _patterns["source"])  # requirement 8; a picture mentions nothing either
+FORMAT = pattern(_patterns["format"])  # requirement 9's form where words should be
+HEDGE, REGION, NEGATIVE = (pattern(_patterns[name]) for name in ("hedge", "region", "negative"))
 
 
 class Unreadable(ValueError):
@@ -111,35 +94,27 @@ def make_item(id, image, texts, task, type, granularity, provenance):
             "provenance": provenance}  # fmt: skip
 
 
-def sample(item):
-    """An item of a file as a Sample. Raises: ValueError that says what is wrong with it."""
-    if not isinstance(item, dict):
-        raise ValueError(f"an object with id, image and conversations was expected, found {type(item).__name__}")
-    if missing := [name for name in ("id", "conversations") if name not in item]:
-        raise ValueError(f"{' and '.join(missing)} missing; found {', '.join(map(repr, item)) or 'nothing'}")
-    conversations, image = item["conversations"], item.get("image")
+def sample(item, where="item"):
+    """An item of a file as a Sample. Raises: ValueError that says what is wrong with it, beginning with `where`."""
+    id, said = field(item, "id", object, where), field(item, "conversations", list, where)
+    kinds, image = {"task": str, "granularity": str, "provenance": dict}, item.get("image")
+    task, granularity, origin = (field({name: kind()} | item, name, kind, where) for name, kind in kinds.items())
     images = [] if image is None else image if isinstance(image, list) else [image]
     if not all(isinstance(one, str) and one for one in images):
-        raise ValueError(f"image must be a path or a list of paths, found {image!r}")
-    if not isinstance(conversations, list):
-        raise ValueError(f"conversations must be a list, found {conversations!r}")
-    for name, kind in (("task", str), ("granularity", str), ("provenance", dict)):
-        if not isinstance(item.get(name, kind()), kind):
-            raise ValueError(f"{name} must be a {kind.__name__}, found {item[name]!r}")
-    about = item.get("task", ""), item.get("granularity", ""), item.get("provenance", {}).get("plan", "")
-    return Sample(str(item["id"]), tuple(images), tuple(map(_turn, conversations)), *about)
+        raise ValueError(f"{where}: image must be a path or a list of paths, found {image!r}")
+    turns = tuple(_turn(turn, f"{where}, turn {place}") for place, turn in enumerate(said, start=1))
+    return Sample(str(id), tuple(images), turns, task, granularity, origin.get("plan", ""))
 
 
-def _turn(turn):
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise ValueError(f"a turn with from and value was expected, found {turn!r}")
+def _turn(turn, where):
+    speaker, text = (field(turn, name, str, where) for name in ("from", "value"))
     try:
-        turn["value"].encode()
+        text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
-        raise ValueError(f"not text: {error}") from error
-    if turn.get("from") not in ROLES:
-        raise ValueError(f"unknown speaker {turn.get('from')!r}; known: {', '.join(ROLES)}")
-    return ROLES[turn["from"]], turn["value"]
+        raise ValueError(f"{where}: not text: {error}") from error
+    if speaker not in ROLES:
+        raise ValueError(f"{where}: unknown speaker {speaker!r}; known: {', '.join(ROLES)}")
+    return ROLES[speaker], text
 
 
 def read(path):
@@ -160,7 +135,7 @@ def read(path):
         try:
             if isinstance(value, ValueError):
                 raise value
-            value = sample(value)
+            value = sample(value, element.where)
         except ValueError as error:
             why = str(error).removeprefix(f"{element.where}: ").removeprefix(f"{element.where}, ")
             value = Unreadable(why, text_of(path, element))

@@ -14,10 +14,10 @@ from vlit_data import Says, item, notes, vlit, write_lines
 
 from nanovlm.data import json_files
 from nanovlm.vlit import indicators
+from nanovlm.vlit.clustering import SentenceEncoder, simcse_loss, simcse_vectors, train_encoder, word_ids
 from nanovlm.vlit.indicators import Helpers, Mean, Reservoir, Settings, Survey, chosen, elements, measure, parse_mark, proxy  # fmt: skip
 from nanovlm.vlit.replies import Judge, Replies
 from nanovlm.vlit.samples import Unreadable
-from nanovlm.vlit.simcse import SentenceEncoder, loss, simcse_vectors, train_encoder, word_ids
 from nanovlm.vlit.tagging import OTHER, TASKS, assign, balance, covering, propose, tag
 
 INDICATORS = ["MD", "C", "T", "I", "R", "O/G", "IC", "B"]  # the review's eight, in the order of its Table 4
@@ -255,7 +255,7 @@ def test_simcse_loss_is_equation_2():
     first, second = (torch.nn.functional.normalize(torch.randn(5, 7), dim=1) for _ in range(2))
     terms = [[math.exp((one @ other).item() / 0.05) for other in second] for one in first]
     by_hand = -sum(math.log(row[i] / sum(row)) for i, row in enumerate(terms)) / 5
-    assert loss(first, second).item() == pytest.approx(by_hand, rel=1e-4)
+    assert simcse_loss(first, second).item() == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_simcse_learns_and_ignores_padding():
@@ -266,7 +266,7 @@ def test_simcse_learns_and_ignores_padding():
     assert torch.equal(state, torch.get_rng_state())
     with torch.no_grad():
         alone, among = model(*word_ids(["a dog"])), model(*word_ids(["a dog", "a much longer text than the other one"]))
-        losses = [loss(one.train()(*word_ids(texts)), one(*word_ids(texts))).item() for one in (fresh, model)]
+        losses = [simcse_loss(one.train()(*word_ids(texts)), one(*word_ids(texts))).item() for one in (fresh, model)]
     assert torch.allclose(alone[0], among[0], atol=1e-5) and losses[1] < losses[0] / 2
     assert numpy.allclose(points[0], points[3], atol=1e-5)
     assert numpy.allclose(numpy.linalg.norm(points, axis=1), 1, atol=1e-5)

@@ -48,14 +48,14 @@ def test_all_forms_give_the_same_samples(tmp_path, name):
         ('{"id": 1, "conversations": [{"from": "gpt", "value": "a", "value": "b"}]}', "'value' stands twice"),
         ('{"id": 1, "conversations": [{"from": "human"', "malformed JSON"),
         ('"a text"', "an object with id"),
-        ('{"id": 1, "text": "q"}', "conversations missing"),
-        ('{"conversations": []}', "id missing"),
+        ('{"id": 1, "text": "q"}', "'conversations' is missing"),
+        ('{"conversations": []}', "'id' is missing"),
         ('{"id": 1, "conversations": [{"from": "robot", "value": "a"}]}', "unknown speaker 'robot'"),
-        ('{"id": 1, "conversations": [{"from": "gpt", "value": null}]}', "from and value"),
+        ('{"id": 1, "conversations": [{"from": "gpt", "value": null}]}', "'value' must be a str"),
         ('{"id": 1, "conversations": [{"from": "gpt", "value": "\\ud83d"}]}', "not text"),
         ('{"id": 1, "conversations": "hello"}', "must be a list"),
         ('{"id": 1, "image": [3], "conversations": []}', "image must be"),
-        ('{"id": 1, "task": 3, "conversations": []}', "task must be"),
+        ('{"id": 1, "task": 3, "conversations": []}', "'task' must be a str"),
     ),
 )
 def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path, line, why):
@@ -175,7 +175,7 @@ def test_unreadable_records_are_counted_and_named(folder, capsys):
     assert [one["text"] for one in dropped] == broken
     no_id = write_lines(folder / "no_id.json", [{"conversations": good[0]["conversations"]}])
     vlit("quality", no_id, "--out", folder / "out", code=2)
-    assert "no_id.json, line 1: unreadable: id missing; found 'conversations'" in capsys.readouterr().err
+    assert "no_id.json, line 1: unreadable: field 'id' is missing; found 'conversations'" in capsys.readouterr().err
 
 
 def test_what_convert_makes_can_be_measured(folder):
