@@ -172,16 +172,12 @@ class Work:
         self.args, self.generator, self.draw, self.replies = args, generator, draw, replies
         self.failures, self.counts, self.notes = {}, Counter(), Counter()
 
-    def fail(self, kind, words):
-        """Note a failure, once."""
-        self.failures[kind, words] = None
-
     def ask(self, requests, draw, total=None):
         """Have requests answered; what is refused becomes a failure."""
         counts, refused = ask(requests, self.generator, draw, self.replies, total)
         self.notes.update({f"requests {name}": number for name, number in counts.items()})
         for id, why in refused:
-            self.fail("refused", f"{id}: {why}")
+            self.failures["refused", f"{id}: {why}"] = None
 
     def answers(self, request, draw):
         """The recorded texts of a request: list of str, empty if it was refused."""
@@ -211,7 +207,7 @@ class Work:
                     place.parent.mkdir(parents=True, exist_ok=True)
                     files.replace(place, lambda part, box=region.box: marked(path, box).save(part, format="PNG"))
             except (ValueError, OSError) as error:
-                self.fail("unreadable picture", str(error))
+                self.failures["unreadable picture", str(error)] = None
                 return []
             found.append(View(picture, name, str(place) if path else "", region))
         return found
@@ -281,7 +277,8 @@ class Work:
         try:
             parsed = parse(text)
         except Unparsed as error:
-            return self.fail(f"unparsed: {error.reason}", f"{id}: {text[:200]!r}")
+            self.failures[f"unparsed: {error.reason}", f"{id}: {text[:200]!r}"] = None
+            return None
         self.notes.update(f"parsed although {note}" for note in parsed.notes)
         origin = {
             "generator": self.generator.name, "plan": plan.name, "prompt_sha": request.chat.sha, "seed": self.draw.seed,
@@ -297,7 +294,7 @@ class Work:
         one = sample(item)
         broken = defects(one)
         if unusable := [f"{rule}: {words}" for rule, words in broken if rule in UNUSABLE]:
-            self.fail("unusable", f"{one.id}: {'; '.join(unusable)}")
+            self.failures["unusable", f"{one.id}: {'; '.join(unusable)}"] = None
             return False
         softer = remarks(one) if item["type"] == "SI" else []
         if flags := list(dict.fromkeys(rule for rule, _ in broken + softer)):

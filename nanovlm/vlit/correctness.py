@@ -10,24 +10,15 @@ import re
 from dataclasses import dataclass
 
 from nanovlm.evaluation.protocols import parse_verdict
-from nanovlm.vlit.words import COCO, COLORS, SYNONYMS, named, number, singular, tokens
+from nanovlm.vlit.words import COCO, COLORS, SYNONYMS, load_table, named, number, singular, tokens
 
 ANYTHING = frozenset("object thing item shape figure".split())  # words for whatever is there
 DETERMINERS = frozenset("a an any the some this that these those".split())
 SEEN = re.compile(
     r"(?:\s+(?:in (?:the|this) (?:image|picture|photo|scene)|visible|present|shown|there|here|at all|depicted))*\s*\??$"
 )
-MORE = r"(.+?)(?P<more>\s(?:on|in|at|near|under|behind|next|that|who|which|with|of)\s.*)?\??$"
-EXISTENCE = re.compile(rf"^(?:(?:is|are) there|(?:do|can) you see) {MORE}")
-COUNT = re.compile(r"\bhow many (.+?)(?:\s(?:are|is|can|do|does|have|has|were|was|in|on|at|did|you|appear)\b.*)?\??$")
-COLOR = re.compile(r"\bwhat(?:'s| is| are)? (?:the )?colou?rs?(?: of| is| are| do(?:es)?)? (.+?)(?:\s(?:have|has)\b.*)?"
-                   r"\??$")  # fmt: skip
-SHAPE = re.compile(r"\bwhat (?:shape is|is|kind of (?:thing|object) is) (the \w+ (?:object|shape|thing))\??$")
-WHERE = re.compile(r"^where (?:is|are) (.+?)(?:\slocated|\spositioned)?\??$")
-WHETHER = re.compile(r"^(?:is|are) (the .+?) (?:to the )?(left of|right of|above|below) (the .+?)\??$")
-WHICH = re.compile(r"^what is (?:to the )?(left of|right of|above|below) (the .+?)\??$")
-EITHER = re.compile(r"^(?:is|are) (the .+?) (\w+) or (\w+)\??$")
 CONTRADICTION = re.compile(r"^\W*yes\b.*\b(?:there (?:(?:is|are) not?|isn't|aren't)\b|none of)", re.DOTALL)
+QUESTIONS = {kind: re.compile(form) for kind, form in load_table("patterns.json")["questions"].items()}
 
 
 @dataclass(frozen=True)
@@ -151,7 +142,8 @@ def verify(instruction, response, facts):
     answer = response.lower().strip()
     if CONTRADICTION.search(answer):
         return False
-    verdicts = (rule(found, answer, facts) for pattern, rule in RULES if (found := pattern.search(question)))
+    matches = ((kind, pattern.search(question)) for kind, pattern in QUESTIONS.items())
+    verdicts = (RULES[kind](found, answer, facts) for kind, found in matches if found)
     return next((verdict for verdict in verdicts if verdict is not None), None)
 
 
@@ -242,7 +234,7 @@ def _attributes(found, answer, facts):
     return None if not things or None in things else all(things)
 
 
-RULES = (
-    (EXISTENCE, _existence), (COUNT, _count), (COLOR, _color), (SHAPE, _shape), (WHERE, _where),
-    (WHETHER, _whether), (WHICH, _which), (EITHER, _either), (re.compile(""), _attributes),
-)  # question, rule; the first that can tell decides
+RULES = {  # kind of QUESTIONS -> rule; the first that can tell decides
+    "existence": _existence, "count": _count, "color": _color, "shape": _shape, "where": _where, "whether": _whether,
+    "which": _which, "either": _either, "anything": _attributes,
+}  # fmt: skip

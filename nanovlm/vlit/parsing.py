@@ -10,11 +10,9 @@ import json
 import re
 from dataclasses import dataclass
 
-ROLES = {
-    "user": "user", "human": "user", "question": "user", "q": "user",
-    "ai": "assistant", "ai assistant": "assistant", "assistant": "assistant", "visual ai assistant": "assistant",
-    "gpt": "assistant", "answer": "assistant", "a": "assistant",
-}  # fmt: skip
+from nanovlm.vlit.words import load_table
+
+ROLES = load_table("patterns.json")["speakers"]
 WORDS = {"true": "Yes", "false": "No", "null": ""}  # of values that are no text
 WHO, WHAT = ("role", "from", "speaker"), ("content", "value", "text")  # keys of a turn as an object of its own
 NAMES = "|".join(sorted(ROLES, key=len, reverse=True))

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanovlm.data import json_files
+from nanovlm.data.convert import SPEAKERS
 from nanovlm.data.images import ImageError, load
 from nanovlm.data.json_files import field
 from nanovlm.data.records import check_order
@@ -22,10 +23,7 @@ from nanovlm.evaluation.items import Encoded
 from nanovlm.vlit.words import load_table
 
 IMAGE = "<image>"
-ROLES = {
-    "human": "user", "user": "user", "system": "system",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-}  # fmt: skip
+ROLES = {name: {"human": "user", "gpt": "assistant"}.get(role, role) for name, role in SPEAKERS.items()}
 CONTAINERS = {  # key at the top of a file -> what it is; these are no records
     "data": "MIMIC-IT's or TextVQA's file", "annotations": "MiniGPT-4's or COCO's file", "questions": "VQA's questions",
 }  # fmt: skip

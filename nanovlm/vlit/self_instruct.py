@@ -35,19 +35,13 @@ class Plan:
     """
 
     name: str
-    lines: tuple[int, ...]
+    lines: list[int]
     task: str
     granularity: str = "global"
     rounds: int = 0
 
 
-PLANS = {plan.name: plan for plan in (
-    Plan("global", (1, 3, 5, 7, 8, 9), "conversation"),
-    Plan("region", (1, 2, 3, 4, 5, 6, 7, 8, 9), "single-region reasoning", "region"),
-    Plan("negative", (1, 3, 6, 7, 8, 9), "visual question answering"),
-    Plan("multi-round", (1, 3, 5, 7, 8, 9), "conversation", rounds=5),
-    Plan("knowledge", (1, 3, 4, 5, 7, 8, 9), "complex reasoning"),
-)}  # fmt: skip
+PLANS = {name: Plan(name, **plan) for name, plan in _prompts["plans"].items()}
 
 
 @dataclass(frozen=True)

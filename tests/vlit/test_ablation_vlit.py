@@ -33,9 +33,8 @@ def wrong(folder):
 
 def test_sets_have_the_defects_they_are_named_after(study, tmp_path):
     made = {}
-    for place, defects in enumerate(
-        (study.Defects("clean"), study.Defects("wrong", wrong=0.5), study.Defects("x", crowded=0.8, repeated=5))
-    ):
+    sets = study.Defects("clean"), study.Defects("wrong", wrong=0.5), study.Defects("x", crowded=0.8, repeated=5)
+    for place, defects in enumerate(sets):
         folder = made[defects.name] = tmp_path / str(place)
         folder.mkdir()
         study.write_set(folder, defects, 200, seed=3)
@@ -58,9 +57,8 @@ def test_filter_mends_a_pool(study, tmp_path):
 
 def test_correlations_leave_out_what_is_the_same_for_all(study):
     def made(name, accuracy, C):
-        numbers = dict.fromkeys(
-            ("color", "shape", "place", "size", "MD", "coverage", "T", "I", "R", "vendi", "OG", "IC", "B"), 1.0
-        )
+        names = ("color", "shape", "place", "size", "MD", "coverage", "T", "I", "R", "vendi", "OG", "IC", "B")
+        numbers = dict.fromkeys(names, 1.0)
         return study.Result(name, 0, 10, **numbers | {"accuracy": accuracy, "C": C})
 
     found = study.correlations([made("a", 0.1, 10), made("b", 0.2, 30), made("b", 0.4, 30), made("c", 0.5, 50)])
@@ -70,17 +68,13 @@ def test_correlations_leave_out_what_is_the_same_for_all(study):
 @pytest.mark.slow
 def test_one_small_run_of_everything(study, tmp_path):
     settings = study.Settings(tower_steps=2, caption_steps=2, samples=40, pool=320, steps=3, batch=4, exam=20)
-    sets = (
-        study.SETS[0],
-        study.SETS[2],
-        study.Defects("all, filtered", wrong=0.4, crowded=0.6, repeated=2, filtered=True),
-    )
+    last = study.Defects("all, filtered", wrong=0.4, crowded=0.6, repeated=2, filtered=True)
+    sets = (study.SETS[0], study.SETS[2], last)
     before = {name: tensor.clone() for name, tensor in study.start(settings)[0].state_dict().items()}
     results = list(study.run((0, 1), settings, sets))
     assert [(one.name, one.seed) for one in results] == [(each.name, seed) for seed in (0, 1) for each in sets]
-    assert all(
-        one.samples == 40 and 0 <= one.accuracy <= 1 and (one.C == 100) == (one.name != "50% wrong") for one in results
-    )
+    assert all(one.samples == 40 and 0 <= one.accuracy <= 1 for one in results)
+    assert all((one.C == 100) == (one.name != "50% wrong") for one in results)
     after = study.start(settings)[0].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)  # every run starts from the same model
     study.write(results, tmp_path / "table.csv", "how it came about")

@@ -79,12 +79,6 @@ def test_the_missing_package_is_named(monkeypatch):
         measure("before the file is looked at")
 
 
-@pytest.mark.parametrize("wrong", ({"eps": -0.1}, {"eps": 2.5}, {"min_samples": 0}, *({"votes": n} for n in (0, 2, 4))))
-def test_settings_refuse_what_means_nothing(wrong):
-    with pytest.raises(ValueError, match=str(*wrong.values())):
-        Settings(**wrong)
-
-
 def test_vendi_counts_different_things():
     assert vendi(numpy.eye(7)) == pytest.approx(7)
     assert vendi(numpy.repeat(numpy.eye(3), 5, axis=0)) == pytest.approx(3)
@@ -123,9 +117,8 @@ def test_good_answers_are_noise_to_the_literal_form():
 
 
 def test_draws_are_averaged():
-    found = response_clusters(
-        [["yes", "no", "maybe"], ["yes", "yes", "yes"]], Settings(min_samples=1, literal_min_samples=2)
-    )
+    draws = [["yes", "no", "maybe"], ["yes", "yes", "yes"]]
+    found = response_clusters(draws, Settings(min_samples=1, literal_min_samples=2))
     assert found["clusters"] == 2 and found["literal clusters"] == 0.5 and found["noise"] == 0.5
 
 

@@ -182,18 +182,6 @@ def test_a_killed_run_goes_on(folder):
     assert filtered(folder, "--exact-only", records=records, out="killed") == expected
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    (
-        (["--per-task", "0"], "--per-task is 0"), (["--per-response", "-1"], "--per-response is -1"),
-        (["--near", "0"], "between 0 and 1"), (["--matching-percentile", "100"], "from 0 to below 100"),
-    ),
-)  # fmt: skip
-def test_bad_flags_end_with_a_message(folder, capsys, flags, words):
-    vlit("filter", folder / "data.jsonl", "--out", folder / "out", *flags, code=2)
-    assert words in capsys.readouterr().err
-
-
 def test_before_and_after_stand_in_the_report(folder):
     out = folder / "out"
     vlit("filter", folder / "data.jsonl", "--annotations", folder / "notes.jsonl", "--out", out)

@@ -118,15 +118,19 @@ def test_own_task_field_and_lexicon(folder):
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "command, words",
     (
-        (["--kept", "0"], "--kept is 0"), (["--min-samples", "0"], "--min-samples is 0"), (["--eps", "3"], "eps 3.0"),
-        (["--size", "50"], "4 readable samples; 50 were asked for"), (["--generator", "replay"], "needs --replies"),
-        (["--annotations", "missing.json"], "missing.json"), (["--encoder", "missing"], "config.json"),
+        ("quality --kept 0", "--kept is 0"), ("quality --min-samples 0", "--min-samples is 0"), ("quality --eps 3", "3.0"),
+        ("quality --eps -0.1", "-0.1"), ("quality -n 2 --generator replay", "2 votes"), ("quality --size 50", "4 readable"),
+        ("quality --generator replay", "--replies"), ("quality --annotations missing.json", "missing.json"),
+        ("quality --encoder missing", "config.json"), ("filter --per-task 0", "--per-task is 0"),
+        ("filter --per-response -1", "--per-response is -1"), ("filter --near 0", "between 0 and 1"),
+        ("filter --matching-percentile 100", "from 0 to below 100"),
     ),
 )  # fmt: skip
-def test_bad_flags_end_with_a_message(folder, capsys, flags, words):
-    vlit("quality", folder / "data.jsonl", "--out", folder / "out", *flags, code=2)
+def test_bad_flags_end_with_a_message(folder, capsys, command, words):
+    name, *flags = command.split()
+    vlit(name, folder / "data.jsonl", "--out", folder / "out", *flags, code=2)
     assert words in capsys.readouterr().err
 
 

@@ -92,11 +92,6 @@ def test_whole_files_that_are_none(tmp_path, text, why, capsys):
     assert why in capsys.readouterr().err
 
 
-def test_a_missing_file_is_an_error(tmp_path, capsys):
-    vlit("lint", tmp_path / "none.json", code=2)
-    assert "none.json: no such file" in capsys.readouterr().err
-
-
 def png():
     file = io.BytesIO()
     Image.new("RGB", (300, 300), (200, 30, 30)).save(file, "PNG")
