@@ -167,7 +167,8 @@ def make_run(folder, *arguments, **changed):
     wishes = train.make_parser().parse(list(arguments))
     recipe = find(wishes.recipe)
     stages = start.settle_precision(start.choose_stages(recipe, wishes), "cpu", None)
-    settings = start.identity(wishes, start.choose_size(recipe, wishes.size), stages, wishes.threads or 2, {})
+    wishes.threads = wishes.threads or 2
+    settings = start.settle(wishes, start.choose_size(recipe, wishes.size), stages, None, {})
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings | {"image_size": 64}))
     measures = {"color": 0.25, "shape": 0.5, "text_only": 0.125, "scenes_new": 0.5, "easy_vqa_test": 0.5, "scenes_reading": 0.0}
