@@ -248,7 +248,7 @@ def add_answer(found, one, key, where):
 def add_described(found, one, key, where):
     """{id, image, captions, instances: [{category, bbox in shares}]}."""
     captions = [convert.text_field({"caption": words}, "caption", where) for words in one["captions"]]
-    objects = [(convert.text_field(thing, "category", where), _checked_box(thing["bbox"])) for thing in one["instances"]]
+    objects = [(convert.text_field(box, "category", where), _checked_box(box["bbox"])) for box in one["instances"]]
     picture = found.picture(one["id"], convert.text_field(one, "image", where))
     notes = [Annotation(f"caption/{one['id']}/{n}", "caption", words) for n, words in enumerate(captions)]
     notes += [Annotation(f"object/{one['id']}/{n}", "object", name, box=box) for n, (name, box) in enumerate(objects)]

@@ -72,8 +72,8 @@ def word_ids(texts):
 class SentenceEncoder(nn.Module):
     """One transformer block over hashed words, all of which see one another; the mean over words is the sentence.
 
-    Every sentence goes through the same encoder twice; dropout makes two different vectors of it, which are to find each
-    other among all second vectors of the batch:
+    Every sentence goes through the same encoder twice; dropout makes two different vectors of it, which are to find
+    each other among all second vectors of the batch:
 
         l_i = -log  exp(sim(h_i, h_i') / τ) / Σ_j exp(sim(h_i, h_j') / τ)         SimCSE, arXiv:2104.08821, Eq. 2
 

@@ -43,7 +43,7 @@ class Local:
     def __init__(self, loaded, name, batch_size=4):
         model = loaded.model
         if isinstance(model, Decoder):
-            model = VLM(None, LinearProjector(model.config.width, model.config.width), model)  # it is never shown anything
+            model = VLM(None, LinearProjector(model.config.width, model.config.width), model)  # sees nothing
         if not isinstance(model, VLM):
             raise ValueError(f"{name}: a {type(model).__name__} writes no text; give the folder of a language model")
         self.loaded, self.name, self.batch_size = dataclasses.replace(loaded, model=model), f"local {name}", batch_size

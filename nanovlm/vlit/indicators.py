@@ -237,32 +237,28 @@ class Survey:
                 self.defective += bool(broken)
                 self.defects.update({rule for rule, _ in broken})
             for instruction, response in sample.pairs if readable else ():
-                task = self._count(sample, instruction, response)
+                start = time.perf_counter()
+                task = sample.task if settings.task_field and sample.task else tagging.tag(instruction)
+                tagged = time.perf_counter()
+                self.elements.add(elements(instruction, helpers.lexicon))
+                counted = time.perf_counter()
+                self.proxies.add(proxy(instruction, len(sample.pairs)))
+                self.seconds.update({"T": tagged - start, "O/G": counted - tagged, "IC": time.perf_counter() - counted})
+                self.num_pairs += 1
+                self.tasks[task] += 1
                 if task not in drawn:
+                    if len(drawn) == MOST_TASKS:
+                        told = f"more than {MOST_TASKS} different tasks, the last {task!r}"
+                        raise ValueError(f"{told}; leave out --task-field")
                     drawn[task] = Reservoir(settings.instructions, f"{seed}/{task}")
                 drawn[task].add(instruction)
                 pairs.add((sample, instruction, response))
+                self.responses.add(response)
+                self.words[len(response.split())] += 1
         if not self.num_pairs:
             first = "; the first problem: {}: {}".format(*self.problems[0]) if self.problems else ""
             raise ValueError(f"{path}: no instruction with a response in {self.records} readable samples{first}")
         self.pairs, self.labels, self.by_task = pairs.kept, self.tasks, {task: one.kept for task, one in drawn.items()}
-
-    def _count(self, sample, instruction, response):
-        """Count a pair. Returns: its task."""
-        start = time.perf_counter()
-        task = sample.task if self.settings.task_field and sample.task else tagging.tag(instruction)
-        tagged = time.perf_counter()
-        self.elements.add(elements(instruction, self.helpers.lexicon))
-        counted = time.perf_counter()
-        self.proxies.add(proxy(instruction, len(sample.pairs)))
-        self.seconds.update({"T": tagged - start, "O/G": counted - tagged, "IC": time.perf_counter() - counted})
-        self.num_pairs += 1
-        self.tasks[task] += 1
-        if len(self.tasks) > MOST_TASKS:
-            raise ValueError(f"more than {MOST_TASKS} different tasks, the last {task!r}; leave out --task-field")
-        self.responses.add(response)
-        self.words[len(response.split())] += 1
-        return task
 
 
 # The indicators: function Survey -> Indicator
@@ -357,14 +353,13 @@ def judge_pairs(pairs, helpers, root, settings):
         chat = prompt("judge", image or "", instruction=question, response=answer, told=told)
         chats.append(None if image is None else chat)
     replies = judge.ask(list(filter(None, chats)), settings.votes, settings.temperature, 8, settings.seed)
-    return [_majority(replies.pop(0)) if chat else None for chat in chats]
-
-
-def _majority(replies):
-    """(right or None, share that agrees, number of unreadable votes) of a judge's replies to one question."""
-    verdicts = list(map(parse_verdict, replies))
-    yes, no = verdicts.count(True), verdicts.count(False)
-    return None if yes == no else yes > no, max(yes, no) / max(1, yes + no), verdicts.count(None)
+    found = []
+    for chat in chats:
+        verdicts = list(map(parse_verdict, replies.pop(0))) if chat else []
+        yes, no = verdicts.count(True), verdicts.count(False)
+        right, share = None if yes == no else yes > no, max(yes, no) / max(1, yes + no)
+        found.append((right, share, verdicts.count(None)) if chat else None)
+    return found
 
 
 def task_diversity(found):

@@ -38,7 +38,7 @@ def pattern(forms):
 
 _patterns = load_table("patterns.json")
 _names = _patterns["names"]  # that stand within the others
-SOURCE = pattern(form.format(**_names) for form in _patterns["source"])  # requirement 8; a picture mentions nothing either
+SOURCE = pattern(form.format(**_names) for form in _patterns["source"])  # requirement 8; pictures "mention" nothing
 FORMAT = pattern(_patterns["format"])  # requirement 9's form where words should be
 HEDGE, REGION, NEGATIVE = (pattern(_patterns[name]) for name in ("hedge", "region", "negative"))
 
