@@ -35,7 +35,8 @@ from tqdm import tqdm
 from nanovlm.evaluation.protocols import parse_verdict
 from nanovlm.recipes.nano_tests import wilson
 from nanovlm.vlit import tagging
-from nanovlm.vlit.clustering import cooccurrence, dbscan, distinct_2, ego_splitting, sklearn_module, tfidf_vectors, vendi  # fmt: skip
+from nanovlm.vlit.clustering import cooccurrence, dbscan, distinct_2, ego_splitting, sklearn_module
+from nanovlm.vlit.clustering import tfidf_vectors, vendi
 from nanovlm.vlit.correctness import known, verify
 from nanovlm.vlit.matching import BATCH
 from nanovlm.vlit.replies import prompt
