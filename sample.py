@@ -15,16 +15,16 @@ import numpy
 import torch
 
 from nanovlm import recipes
-from nanovlm.generation.chat import Chat
 from nanovlm.data import images, video
 from nanovlm.data.scene_questions import parse_scene
 from nanovlm.data.scenes import render
 from nanovlm.evaluation import attention_maps
+from nanovlm.generation.chat import Chat
 from nanovlm.generation.fast_decode import FastDecoder
+from nanovlm.generation.prefill import Workspace
 from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.names import nearest
 from nanovlm.vlm import VLM
-from nanovlm.generation.prefill import Workspace
 
 COMMANDS = ("/image", "/video", "/reset", "/exit")
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes

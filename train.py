@@ -13,15 +13,15 @@ import shlex
 import sys
 from pathlib import Path
 
-from nanovlm.training.checkpoint import CheckpointError, complete
-from nanovlm.training.progress import StopRequests, Stopped
 from nanovlm.machine import DEVICES, check_device, default_device
 from nanovlm.names import nearest
-from nanovlm.training.processes import join, leave
 from nanovlm.recipes import find
+from nanovlm.training.checkpoint import CheckpointError, complete
 from nanovlm.training.cost import plan
-from nanovlm.training.start import make_run
+from nanovlm.training.processes import join, leave
+from nanovlm.training.progress import Stopped, StopRequests
 from nanovlm.training.stages import PRECISIONS
+from nanovlm.training.start import make_run
 from nanovlm.training.trainer import Trainer
 from nanovlm.training.update import TrainingError
 

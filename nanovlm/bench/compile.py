@@ -19,7 +19,6 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-
 # bytes of fast memory that one program can have: an H100; the least of all later than an A100, as they share its tiles
 SHARED_LIMIT = {90: 232_448, 80: 101_376}
 KERNELS = ("attention", "projection")
@@ -77,7 +76,8 @@ def attention_variants():
 
 def projection_variants():
     """The product, forward and for the input's gradient, and the weights' gradient of routed_projection.TILES."""
-    from nanovlm import modality_adaptive, routed_projection as module
+    from nanovlm import modality_adaptive
+    from nanovlm import routed_projection as module
 
     pointers = dict.fromkeys(("x", "text", "vision", "out", "dy"), "*bf16") | dict(order="*i64", text_end="*i64")
     sizes = ("num_in", "num_out", "x_stride", "row_stride", "column_stride", "out_stride", "dy_stride")

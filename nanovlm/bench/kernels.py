@@ -17,14 +17,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import sdpa_kernel, SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from nanovlm.attention import attention, causal, causal_rows, full
 from nanovlm.bench import decode
-from nanovlm.modality_adaptive import ModalityAdaptive, route, Routing
+from nanovlm.modality_adaptive import ModalityAdaptive, Routing, route
 from nanovlm.training.language_loss import linear_cross_entropy
-
 
 ERROR_FACTOR = 2  # times the error of torch's own attention in bfloat16
 REPEATS = 100

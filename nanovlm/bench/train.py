@@ -24,11 +24,11 @@ from nanovlm.decoder import Decoder
 from nanovlm.published.language import llama_config
 from nanovlm.recipes import RECIPES
 from nanovlm.training import optimizer
-from nanovlm.training.cost import example_cost, GB, peak_flops, stage_memory, total_cost
+from nanovlm.training.cost import GB, example_cost, peak_flops, stage_memory, total_cost
 from nanovlm.training.language_loss import language_loss
 from nanovlm.training.processes import BLOCK, surround
-from nanovlm.training.stages import freeze, Stage
-from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
+from nanovlm.training.stages import Stage, freeze
+from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch
 
 SAME = 1e-4  # how far apart the two sides' losses may be: sums are taken in another order
 LEARNING_RATE = 1e-5  # AdamW turns the last digit of a small gradient into a whole step: larger ones drift apart

@@ -17,7 +17,7 @@ from PIL import Image
 
 from nanovlm.data import images, templates
 from nanovlm.data.images import CLIP, Preprocessing
-from nanovlm.vlm import Batch, IGNORE
+from nanovlm.vlm import IGNORE, Batch
 
 
 class FrameCache:

@@ -31,7 +31,7 @@ from nanovlm.data.datasets import asked, files_of
 from nanovlm.data.json_files import Element, elements, field, parse, read_at, records, text_field
 from nanovlm.data.records import record_of
 from nanovlm.data.tar_shards import ShardWriter
-from nanovlm.data.video import Clip, PICTURES
+from nanovlm.data.video import PICTURES, Clip
 from nanovlm.files import new_folder, replace
 from nanovlm.names import nearest
 

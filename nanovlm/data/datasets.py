@@ -17,7 +17,7 @@ from tqdm import tqdm
 from nanovlm.data.json_files import field, open_bytes, parse, read_at, records
 from nanovlm.data.records import Turn, drawn, permutation, record_of
 from nanovlm.data.tar_shards import TarShards
-from nanovlm.data.video import Clip, FRAMES
+from nanovlm.data.video import FRAMES, Clip
 from nanovlm.names import nearest
 
 KEYS = {"reader": str, "path": str, "images": str, "prompts": list, "num_frames": int, "sampling": str}

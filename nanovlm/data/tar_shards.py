@@ -28,7 +28,7 @@ from tqdm import tqdm
 from nanovlm.data.images import Member
 from nanovlm.data.json_files import parse
 from nanovlm.data.records import Record, Turn, Visual, drawn, permutation, record_of
-from nanovlm.data.video import Clip, FRAMES
+from nanovlm.data.video import FRAMES, Clip
 from nanovlm.files import replace_text
 
 INDEX = "index.json"

@@ -25,7 +25,7 @@ from nanovlm.data.scenes import render
 from nanovlm.evaluation import attention_maps, pairwise, protocols
 from nanovlm.evaluation.runner import endpoint_judge, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
-from nanovlm.machine import check_device, default_device, DEVICES, DTYPES, slow_line
+from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.names import nearest
 
 COMMANDS = {"rank": pairwise.__doc__, "compare": pairwise.__doc__, "attention": attention_maps.__doc__}  # no tasks

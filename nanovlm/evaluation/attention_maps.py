@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from nanovlm.data.images import to_square
 from nanovlm.generation.chat import Chat
 from nanovlm.recipes.nano_tests import readable
-from nanovlm.vlm import Batch, IMAGE_TOKEN, VLM
+from nanovlm.vlm import IMAGE_TOKEN, VLM, Batch
 
 PANEL, MIN_WIDTH = 2.2, 5.0  # inches: side of one picture; of the figure, so that its title fits
 COLORS = {"picture": "#ee6677", "prompt": "#4477aa", "answer": "#bbbbbb"}

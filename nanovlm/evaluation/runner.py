@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from nanovlm.data.records import Turn
 from nanovlm.evaluation import protocols, report
-from nanovlm.evaluation.protocols import Asker, LETTERS, put
+from nanovlm.evaluation.protocols import LETTERS, Asker, put
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.files import JsonLines
 from nanovlm.generation.answer import make_prompt, reply

@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 
 from nanovlm.published.language import read_json
-from nanovlm.published.load import build_on_meta, by_part, count, family_of, find_family, KNOWN
-from nanovlm.published.weights import grouped, open_checkpoint, OURS, plan, shapes_of
+from nanovlm.published.load import KNOWN, build_on_meta, by_part, count, family_of, find_family
+from nanovlm.published.weights import OURS, grouped, open_checkpoint, plan, shapes_of
 
 SIZE_KEYS = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
              "ffn_dim", "vocab_size", "image_size", "patch_size", "width", "depth", "num_latents", "num_query_tokens"}

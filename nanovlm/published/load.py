@@ -10,21 +10,20 @@ import torch
 from torch import nn
 
 from nanovlm import lora
-from nanovlm.architecture import rebuild, UNBUILT
+from nanovlm.architecture import UNBUILT, rebuild
 from nanovlm.contrastive import AttentionPool
 from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.data.templates import PLAIN, Template
-from nanovlm.data.tokenizer import check_vocabulary, Tokenizer
+from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
 from nanovlm.decoder import Decoder
 from nanovlm.generation.sampler import Decoding
 from nanovlm.names import nearest
 from nanovlm.published import language, vision
 from nanovlm.published.language import read_json
-from nanovlm.published.tokenizers import load_tokenizer, PADDED_ROWS
-from nanovlm.published.weights import INDEX, load_weights, open_checkpoint, OURS, refuse_adapter, SINGLE, WeightsError
+from nanovlm.published.tokenizers import PADDED_ROWS, load_tokenizer
+from nanovlm.published.weights import INDEX, OURS, SINGLE, WeightsError, load_weights, open_checkpoint, refuse_adapter
 from nanovlm.vit import ViT
-from nanovlm.vlm import part_of, VLM
-
+from nanovlm.vlm import VLM, part_of
 
 # Of each family: the model_types of its config.json, a pattern that stands in one of its tensors' names and in none of
 # the families further down, and what transformers wants to read in config.json beside the sizes.

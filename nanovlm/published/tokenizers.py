@@ -19,7 +19,6 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from nanovlm.data.tokenizer import CACHED_TEXTS, Tokenizer
 from nanovlm.published.language import read_json
 
-
 SPACE = "▁"  # how SentencePiece writes a blank
 PADDED_ROWS = 1024  # rows without token that a published embedding may have: spare_rows of check_vocabulary
 ROLES = ("bos", "eos", "pad", "unk")

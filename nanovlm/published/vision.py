@@ -6,7 +6,7 @@ vision-language model takes is the recipe's choice (`dataclasses.replace(config,
 
 from nanovlm import contrastive
 from nanovlm.published.language import activation, expect, number, section, size, sizes
-from nanovlm.published.weights import Alias, Computed, Fused, prefixed, Reshaped, Unused
+from nanovlm.published.weights import Alias, Computed, Fused, Reshaped, Unused, prefixed
 from nanovlm.vit import ViT, ViTConfig
 
 QKV = tuple(f"blocks.{{i}}.attention.{part}" for part in "qkv")

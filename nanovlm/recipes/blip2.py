@@ -16,17 +16,17 @@ Differs from Table 7: answers are generated, not ranked among 128 candidates.
 
 from nanovlm.data.templates import BLIP2, BLIP2_CAPTION
 from nanovlm.decoder import Decoder
+from nanovlm.generation.sampler import Decoding
 from nanovlm.published.language import OPT, expect, number, opt_config, section, size
-from nanovlm.qformer import QFormer
 from nanovlm.published.load import Published
+from nanovlm.published.vision import EVA, eva_config
+from nanovlm.published.weights import Computed, Reshaped, prefixed
+from nanovlm.qformer import QFormer
 from nanovlm.recipes.papers import complete, published_recipe, shrinking, tiny_language, tiny_vision
 from nanovlm.recipes.recipe import Expected
-from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
-from nanovlm.published.vision import EVA, eva_config
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.published.weights import Computed, Reshaped, prefixed
 
 FULL = {
     "vision_config": {

@@ -18,17 +18,17 @@ import math
 
 from nanovlm.data.templates import LLAVA, PLAIN
 from nanovlm.decoder import Decoder
-from nanovlm.published.language import LLAMA, expect, llama_config, section, text_section
+from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import LinearProjector, MLPProjector
+from nanovlm.published.language import LLAMA, expect, llama_config, section, text_section
 from nanovlm.published.load import Published
+from nanovlm.published.vision import CLIP, clip_config
+from nanovlm.published.weights import Alias, prefixed
 from nanovlm.recipes.papers import CLIP_LARGE, published_recipe, shrinking, tiny_language, tiny_vision
 from nanovlm.recipes.recipe import Expected
-from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
-from nanovlm.published.vision import CLIP, clip_config
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.published.weights import Alias, prefixed
 
 CLIP_L = CLIP_LARGE | {"image_size": 336}
 TINY = {"vision_config": tiny_vision(28, layers=3, patch_size=14), "text_config": tiny_language(48, heads=4)}

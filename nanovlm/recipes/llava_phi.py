@@ -22,17 +22,17 @@ import dataclasses
 
 from nanovlm.data.templates import LLAVA_PHI, PLAIN
 from nanovlm.decoder import Decoder
-from nanovlm.published.language import expect, phi_config, phi_fused, section
+from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import MLPProjector
+from nanovlm.published.language import expect, phi_config, phi_fused, section
 from nanovlm.published.load import Published
+from nanovlm.published.vision import CLIP, clip_config
+from nanovlm.published.weights import prefixed
 from nanovlm.recipes.papers import CLIP_LARGE, complete, published_recipe, shrinking, tiny_language, tiny_vision
 from nanovlm.recipes.recipe import Expected
-from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
-from nanovlm.published.vision import CLIP, clip_config
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.published.weights import prefixed
 
 CONFIGS = {
     "full": {

@@ -24,16 +24,16 @@ from pathlib import Path
 
 from nanovlm.data.templates import LYNX
 from nanovlm.decoder import Decoder, LayerOptions
+from nanovlm.generation.sampler import Decoding
 from nanovlm.published.language import LLAMA, llama_config
 from nanovlm.published.load import Published
-from nanovlm.recipes.papers import complete, LLAMA_7B, published_recipe, shrinking, tiny_language
+from nanovlm.published.weights import Alias, Fused, Reshaped, prefixed
+from nanovlm.recipes.papers import LLAMA_7B, complete, published_recipe, shrinking, tiny_language
 from nanovlm.recipes.recipe import Expected
 from nanovlm.resampler import Resampler
-from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
-from nanovlm.published.weights import Alias, Fused, Reshaped, prefixed
 
 CONFIGS = {
     "full": {

@@ -13,15 +13,14 @@ language model; three more are Lynx's: align the two at a low resolution, raise 
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.easy_vqa import EasyVQA
 from nanovlm.data.feed import Course
-from nanovlm.data.scene_questions import Scenes
-from nanovlm.data.scene_questions import SceneTexts
+from nanovlm.data.scene_questions import Scenes, SceneTexts
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
+from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.recipes import nano_tests
 from nanovlm.recipes.recipe import Recipe
-from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM

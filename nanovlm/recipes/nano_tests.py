@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from nanovlm.data import images
 from nanovlm.data.batching import pixels_of
-from nanovlm.data.easy_vqa import COLORS, EasyVQA, SHAPES
+from nanovlm.data.easy_vqa import COLORS, SHAPES, EasyVQA
 from nanovlm.data.images import CLIP
 from nanovlm.data.records import Visual
-from nanovlm.data.scene_questions import QUESTIONS, Scenes, SceneTexts, TEXT_TYPES
+from nanovlm.data.scene_questions import QUESTIONS, TEXT_TYPES, Scenes, SceneTexts
 from nanovlm.files import replace
 from nanovlm.generation.answer import Assistant, make_prompt, reply
 from nanovlm.generation.sampler import Decoding

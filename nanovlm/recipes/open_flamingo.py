@@ -20,19 +20,18 @@ import dataclasses
 
 from nanovlm.data.templates import OPEN_FLAMINGO
 from nanovlm.decoder import Decoder, LayerOptions
-from nanovlm.published.language import OPT, expect, opt_config, size
-from nanovlm.recipes.lynx import RESAMPLER
-from nanovlm.published.language import with_vocabulary
+from nanovlm.generation.sampler import Decoding
+from nanovlm.published.language import OPT, expect, opt_config, size, with_vocabulary
 from nanovlm.published.load import Published
+from nanovlm.published.vision import OPEN_CLIP, clip_config
+from nanovlm.published.weights import Alias, Fused, as_entry, prefixed
+from nanovlm.recipes.lynx import RESAMPLER
 from nanovlm.recipes.papers import CLIP_LARGE, complete, published_recipe, shrinking, tiny_language, tiny_vision
 from nanovlm.recipes.recipe import Expected
 from nanovlm.resampler import Resampler
-from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
-from nanovlm.published.vision import clip_config, OPEN_CLIP
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.published.weights import Alias, Fused, as_entry, prefixed
 
 CONFIGS = {
     "full": {

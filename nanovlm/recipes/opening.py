@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from nanovlm.files import digest
-from nanovlm.published.load import BARE, family_of, Loaded, open_published, open_trained, read_config
-from nanovlm.recipes import find, RECIPES
+from nanovlm.published.load import BARE, Loaded, family_of, open_published, open_trained, read_config
+from nanovlm.recipes import RECIPES, find
 from nanovlm.recipes.recipe import from_file
 
 __all__ = ["FAMILIES", "Loaded", "load", "recipe_of"]

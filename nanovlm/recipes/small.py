@@ -26,17 +26,17 @@ import math
 from nanovlm.data import images
 from nanovlm.data.templates import CHATML, PLAIN
 from nanovlm.decoder import Decoder
-from nanovlm.published.language import LLAMA, llama_config, section, size, text_section
+from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import PixelShuffleProjector
+from nanovlm.published.language import LLAMA, llama_config, section, size, text_section
 from nanovlm.published.load import Published
+from nanovlm.published.vision import SIGLIP, siglip_config
+from nanovlm.published.weights import prefixed
 from nanovlm.recipes.papers import complete, published_recipe, shrinking, tiny_language, tiny_vision
 from nanovlm.recipes.recipe import Expected
-from nanovlm.generation.sampler import Decoding
 from nanovlm.training.stages import Stage
-from nanovlm.published.vision import SIGLIP, siglip_config
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.published.weights import prefixed
 
 FULL = {
     "vision_config": {

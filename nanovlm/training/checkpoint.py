@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.tensor import DTensor
 
 from nanovlm import files
-from nanovlm.files import sync, TEMPORARY
-from nanovlm.training.processes import copy_shard, Processes, shard_of
+from nanovlm.files import TEMPORARY, sync
+from nanovlm.training.processes import Processes, copy_shard, shard_of
 
 PREFIX = "step-"
 STATE_KEYS = {  # what each optimizer keeps per parameter

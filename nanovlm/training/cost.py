@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanovlm.attention import causal_rows, Visible
+from nanovlm.attention import Visible, causal_rows
 from nanovlm.cross_attention import Media
 from nanovlm.training import optimizer
-from nanovlm.training.language_loss import is_chunked, linear_cross_entropy, ROWS
+from nanovlm.training.language_loss import ROWS, is_chunked, linear_cross_entropy
 from nanovlm.training.processes import BLOCK, MODES
 from nanovlm.training.stages import all_parts
 from nanovlm.training.start import add_lora, build_models, check_stages, choose_size, choose_stages

@@ -24,7 +24,7 @@ from torch import nn
 from nanovlm.attention import Visible, causal_rows
 from nanovlm.cache import KeptKeys
 from nanovlm.modality_adaptive import TEXT, VISION
-from nanovlm.vlm import check_counts, cross_entropy, IGNORE, IMAGE_TOKEN, next_tokens
+from nanovlm.vlm import IGNORE, IMAGE_TOKEN, check_counts, cross_entropy, next_tokens
 
 ROWS = 256  # scored at a time: enough to keep the product busy, few enough to be forgotten
 LARGE_VOCABULARY = 16384  # words, from which scores are made in chunks

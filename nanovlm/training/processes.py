@@ -30,15 +30,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import distribute_tensor, DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from nanovlm.names import nearest
 from nanovlm.training.language_loss import language_loss
-from nanovlm.training.stages import all_parts, everything, freeze, Stage
+from nanovlm.training.stages import Stage, all_parts, everything, freeze
 from nanovlm.vit import resize_positions
 
 MODES = ("none", "ddp", "fsdp")

@@ -9,7 +9,7 @@ import torch
 
 from nanovlm import lora
 from nanovlm.architecture import architecture, rebuild
-from nanovlm.data.datasets import command_line_sources, DATA
+from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.files import digest
 from nanovlm.machine import facts_of, slow_line, training_precision
 from nanovlm.names import nearest

@@ -23,9 +23,9 @@ from nanovlm.names import nearest
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.diagnostics import Watch
 from nanovlm.training.processes import lay_out, whole
-from nanovlm.training.progress import Bar, Log, measures_table, plot_curves, say, Stopped
+from nanovlm.training.progress import Bar, Log, Stopped, measures_table, plot_curves, say
 from nanovlm.training.stages import fingerprints, text_side
-from nanovlm.training.update import make_feed, NotFinite, reading, TrainingError, Update
+from nanovlm.training.update import NotFinite, TrainingError, Update, make_feed, reading
 
 MOST_SKIPPED = 10  # updates in a row
 POSITION = ("step", "starts", "measures", "answers", "stage_step", "skipped", "frozen")  # of a Trainer, in checkpoints

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from nanovlm.data.augment import augmented
-from nanovlm.data.batching import build_batch, contrastive_batch, Preparation
+from nanovlm.data.batching import Preparation, build_batch, contrastive_batch
 from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.records import Changed
 from nanovlm.training.optimizer import BLOCK
-from nanovlm.training.processes import add_up_scalars, exchange_with, Processes, stage_loss
-from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, part_of
+from nanovlm.training.processes import Processes, add_up_scalars, exchange_with, stage_loss
+from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch, part_of
 
 EVERY = 100  # one record in so many is held out, if its recipe wants that: never trained on, but asked (diagnostics.py)
 IN_A_ROW = 1000  # held-out records behind one another: then the ids are all the same

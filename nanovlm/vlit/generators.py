@@ -20,9 +20,9 @@ import sys
 from nanovlm import recipes
 from nanovlm.data.records import Turn, Visual
 from nanovlm.decoder import Decoder
-from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.generation.answer import PromptTooLong, make_prompt, reply
 from nanovlm.generation.sampler import Decoding
+from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.projector import LinearProjector
 from nanovlm.vlit.endpoint import OpenAICompatible
 from nanovlm.vlit.replies import Drawing, Refused, Replay

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from nanovlm.names import nearest
 from nanovlm.vlit.annotations import Annotation, Picture
 from nanovlm.vlit.descriptions import describe
-from nanovlm.vlit.replies import Chat, PROMPTS, digest
+from nanovlm.vlit.replies import PROMPTS, Chat, digest
 from nanovlm.vlit.words import load_table
 
 _prompts = PROMPTS["self-instruct"]
