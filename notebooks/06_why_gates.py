@@ -48,9 +48,6 @@ torch.manual_seed(SEED);
 # %%
 show_source(GatedCrossAttention.forward)
 
-# %%
-show_source(GatedCrossAttention.look)
-
 # %% [markdown]
 # Note what happens without a picture: nothing is looked at, but the feed-forward still works. A text that has no
 # picture passes the second gate too, and that is where its words could be hurt.
@@ -95,10 +92,10 @@ print(f"words alone: {text_right:.0%} right, {text_loss:.3f} nats per token")
 # %% [markdown]
 # ## 2. Step 0
 #
-# How much of the language model is left when random blocks are let in through half-open gates? Five draws each:
+# How much of the language model is left when random blocks are let in through half-open gates? Three draws each:
 
 # %%
-OPEN, DRAWS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0), 5
+OPEN, DRAWS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0), 3
 shares = np.empty((len(OPEN), DRAWS))
 for place, gate in enumerate(OPEN):
     for draw in range(DRAWS):

@@ -1,7 +1,6 @@
 """What every lesson shares: one core, one look, and code shown from where it lives."""
 
 import inspect
-import sys
 import textwrap
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 from IPython.display import Markdown, display
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder that holds nanovlm/
-sys.path.insert(0, str(ROOT))
 
 TEXT_COLOR, VISION_COLOR, GREY = "#3f6fb0", "#e07b39", "#9a9a9a"
 

@@ -3,7 +3,7 @@
 import pytest
 
 from nanovlm import flash_attention
-from test_packing import trains_alike  # the fixture `tiny`, of other models here
+from test_packing import tiny, trains_alike  # noqa: F401  the fixture, of other models here
 
 assert flash_attention.INTERPRETED
 

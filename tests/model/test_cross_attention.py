@@ -329,7 +329,7 @@ def test_beams_and_samples_keep_their_pictures():
 def test_prompts_with_other_media_tokens_than_pictures():
     model = small_flamingo()
     prompts, pictures = prompts_and_pictures()
-    with pytest.raises(ValueError, match=r"prompt 1 has 0 media tokens \(id 20\) for 1 visual inputs"):
+    with pytest.raises(ValueError, match=r"prompt 1 .*id.* 20"):
         generate(model, prompts, Decoding(), [pictures[0], pictures[2], pictures[2]])
-    with pytest.raises(ValueError, match="prompt 0 has 1 image-token ids"):
+    with pytest.raises(ValueError, match="1 image-token ids"):
         generate(model, [[IMAGE_TOKEN, 3]], Decoding())
