@@ -55,7 +55,7 @@ show_source(GatedCrossAttention.forward)
 # The language model is the one of lesson 07: a decoder of two layers that answers questions about scenes told in words.
 
 # %%
-LEARNED = ablation_07.Settings(language_steps=110, exam=150)
+LEARNED = ablation_07.Settings(language_steps=110, exam=100)
 words_only, tokenizer, sources = ablation_07.learn_words(SEED, LEARNED)
 FLAMINGO = replace(NANO, media_token="<pad>")  # one token of the row says "here is a picture"; padding has no other use in it
 
@@ -142,7 +142,7 @@ checks.attempt(checks.check_gate_gradients, gate_gradients)
 show_source(DecoderLayer.forward)
 
 # %%
-STEPS, BATCH, LOOK, SEEDS = 80, 32, 20, (0, 1, 2)
+STEPS, BATCH, LOOK, SEEDS = 80, 32, 40, (0, 1, 2)
 RATES = {"vision": 3e-3, "bridge": 3e-3, "cross_attention": 3e-3}
 
 
