@@ -129,7 +129,7 @@ def differentiate(ctx, dy):
     return dx, d_text, d_vision, None, None
 
 
-routed_product.register_autograd(differentiate, setup_context=lambda ctx, given, _: ctx.save_for_backward(*given))
+routed_product.register_autograd(differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 def project(x, text, vision, order, text_end):

@@ -195,7 +195,7 @@ taken(feed)
 
 @pytest.mark.slow
 def test_a_program_that_fails_does_not_wait_for_its_workers():
-    done = subprocess.run([sys.executable, "-c", ABANDONED.format(tests=os.path.dirname(os.path.dirname(__file__)))], capture_output=True,
+    done = subprocess.run([sys.executable, "-c", ABANDONED.format(tests=os.path.dirname(__file__))], capture_output=True,
                           text=True, timeout=120, cwd=Path(__file__).parents[2])  # fmt: skip
     assert done.returncode == 1 and "TypeError" in done.stderr and "what the worker says" in done.stderr
 

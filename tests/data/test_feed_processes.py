@@ -21,7 +21,7 @@ def test_two_processes_with_workers_are_one_without(tmp_path):
     many.run(1, work, tmp_path / "one", FLAGS)
     both = [*FLAGS, "--parallel", "ddp", "--workers", "1"]
     many.run(2, reading_ahead, tmp_path / "two", both)
-    assert_close(tmp_path / "two", tmp_path / "one", 1e-6, 1e-6)
+    assert_close(tmp_path / "two", tmp_path / "one", 1e-6, 1e-5)
     many.run(2, reading_ahead, tmp_path / "again", both, 7)  # between the two updates of a group
     many.run(2, work, tmp_path / "again", [*both[:-1], "0", "--resume"])
     assert losses(tmp_path / "again") == losses(tmp_path / "two")
