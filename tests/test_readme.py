@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from support import figures, readme_tables as tables, results
 from PIL import Image
 
@@ -414,3 +415,14 @@ def test_a_picture_needs_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "PICTURE", tmp_path / "figures" / "picture.png")
     assert figures.main([str(tmp_path / "nowhere")]) == 1 and figures.main([]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+# ---- the snippet
+
+def test_the_bridge_of_ones_own_trains(tmp_path):
+    code = re.search(r"```python\n(# my_bridge\.py.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "my_bridge.py").write_text(code)
+    flags = ["--size", "tiny", "--smoke", "--stages", "align", "--set", "align.steps=1", "--set", "align.warmup_steps=0",
+             "--threads", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert train.main([str(tmp_path / "my_bridge.py"), *flags]) == 0
+    assert "bridge.linear.weight" in load_file(tmp_path / "out" / "model.safetensors")
