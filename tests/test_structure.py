@@ -73,3 +73,12 @@ def test_training_nano_imports_little():
     files = {name.replace(".", "/") for name in names}
     assert len([name for name in files if f"{name}.py" in NAMED or f"{name}/__init__.py" in NAMED]) <= 62
     assert not [name for name in files if name.split("/")[1] in ("evaluation", "vlit", "published")]
+
+
+@pytest.mark.parametrize(("command", "successor"), [
+    (["evaluation", "ablate"], "notebooks/ablations/ablate.py"), (["vlit", "review"], "notebooks/ablations/review.py"),
+    (["recipes", "compare", "x"], "tests/official/compare.py"), (["recipes", "coverage", "x"], "inspect"),
+])  # fmt: skip
+def test_a_command_that_went_elsewhere_names_its_successor(command, successor):
+    run = subprocess.run([sys.executable, "-m", f"nanovlm.{command[0]}", *command[1:]], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and successor in run.stderr

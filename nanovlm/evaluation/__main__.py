@@ -94,6 +94,8 @@ def parse(arguments):
         parser.error("a picture is needed: give --image or --draw")
     if command or args.task is None:
         return args
+    if args.task == "ablate":
+        parser.error("the ablations are run by python notebooks/ablations/ablate.py")
     if args.task not in TASKS:
         parser.error(f"unknown task {args.task!r}.{nearest(args.task, [*TASKS, *COMMANDS])}")
     if args.model is None:

@@ -56,6 +56,9 @@ def main(arguments):
         print(__doc__, *(f"{name:<12}{command.about.splitlines()[0]}" for name, command in COMMANDS.items()), sep="\n")
         return 0
     name, *rest = arguments
+    if name == "review":
+        print("python -m nanovlm.vlit: the review's statistics are computed by python notebooks/ablations/review.py", file=sys.stderr)
+        return BAD_INPUT
     if name not in COMMANDS:
         print(f"python -m nanovlm.vlit: unknown command {name!r}.{nearest(name, COMMANDS)}", file=sys.stderr)
         return BAD_INPUT
