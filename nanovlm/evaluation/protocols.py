@@ -105,6 +105,7 @@ def choice(item, text, task):
 
 
 def chosen(item, place, **more):
+    """(score, what was said); place: of the option, None = unread; the score is None without a right answer."""
     score = float(place == item.answers[0]) if item.answers else None
     return score, {"said": place, "options": item.options, **more}
 

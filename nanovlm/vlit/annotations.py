@@ -169,11 +169,13 @@ def _ids(one, where, *names):
 
 
 def add_image(found, one, key, where):
+    """A picture of COCO's, with its sides in pixels where they are told."""
     size = (convert.field(one, side, int, where) if side in one else 0 for side in ("width", "height"))
     found.picture(*_ids(one, where, "id"), convert.text_field(one, "file_name", where), *size)
 
 
 def add_caption(found, one, key, where):
+    """A caption of COCO's."""
     id, image = _ids(one, where, "id", "image_id")
     note = Annotation(f"caption/{id}", "caption", convert.text_field(one, "caption", where))
     found.picture(image).annotations.append(note)
@@ -185,6 +187,7 @@ def add_name(found, one, key, where):
 
 
 def add_instance(found, one, key, where):
+    """A box of COCO's with its category, as an object of the picture."""
     id, image = _ids(one, where, "id", "image_id")
     category, picture = convert.field(one, "category_id", int, where), found.picture(image)
     if category not in found.names:
@@ -196,6 +199,7 @@ def add_instance(found, one, key, where):
 
 
 def add_patch(found, id, key, where):
+    """Which object a patch of COCO Attributes shows."""
     found.patches[key] = str(id)
 
 
@@ -213,10 +217,12 @@ def add_votes(found, votes, key, where):
 
 
 def add_text_image(found, one, key, where):
+    """A picture of COCO-Text."""
     found.picture(one.get("id", key), one.get("file_name", ""), one.get("width", 0), one.get("height", 0))
 
 
 def add_text(found, one, key, where):
+    """A legible text of COCO-Text with its box; others are counted as skipped."""
     characters = one.get("utf8_string", "").strip()
     if one.get("legibility", "legible") != "legible" or not characters:
         found.skipped["illegible texts"] += 1
@@ -227,6 +233,7 @@ def add_text(found, one, key, where):
 
 
 def add_question(found, one, key, where):
+    """A question of VQA, which waits for its answer."""
     id, image = _ids(one, where, "question_id", "image_id")
     found.questions[str(id)] = image, convert.text_field(one, "question", where)
 

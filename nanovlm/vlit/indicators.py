@@ -271,6 +271,7 @@ def mean_of(key, name, how, told, beside={}):
 
 
 def matching_degree(found):
+    """MD: how near picture and response lie by an encoder of both."""
     encoder, scores = found.helpers.encoder, []
     if encoder is None:
         return Indicator("MD", "MD", None, "not measured: no --encoder FOLDER of a CLIP or of a model trained here")
@@ -293,6 +294,7 @@ def pictures_of(sample, root):
 
 
 def grounding(found):
+    """Share of the names in a response that the picture's annotations hold; None without annotations."""
     if not found.helpers.facts:
         return None
     seen = [(response, facts) for sample, _, response in found.pairs if (facts := known(sample, found.helpers.facts))]
@@ -310,6 +312,7 @@ def grounding_precision(response, facts):
 
 
 def correctness(found):
+    """C: share of right answers, by the votes of a judge, or without one by rules where annotations decide."""
     judge, settings, facts = found.helpers.judge, found.settings, found.helpers.facts or {}
     told = [(question, answer, known(sample, facts)) for sample, question, answer in found.pairs]
     ruled = [verdict for *pair, one in told if one and (verdict := verify(*pair, one)) is not None]
@@ -364,6 +367,7 @@ def judge_pairs(pairs, helpers, root, settings):
 
 
 def task_diversity(found):
+    """T: how many different tasks the pairs belong to."""
     judge, settings = found.helpers.judge, found.settings
     if settings.task_field:
         how = "the samples' own field `task`, else rules"
@@ -388,6 +392,7 @@ def task_diversity(found):
 
 
 def balance(found):
+    """B: how unequal the tasks' shares are."""
     told = tagging.balance(found.labels)
     how = "variance of the tasks' shares of all pairs, in percent squared (the review prints no unit)"
     return Indicator("B", "balance", told.pop("variance"), how, sum(found.labels.values()), beside=told, better="lower")
@@ -408,6 +413,7 @@ def instruction_clusters(by_task, settings=Settings()):
 
 
 def instruction_diversity(found):
+    """How many clusters the instructions of each task fall into."""
     told, settings = instruction_clusters(found.by_task, found.settings), found.settings
     how = (
         f"Ego-Splitting over the words of at most {settings.instructions} instructions of each task, joined by "
@@ -438,6 +444,7 @@ def response_clusters(draws, settings=Settings(), embed=tfidf_vectors):
 
 
 def response_diversity(found):
+    """R: how many clusters random draws of responses fall into, as a logarithm."""
     settings, embed, texts = found.settings, found.helpers.embed, list(found.responses.kept)
     found.responses.rng.shuffle(texts)
     size = min(settings.responses, len(texts))
@@ -452,6 +459,7 @@ def response_diversity(found):
 
 
 def elements_lexical(found):
+    """O/G: things, colours, numbers and relations in an instruction, by word lists."""
     how = (f"mean over instructions of different names of things (of a lexicon of {len(found.helpers.lexicon)}), "
            "colours, numbers, spatial relations and marked regions; not the review's dependency parse")  # fmt: skip
     return mean_of("O/G", "elements_lexical", how, found.elements)
@@ -478,6 +486,7 @@ def parse_mark(reply):
 
 
 def complexity(found):
+    """How hard the instructions are, by a judge's marks; without one, by what can be counted."""
     judge, proxies = found.helpers.judge, found.proxies
     if judge is None:
         how = (
