@@ -29,7 +29,7 @@ from tqdm import tqdm
 from nanovlm.data import images
 from nanovlm.data.datasets import asked, files_of
 from nanovlm.data.json_files import Element, elements, field, parse, read_at, records, text_field
-from nanovlm.data.records import record_of
+from nanovlm.data.records import record_of, spoken
 from nanovlm.data.tar_shards import ShardWriter
 from nanovlm.data.video import PICTURES, Clip
 from nanovlm.files import new_folder, replace
@@ -109,10 +109,9 @@ def dialogues(args, output):
     """
     def make(element):
         item, where = element.value, element.where
-        said = field(item, "conversations", list, where)
+        said = spoken(item, where)
         turns, system, cut = [], [], ""
-        for place, turn in enumerate(said, start=1):
-            speaker, value = (field(turn, name, str, f"{where}, turn {place}") for name in ("from", "value"))
+        for place, (speaker, value) in enumerate(said, start=1):
             if speaker not in SPEAKERS:
                 raise ValueError(f"{where}, turn {place}: unknown speaker {speaker!r}; known: {', '.join(SPEAKERS)}")
             role = SPEAKERS[speaker]
@@ -137,6 +136,7 @@ def dialogues(args, output):
             output.note("changed", where, "the system's words now stand in front of the first question")
             turns[0]["value"] = "\n\n".join([*filter(None, system), turns[0]["value"]])
         id = item["id"] if isinstance(item.get("id"), (str, int)) else where
+        item.pop("messages", None)
         return item | {"id": id, "conversations": turns}
 
     return records(args.source), make

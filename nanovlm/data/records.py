@@ -19,7 +19,7 @@ from nanovlm.data.json_files import field
 from nanovlm.data.video import Clip
 from nanovlm.names import nearest
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}  # LLaVA's speakers
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}  # LLaVA's and OpenAI's speakers
 
 
 @dataclass(frozen=True)
@@ -151,17 +151,21 @@ def record_of(item, where, clip, locate):
     Returns: Record. Raises: ValueError naming the place for anything malformed.
     """
     field(item, "id", (str, int), where)
-    said = field(item, "conversations", list, where)
     where = f"{where} (id {item['id']!r})"
+    said = spoken(item, where)
     shown = {"<image>": [Visual(str(path), (path,)) for path in map(locate, _files(item, "image", where))]}
-    if item.get("video") is not None:  # elsewhere <video> is a word
-        found = _files(item, "video", where)
+    found = _files(item, "video", where)
+    if found:  # elsewhere <video> is a word
         sources = [locate(one) if isinstance(one, str) else tuple(map(locate, one)) for one in found]
         shown["<video>"] = [Visual(str(source), replace(clip, source=source)) for source in sources]
     waiting = {placeholder: iter(visuals) for placeholder, visuals in shown.items()}
     turns, visuals, asked = [], [], Counter()
-    for place, turn in enumerate(said, start=1):
-        role, words = _said(turn, f"{where}, turn {place}")
+    for place, (speaker, words) in enumerate(said, start=1):
+        role = _role(speaker, words, f"{where}, turn {place}")
+        if place == 1 and role == "user":  # as LLaVA does with pictures that no text mentions
+            unmentioned = [name for name, given in shown.items() if not any(name in text for _, text in said)
+                           for _ in given]
+            words = "\n".join([*unmentioned, words])
         parts = []  # what the assistant writes is text, whatever it looks like
         for piece in re.split(f"({'|'.join(shown)})", words) if role == "user" else [words]:
             if role == "user" and piece in shown:
@@ -186,7 +190,7 @@ def record_of(item, where, clip, locate):
 
 def _files(item, name, where):
     """What an item lists under "image" or "video": list of file names, of a video perhaps of lists of its frames."""
-    value = item.get(name)
+    value = item.get(name, item.get(f"{name}s"))
     if value is None or value == "" or value != value:  # a table's empty cell; pandas writes NaN
         return []
     several = isinstance(value, list) and (name == "image" or any(isinstance(one, list) for one in value))
@@ -196,12 +200,34 @@ def _files(item, name, where):
         if not frames or not all(isinstance(frame, str) and frame for frame in frames):
             form = "a list of paths" if name == "image" else "a list of frames or of such"
             raise ValueError(f"{where}: field {name!r} must be a path or {form}, found {one!r}")
-    return found
+        for frame in frames:
+            if re.match("[a-z]+://", frame):
+                raise ValueError(f"{where}: {frame} is an address, not a file; download it and name the file")
+    slashes = lambda one: one.replace("\\", "/") if isinstance(one, str) else [*map(slashes, one)]
+    return slashes(found)
 
 
-def _said(turn, where):
-    """(role, words) of a turn as LLaVA writes it."""
-    speaker, words = (field(turn, name, str, where) for name in ("from", "value"))
+def spoken(item, where):
+    """What is said in an item, in LLaVA's form or OpenAI's: list of (speaker in lower case, words).
+
+    `conversations` of {from, value}, or `messages` of {role, content}, whose content may be a list of parts.
+    """
+    form = ("messages", "role", "content") if "messages" in item else ("conversations", "from", "value")
+    turns, name, content = form
+    said = []
+    for place, turn in enumerate(field(item, turns, list, where), start=1):
+        here = f"{where}, turn {place}"
+        speaker = field(turn, name, str, here)
+        words = field(turn, content, (str, list) if turns == "messages" else str, here)
+        if isinstance(words, list):
+            words = "".join("<image>" if field(part, "type", str, here) == "image" else field(part, "text", str, here)
+                            for part in words)
+        said.append((speaker.lower(), words))
+    return said
+
+
+def _role(speaker, words, where):
+    """The role of one who says something that can be trained on. Raises: ValueError."""
     if speaker not in ROLES:
         raise ValueError(f"{where}: unknown speaker {speaker!r}.{nearest(speaker, ROLES)}")
     if not words.strip():
@@ -210,4 +236,4 @@ def _said(turn, where):
         words.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
         raise ValueError(f"{where}: not text: {error}") from error
-    return ROLES[speaker], words
+    return ROLES[speaker]

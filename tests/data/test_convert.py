@@ -90,18 +90,20 @@ def test_llava_and_its_traps(tmp_path):
         {"id": 1, "image": "sub/a.png", "conversations": asked("<image>\nwhat?", "a")},
         {"id": "2", "image": "sub/a.png", "conversations": asked("what?\n<image>", "a"), "kind": "colour"},
         {"id": 3, "conversations": asked("hi", "hello")},
-        {"id": 4, "image": "sub/a.png", "conversations": asked("what?", "a")},
+        {"id": 4, "image": "sub/a.png", "conversations": asked("<image><image>", "a")},
         {"id": 5, "image": "a.png", "conversations": asked("<image>", "a")},
         {"conversations": asked("no id", "a")},
+        {"id": 7, "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
     ]
     source = write(tmp_path / "in.json", json.dumps(given, indent=2))
     items, said = convert(tmp_path, "llava", source, "--images", tmp_path / "pictures")
     assert items[:3] == given[:3] and items[3]["conversations"] == given[5]["conversations"]
+    assert items[4] == {"id": 7, "conversations": asked("hi", "hello")}
     assert items[3]["id"].startswith(f"{source}, line ") and items[3]["id"].endswith("item 6")
     assert [(kind, reason) for _, kind, reason in said] == [
         ("skipped", said[0][2]), ("skipped", f"picture {tmp_path / 'pictures' / 'a.png'} is missing")]
-    assert "0 placeholder(s) <image> in the human turns but 1 image(s)" in said[0][2] and said[0][0].endswith("item 4")
-    assert len(LlavaJson(tmp_path / "out.jsonl", tmp_path / "pictures")) == 4
+    assert "2 placeholder(s) <image> in the human turns but 1 image(s)" in said[0][2] and said[0][0].endswith("item 4")
+    assert len(LlavaJson(tmp_path / "out.jsonl", tmp_path / "pictures")) == 5
 
 
 MIMIC = {

@@ -47,6 +47,10 @@ A, B = "a.png", "sub/b.png"
      [("hi",), ("hello",)], []),
     ({"conversations": said("which tag?", "<image>")}, [("which tag?",), ("<image>",)], []),  # of a reply it is text
     ({"conversations": [{"from": "gpt", "value": "once upon a time"}]}, [("once upon a time",)], []),
+    ({"image": [A, B], "conversations": said("What?", "a cat")}, [(0, "\n", 1, "\nWhat?"), ("a cat",)], [A, B]),  # as LLaVA
+    ({"image": "sub\\b.png", "conversations": said("<image>", "a cat")}, [(0,), ("a cat",)], [B]),
+    ({"images": [A], "messages": [{"role": "User", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+                                  {"role": "GPT", "content": "a cat"}]}, [(0, "What?"), ("a cat",)], [A]),
 ])
 def test_items(folder, item, parts, images):
     record = only(folder, {"id": 7, "kind": "colour", "model": "m", **item})

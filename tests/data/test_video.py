@@ -245,8 +245,8 @@ def test_random_frames_are_drawn_anew_at_every_showing(tmp_path, clips):
 
 
 def test_videos_that_are_wrong_or_missing(tmp_path, clips):
-    with pytest.raises(ValueError, match=r"0 placeholder\(s\) <video> .* but 1 video\(s\); every video needs its"):
-        source(tmp_path, {"id": 1, "video": "a.gif", "conversations": talk("what?")})
+    with pytest.raises(ValueError, match=r"2 placeholder\(s\) <video> .* but 1 video\(s\)"):
+        source(tmp_path, {"id": 1, "video": "a.gif", "conversations": talk("<video><video>")})
     for given in ([], [[]], [3], [["a.gif"], "b.gif", 4], 7):
         with pytest.raises(ValueError, match="field 'video' must be a path"):
             source(tmp_path, {"id": 1, "video": given, "conversations": talk("<video>")})
