@@ -17,47 +17,51 @@ from nanovlm.bench import compile, decode, gpu, kernels, train
 BAD_INPUT = 2  # exit code
 
 
+def positive(text):
+    """A whole number from 1 on."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 is needed")
+    return int(text)
+
+
 def make_parser():
     """The command line, as an argparse parser."""
     parser = argparse.ArgumentParser(prog="python -m nanovlm.bench", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
 
-    def command(name, run, text, rounds=1):
+    def command(name, run, text, rounds=None, device=None, out=None):
         one = commands.add_parser(name, allow_abbrev=False, help=text)
-        one.set_defaults(run=run, rounds=rounds, device="cuda" if name == "gpu" else "cpu")
-        if rounds > 1:
-            one.add_argument("--rounds", type=int, metavar="N", help=f"measurements of each side (default: {rounds})")
-        if name in ("decode", "train", "gpu"):
-            one.add_argument("--device", choices=("cpu", "cuda"))
-        if name in ("decode", "train"):
-            one.add_argument("--case", action="append", metavar="NAME", help="one of the cases; may be given several times")
-        return one
+        one.set_defaults(run=run)
+        if rounds:
+            one.add_argument("--rounds", type=positive, default=rounds, metavar="N", help="measurements of each side (%(default)s)")
+        if device:
+            one.add_argument("--device", choices=("cpu", "cuda"), default=device)
+        if out:
+            one.add_argument("--out", default=out, metavar="FOLDER", help="where the results go (default: %(default)s)")
+        return one.add_argument
 
-    command("decode", decode.decode, "tokens per second against transformers.generate", 5)
-    one = command("train", train.train, "training steps against transformers; on a GPU, against its peak", 7)
-    one.add_argument("--compile", action="store_true", help="on a GPU: torch.compile around every block")
-    one.add_argument("--out", default="notebooks/results", metavar="FOLDER", help="where the dated table of a GPU goes")
-    one = command("kernels", kernels.measure_all, "the Triton kernels against torch's, on a GPU", 20)
-    one.add_argument("--out", default="notebooks/results", metavar="FOLDER", help="where the dated table goes")
-    one.add_argument("--only", default="", metavar="WORD", help="what has this in its name: causal, projection, loss …")
-    one = command("compile", compile.judge_all, "registers, spills and memory of every kernel, without a GPU")
-    one.add_argument("--kernel", action="append", choices=compile.KERNELS, help="may be given several times")
-    one.add_argument("--record", action="store_true", help="remember how long the loops are, for later runs to compare with")
-    one = command("gpu", gpu.measure_all, "all that a GPU can tell: kernels, nano, Lynx, decoding; one JSON file")
-    one.add_argument("--minutes", type=float, default=25.0, metavar="N", help="begin no part after this time (default: 25)")
-    one.add_argument("--out", default="out/gpu", metavar="FOLDER", help="where gpu.json and nano's run go (default: out/gpu)")
-    one.add_argument("--part", action="append", choices=gpu.PARTS, help="may be given several times (default: all)")
-    one.add_argument("--tiny", action="store_true", help="a rehearsal at sizes that a CPU manages")
+    several, tables = "may be given several times (default: all)", "notebooks/results"
+    add = command("decode", decode.decode, "tokens per second against transformers.generate", 5, "cpu")
+    add("--case", action="append", metavar="NAME", help=several)
+    add = command("train", train.train, "training steps against transformers; on a GPU, against its peak", 7, "cpu", tables)
+    add("--case", action="append", metavar="NAME", help=several)
+    add("--compile", action="store_true", help="on a GPU: torch.compile around every block")
+    add = command("kernels", kernels.measure_all, "the Triton kernels against torch's, on a GPU", 20, None, tables)
+    add("--only", default="", metavar="WORD", help="what has this in its name: causal, projection, loss …")
+    add = command("compile", compile.judge_all, "registers, spills and memory of every kernel, without a GPU")
+    add("--kernel", action="append", choices=compile.KERNELS, help=several)
+    add("--record", action="store_true", help="remember how long the loops are, for later runs to compare with")
+    add = command("gpu", gpu.measure_all, "all that a GPU can tell; one JSON file", None, "cuda", "out/gpu")
+    add("--minutes", type=float, default=25.0, metavar="N", help="begin no part after this time (default: 25)")
+    add("--part", action="append", choices=gpu.PARTS, help=several)
+    add("--tiny", action="store_true", help="a rehearsal at sizes that a CPU manages")
     return parser
 
 
 def main(arguments=None):
     """Run the command line; returns the exit code."""
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds}: at least 1 is needed")
+    args = make_parser().parse_args(arguments)
     try:
         return args.run(args)
     except ImportError as error:

@@ -7,6 +7,10 @@ launch would (pointers aligned to 16 bytes), and judged. For another Triton than
 
     pip install --no-deps --target OTHER triton==3.6.0
     PYTHONPATH=OTHER python -m nanovlm.bench compile
+
+The loop over whole tiles is where a kernel spends its time, and its instructions beside the products are what the
+tensor cores wait for. What was counted once stands in sass.json, by version of Triton, whose assembler decides: a loop
+that has become more than 5% longer is a fault, and `--record` writes today's counts there.
 """
 
 import contextlib
@@ -16,14 +20,17 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 # bytes of fast memory that one program can have: an H100; the least of all later than an A100, as they share its tiles
 SHARED_LIMIT = {90: 232_448, 80: 101_376}
-KERNELS = ("attention", "projection")
 SPILL_LIMIT = 16  # bytes; more of it sits in a loop
 ALIGNED = [["tt.divisibility", 16]]
+RECORDED = Path(__file__).with_name("sass.json")
+SLACK = 1.05
+ROW = "{:<20}{:>4}{:>6} {:>11}{:>6}{:>7}{:>10}{:>8}{:>9}{:>9}{:>7}{:>6}  {}"
+HEAD = "kernel sm width tile warps stages registers spilled shared products copies loop verdict"
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,17 @@ class Variant:
     warps: int
     stages: int
     aligned: tuple = ()  # integers that are multiples of 16
-    products: bool = True  # has matrix products, fed by copies that run ahead
+
+    @property
+    def tile(self):
+        """The sizes of its tile, as 128x64."""
+        return "x".join(str(self.constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in self.constants)
+
+    @property
+    def label(self):
+        """What it is called in sass.json."""
+        width = f" width {self.constants['D']}" if "D" in self.constants else ""
+        return f"{self.name} sm_{self.architecture}{width} {self.tile} w{self.warps} s{self.stages}"
 
 
 @dataclass(frozen=True)
@@ -53,25 +70,23 @@ class Found:
     copies: int  # asynchronous ones
     narrow: int  # loads of 2 bytes
     serialized: bool  # products wait for one another
-    loop: int = 0  # machine instructions of the loop over whole tiles; 0 = no loop with products
+    loop: int  # machine instructions of the loop over whole tiles; 0 = no loop with products
 
 
 def attention_variants():
     """Forward, dQ, dK and dV of flash_attention.TILES, with 88 channels where they are padded."""
     from nanovlm import flash_attention
 
-    scalars = ("visible_stride", "seen_by_stride", "num_heads", "group", "num_queries", "num_keys")
-    types = dict.fromkeys(scalars, "i32") | dict(scale="fp32", lse="*fp32", delta="*fp32", seen_by="*i32")
+    scalars = dict.fromkeys(("visible_stride", "seen_by_stride", "num_heads", "group", "num_queries", "num_keys"), "i32")
+    scalars |= dict(scale="fp32", lse="*fp32", delta="*fp32", seen_by="*i32")
     for (architecture, widest), tiles in flash_attention.TILES.items():
-        for width in (88,) if widest == 96 else (88, 128) if architecture == 80 and widest == 128 else (widest,):
+        for width in (88,) if widest == 96 else (88, 128) if (architecture, widest) == (80, 128) else (widest,):
             for name, tile in zip(("forward", "dq", "dkv"), tiles):
                 function = getattr(flash_attention, f"{name}_kernel")
-                interval = "*i64" if name == "forward" else "*i32"
-                own = {n: "*bf16" for n in function.arg_names if n in ("q", "k", "v", "out", "do", "dq", "dk", "dv")}
-                own |= {n: ("i32",) * 3 for n in function.arg_names if n.endswith("strides")}
+                types = {n: ("i32",) * 3 if n.endswith("strides") else "*bf16" for n in function.arg_names} | scalars
+                types |= dict.fromkeys(("first", "stop"), "*i64" if name == "forward" else "*i32")
                 sizes = dict(D=width, BLOCK_D=64 if width <= 64 else 128, BLOCK_M=tile.queries, BLOCK_N=tile.keys)
-                yield Variant(f"attention {name}", function, architecture, sizes, types | own | dict(
-                    first=interval, stop=interval), tile.warps, tile.stages)  # fmt: skip
+                yield Variant(f"attention {name}", function, architecture, sizes, types, tile.warps, tile.stages)
 
 
 def projection_variants():
@@ -79,17 +94,20 @@ def projection_variants():
     from nanovlm import modality_adaptive
     from nanovlm import routed_projection as module
 
-    pointers = dict.fromkeys(("x", "text", "vision", "out", "dy"), "*bf16") | dict(order="*i64", text_end="*i64")
     sizes = ("num_in", "num_out", "x_stride", "row_stride", "column_stride", "out_stride", "dy_stride")
-    types = pointers | dict.fromkeys((*sizes, "num_rows", "length"), "i32")
+    types = dict.fromkeys(("x", "text", "vision", "out", "dy"), "*bf16") | dict(order="*i64", text_end="*i64")
+    types |= dict.fromkeys((*sizes, "num_rows", "length"), "i32")
     for architecture, (product, gradient) in module.TILES.items():
         for name, function, one, (columns, summed, warps, stages) in (
-            ("projection forward", module.product_kernel, "column_stride", product),
-            ("projection dx", module.product_kernel, "row_stride", product),
-            ("projection dw", module.weight_kernel, None, gradient),
+            ("projection forward", module.product_kernel, {"column_stride": 1}, product),
+            ("projection dx", module.product_kernel, {"row_stride": 1}, product),
+            ("projection dw", module.weight_kernel, {}, gradient),
         ):
-            constants = dict(BLOCK_M=modality_adaptive.TILE, BLOCK_N=columns, BLOCK_K=summed) | ({one: 1} if one else {})
+            constants = dict(BLOCK_M=modality_adaptive.TILE, BLOCK_N=columns, BLOCK_K=summed) | one
             yield Variant(name, function, architecture, constants, types, warps, stages, sizes)
+
+
+KERNELS = {"attention": attention_variants, "projection": projection_variants}
 
 
 def compiled(variant):
@@ -103,58 +121,42 @@ def compiled(variant):
 
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1: interpreted kernels cannot be compiled; unset it")
-    names = variant.function.arg_names
-    signature = {n: "constexpr" if n in variant.constants else variant.types[n] for n in names}
-    aligned = [i for i, n in enumerate(names) if str(signature[n]).startswith("*") or
-               n in variant.aligned and n not in variant.constants]  # fmt: skip
-    source = ASTSource(
-        variant.function, signature, constexprs={(names.index(n),): value for n, value in variant.constants.items()},
-        attrs={(i,): ALIGNED for i in aligned},
-    )  # fmt: skip
+    names, constants = variant.function.arg_names, variant.constants
+    signature = {n: "constexpr" if n in constants else variant.types[n] for n in names}
+    attributes = {(place,): ALIGNED for place, (n, kind) in enumerate(signature.items())
+                  if kind[0] == "*" or n in variant.aligned and n not in constants}  # fmt: skip
+    constants = {(names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(variant.function, signature, constexprs=constants, attrs=attributes)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # cuobjdump starts nvdisasm
+    os.environ |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_ALWAYS_COMPILE": "1", "PATH": f"{tools}:{os.environ['PATH']}"}
     options = dict(num_warps=variant.warps, num_stages=variant.stages, enable_fp_fusion=True)
-    verbose = dict(TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
-    with contextlib.redirect_stdout(io.StringIO()) as log, settings(**verbose):
+    with contextlib.redirect_stdout(io.StringIO()) as log, tempfile.NamedTemporaryFile() as file:
         kernel = triton.compile(source, target=GPUTarget("cuda", variant.architecture, 32), options=options)
-    found = read(log.getvalue(), kernel.asm["ptx"], kernel.metadata.shared)
-    return replace(found, loop=shortest_loop(disassemble(kernel.asm["cubin"]))) if variant.products else found
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        sass = subprocess.run([tools / "cuobjdump", "-sass", file.name], text=True, capture_output=True, check=True).stdout
+    return read(log.getvalue(), kernel.asm["ptx"], sass, kernel.metadata.shared)
 
 
-@contextlib.contextmanager
-def settings(**values):
-    """Environment variables for a while."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+def read(log, ptx, sass, shared):
+    """Found, from the assembler's log, the code it read and made, and the shared memory asked for (bytes)."""
+    used, spilled = (int(re.search(form, log)[1]) for form in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+    copies = len(re.findall(r"cp\.async\.(?!wait|commit)", ptx))
+    narrow = len(re.findall(r"ld\.global[.\w:]*\.b16", ptx))
+    products = ptx.count("wgmma.mma_async"), ptx.count("mma.sync")
+    return Found(used, spilled, shared, *products, copies, narrow, "serialized" in log, shortest_loop(sass))
 
 
-def read(log, ptx, shared):
-    """Found, from the assembler's log, the code it read, and the shared memory asked for (bytes).
+def shortest_loop(sass):
+    """Instructions of the shortest loop that has tensor-core products: the one over tiles that need no mask; 0 = none.
 
-    Raises: ValueError for a log without registers and spills.
+    sass: machine code as cuobjdump prints it; an instruction has 16 bytes.
     """
-    used, spilled = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes spill stores", log)
-    if not used or not spilled:
-        raise ValueError(f"the assembler's log names no registers and spills: {log[:200]!r}")
-    return Found(
-        int(used[1]), int(spilled[1]), shared, ptx.count("wgmma.mma_async"), ptx.count("mma.sync"),
-        ptx.count("cp.async.") - ptx.count("cp.async.wait") - ptx.count("cp.async.commit"),
-        len(re.findall(r"ld\.global[.\w:]*\.b16", ptx)), "serialized" in log,
-    )  # fmt: skip
-
-
-def tile_of(variant):
-    """The sizes of a variant's tile, as 128x64."""
-    return "x".join(str(variant.constants[n]) for n in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK") if n in variant.constants)
-
-
-def label(variant):
-    """What a variant is called in sass.json."""
-    width = f" width {variant.constants['D']}" if "D" in variant.constants else ""
-    return f"{variant.name} sm_{variant.architecture}{width} {tile_of(variant)} w{variant.warps} s{variant.stages}"
+    code, lengths = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(\S.*);", sass, re.MULTILINE), []
+    for place, instruction in enumerate(code):
+        if jump := re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", instruction):
+            body = code[int(jump[1], 16) // 16 : place + 1]  # empty for a jump ahead
+            lengths += [len(body)] * any(re.search(r"\bHG?MMA\b", one) for one in body)
+    return min(lengths, default=0)
 
 
 def faults(variant, found, longest=None):
@@ -162,115 +164,40 @@ def faults(variant, found, longest=None):
 
     longest: instructions that its loop may have (`shortest_loop`); None = any number.
     """
-    limit, wrong = SHARED_LIMIT[variant.architecture], []
-    if found.spilled > SPILL_LIMIT:
-        wrong.append(f"spills {found.spilled} bytes")
-    if found.shared > limit:
-        wrong.append(f"{found.shared} bytes of shared memory, {limit} exist")
-    if not variant.products:
-        return wrong
-    if variant.architecture == 90 and (not found.wgmma or found.mma):
-        wrong.append("products are not warp-group products")
-    if variant.architecture == 80 and not found.mma:
-        wrong.append("no tensor-core products")
-    if found.serialized:
-        wrong.append("products are serialized")
-    if not found.copies:
-        wrong.append("nothing is loaded ahead")
-    if found.narrow:
-        wrong.append(f"{found.narrow} loads of 2 bytes")
-    if not found.loop:
-        wrong.append("no loop with products")
-    if longest is not None and found.loop > longest:
-        wrong.append(f"a loop of {found.loop} instructions, {int(longest)} are allowed")
-    return wrong
-
-
-def compile_all(names, keep=False):
-    """Compile and judge all variants of some files; prints a table.
-
-    Args: keep: write the loops' lengths to sass.json instead of judging them.
-    Returns: int, how many have faults.
-    """
-    import triton
-
-    makers = dict(attention=attention_variants, projection=projection_variants)
-    known = {} if keep else recorded(triton.__version__)
-    print(f"Triton {triton.__version__}; registers and spilled bytes of a thread, shared bytes of a program, instructions of "
-          f"the loop over whole tiles ({'recorded' if keep else 'at most 5% more than recorded' if known else 'nothing recorded'})")
-    print(f"{'kernel':<20}{'sm':>4}{'width':>6} {'tile':>11}{'warps':>6}{'stages':>7}{'registers':>10}{'spilled':>8}"
-          f"{'shared':>9}{'products':>9}{'copies':>7}{'loop':>6}  verdict")  # fmt: skip
-    bad, lengths = 0, {}
-    for variant in (variant for name in names for variant in makers[name]()):
-        found = compiled(variant)
-        longest = known.get(label(variant))
-        wrong = faults(variant, found, None if longest is None else longest * SLACK)
-        bad += bool(wrong)
-        if found.loop:
-            lengths[label(variant)] = found.loop
-        width = variant.constants.get("D", "")
-        print(f"{variant.name:<20}{variant.architecture:>4}{width:>6} {tile_of(variant):>11}{variant.warps:>6}"
-              f"{variant.stages:>7}{found.registers:>10}{found.spilled:>8}{found.shared:>9}{found.wgmma + found.mma:>9}"
-              f"{found.copies:>7}{found.loop:>6}  {'; '.join(wrong) or 'good'}", flush=True)  # fmt: skip
-    if keep:
-        record(triton.__version__, lengths)
-    return bad
+    architecture, limit = variant.architecture, SHARED_LIMIT[variant.architecture]
+    wrong = {
+        f"spills {found.spilled} bytes": found.spilled > SPILL_LIMIT,
+        f"{found.shared} bytes of shared memory, {limit} exist": found.shared > limit,
+        "products are not warp-group products": architecture == 90 and (not found.wgmma or found.mma),
+        "no tensor-core products": architecture == 80 and not found.mma,
+        "products are serialized": found.serialized,
+        "nothing is loaded ahead": not found.copies,
+        f"{found.narrow} loads of 2 bytes": found.narrow,
+        "no loop with products": not found.loop,
+        f"a loop of {found.loop} instructions, {longest} are allowed": longest is not None and found.loop > longest,
+    }
+    return [words for words, is_so in wrong.items() if is_so]
 
 
 def judge_all(args):
-    """The command `bench compile`; returns the exit code, 1 if a kernel has a fault."""
-    return int(compile_all(args.kernel or KERNELS, args.record) > 0)
-
-
-# How many machine instructions a kernel's loop has: a ratchet against code that grows slower without a GPU to notice.
-#
-# The loop over whole tiles is where a kernel spends its time, and its instructions beside the products are what the
-# tensor cores wait for. NVIDIA's disassembler comes with Triton and needs no GPU. What was counted once stands in
-# sass.json, by version of Triton, whose assembler decides; `python -m nanovlm.bench compile` finds fault with a
-# loop that has become more than 5% longer, and `--record` writes today's counts there.
-
-
-RECORDED = Path(__file__).with_name("sass.json")
-SLACK = 1.05
-INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(\S.*);", re.MULTILINE)
-JUMP = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
-PRODUCT = re.compile(r"\bH(?:G)?MMA\b")
-
-
-def disassemble(cubin):
-    """The machine code of a compiled kernel, bytes, as text."""
+    """The command `bench compile`: a table of all variants; returns the exit code, 1 if a kernel has a fault."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    path = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"  # cuobjdump starts nvdisasm
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([tools / "cuobjdump", "-sass", file.name], env={**os.environ, "PATH": path},
-                              text=True, capture_output=True, check=True)  # fmt: skip
-    return done.stdout
-
-
-def shortest_loop(sass):
-    """Instructions of the shortest loop that has tensor-core products: the one over tiles that need no mask; 0 = none."""
-    code = [(int(address, 16), text) for address, text in INSTRUCTION.findall(sass)]
-    lengths = []
-    for place, (address, text) in enumerate(code):
-        jump = JUMP.search(text)
-        if jump and int(jump[1], 16) < address:
-            body = [inner for start, inner in code[: place + 1] if start >= int(jump[1], 16)]
-            if any(PRODUCT.search(inner) for inner in body):
-                lengths.append(len(body))
-    return min(lengths, default=0)
-
-
-def recorded(version):
-    """What was counted with a version of Triton: {a variant's label: instructions}, empty for one not recorded."""
-    return json.loads(RECORDED.read_text()).get(version, {}) if RECORDED.exists() else {}
-
-
-def record(version, lengths):
-    """Write the counts of a version, {label: instructions}; those of other labels and versions stay."""
-    known = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
-    known[version] = dict(sorted({**known.get(version, {}), **lengths}.items()))
-    RECORDED.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+    recorded, lengths, bad = json.loads(RECORDED.read_text()), {}, 0
+    known = recorded.get(triton.__version__, {})
+    judged = "recorded" if args.record else "at most 5% more than recorded" if known else "nothing recorded"
+    print(f"Triton {triton.__version__}; registers and spilled bytes of a thread, shared bytes of a program, instructions of "
+          f"the loop over whole tiles ({judged})\n{ROW.format(*HEAD.split())}")  # fmt: skip
+    for one in (variant for name in args.kernel or KERNELS for variant in KERNELS[name]()):
+        found = compiled(one)
+        longest = None if args.record or one.label not in known else int(known[one.label] * SLACK)
+        wrong = faults(one, found, longest)
+        bad += bool(wrong)
+        lengths[one.label] = found.loop
+        print(ROW.format(one.name, one.architecture, one.constants.get("D", ""), one.tile, one.warps, one.stages,
+                         found.registers, found.spilled, found.shared, found.wgmma + found.mma, found.copies, found.loop,
+                         "; ".join(wrong) or "good"), flush=True)  # fmt: skip
+    if args.record:
+        recorded[triton.__version__] = dict(sorted((known | lengths).items()))
+        RECORDED.write_text(json.dumps(dict(sorted(recorded.items())), indent=2) + "\n")
+    return int(bad > 0)

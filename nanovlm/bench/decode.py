@@ -5,16 +5,24 @@ run in turns, round after round, so that a busy machine disturbs them alike; the
 both must write the same tokens, and the time is that of the one thread. Random weights are as fast as trained ones.
 """
 
+import csv
+import dataclasses
+import datetime
+import itertools
+import re
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nanovlm.decoder import Decoder
 from nanovlm.generation.fast_decode import FastDecoder
 from nanovlm.generation.prefill import Workspace
 from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.machine import check_device
 from nanovlm.projector import LinearProjector
 from nanovlm.published import weights
 from nanovlm.published.language import LLAMA, llama_config
@@ -69,21 +77,16 @@ def build(size, device, dtype):
     transformers.utils.logging.set_verbosity_error()
     config = transformers.LlamaConfig(**SIZES[size], max_position_embeddings=CONTEXT, initializer_range=SPREAD)
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            theirs = transformers.LlamaForCausalLM(config).eval()
-            decoder = Decoder(llama_config(config.to_dict()))
-    finally:
-        torch.set_default_dtype(before)
-    decoder.load_state_dict(weights.to_ours(LLAMA, theirs.state_dict(), decoder.state_dict()))
+    with torch.device(device):
+        theirs = transformers.LlamaForCausalLM(config).to(dtype).eval()
+        model = around(Decoder(llama_config(config.to_dict()))).to(dtype).eval()
+    model.decoder.load_state_dict(weights.to_ours(LLAMA, theirs.state_dict(), model.decoder.state_dict()))
     theirs.generation_config = transformers.GenerationConfig()
-    return theirs, around(decoder).to(device, dtype).eval()
+    return theirs, model
 
 
 def make_prompts(case, vocab_size):
-    """Prompts of random ids, of unequal length if there are several: list of lists of int."""
+    """Prompts of random ids from 1 on, of unequal length if there are several: list of lists of int."""
     generator = torch.Generator().manual_seed(1)
     lengths = [16] if case.num_prompts == 1 else torch.linspace(8, 96, case.num_prompts).long().tolist()
     return [torch.randint(1, vocab_size, (length,), generator=generator).tolist() for length in lengths]
@@ -91,22 +94,17 @@ def make_prompts(case, vocab_size):
 
 def end_tokens(answers):
     """Ids that let every row end at another step: each row's own word at a place further on than the last row's."""
-    number = len(answers)
-    return tuple(sorted({answer[(row + 1) * len(answer) // number - 1] for row, answer in enumerate(answers)}))
+    return tuple({answer[row * len(answer) // len(answers) - 1] for row, answer in enumerate(answers, 1)})
 
 
 def their_generate(model, prompts, decoding):
     """transformers.generate: list of lists of new ids, without end token and what follows it."""
-    longest, device = max(map(len, prompts)), next(model.parameters()).device
-    pads = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts)], device=device)
-    mask = torch.tensor([[0] * pad + [1] * len(prompt) for pad, prompt in zip(pads, prompts)], device=device)
+    ids = pad_sequence(list(map(torch.tensor, prompts)), True, padding_side="left").to(model.device)
     rows = model.generate(
-        ids, attention_mask=mask, max_new_tokens=decoding.max_new_tokens, do_sample=False,
+        ids, attention_mask=(ids > 0).long(), max_new_tokens=decoding.max_new_tokens, do_sample=False,
         eos_token_id=list(decoding.eos_ids) or None, pad_token_id=0,
-    )[:, longest:].tolist()  # fmt: skip
-    stops = [next((place for place, token in enumerate(row) if token in decoding.eos_ids), len(row)) for row in rows]
-    return [row[:stop] for row, stop in zip(rows, stops)]
+    )[:, ids.shape[1] :].tolist()  # fmt: skip
+    return [list(itertools.takewhile(lambda token: token not in decoding.eos_ids, row)) for row in rows]
 
 
 def fast_workspace(model, device, rows):
@@ -119,30 +117,25 @@ def compare(case, rounds, device, dtype):
     theirs, model = build(case.size, device, dtype)
     prompts, decoding = make_prompts(case, model.decoder.config.vocab_size), Decoding(max_new_tokens=case.num_new)
     if case.rows_end:
-        decoding = Decoding(max_new_tokens=case.num_new, eos_ids=end_tokens(generate(model, prompts, decoding)))
+        decoding = dataclasses.replace(decoding, eos_ids=end_tokens(generate(model, prompts, decoding)))
     workspace = fast_workspace(model, device, case.num_prompts)
     contenders = {
         "transformers": lambda: their_generate(theirs, prompts, decoding),
         "nanovlm": lambda: generate(model, prompts, decoding, workspace=workspace),
     }
-    answers = {name: run() for name, run in contenders.items()}  # warm
-    same = sum(a == b for one in zip(*answers.values()) for a, b in zip(*one))
-    num_tokens = sum(map(len, answers["nanovlm"]))
-    if device == "cpu" and answers["nanovlm"] != answers["transformers"]:
+    expected, answers = (run() for run in contenders.values())  # warm
+    same = sum(a == b for one in zip(expected, answers) for a, b in zip(*one))
+    num_tokens = sum(map(len, answers))
+    if device == "cpu" and answers != expected:
         raise RuntimeError(f"only {same} of {num_tokens} tokens are those of transformers: no speed to compare")
     times = in_turns(contenders, rounds, device)
-    middle = statistics.median(times["nanovlm"])
-    ratio, rate = statistics.median(times["transformers"]) / middle, num_tokens / middle
-    verdict = "" if case.required is None else f" (required {case.required}: {reached(ratio, case.required)})"
+    told, middle = comparison(times, num_tokens, case.required), statistics.median(times["nanovlm"])
     if case.rate is not None:
-        verdict += f" (required {case.rate:.0f} tokens/s on an H200: {reached(rate, case.rate)})"
-    read = sum(p.nbytes for p in model.decoder.parameters()) * max(map(len, answers["nanovlm"])) / middle
+        told.append(f"(required {case.rate:.0f} tokens/s on an H200: {reached(num_tokens / middle, case.rate)})")
+    read = sum(p.nbytes for p in model.decoder.parameters()) * max(map(len, answers)) / middle
     bandwidth = read_bandwidth(device)
-    return [
-        *rates(times, num_tokens),
-        f"ratio of medians {ratio:.2f}{verdict}; {same} of {num_tokens} tokens equal",
-        f"weights read at {read / 1e9:.1f} GB/s, {read / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s of a plain sum",
-    ]
+    share = f"{read / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s of a plain sum"
+    return [*told, f"{same} of {num_tokens} tokens equal; weights read at {read / 1e9:.1f} GB/s, {share}"]
 
 
 def decode(args):
@@ -157,52 +150,45 @@ def decode(args):
     return 0
 
 
-# ---- the timer and the table of all benchmarks
+# ---- the timer and the tables of all benchmarks
 
 
 def chosen(args, cases):
     """The cases that --case names, or all: {name: case}. Raises: ValueError for an unknown one, or without the GPU."""
-    for name in args.case or ():
-        if name not in cases:
-            raise ValueError(f"--case {name} is none of {', '.join(cases)} on {args.device}")
-    need(args.device)
+    if unknown := set(args.case or ()) - set(cases):
+        raise ValueError(f"--case {unknown.pop()} is none of {', '.join(cases)} on {args.device}")
+    prepare(args.device)
     return {name: cases[name] for name in args.case or cases}
 
 
-def need(device):
+def prepare(device):
     """Raise ValueError without the device; on a CPU one thread is what is measured."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch finds no GPU here; run it where there is one, or leave --device out")
+    check_device(device)
     if device == "cpu":
         torch.set_num_threads(1)
 
 
 def where(device):
     """What is measured: str."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, one thread"
-
-
-def cpu_name():
-    """What the processor calls itself."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "an unknown processor"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    return f"{found[1] if found else 'an unknown processor'}, one thread"
 
 
 def seconds(function, device):
-    """(seconds of this thread on a CPU, else of the GPU, what the function returned)."""
+    """Seconds that a call takes: of this thread on a CPU, else of the GPU."""
     if device == "cpu":
         start = time.thread_time()
-        answer = function()
-        return time.thread_time() - start, answer
+        function()
+        return time.thread_time() - start
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    answer = function()
+    function()
     stop.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(stop) / 1000, answer
+    return start.elapsed_time(stop) / 1000
 
 
 def in_turns(runs, rounds, device, between=lambda: None):
@@ -211,7 +197,7 @@ def in_turns(runs, rounds, device, between=lambda: None):
     for _ in range(rounds):
         for name, run in runs.items():
             between()
-            times[name].append(seconds(run, device)[0])
+            times[name].append(seconds(run, device))
     return times
 
 
@@ -221,12 +207,32 @@ def read_bandwidth(device):
     return block.nbytes / min(in_turns({"sum": block.sum}, 6, device)["sum"])
 
 
-def rates(times, num_tokens):
-    """A line for every side of a comparison: list of str; times: as `in_turns` gives them."""
-    return [f"{name:<13}{num_tokens / statistics.median(found):9.1f} tokens/s   median {statistics.median(found):.3f} s, "
-            f"{min(found):.3f} to {max(found):.3f}" for name, found in times.items()]  # fmt: skip
+def comparison(times, num_tokens, required):
+    """A line for every side, and one for the ratio: list of str; times: as of `in_turns`. required: ratio, or None."""
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    ratio = medians["transformers"] / medians["nanovlm"]
+    verdict = "" if required is None else f" (required {required}: {reached(ratio, required)})"
+    lines = [f"{name:<13}{num_tokens / median:9.1f} tokens/s   median {median:.3f} s, {min(times[name]):.3f} to "
+             f"{max(times[name]):.3f}" for name, median in medians.items()]  # fmt: skip
+    return [*lines, f"ratio of medians {ratio:.2f}{verdict}"]
 
 
 def reached(value, required):
     """The verdict on a measured value: str."""
     return "reached" if value >= required else "MISSED"
+
+
+def tabulate(lines, args, name, **places):
+    """Add dataclasses, each as it comes, to the table OUT/NAME_DATE.csv, and hand them on: iterator. places: more columns."""
+    path = Path(args.out) / f"{name}_{datetime.date.today().isoformat()}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        for line in lines:
+            row = dataclasses.asdict(line) | {"torch": torch.__version__} | places
+            table = csv.DictWriter(file, row)
+            if not file.tell():
+                table.writeheader()
+            table.writerow(row)
+            file.flush()  # a time limit must not cost what is already measured
+            yield line
+    print(f"written to {path}")

@@ -33,12 +33,12 @@ TINY = dict(vocab_size=97, hidden_size=24, intermediate_size=32, num_hidden_laye
 
 def equality(args, minutes):
     """Head widths at which our attention is right: list of int. Raises: RuntimeError where it is not."""
-    for width in (8,) if args.tiny else (64, 88, 128):
-        if args.tiny:
-            kernels.check(width, args.device, torch.float32, tokens=40, repeats=1, ours="reference")
-        else:
-            kernels.check(width, args.device)
-    return [8] if args.tiny else [64, 88, 128]
+    widths, how = (64, 88, 128), {}
+    if args.tiny:
+        widths, how = (8,), dict(dtype=torch.float32, tokens=40, repeats=1, ours="reference")
+    for width in widths:
+        kernels.check(width, args.device, **how)
+    return widths
 
 
 def attention(args, minutes):
@@ -52,15 +52,15 @@ def attention(args, minutes):
 
 def nano(args, minutes):
     """Train the recipe nano in a process of its own: exit code, seconds, the last lines of its log and of what it said."""
-    out = Path(args.out) / "nano"
-    command = [sys.executable, str(ROOT / "train.py"), "nano", "--out", str(out.resolve()), "--device", args.device]
-    command += ["--size", "tiny", "--smoke"] if args.tiny else ["--max-minutes", f"{NANO_SHARE * minutes:.1f}"]
-    start = time.monotonic()
-    done = subprocess.run([*command, *(["--resume"] if out.exists() else [])], cwd=ROOT, text=True, capture_output=True)
-    if not (out / "log.jsonl").exists():
+    out, start = (Path(args.out) / "nano").resolve(), time.monotonic()
+    flags = ["--size", "tiny", "--smoke"] if args.tiny else ["--max-minutes", f"{NANO_SHARE * minutes:.1f}"]
+    flags += ["--resume"] if out.exists() else []
+    command = [sys.executable, "train.py", "nano", "--out", str(out), "--device", args.device, *flags]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    said, log = (done.stdout + done.stderr).splitlines()[-20:], list(JsonLines(out / "log.jsonl"))[-10:]
+    if not log:
         raise RuntimeError(done.stderr[-2000:])
-    said = (done.stdout + done.stderr).splitlines()[-20:]
-    return {"exit_code": done.returncode, "seconds": time.monotonic() - start, "log": list(JsonLines(out / "log.jsonl"))[-10:], "said": said}
+    return {"exit_code": done.returncode, "seconds": time.monotonic() - start, "log": log, "said": said}
 
 
 def lynx(args, minutes):
@@ -88,14 +88,14 @@ PARTS = {one.__name__: one for one in (equality, attention, nano, lynx, decoding
 
 def measure_all(args):
     """The command `bench gpu`: runs the parts; returns the exit code, 1 if one failed."""
-    decode.need(args.device)
-    out, start, found = Path(args.out), time.monotonic(), {}
+    decode.prepare(args.device)
+    out, end, found = Path(args.out), time.monotonic() + 60 * args.minutes, {}
     out.mkdir(parents=True, exist_ok=True)
     report = {"where": decode.where(args.device), "torch": torch.__version__, "command": sys.argv, "parts": found}
     for name in args.part or PARTS:
         before = time.monotonic()
-        left = args.minutes - (before - start) / 60
         try:
+            left = (end - before) / 60
             found[name] = {"result": PARTS[name](args, left)} if left > 0 else {"error": "no time was left"}
         except Exception as error:  # the others run all the same
             found[name] = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc().splitlines()[-12:]}

@@ -9,13 +9,10 @@ and the memory that a step took beside the forecast (both of training/cost.py), 
 into a dated table.
 """
 
-import csv
 import dataclasses
-import datetime
-import statistics
+import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -38,56 +35,51 @@ SETTLE, MEASURED = 3, 10  # steps on a GPU: before the clock starts, and under i
 DECODER_PARTS = ("embedding", "language_model", "lm_head")
 
 
-def text_batch(rows, tokens, vocab_size, device="cpu"):
-    """Rows of random words, all of them trained: Batch."""
-    ids = torch.randint(1, vocab_size, (rows, tokens), generator=torch.Generator().manual_seed(2)).to(device)
-    none = torch.zeros(0, dtype=torch.long)
-    positions = torch.arange(tokens, device=device).expand_as(ids)
-    return Batch(ids, ids, torch.zeros_like(ids), positions, None, none, none, none)
-
-
-def stepper(loss_of, parameters):
-    """A function that takes one step of AdamW and returns the loss before it: () -> float."""
-    adamw = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-    def step():
-        adamw.zero_grad(set_to_none=True)
-        loss = loss_of()
-        loss.backward()
-        adamw.step()
-        return loss.item()
-
-    return step
+def make_batch(vocab_size, rows, words, device="cpu", image_tokens=0, image_size=0):
+    """Rows of random words, all of them trained, behind a picture where there are image tokens: Batch."""
+    ids = torch.randint(1, vocab_size, (rows, words), generator=torch.Generator().manual_seed(2)).to(device)
+    ids = torch.cat([ids.new_full((rows, image_tokens), IMAGE_TOKEN), ids], dim=1)
+    positions, each = torch.arange(ids.shape[1], device=device).expand_as(ids), torch.arange(rows if image_tokens else 0)
+    pixels = torch.randn(rows, 3, image_size, image_size, device=device) if image_tokens else None
+    labels = torch.where(ids == IMAGE_TOKEN, IGNORE, ids)
+    return Batch(ids, labels, torch.zeros_like(ids), positions, pixels, torch.ones_like(each), each, each)
 
 
 def sides(size, rows, tokens):
-    """The two contenders: {"transformers" and "nanovlm": stepper}, equal weights and equal rows."""
+    """The two contenders, equal weights and rows: {name: function that takes a step and returns the loss before it}."""
     theirs, model = decode.build(size, "cpu", torch.float32)
-    batch = text_batch(rows, tokens, model.decoder.config.vocab_size)
+    batch = make_batch(model.decoder.config.vocab_size, rows, tokens)
 
-    def our_loss():
-        loss, count = language_loss(model, batch)
-        return loss / count
+    def stepper(module, loss_of):
+        adamw = torch.optim.AdamW(module.train().parameters(), LEARNING_RATE, (0.9, 0.95), weight_decay=0.0, fused=True)
+
+        def step():
+            adamw.zero_grad(set_to_none=True)
+            loss = loss_of()
+            loss.backward()
+            adamw.step()
+            return loss.item()
+
+        return step
 
     return {
-        "transformers": stepper(lambda: theirs(input_ids=batch.ids, labels=batch.ids).loss, list(theirs.train().parameters())),
-        "nanovlm": stepper(our_loss, list(model.train().decoder.parameters())),
+        "transformers": stepper(theirs, lambda: theirs(input_ids=batch.ids, labels=batch.ids).loss),
+        "nanovlm": stepper(model.decoder, lambda: torch.div(*language_loss(model, batch))),
     }
 
 
 def compare(size, rows, tokens, rounds):
-    """Measure one size on a CPU: (list of lines, ratio of the medians). Raises: RuntimeError where the losses differ."""
-    losses = {}
-    noted = {name: lambda name=name, step=step: losses.setdefault(name, []).append(step()) for name, step in sides(size, rows, tokens).items()}
+    """Measure one size on a CPU: list of lines. Raises: RuntimeError where the losses differ."""
+    contenders = sides(size, rows, tokens)
+    losses = {name: [] for name in contenders}
+    noted = {name: lambda name=name: losses[name].append(contenders[name]()) for name in contenders}
     times = {name: found[1:] for name, found in decode.in_turns(noted, rounds + 1, "cpu").items()}  # the first round warms up
     for number, (one, other) in enumerate(zip(*losses.values()), 1):
         if abs(one - other) > SAME * abs(one):
             raise RuntimeError(f"step {number}: the loss is {one:.6f} in transformers and {other:.6f} here: no speed to compare")
-    ratio = statistics.median(times["transformers"]) / statistics.median(times["nanovlm"])
-    lines = decode.rates(times, rows * tokens)
-    lines.append(f"ratio of medians {ratio:.2f} (required {REQUIRED}: {decode.reached(ratio, REQUIRED)}); {rounds + 1} losses equal, "
-                 f"{losses['nanovlm'][0]:.4f} to {losses['nanovlm'][-1]:.4f}")  # fmt: skip
-    return lines, ratio
+    ours = losses["nanovlm"]
+    told = f"{rounds + 1} losses equal, {ours[0]:.4f} to {ours[-1]:.4f}"
+    return [*decode.comparison(times, rows * tokens, REQUIRED), told]
 
 
 @dataclass(frozen=True)
@@ -125,21 +117,6 @@ GPU_CASES = {  # what, and the share of the peak aimed at
 }
 
 
-def gpu_batch(model, stage, rows, text, frames, device):
-    """Rows of a picture (frames = 1) or none, and `text` trained words."""
-    batch = text_batch(rows, text, model.decoder.config.vocab_size, device)
-    if not frames:
-        return batch
-    count = model.num_image_tokens(stage.image_size)
-    ids = torch.cat([batch.ids.new_full((rows, count), IMAGE_TOKEN), batch.ids], dim=1)
-    each = torch.arange(rows)
-    return dataclasses.replace(
-        batch, ids=ids, labels=torch.where(ids == IMAGE_TOKEN, IGNORE, ids), segments=torch.zeros_like(ids),
-        positions=torch.arange(ids.shape[1], device=device).expand_as(ids), frames=torch.ones_like(each), shown=each, owner=each,
-        pixels=torch.randn(rows, 3, stage.image_size, stage.image_size, device=device),
-    )  # fmt: skip
-
-
 def measure(name, make, required, backend, compiled=False, device="cuda"):
     """Train some steps on a GPU (a CPU rehearses it, without its memory and peak): Line."""
     with torch.device("meta"):
@@ -154,60 +131,50 @@ def measure(name, make, required, backend, compiled=False, device="cuda"):
     for block_name, block in model.named_modules() if compiled else ():
         if BLOCK.fullmatch(block_name):
             surround(block, compiled=True, recompute=False)
-    optimizers, batch = optimizer.build(model.parts(), stage), gpu_batch(model, stage, rows, text, frames, device)
+    image_tokens = frames * model.num_image_tokens(stage.image_size)
+    batch = make_batch(model.decoder.config.vocab_size, rows, text, device, image_tokens, stage.image_size)
+    optimizers = optimizer.build(model.parts(), stage)
 
-    def step():
-        with torch.autocast(device, torch.bfloat16):
-            loss, count = language_loss(model, batch)
-        (loss / count).backward()
-        for one in optimizers:
-            one.step()
-            one.zero_grad(set_to_none=True)
+    def steps(number):
+        for _ in range(number):
+            with torch.autocast(device, torch.bfloat16):
+                loss, count = language_loss(model, batch)
+            (loss / count).backward()
+            for one in optimizers:
+                one.step()
+                one.zero_grad(set_to_none=True)
 
-    for _ in range(SETTLE):
-        step()
-    on_gpu = device == "cuda"
-    if on_gpu:
+    steps(SETTLE)
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds, _ = decode.seconds(lambda: [step() for _ in range(MEASURED)], device)
-    flops = rows * total_cost(costs.values()).flops * MEASURED / seconds
-    peak = on_gpu and peak_flops(torch.cuda.get_device_name()) or float("nan")
-    memory = torch.cuda.max_memory_allocated() if on_gpu else float("nan")
-    return Line(
-        name, backend + (", compiled" if compiled else ""), rows, batch.ids.shape[1], batch.ids.numel() * MEASURED / seconds,
-        flops / peak, required, memory / GB, stage_memory(model.parts(), stage, costs).total(rows) / GB,
-    )  # fmt: skip
+    speed = MEASURED / decode.seconds(lambda: steps(MEASURED), device)  # steps a second
+    share = rows * total_cost(costs.values()).flops * speed / (peak_flops(decode.where(device)) or math.nan)
+    memory, estimated = torch.cuda.max_memory_allocated(), stage_memory(model.parts(), stage, costs).total(rows)
+    return Line(name, backend + (", compiled" if compiled else ""), rows, batch.ids.shape[1], batch.ids.numel() * speed, share,
+                required, memory / GB, estimated / GB)  # fmt: skip
 
 
-def on_gpu(args, cases):
-    """All cases with both backends; a line is written as soon as it is measured. Returns the exit code."""
-    path = Path(args.out) / f"train_{datetime.date.today().isoformat()}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"training steps on {decode.where('cuda')}; torch {torch.__version__}; table: {path}")
-    with open(path, "a", newline="") as file:
-        table = csv.writer(file)
-        table.writerow([field.name for field in dataclasses.fields(Line)] + ["gpu", "torch", "command"])
-        for name, backend in ((name, backend) for name in cases for backend in ("sdpa", "triton")):
-            try:
-                line = measure(name, *cases[name], backend, args.compile)
-            except torch.cuda.OutOfMemoryError as error:
-                print(f"{name}, {backend}: does not fit: {error}", file=sys.stderr)
-                continue
-            table.writerow([*dataclasses.astuple(line), decode.where("cuda"), torch.__version__, " ".join(sys.argv)])
-            file.flush()
-            aim = "" if line.required is None else f" (aim {line.required:.0%})"
-            print(f"{line.what:<11}{line.backend:<18}{line.rows} rows of {line.tokens}: {line.tokens_per_second:,.0f} tokens/s, "
-                  f"{line.utilisation:.1%} of peak{aim}, {line.gb_measured:.1f} GB (estimated {line.gb_estimated:.1f})")  # fmt: skip
-    return 0
+def measure_all(cases, compiled):
+    """Lines of all cases with both backends: iterator of Line; what does not fit is said, and passed over."""
+    for name, backend in ((name, backend) for name in cases for backend in ("sdpa", "triton")):
+        try:
+            yield measure(name, *cases[name], backend, compiled)
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"{name}, {backend}: does not fit: {error}", file=sys.stderr)
 
 
 def train(args):
     """Run `bench train`; returns the exit code: 0 also for a ratio that is missed, which is said."""
     cases = decode.chosen(args, GPU_CASES if args.device == "cuda" else CASES)
+    place = decode.where(args.device)
+    print(f"training steps on {place}; torch {torch.__version__}")
     if args.device == "cuda":
-        return on_gpu(args, cases)
-    print(f"training steps on {decode.where('cpu')}; torch {torch.__version__}; {args.rounds} rounds in turns; float32")
+        for line in decode.tabulate(measure_all(cases, args.compile), args, "train", gpu=place, command=" ".join(sys.argv)):
+            aim = "" if line.required is None else f" (aim {line.required:.0%})"
+            print(f"{line.what:<11}{line.backend:<18}{line.rows} rows of {line.tokens}: {line.tokens_per_second:,.0f} tokens/s, "
+                  f"{line.utilisation:.1%} of peak{aim}, {line.gb_measured:.1f} GB (estimated {line.gb_estimated:.1f})")  # fmt: skip
+        return 0
     for name, (rows, tokens) in cases.items():
-        print(f"\n{name}: {rows} rows of {tokens} tokens")
-        print("\n".join(compare(name, rows, tokens, args.rounds)[0]), flush=True)
+        print(f"\n{name}: {rows} rows of {tokens} tokens; {args.rounds} rounds in turns; float32")
+        print("\n".join(compare(name, rows, tokens, args.rounds)), flush=True)
     return 0
