@@ -19,7 +19,7 @@ from nanovlm.generation.prefill import Workspace, check_prompts, prefill
 RANGES = {
     "max_new_tokens": (lambda x: x >= 1, "1 or more"),
     "num_beams": (lambda x: x >= 1, "1 or more"),
-    "temperature": (lambda x: x > 0, "above 0 (for the most probable token: do_sample=False)"),
+    "temperature": (lambda x: x >= 0, "0 (the most probable token) or more"),
     "top_k": (lambda x: x >= 0, "1 or more, or 0 for no limit"),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": (lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -41,7 +41,7 @@ class Decoding:
 
     max_new_tokens: int = 20  # tokens, the end token included
     num_beams: int = 1  # 1 = no beam search
-    temperature: float = 1.0
+    temperature: float = 1.0  # 0 = the most probable token, as without do_sample
     top_k: int = 0  # ids; 0 = all
     top_p: float = 1.0  # probability of the nucleus, see logits_processors.top_p
     length_penalty: float = 1.0  # a beam's score is divided by its new tokens to this power; > 0 favours long ones
@@ -57,6 +57,8 @@ class Decoding:
     counts_dummy_token: bool = False  # as transformers 4.28 behind prompts of embeddings, so Lynx: beam_search.py
 
     def __post_init__(self):
+        if self.temperature == 0:
+            vars(self).update(temperature=1.0, do_sample=False)
         for name, (allowed, words) in RANGES.items():
             value = vars(self)[name]
             if not allowed(value):

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import types
 import typing
+import warnings
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -139,7 +140,7 @@ def override(stage, settings):
       settings: dict of str to str: a field's name ("steps"), or for a table "field.key" ("learning_rates.bridge"), and
         the value. "tune" sets all learning rates at once, see `tuned`. "none" is None for an optional field and removes
         an entry of a table (`learning_rates.bridge=none` freezes the bridge); tuples are written with commas
-        ("0.9,0.98").
+        ("0.9,0.98"). A warm-up that fewer steps would not leave room for shrinks with them.
     Returns: Stage, a changed copy, checked only when all changes are in.
     Raises: ValueError if a field is unknown, a text is not of its type, or the stage would not be valid.
     """
@@ -164,6 +165,10 @@ def override(stage, settings):
             values[name] = {other: value for other, value in values[name].items() if other != key}
         else:
             raise ValueError(f"{where}: there is no entry {key!r} to remove.{nearest(key, values[name])}")
+    if values["steps"] <= values["warmup_steps"] == stage.warmup_steps and "warmup_steps" not in settings:
+        values["warmup_steps"] = max(values["steps"], 0) * stage.warmup_steps // stage.steps
+        warnings.warn(f"{stage.name}.warmup_steps is now {values['warmup_steps']}: {stage.warmup_steps} of "
+                      f"{stage.steps} steps were meant, and {values['steps']} are asked for")
     return Stage(**values)
 
 

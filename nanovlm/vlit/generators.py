@@ -54,7 +54,7 @@ class Local:
         draws = n if temperature else 1
         prompts = [one for chat in chats for one in [self._prompt(chat, max_tokens)] * draws]
         seeds = [f"{seed}/{chat.sha}/{draft}" for chat in chats for draft in range(draws)]  # not the batch
-        decoding = Decoding(max_new_tokens=max_tokens, do_sample=temperature > 0, temperature=temperature or 1.0)
+        decoding = Decoding(max_new_tokens=max_tokens, do_sample=True, temperature=temperature)
         texts = reply(self.loaded, prompts, decoding, seeds, stop)
         return [texts[place * draws : (place + 1) * draws] * (n // draws) for place in range(len(chats))]
 

@@ -181,6 +181,7 @@ def test_text_is_printed_while_it_is_made(run, monkeypatch, capsys):
         (["--greedy", "--max-new-tokens", "7"], Decoding(max_new_tokens=7)),
         (["--num-beams", "4"], Decoding(max_new_tokens=5, num_beams=4)),
         (["--temperature", "0.5"], Decoding(max_new_tokens=5, temperature=0.5, do_sample=True)),
+        (["--temperature", "0"], Decoding(max_new_tokens=5)),
         (["--top-k", "3"], Decoding(max_new_tokens=5, top_k=3, do_sample=True)),
         (["--top-p", "0.8", "--num-beams", "2"], Decoding(max_new_tokens=5, top_p=0.8, num_beams=2, do_sample=True)),
     ],

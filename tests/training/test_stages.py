@@ -89,8 +89,10 @@ def test_override_takes_the_type_of_the_field(field, text, value):
 def test_override_checks_the_stage_when_all_changes_are_in():
     late = changed(warmup_steps=5)
     assert override(late, {"steps": "1", "warmup_steps": "0"}).steps == 1
-    with pytest.raises(ValueError, match="warmup_steps is 5"):
-        override(late, {"steps": "1"})
+    with pytest.warns(UserWarning, match="align.warmup_steps is now 2"):
+        assert override(late, {"steps": "4"}).warmup_steps == 2
+    with pytest.raises(ValueError, match="warmup_steps is 7"):
+        override(late, {"steps": "4", "warmup_steps": "7"})
     assert override(late, {}) == late
     assert override(late, {"mixture.a": "2", "mixture.scenes": "none"}).mixture == {"a": 2.0}
 
