@@ -380,7 +380,7 @@ def test_ids_at_the_edge_of_the_vocabulary_are_known(model):
 EDGES = [
     ("max_new_tokens", [1, 5], [0]),
     ("num_beams", [1, 2], [0]),
-    ("temperature", [0.01, 3.0], [0.0, -1.0]),
+    ("temperature", [0.01, 3.0], [-0.1, -1.0]),
     ("top_k", [0, 1], [-1]),
     ("top_p", [0.01, 1.0], [0.0, 1.01]),
     ("min_p", [0.0, 1.0], [-0.01, 1.01]),
@@ -400,6 +400,10 @@ def test_options_out_of_range(name, good, bad):
     for value in bad:
         with pytest.raises(ValueError, match=name):
             Decoding(**{name: value})
+
+
+def test_temperature_0_takes_the_most_probable_token():
+    assert Decoding(temperature=0, do_sample=True, top_p=0.9) == Decoding(top_p=0.9)
 
 
 def test_contradictory_options_name_both():
