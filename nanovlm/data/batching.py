@@ -3,9 +3,8 @@
     B rows, T tokens, F frames, M visual inputs, S appearances of visual inputs, S x S also a picture's size in pixels
 """
 
+import functools
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,48 +15,10 @@ import torch
 from PIL import Image
 
 from nanovlm.data import images, templates
-from nanovlm.data.images import CLIP, Preprocessing
 from nanovlm.vlm import IGNORE, Batch
 
-
-class FrameCache:
-    """Picture files as they were decoded and fitted before, at most `max_bytes` of them; several threads may use it.
-
-    A key names the file as it stands on the disk (path, size in bytes, time of its last change), so that a picture that
-    was replaced is read anew. What was used longest ago goes first.
-    """
-
-    def __init__(self, max_bytes=256 * 2**20):  # about 800 pictures of 336 x 336 pixels, or 20,000 of 64 x 64
-        self.max_bytes, self.num_bytes, self.lock = max_bytes, 0, threading.Lock()
-        self.arrays = OrderedDict()  # the longest unused first
-
-    def get(self, path, how, make):
-        """The array of a picture file, made only if it is not there; it cannot be written to.
-
-        how: hashable, all that decides it beside the file. make: () -> numpy array; if it raises, nothing is kept.
-        """
-        try:
-            status = os.stat(path)
-        except OSError:
-            return make()  # which says what is wrong with the file
-        key = (str(path), status.st_size, status.st_mtime_ns, how)
-        with self.lock:
-            array = self.arrays.pop(key, None)
-            if array is not None:
-                self.arrays[key] = array  # at the end, as the last used
-                return array
-        array = make()
-        array.setflags(write=False)
-        with self.lock:
-            if key not in self.arrays:
-                self.arrays[key] = array
-                self.num_bytes += array.nbytes
-            while self.num_bytes > self.max_bytes:
-                self.num_bytes -= self.arrays.popitem(last=False)[1].nbytes
-        return array
-
-
-FRAMES = FrameCache()
+MAX_CACHED = 256 * 2**20  # bytes of picture files kept as decoded: about 800 of 336 x 336 pixels, or 20,000 of 64 x 64
+CHARACTERS = 4  # of English text in one token, roughly
 
 
 @dataclass
@@ -127,22 +88,17 @@ def rows_of(record, template, tokenizer, num_image_tokens, image_size):
 
 def cut(row, max_tokens, report, where):
     """The templates.Row, cut to max_tokens where a report counts it. Errors, with `where` in front: as `build_batch`."""
-    if not row.num_trained:
-        raise ValueError(f"{where} has no trained token; the assistant must say something")
-    if report is not None:
-        report.rows += 1
-    if len(row.ids) <= max_tokens:
-        return row
-    if report is None:
+    lost = max(0, len(row.ids) - max_tokens)
+    if lost and report is None:
         raise ValueError(f"{where} has {len(row.ids)} tokens, more than max_tokens {max_tokens}; raise it")
     seen = [image for image in row.images if image[1] < max_tokens]
     kept = templates.Row(row.ids[:max_tokens], row.labels[:max_tokens], seen)
-    if any(stop > max_tokens for _, _, stop in kept.images):
+    if seen and seen[-1][2] > max_tokens:
         raise ValueError(f"{where}: cutting it to max_tokens {max_tokens} would cut a picture's tokens; raise it")
     if not kept.num_trained:
-        raise ValueError(f"{where}: cut to max_tokens {max_tokens} it has no trained token left; raise max_tokens")
-    report.truncated_rows += 1
-    report.truncated_tokens += len(row.ids) - max_tokens
+        raise ValueError(f"{where} has no trained token within max_tokens {max_tokens}; raise it, or add a reply")
+    if report is not None:
+        report.add(Report(1, int(lost > 0), lost))
     return kept
 
 
@@ -206,16 +162,27 @@ def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
 def fitted(frame, view, image_size, fit, preprocessing):
     """One frame (whatever images.load takes) as the square that the ViT sees: uint8[S, S, 3].
 
-    Picture files are decoded once as long as the cache holds them, but not through an augment.View.
+    Picture files are decoded once as long as they stay the same and the cache holds them, but not through a View.
     """
-    def square():
-        picture = images.load(frame)
-        seen = view.apply(picture, image_size) if view else images.to_square(picture, image_size, fit, preprocessing)
-        return numpy.array(seen)
+    if view is not None or not isinstance(frame, (str, Path)):
+        return square(frame, view, image_size, fit, preprocessing)
+    status = os.stat(frame)
+    return cached(image_size)(frame, None, image_size, fit, preprocessing, status.st_size, status.st_mtime_ns)
 
-    if view is None and isinstance(frame, (str, Path)):
-        return FRAMES.get(frame, (image_size, fit, preprocessing.border), square)
-    return square()
+
+@functools.cache
+def cached(image_size):
+    """`square` that remembers those of this size in MAX_CACHED bytes; what was used longest ago goes first."""
+    return functools.lru_cache(MAX_CACHED // (3 * image_size**2))(square)
+
+
+def square(frame, view, image_size, fit, preprocessing, *identity):
+    """As `fitted`, read-only, for it may be kept. identity: what tells a file from the one it replaced."""
+    picture = images.load(frame)
+    seen = view.apply(picture, image_size) if view else images.to_square(picture, image_size, fit, preprocessing)
+    pixels = numpy.array(seen)
+    pixels.setflags(write=False)
+    return pixels
 
 
 def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=None, preprocessing=images.CLIP):
@@ -254,8 +221,8 @@ def captions_of(record):
         visual = record.visuals[0]
         width, height = images.load(visual.frames[0]).size
         if visual.view or width != height:
-            seen = "through an augmentation" if visual.view else f"as a square cut out of {width} x {height} pixels"
-            raise ValueError(f"{where} has regions, but its picture is seen {seen}; give square ones, as they are")
+            raise ValueError(f"{where} has regions; its picture must be square and seen without augmentation, not cut out "
+                             f"of {width} x {height} pixels")  # fmt: skip
     last = [conversation[-1] for conversation in record.conversations]
     if any(turn.role != "assistant" or not turn.text.strip() for turn in last):
         raise ValueError(f"{where} has no caption; its conversations must end with the assistant saying one")
@@ -265,8 +232,6 @@ def captions_of(record):
 # Records made ready for a stage: pictures decoded and fitted, conversations written as rows. All of it needs no model,
 # so that workers can do it ahead of the training; what they hand over is a record again, whose batch is the same to the
 # last bit as that of the record they were given.
-
-CHARACTERS = 4  # of English text in one token, roughly
 
 
 @dataclass(frozen=True)
@@ -280,7 +245,7 @@ class Preparation:
 
     image_size: int
     fit: str
-    preprocessing: Preprocessing = CLIP
+    preprocessing: images.Preprocessing = images.CLIP
     template: Any = None
     tokenizer: Any = None
     num_image_tokens: Callable | None = None

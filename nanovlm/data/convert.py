@@ -20,8 +20,10 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections import Counter
+from dataclasses import replace as replace_field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,7 +32,7 @@ from nanovlm.data import images
 from nanovlm.data.datasets import asked, files_of
 from nanovlm.data.json_files import Element, elements, field, parse, read_at, records, text_field
 from nanovlm.data.records import record_of, spoken
-from nanovlm.data.tar_shards import ShardWriter
+from nanovlm.data.tar_shards import write_shards
 from nanovlm.data.video import PICTURES, Clip
 from nanovlm.files import new_folder, replace
 from nanovlm.names import nearest
@@ -38,9 +40,8 @@ from nanovlm.names import nearest
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "chatgpt": "gpt", "bing": "gpt",
             "bard": "gpt", "system": "system"}  # fmt: skip
 FILMS = ("DC_", "TVC_", "E4D_")  # of MIMIC-IT: the sets whose pictures are frames of one video
-ALIGNMENT = ("###Human:", "###Assistant:", "<Img><ImageHere></Img>")  # of MiniGPT-4's files of instructions
+ALIGNMENT = "###Human:|###Assistant:|<Img><ImageHere></Img>"  # marks in MiniGPT-4's files of instructions
 DETAILED = "Describe the image in detail."  # what Lynx asks about MiniGPT-4's pictures (its Table 13)
-ENDINGS = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
 REASONS_SHOWN = 10
 
 
@@ -48,28 +49,22 @@ class Output:
     """What a conversion writes beside its items: pictures, each once, called by their content, and the report."""
 
     def __init__(self, folder, file):
-        self.folder, self.file = folder, file
+        self.folder, self.file, self.items = folder, file, 0
         self.counts = {"skipped": Counter(), "changed": Counter()}
 
     def store(self, text):
-        """Write a picture in base64, perhaps behind "data:image/…;base64,": the name of its file in the folder.
-
-        Raises: ValueError if it is no base64 or no picture.
-        """
+        """Write a picture in base64: the name of its file in the folder. Raises: ValueError if it is none."""
+        if not isinstance(text, str):
+            raise ValueError(f"a picture in base64 was expected, found {text!r:.60}")
         content = images.from_base64(text)
-        try:
-            with images.opened(content) as image:
-                ending = ENDINGS[image.format]
-                images.load(image)
-        except KeyError as error:
-            raise ValueError("base64 of a picture in no format that can be written") from error
-        except ValueError as error:
-            raise ValueError(f"base64 of no picture, or of a damaged one ({error})") from error
-        name = hashlib.sha256(content).hexdigest()[:24]
-        path = self.folder / name[:2] / f"{name}.{ending}"
+        with images.opened(content) as image:
+            images.load(image)
+            ending = image.format.lower().replace("jpeg", "jpg")
+        digest = hashlib.sha256(content).hexdigest()[:24]
+        path = self.folder / digest[:2] / f"{digest}.{ending}"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
-        return f"{name[:2]}/{path.name}"
+        return f"{digest[:2]}/{path.name}"
 
     def note(self, kind, where, reason):
         """A line of the report. kind: "skipped" or "changed". where: file and line. reason: str."""
@@ -78,27 +73,28 @@ class Output:
         self.counts[kind][reason] += 1
 
     def summary(self):
-        """The counts by reason, the most frequent first: list of str, lines."""
+        """The counts of the most frequent reasons: list of str, lines."""
         lines = []
         for kind, counts in self.counts.items():
             lines += [f"{kind}: {counts.total():,}"] if counts else []
             lines += [f"  {count:,} x {reason}" for reason, count in counts.most_common(REASONS_SHOWN)]
-            lines += [f"  and {len(counts) - REASONS_SHOWN:,} other reasons"] if len(counts) > REASONS_SHOWN else []
         return lines
 
 
-# Each format is a function (args, output) -> (records, make): json_files.Elements, and a function that makes of one of
-# them an item (see README.md), or None. A ValueError of it costs that record alone.
+# Each format is a function (args, output) -> (records, make): json_files.Elements, and a function that makes of the value
+# of one and where it stands an item (see README.md), or None. A ValueError of it costs that record alone.
 
 
-def exchange(question, answer, pictures=0):
-    """A question, behind the placeholders of its pictures, and its reply, as LLaVA writes turns."""
-    question = "\n".join(["<image>"] * pictures + ([question] if question else []))
+def exchange(question, answer, pictures=0, films=0):
+    """A question, behind the placeholders of what it shows, and its reply, as LLaVA writes turns."""
+    question = "\n".join(["<video>"] * films + ["<image>"] * pictures + ([question] if question else []))
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def pictured(id, image, question, answer):
-    """An item about one picture."""
+    """An item about one picture. Raises: ValueError without an answer."""
+    if not answer:
+        raise ValueError(f"no caption of {image}, or no answer about it")
     return {"id": id, "image": image, "conversations": exchange(question, answer, 1)}
 
 
@@ -107,21 +103,16 @@ def dialogues(args, output):
 
     What stands at the start or end of a dialogue without an answer is left out.
     """
-    def make(element):
-        item, where = element.value, element.where
-        said = spoken(item, where)
+    def make(one, where):
         turns, system, cut = [], [], ""
-        for place, (speaker, value) in enumerate(said, start=1):
-            if speaker not in SPEAKERS:
-                raise ValueError(f"{where}, turn {place}: unknown speaker {speaker!r}; known: {', '.join(SPEAKERS)}")
-            role = SPEAKERS[speaker]
+        for place, (speaker, value) in enumerate(spoken(one, where), start=1):
+            role = SPEAKERS.get(speaker, speaker)  # unknown ones are found as in training
             if role == "system" and not turns:
                 system.append(value.strip())
-            elif not turns and role == "gpt":
+            elif role == "gpt" and not turns:
                 output.note("changed", where, "begins with the assistant: its first turn is left out")
             elif not value.strip() or role == "system" or (turns and turns[-1]["from"] == role):
-                why = "which is empty" if not value.strip() else f"a second one by the {role}"
-                cut = f"cut before turn {place}, {why}"
+                cut = f"cut before turn {place}, which is empty or no answer to the one before"
                 break
             else:
                 turns.append({"from": role, "value": value})
@@ -129,15 +120,15 @@ def dialogues(args, output):
             turns.pop()
             cut = cut or "ends with a question: it is left out"
         if not turns:
-            raise ValueError(f"{where}: no question with an answer in its {len(said)} turns")
+            raise ValueError(f"{where}: no question with an answer")
         if cut:
             output.note("changed", where, cut)
         if any(system):
             output.note("changed", where, "the system's words now stand in front of the first question")
             turns[0]["value"] = "\n\n".join([*filter(None, system), turns[0]["value"]])
-        id = item["id"] if isinstance(item.get("id"), (str, int)) else where
-        item.pop("messages", None)
-        return item | {"id": id, "conversations": turns}
+        id = one["id"] if isinstance(one.get("id"), (str, int)) else where
+        one.pop("messages", None)
+        return one | {"id": id, "conversations": turns}
 
     return records(args.source), make
 
@@ -148,74 +139,56 @@ def mimic_it(args, output):
     Related records about the same pictures are rounds of one dialogue, which is written once. Others are examples for
     learning in context: args.in_context of them come first.
     """
-    if args.images is None:
-        raise ValueError(f"{args.source}: MIMIC-IT's pictures stand in a second file; name it with --images")
-    if args.images.suffix == ".parquet":
-        raise ValueError(f"{args.images}: of MIMIC-IT's pictures the .json is read (id -> base64), not the .parquet")
+    if args.images is None or args.images.suffix == ".parquet":
+        raise ValueError(f"{args.source}: MIMIC-IT's pictures stand in a second file; name its .json (id -> base64), not "
+                         "the .parquet, with --images")  # fmt: skip
     pictures, told = {}, set()
     for element in elements(args.images):
         try:
-            pictures[element.key] = output.store(field({"picture": element.value}, "picture", str, element.where))
+            pictures[element.key] = output.store(element.value)
         except ValueError as error:
             output.note("changed", element.where, f"picture {element.key!r} cannot be used: {error}")
     places = {element.key: (element.start, element.stop, element.where) for element in elements(args.source, "data")}
 
-    def get(id, where):
-        if id not in places:
-            raise ValueError(f"{where}: related record {id!r} is not in the file")
-        return read_at(args.source, *places[id])
-
-    def exchanges(id, pictured):
-        """(the record's question and answer, names of the pictures shown with it, whether they are a film's frames)."""
-        record, where = get(id, id), places[id][2]
-        ids = field(record, "image_ids", list, where)
-        missing = [name for name in ids if name not in pictures]
-        if missing:
-            raise ValueError(f"{where}: picture {missing[0]!r} is not in {args.images}")
-        names = [pictures[name] for name in ids] if pictured else []
-        film = bool(names) and id.startswith(FILMS)
-        question = text_field(record, "instruction", where)
-        turns = exchange(question, text_field(record, "answer", where), 0 if film else len(names))
-        turns[0]["value"] = "<video>\n" * film + turns[0]["value"]
-        return turns, names, film
-
-    def make(element):
-        id, one, where = element.key, element.value, element.where
+    def make(named, where):
+        id, one = named
         if id in told:
             return None
         related = [other for other in one.get("rel_ins_ids") or [] if other != id]
-        same = [other for other in related if get(other, where).get("image_ids") == one.get("image_ids")]
+        lost = [other for other in related if other not in places]
+        if lost:
+            raise ValueError(f"{where}: related record {lost[0]!r} is not in the file")
+        found = {id: one} | {other: read_at(args.source, *places[other]) for other in related}
+        same = [other for other in related if found[other].get("image_ids") == one.get("image_ids")]
         examples = [other for other in related if other not in same]
         if len(examples) > args.in_context:
             output.note("changed", where, "related records about other pictures are left out (--in-context N puts N of "
                         "them in front)")
         item = {"id": id, "image": [], "video": [], "conversations": []}
         for member in [*examples[: args.in_context], id, *same]:
-            turns, names, film = exchanges(member, pictured=member not in same)
+            record, at = found[member], places[member][2]
+            names = [] if member in same else field(record, "image_ids", list, at)
+            missing = [name for name in names if name not in pictures]
+            if missing:
+                raise ValueError(f"{at}: picture {missing[0]!r} is not in {args.images}")
+            names = [pictures[name] for name in names]
+            film = bool(names) and member.startswith(FILMS)
             item["video" if film else "image"] += [names] if film else names
-            item["conversations"] += turns
+            said = (text_field(record, name, at) for name in ("instruction", "answer"))
+            item["conversations"] += exchange(*said, 0 if film else len(names), film)
         told.update([id, *same])
         return {name: value for name, value in item.items() if value}
 
-    return elements(args.source, "data"), make
-
-
-def first_of(record, names, where):
-    """The first of several names that a record has. Raises: ValueError if it has none of them."""
-    found = [name for name in names if isinstance(record, dict) and name in record]
-    return found[0] if found else field(record, names[0], object, where)
+    return (replace_field(one, value=(one.key, one.value)) for one in elements(args.source, "data")), make
 
 
 def m3it(args, output):
     """M3IT: lines of {instruction, inputs, outputs, image_base64_str}; older files say input, output, img_str."""
-    def make(element):
-        one, where = element.value, element.where
-        given = field(one, first_of(one, ("inputs", "input"), where), str, where).strip()
-        words = [text_field(one, "instruction", where), given]
-        answer = text_field(one, first_of(one, ("outputs", "output"), where), where)
-        encoded = field(one, first_of(one, ("image_base64_str", "image", "img_str"), where), (str, list), where)
-        encoded = [encoded] if isinstance(encoded, str) else encoded
-        names = [output.store(field({"picture": text}, "picture", str, where)) for text in encoded]
+    def make(one, where):
+        words = [text_field(one, "instruction", where), field(one, ("inputs", "input"), str, where).strip()]
+        answer = text_field(one, ("outputs", "output"), where)
+        encoded = field(one, ("image_base64_str", "image", "img_str"), (str, list), where)
+        names = [output.store(text) for text in ([encoded] if isinstance(encoded, str) else encoded)]
         turns = exchange("\n".join(filter(None, words)), answer, len(names))
         return {"id": one.get("id", where), "conversations": turns} | ({"image": names} if names else {})
 
@@ -224,83 +197,62 @@ def m3it(args, output):
 
 def minigpt4(args, output):
     """MiniGPT-4's second stage: {annotations: [{image_id, caption}]}, pictures image/{id}.jpg."""
-    prompts = [DETAILED] if args.prompts is None else instructions(args.prompts)
+    text = args.prompts.read_text(encoding="utf-8-sig") if args.prompts else DETAILED
+    prompts = [" ".join(line.split()) for line in re.sub(ALIGNMENT, " ", text).split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"{args.prompts}: holds no instruction; one a line is expected")
     name = args.image_name or "image/{id}.jpg"
 
-    def make(element):
-        id = field(element.value, "image_id", (str, int), element.where)
+    def make(one, where):
+        id = field(one, "image_id", (str, int), where)
         question = args.question or random.Random(str(id)).choice(prompts)  # a function of the record alone
-        return pictured(id, name.format(id=id), question, text_field(element.value, "caption", element.where))
+        return pictured(id, name.format(id=id), question, text_field(one, "caption", where))
 
     return elements(args.source, "annotations"), make
 
 
-def instructions(path):
-    """The lines of a file of instructions without the marks of MiniGPT-4's dialogue. Raises: ValueError without any."""
-    text = path.read_text(encoding="utf-8-sig")
-    for mark in ALIGNMENT:
-        text = text.replace(mark, " ")
-    lines = [" ".join(line.split()) for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise ValueError(f"{path}: holds no instruction; one a line is expected")
-    return lines
-
-
-def coco(args):
-    """The pictures of a COCO file: function(annotation, where) -> (id of the item, picture {file_name, …})."""
+def coco(args, say):
+    """Items about a COCO file's pictures; say: function(annotation, its picture, where) -> (question, answer)."""
     pictures = {field(one.value, "id", (int, str), one.where): one.value for one in elements(args.source, "images")}
 
-    def picture_of(one, where):
+    def make(one, where):
         id, image_id = (field(one, name, (int, str), where) for name in ("id", "image_id"))
         if image_id not in pictures:
             raise ValueError(f"{where}: image_id {image_id!r} is none of the {len(pictures)} pictures in the file")
-        return f"{image_id}-{id}", pictures[image_id]
+        picture = pictures[image_id]
+        return pictured(f"{image_id}-{id}", text_field(picture, "file_name", where), *say(one, picture, where))
 
-    return picture_of
+    return elements(args.source, "annotations"), make
 
 
 def coco_captions(args, output):
     """COCO's captions_*.json: an item per sentence."""
-    picture_of = coco(args)
-
-    def make(element):
-        id, picture = picture_of(element.value, element.where)
-        answer = text_field(element.value, "caption", element.where)
-        return pictured(id, text_field(picture, "file_name", element.where), args.question, answer)
-
-    return elements(args.source, "annotations"), make
-
-
-def categories(path):
-    """The categories of an instances file: dict id -> name. Raises: ValueError naming file and line."""
-    return {field(element.value, "id", int, element.where): text_field(element.value, "name", element.where)
-            for element in elements(path, "categories")}
+    return coco(args, lambda one, picture, where: (args.question, text_field(one, "caption", where)))
 
 
 def coco_boxes(args, output):
     """COCO's instances_*.json: what stands in a box? The box is text, see box_text."""
-    picture_of, names = coco(args), categories(args.source)
+    names = {field(one.value, "id", int, one.where): text_field(one.value, "name", one.where)
+             for one in elements(args.source, "categories")}  # fmt: skip
+    question = args.question or "What is in the region {box}?"
 
-    def make(element):
-        one, where = element.value, element.where
-        id, picture = picture_of(one, where)
+    def say(one, picture, where):
         category, box = field(one, "category_id", int, where), field(one, "bbox", list, where)
         if category not in names:
             raise ValueError(f"{where}: category_id {category} is none of the file's {len(names)} categories")
-        if len(box) != 4 or not all(isinstance(side, (int, float)) for side in box) or min(box[2:]) < 0:
-            raise ValueError(f"{where}: bbox must be left, top, width and height in pixels, found {box!r}")
         if one.get("iscrowd"):
             raise ValueError(f"{where}: a crowd, whose box holds more than one {names[category]}")
         if not picture.get("width") or not picture.get("height"):
             raise ValueError(f"{where}: the file does not say how large picture {picture['id']!r} is")
-        question = (args.question or "What is in the region {box}?").replace("{box}", box_text(box, picture))
-        return pictured(id, text_field(picture, "file_name", where), question, names[category])
+        return question.replace("{box}", box_text(box, picture, where)), names[category]
 
-    return elements(args.source, "annotations"), make
+    return coco(args, say)
 
 
-def box_text(box, picture):
+def box_text(box, picture, where):
     """Left, top, width, height in pixels -> left, top, right, bottom, as in LLaVA: "[0.370, 0.584, 0.504, 0.709]"."""
+    if len(box) != 4 or not all(isinstance(side, (int, float)) for side in box) or min(box[2:]) < 0:
+        raise ValueError(f"{where}: bbox must be left, top, width and height in pixels, found {box!r}")
     (left, top, width, height), across, down = box, picture["width"], picture["height"]
     shares = (left / across, top / down, (left + width) / across, (top + height) / down)
     return f"[{', '.join(f'{min(max(share, 0), 1):.3f}' for share in shares)}]"
@@ -324,16 +276,13 @@ def vqa(args, output):
         answer = one.get("multiple_choice_answer") or commonest(said)
         answers[field(one, "question_id", (int, str), where)] = answer.strip(), one.get("image_id")
 
-    def make(element):
-        one, where = element.value, element.where
+    def make(one, where):
         id, image_id = (field(one, name, (int, str), where) for name in ("question_id", "image_id"))
         if id not in answers:
             raise ValueError(f"{where}: question_id {id!r} has no annotation in {args.annotations}")
         answer, about = answers[id]
         if about not in (None, image_id):
             raise ValueError(f"{where}: the question is about picture {image_id!r}, its annotation about {about!r}")
-        if not answer:
-            raise ValueError(f"{where}: no answer")
         return pictured(id, picture_name(image_id, args), asked(text_field(one, "question", where)), answer)
 
     return elements(args.source, "questions"), make
@@ -350,16 +299,13 @@ def picture_name(id, args):
 
 def question_lines(args, output):
     """Lines of {image, question or text, answer, answers or label}, as Open-VQA, POPE and many others have them."""
-    def make(element):
-        one, where = element.value, element.where
-        question = asked(text_field(one, first_of(one, ("question", "text"), where), where))
-        answers = field(one, first_of(one, ("answer", "answers", "label"), where), (str, list), where)
+    def make(one, where):
+        question = asked(text_field(one, ("question", "text"), where))
+        answers = field(one, ("answer", "answers", "label"), (str, list), where)
         answer = commonest([answers] if isinstance(answers, str) else answers)
-        if not answer:
-            raise ValueError(f"{where}: no answer")
         ids = (one.get(name) for name in ("question_id", "id", "index"))
         id = next((id for id in ids if isinstance(id, (str, int))), where)
-        return pictured(id, picture_name(field(one, "image", (str, int), where), args), question, answer)
+        return pictured(id, picture_name(field(one, "image", (int, str), where), args), question, answer)
 
     return records(args.source), make
 
@@ -370,16 +316,11 @@ def folder(args, output):
         raise FileNotFoundError(f"{args.source}: no such folder of pictures")
     names = class_names(args.names) if args.names else {}
 
-    def make(element):
-        path = element.value
+    def make(path, where):
         caption, place = path.with_suffix(".txt"), path.relative_to(args.source)
         kind = place.parent.name
         if caption.exists():
             answer = caption.read_text(encoding="utf-8-sig").strip()
-            if not answer:
-                raise ValueError(f"{caption}: empty")
-        elif not kind:
-            raise ValueError(f"{path}: neither a caption in {caption.name} nor a folder that names its class")
         elif names and kind not in names:
             raise ValueError(f"{path}: {args.names} has no name for {kind!r}")
         else:
@@ -453,14 +394,18 @@ def convert(args):
         with open(report, "w", encoding="utf-8") as file, new_folder(pictures) as own:
             output = Output(own, file)
             items = usable(args, output)
-            count = write_lines(path, items) if shards is None else write_shards(path, out.name, items, shards)
-            if not count:
+            if shards is None:
+                with open(path, "w", encoding="utf-8") as written:
+                    written.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item, _ in items)
+            else:
+                write_shards(path, out.name, items, shards)
+            if not output.items:
                 none = f"{args.source}: no item could be made of it as {args.format}; see {report}"
                 raise ValueError("\n".join([none, *output.summary()]))
         if shards or not any(pictures.iterdir()):
             shutil.rmtree(pictures)
         beside = f", images in {pictures}" if pictures.exists() else ""
-        lines.extend([f"{count:,} items in {out}{beside}; report in {report}", *output.summary()])
+        lines.extend([f"{output.items:,} items in {out}{beside}; report in {report}", *output.summary()])
 
     if shards is None:
         replace(out, write)
@@ -473,41 +418,27 @@ def convert(args):
 def usable(args, output):
     """(item, paths of its pictures) of everything that training would take; what else there is, is reported."""
     found, make = FORMATS[args.format](args, output)
-    clip, own = Clip("", 1), args.format in OWN_PICTURES
-    root = output.folder if own else args.source if args.format == "folder" else args.images or args.source.parent
-    there = own or args.shards or args.images or args.format == "folder"  # the pictures are at hand, or needed now
+    if args.format in OWN_PICTURES:
+        root = output.folder
+    else:
+        root = args.images or (args.source if args.source.is_dir() else args.source.parent)
+    at_hand = args.images or args.shards or root != args.source.parent
     for element in tqdm(found, desc="converting", unit=" records", disable=None):
         try:
             if isinstance(element.value, ValueError):
                 raise element.value
-            item = make(element)
+            item = make(element.value, element.where)
             if item is None:
                 continue
-            record = record_of(item, element.where, clip, lambda name: str(root / name))
+            record = record_of(item, element.where, Clip("", 1), lambda name: str(root / name))
             paths = [path for visual in record.visuals for path in files_of(visual.frames)]
-            missing = [path for path in paths if there and not os.path.exists(path)]
+            missing = [path for path in paths if at_hand and not os.path.exists(path)]
             if missing:
                 raise ValueError(f"picture {missing[0]} is missing")
             if args.shards and item.get("video") is not None:
                 raise ValueError("a video, which shards do not hold")
-            yield item, paths
         except ValueError as error:
             output.note("skipped", element.where, str(error))
-
-
-def write_lines(path, items):
-    """Items as JSON lines: int, how many."""
-    count = 0
-    with open(path, "w", encoding="utf-8") as file:
-        for count, (item, _) in enumerate(items, start=1):
-            file.write(json.dumps(item, ensure_ascii=False) + "\n")
-    return count
-
-
-def write_shards(path, name, items, samples_per_shard):
-    """Items with their pictures in tar shards: int, how many."""
-    count = 0
-    with ShardWriter(path, name, samples_per_shard) as writer:
-        for count, (item, paths) in enumerate(items, start=1):
-            writer.add(item, [(Path(path).suffix.lstrip(".").lower(), Path(path).read_bytes()) for path in paths])
-    return count
+        else:
+            output.items += 1
+            yield item, paths

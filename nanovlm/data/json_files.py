@@ -76,14 +76,17 @@ def field(record, name, kinds, where):
     """A field of a record.
 
     Args:
-      record: dict. name: of the field. kinds: type or types that it may have. where: "FILE, line N", for messages.
+      record: dict. name: of the field, or several of which the first that is there counts. kinds: type or types that
+        it may have. where: "FILE, line N", for messages.
     Raises: ValueError if it is missing or of another type.
     """
+    names = name if isinstance(name, tuple) else (name,)
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(record, dict):
         raise ValueError(f"{where}: an object with {name} was expected, found {type(record).__name__}")
-    if name not in record:
-        raise ValueError(f"{where}: field {name!r} is missing; found {', '.join(map(repr, record)) or 'nothing'}")
+    name = next((name for name in names if name in record), None)
+    if name is None:
+        raise ValueError(f"{where}: field {' or '.join(map(repr, names))} is missing; found {', '.join(map(repr, record)) or 'nothing'}")
     value = record[name]
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)

@@ -16,6 +16,7 @@ shard that is being read.
 """
 
 import functools
+import itertools
 import json
 import os
 import tarfile
@@ -86,12 +87,10 @@ class TarShards:
         if not isinstance(item, dict) or "conversations" in item:
             return record_of(item, where, self.clip, locate)
         picture = next((files[ending] for ending in PICTURES if ending in files), None)
-        caption = item.get("caption")
-        if "txt" in files:
-            try:
-                caption = files["txt"].read().decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}, .txt: not UTF-8 text ({error})") from error
+        try:
+            caption = files["txt"].read().decode() if "txt" in files else item.get("caption")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}, .txt: not UTF-8 text ({error})") from error
         if picture is None or not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"{where}: a picture and a caption, or a .json with conversations, were expected; "
                              f"it holds {', '.join(files)}")
@@ -155,44 +154,24 @@ def save_index(folder, samples):
     replace_text(folder / INDEX, json.dumps(entries, indent=1))
 
 
-class ShardWriter:
-    """Writes samples into shards; a context at whose end the index is written."""
+def write_shards(folder, name, samples, samples_per_shard=1000):
+    """Write samples into shards of an existing folder, and their index.
 
-    def __init__(self, folder, name, samples_per_shard=1000):
-        """
-        Args: folder: Path that exists. name: how the shards' names begin. samples_per_shard: int.
-        """
-        self.folder, self.name, self.samples_per_shard = folder, name, samples_per_shard
-        self.tar, self.samples = None, {}  # name of a shard -> samples in it
-
-    def add(self, item, pictures):
-        """One sample.
-
-        Args:
-          item: dict, see README.md; image is set here. pictures: list of (ending such as "jpg", bytes).
-        """
-        number = sum(self.samples.values())
-        if number % self.samples_per_shard == 0:
-            self._close()
-            path = self.folder / f"{self.name}-{len(self.samples):06d}.tar"
-            self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
-        names = [f"{n}.{ending}" for n, (ending, _) in enumerate(pictures)]
-        item = {key: value for key, value in item.items() if key != "image"} | ({"image": names} if names else {})
-        contents = [content for _, content in pictures]
-        for ending, content in zip(["json", *names], [json.dumps(item, ensure_ascii=False).encode(), *contents]):
-            header = tarfile.TarInfo(f"{number:09d}.{ending}")  # no time, no owner: equal data gives equal bytes
-            header.size = len(content)
-            self.tar.addfile(header, BytesIO(content))
-        shard = Path(self.tar.name).name
-        self.samples[shard] = self.samples.get(shard, 0) + 1
-
-    def _close(self):
-        if self.tar is not None:
-            self.tar.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self._close()
-        save_index(self.folder, self.samples)
+    Args:
+      folder: Path. name: how the shards' names begin.
+      samples: iterable of (item, see README.md, whose image is set here; paths of its picture files).
+    """
+    samples, counted = iter(samples), {}
+    while shard := list(itertools.islice(samples, samples_per_shard)):
+        path = folder / f"{name}-{len(counted):06d}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, (item, paths) in enumerate(shard, start=len(counted) * samples_per_shard):
+                files = {f"{n}{Path(path).suffix.lower()}": Path(path).read_bytes() for n, path in enumerate(paths)}
+                item = {key: value for key, value in item.items() if key != "image"}
+                item |= {"image": list(files)} if files else {}
+                for ending, content in [("json", json.dumps(item, ensure_ascii=False).encode()), *files.items()]:
+                    header = tarfile.TarInfo(f"{number:09d}.{ending}")  # no time, no owner: equal data, equal bytes
+                    header.size = len(content)
+                    tar.addfile(header, BytesIO(content))
+        counted[path.name] = len(shard)
+    save_index(folder, counted)

@@ -1,16 +1,14 @@
 """Batches: rows, padding, pictures shared between rows, and what happens to rows that are too long."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy
 import pytest
 import torch
 from PIL import Image
 
 from nanovlm.data import batching, images
 from nanovlm.data.augment import View
-from nanovlm.data.batching import FrameCache, Report, build_batch, contrastive_batch, pixels_of, prompt_row
+from nanovlm.data.batching import Report, build_batch, contrastive_batch, pixels_of, prompt_row
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.templates import LYNX, NANO, Template, segments, write
 from nanovlm.data.tokenizer import train_tokenizer
@@ -140,7 +138,7 @@ def test_no_cut_without_a_trained_token(tokenizer):
     record = Record("r", (picture(1),), (talk("q", "AB", 0),))
     first = batch_of([record], tokenizer).labels[0].ne(IGNORE).nonzero()[0].item()
     batch_of([record], tokenizer, max_tokens=first + 1, report=Report())
-    with pytest.raises(ValueError, match=f"'r', conversation 0: cut to max_tokens {first} it has no trained token"):
+    with pytest.raises(ValueError, match=f"'r', conversation 0 has no trained token within max_tokens {first}"):
         batch_of([record], tokenizer, max_tokens=first, report=Report())
 
 
@@ -218,77 +216,56 @@ def test_long_captions_are_cut_only_where_that_is_counted(tokenizer):
     ((picture(1, frames=2),), talk("q", "a"), (), "needs one picture"),
     ((picture(1),), talk("q", " "), (), "has no caption"),
     ((picture(1),), (Turn("user", ("q",)),), (), "has no caption"),
-    ((Visual("wide", (Image.new("RGB", (9, 8)),)),), talk("q", "A"), ((0.5, 0.5),), "a square cut out of 9 x 8 pixels"),
-    ((Visual("seen", (Image.new("RGB", (8, 8)),), View()),), talk("q", "A"), ((0.5, 0.5),), "through an augmentation"),
+    ((Visual("wide", (Image.new("RGB", (9, 8)),)),), talk("q", "A"), ((0.5, 0.5),), "cut out of 9 x 8 pixels"),
+    ((Visual("seen", (Image.new("RGB", (8, 8)),), View()),), talk("q", "A"), ((0.5, 0.5),), "without augmentation"),
 ])
 def test_what_cannot_be_contrasted(tokenizer, visuals, turns, regions, message):
     with pytest.raises(ValueError, match=f"record 'r' .*{message}"):
         contrastive_batch([Record("r", visuals, (turns,), regions=regions)], tokenizer, 8, "crop", 20)
 
 
-# ---- pictures decoded before ----
-
-
-def test_files_are_decoded_once_as_long_as_they_stay_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(batching, "FRAMES", FrameCache())
+@pytest.fixture
+def loaded(monkeypatch):
+    """The pictures that were decoded, of which none are kept at first."""
     loaded, load = [], images.load
     monkeypatch.setattr(images, "load", lambda source: loaded.append(source) or load(source))
+    batching.cached.cache_clear()
+    yield loaded
+    batching.cached.cache_clear()
+
+
+def test_files_are_decoded_once_as_long_as_they_stay_the_same(tmp_path, loaded):
     path = tmp_path / "a.png"
 
-    def pixels(fit="crop", size=8, preprocessing=images.CLIP, shade=None, view=None):
-        if shade is not None:
-            Image.new("RGB", (16, 12), (shade, 0, 0)).save(path)
-            os.utime(path, ns=(shade, shade))  # as a later save would
+    def pixels(fit="crop", size=8, preprocessing=images.CLIP, view=None):
         return pixels_of([Visual("a", (str(path),), view)], size, fit, preprocessing)
 
-    first = pixels(shade=10)
-    assert torch.equal(first[0], images.to_pixels(load(path), 8)) and torch.equal(pixels(), first) and len(loaded) == 1
-    first.zero_()
-    assert torch.equal(pixels(), images.to_pixels(load(path), 8)[None]), "the caller's changes are the caller's"
-    for number, options in enumerate(({"fit": "pad"}, {"size": 9}, {"fit": "pad", "preprocessing": images.SIGLIP}), 2):
-        expected = images.to_pixels(load(path), options.get("size", 8), options.get("fit", "crop"),
-                                    options.get("preprocessing", images.CLIP))  # fmt: skip
-        assert torch.equal(pixels(**options)[0], expected) and len(loaded) == number
-    assert torch.equal(pixels(preprocessing=images.SIGLIP)[0], images.to_pixels(load(path), 8, "crop", images.SIGLIP))
-    assert not torch.equal(pixels(shade=90), pixels(shade=10)), "a file that was replaced"
-    seen = len(loaded)
-    pixels(view=View(seed=(1,))), pixels(view=View(seed=(2,)))
-    assert len(loaded) == seen + 2, "a random view is never the same again"
+    for shade in (10, 90, 10):  # the file is replaced, later and later
+        picture = Image.new("RGB", (16, 12), (shade, 0, 0))
+        picture.save(path)
+        os.utime(path, ns=(0, len(loaded)))
+        for options in ({}, {"fit": "pad"}, {"size": 9}, {"fit": "pad", "preprocessing": images.SIGLIP}):
+            before, (size, fit, how) = len(loaded), ({"size": 8, "fit": "crop", "preprocessing": images.CLIP} | options).values()
+            expected = images.to_pixels(picture, size, fit, how)[None]
+            first = pixels(**options)
+            assert torch.equal(first, expected)
+            first.zero_()
+            assert torch.equal(pixels(**options), expected), "the caller's changes are the caller's"
+            assert len(loaded) == before + 1
+    pixels(view=View(seed=(1,))), pixels(view=View(seed=(1,)))
+    assert len(loaded) == 3 * 4 + 2, "through a view nothing is kept"
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="a.png: no such image"):
+    with pytest.raises(FileNotFoundError, match="a.png"):
         pixels()
 
 
-def test_the_cache_keeps_to_its_memory(tmp_path):
-    cache, made = FrameCache(max_bytes=100), []
-    for name in "abcd":
-        (tmp_path / name).touch()
-
-    def get(name, size=40):
-        return cache.get(tmp_path / name, size, lambda: made.append(name) or numpy.zeros(size, dtype=numpy.uint8))
-
-    for name in "abacac":  # c drives b out, which was unused for longest
-        get(name)
-    assert made == ["a", "b", "c"] and cache.num_bytes == 80 == sum(array.nbytes for array in cache.arrays.values())
-    get("b"), get("a")
-    assert made == ["a", "b", "c", "b", "a"]
-    get("d", 100)
-    assert [key[3] for key in cache.arrays] == [100], "what fits exactly stays"
-    assert get("d", 101).nbytes == 101 and not cache.arrays and cache.num_bytes == 0, "what does not fit is not kept"
+def test_the_cache_keeps_to_its_memory(tmp_path, loaded, monkeypatch):
+    monkeypatch.setattr(batching, "MAX_CACHED", 2 * 8 * 8 * 3)
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    kept = [batching.fitted(tmp_path / f"{name}.png", None, 8, "crop", images.CLIP) for name in "abacaca"]
+    assert [path.stem for path in loaded] == ["a", "b", "c"]  # c drives b out, which was unused for longest
+    batching.fitted(tmp_path / "b.png", None, 8, "crop", images.CLIP)
+    assert [path.stem for path in loaded] == ["a", "b", "c", "b"]
     with pytest.raises(ValueError, match="read-only"):
-        get("d")[0] = 1
-
-
-def test_the_cache_with_many_threads(tmp_path):
-    cache = FrameCache(max_bytes=300)
-    for name in range(20):
-        (tmp_path / str(name)).touch()
-
-    def work(seed):
-        for name in numpy.random.default_rng(seed).integers(0, 20, 300).tolist():
-            array = cache.get(tmp_path / str(name), None, lambda: numpy.full(40, name, dtype=numpy.uint8))
-            assert (array == name).all()
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert cache.num_bytes == sum(array.nbytes for array in cache.arrays.values()) == 280
+        kept[0][0] = 1

@@ -259,13 +259,13 @@ def test_what_cannot_be_prepared_is_damage(tokenizer, tmp_path):
     talk = (Turn("user", ("what? " * 50,)), Turn("assistant", ("a",)))
     with pytest.raises(ValueError, match="bad.png: not an image"):
         prepare(Record("r", (Visual("v", (str(tmp_path / "bad.png"),)),), (talk[1:],)))
-    with pytest.raises(ValueError, match="record 'r', conversation 0: cut to max_tokens 20 it has no trained token left"):
+    with pytest.raises(ValueError, match="record 'r', conversation 0 has no trained token within max_tokens 20"):
         prepare(Record("r", (), (talk,)))
     pictures, square = replace(prepare, template=None), Visual("v", (Image.new("RGB", (8, 8)),))
     cut = replace(square, view=View((0.5, 1.0), seed=(1,)))
     for record, message in ((Record("r", (), (talk,)), "record 'r' has 0 visual inputs; a contrastive batch needs one picture"),
                             (Record("r", (square,), (talk[:1],)), "record 'r' has no caption"),
-                            (Record("r", (cut,), (talk,), regions=((0.5, 0.5),)), "its picture is seen through an augmentation")):
+                            (Record("r", (cut,), (talk,), regions=((0.5, 0.5),)), "without augmentation")):
         with pytest.raises(ValueError, match=message):
             pictures(record)
     assert pictures(Record("r", (square,), (talk,))) == Record("r", (square,), (talk,))

@@ -11,7 +11,7 @@ from PIL import Image
 from nanovlm.data import images, tar_shards
 from nanovlm.data.datasets import command_line_sources, listed_sources
 from nanovlm.data.records import Turn
-from nanovlm.data.tar_shards import ShardWriter, TarShards
+from nanovlm.data.tar_shards import TarShards, write_shards
 
 
 def png(shade, size=(3, 2)):
@@ -24,16 +24,21 @@ def item(n, question="<image>\nwhat?"):
     return {"id": n, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": f"number {n}"}]}
 
 
+def write_some(folder):
+    """Ten samples in shards of four, four and two; every third is text alone."""
+    samples = []
+    for n in range(10):
+        (folder / f"{n}.PNG").write_bytes(png(n))
+        shown = item(n) | {"image": "old/name.png"}, [folder / f"{n}.PNG"]
+        samples.append(shown if n % 3 else (item(n, "and?"), []))
+    (folder / "some").mkdir()
+    write_shards(folder / "some", "some", samples, 4)
+    return folder / "some"
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """Ten samples in shards of four, four and two; every third is text alone."""
-    with ShardWriter(tmp_path, "some", samples_per_shard=4) as writer:
-        for n in range(10):
-            if n % 3:
-                writer.add(item(n) | {"image": "old/name.png"}, [("png", png(n))])
-            else:
-                writer.add(item(n, "and?"), [])
-    return tmp_path
+    return write_some(tmp_path)
 
 
 def write(path, files):
@@ -76,10 +81,7 @@ def test_equal_samples_make_equal_bytes_and_an_index(folder, tmp_path_factory, m
     assert {name: entry["samples"] for name, entry in index.items()} == {
         "some-000000.tar": 4, "some-000001.tar": 4, "some-000002.tar": 2,
     }  # fmt: skip
-    again = tmp_path_factory.mktemp("again")
-    with ShardWriter(again, "some", 4) as writer:
-        for n in range(10):
-            writer.add(item(n) if n % 3 else item(n, "and?"), [("png", png(n))] if n % 3 else [])
+    again = write_some(tmp_path_factory.mktemp("again"))
     assert all((again / name).read_bytes() == (folder / name).read_bytes() for name in os.listdir(folder))
     scanned = []
     monkeypatch.setattr(tar_shards, "members", lambda path: scanned.append(path) or [None])
