@@ -164,7 +164,7 @@ def fitted(frame, view, image_size, fit, preprocessing):
 
     Picture files are decoded once as long as they stay the same and the cache holds them, but not through a View.
     """
-    if view is not None or not isinstance(frame, (str, Path)):
+    if view is not None or not isinstance(frame, (str, Path)) or not os.path.exists(frame):
         return square(frame, view, image_size, fit, preprocessing)
     status = os.stat(frame)
     return cached(image_size)(frame, None, image_size, fit, preprocessing, status.st_size, status.st_mtime_ns)

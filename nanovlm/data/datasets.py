@@ -6,6 +6,7 @@ docs/Finetune_Custom_Data.md).
 
 import gzip
 import os
+import re
 import warnings
 from array import array
 from dataclasses import replace
@@ -22,7 +23,6 @@ from nanovlm.names import nearest
 
 KEYS = {"reader": str, "path": str, "images": str, "prompts": list, "num_frames": int, "sampling": str}
 VIDEO_KEYS = ("num_frames", "sampling")
-READERS = ("llava", "shards")
 QUESTION, MARKED = "{question}", "{question?}"  # the user's words; with a question mark
 DATA = "data"  # name of the source that --data makes
 LISTED = 20  # missing files, or items that cannot be used, named one by one in an error
@@ -165,17 +165,14 @@ def put(turn, prompt, where):
         return turn
     slot = next((slot for slot in (QUESTION, MARKED) if slot in prompt), None)
     before, after = prompt.split(slot) if slot else (prompt, "")
-    parts = list(turn.parts)
-    spoken = [place for place, part in enumerate(parts) if isinstance(part, str) and part.strip()]
+    spoken = [place for place, part in enumerate(turn.parts) if isinstance(part, str) and part.strip()]
     if spoken and slot is None:
         raise ValueError(f"{where}: it asks {turn.text.strip()!r}, for which the prompt {prompt!r} has no {QUESTION}")
     if not spoken:
-        return Turn("user", (*(part for part in parts if not isinstance(part, str)), (before + after).strip()))
-    first, last = spoken[0], spoken[-1]
-    words = parts[first].lstrip()
-    parts[first] = parts[first][: len(parts[first]) - len(words)] + before + words
-    words = parts[last].rstrip()
-    parts[last] = (asked(words) if slot == MARKED else words) + after
+        return Turn("user", (*(part for part in turn.parts if not isinstance(part, str)), (before + after).strip()))
+    parts = list(turn.parts)
+    parts[spoken[0]] = re.sub(r"^\s*", lambda blanks: blanks[0] + before, parts[spoken[0]])
+    parts[spoken[-1]] = (asked if slot == MARKED else str.rstrip)(parts[spoken[-1]]) + after
     return Turn("user", tuple(parts))
 
 
@@ -199,14 +196,10 @@ def listed_sources(path, seed=0, prompts=None):
         entries = parse(file.read(), str(path))
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"{path}: an object of name -> {{reader, path, images}}, with at least one, was expected")
-    for name, entry in entries.items():
-        check_entry(entry, f"{path}, dataset {name!r}")
     sources, missing = {}, {}
     for name, entry in entries.items():
-        data, videos = path.parent / entry["path"], {key: entry[key] for key in VIDEO_KEYS if key in entry}
-        images = path.parent / entry["images"] if "images" in entry else None
         try:
-            source = open_source(entry["reader"], data, images, name, seed, videos)
+            source = open_source(name, entry, path.parent, seed)
             ways = entry.get("prompts", (prompts or {}).get(name))
             sources[name] = Prompted(source, ways, seed) if ways else source
         except FileNotFoundError as error:
@@ -216,23 +209,21 @@ def listed_sources(path, seed=0, prompts=None):
     return sources, missing
 
 
-def check_entry(entry, where):
-    """Raise ValueError for an entry of a datasets file that is malformed."""
+def open_source(name, entry, folder, seed):
+    """The source of an entry of a datasets file (see README.md) whose paths start at a folder. Raises: ValueError."""
     for key in ("reader", "path", *(entry if isinstance(entry, dict) else ())):
         if key not in KEYS:
-            raise ValueError(f"{where}: unknown key {key!r}.{nearest(key, KEYS)}")
-        field(entry, key, KEYS[key], where)
-    if entry["reader"] not in READERS:
-        raise ValueError(f"{where}: unknown reader {entry['reader']!r}.{nearest(entry['reader'], READERS)}")
-
-
-def open_source(reader, path, images, name, seed, videos):
-    """The source over a file or folder; reader: of READERS. Raises: ValueError for images beside shards."""
-    if reader == "llava":
-        return LlavaJson(path, images, name, seed, **videos)
+            raise ValueError(f"unknown key {key!r}.{nearest(key, KEYS)}")
+        field(entry, key, KEYS[key], "the entry")
+    videos = {key: entry[key] for key in VIDEO_KEYS if key in entry}
+    images = folder / entry["images"] if "images" in entry else None
+    if entry["reader"] == "llava":
+        return LlavaJson(folder / entry["path"], images, name, seed, **videos)
+    if entry["reader"] != "shards":
+        raise ValueError(f"unknown reader {entry['reader']!r}.{nearest(entry['reader'], ('llava', 'shards'))}")
     if images is not None:
         raise ValueError(f"images {images}: shards hold their images; leave it out")
-    return TarShards(path, name, seed, **videos)
+    return TarShards(folder / entry["path"], name, seed, **videos)
 
 
 def command_line_sources(data=None, images=None, datasets=None, seed=0, prompts=None):
@@ -252,4 +243,5 @@ def command_line_sources(data=None, images=None, datasets=None, seed=0, prompts=
     if DATA in sources.keys() | missing.keys():
         raise ValueError(f"{datasets}: the name {DATA!r} is taken by --data; call the dataset something else")
     reader = "shards" if Path(data).is_dir() or Path(data).suffix == ".tar" else "llava"
-    return {DATA: open_source(reader, data, images, DATA, seed, {}), **sources}, missing
+    entry = {"reader": reader, "path": str(data)} | ({} if images is None else {"images": str(images)})
+    return {DATA: open_source(DATA, entry, Path(), seed), **sources}, missing

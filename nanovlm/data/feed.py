@@ -21,7 +21,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from nanovlm.files import JsonLines
-from nanovlm.names import nearest
 
 
 class Course:
@@ -32,8 +31,7 @@ class Course:
     """
 
     def __init__(self, sources, lengths):
-        if len(lengths) != len(sources) - 1 or min(lengths, default=1) < 1:
-            raise ValueError(f"{len(sources)} sources, lengths {lengths}: every source but the last needs one from 1")
+        assert len(lengths) == len(sources) - 1
         self.name, self.sources, self.lengths = sources[-1].name, sources, lengths
 
     def __len__(self):
@@ -61,15 +59,7 @@ class Mixture:
         Args:
           sources: dict name -> source.
           weights: dict name -> positive number, relative; only the sources named here are read.
-        Raises: ValueError for a name without a source, no weights, or a weight that is not positive and finite.
         """
-        if not weights:
-            raise ValueError("a mixture needs at least one weight: {name: weight}")
-        for name, weight in weights.items():
-            if name not in sources:
-                raise ValueError(f"no source is called {name!r}.{nearest(name, sources)}")
-            if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"source {name!r} has weight {weight}; it must be positive, or the source left out")
         exact = {name: Fraction(str(float(weight))) for name, weight in weights.items()}  # as written, not as stored
         denominator = math.lcm(*(weight.denominator for weight in exact.values()))
         self.sources = {name: sources[name] for name in weights}
@@ -87,8 +77,7 @@ class Mixture:
     def resume(self, drawn):
         """Go on where `drawn` was {name: records}. Raises: ValueError if the names are not this mixture's."""
         if set(drawn) != set(self.drawn):
-            both = f"the saved mixture reads {sorted(drawn)}, this one {sorted(self.drawn)}"
-            raise ValueError(f"{both}; resume with the same sources")
+            raise ValueError(f"the saved mixture reads {sorted(drawn)}, not {sorted(self.drawn)}; resume with the same")
         self.drawn = {name: drawn[name] for name in self.drawn}  # order decides ties
 
 
@@ -179,10 +168,7 @@ class Feed:
           rank, world: this process and how many there are: it gets records rank, rank + world, ... of each update.
           workers: processes that read ahead; 0 = the trainer's own reads when it needs the records.
           prefetch: updates that the workers are ahead.
-        Raises: ValueError if an update has less records than there are processes.
         """
-        if batch_size < world:
-            raise ValueError(f"batch_size {batch_size} is less than the {world} processes that share it")
         self.mixture, self.batch_size, self.steps = mixture, batch_size, steps
         self.group, self.length, self.seed = group, length, seed
         self.rank, self.world = rank, world
@@ -201,7 +187,15 @@ class Feed:
         began, self.damaged, records = time.monotonic(), [], []
         share = len(range(self.rank, self.batch_size, self.world))
         if self.items is None:
-            self.items = iter(self._loader(share))
+            ahead = {}
+            if self.workers:
+                per_worker = max(1, -(-self.prefetch * share // self.workers))
+                ahead = dict(prefetch_factor=per_worker, multiprocessing_context="fork", worker_init_fn=leave_signals)
+            self.items = iter(DataLoader(
+                self.reader, batch_size=None, sampler=self._plan(), num_workers=self.workers,
+                collate_fn=tuple,  # what a worker hands over stays as it is
+                generator=torch.Generator(), **ahead,  # a generator of its own: torch's own is the training's
+            ))  # fmt: skip
             if self.workers:
                 self.end = weakref.finalize(self, end_workers, self.items)  # also at the program's exit
         for record, damaged in itertools.islice(self.items, share):
@@ -213,16 +207,6 @@ class Feed:
         self.position = self.planned.popleft()
         self.waited = time.monotonic() - began
         return records
-
-    def _loader(self, share):
-        ahead = {}
-        if self.workers:
-            per_worker = max(1, -(-self.prefetch * share // self.workers))
-            ahead = dict(prefetch_factor=per_worker, multiprocessing_context="fork", worker_init_fn=leave_signals)
-        return DataLoader(
-            self.reader, batch_size=None, sampler=self._plan(), num_workers=self.workers, collate_fn=unchanged,
-            generator=torch.Generator(), **ahead,  # a generator of its own: torch's own is the training's
-        )  # fmt: skip
 
     def _plan(self):
         """(source name, n) of every record that this process reads, from the position on."""
@@ -267,11 +251,6 @@ class Feed:
         if self.end is not None:
             self.end()
         self.items = None
-
-
-def unchanged(item):
-    """For the DataLoader: no tensors are made of what a worker hands over."""
-    return item
 
 
 def leave_signals(worker):

@@ -31,6 +31,9 @@ FITS = ("crop", "pad", "stretch", "squash")
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes; else long comments are an error
 
 
+DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error, Image.DecompressionBombError)
+
+
 class ImageError(ValueError):
     """A picture that cannot be used; the message names its file."""
 
@@ -85,14 +88,13 @@ def opened(source, max_pixels=MAX_PIXELS):
 
     Args and errors: as in `load`, of which this is the first half.
     """
-    if isinstance(source, bytes):
-        source, file = IN_MEMORY, io.BytesIO(source)
-    elif isinstance(source, Member):
-        file = io.BytesIO(source.read())
+    if isinstance(source, (bytes, Member)):
+        content, source = (source, IN_MEMORY) if isinstance(source, bytes) else (source.read(), source)
+        file = io.BytesIO(content)
+    elif os.path.isdir(source):
+        raise ImageError(f"{source}: a folder, not an image")
     elif not os.path.exists(source):
         raise FileNotFoundError(f"{source}: no such image")
-    elif not os.path.isfile(source):
-        raise ImageError(f"{source}: a folder, not an image")
     else:
         file = open(source, "rb")
     with file:
@@ -113,12 +115,9 @@ def opened(source, max_pixels=MAX_PIXELS):
             yield image
         except ImageError:
             raise
-        except Image.UnidentifiedImageError as error:
-            raise ImageError(f"{source}: not an image, or of a format that PIL cannot read") from error
-        except Image.DecompressionBombError as error:
-            raise ImageError(f"{source}: {error}; scale it down, or raise max_pixels and PIL's limit") from error
-        except (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error) as error:  # all of PIL's readers'
-            raise ImageError(f"{source}: the image is damaged or cut short ({error}); copy it again") from error
+        except DECODING_ERRORS as error:
+            raise ImageError(f"{source}: the image is damaged or cut short, or of a format that PIL cannot read ({error}); "
+                             "copy it again") from error  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,11 +167,9 @@ def to_pixels(image, image_size, fit="crop", preprocessing=CLIP):
 def to_square(image, image_size, fit, preprocessing=CLIP):
     """A picture fitted to S x S, bicubic: PIL.Image.Image; one that has this size already is returned as it is.
 
-    Args: as in `to_pixels`. Raises: ValueError for an unknown fit, a size below 1 or a picture that is not RGB.
+    Args: as in `to_pixels`. Raises: ValueError for an unknown fit or a size below 1.
     """
     preprocessing = replace(preprocessing, image_size=image_size, fit=fit)
-    if image.mode != "RGB":
-        raise ValueError(f"a picture of mode RGB was expected, found {image.mode}; images.load converts any other")
     if image.size == (image_size, image_size):
         return image
     if fit == "crop":
@@ -207,17 +204,15 @@ def _upright_rgb(image, source):
 
 
 def _crop(image, size):
-    """Shorter side to `size`, then the centre; of a very long picture only about the centre is resized."""
+    """Shorter side to `size`, then the centre."""
     shorter = min(image.size)
-    if size * size * max(image.size) > MAX_PIXELS * shorter:
-        kept = min(max(image.size), shorter * MAX_PIXELS // size**2)
-        sides = [min(side, kept) for side in image.size]
-        corner = [(side - part) // 2 for side, part in zip(image.size, sides)]
-        image = image.crop((*corner, corner[0] + sides[0], corner[1] + sides[1]))
     width, height = (size * side // shorter for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return image.crop((left, top, left + size, top + size))
+    box = (left, top, left + size, top + size)
+    if width * height > MAX_PIXELS:  # of a very long picture only the centre is resized
+        box = [side * shorter / size for side in box]
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
 
 
 def _square(image, preprocessing):

@@ -36,10 +36,6 @@ class Visual:
     frames: tuple[Image.Image | str | Path, ...] | Clip
     view: Any = None
 
-    def __post_init__(self):
-        if not self.frames:
-            raise ValueError(f"visual input {self.key!r} has no frame; an image is one frame, a clip several")
-
 
 @dataclass(frozen=True)
 class Turn:
@@ -51,10 +47,6 @@ class Turn:
 
     role: str
     parts: tuple[str | int, ...]
-
-    def __post_init__(self):
-        if self.role not in ("user", "assistant"):
-            raise ValueError(f"unknown role {self.role!r}.{nearest(self.role, ('user', 'assistant'))}")
 
     @property
     def text(self):

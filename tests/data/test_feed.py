@@ -107,8 +107,6 @@ def test_processes_share_every_update(whole, group, world):
     for update, *parts in zip(whole, *shares):
         assert [len(part) for part in parts] == [len(update[rank::world]) for rank in range(world)]
         assert sorted(sum(parts, [])) == sorted(update)
-    with pytest.raises(ValueError, match="batch_size 6 is less than the 7 processes"):
-        make(world=7)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -257,7 +255,7 @@ def test_what_cannot_be_prepared_is_damage(tokenizer, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     prepare = Preparation(8, "pad", template=NANO, tokenizer=tokenizer, num_image_tokens=counted, max_tokens=20)
     talk = (Turn("user", ("what? " * 50,)), Turn("assistant", ("a",)))
-    with pytest.raises(ValueError, match="bad.png: not an image"):
+    with pytest.raises(ValueError, match="bad.png: the image is damaged"):
         prepare(Record("r", (Visual("v", (str(tmp_path / "bad.png"),)),), (talk[1:],)))
     with pytest.raises(ValueError, match="record 'r', conversation 0 has no trained token within max_tokens 20"):
         prepare(Record("r", (), (talk,)))

@@ -121,14 +121,14 @@ def test_pictures_in_memory(tmp_path):
     assert colors(images.load(Image.new("RGBA", (1, 1), (0, 0, 0, 0)))) == [WHITE]
     image.save(tmp_path / "a.png")
     assert images.load((tmp_path / "a.png").read_bytes()).tobytes() == image.tobytes()
-    with pytest.raises(images.ImageError, match="picture in memory: not an image"):
+    with pytest.raises(images.ImageError, match="picture in memory: .*format that PIL cannot read"):
         images.load(b"words")
     with pytest.raises(ValueError, match=r"no pixels \(0 x 5\)"):
         images.load(Image.new("RGB", (0, 5)))
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("empty.png", b"", r"0 bytes"), ("text.png", b"not a picture at all", "not an image"), ("", None, "a folder"),
+    ("empty.png", b"", r"0 bytes"), ("text.png", b"not a picture at all", "format that PIL cannot read"), ("", None, "a folder"),
     ("float.tif", Image.new("F", (2, 2)), "floating-point"), ("none.png", None, "no such image"),
 ])
 def test_files_that_are_no_picture(tmp_path, name, content, message):
@@ -147,7 +147,7 @@ def test_files_cut_short(tmp_path, ending, share):
     noise(64, 64).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(ValueError, match=f"a.{ending}: (the image is damaged or cut short|not an image)"):
+    with pytest.raises(ValueError, match=f"a.{ending}: the image is damaged or cut short"):
         images.load(path)
 
 
@@ -192,7 +192,7 @@ def png_of(path, side):
 
 
 @pytest.mark.parametrize("side, limit, message", [
-    (8001, images.MAX_PIXELS, "64,016,001 pixels, more than the limit of 64,000,000"), (50000, images.MAX_PIXELS, "raise max_pixels"),
+    (8001, images.MAX_PIXELS, "64,016,001 pixels, more than the limit of 64,000,000"), (50000, images.MAX_PIXELS, "decompression bomb"),
     (8000, images.MAX_PIXELS, "cut short"), (10000, 10**9, "cut short"),  # they pass the limit, and then there are no pixels
 ])
 def test_image_bombs(tmp_path, side, limit, message):
@@ -239,7 +239,7 @@ def test_very_long_pictures_stay_small(monkeypatch):
     monkeypatch.setattr(images, "MAX_SIDE", 100)
     assert set(colors(images.to_square(image, 16, "crop"))) <= {(127,) * 3, (128,) * 3}, "the centre"
     sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, *args: sizes.append(args[0]) or resize(self, *args))
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *args, **box: sizes.append(args[0]) or resize(self, *args, **box))
     for fit in images.FITS:
         for turned in (image, image.transpose(Image.Transpose.ROTATE_90)):
             assert images.to_square(turned, 16, fit).size == (16, 16)
@@ -296,7 +296,7 @@ def test_pixels_crop_unless_told_otherwise():
 
 def test_bad_arguments():
     image = noise(4, 4)
-    for arguments, message in (((image, 4, "crp"), "Did you mean 'crop'"), ((image, 0), "image_size 0"), ((image.convert("L"), 4), "found L")):
+    for arguments, message in (((image, 4, "crp"), "Did you mean 'crop'"), ((image, 0), "image_size 0")):
         with pytest.raises(ValueError, match=message):
             images.to_pixels(*arguments)
     for std in ((1, 1), (1, 1, 0)):

@@ -154,7 +154,7 @@ def test_shards_that_cannot_be_used(folder, tmp_path_factory):
 def test_a_picture_that_is_cut_short_inside_a_shard_is_named(tmp_path):
     write(tmp_path / "x.tar", {"a.jpg": png(1, (90, 90))[:60], "a.txt": b"a", "b.jpg": b"", "b.txt": b"b"})
     for record in map(TarShards(tmp_path).record, range(2)):
-        with pytest.raises(images.ImageError, match=rf"x.tar/{record.id}.jpg: (the image is damaged|the file is empty|not an)"):
+        with pytest.raises(images.ImageError, match=rf"x.tar/{record.id}.jpg: (the image is damaged|the file is empty)"):
             images.load(record.visuals[0].frames[0])
 
 

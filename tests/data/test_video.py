@@ -110,7 +110,7 @@ def test_clips_that_cannot_be_used(tmp_path, monkeypatch, clips):
     for clip, arguments, message in (
         (tmp_path / "none.gif", {}, "none.gif: no such video"), (tmp_path / "empty", {}, "empty: it has 0 frames"),
         ([], {}, "the list of frames: it has 0 frames"), (tmp_path / "bad.gif", {"num_frames": 12}, "bad.gif: .* damaged or cut short"),
-        (tmp_path / "bad.webp", {}, "bad.webp: not an image"), (tmp_path / "a.gif", {"max_pixels": 47}, "48 pixels, .* limit of 47"),
+        (tmp_path / "bad.webp", {}, "bad.webp: the image is damaged"), (tmp_path / "a.gif", {"max_pixels": 47}, "48 pixels, .* limit of 47"),
         (tmp_path / "frames", {"max_pixels": 47}, "more than the limit of 47"), (clips[0], {"num_frames": 0}, "num_frames is 0"),
         (clips[0], {"sampling": "randm"}, "unknown sampling 'randm'. Did you mean 'random'"),
     ):
