@@ -19,7 +19,9 @@ from typing import Any
 CHUNK = 1 << 20  # bytes read at a time
 LARGEST = 1 << 28  # bytes of one record; a record that has not ended by then is no JSON
 PACKED = b"\x1f\x8b"  # how gzip's files begin
-SPACE, BEHIND_NUMBERS = re.compile(r"[ \t\r\n]*"), frozenset(" \t\r\n,]}")
+CLOSING = {"[": "]", "{": "}"}
+BETWEEN = re.compile(r"[ \t\r\n,:]*")  # what lies between two values is not looked at any closer
+GOES_ON = (b"{", b"[", b",", b":")  # how the first line of an object that fills several ends
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,9 @@ class Scanner:
         self.place = place
 
     def peek(self):
-        """The next character that is no space: str, "" at the end."""
+        """The first character of what comes next, a value or a closing bracket: str, "" at the end."""
         while True:
-            self.go(SPACE.match(self.text, self.place).end())
+            self.go(BETWEEN.match(self.text, self.place).end())
             if self.place < len(self.text) or self.ended:
                 return self.text[self.place : self.place + 1]
             self.more()
@@ -143,15 +145,6 @@ class Scanner:
         line = self.line + self.text.count("\n", self.place, place)
         return ValueError(f"{self.path}, line {line}, byte {self.offset + place}: malformed JSON: {message}")
 
-    def take(self, expected):
-        """Step over the next character: str. Raises: ValueError if it is none of those in `expected`."""
-        found = self.peek()
-        if not found or found not in expected:
-            wanted = " or ".join(map(repr, expected))
-            raise self.malformed(f"{wanted} expected, found {found or 'the end'!r}", self.place)
-        self.place += 1
-        return found
-
     def value(self, beside="", key=None):
         """The next value: Element; beside: what its `where` says behind the line. Raises: ValueError."""
         self.peek()
@@ -159,8 +152,8 @@ class Scanner:
         while True:
             try:
                 value, stop = DECODER.raw_decode(self.text, self.place)
-                if not isinstance(value, (int, float)) or self.text[stop : stop + 1] in BEHIND_NUMBERS or self.ended:
-                    break  # a number could go on in the next chunk
+                if len(self.text) - stop > 2 or self.ended:  # else a number could go on in the next chunk, as 1e+5
+                    break
             except json.JSONDecodeError as error:
                 if self.ended or len(self.text) - self.place > LARGEST:
                     raise self.malformed(error.msg, error.pos) from error
@@ -172,19 +165,17 @@ class Scanner:
         value = value if text.isascii() else parse(text.encode("latin-1"), where)
         return Element(where, value, start, start + len(text), key)
 
-    def inside(self, brackets="[{"):
-        """Walk through what opens here: the key of each member, None in a list. Its value must be read first."""
-        close = {"[": "]", "{": "}"}[self.take(brackets)]
-        comma = self.take(close) if self.peek() == close else ","
-        while comma == ",":
-            key = None
-            if close == "}":
-                if self.peek() != '"':
-                    raise self.malformed("a name in quotes was expected", self.place)
-                key = self.value().value
-                self.take(":")
-            yield key
-            comma = self.take("," + close)
+    def inside(self):
+        """Walk through the list or object that opens here: the key of each member, None in a list; its value is next."""
+        opening = self.peek()
+        if opening not in CLOSING:
+            raise self.malformed("a list or an object was expected", self.place)
+        self.place += 1
+        while self.peek() not in ("]", "}", ""):
+            yield self.value().value if opening == "{" else None
+        if self.peek() != CLOSING[opening]:
+            raise self.malformed(f"{CLOSING[opening]!r} was expected", self.place)
+        self.place += 1
 
     def members(self):
         """The elements of the list, or the members of the object, that opens here."""
@@ -211,13 +202,10 @@ def elements(path, key=None):
             yield from scanner.members()
         else:
             names = []
-            for name in scanner.inside("{"):
+            for name in scanner.inside():
                 names.append(name)
-                if name == key:
-                    yield from scanner.members()
-                elif scanner.peek() in ("[", "{"):  # COCO's annotations are hundreds of megabytes
-                    for _ in scanner.members():
-                        pass
+                if name == key or scanner.peek() in CLOSING:  # COCO's annotations are hundreds of megabytes
+                    yield from (member for member in scanner.members() if name == key)
                 else:
                     scanner.value()
             if names.count(key) != 1:
@@ -236,12 +224,15 @@ def records(path):
         scanner = Scanner(path, file)
         if scanner.peek() == "[":
             yield from scanner.members()
-            scanner.end()
-        elif not _starts_with_line(scanner):
+            return scanner.end()
+        file.seek(0)
+        first_line = next(filter(bytes.strip, file), b"").rstrip()
+        file.seek(0)
+        if first_line.endswith(GOES_ON):
+            scanner = Scanner(path, file)
             while scanner.peek():
                 yield scanner.value()
         else:
-            file.seek(0)
             stop = 0
             for number, line in enumerate(file, start=1):
                 start, stop, where = stop, stop + len(line), f"{path}, line {number}"
@@ -251,20 +242,6 @@ def records(path):
                     except ValueError as error:
                         value = error
                     yield Element(where, value, start, stop)
-
-
-def _starts_with_line(scanner):
-    """Whether the first line is a value by itself, perhaps a broken one, and does not only begin an object."""
-    while not scanner.ended and "\n" not in scanner.text[scanner.place :] and len(scanner.text) < LARGEST:
-        scanner.more()
-    line = scanner.text[scanner.place :].partition("\n")[0]
-    try:
-        DECODER.raw_decode(line)
-    except json.JSONDecodeError as error:
-        return error.pos < len(line.rstrip())  # broken within the line; else it goes on in the next
-    except ValueError:
-        pass  # a key that stands twice
-    return True
 
 
 def read_at(path, start, stop, where):

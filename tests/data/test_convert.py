@@ -289,7 +289,7 @@ def test_shards(tmp_path, capsys):
         (["mimic-it", "in.json", "out.jsonl", "--images", "LA.parquet"], "not the .parquet"),
         (["vqa", "in.json", "out.jsonl"], "VQA's answers stand in a second file"),
         (["llava", "in.json", "out.jsonl"], "no item could be made of it as llava"),
-        (["minigpt4", "in.json", "out.jsonl"], "in.json, line 1, byte 0: malformed JSON"),
+        (["minigpt4", "in.json", "out.jsonl"], "in.json: one key 'annotations' was expected"),
         (["folder", "in.json", "out.jsonl"], "in.json: no such folder of pictures"),
     ],
 )
