@@ -82,7 +82,7 @@ class VLM(nn.Module):
 
     Args:
       vision: float[F, 3, H, W] -> float[F, T, vision_width]; see vit.ViT. None = what is given are features already.
-      bridge: Bridge of the decoder's width, or with cross-attention of that of its media.
+      bridge: Bridge of the decoder's width, or with cross-attention of that of its media. None = a model of text alone.
       decoder: decoder.Decoder.
       media_token: with cross-attention layers, the id in the vocabulary that stands where a picture is shown.
     Raises: ValueError for parts that do not fit together.
@@ -97,12 +97,13 @@ class VLM(nn.Module):
                              f"{config.cross_attention_width}; give both, or neither")
         if media_token is not None and not 0 <= media_token < config.vocab_size:
             raise ValueError(f"media_token {media_token} lies outside the vocabulary of {config.vocab_size}")
-        lacks = [name for name in ("output_width", "num_image_tokens") if not hasattr(bridge, name)]
-        lacks += ["forward"] * (type(bridge).forward is nn.Module.forward)
-        if lacks:
-            raise ValueError(f"the bridge {type(bridge).__name__} lacks {', '.join(lacks)}; see vlm.Bridge")
-        if bridge.output_width != width:
-            raise ValueError(f"the bridge's output_width is {bridge.output_width}, the decoder reads {width}")
+        if bridge is not None:
+            lacks = [name for name in ("output_width", "num_image_tokens") if not hasattr(bridge, name)]
+            lacks += ["forward"] * (type(bridge).forward is nn.Module.forward)
+            if lacks:
+                raise ValueError(f"the bridge {type(bridge).__name__} lacks {', '.join(lacks)}; see vlm.Bridge")
+            if bridge.output_width != width:
+                raise ValueError(f"the bridge's output_width is {bridge.output_width}, the decoder reads {width}")
         self.vision = vision
         self.bridge = bridge
         self.decoder = decoder
@@ -118,6 +119,8 @@ class VLM(nn.Module):
 
     def num_image_tokens(self, image_size, num_frames=1):
         """Image-token ids in the row for one visual input of `num_frames` pictures of `image_size` pixels: int."""
+        if self.vision is None:
+            raise ValueError("this model has no vision tower and reads no pictures; ask it without one")
         if self.media_token is not None:
             return 0  # the template writes the media token, and the image tokens stand beside the row
         return self.bridge.num_image_tokens(self.vision.num_tokens(image_size), num_frames)

@@ -61,12 +61,13 @@ def load(source, max_pixels=MAX_PIXELS):
     """Any picture as upright RGB; of an animation the first frame; transparency over white.
 
     Args:
-      source: path, Member, the bytes of a file, or a PIL image.
+      source: path, Member, the bytes of a file, a PIL image, or an array uint8[H, W, 3].
       max_pixels: int, largest width x height that is decoded; read from the header, before decoding. A larger JPEG is
         decoded at a half, a quarter or an eighth of its size.
     Returns: PIL.Image.Image of mode RGB.
     Raises: FileNotFoundError; ImageError if it is empty, too large, damaged or no image.
     """
+    source = Image.fromarray(source) if isinstance(source, numpy.ndarray) else source
     if isinstance(source, Image.Image):
         return _upright_rgb(source, IN_MEMORY)
     with opened(source, max_pixels) as image:

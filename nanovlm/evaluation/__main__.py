@@ -25,7 +25,6 @@ from nanovlm.data.scenes import render
 from nanovlm.evaluation import attention_maps, pairwise, protocols
 from nanovlm.evaluation.runner import endpoint_judge, local_judge, run
 from nanovlm.evaluation.tasks import TASKS
-from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.names import nearest
 
 COMMANDS = {"rank": pairwise.__doc__, "compare": pairwise.__doc__, "attention": attention_maps.__doc__}  # no tasks
@@ -76,10 +75,8 @@ def make_parser(command=""):
         add("--judge", metavar="FOLDER", help="a model of this project, or a published one, that judges")
         add("--judge-endpoint", metavar="NAME", help="a model behind $OPENAI_BASE_URL, any server of chat completions")
         add("--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere')
-        add("--dtype", choices=DTYPES, default="float32")
     if command != "compare":
-        add("--recipe", metavar="FILE.py", help="the recipe file that a model was trained from")
-        add("--device", default=default_device(), help=DEVICES)
+        recipes.model_flags(parser)
     return parser
 
 
@@ -115,7 +112,7 @@ def parse(arguments):
 def open_judge(args):
     """The judge of --judge or --judge-endpoint, or None."""
     if args.judge:
-        return local_judge(recipes.load(args.judge, dtype=DTYPES[args.dtype], device=args.device, recipe=args.recipe))
+        return local_judge(recipes.load_by_flags(args.judge, args))
     return endpoint_judge(args.judge_endpoint) if args.judge_endpoint else None
 
 
@@ -127,11 +124,7 @@ def measure(args):
             read = task.read.__doc__.split("\n")[0]
             rows.append((name, task.protocol.__name__, task.way or task.summarise.__name__, read))
         return ["{:<16}{:<14}{:<14}{}".format(*row) for row in rows], 0
-    check_device(args.device)
-    if line := slow_line(args.dtype, args.device):
-        print(f"({line})", file=sys.stderr)
-    loaded = recipes.load(args.model, dtype=DTYPES[args.dtype], device=args.device, recipe=args.recipe)
-    lines, number = run(args, loaded, open_judge(args))
+    lines, number = run(args, recipes.load_by_flags(args.model, args), open_judge(args))
     return [*lines, f"report, predictions and pictures: {args.out}"], 0 if number else NOTHING_MEASURED
 
 
@@ -150,7 +143,7 @@ def attention(args):
     """What `attention` prints: list of str."""
     looks = []
     for folder in args.folders:
-        loaded = recipes.load(folder, device=args.device, recipe=args.recipe)
+        loaded = recipes.load_by_flags(folder, args)
         shown = [images.load(path) for path in args.image]
         if args.draw is not None:
             rng = numpy.random.default_rng(0)

@@ -21,7 +21,6 @@ import torch
 from matplotlib.figure import Figure
 
 from nanovlm.data.images import to_square
-from nanovlm.generation.chat import Chat
 from nanovlm.recipes.nano_tests import readable
 from nanovlm.vlm import IMAGE_TOKEN, VLM, Batch
 
@@ -31,12 +30,11 @@ LONGEST = 46  # characters of a model's name over its map
 
 
 @torch.no_grad()
-def answer_attention(model, row, answer, visual_inputs, as_text=False, out=None):
+def answer_attention(model, prompt, answer, as_text=False, out=None):
     """What the place that predicted each answer token looked at, in every layer and head.
 
     Args:
-      model: vlm.VLM. row: data.templates.Row of the prompt. answer: list of n ids.
-      visual_inputs: float32[f, 3, S, S] each, f frames, in the order of row.images.
+      model: vlm.VLM. prompt: answer.Prompt. answer: list of n ids.
       as_text: the decoder takes image tokens for words: modality-adaptive layers use the text's norms, keys and values.
       out: dict that receives the maps of decoder and bridge as they come; None = not wanted.
     Returns: float32[L, H, n, T], T without the answer's last token, which predicts nothing.
@@ -45,6 +43,7 @@ def answer_attention(model, row, answer, visual_inputs, as_text=False, out=None)
     if model.media_token is not None:
         raise ValueError("this model reads its pictures by cross-attention: its words cannot look at image tokens")
     out, weight = {} if out is None else out, model.decoder.embedding.weight
+    row, visual_inputs = prompt.row, prompt.visual_inputs
     ids = torch.tensor([row.ids + answer[:-1]], device=weight.device)
     frames, shown = torch.tensor([len(pixels) for pixels in visual_inputs]).long(), torch.arange(len(visual_inputs))
     pixels = torch.cat(visual_inputs).to(weight.device, weight.dtype) if visual_inputs else None
@@ -54,10 +53,10 @@ def answer_attention(model, row, answer, visual_inputs, as_text=False, out=None)
     return torch.stack([maps[0, :, len(row.ids) - 1 :] for maps in out["attention"]]).float()
 
 
-def answer_heat(model, row, answer, visual_inputs):
+def answer_heat(model, prompt, answer):
     """Attention of each answer token to each place of the pictures.
 
-    Args: as of `answer_attention`, the visual inputs float32[1, 3, S, S].
+    Args: as of `answer_attention`.
     Returns: list of one float32[n, side, side] per picture, a cell per patch or per square of merged patches; the
       cells of a map add up to the share of the token's attention that went to this picture (less what a class token,
       or latents among themselves, took).
@@ -65,10 +64,11 @@ def answer_heat(model, row, answer, visual_inputs):
     """
     if not answer:
         raise ValueError("the answer has no token, so there is no attention to draw")
+    row, visual_inputs = prompt.row, prompt.visual_inputs
     if not visual_inputs or any(len(pixels) > 1 for pixels in visual_inputs):
         raise ValueError("attention is drawn over still images; show one")
     out = {}
-    looks = answer_attention(model, row, answer, visual_inputs, out=out).mean(dim=(0, 1))  # n T
+    looks = answer_attention(model, prompt, answer, out=out).mean(dim=(0, 1))  # n T
     heat, image_size = [], visual_inputs[0].shape[-1]  # pixels
     if "latents" in out:
         latents = torch.stack(out["latents"]).to(looks).mean(dim=(0, 2))  # M I N
@@ -146,23 +146,20 @@ def look(name, loaded, question, pictures, as_text=False, max_new_tokens=None):
     """Ask a model and see where it looked: Looks.
 
     Args:
-      loaded: recipes.Loaded. question: str. pictures: list of PIL images, perhaps none.
+      loaded: chat.Assistant. question: str. pictures: list of PIL images, perhaps none.
       as_text: as of `answer_attention`. max_new_tokens: of the answer; None = the default preset's.
     Raises: ValueError, for example for an empty answer.
     """
-    if not isinstance(loaded.model, VLM):
-        raise ValueError(f"{name} holds a {type(loaded.model).__name__} alone, and no vision-language model")
-    decoding = loaded.decodings["default"]
+    decoding = loaded.preset("default")
     if max_new_tokens is not None:
         decoding = dataclasses.replace(decoding, max_new_tokens=max_new_tokens)
-    chat = Chat(loaded, decoding, torch.Generator(loaded.model.decoder.embedding.weight.device).manual_seed(0))
-    answer, said = "".join(chat.ask(question, pictures)), chat.last
-    if not said.answer:
+    chat = loaded.chat(decoding)
+    text, ids = chat.ask(question, pictures), chat.prompt.row.ids
+    if not chat.answer:
         raise ValueError(f"{name} answered nothing, so there is no attention to draw")
-    maps = answer_attention(loaded.model, said.row, said.answer, said.visual_inputs, as_text).mean(1).cpu()
-    words = [loaded.tokenizer.decode([token]) for token in said.answer]
-    is_image = torch.tensor(said.row.ids + said.answer[:-1]) == IMAGE_TOKEN
-    return Looks(name, answer, words, maps, is_image, len(said.row.ids))
+    maps = answer_attention(loaded.model, chat.prompt, chat.answer, as_text).mean(1).cpu()
+    words = [loaded.tokenizer.decode([token]) for token in chat.answer]
+    return Looks(name, text, words, maps, torch.tensor(ids + chat.answer[:-1]) == IMAGE_TOKEN, len(ids))
 
 
 def is_adaptive(model):

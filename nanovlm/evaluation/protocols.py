@@ -137,7 +137,7 @@ def rotated(items):
 class Asker:
     """Puts items to a model in the form of its own template.
 
-    loaded: recipes.Loaded. decoding, describe: sampler.Decoding of an answer, and of a description that goes before
+    loaded: chat.Assistant. decoding, describe: sampler.Decoding of an answer, and of a description that goes before
       every question about a picture; None = none.
     shots: {kind: list of (Item, answer str)} that stand before a question of this kind, "" = of any other.
     num_frames: of a film. seed: of sampling; an answer depends on it and the item's id alone.

@@ -7,15 +7,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanovlm.data.records import Turn
 from nanovlm.evaluation import protocols, report
 from nanovlm.evaluation.protocols import LETTERS, Asker, put
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.files import JsonLines
-from nanovlm.generation.answer import make_prompt, reply
+from nanovlm.generation.answer import check_speaks
 from nanovlm.generation.sampler import Decoding
-from nanovlm.names import nearest
-from nanovlm.vlm import VLM
 
 JUDGE_TOKENS = 32  # a verdict, or a verdict and a mark
 JUDGE_REQUESTS = 4  # under way at once
@@ -24,15 +21,14 @@ JUDGE_REQUESTS = 4  # under way at once
 def run(args, loaded, judge=None):
     """Ask everything that has no answer yet, then write the report: (list of str to print, int number of answers).
 
-    args: the flags of `python -m nanovlm.evaluation TASK`. loaded: recipes.Loaded.
+    args: the flags of `python -m nanovlm.evaluation TASK`. loaded: chat.Assistant.
     judge: function list of prompts -> list of texts, for `protocols.judged`; None = only args.judgements.
     Raises: FileNotFoundError or ValueError, in words for the user, before anything is asked.
     """
     task, name, out = TASKS[args.task], args.task, Path(args.out)
     if args.prompt is not None:
         task = replace(task, prompt=args.prompt)
-    if not isinstance(loaded.model, VLM):
-        raise ValueError(f"a {type(loaded.model).__name__} cannot be asked; give the folder of a vision-language model")
+    check_speaks(loaded.model)
     reading = task.read(args.data, args.images or args.data, args.split)
     if not reading.items:
         first = f"; the first of {len(reading.problems)} problems: {reading.problems[0]}" if reading.problems else ""
@@ -43,20 +39,18 @@ def run(args, loaded, judge=None):
         if not Path(args.unrelated_image).exists():
             raise FileNotFoundError(f"{args.unrelated_image}: no such image")
         items = [item if item.media else replace(item, media=(Path(args.unrelated_image),)) for item in items]
-    presets = loaded.decodings
-    if args.preset and args.preset not in presets:
-        raise ValueError(f"unknown preset {args.preset!r}.{nearest(args.preset, presets)}")
-    preset = args.preset or next((preset for preset in task.presets if preset in presets), "default")
+    preset = args.preset or next((preset for preset in task.presets if preset in loaded.decodings), "default")
+    decoding = loaded.preset(preset)
     settings = {
         "task": name, "model": Path(args.model).name, "data": str(args.data), "split": args.split,
-        "prompt": task.prompt, "preset": preset, "decoding": asdict(presets[preset]),
+        "prompt": task.prompt, "preset": preset, "decoding": asdict(decoding),
         "describe_first": args.describe_first,
         "shots": sorted({item.id for several in shots.values() for item in several}), "num_frames": args.num_frames,
         "seed": args.seed, "unrelated_image": args.unrelated_image,
     }  # fmt: skip
-    describe = presets.get("describe", presets[preset]) if args.describe_first else None
+    describe = loaded.decodings.get("describe", decoding) if args.describe_first else None
     told = {kind: [(put(item, task), shot_answer(item, task)) for item in several] for kind, several in shots.items()}
-    asker = Asker(loaded, presets[preset], describe, told, args.num_frames, args.seed, task.border)
+    asker = Asker(loaded, decoding, describe, told, args.num_frames, args.seed, task.border)
 
     out.mkdir(parents=True, exist_ok=True)
     file = JsonLines(out / "predictions.jsonl", {"settings": settings})
@@ -117,11 +111,7 @@ def answers(batch, asker, task, problems):
 def local_judge(loaded):
     """A model of this project as the judge: function list of prompts -> list of texts, greedy."""
 
-    def judge(prompts):
-        asked = [make_prompt(loaded, [Turn("user", (text,))], [], JUDGE_TOKENS) for text in prompts]
-        return reply(loaded, asked, Decoding(max_new_tokens=JUDGE_TOKENS))
-
-    return judge
+    return lambda prompts: loaded.ask(prompts, decoding=Decoding(max_new_tokens=JUDGE_TOKENS))
 
 
 def endpoint_judge(name):

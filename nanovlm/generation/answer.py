@@ -11,25 +11,11 @@ import torch
 
 from nanovlm.data import templates
 from nanovlm.data.batching import pixels_of
-from nanovlm.data.images import CLIP, Preprocessing
-from nanovlm.data.templates import Row, Template
-from nanovlm.data.tokenizer import Tokenizer
+from nanovlm.data.templates import Row
 from nanovlm.generation import sampler
 from nanovlm.vlm import VLM
 
 DESCRIBE = "describe the image."  # asked first where the answer is given in the history of a description
-
-
-@dataclass(frozen=True)
-class Assistant:
-    """A model and all that decides how it is asked. recipes.Loaded has the same fields and serves everywhere as one."""
-
-    model: VLM
-    tokenizer: Tokenizer
-    template: Template
-    image_size: int  # pixels
-    image_fit: str = "crop"  # as in images.to_pixels
-    preprocessing: Preprocessing = CLIP
 
 
 @dataclass(frozen=True)
@@ -44,18 +30,26 @@ class PromptTooLong(ValueError):
     """A conversation for which the context has no room."""
 
 
+def check_speaks(model):
+    """Raise ValueError for a vision tower, which is not asked anything."""
+    if not isinstance(model, VLM):
+        raise ValueError(f"a {type(model).__name__} alone writes no text; give the folder of a language model")
+
+
 def make_prompt(assistant, turns, visuals, max_new_tokens, pixels=None):
     """Write a conversation up to where the assistant speaks.
 
     Args:
-      assistant: Assistant.
+      assistant: chat.Assistant.
       turns: list of Turn, any history and the user's last. visuals: list of records.Visual that they mention by number.
       max_new_tokens: room for the answer.
       pixels: dict Visual.key -> float32[f, 3, S, S], filled here; share one among prompts, and a picture of theirs is read
         and encoded once.
     Returns: Prompt.
-    Raises: PromptTooLong; ValueError if the turns are out of order; what reading a picture raises.
+    Raises: PromptTooLong; ValueError if the turns are out of order, or for pictures without a tower; what reading a
+      picture raises.
     """
+    check_speaks(assistant.model)
     model, size, pixels = assistant.model, assistant.image_size, {} if pixels is None else pixels
     counts = [model.num_image_tokens(size, len(visual.frames)) for visual in visuals]
     row = templates.write(templates.prompt(turns, assistant.template), assistant.tokenizer, counts)
@@ -76,7 +70,7 @@ def reply(assistant, prompts, decoding, seeds=None, stop=(), batch_size=None, wo
     """Answer prompts: list of str, as `clean` leaves them. Without sampling, equal prompts are run once, short ones first.
 
     Args:
-      assistant: Assistant. prompts: list of Prompt.
+      assistant: chat.Assistant. prompts: list of Prompt.
       decoding: sampler.Decoding of one sequence; without eos_ids, what ends a reply in this form does.
       seeds: list of str, one per prompt, each of which alone decides its random numbers; None = torch's generator.
       stop: words before which an answer ends. batch_size, workspace: as in sampler.generate.

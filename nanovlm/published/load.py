@@ -12,11 +12,10 @@ from torch import nn
 from nanovlm import lora
 from nanovlm.architecture import UNBUILT, rebuild
 from nanovlm.contrastive import AttentionPool
-from nanovlm.data.images import CLIP, Preprocessing
-from nanovlm.data.templates import PLAIN, Template
+from nanovlm.data.templates import CHATML, CHATML_QWEN, CHATML_SMOLLM2, Template
 from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
 from nanovlm.decoder import Decoder
-from nanovlm.generation.sampler import Decoding
+from nanovlm.generation.chat import Assistant
 from nanovlm.names import nearest
 from nanovlm.published import language, vision
 from nanovlm.published.language import read_json
@@ -28,6 +27,7 @@ from nanovlm.vlm import VLM, part_of
 # Of each family: the model_types of its config.json, a pattern that stands in one of its tensors' names and in none of
 # the families further down, and what transformers wants to read in config.json beside the sizes.
 KNOWN = json.loads(Path(__file__).with_name("families.json").read_text())
+TEXT = Template("", "", "", "", turn_prefix="\n")  # of a language model that nobody taught to answer
 MODEL_TYPES = {kind: family for family, told in KNOWN["families"].items() for kind in told["model_types"]}
 
 
@@ -40,21 +40,6 @@ class Published:
     layout: Callable                    # (config) -> rename table, see weights.py
     configs: dict[str, dict] = field(default_factory=dict)  # size -> config; "full" is as published
     contents: str = ""                  # what the released files hold, where they are not the whole model
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model and all that is needed to talk to it."""
-
-    model: nn.Module  # vlm.VLM; of a bare folder a Decoder, a ViT or a pair of towers
-    tokenizer: Tokenizer | None  # None beside a vision tower
-    template: Template
-    decodings: dict  # preset name -> sampler.Decoding
-    image_size: int  # pixels; 0 = reads no pictures
-    image_fit: str  # how a picture becomes square, as in images.to_pixels
-    remark: str  # what to say beside an answer about a picture unlike the training's; "" = nothing
-    notes: tuple[str, ...] = ()  # what was unusual about the files
-    preprocessing: Preprocessing = CLIP  # mean and deviation of its pixels; size and fit are those above
 
 
 def read_config(folder):
@@ -106,7 +91,7 @@ def build_on_meta(published, config):
 
 
 def open_trained(folder, config, recipe, dtype, device):
-    """A folder of train.py: Loaded; see `recipes.load`."""
+    """A folder of train.py: chat.Assistant; see `recipes.load`."""
     missing = [key for key in ("recipe", "size", "image_size", "stages") if key not in config]
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}; it is not what train.py wrote")
@@ -133,7 +118,7 @@ def open_trained(folder, config, recipe, dtype, device):
 
 
 def open_published(folder, config, published, recipe, dtype, device, image_size=None):
-    """A published folder, or one that `convert` wrote: Loaded; see `recipes.load`.
+    """A published folder, or one that `convert` wrote: chat.Assistant; see `recipes.load`.
 
     published: Published. recipe: Recipe of that family, None for a bare tower or language model.
     """
@@ -146,12 +131,12 @@ def open_published(folder, config, published, recipe, dtype, device, image_size=
     notes = [f"{name}: {has[-2]} rows resized to {wants[-2]}" for name, (has, wants) in found.resized.items()]
     tokenizer = load_tokenizer(folder, added_tokens(recipe)) if decoder_of(model) else None
     image_fit = recipe.stages("full", False)[-1].image_fit if recipe else "crop"
-    template = recipe.template if recipe else PLAIN
+    template = recipe.template if recipe else template_of(folder)
     return ready(model, tokenizer, recipe, template, image_fit, (*checkpoint.notes, *notes), PADDED_ROWS)
 
 
 def ready(model, tokenizer, recipe, template, image_fit, notes, spare_rows):
-    """Loaded, after tokenizer and model were compared; spare_rows: of the embedding, that may belong to no token."""
+    """Assistant, after tokenizer and model were compared; spare_rows: of the embedding, that may belong to no token."""
     if tokenizer is not None:
         rows = decoder_of(model).config.vocab_size
         check_vocabulary(tokenizer, rows, spare_rows)
@@ -164,10 +149,18 @@ def ready(model, tokenizer, recipe, template, image_fit, notes, spare_rows):
                              f"{template.media_token!r} has {known}; correct media_token_id in config.json")
     tower = vision_of(model)
     image_size = tower.image_size if tower else 0
-    if recipe is None:
-        return Loaded(model.eval(), tokenizer, template, {"default": Decoding()}, image_size, image_fit, "", notes)
-    return Loaded(model.eval(), tokenizer, template, recipe.decodings, image_size, image_fit, recipe.remark, notes,
-                  recipe.preprocessing)
+    model = (VLM(None, None, model) if isinstance(model, Decoder) else model).eval()  # sees nothing
+    own = {name: getattr(recipe, name) for name in ("decodings", "remark", "preprocessing")} if recipe else {}
+    return Assistant(model, tokenizer, template, image_size, image_fit, notes=notes, **own)
+
+
+def template_of(folder):
+    """How a bare language model is asked: as its chat template says if it is one of ours, which its text tells; else it
+    goes on with the plain text."""
+    files = [path.read_text() for name in ("chat_template.jinja", "tokenizer_config.json") if (path := folder / name).exists()]
+    ours = {"named SmolLM": CHATML_SMOLLM2, "You are Qwen": CHATML_QWEN, "<|im_start|>": CHATML}
+    told = "".join(text for text in files if "add_generation_prompt" in text)
+    return next((template for words, template in ours.items() if words in told), TEXT)
 
 
 def decoder_of(model):

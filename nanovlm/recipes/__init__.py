@@ -7,7 +7,7 @@ from nanovlm.names import nearest
 from nanovlm.recipes.recipe import from_file
 
 NAMES = ("nano", "nano_resampler", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo", "small")
-OPENING = ("FAMILIES", "Loaded", "load", "recipe_of")  # names of opening.py, which reads every published layout
+OPENING = ("FAMILIES", "load", "load_by_flags", "model_flags", "recipe_of")  # names of opening.py, which reads every published layout
 
 
 class Recipes(Mapping):

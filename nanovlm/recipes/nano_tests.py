@@ -25,7 +25,8 @@ from nanovlm.data.images import CLIP
 from nanovlm.data.records import Visual
 from nanovlm.data.scene_questions import QUESTIONS, TEXT_TYPES, Scenes, SceneTexts
 from nanovlm.files import replace
-from nanovlm.generation.answer import Assistant, make_prompt, reply
+from nanovlm.generation.answer import make_prompt, reply
+from nanovlm.generation.chat import Assistant
 from nanovlm.generation.sampler import Decoding
 
 QUICK_PICTURES = 40  # of each test

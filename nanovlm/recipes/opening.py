@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 
 from nanovlm.files import digest
-from nanovlm.published.load import BARE, Loaded, family_of, open_published, open_trained, read_config
+from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
+from nanovlm.published.load import BARE, family_of, open_published, open_trained, read_config
 from nanovlm.recipes import RECIPES, find
 from nanovlm.recipes.recipe import from_file
-
-__all__ = ["FAMILIES", "Loaded", "load", "recipe_of"]
 
 OF_FAMILY = {recipe.published.family: recipe for recipe in RECIPES.values() if recipe.published}
 FAMILIES = BARE | {family: recipe.published for family, recipe in OF_FAMILY.items()}  # whose weights can be read
@@ -43,7 +42,7 @@ def load(folder, dtype=torch.float32, device="cpu", image_size=None, recipe=None
       dtype: of the weights. device: where they go.
       image_size: pixels, of a published model: another size than its own; the position table is resized.
       recipe: str or Path of the recipe file that a folder was trained from; other folders need none.
-    Returns: Loaded, in evaluation mode.
+    Returns: generation.chat.Assistant, its model in evaluation mode; a language model alone is a VLM without vision.
     Raises: FileNotFoundError or ValueError, in words for the user; nothing half-loaded is returned.
     """
     folder = Path(folder)
@@ -52,3 +51,18 @@ def load(folder, dtype=torch.float32, device="cpu", image_size=None, recipe=None
         return open_trained(folder, config, recipe_of(folder, config, recipe), dtype, device)
     family = family_of(config, str(folder / "config.json"), FAMILIES)
     return open_published(folder, config, FAMILIES[family], OF_FAMILY.get(family), dtype, device, image_size)
+
+
+def model_flags(parser):
+    """Add the flags that say how a command line loads its models."""
+    parser.add_argument("--recipe", metavar="FILE.py", help="the recipe file that a model was trained from")
+    parser.add_argument("--device", default=default_device(), help=DEVICES)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+
+
+def load_by_flags(folder, args):
+    """As `load`, by the flags of `model_flags`; a type that the machine is slow in is named on stderr."""
+    check_device(args.device)
+    if line := slow_line(args.dtype, args.device):
+        print(f"({line})", file=sys.stderr)
+    return load(folder, dtype=DTYPES[args.dtype], device=args.device, recipe=args.recipe)

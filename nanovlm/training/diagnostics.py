@@ -17,7 +17,8 @@ from collections import deque
 from torch.distributed.tensor import DTensor
 
 from nanovlm.data.batching import Report
-from nanovlm.generation.answer import Assistant, make_prompt, reply
+from nanovlm.generation.answer import make_prompt, reply
+from nanovlm.generation.chat import Assistant
 from nanovlm.generation.prefill import Workspace
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training import checkpoint

@@ -13,27 +13,21 @@ A generator has
 It raises GeneratorError where asking again later may help, and Refused for one chat that it will never answer.
 """
 
-import dataclasses
 import os
-import sys
 
 from nanovlm import recipes
 from nanovlm.data.records import Turn, Visual
-from nanovlm.decoder import Decoder
-from nanovlm.generation.answer import PromptTooLong, make_prompt, reply
+from nanovlm.generation.answer import PromptTooLong, check_speaks, make_prompt, reply
 from nanovlm.generation.sampler import Decoding
-from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
-from nanovlm.projector import LinearProjector
 from nanovlm.vlit.endpoint import OpenAICompatible
 from nanovlm.vlit.replies import Drawing, Refused, Replay
 from nanovlm.vlit.template import Template
-from nanovlm.vlm import VLM
 
 LEAST = {"n": 1, "max_tokens": 1, "temperature": 0, "workers": 1, "per_minute": 0, "batch_size": 1}  # of flags
 
 
 class Local:
-    """A recipes.Loaded with a VLM or a bare Decoder as a generator. Raises: ValueError for a model that writes no text.
+    """A chat.Assistant as a generator. Raises: ValueError for a model that writes no text.
 
     The system message goes before the first user's words: templates here have no place for one.
     """
@@ -41,13 +35,9 @@ class Local:
     workers = 1
 
     def __init__(self, loaded, name, batch_size=4):
-        model = loaded.model
-        if isinstance(model, Decoder):
-            model = VLM(None, LinearProjector(model.config.width, model.config.width), model)  # sees nothing
-        if not isinstance(model, VLM):
-            raise ValueError(f"{name}: a {type(model).__name__} writes no text; give the folder of a language model")
-        self.loaded, self.name, self.batch_size = dataclasses.replace(loaded, model=model), f"local {name}", batch_size
-        self.accepts_images = model.vision is not None
+        check_speaks(loaded.model)
+        self.loaded, self.name, self.batch_size = loaded, f"local {name}", batch_size
+        self.accepts_images = loaded.model.vision is not None
 
     def generate(self, chats, *, n=1, temperature=0.0, max_tokens=1024, seed=0, stop=()):
         """As every generator; temperature 0 = greedy, the same text n times. Raises: Refused for too long a prompt."""
@@ -74,11 +64,11 @@ class Local:
 
 def add_generator_flags(parser):
     """The flags that choose a generator, and how it answers."""
-    add = parser.add_argument_group("generator").add_argument
+    group = parser.add_argument_group("generator")
+    add = group.add_argument
     add("--generator", choices=("template", "local", "endpoint", "replay"), default="template",
         help="who writes (default: rules, without a model)")  # fmt: skip
     add("--model", metavar="NAME", help="local: the model's folder; endpoint: the model's name there")
-    add("--recipe", metavar="FILE.py", help="the recipe file that a trained model's folder needs")
     add("--base-url", default="", metavar="URL", help="endpoint: up to /chat/completions; default: $OPENAI_BASE_URL. "
         "The key is read from $OPENAI_API_KEY")  # fmt: skip
     add("--workers", type=int, default=4, metavar="N", help="endpoint: requests under way at once")
@@ -89,8 +79,7 @@ def add_generator_flags(parser):
     add("--temperature", type=float, default=Drawing.temperature)
     add("--max-tokens", type=int, default=Drawing.max_tokens, metavar="N", help="tokens of an answer at most")
     add("--batch-size", type=int, default=4, metavar="N", help="local: requests that run together")
-    add("--device", default=default_device(), help=f"local: {DEVICES}")
-    add("--dtype", choices=DTYPES, default="float32", help="local")
+    recipes.model_flags(group)
 
 
 def drawing(args):
@@ -112,10 +101,7 @@ def open_generator(args):
     if not args.model:
         raise ValueError(f"--generator {args.generator} needs --model: a folder if local, its name if endpoint")
     if args.generator == "local":
-        check_device(args.device)
-        if line := slow_line(args.dtype, args.device):
-            print(f"({line})", file=sys.stderr)
-        loaded = recipes.load(args.model, dtype=DTYPES[args.dtype], device=args.device, recipe=args.recipe)
+        loaded = recipes.load_by_flags(args.model, args)
         return Local(loaded, os.path.basename(os.path.abspath(args.model)), args.batch_size)
     options = {name: vars(args)[name] for name in ("workers", "per_minute", "send_images")}
     return OpenAICompatible(args.model, args.base_url, **options)

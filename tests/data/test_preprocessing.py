@@ -10,8 +10,7 @@ from PIL import Image
 
 import tiny_recipe
 from nanovlm.training import update
-from nanovlm.generation.answer import Assistant
-from nanovlm.generation.chat import Chat
+from nanovlm.generation.chat import Assistant, Chat
 from nanovlm.training.checkpoint import replace_tensors
 from nanovlm.data import images
 from nanovlm.data.batching import Report, build_batch, contrastive_batch, pixels_of
@@ -73,8 +72,8 @@ def test_a_chat_sees_the_models_pixels():
     model = random_vlm(tokenizer.vocab_size, context_length=60)
     for preprocessing in (images.CLIP, images.SIGLIP):
         chat = Chat(Assistant(model, tokenizer, NANO, 8, "pad", preprocessing), Decoding(max_new_tokens=2))
-        list(chat.ask("what?", [PICTURE]))
-        assert torch.equal(chat.last.visual_inputs[0], wanted(8, "pad", preprocessing))
+        chat.ask("what?", [PICTURE])
+        assert torch.equal(chat.prompt.visual_inputs[0], wanted(8, "pad", preprocessing))
 
 
 def test_a_chat_stops_where_the_template_ends_a_reply():
@@ -87,4 +86,4 @@ def test_a_chat_stops_where_the_template_ends_a_reply():
     bias[tokenizer.special_id("<|im_end|>")] = 1e4
     model.decoder.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
     chat = Chat(Assistant(model, tokenizer, CHATML, 8), Decoding(max_new_tokens=5))
-    assert "".join(chat.ask("what?")) == "" and chat.last.answer == []
+    assert chat.ask("what?") == "" and chat.answer == []

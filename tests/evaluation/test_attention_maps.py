@@ -10,12 +10,13 @@ from random_models import randomise, small_decoder, small_vit, small_vlm
 from tiny import random_vlm
 
 from nanovlm.abstractor import Abstractor
-from nanovlm.data.images import CLIP
 from nanovlm.data.templates import NANO, Row
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import __main__ as cli
 from nanovlm.evaluation import attention_maps
 from nanovlm.evaluation.attention_maps import answer_attention, answer_heat, draw, look, Looks
+from nanovlm.generation.answer import Prompt
+from nanovlm.generation.chat import Assistant
 from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import LinearProjector, PixelShuffleProjector
 from nanovlm.qformer import QFormer
@@ -71,7 +72,7 @@ def test_heat_is_the_product_of_what_every_layer_and_head_looked_at(name):
     model = MODELS[name]
     pixels = [torch.randn(1, 3, 12, 12) for _ in range(2)]
     row = row_for(model, 2)
-    got = answer_heat(model, row, ANSWER, pixels)
+    got = answer_heat(model, Prompt(row, pixels), ANSWER)
     out = own_maps(model, row.ids + ANSWER, pixels)
     side = 1 if name == "merged patches" else 3
     first = model.vision.num_tokens(12) - 9
@@ -89,7 +90,7 @@ def test_heat_is_the_product_of_what_every_layer_and_head_looked_at(name):
 
 
 def test_cells_add_up_to_the_share_of_attention_on_the_picture():
-    heat = answer_heat(MODELS["resampler"], row_for(MODELS["resampler"], 1), ANSWER, [torch.randn(1, 3, 12, 12)])[0]
+    heat = answer_heat(MODELS["resampler"], Prompt(row_for(MODELS["resampler"], 1), [torch.randn(1, 3, 12, 12)]), ANSWER)[0]
     shares = heat.sum(dim=(1, 2))
     assert ((shares > 0) & (shares < 1)).all()
 
@@ -98,10 +99,10 @@ def test_nothing_to_draw_is_an_error():
     model = MODELS["resampler"]
     picture = torch.zeros(1, 3, 12, 12)
     with pytest.raises(ValueError, match="the answer has no token"):
-        answer_heat(model, row_for(model, 1), [], [picture])
+        answer_heat(model, Prompt(row_for(model, 1), [picture]), [])
     for inputs in ([], [torch.zeros(2, 3, 12, 12)]):
         with pytest.raises(ValueError, match="still images"):
-            answer_heat(model, row_for(model, 1), ANSWER, inputs)
+            answer_heat(model, Prompt(row_for(model, 1), inputs), ANSWER)
 
 
 def test_one_panel_per_token_and_picture(tmp_path):
@@ -149,10 +150,8 @@ def test_panels_say_what_they_show(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def loaded():
     tokenizer = train_tokenizer(["user: what color is this? yes no\nbot: red blue"] * 3, 300)
-    return SimpleNamespace(
-        model=random_vlm(tokenizer.vocab_size, context_length=200), tokenizer=tokenizer, template=NANO, image_size=8,
-        image_fit="crop", decodings={"default": Decoding(max_new_tokens=5, min_new_tokens=3)}, preprocessing=CLIP,
-    )  # fmt: skip
+    decodings = {"default": Decoding(max_new_tokens=5, min_new_tokens=3)}
+    return Assistant(random_vlm(tokenizer.vocab_size, context_length=200), tokenizer, NANO, 8, decodings=decodings)
 
 
 def test_shares_of_a_map_by_hand():
@@ -178,26 +177,26 @@ def test_attention_is_that_of_the_model_itself_also_without_a_picture():
     for row, shown in ((Row([4, *[-1] * n, 5], [(0, 1, 1 + n)]), [pixels]), (Row([4, 6, 5], []), [])):
         out = own_maps(model, [*row.ids, 9, 3], shown)
         expected = torch.stack(out["attention"])[:, 0, :, len(row.ids) - 1 : -1, :-1]
-        torch.testing.assert_close(answer_attention(model, row, [9, 3], shown), expected)
+        torch.testing.assert_close(answer_attention(model, Prompt(row, shown), [9, 3]), expected)
 
 
 def test_image_tokens_as_words_meet_the_texts_own_norms_and_keys(loaded):
     model, pixels = loaded.model, torch.randn(1, 3, 8, 8)
     row = Row([4, -1, -1, -1, -1, 5], [(0, 1, 5)])
-    as_written, as_text = (answer_attention(model, row, [7, 8], [pixels], as_text=flag) for flag in (False, True))
+    as_written, as_text = (answer_attention(model, Prompt(row, [pixels]), [7, 8], as_text=flag) for flag in (False, True))
     assert not torch.allclose(as_written, as_text, atol=1e-3)
     one = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in model.state_dict().items():
         if ".text." in name:
             tensor.copy_(torch.full_like(tensor, 0.5) if tensor.ndim == 1 else tensor * 2)
             model.state_dict()[name.replace(".text.", ".vision.")].copy_(tensor)
-    both = [answer_attention(model, row, [7, 8], [pixels], as_text=flag) for flag in (False, True)]
+    both = [answer_attention(model, Prompt(row, [pixels]), [7, 8], as_text=flag) for flag in (False, True)]
     torch.testing.assert_close(*both)  # with equal copies the switch changes nothing
     model.load_state_dict(one)
 
 
 def test_the_command_line(loaded, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli.recipes, "load", lambda folder, **options: loaded)
+    monkeypatch.setattr(cli.recipes, "load_by_flags", lambda folder, args: loaded)
     Image.new("RGB", (9, 9), "blue").save(tmp_path / "a.png")
     arguments = ["attention", "one/model", "other/model", "--ask", "what?", "--image", str(tmp_path / "a.png"), "--out", str(tmp_path / "o.png")]
     assert cli.main([*arguments, "--as-text"]) == 0
@@ -213,9 +212,9 @@ def test_the_command_line(loaded, monkeypatch, tmp_path, capsys):
 
 
 def test_models_without_rows_of_image_tokens_are_refused(loaded):
-    alone = SimpleNamespace(**{**vars(loaded), "model": loaded.model.decoder})
-    with pytest.raises(ValueError, match="Decoder alone"):
+    alone = dataclasses.replace(loaded, model=loaded.model.vision)
+    with pytest.raises(ValueError, match="ViT alone"):
         look("m", alone, "what?", [])
     crossing = SimpleNamespace(media_token=3)
     with pytest.raises(ValueError, match="cross-attention"):
-        answer_attention(crossing, Row([1], []), [2], [])
+        answer_attention(crossing, Prompt(Row([1], []), []), [2])

@@ -9,7 +9,8 @@ from nanovlm.data.records import Turn, Visual
 from nanovlm.data.templates import NANO, Template
 from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
 from nanovlm.generation import sampler
-from nanovlm.generation.answer import Assistant, PromptTooLong, clean, make_prompt, pieces, reply, stream
+from nanovlm.generation.answer import PromptTooLong, clean, make_prompt, pieces, reply, stream
+from nanovlm.generation.chat import Assistant
 from nanovlm.generation.sampler import Decoding
 from tiny import random_vlm
 

@@ -1,11 +1,12 @@
 import dataclasses
 
+import numpy
 import pytest
 from PIL import Image
 
 from nanovlm.generation import sampler
-from nanovlm.generation.answer import DESCRIBE, Assistant, PromptTooLong
-from nanovlm.generation.chat import Chat
+from nanovlm.generation.answer import DESCRIBE, PromptTooLong
+from nanovlm.generation.chat import Assistant, Chat
 from nanovlm.data.records import Turn
 from nanovlm.data.templates import NANO, Template
 from nanovlm.data.tokenizer import train_tokenizer
@@ -53,14 +54,14 @@ def script(monkeypatch, tokenizer):
 
 def test_an_answer_is_that_of_the_sampler(model, tokenizer):
     chat = chat_with(model, tokenizer)
-    pieces = list(chat.ask("What color?", [RED]))
+    pieces = list(chat.stream("What color?", [RED]))
     ids = [*IMAGE, tokenizer.bos, *tokenizer.encode("user: what color?\nbot:")]
     decoding = Decoding(max_new_tokens=6, eos_ids=(tokenizer.eos,))
-    new = generate(model, [ids], decoding, [chat.last.visual_inputs])[0]
+    new = generate(model, [ids], decoding, [chat.prompt.visual_inputs])[0]
     assert new and "".join(pieces) == tokenizer.decode(new).removeprefix(" ")
-    assert chat.last.row.ids == ids and chat.last.answer == new
-    assert chat.last.row.images == [(0, 0, 4)]
-    (pixels,) = chat.last.visual_inputs
+    assert chat.prompt.row.ids == ids and chat.answer == new
+    assert chat.prompt.row.images == [(0, 0, 4)]
+    (pixels,) = chat.prompt.visual_inputs
     assert pixels.shape == (1, 3, 8, 8) and pixels[0, 0].mean() > 1 and pixels[0, 2].mean() < 0, "red"
 
 
@@ -69,10 +70,10 @@ def test_history_grows_by_whole_exchanges(model, tokenizer, script):
     answers += [" a red circle", "blue", " no"]
     generator = object()
     chat = Chat(Assistant(model, tokenizer, NANO, 8), Decoding(max_new_tokens=6, eos_ids=(3,)), generator)
-    assert chat.last is None
-    assert "".join(chat.ask("What is it?", [RED])) == "a red circle"
-    assert "".join(chat.ask("Color?")) == "blue"
-    assert "".join(chat.ask("And this?", [BLUE])) == "no"
+    assert chat.answer is None
+    assert chat.ask("What is it?", [RED]) == "a red circle"
+    assert chat.ask("Color?") == "blue"
+    assert chat.ask("And this?", [BLUE]) == "no"
     assert [turn.role for turn in chat.turns] == ["user", "assistant"] * 3
     assert chat.turns[:2] == [Turn("user", (0, "What is it?")), Turn("assistant", ("a red circle",))]
     assert chat.turns[4] == Turn("user", (1, "And this?"))
@@ -91,15 +92,15 @@ def test_history_grows_by_whole_exchanges(model, tokenizer, script):
     assert all(call[1].eos_ids == (3,) and call[3] is generator for call in calls)
     assert chat.forgotten == 0
     chat.reset()
-    assert chat.turns == [] and chat.visuals == [] and not chat.pixels and chat.last is None
+    assert chat.turns == [] and chat.visuals == [] and not chat.pixels and chat.answer is None
 
 
 def test_pictures_stand_where_the_template_puts_them(model, tokenizer, script):
     answers, calls = script
     answers += ["one", "two"]
     chat = chat_with(model, tokenizer, Template(image_place="inline", turn_prefix="\n"))
-    list(chat.ask("a", [RED, BLUE]))
-    list(chat.ask("b", [RED]))
+    chat.ask("a", [RED, BLUE])
+    chat.ask("b", [RED])
     ids = calls[1][0]
     assert calls[0][0][0] == tokenizer.bos
     places = [place for place, token in enumerate(ids) if token == -1]
@@ -112,7 +113,7 @@ def test_a_clip_is_one_visual_input(model, tokenizer, script):
     answers, calls = script
     answers += ["x"]
     chat = chat_with(model, tokenizer)
-    list(chat.ask("a", [(RED, BLUE)]))
+    chat.ask("a", [(RED, BLUE)])
     assert calls[0][0][:9] == [*IMAGE, *IMAGE, tokenizer.bos]
     assert [pixels.shape for pixels in calls[0][2]] == [(2, 3, 8, 8)]
 
@@ -125,7 +126,7 @@ def test_the_oldest_exchanges_without_picture_are_forgotten_whole(tokenizer, scr
         answers[:] = ["first answer", "second", "third", "fourth"]
         chat = chat_with(random_vlm(tokenizer.vocab_size, context_length), tokenizer)
         for question in ("one?", "two?", "three?", "four?"):
-            list(chat.ask(question, [RED] if question == "two?" else []))
+            chat.ask(question, [RED] if question == "two?" else [])
         return chat, len(calls[-1][0])
 
     _, whole = four_questions(200)
@@ -139,7 +140,7 @@ def test_the_oldest_exchanges_without_picture_are_forgotten_whole(tokenizer, scr
     assert words.startswith("user: two?") and "first" not in words
     answers += ["fifth"]
     question = "what color is the circle above the star?"
-    list(chat.ask(question))
+    chat.ask(question)
     assert [turn.text for turn in chat.turns[::2]] == ["two?", "four?", question], "the picture stays"
     assert chat.turns[0].parts == (0, "two?") and chat.forgotten == 2
 
@@ -148,7 +149,7 @@ def test_pictures_that_do_not_fit_are_an_error_and_change_nothing(model, tokeniz
     answers, calls = script
     answers += ["a"]
     chat = chat_with(model, tokenizer)
-    list(chat.ask("one?", [RED]))
+    chat.ask("one?", [RED])
     turns = list(chat.turns)
     with pytest.raises(PromptTooLong, match="the context has 60"):
         chat.ask("two?", [RED] * 12)
@@ -161,15 +162,13 @@ def test_an_exchange_is_remembered_only_when_it_is_complete(model, tokenizer, sc
     answers, calls = script
     answers += ["red circle is", "blue"]
     chat = chat_with(model, tokenizer)
-    pieces = chat.ask("one?", [RED])
+    pieces = chat.stream("one?", [RED])
     next(pieces)
     assert chat.turns == [] and chat.visuals == []
     pieces.close()
-    assert chat.turns == [] and chat.last is None
-    assert "".join(chat.ask("two?")) == "blue"
+    assert chat.turns == [] and chat.answer is None
+    assert chat.ask("two?") == "blue"
     assert all(call[1].eos_ids == (tokenizer.eos,) for call in calls), "unless the decoding says otherwise"
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        chat.last.answer = []
     assert [turn.text for turn in chat.turns] == ["two?", "blue"]
 
 
@@ -187,10 +186,10 @@ def test_text_streams_as_it_is_made_without_the_gap_before_it(model, tokenizer, 
     answers += [" red circle is", "red", " ", "", "  two", "né"]
     chat = chat_with(model, tokenizer)
     ids = tokenizer.encode(" red circle is")
-    pieces = list(chat.ask("a"))
+    pieces = list(chat.stream("a"))
     assert 1 < len(pieces) <= len(ids) and "".join(pieces) == "red circle is" and "" not in pieces
     for want in ("red", "", "", "two", "né"):
-        assert "".join(chat.ask("a")) == want
+        assert chat.ask("a") == want
     assert chat.turns[-1].text == "né"
 
 
@@ -198,7 +197,7 @@ def test_a_template_without_gap_and_a_longer_one(model, tokenizer, script):
     answers, _ = script
     for prefix, said, want in (("", " red", "red"), ("bot", "both", "h"), ("bot", "bo", "bo")):
         answers.append(said)
-        assert "".join(chat_with(model, tokenizer, Template(answer_prefix=prefix)).ask("a")) == want
+        assert chat_with(model, tokenizer, Template(answer_prefix=prefix)).ask("a") == want
 
 
 def test_a_character_that_the_answer_breaks_off_is_given_last(model, tokenizer, monkeypatch):
@@ -209,9 +208,9 @@ def test_a_character_that_the_answer_breaks_off_is_given_last(model, tokenizer, 
 
 def test_beams_give_one_piece(model, tokenizer):
     chat = chat_with(model, tokenizer, num_beams=2)
-    text = "".join(chat.ask("a", [RED]))
+    text = chat.ask("a", [RED])
     decoding = dataclasses.replace(chat.decoding, eos_ids=(tokenizer.eos,))
-    want = generate(model, [chat.last.row.ids], decoding, [chat.last.visual_inputs])[0]
+    want = generate(model, [chat.prompt.row.ids], decoding, [chat.prompt.visual_inputs])[0]
     assert text == tokenizer.decode(want).removeprefix(" ")
 
 
@@ -234,14 +233,32 @@ def test_describe_first_answers_in_the_history_of_its_own_description(model, tok
 
 def test_a_picture_is_encoded_when_it_is_first_shown_and_not_again(model, tokenizer):
     chat = chat_with(model, tokenizer)
-    list(chat.ask("a", [RED, BLUE]))
+    chat.ask("a", [RED, BLUE])
     assert chat.workspace.num_images == 2
-    list(chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2)))
+    chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2))
     assert chat.workspace.num_images == 2 and len(chat.workspace.pictures) == 2
-    again = chat.last.answer
+    again = chat.answer
     chat.workspace.pictures.clear()
     chat.turns = chat.turns[:2]
-    list(chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2)))
-    assert chat.last.answer == again and chat.workspace.num_images == 4
+    chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2))
+    assert chat.answer == again and chat.workspace.num_images == 4
     chat.reset()
     assert not chat.workspace.pictures
+
+
+def test_one_line_answers_a_question_or_several(tokenizer, model, tmp_path):
+    assistant = Assistant(model, tokenizer, NANO, 8, decodings={"default": Decoding(max_new_tokens=6)})
+    chat = assistant.chat()
+    want = chat.ask("What color?", [RED])
+    assert chat.answer and assistant.ask("What color?", images=[RED]) == want
+    RED.save(tmp_path / "a.png")
+    for same in (str(tmp_path / "a.png"), tmp_path / "a.png", numpy.asarray(RED)):
+        assert assistant.ask("What color?", [same]) == assistant.ask("What color?", same) == want
+    several = assistant.ask(["What color?", "a?", "What color?"], [RED])
+    assert several == [want, assistant.ask("a?", [RED]), want] and assistant.ask([]) == []
+    clip = [RED, RED.rotate(90)]
+    assert assistant.ask("a?", [clip]) == assistant.ask("a?", [numpy.stack(clip)]) == assistant.chat().ask("a?", [clip])
+    drawn = [assistant.ask(["a?"] * 3, (), Decoding(6, do_sample=True, temperature=3.0), seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 1
+    with pytest.raises(ValueError, match="unknown preset 'defalt'. Did you mean 'default'"):
+        assistant.preset("defalt")

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import subprocess
 import sys
@@ -9,10 +10,12 @@ import torch
 from PIL import Image
 
 import sample
-from nanovlm.data.images import CLIP
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.generation.chat import Assistant, Chat
 from nanovlm.generation.sampler import Decoding
+from nanovlm.recipes import opening
+from nanovlm.vlm import VLM
 from tiny import random_vlm
 
 DECODINGS = {"default": Decoding(max_new_tokens=5), "describe": Decoding(max_new_tokens=3), "beams": Decoding(num_beams=2)}
@@ -22,20 +25,17 @@ SIZE = 48
 @pytest.fixture(scope="module")
 def loaded():
     tokenizer = train_tokenizer(["user: how many shapes are there?\nbot: two"] * 3, 300)
-    return SimpleNamespace(
-        model=random_vlm(tokenizer.vocab_size, context_length=100, image_size=SIZE), tokenizer=tokenizer, template=NANO,
-        image_size=SIZE, image_fit="crop", decodings=DECODINGS, remark="only drawings",
-        preprocessing=CLIP,
-    )  # fmt: skip
+    model = random_vlm(tokenizer.vocab_size, context_length=100, image_size=SIZE)
+    return Assistant(model, tokenizer, NANO, SIZE, decodings=DECODINGS, remark="only drawings")
 
 
 @pytest.fixture
 def run(loaded, monkeypatch, capsys, tmp_path):
     """Run the command line on the loaded model: (code, what it printed, what it complained)."""
     calls = []
-    monkeypatch.setattr(sample.recipes, "load", lambda folder, **options: calls.append((folder, options)) or loaded, raising=False)
 
-    def run(*arguments, says=""):
+    def run(*arguments, says="", model=loaded):
+        monkeypatch.setattr(opening, "load", lambda folder, **options: calls.append((folder, options)) or model)
         monkeypatch.setattr(sys, "stdin", io.StringIO(says))
         code = sample.main([str(tmp_path), *arguments])
         return SimpleNamespace(code=code, calls=calls, **dict(zip(("out", "err"), capsys.readouterr())))
@@ -63,9 +63,9 @@ def test_an_answer_without_picture(run, loaded):
     assert done.code == 0 and done.err == ""
     ids = [loaded.tokenizer.bos, *loaded.tokenizer.encode("user: how many?\nbot:")]
     decoding = Decoding(max_new_tokens=5, eos_ids=(loaded.tokenizer.eos,))
-    want = sample.Chat(loaded, decoding)
-    assert done.out == "".join(want.ask("how many?")) + "\n" and want.last.row.ids == ids
-    assert done.calls[0][1] == {"dtype": torch.float32, "device": sample.make_parser().get_default("device"), "recipe": None}
+    want = loaded.chat(decoding)
+    assert done.out == want.ask("how many?") + "\n" and want.prompt.row.ids == ids
+    assert done.calls[0][1] == {"dtype": torch.float32, "device": sample.parse(["a"]).device, "recipe": None}
 
 
 def test_a_photograph_gets_the_remark_and_a_drawing_does_not(run, photo, tmp_path):
@@ -79,9 +79,8 @@ def test_a_photograph_gets_the_remark_and_a_drawing_does_not(run, photo, tmp_pat
     assert "only drawings" in run("what?", "--image", str(own), "--image", photo).out
 
 
-def test_no_remark_for_other_recipes(run, photo, loaded, monkeypatch):
-    monkeypatch.setattr(loaded, "remark", None)
-    assert run("what is it?", "--image", photo).out.count("\n") == 1
+def test_no_remark_for_other_recipes(run, photo, loaded):
+    assert run("what is it?", "--image", photo, model=dataclasses.replace(loaded, remark="")).out.count("\n") == 1
 
 
 def test_a_drawn_scene_is_saved_in_the_model_folder(run, tmp_path):
@@ -114,10 +113,10 @@ def clip(tmp_path):
 
 def test_a_clip_is_shown_as_so_many_frames(run, clip, photo, monkeypatch):
     asked = []
-    monkeypatch.setattr(sample.Chat, "ask", lambda self, question, pictures: asked.append(pictures) or iter("ok"))
+    monkeypatch.setattr(Chat, "stream", lambda self, question, pictures: asked.append(pictures) or iter("ok"))
     done = run("what?", "--video", clip, "--frames", "2", "--image", photo)
     ((picture, frames),) = asked
-    assert picture.size == (50, 40) and [frame.size for frame in frames] == [(30, 20)] * 2 and isinstance(frames, tuple)
+    assert picture.size == (50, 40) and [frame.size for frame in frames] == [(30, 20)] * 2 and isinstance(frames, list)
     assert done.code == 0 and "only drawings" in done.out
     asked.clear()
     run("--frames", "3", says=f"/video {clip}\none\ntwo\n")
@@ -139,10 +138,14 @@ def test_fast_says_the_same(run, photo):
     assert run("what?", "--image", photo, "--greedy").out == run("what?", "--image", photo, "--greedy", "--fast").out
 
 
-def test_a_bare_tower_cannot_talk(run, loaded, monkeypatch):
-    monkeypatch.setattr(loaded, "model", loaded.model.decoder)
-    done = run("what?")
-    assert done.code == 2 and "holds a Decoder alone, and no vision-language model" in done.err
+def test_a_bare_tower_cannot_talk_and_a_bare_language_model_cannot_see(run, loaded, photo):
+    done = run("what?", "--fast", model=dataclasses.replace(loaded, model=loaded.model.vision))
+    assert done.code == 2 and "a ViT alone writes no text" in done.err
+    blind = dataclasses.replace(loaded, model=VLM(None, None, loaded.model.decoder), image_size=0)
+    assert run("what?", model=blind).out == run("what?").out
+    for flags in (("--image", photo), ("--draw", "small red circle")):
+        done = run("what?", *flags, model=blind)
+        assert done.code == 2 and "reads no pictures" in done.err
 
 
 def test_describe_first(run, photo):
@@ -153,7 +156,7 @@ def test_describe_first(run, photo):
 
 def test_several_images_stand_in_order(run, photo, monkeypatch):
     asked = []
-    monkeypatch.setattr(sample.Chat, "ask", lambda self, question, pictures: asked.append((question, pictures)) or iter("ok"))
+    monkeypatch.setattr(Chat, "stream", lambda self, question, pictures: asked.append((question, pictures)) or iter("ok"))
     done = run("what?", "--image", photo, "--draw", "small red ring", "--image", photo)
     ((question, pictures),) = asked
     assert question == "what?" and [picture.size for picture in pictures] == [(50, 40), (50, 40), (SIZE, SIZE)]
@@ -168,7 +171,7 @@ def test_text_is_printed_while_it_is_made(run, monkeypatch, capsys):
             printed.append(capsys.readouterr().out)
             yield piece
 
-    monkeypatch.setattr(sample.Chat, "ask", slowly)
+    monkeypatch.setattr(Chat, "stream", slowly)
     assert run("what?").out == "two\n" and printed == ["", "one"]
 
 
@@ -186,8 +189,8 @@ def test_text_is_printed_while_it_is_made(run, monkeypatch, capsys):
         (["--top-p", "0.8", "--num-beams", "2"], Decoding(max_new_tokens=5, top_p=0.8, num_beams=2, do_sample=True)),
     ],
 )
-def test_flags_change_the_preset(flags, want):
-    assert sample.choose_decoding(DECODINGS, sample.parse(["folder", *flags])) == want
+def test_flags_change_the_preset(loaded, flags, want):
+    assert sample.choose_decoding(loaded, sample.parse(["folder", *flags])) == want
 
 
 def test_seed_decides_what_is_drawn(run):
@@ -197,7 +200,7 @@ def test_seed_decides_what_is_drawn(run):
 
 
 def test_a_slow_type_is_said_in_one_line(run, monkeypatch):
-    monkeypatch.setattr(sample, "slow_line", lambda dtype, device: f"slow in {dtype}" if dtype != "float32" else None)
+    monkeypatch.setattr(opening, "slow_line", lambda dtype, device: f"slow in {dtype}" if dtype != "float32" else None)
     assert run("what?", "--dtype", "bfloat16", "--device", "cpu").err == "(slow in bfloat16)\n"
     assert run("what?", "--device", "cpu").err == ""
 
@@ -270,7 +273,7 @@ def test_chat_keeps_its_history(run, photo, monkeypatch):
         self.turns = self.turns + [question]
         return iter([f"<{question}>"])
 
-    monkeypatch.setattr(sample.Chat, "ask", ask)
+    monkeypatch.setattr(Chat, "stream", ask)
     says = f"\none\n/image {photo}\n/image {photo}\n  two \nthree\n/reset\nfour\n/exit\nfive\n"
     done = run("--draw", "small red ring", says=says)
     assert done.code == 0
@@ -281,7 +284,7 @@ def test_chat_keeps_its_history(run, photo, monkeypatch):
 
 def test_reset_puts_pictures_away(run, photo, monkeypatch):
     asked = []
-    monkeypatch.setattr(sample.Chat, "ask", lambda self, question, pictures: asked.append(len(pictures)) or iter("x"))
+    monkeypatch.setattr(Chat, "stream", lambda self, question, pictures: asked.append(len(pictures)) or iter("x"))
     run(says=f"/image {photo}\n/reset\none\n")
     assert asked == [0]
 
@@ -313,7 +316,7 @@ def test_ctrl_c_leaves_politely(run, monkeypatch):
     monkeypatch.setattr("builtins.input", interrupted)
     done = run()
     assert done.code == 0 and done.err == "" and done.out.endswith("\n")
-    monkeypatch.setattr(sample.Chat, "ask", interrupted)
+    monkeypatch.setattr(Chat, "stream", interrupted)
     assert run("what?").code == 130
     lines = iter(["what?", "/exit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))

@@ -77,7 +77,7 @@ def test_language_models_in_and_out(tmp_path, name):
     ids = torch.randint(3, 290, (2, 7))
     with torch.no_grad():
         expected = model(ids).logits
-        torch.testing.assert_close(logits_of(recipes.load(folder).model, ids), expected, **CLOSE)
+        torch.testing.assert_close(logits_of(recipes.load(folder).model.decoder, ids), expected, **CLOSE)
         before, after = round_trip(folder, tmp_path)
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
         back = type(model).from_pretrained(tmp_path / "theirs")
@@ -94,7 +94,7 @@ def test_the_older_dialect_of_config(tmp_path, name):
     (folder / "config.json").write_text(json.dumps(config | flat))
     ids = torch.randint(3, 290, (1, 9))
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(recipes.load(folder).model, ids), model(ids).logits, **CLOSE)
+        torch.testing.assert_close(logits_of(recipes.load(folder).model.decoder, ids), model(ids).logits, **CLOSE)
 
 
 @pytest.mark.parametrize(("kind", "values"), [("Llama", LANGUAGE | dict(tie_word_embeddings=True)), ("OPT", OPT)])
@@ -104,7 +104,7 @@ def test_files_saved_without_the_head(tmp_path, kind, values):
     assert not any(name.startswith("model.") for name in load_file(folder / "model.safetensors"))
     ids = torch.randint(3, 290, (2, 5))
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(recipes.load(folder).model, ids), model(ids).logits, **CLOSE)
+        torch.testing.assert_close(logits_of(recipes.load(folder).model.decoder, ids), model(ids).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("prefix", ["vision_model.", ""])

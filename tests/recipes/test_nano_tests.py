@@ -16,7 +16,7 @@ from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.scenes import HELD_OUT
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
-from nanovlm.generation.answer import Assistant
+from nanovlm.generation.chat import Assistant
 from nanovlm.generation.sampler import Decoding, generate
 from nanovlm.recipes import nano_tests
 from nanovlm.recipes.nano_tests import Answer, ask, exact_match, exam_lines, pick_samples, sample_sheet, shares, wilson

@@ -11,7 +11,7 @@ from PIL import Image
 from vlit_data import GOLDEN, PHOTOS, lines
 
 from nanovlm.data.templates import NANO
-from nanovlm.published.load import Loaded
+from nanovlm.generation.chat import Assistant
 from nanovlm.vlit.annotations import Picture, read
 from nanovlm.vlit.construct import regions
 from nanovlm.vlit.generators import Local
@@ -19,6 +19,7 @@ from nanovlm.vlit.parsing import parse
 from nanovlm.vlit.replies import Chat, Drawing, GeneratorError, Refused, Replay, Replies, Request, ask, in_parallel
 from nanovlm.vlit.self_instruct import PLANS, chat
 from nanovlm.vlit.template import Template, place_of
+from nanovlm.vlm import VLM
 from nanovlm.vlit.words import NUMBERS, USES, singular
 
 HELLO = Chat((("system", "be brief"), ("user", "hello")))
@@ -122,7 +123,7 @@ def test_places_in_words(box, place):
 def local_of(build):
     torch.manual_seed(0)
     tokenizer = tiny_recipe.RECIPE.tokenizer()
-    return Local(Loaded(build("full", tokenizer.vocab_size).eval(), tokenizer, NANO, {}, 8, "crop", ""), "tiny")
+    return Local(Assistant(build("full", tokenizer.vocab_size).eval(), tokenizer, NANO, 8), "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def test_the_local_model_looks_at_the_picture_and_hears_the_system(local, tmp_pa
 
 
 def test_a_bare_language_model_speaks_and_sees_nothing():
-    bare = local_of(lambda *sizes: tiny_recipe.build(*sizes).decoder)
+    bare = local_of(lambda *sizes: VLM(None, None, tiny_recipe.build(*sizes).decoder))
     asked = Chat(HELLO.messages, "absent.png")
     assert not bare.accepts_images and len(bare.generate([asked], n=2, temperature=0.8, max_tokens=4)[0]) == 2
     with pytest.raises(ValueError, match="writes no text"):
