@@ -202,15 +202,13 @@ def _files(item, name, where):
 def spoken(item, where):
     """What is said in an item, in LLaVA's form or OpenAI's: list of (speaker in lower case, words).
 
-    `conversations` of {from, value}, or `messages` of {role, content}, whose content may be a list of parts.
+    `conversations` or `messages`, of {from, value} or {role, content}; content may be a list of parts.
     """
-    form = ("messages", "role", "content") if "messages" in item else ("conversations", "from", "value")
-    turns, name, content = form
     said = []
-    for place, turn in enumerate(field(item, turns, list, where), start=1):
+    for place, turn in enumerate(field(item, "messages" if "messages" in item else "conversations", list, where), start=1):
         here = f"{where}, turn {place}"
-        speaker = field(turn, name, str, here)
-        words = field(turn, content, (str, list) if turns == "messages" else str, here)
+        name, content = ("role", "content") if "role" in turn else ("from", "value")
+        speaker, words = field(turn, name, str, here), field(turn, content, (str, list), here)
         if isinstance(words, list):
             words = "".join("<image>" if field(part, "type", str, here) == "image" else field(part, "text", str, here)
                             for part in words)

@@ -49,6 +49,8 @@ A, B = "a.png", "sub/b.png"
     ({"conversations": [{"from": "gpt", "value": "once upon a time"}]}, [("once upon a time",)], []),
     ({"image": [A, B], "conversations": said("What?", "a cat")}, [(0, "\n", 1, "\nWhat?"), ("a cat",)], [A, B]),  # as LLaVA
     ({"image": "sub\\b.png", "conversations": said("<image>", "a cat")}, [(0,), ("a cat",)], [B]),
+    ({"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+     [("hi",), ("hello",)], []),
     ({"images": [A], "messages": [{"role": "User", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
                                   {"role": "GPT", "content": "a cat"}]}, [(0, "What?"), ("a cat",)], [A]),
 ])
