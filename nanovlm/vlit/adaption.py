@@ -28,6 +28,12 @@ def meta_chat(kind):
     return prompt("more instructions", seeds=seeds)
 
 
+def sentence_chat(kind, slot, response, annotation_ids):
+    """What asks for one of `responses` as a sentence: replies.Chat."""
+    asked = slot if kind == "vqa" else POOLS[kind][0].replace("[OBJECT]", slot)
+    return prompt("write out", question=asked, answer=response)
+
+
 def more_instructions(kind, reply):
     """The new instructions in a reply to `meta_chat` that have the same slots as the seeds: list of str."""
     slots = {tuple(SLOT.findall(words)) for words in POOLS[kind]}

@@ -18,8 +18,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanovlm.data import convert
-from nanovlm.data.json_files import elements, records
+from nanovlm.data.convert import commonest
+from nanovlm.data.json_files import elements, field as value_of, records, text_field
 
 VOTES = 0.5  # share of the workers above which an object has an attribute, as in the authors' demo
 EITHER = re.compile(r"^[\w' -]+\bor\b[\w' -]+$", re.IGNORECASE)  # "yes or no" answers nothing
@@ -89,21 +89,6 @@ class Collection:
         one.file_name, one.width, one.height = one.file_name or file_name, one.width or width, one.height or height
         return one
 
-    def each(self, path, key, add):
-        """Call `add(self, record, its key, where)` for the records of a file; what it raises becomes a problem."""
-        try:
-            for element in records(path) if key is None else elements(path, key):
-                try:
-                    if isinstance(element.value, ValueError):
-                        raise element.value
-                    add(self, element.value, element.key, element.where)
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    words = str(error)
-                    self.problems.append(words if words.startswith(str(path)) else f"{element.where}: {words}")
-        except ValueError as error:  # the file breaks off: what stood before is kept
-            if str(error) not in self.problems:  # met once for the pictures, once for the records
-                self.problems.append(str(error))
-
 
 def read(paths):
     """Everything that some annotation files say: Collection.
@@ -117,10 +102,29 @@ def read(paths):
         for path in (path for path, its in kinds.items() if its == kind):
             found.names = {}
             for key, add in sections.items():
-                found.each(path, key, add)
+                add_section(found, path, key, add)
     if found.questions:
         found.skipped["questions without an answer"] += len(found.questions)
     return found
+
+
+def add_section(found, path, key, add):
+    """Call a reader for the records of a file; what it raises becomes a problem."""
+    try:
+        for one in section(path, key):
+            try:
+                if isinstance(one.value, ValueError):
+                    raise one.value
+                add(found, one.value, one.key, one.where)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                found.problems.append(f"{one.where}: {str(error).removeprefix(f'{one.where}: ')}")
+    except ValueError as error:  # the file breaks off: what stood before is kept
+        found.problems += [str(error)] * (str(error) not in found.problems)  # once for all its sections
+
+
+def section(path, key):
+    """The records of a file, or of one of its keys: iterator of json_files.Element."""
+    return records(path) if key is None else elements(path, key)
 
 
 def kind_of(path):
@@ -130,9 +134,8 @@ def kind_of(path):
     if path.suffix in (".jbl", ".pkl", ".joblib"):
         raise ValueError(f"{path}: a pickle can run any program and is not opened; make JSON of it once:\n  {TO_JSON}")
     for kind, (needed, sections) in READERS.items():
-        *_, key = sections
         try:
-            first = next(iter(records(path) if key is None else elements(path, key)), None)
+            first = next(section(path, list(sections)[-1]), None)
         except ValueError:
             continue
         if first is not None and needed <= (first.value.keys() if isinstance(first.value, dict) else set()):
@@ -143,26 +146,33 @@ def kind_of(path):
 
 def share_box(box, picture):
     """[left, top, width, height] in pixels as (left, top, right, bottom) in shares of a picture, cut at its edges."""
-    if len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
-        raise ValueError(f"bbox must be left, top, width and height in pixels, found {box!r}")
     if not picture.width or not picture.height:
         raise ValueError(f"the size of picture {picture.id} is not stated in any file, so its boxes cannot be placed")
-    left, top, width, height = box
-    sides = left / picture.width, top / picture.height, (left + width) / picture.width, (top + height) / picture.height
-    return _checked_box([min(1.0, max(0.0, side)) for side in sides])
+    try:
+        left, top, width, height = box
+        sides = left / picture.width, top / picture.height, (left + width) / picture.width, (top + height) / picture.height
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"bbox must be left, top, width and height in pixels, found {box!r}") from error
+    return checked_box([min(1.0, max(0.0, side)) for side in sides])
 
 
-def _checked_box(box):
-    if len(box) != 4 or not all(isinstance(side, (int, float)) and 0 <= side <= 1 for side in box):
-        raise ValueError(f"a box must be left, top, right and bottom as shares from 0 to 1, found {box!r}")
-    if box[0] >= box[2] or box[1] >= box[3]:
-        raise ValueError(f"box {box!r} has no area")
+def checked_box(box):
+    """left, top, right, bottom as a tuple. Raises: ValueError unless they are shares from 0 to 1, with an area."""
+    left, top, right, bottom = box
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(f"box {box!r} has no area, or its sides are no shares from 0 to 1")
     return tuple(box)
 
 
-def _ids(one, where, *names):
-    """Some fields of a record that hold ids."""
-    return [convert.field(one, name, (int, str), where) for name in names]
+def middle(box):
+    """(x, y) of a box, shares of the picture."""
+    left, top, right, bottom = box
+    return (left + right) / 2, (top + bottom) / 2
+
+
+def id_of(one, name, where):
+    """A field that holds an id: int or str."""
+    return value_of(one, name, (int, str), where)
 
 
 # Readers: function (Collection, record, its key, where)
@@ -170,29 +180,28 @@ def _ids(one, where, *names):
 
 def add_image(found, one, key, where):
     """A picture of COCO's, with its sides in pixels where they are told."""
-    size = (convert.field(one, side, int, where) if side in one else 0 for side in ("width", "height"))
-    found.picture(*_ids(one, where, "id"), convert.text_field(one, "file_name", where), *size)
+    size = (value_of({side: 0} | one, side, int, where) for side in ("width", "height"))
+    found.picture(id_of(one, "id", where), text_field(one, "file_name", where), *size)
 
 
 def add_caption(found, one, key, where):
     """A caption of COCO's."""
-    id, image = _ids(one, where, "id", "image_id")
-    note = Annotation(f"caption/{id}", "caption", convert.text_field(one, "caption", where))
-    found.picture(image).annotations.append(note)
+    note = Annotation(f"caption/{id_of(one, 'id', where)}", "caption", text_field(one, "caption", where))
+    found.picture(id_of(one, "image_id", where)).annotations.append(note)
 
 
 def add_name(found, one, key, where):
     """A category of COCO's, or an attribute of COCO Attributes."""
-    found.names[convert.field(one, "id", int, where)] = convert.text_field(one, "name", where)
+    found.names[value_of(one, "id", int, where)] = text_field(one, "name", where)
 
 
 def add_instance(found, one, key, where):
     """A box of COCO's with its category, as an object of the picture."""
-    id, image = _ids(one, where, "id", "image_id")
-    category, picture = convert.field(one, "category_id", int, where), found.picture(image)
+    id, picture = id_of(one, "id", where), found.picture(id_of(one, "image_id", where))
+    category = value_of(one, "category_id", int, where)
     if category not in found.names:
         raise ValueError(f"category_id {category} is none of the file's {len(found.names)} categories")
-    box, is_crowd = share_box(convert.field(one, "bbox", list, where), picture), bool(one.get("iscrowd", 0))
+    box, is_crowd = share_box(value_of(one, "bbox", list, where), picture), bool(one.get("iscrowd", 0))
     note = Annotation(f"object/{id}", "object", found.names[category], box=box, is_crowd=is_crowd)
     picture.annotations.append(note)
     found.objects[str(id)] = picture, note
@@ -216,33 +225,28 @@ def add_votes(found, votes, key, where):
                             for name, share in zip(names, votes) if share > VOTES]  # fmt: skip
 
 
-def add_text_image(found, one, key, where):
-    """A picture of COCO-Text."""
-    found.picture(one.get("id", key), one.get("file_name", ""), one.get("width", 0), one.get("height", 0))
-
-
 def add_text(found, one, key, where):
     """A legible text of COCO-Text with its box; others are counted as skipped."""
     characters = one.get("utf8_string", "").strip()
     if one.get("legibility", "legible") != "legible" or not characters:
         found.skipped["illegible texts"] += 1
         return
-    picture = found.picture(*_ids(one, where, "image_id"))
-    box = share_box(convert.field(one, "bbox", list, where), picture)
+    picture = found.picture(id_of(one, "image_id", where))
+    box = share_box(value_of(one, "bbox", list, where), picture)
     picture.annotations.append(Annotation(f"ocr/{one.get('id', key)}", "ocr", characters, box=box))
 
 
 def add_question(found, one, key, where):
     """A question of VQA, which waits for its answer."""
-    id, image = _ids(one, where, "question_id", "image_id")
-    found.questions[str(id)] = image, convert.text_field(one, "question", where)
+    asked = id_of(one, "image_id", where), text_field(one, "question", where)
+    found.questions[str(id_of(one, "question_id", where))] = asked
 
 
 def add_answer(found, one, key, where):
     """The answer agreed on, or the commonest of the annotators'."""
-    (id,) = map(str, _ids(one, where, "question_id"))
+    id = str(id_of(one, "question_id", where))
     answers = [answer if isinstance(answer, str) else answer["answer"] for answer in one.get("answers", ())]
-    answer = one.get("multiple_choice_answer") or convert.commonest(answers)
+    answer = one.get("multiple_choice_answer") or commonest(answers)
     if id not in found.questions:
         raise ValueError(f"question_id {id} is a question in none of the files")
     image, question = found.questions.pop(id)
@@ -254,12 +258,12 @@ def add_answer(found, one, key, where):
 
 def add_described(found, one, key, where):
     """{id, image, captions, instances: [{category, bbox in shares}]}."""
-    captions = [convert.text_field({"caption": words}, "caption", where) for words in one["captions"]]
-    objects = [(convert.text_field(box, "category", where), _checked_box(box["bbox"])) for box in one["instances"]]
-    picture = found.picture(one["id"], convert.text_field(one, "image", where))
-    notes = [Annotation(f"caption/{one['id']}/{n}", "caption", words) for n, words in enumerate(captions)]
-    notes += [Annotation(f"object/{one['id']}/{n}", "object", name, box=box) for n, (name, box) in enumerate(objects)]
-    picture.annotations += notes
+    id, file_name = one["id"], text_field(one, "image", where)
+    notes = [Annotation(f"caption/{id}/{n}", "caption", text_field({"caption": words}, "caption", where))
+             for n, words in enumerate(one["captions"])]  # fmt: skip
+    notes += [Annotation(f"object/{id}/{n}", "object", text_field(box, "category", where), box=checked_box(box["bbox"]))
+              for n, box in enumerate(one["instances"])]  # fmt: skip
+    found.picture(id, file_name).annotations += notes
 
 
 READERS = {  # form -> (what the first of its records has, {key of a section: reader}, the records last), in this order
@@ -267,7 +271,7 @@ READERS = {  # form -> (what the first of its records has, {key of a section: re
     "instances": ({"image_id", "category_id"},
                   {"images": add_image, "categories": add_name, "annotations": add_instance}),
     "attributes": (set(), {"attributes": add_name, "patch_id_to_ann_id": add_patch, "ann_vecs": add_votes}),
-    "COCO-Text": ({"image_id", "bbox"}, {"imgs": add_text_image, "anns": add_text}),
+    "COCO-Text": ({"image_id", "bbox"}, {"imgs": add_image, "anns": add_text}),
     "questions": ({"question_id", "question"}, {"questions": add_question}),
     "answers": ({"question_id"}, {"annotations": add_answer}),
     "captions and boxes": ({"captions", "instances"}, {None: add_described}),

@@ -33,10 +33,12 @@ TEMPERATURE, DROPOUT = 0.05, 0.1  # the paper's
 ROWS, CHANNELS, LONGEST = 4096, 64, 48  # rows of the embedding; channels; words of a sentence, the rest is cut
 STEPS, BATCH, RATE = 60, 64, 1e-3  # optimizer steps, sentences, Adam's
 
-def sklearn_module(name=""):
-    """scikit-learn, or a module of it. Raises: ImportError that says how to install it."""
+
+
+def sklearn_module(name):
+    """A module of scikit-learn. Raises: ImportError that says how to install it."""
     try:
-        return importlib.import_module(f"sklearn.{name}" if name else "sklearn")
+        return importlib.import_module(f"sklearn{name}")
     except ImportError as error:
         raise ImportError("the diversity of texts needs the package scikit-learn: pip install scikit-learn") from error
 
@@ -54,7 +56,7 @@ def grams(text):
 
 def tfidf_vectors(texts):
     """Texts as float32[N, WIDTH] of length 1; how rare a gram is, the texts themselves say."""
-    text, projection = sklearn_module("feature_extraction.text"), sklearn_module("random_projection")
+    text, projection = sklearn_module(".feature_extraction.text"), sklearn_module(".random_projection")
     hashing = text.HashingVectorizer(analyzer=grams, n_features=BUCKETS, alternate_sign=False, norm=None)
     weighted = text.TfidfTransformer().fit_transform(hashing.transform(texts))
     vectors = projection.GaussianRandomProjection(WIDTH, random_state=0).fit_transform(weighted)
@@ -137,10 +139,10 @@ def distinct_2(texts):
 
 def dbscan(points, eps, min_samples):
     """Clusters of float32[N, D] of length 1, by 1 - cosine: int64[N], from 0 in order; -1 = noise."""
-    cluster = sklearn_module("cluster").DBSCAN(eps=eps + ROUNDING, min_samples=min_samples, metric="cosine")
+    cluster = sklearn_module(".cluster").DBSCAN(eps=eps + ROUNDING, min_samples=min_samples, metric="cosine")
     _, first, places, counts = numpy.unique(points, axis=0, return_index=True, return_inverse=True, return_counts=True)
     order = numpy.argsort(first)  # copies are one point with a weight; the points keep their order
-    with sklearn_module().config_context(working_memory=MEMORY):
+    with sklearn_module("").config_context(working_memory=MEMORY):
         labels = cluster.fit(points[first[order]], sample_weight=counts[order]).labels_
     return labels[numpy.argsort(order)[places.reshape(-1)]]
 
@@ -157,12 +159,9 @@ def vendi(points):
 
 def cooccurrence(texts, min_count=1):
     """The graph of words that stand together in min_count texts (lists of words) or more: {word: set of neighbours}."""
-    graph, counts = {}, Counter()
-    for words in texts:
-        unique = sorted(set(words))
-        graph |= {word: set() for word in unique if word not in graph}
-        counts.update(combinations(unique, 2))
-    for (one, other), count in counts.items():
+    texts = [sorted(set(words)) for words in texts]
+    graph = {word: set() for words in texts for word in words}
+    for (one, other), count in Counter(pair for words in texts for pair in combinations(words, 2)).items():
         if count >= min_count:
             graph[one].add(other)
             graph[other].add(one)
@@ -171,21 +170,15 @@ def cooccurrence(texts, min_count=1):
 
 def components(nodes, neighbours):
     """Connected components among some nodes; others in {node: set of neighbours} are left out: list of sets."""
-    waiting, found = dict.fromkeys(nodes), []
-    for start in list(waiting):
-        if start not in waiting:
-            continue
-        del waiting[start]
-        members, edge = {start}, [start]
+    waiting, found = set(nodes), []
+    while waiting:
+        edge = [waiting.pop()]
+        found.append(set(edge))
         while edge:
-            near = neighbours[edge.pop()]
-            # through the smaller of the two: in a dense neighbourhood the first few nodes leave almost none waiting
-            new = [n for n in near if n in waiting] if len(near) < len(waiting) else [n for n in waiting if n in near]
-            for node in new:
-                del waiting[node]
-            members.update(new)
+            new = neighbours[edge.pop()] & waiting  # looks at the smaller: a dense neighbourhood leaves few waiting
+            waiting -= new
+            found[-1] |= new
             edge += new
-        found.append(members)
     return found
 
 
@@ -200,13 +193,12 @@ def ego_splitting(graph):
       graph: {node: set of its neighbours}, both ways.
     Returns: list of lists of nodes, one node per persona; a node without neighbours is a cluster of its own.
     """
-    persona_of = {}  # (node, neighbour) -> the persona of node that sees this neighbour
-    owners = []  # persona -> node
+    persona_of, owners = {}, []  # (node, neighbour) -> the persona of node that sees it; persona -> node
     for node, near in graph.items():
         for part in components(near, graph) or [()]:
             persona_of |= dict.fromkeys(((node, other) for other in part), len(owners))
             owners.append(node)
-    joined = {persona: set() for persona in range(len(owners))}
+    joined = [set() for _ in owners]
     for (node, other), persona in persona_of.items():
         joined[persona].add(persona_of[other, node])
-    return [[owners[persona] for persona in cluster] for cluster in components(joined, joined)]
+    return [[owners[persona] for persona in cluster] for cluster in components(range(len(owners)), joined)]

@@ -13,7 +13,7 @@ import json
 import os
 import random
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import ImageDraw
@@ -23,11 +23,12 @@ from nanovlm import files
 from nanovlm.data.images import ImageError, load, opened
 from nanovlm.evaluation.items import coco_picture
 from nanovlm.evaluation.items import picture as picture_path
+from nanovlm.names import nearest
 from nanovlm.vlit import adaption, annotations, self_instruct
 from nanovlm.vlit.descriptions import FORMS
 from nanovlm.vlit.generators import add_generator_flags, drawing, open_generator
 from nanovlm.vlit.parsing import Unparsed, parse
-from nanovlm.vlit.replies import GeneratorError, Replies, Request, ask, digest, key_of, prompt
+from nanovlm.vlit.replies import GeneratorError, Replies, Request, ask, digest
 from nanovlm.vlit.samples import defects, make_item, remarks, sample
 
 UNUSABLE = ("turns", "placeholders")  # defects with which a sample cannot be trained on; others become flags
@@ -68,7 +69,10 @@ def add_flags(parser):
 
 def run(args):
     """Run `construct`: list of str, what to print."""
-    plans, draw, generator = list(map(self_instruct.find_plan, args.plans)), drawing(args), open_generator(args)
+    for name in args.plans:
+        if name not in self_instruct.PLANS:
+            raise ValueError(f"unknown plan {name!r}.{nearest(name, self_instruct.PLANS)}")
+    plans, draw, generator = [self_instruct.PLANS[name] for name in args.plans], drawing(args), open_generator(args)
     if args.images is not None and not Path(args.images).is_dir():
         raise FileNotFoundError(f"{args.images}: no such folder of pictures")
     if args.generator == "template" and (args.answers == "sentences" or args.more_instructions):
@@ -81,8 +85,7 @@ def run(args):
         raise ValueError(f"no picture has an annotation in {', '.join(args.annotations)} and can be read{first}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    work = Work(args, generator, draw, Replies(out / "replies.jsonl"))
-    work.failures |= dict.fromkeys(failed)
+    work = Work(args, generator, draw, Replies(out / "replies.jsonl"), failed)
     try:
         files.replace(out / "samples.jsonl", lambda path: work.write(path, pictures, plans))
     except GeneratorError as error:
@@ -119,21 +122,19 @@ def find_pictures(collection, folder, limit=None):
 
 def _path(picture, folder):
     """Where a picture lies: Path. COCO's numbers are found under the names of 2014 and 2017."""
-    places = [picture_path(folder, picture.file_name)] if picture.file_name else []
-    places += [coco_picture(folder, picture.id, split) for split in ("train", "val") if picture.id.isdigit()]
-    default = Path(folder) / (picture.file_name or f"{picture.id}.jpg")
-    return next((path for path in places if path.is_file()), default)
+    first = picture_path(folder, picture.file_name or f"{picture.id}.jpg")
+    numbered = [coco_picture(folder, picture.id, split) for split in ("train", "val") if picture.id.isdigit()]
+    return next((path for path in (first, *numbered) if path.is_file()), first)
 
 
 def regions(picture, number, seed):
     """Annotations of a picture that are worth a box, drawn at random: list of Annotation, `number` at most."""
+    def area(left, top, right, bottom):
+        return (right - left) * (bottom - top)
+
     fitting = [one for kind, least in LEAST_AREA.items() for one in picture.of_kind(kind)
-               if not one.is_crowd and least <= _area(*one.box) <= MOST_AREA]  # fmt: skip
+               if not one.is_crowd and least <= area(*one.box) <= MOST_AREA]  # fmt: skip
     return random.Random(digest([seed, picture.id, "regions"])).sample(fitting, min(number, len(fitting)))
-
-
-def _area(left, top, right, bottom):
-    return (right - left) * (bottom - top)
 
 
 def marked(picture, box):
@@ -151,16 +152,6 @@ def marked(picture, box):
     return image
 
 
-@dataclass(frozen=True)
-class View:
-    """A picture as a sample shows it. image: as it stands in the file. path: "" if pictures are not looked at."""
-
-    picture: annotations.Picture
-    image: str
-    path: str = ""
-    region: annotations.Annotation | None = None
-
-
 class Work:
     """One run: asks, parses, checks and counts.
 
@@ -168,20 +159,9 @@ class Work:
     plan). notes: Counter of what the parser, the linter and the generator had to say.
     """
 
-    def __init__(self, args, generator, draw, replies):
+    def __init__(self, args, generator, draw, replies, failed):
         self.args, self.generator, self.draw, self.replies = args, generator, draw, replies
-        self.failures, self.counts, self.notes = {}, Counter(), Counter()
-
-    def ask(self, requests, draw, total=None):
-        """Have requests answered; what is refused becomes a failure."""
-        counts, refused = ask(requests, self.generator, draw, self.replies, total)
-        self.notes.update({f"requests {name}": number for name, number in counts.items()})
-        for id, why in refused:
-            self.failures["refused", f"{id}: {why}"] = None
-
-    def answers(self, request, draw):
-        """The recorded texts of a request: list of str, empty if it was refused."""
-        return self.replies.get(key_of(request.chat, self.generator, draw))
+        self.failures, self.counts, self.notes = dict.fromkeys(failed), Counter(), Counter()
 
     def write(self, path, pictures, plans):
         """Make, check and write every sample. pictures: as of `find_pictures`."""
@@ -191,80 +171,73 @@ class Work:
                     if self.check(item):
                         file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
-    def whole(self, picture, path):
-        """A picture without a box: View."""
-        image = os.path.relpath(path, self.args.out) if path else picture.file_name or f"{picture.id}.jpg"
-        return View(picture, image, path)
+    def ask(self, requests, draw, total=None):
+        """Requests with their texts: iterator of (Request, list of str); what is refused becomes a failure."""
+        counts = Counter()
+        for request, texts in ask(requests, self.generator, draw, self.replies, counts, total):
+            if isinstance(texts, Exception):
+                self.failures["refused", f"{request.id}: {texts}"] = None
+            else:
+                yield request, texts
+        self.notes.update({f"requests {name}": number for name, number in counts.items()})
 
-    def marked(self, picture, path):
-        """The marked views of a picture, drawn into marked/: list of View; none if it cannot be read."""
-        found = []
-        for region in regions(picture, self.args.regions, self.args.seed):
-            name = f"marked/{picture.id}_{region.id.replace('/', '_')}.png"
-            place = Path(self.args.out) / name
-            try:
+    def views(self, picture, path, number):
+        """A picture as it is, then with each of at most `number` boxes drawn into marked/: list of (image as it stands in the file,
+        its path or "" if pictures are not looked at, marked Annotation or None)."""
+        image, drawn = os.path.relpath(path, self.args.out) if path else picture.file_name or f"{picture.id}.jpg", []
+        try:
+            for region in regions(picture, number, self.args.seed):
+                name = f"marked/{picture.id}_{region.id.replace('/', '_')}.png"
+                place = Path(self.args.out, name)
                 if path and not place.exists():
                     place.parent.mkdir(parents=True, exist_ok=True)
                     files.replace(place, lambda part, box=region.box: marked(path, box).save(part, format="PNG"))
-            except (ValueError, OSError) as error:
-                self.failures["unreadable picture", str(error)] = None
-                return []
-            found.append(View(picture, name, str(place) if path else "", region))
-        return found
+                drawn.append((name, str(place) if path else "", region))
+        except (ValueError, OSError) as error:
+            self.failures["unreadable picture", str(error)], drawn = None, []
+        return [(image, path, None), *drawn]
 
     def adaptions(self, pictures):
         """(sample id, adaption.responses' tuple, image) of everything that can be adapted."""
         for picture, path in pictures:
-            image, prefix = self.whole(picture, path).image, f"{picture.id}/AA"
+            (image, *_), *drawn = self.views(picture, path, self.args.regions)
             for place, told in enumerate(adaption.responses(picture)):
-                yield f"{prefix}/{told[0]}/{place}", told, image
-            for view in self.marked(picture, path):
-                yield f"{prefix}/region/{view.region.id}", adaption.region_response(picture, view.region), view.image
+                yield f"{picture.id}/AA/{told[0]}/{place}", told, image
+            for image, _, region in drawn:
+                yield f"{picture.id}/AA/region/{region.id}", adaption.region_response(picture, region), image
 
     def adapted(self, pictures, plans):
         """Annotation adaption of every picture: iterator of items."""
-        once, written = replace(self.draw, n=1), {}
-        pools = self.pools(once) if self.args.more_instructions else adaption.POOLS
-
-        def sentences():
-            for id, (kind, slot, response, _), _ in self.adaptions(pictures):
-                if kind in adaption.SHORT_KINDS:
-                    asked = slot if kind == "vqa" else adaption.POOLS[kind][0].replace("[OBJECT]", slot)
-                    yield Request(id, prompt("write out", question=asked, answer=response))
-
+        once, pools, written = replace(self.draw, n=1), adaption.POOLS, {}
+        if self.args.more_instructions:
+            requests = [Request(f"instructions/{kind}", adaption.meta_chat(kind), kind) for kind in pools]
+            told = ((one.what, "".join(texts)) for one, texts in self.ask(requests, once))
+            new = {kind: adaption.more_instructions(kind, text) for kind, text in told}
+            self.notes["instructions added"] = sum(map(len, new.values()))
+            pools = {kind: seeds + new.get(kind, []) for kind, seeds in pools.items()}
         if self.args.answers == "sentences":
-            self.ask(sentences(), once)
-            written = {one.id: "".join(self.answers(one, once)).strip() for one in sentences()}
+            short = (one for one in self.adaptions(pictures) if one[1][0] in adaption.SHORT_KINDS)
+            requests = (Request(id, adaption.sentence_chat(*told)) for id, told, _ in short)
+            written = {one.id: "".join(texts).strip() for one, texts in self.ask(requests, once)}
         for id, told, image in tqdm(self.adaptions(pictures), desc="adapting", unit="sample", disable=None):
             yield adaption.adapt(*told, id, image, pools, self.args.seed, written.get(id) or None)
 
-    def pools(self, draw):
-        """The instructions of each kind, lengthened by a language model: dict kind -> list of str."""
-        requests = [Request(f"instructions/{kind}", adaption.meta_chat(kind), kind) for kind in adaption.POOLS]
-        self.ask(requests, draw, len(requests))
-        new = {one.what: adaption.more_instructions(one.what, "".join(self.answers(one, draw))) for one in requests}
-        self.notes["instructions added"] = sum(map(len, new.values()))
-        return {kind: seeds + new[kind] for kind, seeds in adaption.POOLS.items()}
-
     def requests(self, pictures, plans):
         """The request for every plan about every picture or marked region: iterator of Request."""
+        args = self.args
+        number = args.regions * any(plan.granularity == "region" for plan in plans)
         for picture, path in pictures:
-            views = {"global": [self.whole(picture, path)]}
-            if any(plan.granularity == "region" for plan in plans):
-                views["region"] = self.marked(picture, path)
+            views = self.views(picture, path, number)
             for plan in plans:
-                for view in views[plan.granularity]:
-                    chat = self_instruct.chat(picture, plan, view.region, self.args.description, self.args.lines,
-                                              self.args.seed, view.path)  # fmt: skip
-                    place = f"/{view.region.id}" if view.region else ""
-                    yield Request(f"{picture.id}/SI/{plan.name}{place}", chat, (plan, view))
+                for image, seen, region in views[1:] if plan.granularity == "region" else views[:1]:
+                    chat = self_instruct.chat(picture, plan, region, args.description, args.lines, args.seed, seen)
+                    place = f"/{region.id}" if region else ""
+                    yield Request(f"{picture.id}/SI/{plan.name}{place}", chat, image)
 
     def conversations(self, pictures, plans):
         """Self-instruct: iterator of items."""
         total = len(pictures) * len(plans)  # about
-        self.ask(self.requests(pictures, plans), self.draw, total)
-        for request in tqdm(self.requests(pictures, plans), "writing", total, unit="request", disable=None):
-            texts = self.answers(request, self.draw)
+        for request, texts in self.ask(self.requests(pictures, plans), self.draw, total):
             for index, text in enumerate(texts):
                 if text in texts[:index]:
                     self.notes["answers drawn twice"] += 1
@@ -273,7 +246,7 @@ class Work:
 
     def conversation(self, request, index, text):
         """One drawn answer as an item, or None if no conversation is found in it."""
-        (plan, view), id = request.what, f"{request.id}/{index}"
+        (plan, picture, region), id = request.chat.material, f"{request.id}/{index}"
         try:
             parsed = parse(text)
         except Unparsed as error:
@@ -282,12 +255,11 @@ class Work:
         self.notes.update(f"parsed although {note}" for note in parsed.notes)
         origin = {
             "generator": self.generator.name, "plan": plan.name, "prompt_sha": request.chat.sha, "seed": self.draw.seed,
-            "temperature": self.draw.temperature, "index": index,
-            "annotation_ids": [one.id for one in view.picture.annotations],
-            "region": view.region and list(view.region.box),
+            "temperature": self.draw.temperature, "index": index, "annotation_ids": [one.id for one in picture.annotations],
+            "region": region and list(region.box),
         }  # fmt: skip
         texts = [words for _, words in parsed.turns]
-        return make_item(id, view.image, texts, plan.task, "SI", plan.granularity, origin)
+        return make_item(id, request.what, texts, plan.task, "SI", plan.granularity, origin)
 
     def check(self, item):
         """Flag what an item breaks. Returns: whether it can be trained on; if not, that is a failure."""

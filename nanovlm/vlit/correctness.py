@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from nanovlm.evaluation.protocols import parse_verdict
+from nanovlm.vlit.annotations import middle
 from nanovlm.vlit.words import COCO, COLORS, SYNONYMS, load_table, named, number, singular, tokens
 
 ANYTHING = frozenset("object thing item shape figure".split())  # words for whatever is there
@@ -38,11 +39,6 @@ class Thing:
     def head(self):
         """The last word of its name."""
         return _head(self.name)
-
-    @property
-    def middle(self):
-        """(x, y) of its box, shares of the picture."""
-        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ def known(sample, table):
         return None
     name = sample.images[0].rpartition("/")[2]
     digits = re.search(r"(\d+)\.\w+$", name)
-    keys = [name, *((str(int(digits[1])), f"{digits[1]}.jpg", digits[1]) if digits else ())]
+    keys = (name, str(int(digits[1])), f"{digits[1]}.jpg", digits[1]) if digits else (name,)
     return next((table[key] for key in keys if key in table), None)
 
 
@@ -169,8 +165,7 @@ def _existence(found, answer, facts):
 
 def _count(found, answer, facts):
     numbers = [value for word in tokens(answer) if (value := number(word)) is not None]
-    if re.match(r"\W*(?:no|none)\b", answer):
-        numbers = numbers or [0]
+    numbers = numbers or [0] * bool(re.match(r"\W*(?:no|none)\b", answer))
     things = facts.find(found[1])
     return None if things is None or not numbers or facts.is_crowd(found[1]) else numbers[0] == len(things)
 
@@ -191,7 +186,7 @@ def _where(found, answer, facts):
     thing = facts.one(found[1])
     if thing is None or thing.box is None:
         return None
-    x, y = thing.middle
+    x, y = middle(thing.box)
     inside = [1 / 5 < side < 4 / 5 for side in (x, y)]
     fits = {"left": x < 1 / 2, "right": x > 1 / 2, "top": y < 1 / 2, "bottom": y > 1 / 2,
             "center": all(inside), "middle": any(inside)}  # fmt: skip
@@ -203,7 +198,7 @@ def _beyond(one, relation, other):
     """Whether a thing lies left of another (right of, above, below): bool, or None unless both have boxes."""
     if not (one and other and one.box and other.box):
         return None
-    (x, y), (a, b) = one.middle, other.middle
+    (x, y), (a, b) = middle(one.box), middle(other.box)
     return {"left of": x < a, "right of": x > a, "above": y < b, "below": y > b}[relation]
 
 

@@ -18,9 +18,9 @@ def sentences(picture, region=None):
     numbers = counts(objects).items()
     groups = [f"{number} {GROUP_OF[name] + '_' if name in GROUP_OF else ''}{name}" for name, number in numbers]
     attributes = [f"{names[owner]} ({', '.join(told)})" for owner, told in _by_owner(picture).items() if owner in names]
-    asked = [f"'Q: {question(one)} A: {_stopped(one.value)}'" for one in pairs]
+    asked = [f"'Q: {question(one)} A: {stopped(one.value)}'" for one in pairs]
     parts = (
-        ("This is a picture which can be described as {}", " ".join(_stopped(one.value) for one in captions)),
+        ("This is a picture which can be described as {}", " ".join(stopped(one.value) for one in captions)),
         ("The image contains {}.", ", ".join(groups)),
         ("The following attributes can be seen: {}.", ", ".join(attributes)),
         ("The image also contains a number of question and answer pairs: {}.", ", ".join(asked)),
@@ -32,22 +32,20 @@ def sentences(picture, region=None):
 
 def boxes(picture, region=None):
     """LLaVA's captions, empty line, "category: [left, top, right, bottom]" in shares; then what it lacks: str."""
+    def placed(words, box):
+        return f"{words}: {[round(side, 3) for side in box]}"
+
     owned = _by_owner(picture)
-    things = [f"{one.value}{' (' + ', '.join(owned[one.id]) + ')' if one.id in owned else ''}: {_rounded(one.box)}"
+    things = [placed(one.value + (f" ({', '.join(owned[one.id])})" if one.id in owned else ""), one.box)
               for one in picture.of_kind("object")]  # fmt: skip
-    things += [f'text "{one.value}": {_rounded(one.box)}' for one in picture.of_kind("ocr")]
+    things += [placed(f'text "{one.value}"', one.box) for one in picture.of_kind("ocr")]
     pairs = [f"Question: {question(one)} Answer: {one.value}" for one in picture.of_kind("vqa")]
-    marked = [f"circled by a square box: {named_region(picture, one)}: {_rounded(one.box)}" for one in [region] if one]
+    marked = [placed(f"circled by a square box: {named_region(picture, region)}", region.box)] if region else []
     blocks = ([one.value for one in picture.of_kind("caption")], things, pairs, marked)
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 FORMS = {"sentences": sentences, "boxes": boxes}
-
-
-def describe(picture, form="sentences", region=None):
-    """A picture in one of FORMS: str."""
-    return FORMS[form](picture, region)
 
 
 def counts(objects):
@@ -77,9 +75,6 @@ def _by_owner(picture):
     return found
 
 
-def _rounded(box):
-    return [round(side, 3) for side in box]
-
-
-def _stopped(words):
+def stopped(words):
+    """Words with a full stop, unless they end a sentence already."""
     return words if words.endswith((".", "?", "!")) else words + "."

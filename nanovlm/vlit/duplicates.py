@@ -55,10 +55,10 @@ class Index:
         exact, pictures, table = map(numpy.asarray, (self.exact, self.pictures, self.signatures))
         found = {later: (first, "exact duplicate") for first, later in _groups(exact)}
         table = table.reshape(-1, HASHES)
-        for begin in range(0, HASHES if self.near else 0, BAND):
+        for band in range(0, HASHES if self.near else 0, BAND):
             keys = pictures.copy()
-            for column in range(begin, begin + BAND):
-                keys = keys * numpy.uint64(0x9E3779B97F4A7C15) + table[:, column]  # wraps around, as hashes may
+            for column in table[:, band : band + BAND].T:
+                keys = keys * numpy.uint64(0x9E3779B97F4A7C15) + column  # wraps around, as hashes may
             for first, later in _groups(keys):
                 same = pictures[first] == pictures[later] and (table[first] == table[later]).mean() >= self.near
                 if later not in found and same:
@@ -69,6 +69,4 @@ class Index:
 def _groups(keys):
     """(first, later) of every member but the first of each group of equal keys, as int."""
     _, places, group = numpy.unique(keys, return_index=True, return_inverse=True)
-    first = places[group]
-    later = numpy.flatnonzero(first < numpy.arange(len(keys)))
-    return zip(first[later].tolist(), later.tolist())
+    return ((first, later) for later, first in enumerate(places[group].tolist()) if first < later)

@@ -16,36 +16,33 @@ from pathlib import Path
 from nanovlm.vlit.replies import GeneratorError, Refused
 
 REFUSING = (400, 413, 415, 422)  # status: this request alone
-TIMEOUT = 120.0  # seconds
+TIMEOUT, RETRIES = 120.0, 5  # seconds; of every request
 
 
 class OpenAICompatible:
     """A model behind a base URL, see generators.py for the interface.
 
     Args:
-      model: its name there. base_url: up to and without /chat/completions; "" = $OPENAI_BASE_URL, then OpenAI's.
-      key: str; "" = $OPENAI_API_KEY, which may be absent for servers that ask for none.
+      model: its name there. base_url: up to and without /chat/completions; "" = $OPENAI_BASE_URL, then OpenAI's. The key
+        is $OPENAI_API_KEY, which may be absent for servers that ask for none.
       workers: requests under way at once. per_minute: requests begun within a minute at most; 0 = no limit.
       send_images: whether the picture goes along, for models that see.
-      attempts: of every request.
     Attributes:
       usage: Counter of "prompt_tokens", "completion_tokens" as the server counts them, "requests" and "retries".
-    Raises: ImportError without the package; ValueError for an address that is none.
+    Raises: ImportError without the package.
     """
 
     batch_size = 1
 
-    def __init__(self, model, base_url="", key="", *, workers=4, per_minute=0.0, send_images=False, attempts=6):
+    def __init__(self, model, base_url="", *, workers=4, per_minute=0.0, send_images=False):
         try:
             import openai
         except ImportError as error:
             raise ImportError("endpoints need the package openai: pip install openai") from error
-        base_url, key = base_url or os.environ.get("OPENAI_BASE_URL", ""), key or os.environ.get("OPENAI_API_KEY", "")
-        if base_url and not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base URL {base_url!r} must begin with http:// or https://")
+        key = os.environ.get("OPENAI_API_KEY")
         self.openai, self.headers = openai, None if key else {"Authorization": openai.Omit()}
         self.client = openai.OpenAI(
-            api_key=key or "none", base_url=base_url or None, max_retries=attempts - 1, timeout=TIMEOUT
+            api_key=key or "none", base_url=base_url or None, max_retries=RETRIES, timeout=TIMEOUT
         )
         self.name, self.model, self.accepts_images, self.workers = f"endpoint {model}", model, send_images, workers
         self.pause = 60 / per_minute if per_minute else 0.0
@@ -53,17 +50,16 @@ class OpenAICompatible:
 
     def generate(self, chats, *, n=1, temperature=0.0, max_tokens=1024, seed=0, stop=()):
         """As every generator. Servers that give fewer than n answers at once are asked for the rest."""
-        return [self._answers(chat, n, temperature, max_tokens, seed, stop) for chat in chats]
-
-    def _answers(self, chat, n, temperature, max_tokens, seed, stop):
-        body, found = {"messages": self._messages(chat), "temperature": temperature, "max_tokens": max_tokens}, []
-        body |= {"stop": list(stop)} if stop else {}
-        while len(found) < n:
-            choices = self._post(model=self.model, n=n - len(found), seed=seed + len(found), **body)
-            if not choices:
-                raise Refused("the server answered without a choice")
-            found += choices
-        return found[:n]
+        found = [[] for _ in chats]
+        for chat, texts in zip(chats, found):
+            body = {"messages": self._messages(chat), "temperature": temperature, "max_tokens": max_tokens}
+            body |= {"stop": list(stop)} if stop else {}
+            while len(texts) < n:
+                choices = self._post(model=self.model, n=n - len(texts), seed=seed + len(texts), **body)
+                if not choices:
+                    raise Refused("the server answered without a choice")
+                texts += choices
+        return [texts[:n] for texts in found]
 
     def _messages(self, chat):
         messages = [{"role": role, "content": text} for role, text in chat.messages]
@@ -92,8 +88,9 @@ class OpenAICompatible:
         except (self.openai.OpenAIError, AttributeError, TypeError, ValueError) as error:  # unreachable, no completion
             problem = f"{type(error).__name__}: {error}"
             raise GeneratorError(f"{self.client.base_url} gives no chat completion ({problem})") from error
+        used = completion.usage
         with self.lock:
             self.usage.update(requests=1 + response.retries_taken, retries=response.retries_taken)
-            if used := completion.usage:
+            if used:
                 self.usage.update(prompt_tokens=used.prompt_tokens, completion_tokens=used.completion_tokens)
         return texts

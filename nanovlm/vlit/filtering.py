@@ -113,11 +113,11 @@ def score_batch(batch, root, settings, helpers):
         if isinstance(sample, Unreadable):
             rows.append({"unreadable": str(sample)})
             continue
-        tag = tagging.tag(sample.pairs[0][0]) if sample.pairs else ""
+        pairs = sample.pairs
         row = {
-            "task": sample.task if settings.task_field and sample.task else tag,
+            "task": tagging.task_of(sample, pairs[0][0], settings.task_field) if pairs else "",
             "said": zlib.crc32(" ".join(tokens(" ".join(sample.responses))).encode()),
-            "complexity": max((proxy(asked, len(sample.pairs)) for asked, _ in sample.pairs), default=0.0),
+            "complexity": max((proxy(asked, len(pairs)) for asked, _ in pairs), default=0.0),
         }
         rows.append(row)
         if broken := defects(sample, root):
@@ -125,7 +125,7 @@ def score_batch(batch, root, settings, helpers):
             continue
         sound.append((row, sample))
         if facts := known(sample, helpers.facts or {}):
-            row["verdicts"] = [verify(*pair, facts) for pair in sample.pairs]
+            row["verdicts"] = [verify(*pair, facts) for pair in pairs]
     if helpers.judge:
         pairs = [(row, (sample, *pair)) for row, sample in sound for pair in sample.pairs]
         votes = judge_pairs([pair for _, pair in pairs], helpers, root, settings)
@@ -181,21 +181,23 @@ def write(path, out, reasons):
     Raises: ValueError if the file has changed meanwhile; nothing is replaced then.
     """
 
-    def write_both(kept_path, dropped_path):
-        with open(kept_path, "w", encoding="utf-8") as kept, open(dropped_path, "w", encoding="utf-8") as dropped:
-            for element, why in itertools.zip_longest(json_files.records(path), reasons):
-                if element is None or why is None:
-                    raise ValueError(f"{path} has changed while it was filtered: no longer {len(reasons)} records")
-                record = element.value
-                if why:
-                    told = {"text": text_of(path, element)} if isinstance(record, ValueError) else {"record": record}
-                    record = {"where": element.where, "reasons": why} | told
-                (dropped if why else kept).write(json.dumps(record, ensure_ascii=False) + "\n")
+    def lines(kept):
+        for element, why in itertools.zip_longest(json_files.records(path), reasons):
+            if element is None or why is None:
+                raise ValueError(f"{path} has changed while it was filtered: no longer {len(reasons)} records")
+            record = element.value
+            if why:
+                told = {"text": text_of(path, element)} if isinstance(record, ValueError) else {"record": record}
+                record = {"where": element.where, "reasons": why} | told
+            if kept != bool(why):
+                yield json.dumps(record, ensure_ascii=False) + "\n"
 
-    def write_dropped(kept):
-        files.replace(out / "dropped.jsonl", lambda dropped: write_both(kept, dropped))
+    def save(temporary, kept):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(lines(kept))
 
-    files.replace(out / "kept.jsonl", write_dropped)
+    for name, kept in (("kept", True), ("dropped", False)):
+        files.replace(out / f"{name}.jsonl", lambda temporary, kept=kept: save(temporary, kept))
     counts = Counter(why[0].partition(":")[0] if why else "kept" for why in reasons)
     dropped = {why: counts[why] for why in ORDER if counts[why]}
     return {"records": len(reasons), "kept": counts["kept"], "dropped": dropped}

@@ -25,7 +25,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,14 @@ from nanovlm.vlit.samples import Unreadable, defects, picture, read
 from nanovlm.vlit.words import COLORS, LEXICON, RELATIONS, content, named, number, tokens
 
 PROPOSED = 200  # instructions from which a language model proposes task labels
+FLAGS = {  # of Settings: whole numbers from 1 on
+    "kept": "pairs that encoder and judge see, at most",
+    "instructions": "instructions drawn of each task",
+    "smallest": "personas of the smallest cluster that counts",
+    "responses": "responses of a draw",
+    "draws": "draws of responses, where there are enough of them",
+    "min_samples": "of DBSCAN: responses within eps that make a core, itself counted",
+}
 MOST_TASKS = 1000  # different ones; the samples' own field may hold anything
 NAMED = 1000  # unreadable records and defects named one by one in a report; all are counted
 BOX = re.compile(r"\[\s*[\d.]+(?:\s*,\s*[\d.]+)+\s*\]|<box>.*?</box>")  # coordinates
@@ -54,34 +62,29 @@ CLAUSE = re.compile(r"[,;:]|\b(?:and|or|but|while|which|that|because|if|when|who
 NUMBER = re.compile(r"(?<![\d.])\d+(?![\d]|\.\d)")
 
 
-def _flag(default, help):
-    """A field that is a flag: a whole number from 1 on."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class Settings:
-    """How a data set is measured; all of it stands in the report."""
+    """How a data set is measured; all of it stands in the report. FLAGS says what the flags among them mean."""
 
     size: int | None = None  # samples drawn at random; None = all
     seed: int = 0
-    kept: int = _flag(2000, "pairs that encoder and judge see, at most")
+    kept: int = 2000
     votes: int = 5  # of the judge on each pair, odd
     temperature: float = 0.8  # of the votes
     task_field: bool = False  # the samples' own `task` is taken
-    instructions: int = _flag(1000, "instructions drawn of each task")
+    instructions: int = 1000
     min_count: int = 1  # instructions that two words must share to be joined
-    smallest: int = _flag(5, "personas of the smallest cluster that counts")
-    responses: int = _flag(10_000, "responses of a draw")
-    draws: int = _flag(5, "draws of responses, where there are enough of them")
+    smallest: int = 5
+    responses: int = 10_000
+    draws: int = 5
     eps: float = 0.3  # of DBSCAN: cosine distance, 1 - cosine
-    min_samples: int = _flag(1, "of DBSCAN: responses within eps that make a core, itself counted")
+    min_samples: int = 1
     literal_min_samples: int = 3  # of the form as printed
 
     def __post_init__(self):
-        for one in fields(self):
-            if one.metadata and vars(self)[one.name] < 1:
-                raise ValueError(f"--{one.name.replace('_', '-')} is {vars(self)[one.name]}; it must be 1 or more")
+        for name in FLAGS:
+            if vars(self)[name] < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {vars(self)[name]}; it must be 1 or more")
         if not 0 <= self.eps <= 2:
             raise ValueError(f"eps {self.eps}, a cosine distance, lies from 0 to 2")
         if self.votes < 1 or self.votes % 2 == 0:
@@ -136,7 +139,7 @@ def measure(path, settings=Settings(), root=None, helpers=Helpers()):
     Raises: ValueError if the file holds no pair, or fewer samples than settings.size.
     """
     judge, indicators = helpers.judge, []
-    sklearn_module()  # if it is missing, that is said before the file is read
+    sklearn_module("")  # if it is missing, that is said before the file is read
     found = Survey(path, settings, root, helpers)
     for make in (matching_degree, grounding, correctness, task_diversity, instruction_diversity, response_diversity,
                  elements_lexical, complexity, balance):  # fmt: skip
@@ -218,7 +221,7 @@ class Survey:
 
     def __init__(self, path, settings=Settings(), root=None, helpers=Helpers()):
         self.settings, self.root, self.helpers, seed = settings, root, helpers, settings.seed
-        self.records = self.unreadable = self.defective = self.num_pairs = 0
+        self.records = self.unreadable = self.defective = 0
         self.tasks, self.defects, self.words, self.seconds = (Counter() for _ in range(4))
         self.elements, self.proxies, self.problems, drawn = Mean(), Mean(), [], {}
         self.responses, pairs = Reservoir(settings.responses * settings.draws, seed), Reservoir(settings.kept, seed)
@@ -229,37 +232,43 @@ class Survey:
                 raise ValueError(f"{path} holds {total} readable samples; {settings.size} were asked for")
             stream = chosen(stream, total, settings.size, seed)
         for where, sample in tqdm(stream, desc=f"read {path}", unit="record", total=settings.size, disable=None):
-            readable = not isinstance(sample, Unreadable)
-            broken = defects(sample, root, decode=False) if readable else [("unreadable", str(sample))]
-            self.problems += [(where, f"{rule}: {words}") for rule, words in broken][: NAMED - len(self.problems)]
-            self.records += readable
-            self.unreadable += not readable
-            if readable:
-                self.defective += bool(broken)
-                self.defects.update({rule for rule, _ in broken})
-            for instruction, response in sample.pairs if readable else ():
-                start = time.perf_counter()
-                task = sample.task if settings.task_field and sample.task else tagging.tag(instruction)
-                tagged = time.perf_counter()
-                self.elements.add(elements(instruction, helpers.lexicon))
-                counted = time.perf_counter()
-                self.proxies.add(proxy(instruction, len(sample.pairs)))
-                self.seconds.update({"T": tagged - start, "O/G": counted - tagged, "IC": time.perf_counter() - counted})
-                self.num_pairs += 1
+            if isinstance(sample, Unreadable):
+                self.unreadable += 1
+                self.note(where, [("unreadable", str(sample))])
+                continue
+            broken = defects(sample, root, decode=False)
+            self.note(where, broken)
+            self.records += 1
+            self.defective += bool(broken)
+            self.defects.update({rule for rule, _ in broken})
+            for instruction, response in sample.pairs:
+                task = self.timed("T", tagging.task_of, sample, instruction, settings.task_field)
+                self.elements.add(self.timed("O/G", elements, instruction, helpers.lexicon))
+                self.proxies.add(self.timed("IC", proxy, instruction, len(sample.pairs)))
                 self.tasks[task] += 1
+                if len(self.tasks) > MOST_TASKS:
+                    raise ValueError(f"more than {MOST_TASKS} different tasks, the last {task!r}; leave out --task-field")
                 if task not in drawn:
-                    if len(drawn) == MOST_TASKS:
-                        told = f"more than {MOST_TASKS} different tasks, the last {task!r}"
-                        raise ValueError(f"{told}; leave out --task-field")
                     drawn[task] = Reservoir(settings.instructions, f"{seed}/{task}")
                 drawn[task].add(instruction)
                 pairs.add((sample, instruction, response))
                 self.responses.add(response)
                 self.words[len(response.split())] += 1
+        self.num_pairs = self.tasks.total()
         if not self.num_pairs:
             first = "; the first problem: {}: {}".format(*self.problems[0]) if self.problems else ""
             raise ValueError(f"{path}: no instruction with a response in {self.records} readable samples{first}")
         self.pairs, self.labels, self.by_task = pairs.kept, self.tasks, {task: one.kept for task, one in drawn.items()}
+
+    def note(self, where, broken):
+        self.problems += [(where, f"{rule}: {words}") for rule, words in broken][: NAMED - len(self.problems)]
+
+    def timed(self, key, function, *args):
+        """Call a function on the account of an indicator."""
+        start = time.perf_counter()
+        found = function(*args)
+        self.seconds[key] += time.perf_counter() - start
+        return found
 
 
 # The indicators: function Survey -> Indicator
@@ -297,8 +306,8 @@ def grounding(found):
     """Share of the names in a response that the picture's annotations hold; None without annotations."""
     if not found.helpers.facts:
         return None
-    seen = [(response, facts) for sample, _, response in found.pairs if (facts := known(sample, found.helpers.facts))]
-    shares = [grounding_precision(response, facts) for response, facts in seen]
+    shares = [grounding_precision(response, facts) for sample, _, response in found.pairs
+              if (facts := known(sample, found.helpers.facts))]  # fmt: skip
     how = "percent of the annotated names in a response that its picture's annotations hold; no matching degree"
     told = Mean(100 * share for share in shares if share is not None)
     return mean_of("grounding", "grounding precision", how, told, {"pairs that name nothing known": shares.count(None)})
@@ -314,9 +323,14 @@ def grounding_precision(response, facts):
 def correctness(found):
     """C: share of right answers, by the votes of a judge, or without one by rules where annotations decide."""
     judge, settings, facts = found.helpers.judge, found.settings, found.helpers.facts or {}
+    if not judge and not facts:
+        return Indicator("C", "correctness", None, "not measured: neither --annotations nor --judge")
     told = [(question, answer, known(sample, facts)) for sample, question, answer in found.pairs]
-    ruled = [verdict for *pair, one in told if one and (verdict := verify(*pair, one)) is not None]
+    decided = [verdict for *pair, one in told if one and (verdict := verify(*pair, one)) is not None]
+    how = "percent right of the pairs that rules can decide from annotations; coverage: their share of all pairs"
+    beside = {"coverage": len(decided) / len(told)}
     if judge:
+        ruled = {"by rule": 100 * sum(decided) / len(decided), "coverage of rules": beside["coverage"]} if decided else {}
         votes = judge_pairs(found.pairs, found.helpers, found.root, settings)
         missing, votes = votes.count(None), [vote for vote in votes if vote]
         decided = [right for right, _, _ in votes if right is not None]
@@ -325,14 +339,7 @@ def correctness(found):
         beside = {
             "pictures missing": missing, "agreement": sum(share for _, share, _ in votes) / max(1, len(votes)),
             "undecided": len(votes) - len(decided), "unreadable votes": sum(number for _, _, number in votes),
-        }  # fmt: skip
-        if ruled:
-            beside |= {"by rule": 100 * sum(ruled) / len(ruled), "coverage of rules": len(ruled) / len(told)}
-    elif facts:
-        how = "percent right of the pairs that rules can decide from annotations; coverage: their share of all pairs"
-        decided, beside = ruled, {"coverage": len(ruled) / len(told)}
-    else:
-        return Indicator("C", "correctness", None, "not measured: neither --annotations nor --judge")
+        } | ruled  # fmt: skip
     right, total = sum(decided), len(decided)
     value, reach = (100 * right / total, tuple(100 * edge for edge in wilson(right, total))) if total else (None, None)
     return Indicator("C", "correctness", value, how, total, reach, beside)
@@ -347,23 +354,28 @@ def judge_pairs(pairs, helpers, root, settings):
     Returns: per pair (right: True, False, or None where the readable votes tie or are none; share of the readable votes
       that agree; number of unreadable votes), or None where the judge's picture is missing or no file (base64).
     """
-    judge, chats = helpers.judge, []
-    for sample, question, answer in pairs:
-        image, told = "", "" if judge.accepts_images else helpers.describe(sample)
-        if judge.accepts_images and sample.images:
-            first, *_ = pictures_of(sample, root) or [None]
-            image = str(first) if isinstance(first, Path) else None
-        told = f"About the picture: {told}\n" if told else ""
-        chat = prompt("judge", image or "", instruction=question, response=answer, told=told)
-        chats.append(None if image is None else chat)
-    replies = judge.ask(list(filter(None, chats)), settings.votes, settings.temperature, 8, settings.seed)
-    found = []
+    judge, found = helpers.judge, []
+    chats = [_judged(one, helpers, root) for one in pairs]
+    replies = iter(judge.ask(list(filter(None, chats)), settings.votes, settings.temperature, 8, settings.seed))
     for chat in chats:
-        verdicts = list(map(parse_verdict, replies.pop(0))) if chat else []
+        verdicts = list(map(parse_verdict, next(replies))) if chat else []
         yes, no = verdicts.count(True), verdicts.count(False)
         right, share = None if yes == no else yes > no, max(yes, no) / max(1, yes + no)
         found.append((right, share, verdicts.count(None)) if chat else None)
     return found
+
+
+def _judged(pair, helpers, root):
+    """What the judge is asked about (Sample, question, answer): replies.Chat, or None without its picture."""
+    (sample, question, answer), image, told = pair, "", ""
+    if not helpers.judge.accepts_images:
+        told = helpers.describe(sample)
+    elif sample.images:
+        image, *_ = pictures_of(sample, root) or [None]
+        if not isinstance(image, Path):
+            return None
+    told = f"About the picture: {told}\n" if told else ""
+    return prompt("judge", str(image), instruction=question, response=answer, told=told)
 
 
 def task_diversity(found):
@@ -401,28 +413,28 @@ def balance(found):
 def instruction_clusters(by_task, settings=Settings()):
     """Instruction diversity of {task: list of str}.
 
-    Returns: {"value": mean over tasks of the clusters of at least settings.smallest personas, "literal": of all
-      clusters, "tasks": {task: (number of instructions, clusters that count, all clusters)}}.
+    Returns: (mean over tasks of the clusters of at least settings.smallest personas, mean of all clusters, {task:
+      clusters that count}).
     """
-    told = {}
+    large, literal = {}, []
     for task, texts in by_task.items():
         sizes = list(map(len, ego_splitting(cooccurrence(map(content, texts), settings.min_count))))
-        told[task] = len(texts), sum(size >= settings.smallest for size in sizes), len(sizes)
-    _, value, literal = numpy.mean(list(told.values()), axis=0).tolist()
-    return {"value": value, "literal": literal, "tasks": told}
+        large[task] = sum(size >= settings.smallest for size in sizes)
+        literal.append(len(sizes))
+    return sum(large.values()) / len(large), sum(literal) / len(large), large
 
 
 def instruction_diversity(found):
     """How many clusters the instructions of each task fall into."""
-    told, settings = instruction_clusters(found.by_task, found.settings), found.settings
+    settings = found.settings
+    value, literal, large = instruction_clusters(found.by_task, settings)
     how = (
         f"Ego-Splitting over the words of at most {settings.instructions} instructions of each task, joined by "
         f"{settings.min_count} instruction in common; clusters of {settings.smallest} or more personas, mean over "
         "tasks. literal: all clusters, which grow with the sample"
     )
-    beside = {"literal": told["literal"]} | {task: large for task, (_, large, _) in told["tasks"].items()}
-    measured = sum(number for number, _, _ in told["tasks"].values())
-    return Indicator("I", "instruction diversity", told["value"], how, measured, beside=beside)
+    measured = sum(map(len, found.by_task.values()))
+    return Indicator("I", "instruction diversity", value, how, measured, beside={"literal": literal} | large)
 
 
 def response_clusters(draws, settings=Settings(), embed=tfidf_vectors):
@@ -434,8 +446,8 @@ def response_clusters(draws, settings=Settings(), embed=tfidf_vectors):
     rows = []
     for texts in draws:
         points = embed(texts)
-        labels = dbscan(points, settings.eps, settings.min_samples)
-        literal = dbscan(points, settings.eps, settings.literal_min_samples)
+        labels, literal = (dbscan(points, settings.eps, least)
+                           for least in (settings.min_samples, settings.literal_min_samples))  # fmt: skip
         rows.append((labels.max() + 1, literal.max() + 1, (literal == -1).mean(), vendi(points), distinct_2(texts)))
     names = ("clusters", "literal clusters", "noise", "vendi", "distinct-2")
     means = dict(zip(names, numpy.mean(rows, axis=0).tolist()))

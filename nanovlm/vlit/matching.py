@@ -78,23 +78,17 @@ def load_encoder(folder, recipe=None):
     Raises: FileNotFoundError; ValueError if the folder holds no two towers.
     """
     folder = Path(folder)
-    path, tokenizer_path = folder / "config.json", folder / "tokenizer.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    if "recipe" in config:
+    path = folder / "config.json"
+    if path.is_file() and "recipe" in (config := json.loads(path.read_text())):
         return _trained_here(folder, config, recipe)
     loaded = load_model(folder)
     if not hasattr(loaded.model, "embed_texts"):
         raise ValueError(f"{folder} holds {type(loaded.model).__name__}, not a pair of towers; give a CLIP folder")
-    if not tokenizer_path.is_file():
-        raise FileNotFoundError(f"{tokenizer_path}: missing; responses cannot be read without it")
-    backend = tokenizers.Tokenizer.from_file(str(tokenizer_path))
-    begin, end = backend.token_to_id(BEGIN), backend.token_to_id(END)
-    if begin is None or end is None:
-        raise ValueError(f"{tokenizer_path} lacks {BEGIN} or {END}; it is not CLIP's")
-
-    def ids(text):
-        return [begin, *backend.encode(text, add_special_tokens=False).ids, end]
-
+    backend = tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    begin, end = map(backend.token_to_id, (BEGIN, END))
+    if None in (begin, end):
+        raise ValueError(f"{folder / 'tokenizer.json'} lacks {BEGIN} or {END}; it is not CLIP's")
+    ids = lambda text: [begin, *backend.encode(text, add_special_tokens=False).ids, end]
     return Encoder("MD", loaded.model.eval(), ids, loaded.image_size, loaded.image_fit, loaded.preprocessing)
 
 
@@ -109,8 +103,5 @@ def _trained_here(folder, config, recipe):
 
 def own_encoder(towers, tokenizer, image_size, image_fit="crop"):
     """The Encoder of towers trained here. towers: contrastive.ContrastiveModel. tokenizer: data.tokenizer.Tokenizer."""
-
-    def ids(text):
-        return [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
-
+    ids = lambda text: [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
     return Encoder("MD (own encoder)", towers, ids, image_size, image_fit)

@@ -15,6 +15,7 @@ import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import numpy
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from nanovlm.vlit.clustering import simcse_vectors, tfidf_vectors
 from nanovlm.vlit.correctness import facts_of, keys_of, known
 from nanovlm.vlit.descriptions import sentences
 from nanovlm.vlit.generators import add_generator_flags, open_generator
-from nanovlm.vlit.indicators import Helpers, Settings, count_records, measure
+from nanovlm.vlit.indicators import FLAGS, Helpers, Settings, count_records, measure
 from nanovlm.vlit.matching import load_encoder
 from nanovlm.vlit.replies import Judge, Replies
 from nanovlm.vlit.words import LEXICON, load_table
@@ -46,9 +47,8 @@ def add_measure_flags(parser):
     add("--embedding", choices=EMBEDDINGS, default="tfidf", help="of responses (default: tfidf)")
     add("--lexicon", metavar="FILE", help="names of things, one a line, instead of the built-in ones")
     add("--task-field", action="store_true", help="take the samples' own `task` where there is one")
-    for one in fields(Settings):
-        if one.metadata:
-            add(f"--{one.name.replace('_', '-')}", type=int, default=one.default, metavar="N", **one.metadata)
+    for name, words in FLAGS.items():
+        add(f"--{name.replace('_', '-')}", type=int, default=vars(Settings)[name], metavar="N", help=words)
     add("--eps", type=float, default=Settings.eps, help="of DBSCAN, 1 - cosine")
     add("--seed", type=int, default=0)
     add_generator_flags(parser)
@@ -69,7 +69,7 @@ def helpers_of(args, out):
     told = {key: sentences(one) for one in pictures for key in keys_of(one)}
     if args.lexicon:
         lines = Path(args.lexicon).read_text(encoding="utf-8").lower().split("\n")
-        lexicon = frozenset(line.strip() for line in lines if line.strip())
+        lexicon = frozenset(filter(None, map(str.strip, lines)))
     out.mkdir(parents=True, exist_ok=True)
     if args.generator != "template":
         judge = Judge(open_generator(args), Replies(out / "replies.jsonl"))
@@ -116,8 +116,8 @@ def notes(indicators):
     """How each indicator was computed, and what stands beside it: list of str."""
     lines = []
     for one in indicators:
-        told = [f"{name} {value if isinstance(value, int) else number(value, 0)}" for name, value in one.beside.items()]
-        lines += [f"{one.key}: {one.computation}", *([f"    {', '.join(told)}"] if told else [])]
+        told = ", ".join(f"{name} {value if isinstance(value, int) else number(value, 0)}" for name, value in one.beside.items())
+        lines += [f"{one.key}: {one.computation}", *([f"    {told}"] if told else [])]
     return lines
 
 
@@ -138,8 +138,7 @@ def write(folder, path, settings, indicators, found):
     told = [
         f"{path}: {found.records} samples, {found.num_pairs} instructions with a response; {found.unreadable} records "
         f"unreadable, {found.defective} samples with defects{f' ({kinds})' if kinds else ''}",
-        *(f"    {problem}" for problem in problems[:SHOWN]),
-        *(["    … more in report.json"] if len(problems) > SHOWN else []),
+        *(f"    {problem}" for problem in problems[:SHOWN]), *["    … more in report.json"][: len(problems) // (SHOWN + 1)],
         "", *table(indicators), "", *notes(indicators), "", f"peak memory of this process {peak:.0f} MiB",
     ]  # fmt: skip
     figure = plot(indicators, found, settings)
@@ -173,9 +172,9 @@ def plot(indicators, found, settings):
     for axes in (tasks, clusters):
         axes.invert_yaxis()
     edges = [0, *(2**power for power in range(max(found.words).bit_length() + 1))]
+    bins, _ = numpy.histogram(list(found.words), edges, weights=list(found.words.values()))
     names = [f"{low}" if high == low + 1 else f"{low}–{high - 1}" for low, high in zip(edges, edges[1:])]
-    bins = [sum(map(found.words.__getitem__, range(low, high))) for low, high in zip(edges, edges[1:])]
-    lengths.bar(names, [100 * count / found.num_pairs for count in bins], color="tab:green")
+    lengths.bar(names, 100 * bins / found.num_pairs, color="tab:green")
     lengths.tick_params(axis="x", labelrotation=60)
     lengths.set(xlabel="words of a response", ylabel="share of responses (%)", title="response length")
     return figure
@@ -230,36 +229,33 @@ def labels(paths):
 
 def comparison(found):
     """Table 4 of {name: list of Indicator}: list of str, the review's own rows below for orientation."""
-    first = next(iter(found.values()))
+    keys = {one.key: one.better for one in next(iter(found.values()))}
     width = max(map(len, (*found, *REVIEW["data sets"]))) + 3
 
     def row(name, values, digits=2, absent="-"):
-        cells = (number(values[one.key], 12, digits) if one.key in values else f"{absent:>12}" for one in first)
+        cells = (number(values[key], 12, digits) if key in values else f"{absent:>12}" for key in keys)
         return f"{name:<{width}}" + "".join(cells)
 
-    lines = [f"{'':<{width}}" + "".join(f"{one.key + ' ' + ARROWS[one.better]:>12}" for one in first)]
+    lines = [f"{'':<{width}}" + "".join(f"{key + ' ' + ARROWS[better]:>12}" for key, better in keys.items())]
     for name, rows in found.items():
         literal = {one.key: one.beside["literal"] for one in rows if "literal" in one.beside}
         lines += [row(name, {one.key: one.value for one in rows}), row("  as printed", literal, absent="")]
     lines.append("the review's Table 4, by its own tools:")
-    for place, name in enumerate(REVIEW["data sets"]):
-        lines.append(row(name, {key: values[place] for key, values in REVIEW["values"].items()}, 1))
-    return lines
+    return lines + [row(name, {key: values[place] for key, values in REVIEW["values"].items()}, 1)
+                    for place, name in enumerate(REVIEW["data sets"])]  # fmt: skip
 
 
 def plot_comparison(found):
     """One small diagram for each indicator that was measured, a bar with its interval for each data set: Figure."""
     shown = [bars for bars in zip(*found.values()) if any(one.value is not None for one in bars)]
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(3.1 * columns, 0.9 + 2.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    rows = -(-len(shown) // 4)
+    figure = Figure(figsize=(12.4, 0.9 + 2.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, 4, squeeze=False).flatten()
     for axes, bars in zip(grid, shown):
         values = [one.value or 0.0 for one in bars]
-        reach = [one.interval or (value, value) for one, value in zip(bars, values)]
-        error = zip(*((max(0.0, value - low), max(0.0, high - value)) for value, (low, high) in zip(values, reach)))
-        axes.bar(range(len(bars)), values, yerr=list(error), color=[f"C{n}" for n in range(len(bars))], capsize=3)
-        axes.set_xticks(range(len(bars)), list(found), rotation=20, ha="right", fontsize=8)
+        edges = numpy.array([one.interval or (value, value) for one, value in zip(bars, values)])
+        axes.bar(list(found), values, yerr=abs(edges.T - values), color=[f"C{n}" for n in range(len(bars))], capsize=3)
+        axes.tick_params(axis="x", labelrotation=20, labelsize=8)
         axes.set_title(f"{bars[0].key}: {bars[0].name}", fontsize=9)
         axes.set_ylabel(f"{bars[0].better} is better", fontsize=8)
     for axes in grid[len(shown) :]:

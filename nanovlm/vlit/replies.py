@@ -96,11 +96,8 @@ class Replies:
     def __init__(self, path, field="key"):
         self.file, self.places = JsonLines(path), {}
         for number, (start, answer) in enumerate(self.file.places(), start=1):
-            try:
-                if not all(isinstance(one, str) for one in (answer["key"], answer["chat"], *answer["replies"])):
-                    raise TypeError("key, chat and replies must be texts")
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: no recorded answer ({error}); remove the line") from error
+            if not isinstance(answer, dict) or not {"key", "chat", "replies"} <= answer.keys():
+                raise ValueError(f"{path}, line {number}: no recorded answer; remove the line")
             self.places[answer[field]] = start
 
     def __len__(self):
@@ -130,74 +127,66 @@ class Replay:
         """As every generator; the first n recorded texts of each chat. Raises: Refused where there are fewer."""
         found = [self.replies.get(chat.sha)[:n] for chat in chats]
         if (fewest := min(map(len, found))) < n:
-            raise Refused(f"{self.replies.file.path} holds {fewest} of the {n} answers to this request")
+            raise Refused(f"{self.name} holds {fewest} of the {n} answers to this request")
         return found
 
 
 class Judge:
-    """A generator whose answers are written down (replies: None = nowhere): nothing is asked or paid for twice.
+    """A generator whose answers are written down: nothing is asked or paid for twice.
 
     Attributes: tokens: words and signs read and written, a stand-in for tokens, whatever the tokenizer.
     """
 
-    def __init__(self, generator, replies=None):
+    def __init__(self, generator, replies):
         self.generator, self.replies, self.tokens = generator, replies, 0
         self.name, self.accepts_images = generator.name, generator.accepts_images
 
     def ask(self, chats, n, temperature, max_tokens, seed, stop=()):
         """Texts for each Chat: list of lists of n str; a chat that was refused has none."""
-        drawing = Drawing(n, temperature, max_tokens, seed, stop)
-        if self.replies is None:
-            found = self.generator.generate(chats, **vars(drawing))
-        else:
-            ask((Request("", chat) for chat in chats), self.generator, drawing, self.replies, len(chats))
-            found = [self.replies.get(key_of(chat, self.generator, drawing)) for chat in chats]
+        requests, drawing = (Request("", chat) for chat in chats), Drawing(n, temperature, max_tokens, seed, stop)
+        answers = ask(requests, self.generator, drawing, self.replies, Counter(), len(chats))
+        found = [answer if isinstance(answer, list) else [] for _, answer in answers]
         texts = [text for chat in chats for _, text in chat.messages] + sum(found, [])
         self.tokens += sum(len(TOKEN.findall(text)) for text in texts)
         return found
 
 
-def ask(requests, generator, drawing, replies, total=None):
-    """Put every Request whose answer is not in the file yet, and write the answers there. total: of them, for the bar.
+def ask(requests, generator, drawing, replies, counts, total=None):
+    """Answer every Request, from the file or by the generator, whose answers are written there.
 
-    Returns: (Counter of "asked", "recorded" and "refused", list of (id, why) of those refused).
+    Args: counts: Counter that receives "asked", "recorded" and "refused". total: of the requests, for the bar.
+    Returns: iterator of (Request, its texts, or the exception that says why there are none), in the same order.
     Raises: GeneratorError where the generator cannot go on; what was answered until then is in the file.
     """
-    counts, refused, known = Counter(), [], set()
-    bar = tqdm(desc=f"asking {generator.name}", total=total, unit="request", disable=None)
+    known, requests = set(), iter(requests)
 
-    def new():
-        for request in requests:
-            key = key_of(request.chat, generator, drawing)
-            if key in replies.places or key in known:  # two of the same words are asked once
-                counts["recorded"] += 1
-                bar.update()
-            else:
-                known.add(key)
-                yield key, request
+    def new_of(batch):
+        keys = [key_of(request.chat, generator, drawing) for request in batch]
+        new = {key: one for key, one in zip(keys, batch) if key not in replies.places and key not in known}
+        known.update(new)  # two of the same words are asked once
+        return batch, keys, new
 
-    def answers(batch):
-        return _answers([request.chat for _, request in batch], generator, drawing)
+    def answers(item):
+        *_, new = item
+        return dict(zip(new, _answers([request.chat for request in new.values()], generator, drawing)))
 
-    waiting = new()
-    batches = iter(lambda: list(itertools.islice(waiting, generator.batch_size)), [])
-    with bar:
-        for batch, found in in_parallel(answers, batches, generator.workers):
-            for (key, request), answer in zip(batch, found):
+    batches = map(new_of, iter(lambda: list(itertools.islice(requests, generator.batch_size)), []))
+    with tqdm(desc=f"asking {generator.name}", total=total, unit="request", disable=None) as bar:
+        for (batch, keys, new), found in in_parallel(answers, batches, generator.workers):
+            for key, answer in found.items():
                 if isinstance(answer, list):
-                    replies.add(key, request.chat, generator, answer)
-                else:
-                    refused.append((request.id, str(answer)))
-                counts["asked" if isinstance(answer, list) else "refused"] += 1
+                    replies.add(key, new[key].chat, generator, answer)
+            for key, request in zip(keys, batch):
+                answer = found.pop(key, None)
+                counts["recorded" if answer is None else "asked" if isinstance(answer, list) else "refused"] += 1
+                yield request, replies.get(key) if answer is None else answer
             bar.update(len(batch))
-            bar.set_postfix(counts, refresh=False)
-    return counts, refused
 
 
 def _answers(chats, generator, drawing):
     """The answers to some chats: per chat a list of str, or the exception that says why there is none."""
     try:
-        return generator.generate(chats, **vars(drawing))
+        return generator.generate(chats, **vars(drawing)) if chats else []
     except (Refused, ImageError, FileNotFoundError) as error:
         return [error] if len(chats) == 1 else [_answers([chat], generator, drawing)[0] for chat in chats]
 
@@ -213,17 +202,15 @@ def in_parallel(function, items, workers):
         return
     items, under_way, failure, pool = iter(items), deque(), None, ThreadPool(workers)
     while True:
-        new = itertools.islice(items, 0 if failure else workers - len(under_way))
-        under_way.extend((item, pool.apply_async(function, (item,))) for item in new)
+        for item in itertools.islice(items, 0 if failure else workers - len(under_way)):
+            under_way.append((item, pool.apply_async(function, (item,))))
         if not under_way:
             break
         item, call = under_way.popleft()
         try:
-            result = call.get()
+            yield item, call.get()
         except Exception as error:
             failure = failure or error
-        else:
-            yield item, result
     pool.close()
     if failure:
         raise failure

@@ -14,9 +14,8 @@ import json
 import random
 from dataclasses import dataclass
 
-from nanovlm.names import nearest
 from nanovlm.vlit.annotations import Annotation, Picture
-from nanovlm.vlit.descriptions import describe
+from nanovlm.vlit.descriptions import FORMS
 from nanovlm.vlit.replies import PROMPTS, Chat, digest
 from nanovlm.vlit.words import load_table
 
@@ -53,22 +52,14 @@ class Example:
     region: Annotation | None
     turns: list
 
-    @classmethod
-    def read(cls, plans, annotations, turns, region=None):
-        """An entry of examples.json; region: id of an annotation."""
-        notes = [Annotation(**note) for note in annotations]
-        marked = next((note for note in notes if note.id == region), None)
-        return cls(plans, Picture("example", annotations=notes), marked, turns)
+
+def _example(plans, annotations, turns, region=None):
+    """An entry of examples.json; region: id of an annotation."""
+    notes = {note["id"]: Annotation(**note) for note in annotations}
+    return Example(plans, Picture("example", annotations=list(notes.values())), notes.get(region), turns)
 
 
-EXAMPLES = [Example.read(**example) for example in load_table("examples.json")]
-
-
-def find_plan(name):
-    """A plan by its name. Raises: ValueError with the nearest known one."""
-    if name not in PLANS:
-        raise ValueError(f"unknown plan {name!r}.{nearest(name, PLANS)}")
-    return PLANS[name]
+EXAMPLES = [_example(**entry) for entry in load_table("examples.json")]
 
 
 def written(turns):
@@ -79,10 +70,9 @@ def written(turns):
 
 def chosen_lines(plan, lines=None):
     """The requirements that a plan states, or `lines` instead; the second only about a region. Raises: ValueError."""
-    lines = lines or plan.lines
-    if unknown := [number for number in lines if number not in REQUIREMENTS]:
-        raise ValueError(f"there is no requirement {unknown[0]}; they are numbered from 1 to {max(REQUIREMENTS)}")
-    return tuple(number for number in lines if number != 2 or plan.granularity == "region")
+    if unknown := set(lines or ()) - set(REQUIREMENTS):
+        raise ValueError(f"there is no requirement {unknown.pop()}; they are numbered from 1 to {len(REQUIREMENTS)}")
+    return tuple(number for number in lines or plan.lines if number != 2 or plan.granularity == "region")
 
 
 def system_prompt(plan, lines=None):
@@ -102,9 +92,9 @@ def chat(picture, plan, region=None, form="sentences", lines=None, seed=0, image
     fitting = [one for one in EXAMPLES if plan.name in one.plans]
     messages = [("system", system_prompt(plan, lines))]
     for one in random.Random(digest([seed, picture.id, plan.name])).sample(fitting, NUM_EXAMPLES):
-        messages += [("user", _given(describe(one.picture, form, one.region))), ("assistant", written(one.turns))]
+        messages += [("user", _given(FORMS[form](one.picture, one.region))), ("assistant", written(one.turns))]
     reminders = " ".join(REMINDERS[number] for number in sorted(chosen_lines(plan, lines)) if number in REMINDERS)
-    messages.append(("user", _given(describe(picture, form, region), reminders)))
+    messages.append(("user", _given(FORMS[form](picture, region), reminders)))
     return Chat(tuple(messages), image, (plan, picture, region))
 
 

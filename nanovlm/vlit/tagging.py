@@ -49,6 +49,11 @@ def tag(instruction):
     return best if near[best] >= NEAREST else OTHER
 
 
+def task_of(sample, instruction, own):
+    """The task of one of a sample's instructions: str. own: the sample's field `task` is taken where there is one."""
+    return sample.task if own and sample.task else tag(instruction)
+
+
 def propose(judge, instructions, seed=0):
     """Labels for some instructions: list of str, those alike to a commoner one merged. Raises: ValueError for none."""
     groups = [instructions[begin : begin + TOGETHER] for begin in range(0, len(instructions), TOGETHER)]

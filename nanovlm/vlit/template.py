@@ -7,7 +7,8 @@ and the whole pipeline runs on it without one. The seed and the number of the dr
 
 import random
 
-from nanovlm.vlit.descriptions import SEVERAL, counts, named_region, question
+from nanovlm.vlit.annotations import middle
+from nanovlm.vlit.descriptions import SEVERAL, counts, named_region, question, stopped
 from nanovlm.vlit.replies import PROMPTS, Refused, digest
 from nanovlm.vlit.self_instruct import written
 from nanovlm.vlit.words import ALWAYS_SEVERAL, GROUP_OF, NUMBERS, OTHER_NAMES, USES, counted, one_of, plural
@@ -64,10 +65,10 @@ class Rounds:
             told = self.knowledge()[:2]
             return (first + told + seen[:1]) if told else []
         rounds = first + (self.names() if described else []) + seen
-        if plan.rounds:
-            rounds += self.absent()[: max(0, plan.rounds - len(rounds))]
-            return rounds[: plan.rounds + 1] if len(rounds) >= plan.rounds else []
-        return rounds[:4]
+        if not plan.rounds:
+            return rounds[:4]
+        rounds += self.absent()[: max(0, plan.rounds - len(rounds))]
+        return rounds[: plan.rounds + 1] if len(rounds) >= plan.rounds else []
 
     def description(self):
         """What the captions say, one or two of them."""
@@ -98,12 +99,11 @@ class Rounds:
                  if one is not other and one.value not in ALWAYS_SEVERAL]  # fmt: skip
         found = []
         for one, other in self._shuffled(pairs)[:2]:
-            apart = (one.box[0] + one.box[2] - other.box[0] - other.box[2]) / 2
+            apart = middle(one.box)[0] - middle(other.box)[0]
             asked, truth = self.draw.choice(("left", "right")), "left" if apart < 0 else "right"
-            answer = f"No, it is to the {truth} of the {other.value}."
             if abs(apart) > CLOSE:
-                answer = f"Yes, it is on the {truth}." if asked == truth else answer
-                found.append((f"Is the {one.value} to the {asked} of the {other.value}?", answer))
+                yes, no = f"Yes, it is on the {truth}.", f"No, it is to the {truth} of the {other.value}."
+                found.append((f"Is the {one.value} to the {asked} of the {other.value}?", yes if asked == truth else no))
         return found
 
     def attributes(self):
@@ -134,12 +134,9 @@ class Rounds:
 
     def wrong_number(self):
         """A wrong number, put right."""
-        found = []
-        for name in self._shuffled(self.known):
-            wrong = self.counts[name] + self.draw.choice((1, 2))
-            if wrong < len(NUMBERS):
-                found.append((f"Are there {counted(name, wrong)}?", f"No, there {_are(name, self.counts[name])}."))
-        return found
+        wrong = [(name, self.counts[name] + self.draw.choice((1, 2))) for name in self._shuffled(self.known)]
+        return [(f"Are there {counted(name, number)}?", f"No, there {_are(name, self.counts[name])}.")
+                for name, number in wrong if number < len(NUMBERS)]  # fmt: skip
 
     def knowledge(self):
         """What the categories in the picture are for."""
@@ -149,8 +146,8 @@ class Rounds:
     def marked(self):
         """About the marked object alone."""
         region, name = self.region, self.region.value
-        rounds = [(self._ask("marked"), f"The box marks {named_region(self.picture, region)}.")]
-        rounds.append(("Where is the marked region?", f"It is {place_of(region.box)}."))
+        first = self._ask("marked"), f"The box marks {named_region(self.picture, region)}."
+        rounds = [("Where is the marked region?", f"It is {place_of(region.box)}.")]
         if region.kind == "object":
             number = self.counts.get(name)
             if number == 1:
@@ -162,7 +159,7 @@ class Rounds:
             rounds.append((f"Is {one_of(other)} in the box?", f"No, the box marks {one_of(name)}."))
             if name in USES:
                 rounds.append((f"Can you tell me more about the marked {name}?", _use(name)))
-        return rounds[:1] + self._shuffled(rounds[1:])
+        return [first, *self._shuffled(rounds)]
 
     def _ask(self, kind, *words):
         return self.draw.choice(ASKED[kind]).format(*words)
@@ -173,10 +170,8 @@ class Rounds:
 
 def place_of(box):
     """Where a box lies: "in the middle of the picture", "at the top left". By the thirds in which its centre falls."""
-    across, down = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    row = "top" if down < 1 / 3 else "bottom" if down > 2 / 3 else ""
-    column = "left" if across < 1 / 3 else "right" if across > 2 / 3 else ""
-    place = " ".join(filter(None, (row, column)))
+    thirds = [sum(side > edge for edge in (1 / 3, 2 / 3)) for side in middle(box)]
+    place = " ".join(filter(None, (("top", "", "bottom")[thirds[1]], ("left", "", "right")[thirds[0]])))
     return f"at the {place} of the picture" if place else "in the middle of the picture"
 
 
@@ -191,8 +186,7 @@ def _use(name):
 
 def _sentence(words):
     """An annotation as a sentence: capital letter, full stop."""
-    words = _capital(words.strip())
-    return words if words.endswith((".", "!", "?")) else f"{words}."
+    return stopped(_capital(words.strip()))
 
 
 def _capital(words):

@@ -126,9 +126,8 @@ def test_instruction_clusters_are_a_mean_over_tasks():
     one = ["paint cat dog pet fur tail", "bank cat money loan cash vault"]  # two large clusters, "cat" in both
     other = ["red"]
     found = instruction_clusters({"a": one, "b": other})
-    assert found["tasks"] == {"a": (2, 2, 2), "b": (1, 0, 1)}
-    assert found["value"] == 1 and found["literal"] == 1.5
-    assert instruction_clusters({"a": one}, Settings(smallest=7))["value"] == 0
+    assert found == (1, 1.5, {"a": 2, "b": 0})
+    assert instruction_clusters({"a": one}, Settings(smallest=7))[0] == 0
 
 
 @real_data

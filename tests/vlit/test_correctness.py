@@ -23,7 +23,7 @@ from nanovlm.vlit import annotations
 from nanovlm.vlit.correctness import Facts, Thing, facts_of, known, verify
 from nanovlm.vlit.indicators import Helpers, Settings, grounding_precision, judge_pairs
 from nanovlm.vlit.matching import BEGIN, END, load_encoder, own_encoder
-from nanovlm.vlit.replies import Judge
+from nanovlm.vlit.replies import Judge, Replies
 from nanovlm.vlit.samples import sample
 from nanovlm.published.weights import write_checkpoint
 from tests.random_models import randomise
@@ -141,11 +141,11 @@ def test_real_counts_against_cocos_boxes():
     assert found["COCO_val2014_000000515716.jpg"] is False
 
 
-def test_votes():
+def test_votes(tmp_path):
     replies = iter([["Yes", "yes.", "No"], ["Yes", "No", "hm"], ["?", "", "maybe"], ["No!", "no", "No"]])
     says = Says(lambda chat, n: next(replies))
-    helpers = Helpers(judge=Judge(says), describe=lambda sample: "a red car")
-    assert judge_pairs([(about("a.png"), "q", "a")] * 4, helpers, ".", Settings(votes=3)) == [
+    helpers = Helpers(judge=Judge(says, Replies(tmp_path / "replies.jsonl")), describe=lambda sample: "a red car")
+    assert judge_pairs([(about("a.png"), "q", answer) for answer in "abcd"], helpers, ".", Settings(votes=3)) == [
         (True, pytest.approx(2 / 3), 0), (None, 0.5, 1), (None, 0.0, 3), (False, 1.0, 0),
     ]  # fmt: skip
     assert "About the picture: a red car" in says.asked[0].messages[-1][1]

@@ -190,36 +190,38 @@ class Scripted:
         return [[f"{word} {draft}" for draft in range(n)] for word in words]
 
 
-def requests(words):
-    return [Request(f"id {word}", Chat((("user", word),))) for word in words]
+def put(words, generator, path, **drawing):
+    """(Counter of what happened, list of answers) of requests of one letter each, written to a file."""
+    counts, requests = Counter(), (Request(f"id {word}", Chat((("user", word),))) for word in words)
+    answers = ask(requests, generator, Drawing(**{"n": 1} | drawing), Replies(path), counts)
+    return counts, [answer if isinstance(answer, list) else f"{request.id}: {answer}" for request, answer in answers]
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (2, 1), (1, 3), (2, 2)])
 def test_every_request_is_asked_once_and_refusals_are_named(tmp_path, batch_size, workers):
-    replies, again = Replies(tmp_path / "replies.jsonl"), Scripted(refuses="c")
-    generator = Scripted("c", batch_size=batch_size, workers=workers)
-    counts, refused = ask(requests("abcdea"), generator, Drawing(n=2), replies)
-    assert counts == {"asked": 4, "refused": 1, "recorded": 1} and refused == [("id c", "not c")]
-    counts, _ = ask(requests("abcde"), again, Drawing(n=2), Replies(tmp_path / "replies.jsonl"))
-    assert again.calls == [["c"]] and counts["recorded"] == 4
-    assert ask(requests("a"), again, Drawing(n=3), replies)[0]["asked"] == 1  # another drawing is another answer
+    path, again = tmp_path / "replies.jsonl", Scripted(refuses="c")
+    counts, answers = put("abcdea", Scripted("c", batch_size=batch_size, workers=workers), path, n=2)
+    assert counts == {"asked": 4, "refused": 1, "recorded": 1}
+    assert answers == ["id c: not c" if word == "c" else [f"{word} 0", f"{word} 1"] for word in "abcdea"]
+    assert put("abcde", again, path, n=2)[0]["recorded"] == 4 and again.calls == [["c"]]
+    assert put("a", again, path, n=3)[0]["asked"] == 1  # another drawing is another answer
 
 
 def test_the_same_words_are_asked_once_even_within_a_batch(tmp_path):
     generator = Scripted(batch_size=3)
-    counts, _ = ask(requests("aabab"), generator, Drawing(n=1), Replies(tmp_path / "replies.jsonl"))
+    counts, answers = put("aabab", generator, tmp_path / "replies.jsonl")
     assert generator.calls == [["a", "b"]] and counts == {"asked": 2, "recorded": 3}
+    assert answers == [[f"{word} 0"] for word in "aabab"]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_failure_stops_the_run_and_keeps_what_was_answered(tmp_path, workers):
-    path, all_of_them = tmp_path / "replies.jsonl", requests("abcdefghijklmnop")
+    path, words = tmp_path / "replies.jsonl", "abcdefghijklmnop"
     with pytest.raises(GeneratorError, match="down"):
-        ask(all_of_them, Scripted(fails="d", workers=workers), Drawing(n=1), Replies(path))
+        put(words, Scripted(fails="d", workers=workers), path)
     answered = len(Replies(path))
     assert 3 <= answered < 15
-    counts, _ = ask(all_of_them, Scripted(workers=workers), Drawing(n=1), Replies(path))
-    assert counts == {"recorded": answered, "asked": 16 - answered}
+    assert put(words, Scripted(workers=workers), path)[0] == {"recorded": answered, "asked": 16 - answered}
 
 
 def test_no_more_is_taken_than_the_threads_can_hold():
@@ -232,11 +234,11 @@ def test_no_more_is_taken_than_the_threads_can_hold():
 
 def test_a_line_that_a_kill_cut_off_is_removed_and_others_are_named(tmp_path):
     path = tmp_path / "replies.jsonl"
-    ask(requests("ab"), Scripted(), Drawing(n=1), Replies(path))
+    put("ab", Scripted(), path)
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"key": "x", "chat"')
     assert len(Replies(path)) == 2
-    ask(requests("c"), Scripted(), Drawing(n=1), Replies(path))
+    put("c", Scripted(), path)
     assert len(Replies(path)) == 3 and path.read_bytes().startswith(whole)
     path.write_bytes(b'{"key": 1}\n' + whole)
     with pytest.raises(ValueError, match="replies.jsonl, line 1: no recorded answer"):
@@ -244,9 +246,8 @@ def test_a_line_that_a_kill_cut_off_is_removed_and_others_are_named(tmp_path):
 
 
 def test_recorded_answers_are_replayed_whoever_gave_them(tmp_path):
-    path = tmp_path / "replies.jsonl"
-    ask(requests("ab"), Scripted(), Drawing(n=3, seed=9), Replies(path))
-    chats = [one.chat for one in requests("ba")]
+    path, chats = tmp_path / "replies.jsonl", [Chat((("user", word),)) for word in "ba"]
+    put("ab", Scripted(), path, n=3, seed=9)
     assert Replay(path).generate(chats, n=2) == [["b 0", "b 1"], ["a 0", "a 1"]]
     for asked, n, words in ((chats, 4, "3 of the 4"), ([HELLO], 1, "0 of the 1")):
         with pytest.raises(Refused, match=words):

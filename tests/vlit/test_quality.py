@@ -99,7 +99,7 @@ def test_a_judge_votes_marks_and_names_tasks(folder):
 def test_what_a_judge_is_told_and_shown(folder, sees):
     says = Says(reply)
     says.accepts_images = sees
-    helpers = Helpers(judge=Judge(says), describe=lambda sample: f"told of {sample.id}")
+    helpers = Helpers(judge=Judge(says, Replies(folder / "replies.jsonl")), describe=lambda sample: f"told of {sample.id}")
     found = measured(folder / "data.jsonl", Settings(votes=1), folder, helpers)
     chats = [chat for chat in says.asked if "Is the answer right" in chat.messages[-1][1]]
     assert all(("told of" in chat.messages[-1][1]) != sees for chat in chats)
@@ -160,13 +160,14 @@ def test_tasks_by_rule(instruction, task):
     assert tag(instruction) == task and (task == OTHER or task in TASKS)
 
 
-def test_labels_of_a_language_model():
-    tags = propose(Judge(Says(reply)), [f"instruction {n}" for n in range(45)])
+def test_labels_of_a_language_model(tmp_path):
+    judge = Judge(Says(reply), Replies(tmp_path / "replies.jsonl"))
+    tags = propose(judge, [f"instruction {n}" for n in range(45)])
     assert tags == ["counting", "asking why"]  # numbers and bullets gone, equal names merged
-    assert assign(Judge(Says(reply)), ["how many?", "why?"], tags) == ["counting", OTHER]
+    assert assign(judge, ["how many?", "why?"], tags) == ["counting", OTHER]
     assert covering(["a"] * 98 + ["b", OTHER]) == {"a": 98, OTHER: 2}
     with pytest.raises(ValueError, match="named no task"):
-        propose(Judge(Says(lambda chat, n: [])), ["one"])
+        propose(Judge(Says(lambda chat, n: []), Replies(tmp_path / "none.jsonl")), ["one"])
 
 
 def test_balance_by_hand():
