@@ -85,8 +85,8 @@ def field(record, name, kinds, where):
     names = name if isinstance(name, tuple) else (name,)
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: an object with {name} was expected, found {type(record).__name__}")
-    name = next((name for name in names if name in record), None)
+        raise ValueError(f"{where}: an object with {' or '.join(names)} was expected, found {type(record).__name__}")
+    name = next(filter(record.__contains__, names), None)
     if name is None:
         raise ValueError(f"{where}: field {' or '.join(map(repr, names))} is missing; found {', '.join(map(repr, record)) or 'nothing'}")
     value = record[name]

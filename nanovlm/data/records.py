@@ -145,19 +145,21 @@ def record_of(item, where, clip, locate):
     field(item, "id", (str, int), where)
     where = f"{where} (id {item['id']!r})"
     said = spoken(item, where)
-    shown = {"<image>": [Visual(str(path), (path,)) for path in map(locate, _files(item, "image", where))]}
+    def find(name):
+        return locate(name.replace("\\", "/"))  # which Windows writes the other way round
+
+    shown = {"<image>": [Visual(str(path), (path,)) for path in map(find, _files(item, "image", where))]}
     found = _files(item, "video", where)
     if found:  # elsewhere <video> is a word
-        sources = [locate(one) if isinstance(one, str) else tuple(map(locate, one)) for one in found]
+        sources = [find(one) if isinstance(one, str) else tuple(map(find, one)) for one in found]
         shown["<video>"] = [Visual(str(source), replace(clip, source=source)) for source in sources]
     waiting = {placeholder: iter(visuals) for placeholder, visuals in shown.items()}
     turns, visuals, asked = [], [], Counter()
     for place, (speaker, words) in enumerate(said, start=1):
         role = _role(speaker, words, f"{where}, turn {place}")
         if place == 1 and role == "user":  # as LLaVA does with pictures that no text mentions
-            unmentioned = [name for name, given in shown.items() if not any(name in text for _, text in said)
-                           for _ in given]
-            words = "\n".join([*unmentioned, words])
+            text = "".join(text for _, text in said)
+            words = "\n".join([*(name for name in shown if name not in text for _ in shown[name]), words])
         parts = []  # what the assistant writes is text, whatever it looks like
         for piece in re.split(f"({'|'.join(shown)})", words) if role == "user" else [words]:
             if role == "user" and piece in shown:
@@ -185,18 +187,14 @@ def _files(item, name, where):
     value = item.get(name, item.get(f"{name}s"))
     if value is None or value == "" or value != value:  # a table's empty cell; pandas writes NaN
         return []
-    several = isinstance(value, list) and (name == "image" or any(isinstance(one, list) for one in value))
+    several = isinstance(value, list) and (name == "image" or list in map(type, value))
     found = value if several else [value]
     for one in found:
-        frames = one if isinstance(one, list) and name == "video" else [one]
-        if not frames or not all(isinstance(frame, str) and frame for frame in frames):
-            form = "a list of paths" if name == "image" else "a list of frames or of such"
-            raise ValueError(f"{where}: field {name!r} must be a path or {form}, found {one!r}")
-        for frame in frames:
-            if re.match("[a-z]+://", frame):
-                raise ValueError(f"{where}: {frame} is an address, not a file; download it and name the file")
-    slashes = lambda one: one.replace("\\", "/") if isinstance(one, str) else [*map(slashes, one)]
-    return slashes(found)
+        for path in one if name == "video" and isinstance(one, list) and one else [one]:
+            if not isinstance(path, str) or not path or "://" in path:
+                raise ValueError(f"{where}: field {name!r} must be a path or a list of paths of files on this machine, "
+                                 f"found {path!r}")  # fmt: skip
+    return found
 
 
 def spoken(item, where):
@@ -205,10 +203,9 @@ def spoken(item, where):
     `conversations` or `messages`, of {from, value} or {role, content}; content may be a list of parts.
     """
     said = []
-    for place, turn in enumerate(field(item, "messages" if "messages" in item else "conversations", list, where), start=1):
+    for place, turn in enumerate(field(item, ("messages", "conversations"), list, where), start=1):
         here = f"{where}, turn {place}"
-        name, content = ("role", "content") if "role" in turn else ("from", "value")
-        speaker, words = field(turn, name, str, here), field(turn, content, (str, list), here)
+        speaker, words = field(turn, ("role", "from"), str, here), field(turn, ("content", "value"), (str, list), here)
         if isinstance(words, list):
             words = "".join("<image>" if field(part, "type", str, here) == "image" else field(part, "text", str, here)
                             for part in words)

@@ -1,10 +1,8 @@
 """Augmentation: boxes are drawn as documented, the same ones for the same seed and record, in training alone."""
 
 import dataclasses
-import json
 import math
 import statistics
-from argparse import Namespace
 
 import numpy
 import pytest
@@ -18,10 +16,9 @@ from nanovlm.data.batching import build_batch, pixels_of
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
-from nanovlm.training.progress import StopRequests, Stopped
-from nanovlm.training.start import make_run
+from nanovlm.training.progress import Stopped
 from nanovlm.training.stages import AUGMENTATIONS as NAMES
-from nanovlm.training.trainer import Trainer
+from test_trainer import losses, make, train
 
 
 def noise(width, height, seed=0):
@@ -141,13 +138,6 @@ def test_two_views_of_a_picture_are_two_pictures():
     assert not torch.equal(batch.pixels[0], batch.pixels[3])
 
 
-WISHES = {
-    "recipe": "tiny", "size": None, "stages": ["align"], "without": [], "init": None, "lora": None, "data": None,
-    "images": None, "datasets": None, "device": "cpu", "threads": 1, "precision": None, "seed": 0, "max_minutes": None, "workers": 0, "max_damaged": 0.01, "allow_missing": False, "smoke": False,
-    "recompute": False, "compile": False, "keep": 1, "save_in_background": False,
-}  # fmt: skip
-
-
 class Pictures(tiny_recipe.Squares):
     """Squares with something to see in them."""
 
@@ -157,22 +147,14 @@ class Pictures(tiny_recipe.Squares):
         return dataclasses.replace(record, visuals=visuals)
 
 
-def losses(out, augmentation, stopped=False):
-    """The losses of a tiny run; stopped: after its first step, then resumed."""
-    sources = tiny_recipe.RECIPE.sources | {"pictures": Pictures}
-    recipe = dataclasses.replace(tiny_recipe.RECIPE, sources=sources)
-    setting = [f"align.augmentation={augmentation}"]
-    wishes = WISHES | {"set": setting}
-    if stopped:
-        with pytest.raises(Stopped):
-            run = make_run(recipe, Namespace(**wishes | {"max_minutes": 0, "resume": False}), out)
-            Trainer(run, StopRequests()).train()
-    Trainer(make_run(recipe, Namespace(**wishes, resume=stopped), out), StopRequests()).train()
-    entries = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [entry["loss"] for entry in entries if "loss" in entry]
-
-
 def test_a_resumed_run_sees_the_same_views(tmp_path):
-    whole = losses(tmp_path / "whole", "crop_flip")
-    assert losses(tmp_path / "stopped", "crop_flip", stopped=True) == whole
-    assert losses(tmp_path / "plain", "none") != whole
+    recipe = dataclasses.replace(tiny_recipe.RECIPE, sources=tiny_recipe.RECIPE.sources | {"pictures": Pictures})
+
+    def run(name, augmentation, **options):
+        return make(tmp_path / name, recipe, stages=["align"], set=[f"align.augmentation={augmentation}"], **options)
+
+    with pytest.raises(Stopped):
+        train(run("stopped", "crop_flip", max_minutes=0))
+    for name, augmentation in (("stopped", "crop_flip"), ("whole", "crop_flip"), ("plain", "none")):
+        train(run(name, augmentation))
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole") != losses(tmp_path / "plain")

@@ -73,17 +73,6 @@ def test_a_picture_in_many_rows_is_encoded_once(tokenizer):
         assert torch.equal(batch.pixels[frame], expected)
 
 
-@pytest.mark.parametrize("template", [NANO, INLINE])
-def test_image_tokens_are_as_many_as_the_pictures_shown(tokenizer, template):
-    batch = batch_of(RECORDS, tokenizer, template)
-    tokens = [counted(8, frames) for frames in batch.frames.tolist()]
-    assert int((batch.ids == IMAGE_TOKEN).sum()) == sum(tokens[visual] for visual in batch.shown.tolist())
-    per_row = [0] * 5
-    for visual, row in zip(batch.shown.tolist(), batch.owner.tolist()):
-        per_row[row] += tokens[visual]
-    assert (batch.ids == IMAGE_TOKEN).sum(1).tolist() == per_row
-
-
 def test_appearances_follow_the_row_not_the_record(tokenizer):
     record = Record("r", (picture(1), picture(2)), ((Turn("user", (1, "a", 0, 1)), Turn("assistant", ("b",))),))
     batch = batch_of([record], tokenizer, INLINE)
@@ -107,15 +96,6 @@ def test_rounds_are_rows(tokenizer):
     rows = [write(segments(talk, LYNX), tokenizer, [2]) for talk in (talks[:2], talks, record.conversations[1])]
     assert [ids[: len(row.ids)].tolist() for ids, row in zip(batch.ids, rows)] == [row.ids for row in rows]
     assert batch.shown.tolist() == [0, 0] and batch.owner.tolist() == [0, 1]
-
-
-def test_pictures_are_fitted(tokenizer):
-    red = Image.new("RGB", (16, 8), (255, 0, 0))
-    record = Record("r", (Visual("v", (red,)),), (talk("what?", "red", 0),))
-    for fit in images.FITS:
-        batch = build_batch([record], NANO, tokenizer, counted, 4, fit, 99)
-        assert torch.equal(batch.pixels[0], images.to_pixels(red, 4, fit))
-    assert (batch.ids == IMAGE_TOKEN).sum() == counted(4, 1)
 
 
 def test_cuts_are_on_the_right_and_counted(tokenizer):

@@ -32,12 +32,6 @@ def noise(width, height, seed=0):
     return Image.fromarray(values)
 
 
-def test_rgb_is_untouched(tmp_path):
-    image = noise(5, 4)
-    assert colors(saved(image, tmp_path / "a.png")) == colors(image)
-    assert images.load(str(tmp_path / "a.png")).size == (5, 4)
-
-
 PALETTE = Image.new("P", (2, 1))
 PALETTE.putpalette([255, 0, 0, 0, 0, 255])
 
@@ -140,17 +134,6 @@ def test_files_that_are_no_picture(tmp_path, name, content, message):
         images.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "webp", "tif", "bmp"])
-@pytest.mark.parametrize("share", [0.03, 0.3, 0.6, 0.9])
-def test_files_cut_short(tmp_path, ending, share):
-    path = tmp_path / f"a.{ending}"
-    noise(64, 64).save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(ValueError, match=f"a.{ending}: the image is damaged or cut short"):
-        images.load(path)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL remarks on what it finds
 def test_damaged_bytes_give_a_picture_or_a_named_error(tmp_path):
     """Whatever is broken inside, nothing but the named error comes out."""
@@ -159,6 +142,10 @@ def test_damaged_bytes_give_a_picture_or_a_named_error(tmp_path):
         path = tmp_path / f"a.{ending}"
         noise(24, 24).save(path)
         whole = numpy.frombuffer(path.read_bytes(), dtype=numpy.uint8)
+        for share in (0.03, 0.3, 0.6, 0.9):
+            path.write_bytes(whole[: int(len(whole) * share)].tobytes())
+            with pytest.raises(images.ImageError, match=f"a.{ending}: the image is damaged or cut short"):
+                images.load(path)
         for _ in range(60):
             broken = whole.copy()
             places = rng.integers(0, min(len(broken), 120), 4)
@@ -168,16 +155,6 @@ def test_damaged_bytes_give_a_picture_or_a_named_error(tmp_path):
                 assert images.load(path).mode == "RGB"
             except images.ImageError as error:
                 assert f"a.{ending}" in str(error)
-
-
-def test_too_many_pixels_are_refused_from_the_header(tmp_path):
-    path = tmp_path / "big.png"
-    noise(30, 20).save(path)
-    assert images.load(path, max_pixels=600).size == (30, 20)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:60])  # the header alone is enough to refuse it
-    with pytest.raises(ValueError, match="big.png: 30 x 20 is 600 pixels, more than the limit of 599.*max_pixels"):
-        images.load(path, max_pixels=599)
 
 
 def png_of(path, side):
@@ -284,14 +261,6 @@ def test_pixels_are_normalised_channels_first():
     torch.testing.assert_close(pixels[:, 0, 1], (1 - mean) / std)  # row 0, column 1
     assert images.MEAN == (0.48145466, 0.4578275, 0.40821073)
     assert images.STD == (0.26862954, 0.26130258, 0.27577711)
-
-
-def test_pixels_crop_unless_told_otherwise():
-    image = noise(20, 10)
-    assert torch.equal(images.to_pixels(image, 5), images.to_pixels(image, 5, "crop"))
-    assert not torch.equal(images.to_pixels(image, 5), images.to_pixels(image, 5, "pad"))
-    many = images.normalise(numpy.stack([numpy.asarray(noise(4, 4, seed)) for seed in range(3)]))
-    assert torch.equal(many[2], images.to_pixels(noise(4, 4, 2), 4))
 
 
 def test_bad_arguments():

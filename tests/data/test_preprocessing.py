@@ -1,10 +1,8 @@
 """A model's own preprocessing reaches training and conversation: batches, both losses, chat."""
 
 import dataclasses
-from argparse import Namespace
 
 import numpy
-import pytest
 import torch
 from PIL import Image
 
@@ -13,17 +11,15 @@ from nanovlm.training import update
 from nanovlm.generation.chat import Assistant, Chat
 from nanovlm.training.checkpoint import replace_tensors
 from nanovlm.data import images
-from nanovlm.data.batching import Report, build_batch, contrastive_batch, pixels_of
+from nanovlm.data.batching import Report
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.templates import CHATML, NANO, PLAIN
 from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
 from nanovlm.published.load import open_trained
-from nanovlm.training.start import make_run
 from nanovlm.generation.sampler import Decoding
+from test_trainer import make
 from tiny import random_vlm
 
-WISHES = Namespace(recipe="tiny", size=None, stages=None, without=[], set=[], init=None, lora=None, resume=False,
-                   data=None, images=None, datasets=None, device="cpu", threads=1, precision=None, seed=0, max_minutes=None, workers=0, max_damaged=0.01, allow_missing=False, smoke=True)
 PICTURE = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=numpy.uint8))
 RECORD = Record("r", (Visual("v", (PICTURE,)),), ((Turn("user", (0, "what?")), Turn("assistant", ("red",))),))
 
@@ -32,19 +28,9 @@ def wanted(size, fit, preprocessing):
     return images.to_pixels(PICTURE, size, fit, preprocessing)[None]
 
 
-@pytest.mark.parametrize("preprocessing", [images.CLIP, images.SIGLIP])
-def test_batches(preprocessing):
-    tokenizer = train_tokenizer(["what?"], 270)
-    batch = build_batch([RECORD], NANO, tokenizer, lambda *_: 2, 8, "pad", 60, preprocessing=preprocessing)
-    assert torch.equal(batch.pixels, wanted(8, "pad", preprocessing))
-    pixels, *_ = contrastive_batch([RECORD], tokenizer, 8, "pad", 60, preprocessing=preprocessing)
-    assert torch.equal(pixels, wanted(8, "pad", preprocessing))
-    assert torch.equal(pixels_of(RECORD.visuals, 8, "pad", preprocessing), pixels)
-
-
 def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path):
     recipe = dataclasses.replace(tiny_recipe.RECIPE, preprocessing=images.SIGLIP, stage_templates={"align": PLAIN})
-    run = make_run(recipe, WISHES, tmp_path / "run")
+    run = make(tmp_path / "run", recipe, smoke=True)
     tower, align = run.stages
     (batch,), = update.language_batch(run, align, [RECORD], Report(), 1).inputs
     ((pixels, _),), *_ = update.pairs_batch(run, tower, [RECORD], Report(), 1).inputs
@@ -52,14 +38,14 @@ def test_training_sees_the_recipes_pixels_and_the_stages_template(tmp_path):
     assert torch.equal(pixels, wanted(tower.image_size, tower.image_fit, images.SIGLIP))
     written = [id for id in batch.ids[0].tolist() if id >= 0]
     assert written == [run.tokenizer.bos, *run.tokenizer.encode("red\n")]
-    plain = make_run(tiny_recipe.RECIPE, WISHES, tmp_path / "plain")
+    plain = make(tmp_path / "plain", smoke=True)
     (batch,), = update.language_batch(plain, align, [RECORD], Report(), 1).inputs
     assert torch.equal(batch.pixels, wanted(align.image_size, align.image_fit, images.CLIP))
 
 
 def test_a_folder_is_asked_in_the_form_of_its_last_stage(tmp_path):
     recipe = dataclasses.replace(tiny_recipe.RECIPE, stage_templates={"align": PLAIN})
-    run = make_run(recipe, WISHES, tmp_path / "run")
+    run = make(tmp_path / "run", recipe, smoke=True)
     replace_tensors(run.out / "model.safetensors", run.model.state_dict())
     config = run.identity | {"image_size": run.model.vision.image_size}
     assert open_trained(run.out, config, recipe, torch.float32, "cpu").template == PLAIN

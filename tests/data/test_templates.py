@@ -201,16 +201,6 @@ def test_words_without_pictures_keep_their_blanks():
     )
 
 
-def test_neighbouring_texts_become_one_segment():
-    rendered = segments((Turn("user", ("a", "b")), Turn("assistant", ("c", "d"))), NANO)
-    assert rendered == [
-        Segment(special="bos"),
-        Segment("user: ab\nbot:"),
-        Segment(" cd", trained=True),
-        Segment(special="eos", trained=True),
-    ]
-
-
 def test_ids_and_labels_in_one_pass(tokenizer):
     row = write(segments(CHAT, VICUNA), tokenizer, COUNTS)
     bos, eos, encode = tokenizer.bos, tokenizer.eos, tokenizer.encode

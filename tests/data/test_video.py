@@ -10,11 +10,8 @@ import torch
 from PIL import Image
 
 from nanovlm.data import images, video
-from nanovlm.data.batching import build_batch, pixels_of
+from nanovlm.data.batching import pixels_of
 from nanovlm.data.datasets import LlavaJson, listed_sources
-from nanovlm.data.templates import NANO
-from nanovlm.data.tokenizer import train_tokenizer
-from nanovlm.vlm import IMAGE_TOKEN
 
 
 def shade(number, size=(8, 6)):
@@ -211,25 +208,6 @@ def test_images_and_videos_keep_their_places(tmp_path, clips):
     assert parts == [(0, " then ", 1), ("a",), (2, " or ", 3, "?"), ("<video>",)]
     assert [len(visual.frames) for visual in record.visuals] == [1, 5, 5, 1]
     assert shades(map(images.load, record.visuals[3].frames)) == [5] and shades(record.visuals[2].frames) == [7] * 5
-
-
-def test_a_batch_of_pictures_and_videos(tmp_path, clips):
-    items = [
-        {"id": "words", "conversations": talk("hi")},
-        {"id": "film", "video": "a.gif", "conversations": talk("<video>what?")},
-        {"id": "picture", "image": "frames/frame3.png", "conversations": talk("<image>what?")},
-    ]
-    reader = source(tmp_path, *items, num_frames=3)
-    records = sorted((reader.record(n) for n in range(3)), key=lambda record: record.id)
-    tokenizer = train_tokenizer(["what?"], 270)
-    count = lambda size, frames: 2 * frames
-    batch = build_batch(records, NANO, tokenizer, count, 8, "crop", 60)
-    assert batch.frames.tolist() == [3, 1] and batch.owner.tolist() == [0, 1] and batch.pixels.shape == (4, 3, 8, 8)
-    assert (batch.ids == IMAGE_TOKEN).sum(1).tolist() == [6, 2, 0]
-    for row, record in enumerate(records):
-        alone = build_batch([record], NANO, tokenizer, count, 8, "crop", 60)
-        length = alone.ids.shape[1]
-        assert torch.equal(batch.ids[row, :length], alone.ids[0])
 
 
 def test_random_frames_are_drawn_anew_at_every_showing(tmp_path, clips):
