@@ -120,7 +120,7 @@ def dialogues(args, output):
             turns.pop()
             cut = cut or "ends with a question: it is left out"
         if not turns:
-            raise ValueError(f"{where}: no question with an answer")
+            raise ValueError("no question with an answer")
         if cut:
             output.note("changed", where, cut)
         if any(system):
@@ -157,7 +157,7 @@ def mimic_it(args, output):
         related = [other for other in one.get("rel_ins_ids") or [] if other != id]
         lost = [other for other in related if other not in places]
         if lost:
-            raise ValueError(f"{where}: related record {lost[0]!r} is not in the file")
+            raise ValueError(f"related record {lost[0]!r} is not in the file")
         found = {id: one} | {other: read_at(args.source, *places[other]) for other in related}
         same = [other for other in related if found[other].get("image_ids") == one.get("image_ids")]
         examples = [other for other in related if other not in same]
@@ -166,15 +166,15 @@ def mimic_it(args, output):
                         "them in front)")
         item = {"id": id, "image": [], "video": [], "conversations": []}
         for member in [*examples[: args.in_context], id, *same]:
-            record, at = found[member], places[member][2]
-            names = [] if member in same else field(record, "image_ids", list, at)
+            record = found[member]
+            names = [] if member in same else field(record, "image_ids", list)
             missing = [name for name in names if name not in pictures]
             if missing:
-                raise ValueError(f"{at}: picture {missing[0]!r} is not in {args.images}")
+                raise ValueError(f"picture {missing[0]!r} is not in {args.images}")
             names = [pictures[name] for name in names]
             film = bool(names) and member.startswith(FILMS)
             item["video" if film else "image"] += [names] if film else names
-            said = (text_field(record, name, at) for name in ("instruction", "answer"))
+            said = (text_field(record, name) for name in ("instruction", "answer"))
             item["conversations"] += exchange(*said, 0 if film else len(names), film)
         told.update([id, *same])
         return {name: value for name, value in item.items() if value}
@@ -185,9 +185,9 @@ def mimic_it(args, output):
 def m3it(args, output):
     """M3IT: lines of {instruction, inputs, outputs, image_base64_str}; older files say input, output, img_str."""
     def make(one, where):
-        words = [text_field(one, "instruction", where), field(one, ("inputs", "input"), str, where).strip()]
-        answer = text_field(one, ("outputs", "output"), where)
-        encoded = field(one, ("image_base64_str", "image", "img_str"), (str, list), where)
+        words = [text_field(one, "instruction"), field(one, ("inputs", "input"), str).strip()]
+        answer = text_field(one, ("outputs", "output"))
+        encoded = field(one, ("image_base64_str", "image", "img_str"), (str, list))
         names = [output.store(text) for text in ([encoded] if isinstance(encoded, str) else encoded)]
         turns = exchange("\n".join(filter(None, words)), answer, len(names))
         return {"id": one.get("id", where), "conversations": turns} | ({"image": names} if names else {})
@@ -204,30 +204,30 @@ def minigpt4(args, output):
     name = args.image_name or "image/{id}.jpg"
 
     def make(one, where):
-        id = field(one, "image_id", (str, int), where)
+        id = field(one, "image_id", (str, int))
         question = args.question or random.Random(str(id)).choice(prompts)  # a function of the record alone
-        return pictured(id, name.format(id=id), question, text_field(one, "caption", where))
+        return pictured(id, name.format(id=id), question, text_field(one, "caption"))
 
     return elements(args.source, "annotations"), make
 
 
 def coco(args, say):
-    """Items about a COCO file's pictures; say: function(annotation, its picture, where) -> (question, answer)."""
+    """Items about a COCO file's pictures; say: function(annotation, its picture) -> (question, answer)."""
     pictures = {field(one.value, "id", (int, str), one.where): one.value for one in elements(args.source, "images")}
 
     def make(one, where):
-        id, image_id = (field(one, name, (int, str), where) for name in ("id", "image_id"))
+        id, image_id = (field(one, name, (int, str)) for name in ("id", "image_id"))
         if image_id not in pictures:
-            raise ValueError(f"{where}: image_id {image_id!r} is none of the {len(pictures)} pictures in the file")
+            raise ValueError(f"image_id {image_id!r} is none of the {len(pictures)} pictures in the file")
         picture = pictures[image_id]
-        return pictured(f"{image_id}-{id}", text_field(picture, "file_name", where), *say(one, picture, where))
+        return pictured(f"{image_id}-{id}", text_field(picture, "file_name"), *say(one, picture))
 
     return elements(args.source, "annotations"), make
 
 
 def coco_captions(args, output):
     """COCO's captions_*.json: an item per sentence."""
-    return coco(args, lambda one, picture, where: (args.question, text_field(one, "caption", where)))
+    return coco(args, lambda one, picture: (args.question, text_field(one, "caption")))
 
 
 def coco_boxes(args, output):
@@ -236,23 +236,23 @@ def coco_boxes(args, output):
              for one in elements(args.source, "categories")}  # fmt: skip
     question = args.question or "What is in the region {box}?"
 
-    def say(one, picture, where):
-        category, box = field(one, "category_id", int, where), field(one, "bbox", list, where)
+    def say(one, picture):
+        category, box = field(one, "category_id", int), field(one, "bbox", list)
         if category not in names:
-            raise ValueError(f"{where}: category_id {category} is none of the file's {len(names)} categories")
+            raise ValueError(f"category_id {category} is none of the file's {len(names)} categories")
         if one.get("iscrowd"):
-            raise ValueError(f"{where}: a crowd, whose box holds more than one {names[category]}")
+            raise ValueError(f"a crowd, whose box holds more than one {names[category]}")
         if not picture.get("width") or not picture.get("height"):
-            raise ValueError(f"{where}: the file does not say how large picture {picture['id']!r} is")
-        return question.replace("{box}", box_text(box, picture, where)), names[category]
+            raise ValueError(f"the file does not say how large picture {picture['id']!r} is")
+        return question.replace("{box}", box_text(box, picture)), names[category]
 
     return coco(args, say)
 
 
-def box_text(box, picture, where):
+def box_text(box, picture):
     """Left, top, width, height in pixels -> left, top, right, bottom, as in LLaVA: "[0.370, 0.584, 0.504, 0.709]"."""
     if len(box) != 4 or not all(isinstance(side, (int, float)) for side in box) or min(box[2:]) < 0:
-        raise ValueError(f"{where}: bbox must be left, top, width and height in pixels, found {box!r}")
+        raise ValueError(f"bbox must be left, top, width and height in pixels, found {box!r}")
     (left, top, width, height), across, down = box, picture["width"], picture["height"]
     shares = (left / across, top / down, (left + width) / across, (top + height) / down)
     return f"[{', '.join(f'{min(max(share, 0), 1):.3f}' for share in shares)}]"
@@ -277,13 +277,13 @@ def vqa(args, output):
         answers[field(one, "question_id", (int, str), where)] = answer.strip(), one.get("image_id")
 
     def make(one, where):
-        id, image_id = (field(one, name, (int, str), where) for name in ("question_id", "image_id"))
+        id, image_id = (field(one, name, (int, str)) for name in ("question_id", "image_id"))
         if id not in answers:
-            raise ValueError(f"{where}: question_id {id!r} has no annotation in {args.annotations}")
+            raise ValueError(f"question_id {id!r} has no annotation in {args.annotations}")
         answer, about = answers[id]
         if about not in (None, image_id):
-            raise ValueError(f"{where}: the question is about picture {image_id!r}, its annotation about {about!r}")
-        return pictured(id, picture_name(image_id, args), asked(text_field(one, "question", where)), answer)
+            raise ValueError(f"the question is about picture {image_id!r}, its annotation about {about!r}")
+        return pictured(id, picture_name(image_id, args), asked(text_field(one, "question")), answer)
 
     return elements(args.source, "questions"), make
 
@@ -300,12 +300,12 @@ def picture_name(id, args):
 def question_lines(args, output):
     """Lines of {image, question or text, answer, answers or label}, as Open-VQA, POPE and many others have them."""
     def make(one, where):
-        question = asked(text_field(one, ("question", "text"), where))
-        answers = field(one, ("answer", "answers", "label"), (str, list), where)
+        question = asked(text_field(one, ("question", "text")))
+        answers = field(one, ("answer", "answers", "label"), (str, list))
         answer = commonest([answers] if isinstance(answers, str) else answers)
         ids = (one.get(name) for name in ("question_id", "id", "index"))
         id = next((id for id in ids if isinstance(id, (str, int))), where)
-        return pictured(id, picture_name(field(one, "image", (int, str), where), args), question, answer)
+        return pictured(id, picture_name(field(one, "image", (int, str)), args), question, answer)
 
     return records(args.source), make
 
@@ -375,8 +375,6 @@ def convert(args):
     out, shards = args.out, args.shards
     if args.format not in FORMATS:
         raise ValueError(f"unknown format {args.format!r}.{nearest(args.format, FORMATS)}")
-    if shards is not None and shards < 1:
-        raise ValueError(f"--shards {shards}: at least one sample must stand in a shard")
     if shards is None and out.suffix != ".jsonl":
         raise ValueError(f"{out}: the name of an output ends with .jsonl; with --shards N it is a folder")
     if not args.source.exists():
@@ -418,11 +416,8 @@ def convert(args):
 def usable(args, output):
     """(item, paths of its pictures) of everything that training would take; what else there is, is reported."""
     found, make = FORMATS[args.format](args, output)
-    if args.format in OWN_PICTURES:
-        root = output.folder
-    else:
-        root = args.images or (args.source if args.source.is_dir() else args.source.parent)
-    at_hand = args.images or args.shards or root != args.source.parent
+    own = args.format in OWN_PICTURES
+    root = output.folder if own else args.images or (args.source if args.source.is_dir() else args.source.parent)
     for element in tqdm(found, desc="converting", unit=" records", disable=None):
         try:
             if isinstance(element.value, ValueError):
@@ -432,7 +427,7 @@ def usable(args, output):
                 continue
             record = record_of(item, element.where, Clip("", 1), lambda name: str(root / name))
             paths = [path for visual in record.visuals for path in files_of(visual.frames)]
-            missing = [path for path in paths if at_hand and not os.path.exists(path)]
+            missing = [path for path in paths if (args.images or args.shards) and not os.path.exists(path)]
             if missing:
                 raise ValueError(f"picture {missing[0]} is missing")
             if args.shards and item.get("video") is not None:

@@ -74,7 +74,7 @@ def parse(data, where):
         raise ValueError(f"{where}: {error}") from error
 
 
-def field(record, name, kinds, where):
+def field(record, name, kinds, where=""):
     """A field of a record.
 
     Args:
@@ -83,24 +83,25 @@ def field(record, name, kinds, where):
     Raises: ValueError if it is missing or of another type.
     """
     names = name if isinstance(name, tuple) else (name,)
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    place = f"{where}: " if where else ""
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: an object with {' or '.join(names)} was expected, found {type(record).__name__}")
+        raise ValueError(f"{place}an object with {' or '.join(names)} was expected, found {type(record).__name__}")
     name = next(filter(record.__contains__, names), None)
     if name is None:
-        raise ValueError(f"{where}: field {' or '.join(map(repr, names))} is missing; found {', '.join(map(repr, record)) or 'nothing'}")
+        missing, found = " or ".join(map(repr, names)), ", ".join(map(repr, record)) or "nothing"
+        raise ValueError(f"{place}field {missing} is missing; found {found}")
     value = record[name]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        expected = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{where}: field {name!r} must be a {expected}, found {value!r}")
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        expected = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise ValueError(f"{place}field {name!r} must be a {expected}, found {value!r}")
     return value
 
 
-def text_field(record, name, where):
+def text_field(record, name, where=""):
     """As `field`: words, without the blanks and line breaks around them. Raises: ValueError if there are none."""
     text = field(record, name, str, where).strip()
     if not text:
-        raise ValueError(f"{where}: field {name!r} is empty")
+        raise ValueError(f"{where and where + ': '}field {name!r} is empty")
     return text
 
 

@@ -144,29 +144,14 @@ def segments(conversation, template, last="assistant"):
     Raises: ValueError if the turns are out of order.
     """
     check_order([turn.role for turn in conversation], last)
-    page = Page(template)
-    if template.image_place == "row":
-        page.show(visual for turn in conversation for visual in visuals_of(turn))
-    if template.begin_with_bos:
-        page.segments.append(Segment(special="bos"))
-    if conversation[0].role == "user":
-        page.write(template.system)
-    for place, turn in enumerate(conversation):
-        if turn.role == "user":
-            page.write(template.turn_prefix if place else "")
-            if template.image_place == "chunk":
-                page.show(visuals_of(turn))
-            page.write(template.user_prefix)
-            page.speak(turn)
-            page.write(template.user_suffix + template.assistant_prefix)
-        else:
-            closed = not template.rounds or place == len(conversation) - 1
-            page.write(template.answer_prefix if place else "", closed)
-            page.speak(turn, closed)
-            page.write(template.answer_suffix, closed)
-            if closed and template.end_with_eos:
-                page.segments.append(Segment(special="eos", trained=True))
-    return page.segments
+    joined = []
+    for one in _pieces(conversation, template):
+        before = joined[-1] if joined else Segment()
+        if one.text and before.text and one.trained == before.trained:
+            joined[-1] = Segment(before.text + one.text, one.trained)
+        elif one != Segment(trained=one.trained):
+            joined.append(one)
+    return joined
 
 
 def visuals_of(turn):
@@ -174,49 +159,58 @@ def visuals_of(turn):
     return [part for part in turn.parts if not isinstance(part, str)]
 
 
-class Page:
-    """The segments of a conversation as they are written; trained: whether what is written is."""
+def _pieces(conversation, template):
+    """The segments of a conversation; texts may be empty, and several behind one another."""
+    if template.image_place == "row":
+        yield from _shown([visual for turn in conversation for visual in visuals_of(turn)], template)
+    if template.begin_with_bos:
+        yield Segment(special="bos")
+    if conversation[0].role == "user":
+        yield from _written(template.system, template)
+    for place, turn in enumerate(conversation):
+        if turn.role == "user":
+            yield from _written(template.turn_prefix if place else "", template)
+            if template.image_place == "chunk":
+                yield from _shown(visuals_of(turn), template)
+            yield from _written(template.user_prefix, template)
+            yield from _spoken(turn, template)
+            yield from _written(template.user_suffix + template.assistant_prefix, template)
+        else:
+            closed = not template.rounds or place == len(conversation) - 1
+            yield from _written(template.answer_prefix if place else "", template, closed)
+            yield from _spoken(turn, template, closed)
+            yield from _written(template.answer_suffix, template, closed)
+            if closed and template.end_with_eos:
+                yield Segment(special="eos", trained=True)
 
-    def __init__(self, template):
-        self.template, self.segments = template, []
 
-    def say(self, text, trained=False):
-        """Words, behind those before them."""
-        before = self.segments[-1] if self.segments else Segment()
-        if text and before.text and before.trained == trained:
-            self.segments[-1] = Segment(before.text + text, trained)
-        elif text:
-            self.segments.append(Segment(text, trained))
+def _written(text, template, trained=False):
+    """A text of the template, cut at its special tokens."""
+    names = "|".join(map(re.escape, template.specials)) or "$^"  # which is nowhere
+    for piece in re.split(f"({names})", text):
+        yield Segment(special=piece, trained=trained) if piece in template.specials else Segment(piece, trained)
 
-    def write(self, text, trained=False):
-        """A text of the template, cut at its special tokens."""
-        names = "|".join(map(re.escape, self.template.specials))
-        for piece in re.split(f"({names})", text) if names else [text]:
-            if piece in self.template.specials:
-                self.segments.append(Segment(special=piece, trained=trained))
-            else:
-                self.say(piece, trained)
 
-    def show(self, visuals, suffix_last=True):
-        """Visual inputs, each with its suffix, the last perhaps without."""
-        visuals = list(visuals)
-        for left, visual in enumerate(visuals, start=1 - len(visuals)):
-            self.segments.append(Segment(visual=visual, special=self.template.media_token or None))
-            self.say(self.template.image_suffix if left or suffix_last else "")
+def _shown(visuals, template, suffix_last=True):
+    """Visual inputs, each with its suffix, the last perhaps without."""
+    for left, visual in enumerate(visuals, start=1 - len(visuals)):
+        yield Segment(visual=visual, special=template.media_token or None)
+        yield Segment(template.image_suffix if left or suffix_last else "")
 
-    def speak(self, turn, trained=False):
-        """What is said in a turn, with the visual inputs that stand in it."""
-        form, parts, visuals = self.template, turn.parts, visuals_of(turn)
-        if visuals and form.image_place != "inline":
-            words = (part.strip() for part in parts if isinstance(part, str))  # the gap an image leaves closes
-            parts = (" ".join(word for word in words if word),)
-            if form.image_place == "turn":
-                self.show(visuals, suffix_last=parts[0] or form.without_questions)  # no newline before no words
-        for part in parts:
-            if not isinstance(part, str):
-                self.show([part])
-            elif not (form.without_questions and turn.role == "user"):
-                self.say(part.lower() if turn.role in form.lower_case else part, trained)
+
+def _spoken(turn, template, trained=False):
+    """What is said in a turn, with the visual inputs that stand in it."""
+    parts, visuals = turn.parts, visuals_of(turn)
+    if visuals and template.image_place != "inline":
+        words = (part.strip() for part in parts if isinstance(part, str))  # the gap an image leaves closes
+        parts = (" ".join(word for word in words if word),)
+        if template.image_place == "turn":  # no newline before no words
+            yield from _shown(visuals, template, suffix_last=parts[0] or template.without_questions)
+    for part in parts:
+        if not isinstance(part, str):
+            yield from _shown([part], template)
+        elif not (template.without_questions and turn.role == "user"):
+            yield Segment(part.lower() if turn.role in template.lower_case else part, trained)
 
 
 def prompt(conversation, template):

@@ -284,7 +284,6 @@ def test_shards(tmp_path, capsys):
         (["llava", "none.json", "out.jsonl"], "none.json: no such file or folder"),
         (["llava", "in.json", "out.json"], "the name of an output ends with .jsonl"),
         (["llava", "in.json", "there.jsonl"], "there.jsonl is there already"),
-        (["llava", "in.json", "out", "--shards", "0"], "--shards 0: at least one sample"),
         (["mimic-it", "in.json", "out.jsonl"], "MIMIC-IT's pictures stand in a second file"),
         (["mimic-it", "in.json", "out.jsonl", "--images", "LA.parquet"], "not the .parquet"),
         (["vqa", "in.json", "out.jsonl"], "VQA's answers stand in a second file"),
