@@ -114,14 +114,6 @@ def test_cuts_are_on_the_right_and_counted(tokenizer):
         batch_of([record], tokenizer, max_tokens=length + 3)  # cut only where it is counted
 
 
-def test_no_cut_without_a_trained_token(tokenizer):
-    record = Record("r", (picture(1),), (talk("q", "AB", 0),))
-    first = batch_of([record], tokenizer).labels[0].ne(IGNORE).nonzero()[0].item()
-    batch_of([record], tokenizer, max_tokens=first + 1, report=Report())
-    with pytest.raises(ValueError, match=f"'r', conversation 0 has no trained token within max_tokens {first}"):
-        batch_of([record], tokenizer, max_tokens=first, report=Report())
-
-
 def test_no_cut_through_a_picture_but_a_later_one_may_go(tokenizer):
     turns = (*talk("q", "A", 0), Turn("user", ("and ", 1)), Turn("assistant", ("B",)))
     record = Record("r", (picture(1), picture(2)), (turns,))

@@ -1,6 +1,5 @@
 """Records and the reader of LLaVA-style files: what a good file becomes."""
 
-import dataclasses
 import json
 import pickle
 import warnings
@@ -95,12 +94,6 @@ def test_images_with_and_without_their_folders(folder):
         assert found.visuals[0].key == str(folder / place)
 
 
-def test_names(folder):
-    path = write(folder, [{"id": "x", "conversations": said("q", "a")}], "animals.v2.json")
-    assert LlavaJson(path).name == "animals.v2"
-    assert LlavaJson(path, name="zoo").name == "zoo"
-
-
 def test_every_epoch_holds_every_record_once_in_its_own_order(folder):
     path = write(folder, [{"id": n, "conversations": said("q", "a")} for n in range(20)])
     source, again, other = LlavaJson(path, seed=3), LlavaJson(path, seed=3), LlavaJson(path, seed=4)
@@ -119,13 +112,6 @@ def test_every_epoch_holds_every_record_once_in_its_own_order(folder):
 def test_permutation_depends_on_each_argument():
     one, *others = (permutation(*seed, length=9).tolist() for seed in ((1, 2), (2, 2), (1, 1), (1, 2, 3)))
     assert sorted(one) == list(range(9)) and one not in others
-
-
-def test_records_cannot_change():
-    record = Record("r", (Visual("v", ("a.png",)),), ((Turn("assistant", ("a",)),),))
-    for part, field in ((record, "id"), (record.visuals[0], "key"), (record.conversations[0][0], "role")):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(part, field, "other")
 
 
 def test_turn_text_leaves_pictures_out():
@@ -147,13 +133,6 @@ def test_turn_text_leaves_pictures_out():
 def test_order_of_turns(roles, last, message):
     with pytest.raises(ValueError, match=message):
         check_order(roles, last)
-
-
-def test_orders_that_are_fine():
-    check_order(["user", "assistant"])
-    check_order(["assistant"])
-    check_order(["user", "assistant", "user"], last="user")
-    check_order(["user"], last="user")
 
 
 def test_records_refuse_what_makes_no_sense():

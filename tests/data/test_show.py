@@ -109,11 +109,6 @@ def test_another_stage_and_the_default_number(command, capsys, tmp_path):
     assert lines.count("<image x36><s>user: what is this?↵bot:[ a Cat</s>]") == 2
 
 
-def test_a_stage_may_be_changed_as_for_training(command, capsys):
-    main([*command, "-n", "2", "--set", "instruct.max_tokens=256"])
-    assert "cut to" not in capsys.readouterr().out
-
-
 def test_the_recipes_own_data_by_seed(command, capsys):
     recipe = command[:3]
     shown = []

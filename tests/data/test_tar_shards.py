@@ -169,6 +169,3 @@ def test_listed_shards(folder):
     assert len(command_line_sources(folder / "some-000000.tar")[0]["data"]) == 4
     with pytest.raises(ValueError, match="images x: shards hold their images"):
         command_line_sources(folder, "x")
-    path.write_text(json.dumps({"pairs": {"reader": "shards", "path": ".", "images": "x"}}))
-    with pytest.raises(ValueError, match="dataset 'pairs': images .*x: shards hold their images"):
-        listed_sources(path)

@@ -88,19 +88,6 @@ def test_the_forms_of_the_papers(name, expected):
 
 
 @pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("NANO", "<0><1><s>user: what is here?\nbot:[ A Cat][</s>]\nuser: and this?\nbot:"),
-        ("LYNX", "<0><1><s>user: what is here?\nbot: a cat\nuser: and this?\nbot:"),
-        ("VICUNA", f"<s>{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:"),
-        ("PLAIN", "<s><0>[A Cat\n]<1>"),
-    ],
-)
-def test_prompts_end_where_the_assistant_speaks(name, expected):
-    assert shown(prompt(CHAT[:3], TEMPLATES[name])) == expected
-
-
-@pytest.mark.parametrize(
     "name, system",
     [
         ("CHATML_SMOLLM2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
@@ -172,11 +159,6 @@ def test_a_text_behind_a_picture_or_special_token_begins_anew():
     assert "".join(chr(id) for id in row.ids if id > 9) == (
         "_USER: _What is here? ASSISTANT: A Cat_USER: _And this? ASSISTANT: No"
     )
-
-
-def test_defaults():
-    rendered = segments((Turn("user", (0, "\nHi", 1)), Turn("assistant", ("Yo",))), Template())
-    assert shown(rendered) == "<s>user: <0>\nHi<1>\nbot:[ Yo][</s>]"
 
 
 @pytest.mark.parametrize(
@@ -276,15 +258,6 @@ def test_prompt_and_reply_are_the_training_row(tokenizer, name):
             assert placed == sum(end - start for _, start, end in row.images)
             order = [part for turn in chat[:stop] for part in turn.parts if not isinstance(part, str)]
             assert [visual for visual, _, _ in row.images] == order
-
-
-def test_turns_out_of_order():
-    with pytest.raises(ValueError, match="ends with the user"):
-        segments(CHAT[:3], NANO)
-    with pytest.raises(ValueError, match="ends with the assistant"):
-        prompt(CHAT, NANO)
-    with pytest.raises(ValueError, match="empty"):
-        segments((), NANO)
 
 
 def test_unknown_names():

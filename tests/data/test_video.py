@@ -83,16 +83,6 @@ def test_random_places_are_one_per_segment():
             assert set(counter) == set(range(first, last + 1)), (total, wanted, number)
 
 
-def test_random_places_of_a_short_clip_are_all_frames_and_repeats():
-    rng = numpy.random.default_rng(0)
-    seen = set()
-    for _ in range(200):
-        places = video.random_places(3, 5, rng)
-        assert places == sorted(places) and len(places) == 5 and set(places) == {0, 1, 2}
-        seen.add(tuple(places))
-    assert len(seen) == 6  # two repeats of three frames: all of them, in any combination
-
-
 def test_folders_are_sorted_by_number(tmp_path):
     for name in ("f10.png", "f9.png", "f007.png", "g1.jpg", "F.GIF", "8.webp"):
         shade(0).save(tmp_path / name)
@@ -246,5 +236,3 @@ def test_a_list_of_datasets_says_how_videos_are_read(tmp_path, clips):
     (tmp_path / "all.json").write_text(json.dumps({"films": entry}))
     (visual,) = listed_sources(tmp_path / "all.json", seed=2)[0]["films"].record(4).visuals
     assert visual.frames == video.Clip(str(tmp_path / "a.gif"), 3, "random", (2, 4))
-
-
