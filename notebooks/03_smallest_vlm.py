@@ -31,11 +31,11 @@ from support import checks, lesson, solutions
 from support.lesson import grouped_bars, show_pictures, show_source
 
 from nanovlm.contrastive import ContrastiveModel, TextTower
-from nanovlm.data.batching import build_batch, contrastive_batch, pixels_of, prompt_row
+from nanovlm.data.batching import build_batch, contrastive_batch, pixels_of
 from nanovlm.data.records import Record, Visual
 from nanovlm.data.scene_questions import Scenes
 from nanovlm.data.scenes import COLORS, SHAPES
-from nanovlm.data.templates import NANO
+from nanovlm.data.templates import NANO, prompt, write
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.generation.sampler import Decoding, generate
@@ -221,7 +221,7 @@ def answer(model, records, pixels=None):
     """
     pixels = pixels_of([record.visuals[0] for record in records], IMAGE_SIZE, "crop") if pixels is None else pixels
     questions = [record.conversations[0][:1] for record in records]
-    prompts = [prompt_row(question, NANO, tokenizer, [NUM_IMAGE_TOKENS], 28).ids for question in questions]
+    prompts = [write(prompt(question, NANO), tokenizer, [NUM_IMAGE_TOKENS]).ids for question in questions]
     decoding = Decoding(max_new_tokens=4, eos_ids=(tokenizer.eos,))
     replies = generate(model, prompts, decoding, [[picture[None]] for picture in pixels])
     return [tokenizer.decode(ids).strip() for ids in replies]

@@ -87,7 +87,7 @@ def rows_of(record, template, tokenizer, num_image_tokens, image_size):
 
 
 def cut(row, max_tokens, report, where):
-    """The templates.Row, cut to max_tokens where a report counts it. Errors, with `where` in front: as `build_batch`."""
+    """The templates.Row, cut to max_tokens where a report counts it. Errors, behind `where`: as `build_batch`."""
     lost = max(0, len(row.ids) - max_tokens)
     if lost and report is None:
         raise ValueError(f"{where} has {len(row.ids)} tokens, more than max_tokens {max_tokens}; raise it")
@@ -134,22 +134,6 @@ def pad(documents, padding):
             segments[b, start:stop] = segment
             positions[b, start:stop] = range(stop - start)
     return tuple(torch.from_numpy(values) for values in (ids, labels, segments, positions))
-
-
-def prompt_row(conversation, template, tokenizer, num_image_tokens, max_tokens):
-    """Ids of a prompt for generation.
-
-    Args:
-      conversation: sequence of Turn that ends with the user.
-      num_image_tokens: for each visual input of the record, the image tokens that it becomes.
-      max_tokens: int, tokens of the prompt at most: the context less the reply.
-    Returns: templates.Row; nothing of it is cut.
-    Raises: ValueError if it is too long or the turns are out of order.
-    """
-    row = templates.write(templates.prompt(conversation, template), tokenizer, num_image_tokens)
-    if len(row.ids) > max_tokens:
-        raise ValueError(f"the prompt has {len(row.ids)} tokens, there is room for {max_tokens}; shorten it")
-    return row
 
 
 def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
@@ -221,8 +205,8 @@ def captions_of(record):
         visual = record.visuals[0]
         width, height = images.load(visual.frames[0]).size
         if visual.view or width != height:
-            raise ValueError(f"{where} has regions; its picture must be square and seen without augmentation, not cut out "
-                             f"of {width} x {height} pixels")  # fmt: skip
+            raise ValueError(f"{where} has regions; its picture must be square and seen without augmentation, but has "
+                             f"{width} x {height} pixels")
     last = [conversation[-1] for conversation in record.conversations]
     if any(turn.role != "assistant" or not turn.text.strip() for turn in last):
         raise ValueError(f"{where} has no caption; its conversations must end with the assistant saying one")

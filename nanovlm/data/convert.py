@@ -81,8 +81,8 @@ class Output:
         return lines
 
 
-# Each format is a function (args, output) -> (records, make): json_files.Elements, and a function that makes of the value
-# of one and where it stands an item (see README.md), or None. A ValueError of it costs that record alone.
+# Each format is a function (args, output) -> (records, make): json_files.Elements, and a function that makes of the
+# value of one and where it stands an item (see README.md), or None. A ValueError of it costs that record alone.
 
 
 def exchange(question, answer, pictures=0, films=0):
@@ -140,8 +140,8 @@ def mimic_it(args, output):
     learning in context: args.in_context of them come first.
     """
     if args.images is None or args.images.suffix == ".parquet":
-        raise ValueError(f"{args.source}: MIMIC-IT's pictures stand in a second file; name its .json (id -> base64), not "
-                         "the .parquet, with --images")  # fmt: skip
+        raise ValueError(f"{args.source}: MIMIC-IT's pictures stand in a second file; name its .json (id -> base64), "
+                         "not the .parquet, with --images")
     pictures, told = {}, set()
     for element in elements(args.images):
         try:

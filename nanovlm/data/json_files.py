@@ -167,7 +167,7 @@ class Scanner:
         return Element(where, value, start, start + len(text), key)
 
     def inside(self):
-        """Walk through the list or object that opens here: the key of each member, None in a list; its value is next."""
+        """Walk through what opens here: the key of each member of an object, None in a list; its value is next."""
         opening = self.peek()
         if opening not in CLOSING:
             raise self.malformed("a list or an object was expected", self.place)

@@ -107,15 +107,10 @@ class Changed:
 
 def check_order(roles, last="assistant"):
     """Raise ValueError unless user and assistant take turns and `last` ends; one assistant turn alone is fine."""
-    if not roles:
-        raise ValueError("the conversation is empty; it needs at least one turn")
-    for place, (one, other) in enumerate(zip(roles, roles[1:]), start=1):
-        if one == other:
-            raise ValueError(f"turns {place} and {place + 1} are both by the {one}; user and assistant must alternate")
-    if roles[-1] != last:
-        raise ValueError(f"the conversation ends with the {roles[-1]}; it must end with the {last}")
-    if len(roles) > 1 and roles[0] != "user":
-        raise ValueError("the conversation begins with the assistant; a dialogue begins with the user")
+    alternate = all(one != other for one, other in zip(roles, roles[1:]))
+    if not roles or not alternate or roles[-1] != last or (len(roles) > 1 and roles[0] != "user"):
+        raise ValueError(f"the turns are by {', '.join(roles) or 'nobody'}; user and assistant must alternate, "
+                         f"from the user to the {last}")
 
 
 @functools.lru_cache(maxsize=64)

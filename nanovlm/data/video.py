@@ -149,15 +149,13 @@ def _film(path, choose, max_pixels):
                     if place == places[-1]:
                         return
                     total = place + 1  # fewer frames than packets: half pictures, or the end is missing
-    except av.FFmpegError as error:
+    except (av.FFmpegError, IndexError) as error:  # without moving pictures
         raise images.ImageError(f"{path}: not a video, or damaged ({error}); copy or download it again") from error
 
 
 def _count(av, path, max_pixels):
     """Packets of the film, nearly always one a frame; what the header says is often missing."""
     with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise images.ImageError(f"{path}: no moving pictures in it, only sound or text")
         stream = container.streams.video[0]
         if stream.width * stream.height > max_pixels:
             size = f"{stream.width} x {stream.height}"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from nanovlm.data import batching, images
 from nanovlm.data.augment import View
-from nanovlm.data.batching import Report, build_batch, contrastive_batch, pixels_of, prompt_row
+from nanovlm.data.batching import Report, build_batch, contrastive_batch, pixels_of
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.templates import LYNX, NANO, Template, segments, write
 from nanovlm.data.tokenizer import train_tokenizer
@@ -130,19 +130,9 @@ def test_no_cut_through_a_picture_but_a_later_one_may_go(tokenizer):
 def test_rows_that_cannot_be_trained_name_the_record(tokenizer):
     silent = Template(answer_prefix="", end_with_eos=False)
     for conversations, template, message in (((talk("q", "a"), talk("q", "")), silent, "conversation 1 has no trained token"),
-                                             (((Turn("user", ("q",)),),), NANO, "conversation 0: the conversation ends with the user")):
+                                             (((Turn("user", ("q",)),),), NANO, "conversation 0: the turns are by user;")):
         with pytest.raises(ValueError, match=f"record 'r', {message}"):
             batch_of([Record("r", (), conversations)], tokenizer, template)
-
-
-def test_prompts(tokenizer):
-    turns = (Turn("user", (0, "what?")),)
-    row = prompt_row(turns, NANO, tokenizer, [3], 50)
-    assert row.ids == [IMAGE_TOKEN] * 3 + [tokenizer.bos, *tokenizer.encode("user: what?\nbot:")]
-    assert row.images == [(0, 0, 3)]
-    assert prompt_row(turns, NANO, tokenizer, [3], len(row.ids)) == row
-    with pytest.raises(ValueError, match=f"has {len(row.ids)} tokens, there is room for {len(row.ids) - 1}"):
-        prompt_row(turns, NANO, tokenizer, [3], len(row.ids) - 1)
 
 
 def caption(name, shade, text):
@@ -188,7 +178,7 @@ def test_long_captions_are_cut_only_where_that_is_counted(tokenizer):
     ((picture(1, frames=2),), talk("q", "a"), (), "needs one picture"),
     ((picture(1),), talk("q", " "), (), "has no caption"),
     ((picture(1),), (Turn("user", ("q",)),), (), "has no caption"),
-    ((Visual("wide", (Image.new("RGB", (9, 8)),)),), talk("q", "A"), ((0.5, 0.5),), "cut out of 9 x 8 pixels"),
+    ((Visual("wide", (Image.new("RGB", (9, 8)),)),), talk("q", "A"), ((0.5, 0.5),), "but has 9 x 8 pixels"),
     ((Visual("seen", (Image.new("RGB", (8, 8)),), View()),), talk("q", "A"), ((0.5, 0.5),), "without augmentation"),
 ])
 def test_what_cannot_be_contrasted(tokenizer, visuals, turns, regions, message):

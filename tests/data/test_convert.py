@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image

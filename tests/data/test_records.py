@@ -118,20 +118,13 @@ def test_turn_text_leaves_pictures_out():
     assert Turn("user", ("a ", 0, "b", 1)).text == "a b"
 
 
-@pytest.mark.parametrize(
-    "roles, last, message",
-    [
-        ([], "assistant", "empty"),
-        (["user", "user"], "assistant", "turns 1 and 2 are both by the user"),
-        (["user", "assistant", "assistant"], "assistant", "turns 2 and 3 are both by the assistant"),
-        (["user"], "assistant", "ends with the user; it must end with the assistant"),
-        (["user", "assistant"], "user", "ends with the assistant; it must end with the user"),
-        (["assistant", "user", "assistant"], "assistant", "begins with the assistant"),
-        (["assistant", "user"], "user", "begins with the assistant"),
-    ],
-)
-def test_order_of_turns(roles, last, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("roles, last", [
+    ("", "assistant"), ("uu", "assistant"), ("uaa", "assistant"), ("u", "assistant"), ("ua", "user"), ("aua", "assistant"),
+    ("au", "user"),
+])
+def test_order_of_turns(roles, last):
+    roles = [{"u": "user", "a": "assistant"}[role] for role in roles]
+    with pytest.raises(ValueError, match=f"by {', '.join(roles) or 'nobody'}; .* to the {last}"):
         check_order(roles, last)
 
 

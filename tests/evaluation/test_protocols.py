@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from tiny import random_vlm
 
-from nanovlm.data.batching import build_batch, prompt_row
+from nanovlm.data.batching import build_batch
 from nanovlm.data.images import CLIP, ImageError
 from nanovlm.data.records import Record, Turn, Visual
+from nanovlm.data import templates
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import protocols, readers, report
@@ -160,7 +161,7 @@ def test_replies_are_those_of_generate_alone(loaded, red, blue):
     asker = Asker(loaded, loaded.decodings["default"])
     together = asker.replies(asked)
     assert together == [asker.replies([one])[0] for one in asked]
-    row = prompt_row((Turn("user", ("what?",)),), NANO, loaded.tokenizer, [], 100)
+    row = templates.write(templates.prompt((Turn("user", ("what?",)),), NANO), loaded.tokenizer, [])
     (ids,) = generate(loaded.model, [row.ids], Decoding(max_new_tokens=5, eos_ids=(loaded.tokenizer.eos,)))
     assert together[2] == loaded.tokenizer.decode(ids).strip()
 

@@ -9,12 +9,12 @@ from drawn import box_of, inked, near, read_page
 from PIL import Image
 from tiny import random_vlm
 
-from nanovlm.data.batching import pixels_of, prompt_row
+from nanovlm.data.batching import pixels_of
 from nanovlm.data.easy_vqa import COLORS, EasyVQA, SHAPES
 from nanovlm.data.images import SIGLIP
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.scenes import HELD_OUT
-from nanovlm.data.templates import NANO
+from nanovlm.data.templates import NANO, prompt, write
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.generation.chat import Assistant
 from nanovlm.generation.sampler import Decoding, generate
@@ -62,7 +62,7 @@ def naive(model, records):
     for record in records:
         for place, conversation in enumerate(record.conversations):
             counts = [model.num_image_tokens(8, len(visual.frames)) for visual in record.visuals]
-            row = prompt_row(conversation[:-1], NANO, TOKENIZER, counts, 59)
+            row = write(prompt(conversation[:-1], NANO), TOKENIZER, counts)
             inputs = [pixels_of([record.visuals[image[0]]], 8, "crop") for image in row.images]
             (ids,) = generate(model, [row.ids], DECODING, [inputs])
             answers.append((record.id, place, TOKENIZER.decode(ids).strip()))
