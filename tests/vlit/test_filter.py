@@ -14,7 +14,7 @@ from PIL import Image
 from vlit_data import Says, item, lines, notes, vlit, write_lines
 
 from nanovlm.vlit import filtering, quality
-from nanovlm.vlit.duplicates import HASHES, Index, signature
+from nanovlm.vlit.duplicates import Index, signature
 from nanovlm.vlit.samples import sample
 
 
@@ -94,11 +94,6 @@ def test_what_is_dropped_anyway_makes_no_duplicate(folder):
     kept, dropped = filtered(folder, records=records)
     assert [one["id"] for one in kept] == [2] and [len(one["reasons"]) for one in dropped] == [1, 1, 1]
     assert dropped[2]["reasons"] == ["duplicate: exact duplicate of record 3"]
-
-
-def test_near_duplicates_can_stay(folder):
-    kept, _ = filtered(folder, "--exact-only")
-    assert RECORDS[4] in kept and RECORDS[2] not in kept
 
 
 def test_caps_draw_evenly_and_spare_what_is_complex(folder):
@@ -190,35 +185,23 @@ def test_before_and_after_stand_in_the_report(folder):
     assert (out / "after" / "report.png").exists()
 
 
-def said(*words, image="a.png"):
-    return sample(item(1, " ".join(words), roles=("gpt",), image=image))
-
-
 @pytest.mark.parametrize("share", (0.2, 0.6, 0.9))
 def test_minhash_estimates_jaccard(share):
     rng, errors = random.Random(1), []
     for _ in range(30):
         words = [f"w{rng.random()}" for _ in range(120)]
-        other = [word if n < 120 * share else f"v{rng.random()}" for n, word in enumerate(words)]
+        other = words[: int(120 * share)] + [f"v{rng.random()}" for _ in range(120 - int(120 * share))]
         one, two = ({" ".join(text[i : i + 3]) for i in range(118)} for text in (words, other))
         errors.append((signature(words) == signature(other)).mean() - len(one & two) / len(one | two))
-    assert abs(sum(errors) / 30) < 0.05 and len(signature(["one"])) == HASHES
+    assert abs(sum(errors) / 30) < 0.05
 
 
 def test_near_duplicates_are_found_among_many():
     rng, index = random.Random(2), Index(0.8)
     texts = [[f"w{rng.randrange(500)}" for _ in range(60)] for _ in range(60)]
-    for text in texts + [text[:-1] + ["end"] for text in texts[:20]] + [texts[30]]:
-        index.add(said(*text))
-    expected = {60 + n: (n, "near duplicate") for n in range(20)} | {80: (30, "exact duplicate")}
-    assert index.duplicates() == expected and Index().duplicates() == {}
-
-
-def test_order_and_pictures_matter():
-    index = Index(0.5)
-    for one in (said(*"abcd"), said(*"abcd", image="b.png"), said(*"dcba")):
-        index.add(one)
-    assert index.duplicates() == {}
+    for text in (*texts, *([*text[:-1], "end"] for text in texts[:20]), texts[30], texts[0][::-1]):
+        index.add(sample(item(1, " ".join(text), roles=("gpt",))))
+    assert index.duplicates() == {60 + n: (n, "near duplicate") for n in range(20)} | {80: (30, "exact duplicate")}
 
 
 def test_compare_is_at_equal_size(folder, capsys):
@@ -237,7 +220,6 @@ def test_compare_is_at_equal_size(folder, capsys):
     text = (out / "compare.txt").read_text()
     assert text in capsys.readouterr().out and "30.7" in text and "as printed" in text
     assert Image.open(out / "compare.png").width > 600
-    vlit("compare", few, "--out", out, code=2)
     vlit("compare", few, few, "--out", out, code=2)
     assert "same file twice" in capsys.readouterr().err
     assert quality.labels([folder / "a" / "x.json", folder / "b" / "x.jsonl"]) == ["a/x", "b/x"]

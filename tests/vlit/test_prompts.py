@@ -75,11 +75,6 @@ def test_llavas_own_prompt_file_comes_out():
     assert descriptions.boxes(Picture("1", annotations=annotations)) == text.strip()
 
 
-def test_a_crowd_is_several():
-    picture = Picture("1", annotations=notes("object", "person", "person", is_crowd=True))
-    assert "several person_person" in descriptions.sentences(picture)
-
-
 @pytest.mark.skipif(not SHARED.exists(), reason="the review is not copied here")
 def test_the_prompt_about_a_region_is_the_reviews_word_for_word():
     paper = (SHARED / "papers/vlit_review.txt").read_text()
@@ -93,13 +88,6 @@ def test_lines_are_switched_and_numbered_anew():
     assert REQUIREMENTS[2] in system_prompt(PLANS["region"], lines=(2,))
     with pytest.raises(ValueError, match="no requirement 10"):
         system_prompt(PLANS["global"], lines=(10,))
-
-
-def test_plans_differ_in_knowledge_negatives_and_rounds():
-    has = {name: tuple(number for number in (2, 4, 6) if REQUIREMENTS[number] in system_prompt(plan))
-           for name, plan in PLANS.items()}  # fmt: skip
-    assert has == {"global": (), "region": (2, 4, 6), "negative": (6,), "multi-round": (), "knowledge": (4,)}
-    assert "at least 5 rounds" in system_prompt(PLANS["multi-round"])
 
 
 def test_two_fitting_examples_stand_before_the_request_and_the_seed_draws_them(photos):
@@ -123,13 +111,11 @@ def test_key_points_are_repeated_where_their_lines_are_stated(photos):
 
 
 def test_ten_examples_keep_the_rules_that_they_teach():
-    assert len(EXAMPLES) == 10
+    assert len(EXAMPLES) == 10 and all(sum(name in one.plans for one in EXAMPLES) >= 3 for name in PLANS)
     for one in EXAMPLES:
         parsed = parse(written(one.turns))
         assert not parsed.notes and len(parsed.turns) == 2 * len(one.turns)
         plan = "negative" if "negative" in one.plans else ""
         sample = Sample("example", (), parsed.turns, granularity="region" if one.region else "", plan=plan)
-        assert defects(sample) + remarks(sample) == []
-        assert ("region" in one.plans) == (one.region is not None)
+        assert defects(sample) + remarks(sample) == [] and ("region" in one.plans) == (one.region is not None)
         assert "multi-round" not in one.plans or len(one.turns) >= PLANS["multi-round"].rounds
-    assert all(sum(name in one.plans for one in EXAMPLES) >= 3 for name in PLANS)

@@ -15,7 +15,7 @@ from vlit_data import Says, item, notes, vlit, write_lines
 from nanovlm.data import json_files
 from nanovlm.vlit import indicators
 from nanovlm.vlit.clustering import SentenceEncoder, simcse_loss, simcse_vectors, train_encoder, word_ids
-from nanovlm.vlit.indicators import Helpers, Mean, Reservoir, Settings, Survey, chosen, elements, measure, parse_mark, proxy  # fmt: skip
+from nanovlm.vlit.indicators import Helpers, Mean, Reservoir, Settings, Survey, chosen, elements, measure, parse_mark, proxy
 from nanovlm.vlit.replies import Judge, Replies
 from nanovlm.vlit.samples import Unreadable
 from nanovlm.vlit.tagging import OTHER, TASKS, assign, balance, covering, propose, tag
@@ -52,7 +52,6 @@ def test_every_indicator_of_a_small_file(folder, capsys):
     assert any("data.jsonl, line 5: unreadable" in line for line in report["problems"])
     found = {one["key"]: one for one in report["indicators"]}
     assert [key for key in found if key != "grounding"] == INDICATORS
-    assert all(len(one["computation"]) > 20 for one in found.values())
     names = "instance attribute", "instance counting", "complex reasoning", "detailed description", "existence"
     assert report["tasks"] == dict.fromkeys(names, 1)
     assert {key: one["value"] for key, one in found.items() if key != "IC"} == {
@@ -60,9 +59,9 @@ def test_every_indicator_of_a_small_file(folder, capsys):
         "R": pytest.approx(math.log(4)), "O/G": pytest.approx((1 + 1 + 0 + 0 + 1) / 5),  # "Brown." stands twice
     }  # fmt: skip
     assert found["C"]["measured"] == found["grounding"]["measured"] == 1  # the count alone
-    assert found["C"]["beside"]["coverage"] == 0.2
-    assert found["I"]["beside"]["literal"] == 1  # five tasks of one instruction each
-    assert found["R"]["beside"]["literal"] is None and found["R"]["beside"]["noise"] == 1
+    beside = {key: one["beside"] for key, one in found.items()}
+    assert beside["C"]["coverage"] == 0.2 and beside["I"]["literal"] == 1  # five tasks of one instruction each
+    assert (beside["R"]["literal"], beside["R"]["noise"]) == (None, 1)
     text = (out / "report.txt").read_text()
     assert text in capsys.readouterr().out
     for words in ("eps 0.3", "min_samples 1", "literal", "not measured", "seconds", "tokens", "proxy", "peak memory"):
@@ -120,11 +119,10 @@ def test_own_task_field_and_lexicon(folder):
 @pytest.mark.parametrize(
     "command, words",
     (
-        ("quality --kept 0", "--kept is 0"), ("quality --min-samples 0", "--min-samples is 0"), ("quality --eps 3", "3.0"),
-        ("quality --eps -0.1", "-0.1"), ("quality -n 2 --generator replay", "2 votes"), ("quality --size 50", "4 readable"),
-        ("quality --generator replay", "--replies"), ("quality --annotations missing.json", "missing.json"),
-        ("quality --encoder missing", "config.json"), ("filter --per-task 0", "--per-task is 0"),
-        ("filter --per-response -1", "--per-response is -1"), ("filter --near 0", "between 0 and 1"),
+        ("quality --kept 0", "--kept is 0"), ("quality --eps 3", "3.0"), ("quality --size 50", "4 readable"),
+        ("quality -n 2 --generator replay", "2 votes"), ("quality --generator replay", "--replies"),
+        ("quality --annotations missing.json", "missing.json"), ("quality --encoder missing", "config.json"),
+        ("filter --per-task 0", "--per-task is 0"), ("filter --near 0", "between 0 and 1"),
         ("filter --matching-percentile 100", "from 0 to below 100"),
     ),
 )  # fmt: skip
@@ -148,16 +146,17 @@ def test_what_cannot_be_measured(folder, monkeypatch):
     (
         ("What color is the car?", "instance attribute"), ("How many people?", "instance counting"),
         ("Where is the red star?", "object localization"), ("Why is he laughing?", "complex reasoning"),
-        ("Describe the image concisely.", "image captioning"), ("Give a detailed description.", "detailed description"),
-        ("Is there a dog?", "existence"), ("What is left of the cup?", "spatial relation"),
-        ("Read the text.", "text recognition"), ("What is the person in the box doing?", "region understanding"),
-        ("Is it raining?", "verification"), ("What is the man doing?", "action recognition"),
-        ("Write a poem.", "visual storytelling"), ("Who?", "visual question answering"),
+        ("Describe the image concisely.", "image captioning"), ("Is there a dog?", "existence"),
+        ("What is the person in the box doing?", "region understanding"), ("Who?", "visual question answering"),
         ("Portray the picture now, briefly", "image captioning"), ("Hmpf", OTHER), ("", OTHER),
     ),
 )  # fmt: skip
 def test_tasks_by_rule(instruction, task):
     assert tag(instruction) == task and (task == OTHER or task in TASKS)
+
+
+def test_balance_by_hand():
+    assert balance({"a": 3, "b": 1}) == pytest.approx({"variance": 625, "entropy": 0.5623, "gini": 0.25, "largest": 0.75}, rel=1e-4)
 
 
 def test_labels_of_a_language_model(tmp_path):
@@ -168,13 +167,6 @@ def test_labels_of_a_language_model(tmp_path):
     assert covering(["a"] * 98 + ["b", OTHER]) == {"a": 98, OTHER: 2}
     with pytest.raises(ValueError, match="named no task"):
         propose(Judge(Says(lambda chat, n: []), Replies(tmp_path / "none.jsonl")), ["one"])
-
-
-def test_balance_by_hand():
-    even = {"variance": 0, "entropy": pytest.approx(math.log(2)), "gini": 0, "largest": 0.5}
-    assert balance({"a": 5, "b": 5}) == even
-    told = balance({"a": 3, "b": 1})  # shares 75 and 25 percent
-    assert (told["variance"], told["gini"], told["largest"]) == (625, pytest.approx(0.25), 0.75)
 
 
 @pytest.mark.parametrize(
@@ -207,22 +199,18 @@ def test_samples_are_drawn_evenly():
         sample = Reservoir(3, seed)
         for n in range(10):
             sample.add(n)
-        assert len(set(sample.kept)) == 3 and sample.seen == 10
-        kept.update(sample.kept)
-        found = [value for _, value in chosen(iter(stream), 20, 5, seed)]
-        found.remove(broken)
-        assert len(found) == 5 and found == sorted(found)
+        kept.update(set(sample.kept))
+        found = [value for _, value in chosen(iter(stream), 20, 5, seed) if value is not broken]
+        assert found == sorted(found)
         counts.update(found)
-    assert all(130 < kept[n] < 230 for n in range(10))  # 180 expected, sd 11
-    assert all(100 < counts[n] < 200 for n in range(21) if n != 2)  # 150 expected, sd 10.6
+    assert kept.total() == 1800 and all(130 < kept[n] < 230 for n in range(10))  # 180 expected, sd 11
+    assert counts.total() == 3000 and all(100 < counts[n] < 200 for n in range(21) if n != 2)  # 150 expected, sd 10.6
 
 
 def test_running_means():
     numbers = numpy.random.default_rng(0).normal(1e6, 3, 50)
-    values = Mean(numbers.tolist())
-    reach = 1.96 * numbers.std(ddof=1) / math.sqrt(50)
-    assert values.mean == pytest.approx(numbers.mean()) and values.count == 50
-    assert values.interval() == pytest.approx((numbers.mean() - reach, numbers.mean() + reach))
+    values, reach = Mean(numbers.tolist()), 1.96 * numbers.std(ddof=1) / math.sqrt(50)
+    assert (*values.interval(), values.mean) == pytest.approx((numbers.mean() - reach, numbers.mean() + reach, numbers.mean()))
     assert Mean().interval() is None
 
 
@@ -264,10 +252,9 @@ def test_simcse_loss_is_equation_2():
 
 
 def test_simcse_learns_and_ignores_padding():
-    texts = [f"the {color} {thing} stands {place}" for color in ("red", "blue") for thing in ("dog", "cup", "car")
-             for place in ("here", "there")]  # fmt: skip
+    texts = [f"the {color} {thing} stands" for color in ("red", "blue") for thing in ("dog", "cup", "car", "bus")]
     model, fresh, state = train_encoder(texts, steps=15), SentenceEncoder(), torch.get_rng_state()
-    points = simcse_vectors(texts[:3] + texts[:1] + [""])
+    points = simcse_vectors([*texts[:3], texts[0], ""])
     assert torch.equal(state, torch.get_rng_state())
     with torch.no_grad():
         alone, among = model(*word_ids(["a dog"])), model(*word_ids(["a dog", "a much longer text than the other one"]))

@@ -47,13 +47,10 @@ def test_all_forms_give_the_same_samples(tmp_path, name):
         ('{"id": 1, "id": 2, "conversations": []}', "'id' stands twice"),
         ('{"id": 1, "conversations": [{"from": "gpt", "value": "a", "value": "b"}]}', "'value' stands twice"),
         ('{"id": 1, "conversations": [{"from": "human"', "malformed JSON"),
-        ('"a text"', "an object with id"),
         ('{"id": 1, "text": "q"}', "'conversations' is missing"),
-        ('{"conversations": []}', "'id' is missing"),
         ('{"id": 1, "conversations": [{"from": "robot", "value": "a"}]}', "unknown speaker 'robot'"),
         ('{"id": 1, "conversations": [{"from": "gpt", "value": null}]}', "'value' must be a str"),
         ('{"id": 1, "conversations": [{"from": "gpt", "value": "\\ud83d"}]}', "not text"),
-        ('{"id": 1, "conversations": "hello"}', "must be a list"),
         ('{"id": 1, "image": [3], "conversations": []}', "image must be"),
         ('{"id": 1, "task": 3, "conversations": []}', "'task' must be a str"),
     ),
@@ -118,28 +115,23 @@ GOOD = {
     "text alone": item(1, "What is two and two?", "Four."),
     "with another folder": item(1, *BLUE, image="coco/train2017/a.png"),
     "base64": item(1, *BLUE, image=png()),
-    "base64 with prefix": item(1, *BLUE, image="data:image/png;base64," + png()),
     "two pictures": item(1, "<image><image>Which?", "Both.", image=["a.png", "a.png"]),
     "ShareGPT": item("x_1", "Hello?", "Hi.", roles=("user", "chatgpt")),
-    "Bing": item("x_1", "Hello?", "Hi.", roles=("human", "bing")),
     "system first": item(1, "Be kind.", "Hello?", "Hi.", roles=("system", "human", "gpt")),
     "line separator": item(1, "What\u2028is it?", "A line\u2029break."),
     "the assistant's placeholder": item(1, "What?", "the word <image>"),
 }
 BAD = {
-    "begins with gpt": (item(1, "Hi.", "Hello?", "Yes.", roles=("gpt", "human")), "turns"),
     "ends with human": (item(1, "Hi?", "Yes.", "Who?"), "turns"),
     "empty turn": (item(1, "Hello?", " "), "turns"),
     "image alone": (item(1, "<image>", "Blue.", image="a.png"), "turns"),
     "same speaker twice": (item(1, "Hello?", "Who?", "Yes.", roles=("human", "human", "gpt")), "turns"),
-    "no turn": (item(1), "turns"),
     "no placeholder": (item(1, "What is it?", "Blue.", image="a.png"), "placeholders"),
     "no picture": (item(1, *BLUE), "placeholders"),
     "more placeholders": (item(1, *BLUE, "and <image>?", "Red.", image="a.png"), "placeholders"),
     "missing": (item(1, *BLUE, image="b.png"), "image"),
     "damaged base64": (item(1, *BLUE, image="data:image/png;base64,!!!"), "image"),
     "remains of the format": (item(1, "Hello?", '{"User": "a?", "AI": "b."}'), "format"),
-    "remains of a fence": (item(1, "Hello?", "```json"), "format"),
 }
 
 
@@ -160,17 +152,14 @@ def test_what_is_not_is_dropped_by_name(folder, name):
     assert any(why.startswith(f"defect: {rule}") for why in dropped[0]["reasons"]) and "line 1" in dropped[0]["where"]
 
 
-def test_unreadable_records_are_counted_and_named(folder, capsys):
+def test_unreadable_records_are_counted_and_named(folder):
     broken = ['{"id": 7, "id": 8, "conversations": []}', '{"id": 9, "conversations"']
     good = [item(n, f"What is {n}?", "A number.") for n in range(3)]
     found, kept, dropped = look(folder, good[0], broken[0], good[1], broken[1], good[2])
     assert (found.records, found.unreadable) == (3, 2) and kept == good
-    assert [where.rpartition(", ")[2] for where, _ in found.problems] == ["line 2", "line 4"]
-    assert [one["where"].rpartition(", ")[2] for one in dropped] == ["line 2", "line 4"]
+    for wheres in ([where for where, _ in found.problems], [one["where"] for one in dropped]):
+        assert [where.rpartition(", ")[2] for where in wheres] == ["line 2", "line 4"]
     assert [one["text"] for one in dropped] == broken
-    no_id = write_lines(folder / "no_id.json", [{"conversations": good[0]["conversations"]}])
-    vlit("quality", no_id, "--out", folder / "out", code=2)
-    assert "no_id.json, line 1: unreadable: field 'id' is missing; found 'conversations'" in capsys.readouterr().err
 
 
 def test_what_convert_makes_can_be_measured(folder):
@@ -197,8 +186,7 @@ def rules(found):
     [
         "No, the description of the picture does not mention a dog.", "According to the caption, there are two.",
         "From the information provided, there is one.", "The given text speaks of a man.",
-        "Judging by the textual description, it is red.", "It is not mentioned in the description.",
-        "The image doesn't mention any animals.", "The provided context says so.",
+        "Judging by the textual description, it is red.", "The image doesn't mention any animals.",
     ],
 )  # fmt: skip
 def test_talk_about_the_source_is_found_in_questions_and_answers(answer):
@@ -240,7 +228,6 @@ def test_llavas_180_answers_keep_every_rule():
     "said, granularity, plan, expected",
     (
         (("a?", "It is not clear what she holds."), "", "", ["hedge"]),
-        (("a?", "One cannot really tell."), "", "", ["hedge"]),
         (("Who is it?", "A man."), "region", "", ["region"]),
         (("Who is in the box?", "A man."), "region", "", []),
         (("a?", "Yes."), "", "negative", ["negative"]),
