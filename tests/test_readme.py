@@ -138,8 +138,8 @@ def test_its_flags_exist():
     parsers = [evaluation_command.make_parser(), *map(recipes_command.parser, recipes_command.COMMANDS)]
     parsers += [*map(vlit_parser, vlit_command.COMMANDS), bench_parser()]
     parsers += data_command.make_parser()._subparsers._group_actions[0].choices.values()
-    known = {word for parser in (train.make_parser(), sample.make_parser(), *parsers)
-             for word in parser._option_string_actions} | TORCHRUN | SLURM
+    known = {word for parser in (train.make_parser(), *parsers) for word in parser._option_string_actions} | TORCHRUN | SLURM
+    known |= set(re.findall(r'add\("(--[a-z-]+)"', Path(sample.__file__).read_text()))
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", re.sub(r"pip install .*", "", ALL)))
     assert len(named) > 15 and named <= known
 
@@ -419,10 +419,19 @@ def test_a_picture_needs_a_run(tmp_path, monkeypatch, capsys):
 
 # ---- the snippet
 
-def test_the_bridge_of_ones_own_trains(tmp_path):
-    code = re.search(r"```python\n(# my_bridge\.py.*?)```", README, re.DOTALL)[1]
-    (tmp_path / "my_bridge.py").write_text(code)
-    flags = ["--size", "tiny", "--smoke", "--stages", "align", "--set", "align.steps=1", "--set", "align.warmup_steps=0",
-             "--threads", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
-    assert train.main([str(tmp_path / "my_bridge.py"), *flags]) == 0
-    assert "bridge.linear.weight" in load_file(tmp_path / "out" / "model.safetensors")
+def test_its_recipe_trains_and_its_python_answers(tmp_path, monkeypatch, capsys):
+    """Bridge, attention, tower, stage and recipe stand in five blocks of one file."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    talk, mine = blocks[0], blocks[2:]
+    assert len(mine) == 5
+    monkeypatch.chdir(tmp_path)
+    Path("my_recipe.py").write_text("\n\n".join(mine))
+    flags = ["--size", "tiny", "--smoke", "--stages", "align,more", "--set", "align.steps=1", "--set", "more.steps=1",
+             "--threads", "1", "--device", "cpu", "--out", "out/nano"]
+    assert train.main(["my_recipe.py", *flags]) == 0
+    names = load_file("out/nano/model.safetensors").keys()
+    assert {"bridge.linear.weight", "decoder.layers.0.attention.gate.weight"} <= names
+    Image.new("RGB", (70, 80), "red").save("photo.jpg")
+    capsys.readouterr()
+    exec(talk.replace('"out/nano"', '"out/nano", recipe="my_recipe.py"'), {})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
