@@ -79,10 +79,7 @@ def rows_of(record, template, tokenizer, num_image_tokens, image_size):
     for number, conversation in enumerate(record.conversations):
         where = f"record {record.id!r}, conversation {number}"
         for part in templates.rounds(conversation, template):
-            try:
-                rows.append((where, templates.write(templates.segments(part, template), tokenizer, counts)))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+            rows.append((where, templates.write(templates.segments(part, template), tokenizer, counts)))
     return rows
 
 

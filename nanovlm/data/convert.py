@@ -9,7 +9,7 @@ that a conversion that was killed leaves nothing that looks finished. Every item
 before it is written; one that training would refuse is skipped and reported.
 
 Captions and labels are replies to a question without words ("<image>" alone): what is asked is a matter of the mixture,
-which draws a prompt for each record (datasets.Prompted).
+which draws a prompt for each record (datasets.prompted).
 
 Schemas: ShareGPT as in lm-sys/FastChat; MIMIC-IT, arXiv:2306.05425, its repository's docs; M3IT, arXiv:2306.04387, its
 data card; MiniGPT-4, Vision-CAIR/MiniGPT-4, dataset/README_2_STAGE.md; COCO, cocodataset.org/#format-data; VQA v2,

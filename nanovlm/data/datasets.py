@@ -16,7 +16,7 @@ import numpy
 from tqdm import tqdm
 
 from nanovlm.data.json_files import field, open_bytes, parse, read_at, records
-from nanovlm.data.records import Turn, drawn, permutation, record_of
+from nanovlm.data.records import Changed, Turn, drawn, permutation, record_of
 from nanovlm.data.tar_shards import TarShards
 from nanovlm.data.video import FRAMES, Clip
 from nanovlm.names import nearest
@@ -51,8 +51,6 @@ class LlavaJson:
         self.name, self.seed = self.path.stem if name is None else name, seed
         self.folder = self.path.parent if image_folder is None else Path(image_folder)
         self.clip, self.bare_names = Clip("", num_frames, sampling), False
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder}: no such image folder (wanted by {self.path})")
         with open_bytes(path) as file:
             if isinstance(file, gzip.GzipFile):
                 raise ValueError(f"{path}: packed by gzip; unpack it, so that any item can be read by itself")
@@ -125,38 +123,28 @@ def listed(lines):
     return "".join(f"\n  {line}" for line in lines[:LISTED]) + more
 
 
-class Prompted:
+def prompted(source, prompts, seed=0):
     """A source whose questions are put in other words: each user turn through one of the prompts, drawn per record.
 
     Instruction diversification as in Lynx, arXiv:2307.02469, Sec. 2.3.
+
+    Args:
+      source: any source.
+      prompts: list of str, each with {question} or {question?} at most once, where the user's words go.
+      seed: int.
+    Raises: ValueError for a prompt with more of them; `record`, if one has words for which its prompt has no place.
     """
+    for prompt in prompts:
+        if not isinstance(prompt, str) or not prompt.strip() or prompt.count(QUESTION) + prompt.count(MARKED) > 1:
+            raise ValueError(f"prompt {prompt!r} must be words with {QUESTION} or {MARKED} at most once")
 
-    def __init__(self, source, prompts, seed=0):
-        """
-        Args:
-          source: any source.
-          prompts: list of str, each with {question} or {question?} at most once, where the user's words go.
-          seed: int.
-        Raises: ValueError for a prompt with more of them.
-        """
-        for prompt in prompts:
-            if not isinstance(prompt, str) or not prompt.strip() or prompt.count(QUESTION) + prompt.count(MARKED) > 1:
-                raise ValueError(f"prompt {prompt!r} must be words with {QUESTION} or {MARKED} at most once")
-        self.name, self.source, self.prompts, self.seed = source.name, source, tuple(prompts), seed
-
-    def __len__(self):
-        return len(self.source)
-
-    def record(self, n):
-        """The n-th record of the source, its questions put through a prompt that (seed, n) draws.
-
-        Raises: ValueError if it has words of its own for which the prompt has no place.
-        """
-        record = self.source.record(n)
-        prompt = self.prompts[numpy.random.default_rng([self.seed, n]).integers(len(self.prompts))]
-        where = f"record {record.id!r} of {self.name!r}"
+    def change(source, n):
+        record, prompt = source.record(n), prompts[numpy.random.default_rng([seed, n]).integers(len(prompts))]
+        where = f"record {record.id!r} of {source.name!r}"
         return replace(record, conversations=tuple(tuple(put(turn, prompt, where) for turn in turns)
                                                    for turns in record.conversations))
+
+    return Changed(source, change)
 
 
 def put(turn, prompt, where):
@@ -201,7 +189,7 @@ def listed_sources(path, seed=0, prompts=None):
         try:
             source = open_source(name, entry, path.parent, seed)
             ways = entry.get("prompts", (prompts or {}).get(name))
-            sources[name] = Prompted(source, ways, seed) if ways else source
+            sources[name] = prompted(source, ways, seed) if ways else source
         except FileNotFoundError as error:
             missing[name] = str(error)
         except ValueError as error:

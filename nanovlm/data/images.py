@@ -14,13 +14,11 @@ import math
 import os
 import struct
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
-
-from nanovlm.names import nearest
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green, blue between 0 and 1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -99,9 +97,6 @@ def opened(source, max_pixels=MAX_PIXELS):
     else:
         file = open(source, "rb")
     with file:
-        if not file.seek(0, os.SEEK_END):
-            raise ImageError(f"{source}: the file is empty (0 bytes); copy or download it again")
-        file.seek(0)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
@@ -123,19 +118,13 @@ def opened(source, max_pixels=MAX_PIXELS):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How one model wants its pictures. Raises: ValueError for values that none can have."""
+    """How one model wants its pictures."""
 
     image_size: int  # S in pixels
     fit: str = "crop"  # crop: shorter side to S, centre kept; pad: to a square; stretch; squash: stretched twice
     mean: tuple[float, float, float] = MEAN  # of red, green, blue between 0 and 1
     std: tuple[float, float, float] = STD
     pad_color: tuple[int, int, int] | None = None  # with "pad", 0 to 255; None = the mean, rounded down
-
-    def __post_init__(self):
-        if self.fit not in FITS:
-            raise ValueError(f"unknown fit {self.fit!r}.{nearest(self.fit, FITS)}")
-        if self.image_size < 1:
-            raise ValueError(f"image_size {self.image_size} must be at least 1 pixel")
 
     @property
     def border(self):
@@ -166,15 +155,15 @@ def to_pixels(image, image_size, fit="crop", preprocessing=CLIP):
 def to_square(image, image_size, fit, preprocessing=CLIP):
     """A picture fitted to S x S, bicubic: PIL.Image.Image; one that has this size already is returned as it is.
 
-    Args: as in `to_pixels`. Raises: ValueError for an unknown fit or a size below 1.
+    Args: as in `to_pixels`.
     """
-    preprocessing = replace(preprocessing, image_size=image_size, fit=fit)
+    assert fit in FITS, f"unknown fit {fit!r}"
     if image.size == (image_size, image_size):
         return image
     if fit == "crop":
         return _crop(image, image_size)
-    if fit in ("pad", "squash"):
-        image = _square(image, preprocessing)
+    if fit != "stretch":
+        image = _square(image, fit, preprocessing.border)
     return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
 
 
@@ -186,8 +175,6 @@ def normalise(frames, preprocessing=CLIP):
 
 
 def _upright_rgb(image, source):
-    if 0 in image.size:
-        raise ImageError(f"{source}: the image has no pixels ({image.width} x {image.height})")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # PIL's own conversion clips everything above 255 to white
         values = numpy.asarray(image).astype(numpy.int64)
@@ -214,14 +201,14 @@ def _crop(image, size):
     return image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
 
 
-def _square(image, preprocessing):
+def _square(image, fit, border):
     """A square of the longer side, with a border or stretched; one too large for the memory is made smaller first."""
     longer = max(image.size)
     if longer**2 > MAX_PIXELS:
         scale, longer = MAX_SIDE / longer, MAX_SIDE
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    if preprocessing.fit == "squash":
+    if fit == "squash":
         return image.resize((longer, longer), Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (longer, longer), preprocessing.border)
+    square = Image.new("RGB", (longer, longer), border)
     square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
     return square

@@ -99,7 +99,7 @@ def shards_of(path):
     """The .tar files of a folder, or the one file: list of Path. Raises: FileNotFoundError."""
     shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     if not path.exists() or not shards:
-        raise FileNotFoundError(f"{path}: {'no .tar in this folder' if path.exists() else 'no such file or folder'}")
+        raise FileNotFoundError(f"{path}: no such file, or no .tar in it")
     return shards
 
 

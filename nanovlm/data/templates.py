@@ -20,7 +20,6 @@ from nanovlm.names import nearest
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
 
 IMAGE_PLACES = ("row", "chunk", "turn", "inline")
-ROLES = ("user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Template:
 
     A conversation of one assistant turn is plain text: BOS [TEXT answer_suffix EOS]T. BOS is left out where the
     tokenizer adds none by itself (`add_bos`).
-    Raises: ValueError for an unknown image_place or role.
+    Raises: ValueError for an unknown image_place.
     """
 
     user_prefix: str = "user: "
@@ -54,9 +53,6 @@ class Template:
     def __post_init__(self):
         if self.image_place not in IMAGE_PLACES:
             raise ValueError(f"unknown image_place {self.image_place!r}.{nearest(self.image_place, IMAGE_PLACES)}")
-        for role in self.lower_case:
-            if role not in ROLES:
-                raise ValueError(f"lower_case names an unknown role {role!r}.{nearest(role, ROLES)}")
 
 
 SYSTEM = (  # LLaVA's wording; Vicuna itself says "human" for "user"

@@ -167,7 +167,7 @@ def test_m3it_in_all_its_spellings(tmp_path):
     assert told(
         said, ("line 5", "skipped", "'outputs' or 'output' is missing; found 'instruction', 'inputs'"),
         ("line 6", "skipped", "no base64"), ("line 7", "skipped", "key 'instruction' stands twice in one object"),
-        ("line 8", "skipped", "column 8: malformed JSON"))  # fmt: skip
+        ("line 8", "skipped", "malformed JSON: Expecting value: line 1 column 8"))  # fmt: skip
     assert not list(tmp_path.glob("*.tmp"))
 
 

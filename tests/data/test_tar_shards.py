@@ -117,7 +117,7 @@ def test_what_macs_put_beside_each_file_is_no_sample(tmp_path):
         ({"a.jpg": b"a"}, r"sample 'a': a picture and a caption, .* it holds jpg"),
         ({"a.jpg": b"a", "a.txt": b" "}, r"a picture and a caption"),
         ({"a.jpg": b"a", "a.txt": b"\xff"}, r"sample 'a', .txt: not UTF-8"),
-        ({"a.json": b"{"}, r"sample 'a', .json, column 2: malformed JSON"),
+        ({"a.json": b"{"}, r"sample 'a', .json: malformed JSON: .* column 2"),
         ({"a.json": b'{"conversations": []}'}, r"sample 'a': field 'id' is missing"),
         ({"a.json": b'{"id": 1, "image": "0.png", "conversations": []}'}, r"sample 'a': no '0.png'; it holds json"),
         ({"a.json": b"[]"}, r"sample 'a': an object with id"),
@@ -141,8 +141,8 @@ def test_shards_that_cannot_be_used(folder, tmp_path_factory):
     tar_shards.members.cache_clear()
     with pytest.raises(ValueError, match="bad.tar: holds no sample"):
         TarShards(other)
-    for path, message in ((other / "none", "no such file or folder"), (tmp_path_factory.mktemp("e"), "no .tar in this folder")):
-        with pytest.raises(FileNotFoundError, match=message):
+    for path in (other / "none", tmp_path_factory.mktemp("e")):
+        with pytest.raises(FileNotFoundError, match="no such file, or no .tar"):
             TarShards(path)
 
 

@@ -263,5 +263,3 @@ def test_prompt_and_reply_are_the_training_row(tokenizer, name):
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown image_place 'rows'. Did you mean 'row'"):
         Template(image_place="rows")
-    with pytest.raises(ValueError, match="unknown role 'users'. Did you mean 'user'"):
-        Template(lower_case=("users",))
