@@ -67,7 +67,7 @@ def test_bytes_that_are_no_text_cost_one_record(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"id": 1, "x": "\xff\xfe"}\n' + json.dumps(ITEMS[0]).encode())
     (where, error), (_, whole) = read(path)
-    assert where.endswith("line 1") and "UTF-8" in str(error) and whole == sample(ITEMS[0])
+    assert where.endswith("line 1") and "utf-8" in str(error) and whole == sample(ITEMS[0])
 
 
 @pytest.mark.parametrize(
