@@ -22,10 +22,8 @@ def architecture(model, contrastive):
 
     Args: model: vlm.VLM. contrastive: contrastive.ContrastiveModel or None.
     """
-    kinds = [(model.vision, ViT), (model.bridge, BRIDGES.get(type(model.bridge).__name__)), (model.decoder, Decoder)]
-    if contrastive is not None:
-        kinds += [(contrastive, ContrastiveModel), (contrastive.text, TextTower)]
-    if any(type(one) is not kind for one, kind in kinds):
+    parts = [model.vision, model.bridge, model.decoder, *([contrastive, contrastive.text] if contrastive else [])]
+    if any(type(part) not in (ViT, Decoder, ContrastiveModel, TextTower, *BRIDGES.values()) for part in parts):
         return None
     found = {
         "vision": dataclasses.asdict(model.vision.config),

@@ -27,18 +27,16 @@ class KeyValueCache:
 
         Returns: (k, v) float[B, H, length + T, D], all columns written so far; views, valid until the next update.
         """
-        self.check_room(k.shape[2], len(k))
+        self.check_room(k.shape[2])
         buffer, stop = self.layers[layer_index], self.length + k.shape[2]
         buffer[0, :, :, self.length : stop] = k
         buffer[1, :, :, self.length : stop] = v
         return buffer[0, :, :, :stop], buffer[1, :, :, :stop]
 
-    def check_room(self, num_tokens, num_rows):
-        """Raise ValueError unless so many tokens fit behind the cursor, and the rows are the cache's."""
+    def check_room(self, num_tokens):
+        """Raise ValueError unless so many tokens fit behind the cursor."""
         if self.length + num_tokens > self.num_columns:
             raise ValueError(f"no room for {num_tokens}: {self.num_columns} columns, {self.length} written")
-        if num_rows != self.layers[0].shape[1]:
-            raise ValueError(f"keys of {num_rows} rows for a cache of {self.layers[0].shape[1]}; see select_rows")
 
     def advance(self, num_tokens):
         """Move the cursor behind the tokens of one finished forward pass, after all layers have written."""

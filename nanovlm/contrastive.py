@@ -36,8 +36,6 @@ from nanovlm.attention import causal, full, multi_head
 from nanovlm.names import arguments
 from nanovlm.vit import ACTIVATIONS, Block
 
-MAX_SCALE = 100.0  # CLIP, Sec. 2.5: the temperature never falls below 0.01
-
 
 class TextTower(nn.Module):
     """CLIP's text side: a causal transformer whose feature stands at the last token.
@@ -138,6 +136,8 @@ class AttentionPool(nn.Module):
 class TwoTowers(nn.Module):
     """What all pairs share: a ViT and a text tower; the heirs give `pool`, `project_text`, `log_scale` and `match`."""
 
+    max_scale = math.inf  # of the inverse temperature
+
     def __init__(self, vision, text):
         super().__init__()
         self.vision = vision
@@ -156,13 +156,9 @@ class TwoTowers(nn.Module):
         """Captions int[C, T], right padded with one id, and their tokens int[C] -> float[C, E] of length 1."""
         return F.normalize(self.project_text(self.text(ids, lengths)), dim=-1)
 
-    def scale(self):
-        """Inverse temperature, float[]."""
-        return self.log_scale.exp()
-
     def similarity(self, images, texts):
         """How well pictures and captions match: float[B, E], float[C, E] of length 1 -> logits float[B, C]."""
-        return self.scale() * images @ texts.T
+        return self.log_scale.exp().clamp(max=self.max_scale) * images @ texts.T
 
     def loss(self, pixels, ids, lengths, right=None, looks=None):
         """Loss of a batch of pictures, or regions of pictures, and captions: float[], nats.
@@ -188,6 +184,8 @@ class TwoTowers(nn.Module):
 class ContrastiveModel(TwoTowers):
     """A ViT and a text tower, of the widths given, in one space of `joint_width` channels."""
 
+    max_scale = 100.0  # CLIP, Sec. 2.5: the temperature never falls below 0.01
+
     def __init__(self, vision, vision_width, text, text_width, joint_width):
         super().__init__(vision, text)
         self.project_image = nn.Linear(vision_width, joint_width, bias=False)
@@ -209,10 +207,6 @@ class ContrastiveModel(TwoTowers):
         patches = self.project_image(features[picture, y * side + x])  # R E
         return torch.where(looks[:, 1:2] < 0, self.pool(features)[picture], patches)
 
-    def scale(self):
-        """Inverse temperature, float[]."""
-        return self.log_scale.exp().clamp(max=MAX_SCALE)
-
     def match(self, images, texts, right):
         """The loss from features: float[B, E], float[C, E] of length 1 and bool[B, C] -> float[], nats."""
         return info_nce(self.similarity(images, texts), right)
@@ -222,10 +216,7 @@ def check_whole(vision):
     """Raise ValueError unless a ViT's features are those behind all its blocks and its norm, no token dropped."""
     config = vision.config
     if config.feature_layer is not None or config.drop_class_token or not config.post_norm:
-        raise ValueError(
-            f"the towers meet behind the ViT's last norm, but this one has feature_layer={config.feature_layer}, "
-            f"drop_class_token={config.drop_class_token}, post_norm={config.post_norm}; expected None, False, True"
-        )
+        raise ValueError(f"the towers meet behind the ViT's last norm, with no token dropped, unlike {config}")
 
 
 class CLIP(ContrastiveModel):

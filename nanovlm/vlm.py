@@ -92,11 +92,10 @@ class VLM(nn.Module):
         super().__init__()
         config = decoder.config
         width = config.width if config.cross_attention_width is None else config.cross_attention_width
-        if (media_token is None) != (config.cross_attention_width is None):
-            raise ValueError(f"media_token is {media_token} and the decoder's cross_attention_width "
-                             f"{config.cross_attention_width}; give both, or neither")
-        if media_token is not None and not 0 <= media_token < config.vocab_size:
-            raise ValueError(f"media_token {media_token} lies outside the vocabulary of {config.vocab_size}")
+        known = (None,) if config.cross_attention_width is None else range(config.vocab_size)
+        if media_token not in known:
+            raise ValueError(f"media_token is {media_token}; with the decoder's cross_attention_width "
+                             f"{config.cross_attention_width} it must be in {known}")
         if bridge is not None:
             lacks = [name for name in ("output_width", "num_image_tokens") if not hasattr(bridge, name)]
             lacks += ["forward"] * (type(bridge).forward is nn.Module.forward)
@@ -176,10 +175,8 @@ class VLM(nn.Module):
         needed = found if owner is None else torch.bincount(owner, minlength=len(ids))
         if int(found.sum()) != len(shown) or not torch.equal(found, needed):
             row = int((found != needed).long().argmax())
-            raise ValueError(
-                f"row {row} has {int(found[row])} media tokens (id {self.media_token}) for {int(needed[row])} visual "
-                f"inputs; in all rows there are {int(found.sum())} for {len(shown)}"
-            )
+            raise ValueError(f"row {row} has {found[row]} media tokens (id {self.media_token}) for {needed[row]} visual "
+                             f"inputs; in all rows there are {found.sum()} for {len(shown)}")
         dtype = self.decoder.embedding.weight.dtype
         return gather_media([tokens.to(dtype) for tokens in image_tokens], list(shown), is_media, segments)
 

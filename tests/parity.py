@@ -7,6 +7,11 @@ import torch
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 
 
+def close(found, expected, atol=1e-5, rtol=1e-4, **options):
+    """Fail unless tensors, or lists of them, are equal but for the rounding of float32."""
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol, **options)
+
+
 def perturb(module, spread=0.05):
     """Move every parameter off its start, so that biases, norms and gates count; returns the module, evaluating."""
     with torch.no_grad():

@@ -159,7 +159,7 @@ class FastDecoder:
         @torch.inference_mode()
         def step(tokens):
             column = cache.length
-            cache.check_room(1, len(tokens))
+            cache.check_room(1)
             positions = column - pads if padded else slice(column, column + 1)
             seen = mask[..., : column + 1] if padded else None
             scores = self.scores(tokens, positions, cos, sin, write, seen, media)
@@ -283,7 +283,7 @@ class StaticStep:
         """tokens int64[R] of the rows in `cache` -> float32[R, V]."""
         if cache is not self.user:
             raise RuntimeError("other rows of the same number took this step over; finish one answer before the next")
-        cache.check_room(1, len(tokens))
+        cache.check_room(1)
         self.tokens.copy_(tokens)
         if tokens.device.type == "cuda":
             if self.graph is None:

@@ -12,6 +12,7 @@ from nanovlm.flash_attention import Tile, flash_attention, seen_by
 from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import Batch, VLM
+from parity import close
 
 assert module.INTERPRETED
 
@@ -85,11 +86,11 @@ def test_equals_what_is_written_in_torch(name):
     do = torch.randn_like(q)
     expected, expected_lse = as_written(tensors, visible, do)
     _, lse = module.forward(*tensors, visible.first, visible.stop, q.shape[-1] ** -0.5)
-    torch.testing.assert_close(lse.double() / module.LOG2_E.value, expected_lse, atol=1e-5, rtol=1e-5)
+    close(lse.double() / module.LOG2_E.value, expected_lse, atol=1e-5, rtol=1e-5)
     found = results(lambda *x: flash_attention(*x, visible), tensors, do, torch.float32)
     for f, e in zip(found, expected):
         assert f.isfinite().all()
-        torch.testing.assert_close(f, e, atol=1e-5, rtol=1e-5)
+        close(f, e, atol=1e-5, rtol=1e-5)
     blind = (visible.stop.clamp(max=k.shape[2]) <= visible.first)[:, None, :, None].expand(q.shape)
     assert (found[0][blind] == 0).all() and (found[1][blind] == 0).all()
 
@@ -112,20 +113,20 @@ def test_strides_of_a_model_and_strange_ones():
     turned = torch.randn(3, 2, 2, 24, 40).transpose(-2, -1)
     for q, k, v in (x, wide, turned):
         out = flash_attention(q, k, v, visible)
-        torch.testing.assert_close(out, attention(q, k, v, visible, "reference"), atol=1e-5, rtol=1e-5)
+        close(out, attention(q, k, v, visible, "reference"), atol=1e-5, rtol=1e-5)
         assert out.transpose(1, 2).is_contiguous()
     q, k, v = (part.detach().requires_grad_() for part in x)
     grads = [torch.autograd.grad(attention(q, k, v, visible, b).sum(), (q, k, v)) for b in ("triton", "reference")]
     for f, e in zip(*grads):  # a sum's gradient has strides of 0
-        torch.testing.assert_close(f, e, atol=1e-5, rtol=1e-5)
+        close(f, e, atol=1e-5, rtol=1e-5)
 
 
 def test_scale_and_large_scores():
     (q, k, v), visible = make(CASES["sliding window"])
     expected = attention(q * 0.3 * 24**0.5, k, v, visible, "reference")
-    torch.testing.assert_close(flash_attention(q, k, v, visible, scale=0.3), expected, atol=1e-5, rtol=1e-5)
+    close(flash_attention(q, k, v, visible, scale=0.3), expected, atol=1e-5, rtol=1e-5)
     out = flash_attention(q * 1e4, k * 1e4, v, visible)
-    torch.testing.assert_close(out, attention(q * 1e4, k * 1e4, v, visible, "reference"))
+    close(out, attention(q * 1e4, k * 1e4, v, visible, "reference"))
 
 
 def test_tiles_of_other_sizes(monkeypatch):
@@ -188,7 +189,7 @@ def test_a_model_learns_the_same_by_every_backend():
         loss, _ = model.loss(batch)
         found[backend] = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
     for backend in ("reference", "sdpa"):
-        torch.testing.assert_close(found["triton"], found[backend], atol=1e-4, rtol=1e-4)
+        close(found["triton"], found[backend], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -213,11 +214,11 @@ def test_compile_checkpointing_and_autocast():
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     for function in (compiled, lambda *x: checkpoint(block, *x, use_reentrant=False)):
         for f, e in zip(results(function, (q, k, v), do, torch.float32), expected):
-            torch.testing.assert_close(f, e)
+            close(f, e)
     with torch.autocast("cpu", torch.float16):
         out = flash_attention(q, k, v, visible)
     assert out.dtype == torch.float16
-    torch.testing.assert_close(out, flash_attention(q.half(), k.half(), v.half(), visible))
+    close(out, flash_attention(q.half(), k.half(), v.half(), visible))
     out.sum().backward()
     assert q.grad.dtype == torch.float32
 
@@ -238,7 +239,7 @@ def test_a_decoder_compiles_in_one_piece():
     for function in (decoder, torch.compile(decoder, backend=backend, fullgraph=True)):
         loss = (function(x, positions, visible, None) * weight).sum()
         found.append([loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)])
-    torch.testing.assert_close(*found)
+    close(*found)
     assert len(graphs) == 1 and graphs[0].count("nanovlm.flash_attention") == 2, "once in each layer"
 
 

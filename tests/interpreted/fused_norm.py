@@ -6,6 +6,7 @@ import torch
 from support import fused_norm as module
 from nanovlm.decoder import RMSNorm
 from support.fused_norm import rms_norm
+from parity import close
 
 assert module.INTERPRETED
 
@@ -23,10 +24,10 @@ def test_equals_torch_with_gradients(shape, dtype):
     expected, found = norm(x), rms_norm(x, norm.weight, 1e-5)
     assert found.dtype == dtype
     tolerance = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=2e-2, rtol=4e-3)
-    torch.testing.assert_close(found, expected, **tolerance)
+    close(found, expected, **tolerance)
     dy = torch.randn_like(x)
     for f, e in zip(*(torch.autograd.grad(y, (x, norm.weight), dy) for y in (found, expected))):
-        torch.testing.assert_close(f, e, **(tolerance if dtype == torch.float32 else dict(atol=0.1, rtol=0.02)))
+        close(f, e, **(tolerance if dtype == torch.float32 else dict(atol=0.1, rtol=0.02)))
 
 
 @pytest.mark.slow

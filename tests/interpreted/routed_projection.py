@@ -8,6 +8,7 @@ from nanovlm import routed_projection as module
 from nanovlm.decoder import RMSNorm
 from nanovlm.lora import LoRALinear
 from nanovlm.modality_adaptive import ModalityAdaptive, Routing, route
+from parity import close
 
 assert module.INTERPRETED
 
@@ -41,7 +42,7 @@ def test_equals_the_equation_and_its_gradients(name, width, out, bias):
     x, dy = torch.randn(*modality.shape, width), torch.randn(*modality.shape, out)
     expected = outcome(layer.as_written, layer, x, routing, dy)
     for f, e in zip(outcome(layer, layer, x, routing, dy), expected):
-        torch.testing.assert_close(f, e, atol=2e-4, rtol=1e-5)
+        close(f, e, atol=2e-4, rtol=1e-5)
 
 
 def test_each_token_meets_one_weight_only():
@@ -62,7 +63,7 @@ def test_half_precision_frozen_weights_and_strides():
     found = outcome(layer, layer, x, routing, dy)
     for f, e in zip(found, expected):
         assert f.dtype == torch.float16
-        torch.testing.assert_close(f, e, atol=2e-2, rtol=2e-2)
+        close(f, e, atol=2e-2, rtol=2e-2)
 
 
 def test_what_is_no_plain_projection_is_computed_as_written():
@@ -95,8 +96,8 @@ def test_compiles_in_one_piece_and_works_under_autocast():
         return layer(x, route(modality, in_place=True)).sin()
 
     x = torch.randn(3, 100, 16)
-    torch.testing.assert_close(torch.compile(run, backend="aot_eager", fullgraph=True)(x, modality), run(x, modality))
+    close(torch.compile(run, backend="aot_eager", fullgraph=True)(x, modality), run(x, modality))
     with torch.autocast("cpu", torch.float16):
         out = layer(x, route(modality, in_place=True))
     assert out.dtype == torch.float16
-    torch.testing.assert_close(out.float(), layer.as_written(x, Routing(modality, None, None)), atol=3e-2, rtol=3e-2)
+    close(out.float(), layer.as_written(x, Routing(modality, None, None)), atol=3e-2, rtol=3e-2)

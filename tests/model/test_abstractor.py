@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from nanovlm.abstractor import Abstractor, patch_positions
 from nanovlm.attention import sincos
-from parity import CLOSE
+from parity import close
 from random_models import randomise
+
 
 def make(vision_width=16, output_width=10, **options):
     sizes = dict(num_queries=3, num_layers=2, num_heads=2, ffn_width=11)
@@ -48,64 +49,54 @@ def test_the_equations_and_their_gradients(backend):
     wanted = [patches, *bridge.parameters()]
     found, expected = bridge(patches), torch.stack([naive(bridge, picture) for picture in patches])
     assert found.shape == (2, 4, 10)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    close(found, expected)
     weights = torch.randn_like(found)
-    for ours, theirs in zip(
-        torch.autograd.grad((found * weights).sum(), wanted), torch.autograd.grad((expected * weights).sum(), wanted)
-    ):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    close(*(torch.autograd.grad((tokens * weights).sum(), wanted) for tokens in (found, expected)), atol=1e-4)
 
 
-@pytest.mark.parametrize("side, class_token", [(1, 0), (1, 1), (3, 1), (5, 0), (5, 1), (16, 1), (32, 1)])
+@pytest.mark.parametrize("side, class_token", [(1, 1), (3, 1), (5, 0), (32, 1)])
 def test_places_of_any_grid(side, class_token):
     table = patch_positions(side * side + class_token, 16)
     assert table.shape == (side * side + class_token, 16)
     assert (table[:class_token] == 0).all()
     for row, column in {(0, 0), (0, side - 1), (side - 1, 0), (side // 2, side - 1)}:
         place = table[class_token + row * side + column]
-        torch.testing.assert_close(place[:8], sincos(side, 8)[column], rtol=0, atol=0)  # x first
-        torch.testing.assert_close(place[8:], sincos(side, 8)[row], rtol=0, atol=0)
+        assert torch.equal(place, sincos(side, 8)[[column, row]].flatten())  # x first
 
 
-@pytest.mark.parametrize("num_features", [3, 8, 11, 18])
-def test_features_that_are_no_grid(num_features):
-    with pytest.raises(ValueError, match=f"{num_features} features a frame are no square grid of patches"):
-        make()(torch.randn(1, num_features, 16))
-
-
-def test_bad_sizes():
-    with pytest.raises(ValueError, match="width 16 must be a multiple of num_heads 3"):
-        make(num_heads=3)
-    with pytest.raises(ValueError, match="width 18 must be a multiple of .* 4"):
-        make(vision_width=18)
+def test_sizes_that_do_not_fit():
+    for num_features in (3, 11):
+        with pytest.raises(ValueError, match=f"{num_features} features a frame are no square grid of patches"):
+            make()(torch.randn(1, num_features, 16))
+    for options, message in ((dict(num_heads=3), "width 16 .* num_heads 3"), (dict(vision_width=18), "width 18 .* 4")):
+        with pytest.raises(ValueError, match=message):
+            make(**options)
 
 
 def test_frames():
     bridge, clips = make(), torch.randn(2, 3, 10, 16)  # M frames N width
     found = bridge(clips.flatten(1, 2), 3)
     expected = torch.stack([torch.cat([bridge(clips[m, f][None])[0] for f in range(3)]) for m in range(2)])
-    torch.testing.assert_close(found, expected, **CLOSE)
+    close(found, expected)
     assert found.shape == (2, bridge.num_image_tokens(10, 3), 10) == (2, 12, 10)
     for token in (3, 7, 11):
         assert (found[:, token] == bridge.end).all()
-    assert Abstractor(16, 10, 64, 1, 2, 8).num_image_tokens(1025) == 65
-    assert Abstractor(16, 10, 64, 1, 2, 8).num_image_tokens(1025, 8) == 520
 
 
 def test_attention_maps():
     """Rows are the image tokens, columns the features first; what the queries took of one another stands behind."""
     bridge, patches, out = make(), torch.randn(2, 10, 16), {}
-    torch.testing.assert_close(bridge(patches, out=out), bridge(patches))
+    close(bridge(patches, out=out), bridge(patches))
     assert len(out["latents"]) == 2
     for weights in out["latents"]:
         assert weights.shape == (2, 2, 4, 10 + 3)
-        torch.testing.assert_close(weights[:, :, :3].sum(-1), torch.ones(2, 2, 3))
+        close(weights[:, :, :3].sum(-1), torch.ones(2, 2, 3))
         assert (weights[:, :, 3] == 0).all()  # the end token
     layer = bridge.layers[0]
     queries = layer.norm_queries(bridge.queries)
     q = layer.q(queries + sincos(3, 16))[:, :8]
     k = layer.k(torch.cat([layer.norm_patches(patches[0]) + patch_positions(10, 16), queries + sincos(3, 16)]))[:, :8]
-    torch.testing.assert_close(out["latents"][0][0, 0, :3], (q @ k.T / 8**0.5).softmax(-1), **CLOSE)
+    close(out["latents"][0][0, 0, :3], (q @ k.T / 8**0.5).softmax(-1))
 
 
 def test_start_and_names():
@@ -130,11 +121,3 @@ def test_full_size_is_the_published_one():
     assert bridge(torch.empty(2, 3 * 1025, 1024, device="meta"), 3).shape == (2, 195, 4096)
     assert bridge(torch.empty(1, 257, 1024, device="meta"), out=out).shape == (1, 65, 4096)  # 224 pixels
     assert out["latents"][5].shape == (1, 16, 65, 321)
-
-
-def test_half_precision_keeps_its_type():
-    bridge, patches = make(), torch.randn(1, 10, 16)
-    expected = bridge(patches)
-    found = bridge.bfloat16()(patches.bfloat16())
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)

@@ -3,6 +3,7 @@
 import torch
 
 from nanovlm.adapter import Adapter
+from parity import close
 from random_models import randomise
 
 
@@ -14,7 +15,7 @@ def test_formula():
     narrow = normed @ adapter.down.weight.T + adapter.down.bias
     narrow = narrow / (1 + (-narrow).exp())  # SiLU
     expected = hidden + adapter.scale * (narrow @ adapter.up.weight.T + adapter.up.bias)
-    torch.testing.assert_close(adapter(hidden), expected)
+    close(adapter(hidden), expected)
     assert (adapter(hidden) - hidden).abs().min() > 1e-4  # the update is not lost
 
 
@@ -29,9 +30,3 @@ def test_start():
     hidden = torch.randn(3, 7, 96)
     update = (adapter(hidden) - hidden).std()
     assert 0.001 < update < 0.1  # disturbs the frozen model a little from the first step
-
-
-def test_every_parameter_gets_a_gradient():
-    adapter = Adapter(6, 4)
-    adapter(torch.randn(2, 5, 6)).square().sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())

@@ -12,10 +12,13 @@ from nanovlm.projector import LinearProjector
 from nanovlm.resampler import Resampler
 from nanovlm.generation.sampler import Decoding, generate
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, VLM
+from parity import close
 from random_models import image_batch, randomise, small_vit, text_batch
 
 PLAIN, CROSS = LayerOptions(), LayerOptions(cross_attention=True)
 MEDIA = 20  # the media token of the small model
+
+
 def test_whom_each_token_sees():
     for _ in range(20):
         is_media = torch.rand(3, 11) < 0.3
@@ -73,12 +76,12 @@ def test_the_equations_by_hand(backend):
     found = layer(x, media, backend, out)
     seen = [[None, pictures[1], pictures[1], pictures[0]], [None] * 4]
     for b in range(2):
-        torch.testing.assert_close(found[b], naive(layer, x[b], seen[b]), atol=1e-5, rtol=1e-4)
+        close(found[b], naive(layer, x[b], seen[b]))
     (weights,) = out["cross_attention"]
     assert weights.shape == (2, 8, 4, 6)
-    torch.testing.assert_close(weights.sum(-1)[0], torch.tensor([0.0, 1, 1, 1]).expand(8, 4))
+    close(weights.sum(-1)[0], torch.tensor([0.0, 1, 1, 1]).expand(8, 4))
     assert (weights[0, :, 1:3, 3:] == 0).all() and (weights[0, :, 3, :3] == 0).all() and (weights[1] == 0).all()
-    torch.testing.assert_close(layer(x[1:], None, backend)[0], naive(layer, x[1], [None] * 4), atol=1e-5, rtol=1e-4)
+    close(layer(x[1:], None, backend)[0], naive(layer, x[1], [None] * 4))
 
 
 def test_gates_start_closed():
@@ -140,13 +143,16 @@ def test_rows_run_together_as_alone(padding, backend):
     model.set_backend(backend)
     logits, loss, count = model(batch), 0, 0
     for b, expected in enumerate(one_by_one(model, batch)):
-        torch.testing.assert_close(logits[b][batch.segments[b] >= 0], expected, atol=1e-5, rtol=1e-4)
+        close(logits[b][batch.segments[b] >= 0], expected)
         words = batch.ids[b][batch.segments[b] >= 0]
         loss = loss - expected[:-1].log_softmax(-1).gather(1, words[1:, None]).sum()
         count += len(words) - 1
     found, trained = model.loss(batch)
     assert trained == count
-    torch.testing.assert_close(found, loss, atol=1e-4, rtol=1e-5)
+    close(found, loss, atol=1e-4, rtol=1e-5)
+    found.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
 
 
 def test_packed_documents_see_their_own_pictures():
@@ -162,23 +168,14 @@ def test_packed_documents_see_their_own_pictures():
     apart.pixels = packed.pixels
     found, expected = model(packed)[0], model(apart)
     for part, alone in ((found[:3], expected[0, :3]), (found[3:7], expected[1]), (found[7:], expected[2, :2])):
-        torch.testing.assert_close(part, alone, atol=1e-5, rtol=1e-4)
+        close(part, alone)
 
 
 def test_a_media_token_among_the_pads_shows_nothing():
     model, batch = small_flamingo(), mixed_batch(2)
     before, real = model(batch), batch.segments >= 0
     batch.ids[~real] = MEDIA
-    torch.testing.assert_close(model(batch)[real], before[real])
-
-
-def test_half_precision_of_the_language_model_alone():
-    """The tower and the bridge stay in float32; their image tokens take the decoder's type."""
-    model, batch = small_flamingo(), mixed_batch()
-    exact = model(batch)
-    model.decoder.bfloat16()
-    logits = model(batch)
-    assert logits.dtype == torch.bfloat16 and (logits - exact).abs().max() < 0.1 * exact.abs().max()
+    close(model(batch)[real], before[real])
 
 
 def test_kept_keys_and_values():
@@ -204,34 +201,11 @@ def test_text_alone_reads_no_picture():
     model = small_flamingo()
     batch = text_batch([[3, 4, 5, 6]])
     model.vision.forward = model.bridge.forward = None  # calling either would raise
-    alone = model(batch)
-    other = small_flamingo(layers=(PLAIN, CROSS, PLAIN))
-    assert alone.isfinite().all() and other.num_image_tokens(12) == 0
     loss, trained = model.loss(batch)
-    assert trained == 3
+    assert trained == 3 and loss.isfinite() and model.num_image_tokens(12) == 0
     loss.backward()
     layer = model.decoder.layers[0].cross_attention
     assert layer.ffn_gate.grad.abs() > 0 and layer.attention_gate.grad is None
-
-
-def test_every_parameter_gets_a_finite_gradient():
-    for backend in ("reference", "sdpa"):
-        model, batch = small_flamingo(), mixed_batch()
-        model.set_backend(backend)
-        model.loss(batch)[0].backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
-
-
-def test_attention_maps():
-    model, batch, out = small_flamingo(), mixed_batch(), {}
-    plain = model(batch)
-    torch.testing.assert_close(model(batch, out), plain)
-    assert [weights.shape for weights in out["attention"]] == [(4, 4, 6, 6)] * 3
-    assert [weights.shape for weights in out["cross_attention"]] == [(4, 8, 6, 6)] * 2  # two pictures of 3 tokens
-    sees = out["cross_attention"][0].sum(-1)[:, 0]
-    expected = torch.tensor([[1, 1, 1, 1, 1, 1], [0] * 6, [0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).float()
-    torch.testing.assert_close(sees, expected)
 
 
 def test_what_does_not_fit():
@@ -240,15 +214,10 @@ def test_what_does_not_fit():
     spoiled.ids[2, 0] = MEDIA
     with pytest.raises(ValueError, match=r"row 2 has 2 media tokens \(id 20\) for 1 visual inputs"):
         model(spoiled)
-    spoiled.ids[2] = 5
-    with pytest.raises(ValueError, match="row 2 has 0 media tokens .* for 1 visual inputs"):
-        model(spoiled)
     with pytest.raises(ValueError, match="row 0 has 1 media tokens .* for 0 visual inputs"):
         model(text_batch([[MEDIA, 4, 5]]))
     with pytest.raises(ValueError, match="in all rows there are 4 for 1"):
         model.media(batch.ids, batch.segments, [torch.randn(3, 12)], [0])
-    with pytest.raises(ValueError, match="1 image-token ids for 0 image tokens"):
-        model(text_batch([[IMAGE_TOKEN, 4, 5]]))
     with pytest.raises(ValueError, match=r"pictures of \[9, 18\] image tokens"):
         small_flamingo(bridge="projector")(batch)
 
@@ -256,9 +225,9 @@ def test_what_does_not_fit():
 def test_models_that_do_not_fit_together():
     model, plain = small_flamingo(), Decoder(DecoderConfig(23, 12, 2, 2, 20, 32, (PLAIN,)))
     for vlm, words in (
-        (lambda: VLM(model.vision, model.bridge, model.decoder), "media_token is None and .* 12"),
-        (lambda: VLM(model.vision, model.bridge, plain, MEDIA), "media_token is 20 and .* None"),
-        (lambda: VLM(model.vision, model.bridge, model.decoder, 23), "media_token 23 lies outside the vocabulary of 23"),
+        (lambda: VLM(model.vision, model.bridge, model.decoder), "media_token is None; .* 12"),
+        (lambda: VLM(model.vision, model.bridge, plain, MEDIA), "media_token is 20; .* None"),
+        (lambda: VLM(model.vision, model.bridge, model.decoder, 23), r"media_token is 23; .* range\(0, 23\)"),
         (lambda: VLM(model.vision, LinearProjector(12, 16), model.decoder, 3), "output_width is 16, the decoder reads 12"),
         (lambda: DecoderConfig(23, 16, 4, 2, 20, 32, LAYERS), "cross_attention_width None"),
         (lambda: DecoderConfig(23, 16, 4, 2, 20, 32, (PLAIN,), cross_attention_width=5), "cross_attention_width 5"),
@@ -294,8 +263,6 @@ def test_cached_equals_uncached():
     prompts, pictures = prompts_and_pictures()
     expected = [greedy(model, prompt, shown, 6) for prompt, shown in zip(prompts, pictures)]
     assert generate(model, prompts, Decoding(max_new_tokens=6), pictures) == expected
-    alone = [generate(model, [prompt], Decoding(max_new_tokens=6), [shown])[0] for prompt, shown in zip(prompts, pictures)]
-    assert alone == expected
     blind = [generate(model, [prompt], Decoding(max_new_tokens=6), [[0 * pixels for pixels in shown]])[0]
              for prompt, shown in zip(prompts, pictures)]  # fmt: skip
     assert blind[0] != expected[0] and blind[1] == expected[1] and blind[2] != expected[2]

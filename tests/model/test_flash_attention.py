@@ -5,18 +5,15 @@ import torch
 
 import interpreter
 from nanovlm.attention import BACKENDS, Visible, attention, full
+from parity import close
 
 flash = pytest.importorskip("nanovlm.flash_attention")
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter():
-    interpreter.run("flash_attention.py")
-
-
-@pytest.mark.slow
-def test_kernels_in_the_interpreter_slowly():
-    interpreter.run("flash_attention.py", slow=True)
+@pytest.mark.parametrize("slow", [False, True])
+def test_kernels_in_the_interpreter(slow):
+    interpreter.run("flash_attention.py", slow=slow)
 
 
 def test_without_gpu_and_interpreter_it_says_so():
@@ -38,7 +35,7 @@ BAD = {
     "one type.* q torch.float64": (Q.double(), K.double(), K.double(), GOOD),
     r"one device.* stop torch.int64 \(1, 3\) on meta": (Q, K, K, Visible(GOOD.first, GOOD.stop.to("meta"))),
     r"8 to 128 channels.* q .*, 12\) on": (Q[..., :12], K[..., :12], K[..., :12], GOOD),
-    r"8 to 128 channels.* q .*, 136\) on": (shaped(2, 4, 3, 136), shaped(2, 2, 5, 136), shaped(2, 2, 5, 136), GOOD),
+    r"8 to 128 channels.* q .*, 136\) on": (shaped(2, 4, 3, 136), K, K, GOOD),
     r"rows and channels of q.* v torch.float32 \(2, 2, 6, 16\)": (Q, K, shaped(2, 2, 6, 16), GOOD),
     r"rows and channels of q.* k torch.float32 \(1, 2, 5, 16\)": (Q, K[:1], K[:1], GOOD),
     "a multiple of key heads": (Q, shaped(2, 3, 5, 16), shaped(2, 3, 5, 16), GOOD),
@@ -67,15 +64,14 @@ def test_as_written_equals_the_reference_and_its_gradients(heads, kv_heads):
     first = torch.randint(0, 9, (2, 7))
     visible = Visible(first, (first + torch.randint(-2, 9, (2, 7))).clamp(0, 9))
     assert (visible.stop <= visible.first).any()
-    keys, mask = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v)), visible.mask(9)[:, None]
-    (k_all, v_all), scale = keys, 0.3
+    (k_all, v_all), mask = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v)), visible.mask(9)[:, None]
+    scale = 0.3
     weights = (q @ k_all.transpose(-2, -1) * scale).masked_fill(~mask, -1e300).softmax(-1).masked_fill(~mask, 0)
     expected, do = weights @ v_all, torch.randn_like(q)
     out, lse = flash.forward_as_written(q, k, v, visible.first, visible.stop, scale)
-    torch.testing.assert_close(out, expected)
+    close(out, expected)
     found = flash.backward_as_written(do, q, k, v, visible.first, visible.stop, out, lse, scale)
-    for one, other in zip(found, torch.autograd.grad(expected, (q, k, v), do)):
-        torch.testing.assert_close(one, other)
+    close(found, torch.autograd.grad(expected, (q, k, v), do))
     single = [x.detach().float() for x in (q, k, v)]
     scaled = flash.forward_as_written(*single, visible.first, visible.stop, 8**-0.5)[0]
-    torch.testing.assert_close(scaled, attention(*single, visible, "reference"), atol=1e-6, rtol=1e-5)
+    close(scaled, attention(*single, visible, "reference"))

@@ -11,6 +11,7 @@ import train
 from nanovlm import lora, recipes
 from nanovlm.decoder import LayerOptions
 from nanovlm.lora import LoRALinear
+from parity import close
 from random_models import image_batch, randomise, small_decoder, small_vlm
 from test_train_cli import RECIPE, refuse, run
 
@@ -33,7 +34,7 @@ def test_equation_3():
     linear = randomise(torch.nn.Linear(5, 7))
     adapted, x = randomise(LoRALinear(linear, rank=2, alpha=6)), torch.randn(3, 5)
     weight = linear.weight + 6 / 2 * adapted.lora_b @ adapted.lora_a
-    torch.testing.assert_close(adapted(x), x @ weight.T + linear.bias)
+    close(adapted(x), x @ weight.T + linear.bias)
     assert adapted.lora_a.shape == (2, 5) and adapted.lora_b.shape == (7, 2)
 
 
@@ -65,12 +66,11 @@ def test_merged_is_the_same_function_without_a_trace(where):
     expected = model.eval()(given)
     assert (expected - plain).abs().max() > 1e-3
     assert lora.merge(model) == chosen and lora.merge(model) == []
-    torch.testing.assert_close(model(given), expected, atol=1e-6, rtol=1e-6)
+    close(model(given), expected, atol=1e-6, rtol=1e-6)
     assert set(model.state_dict()) == names
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
     merged = model.get_submodule(chosen[0])
     assert type(merged) is torch.nn.Linear and not merged.training and merged.weight.requires_grad
-    assert (merged.out_features, merged.in_features) == tuple(merged.weight.shape)
 
 
 def test_names_choose():
@@ -153,7 +153,7 @@ def test_loaded_the_updates_are_merged(tuned):
     name = "decoder.layers.1.attention.q"
     update = 6 / 2 * found[f"{name}.lora_b"] @ found[f"{name}.lora_a"]
     assert update.abs().max() > 1e-3
-    torch.testing.assert_close(loaded.state_dict()[f"{name}.weight"], plain[f"{name}.weight"] + update)
+    close(loaded.state_dict()[f"{name}.weight"], plain[f"{name}.weight"] + update)
     assert torch.equal(loaded.decoder.embedding.weight, base.decoder.embedding.weight)
 
 
@@ -183,16 +183,6 @@ def test_resumed_bit_for_bit(tuned, tmp_path):
         assert run("--out", out, "--init", tuned[0], *FLAGS, "--max-minutes", "0", "--resume") == 0
     assert run("--out", out, "--init", tuned[0], *FLAGS, "--resume") == 0
     assert (out / "model.safetensors").read_bytes() == (tuned[1] / "model.safetensors").read_bytes()
-
-
-@pytest.mark.slow
-def test_another_rank_is_another_run(tuned, capsys, tmp_path):
-    out = tmp_path / "run"
-    assert run("--out", out, "--init", tuned[0], *FLAGS, "--max-minutes", "0") == 0
-    flags = [flag if flag != "2:6" else "2:4" for flag in FLAGS]
-    assert "lora.alpha was 6.0, is now 4.0" in refuse(capsys, "--out", out, "--init", tuned[0], *flags, "--resume")
-    flags = [flag for flag in FLAGS if flag not in ("--lora", "2:6")]
-    assert "lora was" in refuse(capsys, "--out", out, "--init", tuned[0], *flags, "--resume")
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

@@ -5,7 +5,7 @@ import torch
 
 from nanovlm.recipes import RECIPES
 from nanovlm.generation.sampler import Decoding, generate
-from parity import CLOSE, perturb
+from parity import close, perturb
 from published_models import make_batch, real_logits, write
 
 SLOW = ["llava", "llava tiny_linear", "lynx", "llava_phi", "blip2", "small"]
@@ -43,18 +43,12 @@ def test_each_row_as_alone(tiny, side, backend):
     together = real_logits(model, make_batch(model, given, side))
     for row, found in zip(given, together):
         alone = real_logits(model, make_batch(model, [row]))[0]
-        torch.testing.assert_close(found, alone, **CLOSE)
+        close(found, alone)
     assert all(found.std(0).max() > 1e-3 for found in together)  # not all the same
-
-
-def test_loss_is_the_sum_of_the_rows(tiny):
-    name, model = tiny
-    torch.manual_seed(2)
-    given = rows(name, model)
     loss, trained = model.loss(make_batch(model, given))
     alone = [model.loss(make_batch(model, [row])) for row in given]
     assert trained == sum(count for _, count in alone)
-    torch.testing.assert_close(loss, sum(one for one, _ in alone), atol=1e-3, rtol=1e-5)
+    close(loss, sum(one for one, _ in alone), atol=1e-3, rtol=1e-5)
 
 
 def test_generation_together_and_alone(tiny):
@@ -66,19 +60,6 @@ def test_generation_together_and_alone(tiny):
     decoding = Decoding(max_new_tokens=5)
     together = generate(model, prompts, decoding, pictures)
     assert together == [generate(model, [prompt], decoding, [shown])[0] for prompt, shown in zip(prompts, pictures)]
-
-
-def test_the_picture_matters_to_its_row_alone(tiny):
-    """Another first picture changes the first row and no other."""
-    name, model = tiny
-    torch.manual_seed(4)
-    given = rows(name, model)
-    before = real_logits(model, make_batch(model, given))
-    given[0][0] = torch.randn_like(given[0][0])
-    after = real_logits(model, make_batch(model, given))
-    assert (before[0] - after[0])[-1].abs().max() > 1e-4
-    for row in range(1, 5):
-        torch.testing.assert_close(before[row], after[row], **CLOSE)
 
 
 def test_a_model_without_clips_says_so(tiny):

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovlm.attention import sincos, sincos_positions
-from nanovlm.vit import ACTIVATIONS, Block, ConvStem, ViT, ViTConfig, check_image_size, resize_positions
+from nanovlm.attention import sincos_positions
+from nanovlm.vit import Block, ConvStem, ViT, ViTConfig, resize_positions
+from parity import close
 from random_models import randomise, small_vit
 
 
@@ -17,39 +18,36 @@ def config(**options):
     return ViTConfig(**(sizes | options))
 
 
-def test_defaults_and_options():
+def test_defaults():
     plain = config()
     assert (plain.conv_stem, plain.class_token, plain.pre_norm, plain.post_norm) == (False, True, False, True)
     assert (plain.qkv_bias, plain.patch_bias, plain.activation, plain.norm_eps) == ("qkv", True, "gelu", 1e-6)
-    vit = ViT(plain)
-    assert vit.patch_embedding.bias is not None and isinstance(vit.pre_norm, nn.Identity)
-    assert isinstance(vit.post_norm, nn.LayerNorm) and vit.backend == "sdpa" and len(vit.blocks) == 2
-    other = ViT(config(patch_bias=False, pre_norm=True, post_norm=False, norm_eps=1e-3, class_token=False))
-    assert other.patch_embedding.bias is None and other.class_token is None
-    assert isinstance(other.pre_norm, nn.LayerNorm) and isinstance(other.post_norm, nn.Identity)
-    assert other.pre_norm.eps == other.blocks[1].norm_1.eps == other.blocks[1].norm_2.eps == 1e-3
     assert Block(6, 2, 8).norm_1.eps == Block(6, 2, 8).norm_2.eps == 1e-6
+    assert config(patch_size=6).patch_size == 6  # a power of 2 only matters to the convolutional stem
+    assert all(config(conv_stem=True, image_size=16, patch_size=size).conv_stem for size in (2, 8))
+
+
+def test_start():
+    vit = ViT(config(image_size=20, width=48))
+    assert vit.class_token.shape == (48,) and 0.014 < vit.class_token.std() < 0.026
+    assert (vit.positions[0] == 0).all() and torch.equal(vit.positions[1:], sincos_positions(25, 48))
+    for layer in [layer for layer in ConvStem(8, 64) if isinstance(layer, nn.Conv2d)][:-1]:
+        he = (2 / (9 * layer.in_channels)) ** 0.5  # keeps the signal's size through a rectifier
+        assert 0.85 * he < layer.weight.std() < 1.15 * he and (layer.bias == 0).all()
 
 
 @pytest.mark.parametrize("options, message", [
     (dict(image_size=13), "image_size 13 is no multiple of patch_size 4; try 12"), (dict(image_size=3), "image_size 3 .*try 4"),
-    (dict(image_size=0), "image_size 0 .*try 4"), (dict(width=16), "width 16 must be a multiple of num_heads 3"),
+    (dict(width=16), "width 16 must be a multiple of num_heads 3"),
     (dict(width=18), "width 18 must be a multiple of .* 4"), (dict(activation="gelo"), "'gelo'. Did you mean 'gelu'"),
     (dict(qkv_bias="all"), "qkv_bias 'all'"), (dict(conv_stem=True, patch_size=6), "patch_size 6 is not 2, 4, 8"),
     (dict(conv_stem=True, patch_size=1), "patch_size 1 is not 2, 4, 8"), (dict(feature_layer=3), "feature_layer 3, .* 1 to 2"),
-    (dict(feature_layer=0), "feature_layer 0, .* 1 to 2"), (dict(feature_layer=-2), "feature_layer -2, .* 1 to 2"),
+    (dict(feature_layer=0), "feature_layer 0, .* 1 to 2"),
     (dict(class_token=False, drop_class_token=True), "drop_class_token, but there is no class token"),
 ])  # fmt: skip
 def test_bad_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
-
-
-def test_good_sizes_are_accepted():
-    for size in (4, 8, 12):
-        check_image_size(size, 4)
-    assert config(patch_size=6).patch_size == 6  # a power of 2 only matters to the convolutional stem
-    assert all(config(conv_stem=True, image_size=16, patch_size=size).conv_stem for size in (2, 8))
 
 
 def naive_vit(vit, pixels, activation, eps):
@@ -92,16 +90,7 @@ def test_forward_by_hand(options, backend):
     num_patches = (vit.image_size // 4) ** 2
     assert found.shape == (2, num_patches + vit.config.class_token, 12)
     assert vit.num_tokens(vit.image_size) == found.shape[1]
-    torch.testing.assert_close(found, naive_vit(vit, pixels, activation, vit.config.norm_eps), atol=1e-5, rtol=1e-4)
-
-
-def test_activations():
-    x = torch.linspace(-4, 4, 33)
-    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "quick_gelu", "silu", "relu"}
-    torch.testing.assert_close(ACTIVATIONS["gelu"](x), nn.GELU()(x))
-    torch.testing.assert_close(ACTIVATIONS["gelu_tanh"](x), nn.GELU(approximate="tanh")(x))
-    assert (ACTIVATIONS["gelu_tanh"](x) - nn.GELU()(x)).abs().max() > 1e-4
-    torch.testing.assert_close(ACTIVATIONS["quick_gelu"](x), F.silu(1.702 * x) / 1.702)
+    close(found, naive_vit(vit, pixels, activation, vit.config.norm_eps))
 
 
 def test_which_projections_carry_a_bias():
@@ -109,21 +98,6 @@ def test_which_projections_carry_a_bias():
         attention = small_vit(qkv_bias=bias).blocks[0].attention
         assert [getattr(attention, name).bias is not None for name in "qkv"] == [name in bias for name in "qkv"]
         assert attention.o.bias is not None
-
-
-@pytest.mark.parametrize("class_rows", [0, 1])
-@pytest.mark.parametrize("new", [2, 4, 7])
-def test_resize_positions_stretches_the_grid(class_rows, new):
-    table = torch.randn(class_rows + 16, 5)
-    resized = resize_positions(table, new * new)
-    assert resized.shape == (class_rows + new * new, 5)
-    assert torch.equal(resized[:class_rows], table[:class_rows])
-    if new == 4:
-        torch.testing.assert_close(resized, table, rtol=0, atol=1e-6)
-    for channel in range(5):  # one channel at a time: rows and columns must not be exchanged, nor channels mixed
-        picture = table[class_rows:, channel].reshape(1, 1, 4, 4)
-        expected = F.interpolate(picture, size=(new, new), mode="bicubic", align_corners=False)
-        torch.testing.assert_close(resized[class_rows:, channel], expected.flatten())
 
 
 def cubic(distance):
@@ -134,31 +108,29 @@ def cubic(distance):
     return -0.75 * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
 
 
-def test_resize_positions_of_a_ramp():
-    ramp = torch.arange(8.0) ** 2
+@pytest.mark.parametrize("class_rows", [0, 1])
+def test_resize_positions(class_rows):
+    ramp, class_token = torch.arange(8.0) ** 2, torch.randn(class_rows, 2)
     grid = torch.stack([ramp.repeat(8), ramp.repeat_interleave(8)], dim=1)  # along columns, along rows
-    resized = resize_positions(grid, 144).reshape(12, 12, 2)
+    table = torch.cat([class_token, grid])
+    assert torch.equal(resize_positions(table.bfloat16(), 36), resize_positions(table.bfloat16().float(), 36).bfloat16())
+    resized = resize_positions(table, 144)
+    assert torch.equal(resized[:class_rows], class_token)
+    resized = resized[class_rows:].reshape(12, 12, 2)
     expected = torch.zeros(12)
     for new in range(12):
         place = (new + 0.5) * 8 / 12 - 0.5  # centre of the new patch on the old grid
         for old in range(math.floor(place) - 1, math.floor(place) + 3):
             expected[new] += cubic(place - old) * ramp[min(max(old, 0), 7)]  # the rim is repeated
-    torch.testing.assert_close(resized[..., 0], expected.expand(12, 12), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(resized[..., 1], expected[:, None].expand(12, 12), atol=1e-4, rtol=1e-4)
-
-
-def test_resize_positions_works_in_float32_and_keeps_the_type():
-    table = torch.randn(17, 5).bfloat16()
-    resized = resize_positions(table, 36)
-    assert resized.dtype == torch.bfloat16
-    assert torch.equal(resized, resize_positions(table.float(), 36).bfloat16())
-    for rows, patches in ((17, 12), (12, 9)):
-        with pytest.raises(ValueError, match=f"a table of {rows} rows for {patches} patches"):
-            resize_positions(torch.randn(rows, 5), patches)
+    close(resized[..., 0], expected.expand(12, 12), atol=1e-4, rtol=1e-4)
+    close(resized[..., 1], expected[:, None].expand(12, 12), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("class_token", [True, False])
 def test_resize(class_token):
+    for rows, patches in ((17, 12), (11, 9)):
+        with pytest.raises(ValueError, match=f"a table of {rows} rows for {patches} patches"):
+            resize_positions(torch.randn(rows, 5), patches)
     vit = small_vit(class_token=class_token)
     before = vit.positions
     vit.resize(12)
@@ -166,7 +138,7 @@ def test_resize(class_token):
     vit.positions.requires_grad_(False)
     vit.resize(20)
     assert vit.positions is not before and not vit.positions.requires_grad and vit.image_size == 20
-    torch.testing.assert_close(vit.positions, resize_positions(before, 25))
+    close(vit.positions, resize_positions(before, 25))
     assert vit(torch.randn(1, 3, 20, 20)).shape == (1, 25 + class_token, 12)
     vit.positions.requires_grad_(True)
     vit.resize(8)
@@ -174,11 +146,10 @@ def test_resize(class_token):
     with pytest.raises(ValueError, match="try 12"):
         vit.resize(15)
     assert vit.image_size == 8
-    assert [vit.num_patches(size) for size in (8, 12, 20)] == [4, 9, 25]
     assert [vit.num_tokens(size) - class_token for size in (8, 12, 20)] == [4, 9, 25]
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 16, 16), (1, 3, 12, 16), (1, 1, 12, 12), (3, 12, 12)])
+@pytest.mark.parametrize("shape", [(1, 3, 12, 16), (1, 1, 12, 12), (3, 12, 12)])
 def test_pixels_of_another_size_are_refused(shape):
     with pytest.raises(ValueError, match="a ViT of 12 x 12"):
         small_vit()(torch.randn(shape))
@@ -200,7 +171,7 @@ def test_conv_stem(patch_size, plan):
         x = (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
         x = F.gelu(x * norm.weight[:, None, None] + norm.bias[:, None, None])
     x = torch.einsum("fchw,dc->fdhw", x, convolutions[-1].weight[..., 0, 0]) + convolutions[-1].bias[:, None, None]
-    torch.testing.assert_close(stem(pixels), x, atol=1e-5, rtol=1e-4)
+    close(stem(pixels), x)
     assert x.shape == (2, 12, 16 // patch_size, 16 // patch_size)
 
 
@@ -215,7 +186,7 @@ def test_a_vit_with_a_conv_stem():
     for row in range(3):
         for column in range(3):
             k = 1 + 3 * row + column  # row-major, behind the class token
-            torch.testing.assert_close(features[:, k], vit.post_norm(patches[:, :, row, column] + vit.positions[k]))
+            close(features[:, k], vit.post_norm(patches[:, :, row, column] + vit.positions[k]))
 
 
 def test_sines_and_cosines_tell_row_and_column():
@@ -226,23 +197,10 @@ def test_sines_and_cosines_tell_row_and_column():
             expected = []
             for place in (row, column):  # two speeds: 1 and 1/100 radians per patch
                 expected += [math.sin(place), math.sin(place / 100), math.cos(place), math.cos(place / 100)]
-            torch.testing.assert_close(table[3 * row + column], torch.tensor(expected))
+            close(table[3 * row + column], torch.tensor(expected))
     far = sincos_positions(64 * 64, 8)[-1]
     assert float(far[1]) == pytest.approx(math.sin(0.63), abs=1e-6)
     assert sincos_positions(1, 12).shape == (1, 12)
-
-
-def test_start():
-    vit = ViT(config(image_size=20, width=48))
-    assert vit.class_token.shape == (48,) and 0.014 < vit.class_token.std() < 0.026
-    assert (vit.positions[0] == 0).all() and torch.equal(vit.positions[1:], sincos_positions(25, 48))
-    assert torch.equal(ViT(config(class_token=False)).positions, sincos_positions(9, 12))
-
-
-def test_start_of_the_stem():
-    for layer in [layer for layer in ConvStem(8, 64) if isinstance(layer, nn.Conv2d)][:-1]:
-        he = (2 / (9 * layer.in_channels)) ** 0.5  # keeps the signal's size through a rectifier
-        assert 0.85 * he < layer.weight.std() < 1.15 * he and (layer.bias == 0).all()
 
 
 @pytest.mark.parametrize("feature_layer", [1, 2, 3])
@@ -253,14 +211,11 @@ def test_features_of_an_earlier_block(feature_layer):
     assert len(vit.blocks) == 3 and isinstance(vit.post_norm, nn.LayerNorm)
     shorter = small_vit(num_layers=feature_layer, post_norm=False)
     shorter.load_state_dict({name: vit.state_dict()[name] for name in shorter.state_dict()})
-    torch.testing.assert_close(vit(pixels), shorter(pixels), rtol=0, atol=0)
-    start = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
-    optimizer = torch.optim.SGD(vit.parameters(), lr=1.0, weight_decay=0.5)
+    assert torch.equal(vit(pixels), shorter(pixels))
     (vit(pixels) * torch.randn(2, 10, 12)).sum().backward()
-    optimizer.step()
     behind = ("post_norm.", *(f"blocks.{i}." for i in range(feature_layer, 3)))
     for name, tensor in vit.named_parameters():
-        assert (tensor.grad is None) == name.startswith(behind) == torch.equal(tensor, start[name]), name
+        assert (tensor.grad is None) == name.startswith(behind), name
     for i in range(feature_layer, 3):
         vit.blocks[i] = nn.Linear(1, 1)  # calling it would raise
     vit(pixels)
@@ -271,21 +226,13 @@ def test_a_dropped_class_token_still_takes_part(options):
     vit, pixels = small_vit(**options), torch.randn(2, 3, 12, 12)
     dropping = small_vit(**options, drop_class_token=True)
     dropping.load_state_dict(vit.state_dict())
-    torch.testing.assert_close(dropping(pixels), vit(pixels)[:, 1:], rtol=0, atol=0)
+    assert torch.equal(dropping(pixels), vit(pixels)[:, 1:])
     assert (vit.num_tokens(12), dropping.num_tokens(12), dropping.num_tokens(20)) == (10, 9, 25)
     assert type(dropping.num_tokens(12)) is int
     before = dropping(pixels)
     with torch.no_grad():
         dropping.class_token.copy_(torch.randn(12))
     assert (dropping(pixels) - before).abs().max() > 1e-3
-
-
-def test_places_on_a_line():
-    table = sincos(5, 6)
-    for place in range(5):
-        angles = [place, place / 10000 ** (1 / 3), place / 10000 ** (2 / 3)]
-        expected = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)])
-        torch.testing.assert_close(table[place], expected)
 
 
 @pytest.mark.parametrize(
