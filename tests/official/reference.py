@@ -65,19 +65,34 @@ def quick_gelu(x):
     return x * torch.sigmoid(1.702 * x)
 
 
+def mlp(w, first, second, x, activation):
+    return linear(w, second, activation(linear(w, first, x)))
+
+
+def qkv(w, base, x, num_heads):
+    """Queries, keys and values, from three layers or from one in which they lie head by head."""
+    if f"{base}.query_key_value.weight" not in w:
+        return [linear(w, f"{base}.{name}_proj", x) for name in "qkv"]
+    return [part.flatten(-2) for part in linear(w, f"{base}.query_key_value", x).unflatten(-1, (num_heads, 3, -1)).unbind(-2)]
+
+
+def tower(w, base, x, num_layers, num_heads, names, activation, eps):
+    """Pre-norm blocks; names: of norm, attention, its output, second norm, and the two layers of the feed-forward."""
+    for i in range(num_layers):
+        norm_1, attention, output, norm_2, fc_1, fc_2 = (f"{base}{i}.{name}" for name in names)
+        x = x + linear(w, output, attend(*qkv(w, attention, layer_norm(w, norm_1, x, eps), num_heads), num_heads))
+        x = x + mlp(w, fc_1, fc_2, layer_norm(w, norm_2, x, eps), activation)
+    return x
+
+
 def loss_of(logits, labels):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())[None]
 
 
 def eva(w, pixels, config):
     x = patches(w, "vision_encoder.patch_embed.proj", pixels, w["vision_encoder.cls_token"], w["vision_encoder.pos_embed"])
-    for i in range(config["depth"]):
-        block = f"vision_encoder.blocks.{i}."
-        h = layer_norm(w, f"{block}norm1", x, 1e-6)
-        q, k, v = (linear(w, f"{block}attn.{name}_proj", h) for name in "qkv")
-        x = x + linear(w, f"{block}attn.proj", attend(q, k, v, config["heads"]))
-        x = x + linear(w, f"{block}mlp.fc2", F.gelu(linear(w, f"{block}mlp.fc1", layer_norm(w, f"{block}norm2", x, 1e-6))))
-    return x
+    names = ("norm1", "attn", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    return tower(w, "vision_encoder.blocks.", x, config["depth"], config["heads"], names, F.gelu, 1e-6)
 
 
 def resampler(w, name, x, depth, with_latents):
@@ -88,7 +103,7 @@ def resampler(w, name, x, depth, with_latents):
         keys = torch.cat([media, latents], dim=1) if with_latents else media
         k, v = linear(w, f"{layer}0.to_kv", keys).chunk(2, dim=-1)
         z = z + linear(w, f"{layer}0.to_out", attend(linear(w, f"{layer}0.to_q", latents), k, v, 8))
-        z = z + linear(w, f"{layer}1.3", F.gelu(linear(w, f"{layer}1.1", layer_norm(w, f"{layer}1.0", z, 1e-5))))
+        z = z + mlp(w, f"{layer}1.1", f"{layer}1.3", layer_norm(w, f"{layer}1.0", z, 1e-5), F.gelu)
     return layer_norm(w, f"{name}.norm", z, 1e-5)
 
 
@@ -119,8 +134,8 @@ def llama(w, prefix, x, config, real, modality=None):
         x = x + linear(w, f"{layer}mlp.down_proj", gated)
         adapter = f"{layer}output_adapter."
         if f"{adapter}scaling" in w:
-            h = F.silu(linear(w, f"{adapter}adapter_down", layer_norm(w, f"{adapter}adapter_norm_before", x, 1e-5)))
-            x = x + w[f"{adapter}scaling"] * linear(w, f"{adapter}adapter_up", h)
+            h = layer_norm(w, f"{adapter}adapter_norm_before", x, 1e-5)
+            x = x + w[f"{adapter}scaling"] * mlp(w, f"{adapter}adapter_down", f"{adapter}adapter_up", h, F.silu)
     return linear(w, f"{prefix}lm_head", rms_norm(w[f"{prefix}model.norm.weight"], x, eps))
 
 
@@ -145,14 +160,9 @@ def owl_vision(w, pixels, config):
         w, f"{base}embeddings.patch_embed", pixels, w[f"{base}embeddings.cls_token"], w[f"{base}embeddings.position_embedding"]
     )
     x = layer_norm(w, f"{base}embeddings.pre_layernorm", x, eps)
-    heads = config["num_attention_heads"]
-    for i in range(config["num_hidden_layers"]):
-        layer = f"{base}encoder.layers.{i}."
-        h = linear(w, f"{layer}self_attn.query_key_value", layer_norm(w, f"{layer}input_layernorm", x, eps))
-        q, k, v = h.unflatten(-1, (heads, 3, -1)).unbind(-2)
-        x = x + linear(w, f"{layer}self_attn.dense", attend(q.flatten(-2), k.flatten(-2), v.flatten(-2), heads))
-        h = linear(w, f"{layer}mlp.fc1", layer_norm(w, f"{layer}post_attention_layernorm", x, eps))
-        x = x + linear(w, f"{layer}mlp.fc2", quick_gelu(h))
+    names = ("input_layernorm", "self_attn", "self_attn.dense", "post_attention_layernorm", "mlp.fc1", "mlp.fc2")
+    sizes = config["num_hidden_layers"], config["num_attention_heads"]
+    x = tower(w, f"{base}encoder.layers.", x, *sizes, names, quick_gelu, eps)
     return layer_norm(w, f"{base}post_layernorm", x, eps)
 
 
@@ -175,9 +185,9 @@ def abstractor(w, x, config):
         queries = linear(w, f"{layer}attention.query", q + places[: q.shape[1]])
         keys, values = linear(w, f"{layer}attention.key", both + places), linear(w, f"{layer}attention.value", both)
         q = q + linear(w, f"{layer}output.out_proj", attend(queries, keys, values, config["num_attention_heads"]))
-        h, mlp = layer_norm(w, f"{layer}output.norm2", q, 1e-5), f"{layer}output.mlp."
-        h = F.silu(linear(w, f"{mlp}w1", h)) * linear(w, f"{mlp}w3", h)
-        q = q + linear(w, f"{mlp}w2", layer_norm(w, f"{mlp}ffn_ln", h, config["layer_norm_eps"]))
+        h, gated = layer_norm(w, f"{layer}output.norm2", q, 1e-5), f"{layer}output.mlp."
+        h = F.silu(linear(w, f"{gated}w1", h)) * linear(w, f"{gated}w3", h)
+        q = q + linear(w, f"{gated}w2", layer_norm(w, f"{gated}ffn_ln", h, config["layer_norm_eps"]))
     return torch.cat([linear(w, f"{base}visual_fc", q), w[f"{base}vit_eos"].expand(len(x), -1, -1)], dim=1)
 
 
@@ -228,14 +238,8 @@ def clip(w, base, pixels, config, num_layers):
         w[f"{base}embeddings.position_embedding.weight"],
     )  # fmt: skip
     x = layer_norm(w, f"{base}pre_layrnorm", x, 1e-5)
-    for i in range(num_layers):
-        layer = f"{base}encoder.layers.{i}."
-        h = layer_norm(w, f"{layer}layer_norm1", x, 1e-5)
-        q, k, v = (linear(w, f"{layer}self_attn.{name}_proj", h) for name in "qkv")
-        x = x + linear(w, f"{layer}self_attn.out_proj", attend(q, k, v, config["num_attention_heads"]))
-        h = linear(w, f"{layer}mlp.fc1", layer_norm(w, f"{layer}layer_norm2", x, 1e-5))
-        x = x + linear(w, f"{layer}mlp.fc2", quick_gelu(h))
-    return x
+    names = ("layer_norm1", "self_attn", "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2")
+    return tower(w, f"{base}encoder.layers.", x, num_layers, config["num_attention_heads"], names, quick_gelu, 1e-5)
 
 
 def phi(w, x, config, real):
@@ -245,10 +249,9 @@ def phi(w, x, config, real):
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         h = layer_norm(w, f"{layer}input_layernorm", x, 1e-5)
-        q, k, v = linear(w, f"{layer}self_attn.query_key_value", h).unflatten(-1, (heads, 3, -1)).unbind(-2)
-        seen = attend(q.flatten(-2), k.flatten(-2), v.flatten(-2), heads, causal(real), turn)
-        mlp = linear(w, f"{layer}mlp.fc2", F.gelu(linear(w, f"{layer}mlp.fc1", h), approximate="tanh"))
-        x = x + linear(w, f"{layer}self_attn.dense", seen) + mlp
+        seen = attend(*qkv(w, f"{layer}self_attn", h, heads), heads, causal(real), turn)
+        x = x + linear(w, f"{layer}self_attn.dense", seen)
+        x = x + mlp(w, f"{layer}mlp.fc1", f"{layer}mlp.fc2", h, lambda h: F.gelu(h, approximate="tanh"))
     return linear(w, "lm_head", layer_norm(w, "model.final_layernorm", x, 1e-5))
 
 
@@ -257,7 +260,7 @@ def llava_phi(w, config, inputs):
     num_layers = vision["num_hidden_layers"] + 1 + vision["mm_vision_select_layer"]
     x = clip(w, "model.vision_tower.vision_model.", inputs["pixel_values"], vision, num_layers)
     x = x[:, 1:] if vision["mm_vision_select_feature"] == "patch" else x
-    out = {"visual_tokens": linear(w, "model.mm_projector.2", F.gelu(linear(w, "model.mm_projector.0", x)))}
+    out = {"visual_tokens": mlp(w, "model.mm_projector.0", "model.mm_projector.2", x, F.gelu)}
     x, labels, _, real = splice(w, inputs, out["visual_tokens"])
     out["logits"] = phi(w, x, config["llm"], real)
     out["loss"] = loss_of(out["logits"], labels)
@@ -281,13 +284,13 @@ def open_flamingo(w, config, inputs):
             q = linear(w, f"{gated}attn.to_q", layer_norm(w, f"{gated}attn.norm", x, 1e-5))
             k, v = linear(w, f"{gated}attn.to_kv", flat).chunk(2, dim=-1)
             x = x + w[f"{gated}attn_gate"].tanh() * linear(w, f"{gated}attn.to_out", attend(q, k, v, 8, allowed))
-            h = F.gelu(linear(w, f"{gated}ff.1", layer_norm(w, f"{gated}ff.0", x, 1e-5)))
-            x = x + w[f"{gated}ff_gate"].tanh() * linear(w, f"{gated}ff.3", h)
+            h = mlp(w, f"{gated}ff.1", f"{gated}ff.3", layer_norm(w, f"{gated}ff.0", x, 1e-5), F.gelu)
+            x = x + w[f"{gated}ff_gate"].tanh() * h
         h = layer_norm(w, f"{layer}self_attn_layer_norm", x, 1e-5)
-        q, k, v = (linear(w, f"{layer}self_attn.{name}_proj", h) for name in "qkv")
-        seen = attend(q, k, v, config["llm"]["num_attention_heads"], causal(real))
+        heads = config["llm"]["num_attention_heads"]
+        seen = attend(*qkv(w, f"{layer}self_attn", h, heads), heads, causal(real))
         x = x + linear(w, f"{layer}self_attn.out_proj", seen)
-        x = x + linear(w, f"{layer}fc2", F.relu(linear(w, f"{layer}fc1", layer_norm(w, f"{layer}final_layer_norm", x, 1e-5))))
+        x = x + mlp(w, f"{layer}fc1", f"{layer}fc2", layer_norm(w, f"{layer}final_layer_norm", x, 1e-5), F.relu)
     return {"visual_tokens": media, "logits": linear(w, "lang_encoder.lm_head", layer_norm(w, f"{base}final_layer_norm", x, 1e-5))}
 
 

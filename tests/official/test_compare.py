@@ -122,7 +122,6 @@ OTHER_SIZES = {
     "lynx, adapters after every third of 5 layers": ("lynx", lambda: lynx_case(3, 5, 2, 3)),
     "lynx, adapters everywhere, grouped queries": ("lynx", lambda: lynx_case(1, 2, 4, 2, kv_heads=2)),
     "lynx, one row, no padding": ("lynx", lambda: lynx_case(2, 5, 2, 1, prefixed_pads=(0,))),
-    "lynx, one adapter": ("lynx", lambda: lynx_case(7, 4, 3, 2)),
     "lynx, clips of one frame": ("lynx", lambda: lynx_case(2, 2, 1, 2)),
     "mplug_owl2, grouped queries": ("mplug_owl2", lambda: owl_case([[5, I, 6, 7, 8, 9, 3]], 3, 2)),
     "mplug_owl2, several pictures": ("mplug_owl2", lambda: owl_case([[5, I, 6, I, 8, 9], [I, I, 3, 4, 5, 9]], 2, 4)),
@@ -157,12 +156,9 @@ def make(path, family, config, inputs, weights=None):
 
 @EVERY
 def test_the_golden_files_agree(family, capsys):
-    code, printed = compared(capsys, GOLDEN / f"{FILES[family]}.safetensors")
-    assert code == 0, printed
-    golden = read(GOLDEN / f"{FILES[family]}.safetensors")
-    for name in golden.outputs:
-        assert f"{name} " in printed
-    assert printed.count("agrees") == len(golden.outputs)
+    path = GOLDEN / f"{FILES[family]}.safetensors"
+    code, printed = compared(capsys, path)
+    assert code == 0 and printed.count("agrees") == len(read(path).outputs), printed
 
 
 @EVERY
@@ -182,22 +178,15 @@ def test_the_plain_forward_passes_are_the_official_ones(family):
 def test_other_sizes_agree(case, capsys, tmp_path):
     family, inputs = OTHER_SIZES[case]
     config, inputs = inputs()
-    code, printed = compared(capsys, make(tmp_path / "other.safetensors", family, config, inputs))
-    assert code == 0, printed
-
-
-@pytest.mark.parametrize("case", ["lynx, adapters after every third of 5 layers", "mplug_owl2, grouped queries",
-                                  "llava_phi, 0.4 of a head", "open_flamingo, every third, padded"])
-def test_sizes_that_the_config_leaves_out_are_read_off_the_weights(case, capsys, tmp_path):
-    family, inputs = OTHER_SIZES[case]
-    config, inputs = inputs()
     path = make(tmp_path / "whole.safetensors", family, config, inputs)
+    code, printed = compared(capsys, path)
+    assert code == 0, printed
     golden, kept = read(path), ("heads", "eps", "factor", "select", "token", "mlp_ratio")
     silent = {
         key: {k: v for k, v in part.items() if any(word in k for word in kept)} if isinstance(part, dict) else part
         for key, part in config.items() if isinstance(part, dict) or any(word in key for word in kept)
     }  # fmt: skip
-    assert silent != config
+    assert silent != config  # what it leaves out is read off the weights
     official.write(path, silent, golden.weights, golden.inputs, golden.outputs)
     code, printed = compared(capsys, path)
     assert code == 0, printed
@@ -212,59 +201,6 @@ def test_tables_that_are_computed_may_be_absent(family, capsys, tmp_path):
             del weights[name]
 
     code, printed = compared(capsys, spoiled(tmp_path, family, spoil))
-    assert code == 0, printed
-
-
-def list_twice(config, weights, inputs, outputs):
-    """OpenFlamingo's files name every layer and cross-attention at a second place."""
-    for name in list(weights):
-        parts = name.split(".")
-        if "layers" in parts and name.startswith("lang_encoder"):
-            rest = ".".join(parts[parts.index("layers") + 1 :])
-            second = "gated_cross_attn_layers" if "gated_cross_attn_layer" in parts else "old_decoder_blocks"
-            rest = rest.replace("gated_cross_attn_layer.", "").replace("decoder_layer.", "")
-            weights[f"lang_encoder.{second}.{rest}"] = weights[name].clone()
-
-
-def test_open_flamingo_lists_its_layers_twice(capsys, tmp_path):
-    code, printed = compared(capsys, spoiled(tmp_path, "open_flamingo", list_twice))
-    assert code == 0, printed
-
-    def spoil(config, weights, inputs, outputs):
-        list_twice(config, weights, inputs, outputs)
-        weights["lang_encoder.gated_cross_attn_layers.1.attn_gate"] += 1
-
-    code, printed = compared(capsys, spoiled(tmp_path, "open_flamingo", spoil))
-    assert code == 1 and "second copy" in printed
-
-
-def test_llava_phi_from_the_pieces_of_transformers(capsys, tmp_path):
-    """CLIP and Phi of transformers, joined by hand."""
-    transformers = pytest.importorskip("transformers")
-    config, inputs = phi_case([[5, I, 7, 8, 9, 11, 2], [1, 2, 3, I, 4, 8, 9]], 0.4, -2, "patch", heads=4)
-    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**{
-        k: v for k, v in config["vision"].items() if not k.startswith("mm")
-    }))  # fmt: skip
-    phi = transformers.PhiForCausalLM(transformers.PhiConfig(**config["llm"], pad_token_id=0, bos_token_id=1, eos_token_id=2))
-    projector = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 40))
-    with torch.no_grad():
-        for module in (tower, phi, projector):
-            for parameter in module.eval().parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        hidden = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
-        outputs = {"visual_tokens": projector(hidden[:, 1:])}
-        weights = {f"model.mm_projector.{n}": t for n, t in projector.state_dict().items()}
-        for name, tensor in tower.state_dict().items():
-            if "position_ids" not in name:
-                weights[f"model.vision_tower.vision_model.{name.removeprefix('vision_model.')}"] = tensor
-        state = {n: t for n, t in phi.state_dict().items() if "inv_freq" not in n}
-        for name in [name for name in state if "q_proj" in name]:
-            parts = [state.pop(name.replace("q_proj", f"{letter}_proj")).unflatten(0, (4, -1)) for letter in "qkv"]
-            state[name.replace("q_proj", "query_key_value")] = torch.cat(parts, dim=1).flatten(0, 1)
-        x, labels, _, _ = official.splice(weights | state, inputs, outputs["visual_tokens"])
-        found = phi(inputs_embeds=x, labels=labels)
-        outputs |= {"logits": found.logits, "loss": found.loss[None]}
-    code, printed = compared(capsys, official.write(tmp_path / "hf.safetensors", config, weights | state, inputs, outputs))
     assert code == 0, printed
 
 
@@ -289,102 +225,57 @@ def spoiled(tmp_path, family, spoil):
     return official.write(tmp_path / "spoiled.safetensors", *parts)
 
 
-FIRST_Q = {
-    "lynx": "LLM.model.layers.0.self_attn.q_proj.weight",
-    "mplug_owl2": "model.layers.0.self_attn.q_proj.weight",
-    "llava_phi": "model.layers.0.self_attn.query_key_value.weight",
-    "open_flamingo": "lang_encoder.model.decoder.layers.0.decoder_layer.self_attn.q_proj.weight",
-}
-ANY = {  # what happened to the file: what is done to its family, config, weights, inputs, outputs
-    "a weight moved": lambda f, c, w, i, o: w.update({FIRST_Q[f]: w[FIRST_Q[f]] + 1e-3}),
-    "a weight of NaN": lambda f, c, w, i, o: w.update({FIRST_Q[f]: w[FIRST_Q[f]] * torch.nan}),
-    "a weight missing": lambda f, c, w, i, o: w.pop(FIRST_Q[f]),
-    "a weight too many": lambda f, c, w, i, o: w.update({f"{FIRST_Q[f]}_old": torch.ones(2)}),
-    "a weight of another shape": lambda f, c, w, i, o: w.update({FIRST_Q[f]: w[FIRST_Q[f]][:, :-1]}),
-    "a weight of whole numbers": lambda f, c, w, i, o: w.update({FIRST_Q[f]: w[FIRST_Q[f]].long()}),
-    "an output missing": lambda f, c, w, i, o: o.pop("visual_tokens"),
-    "an output too many": lambda f, c, w, i, o: o.update(extra=torch.ones(1)),
-    "an output of another shape": lambda f, c, w, i, o: o.update(logits=o["logits"][:, 1:]),
-    "an output moved": lambda f, c, w, i, o: o["logits"].view(-1)[-1].add_(2e-5),
-    "an output of NaN": lambda f, c, w, i, o: o["logits"].view(-1)[-1].mul_(torch.nan),
-    "an input missing": lambda f, c, w, i, o: i.pop("input_ids"),
-    "an input too many": lambda f, c, w, i, o: i.update(extra=torch.ones(1)),
-    "an id too large": lambda f, c, w, i, o: i["input_ids"].view(-1)[-1].fill_(1000),
-    "no sizes": lambda f, c, w, i, o: c["llm"].update(hidden_size="wide"),
-    "another vocabulary": lambda f, c, w, i, o: c["llm"].update(vocab_size=7),
-    "other heads": lambda f, c, w, i, o: c["llm"].update(num_attention_heads=3),
-    "a placeholder or a label out of place": lambda f, c, w, i, o: i.update({"labels": i["input_ids"] * 0 + 999}),
-    "part of another family": lambda f, c, w, i, o: w.update({"perceiver.x": torch.ones(1), "LLM.x": torch.ones(1)}),
-}  # fmt: skip
-
-
-@EVERY
-@pytest.mark.parametrize("what", ANY)
-def test_spoiled_files_are_refused(family, what, capsys, tmp_path):
-    code, printed = compared(capsys, spoiled(tmp_path, family, lambda *parts: ANY[what](family, *parts)))
-    assert code == 1 and "Traceback" not in printed, printed
-
-
-def layer(number, name):
-    """A tensor of mPLUG-Owl2's language model."""
-    return f"model.layers.{number}.self_attn.{name}.weight"
-
-
-OWN = {  # spoilt in a family's own way
+LYNX_Q, OWL, OPT = "LLM.model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.", "lang_encoder.model.decoder."
+SPOILT = {  # what happened to the file: its family, what is done to its config, weights, inputs, outputs
+    "a weight moved": ("open_flamingo", lambda c, w, i, o: w[f"{OPT}layers.0.decoder_layer.fc1.weight"].add_(1e-3)),
+    "a weight of NaN": ("llava_phi", lambda c, w, i, o: w["model.layers.0.mlp.fc1.weight"].mul_(torch.nan)),
+    "a weight missing": ("lynx", lambda c, w, i, o: w.pop(LYNX_Q)),
+    "a weight too many": ("mplug_owl2", lambda c, w, i, o: w.update({f"{OWL}old": torch.ones(2)})),
+    "a weight of another shape": ("lynx", lambda c, w, i, o: w.update({LYNX_Q: w[LYNX_Q][:, :-1]})),
+    "an output missing": ("open_flamingo", lambda c, w, i, o: o.pop("visual_tokens")),
+    "an output too many": ("llava_phi", lambda c, w, i, o: o.update(extra=torch.ones(1))),
+    "an output of another shape": ("mplug_owl2", lambda c, w, i, o: o.update(logits=o["logits"][:, 1:])),
+    "an output moved": ("lynx", lambda c, w, i, o: o["logits"].view(-1)[-1].add_(2e-5)),
+    "an output of NaN": ("open_flamingo", lambda c, w, i, o: o["logits"].view(-1)[-1].mul_(torch.nan)),
+    "an input missing": ("llava_phi", lambda c, w, i, o: i.pop("input_ids")),
+    "an input too many": ("open_flamingo", lambda c, w, i, o: i.update(extra=torch.ones(1))),
+    "an id too large": ("lynx", lambda c, w, i, o: i["input_ids"].view(-1)[-1].fill_(1000)),
+    "no sizes": ("mplug_owl2", lambda c, w, i, o: c["llm"].update(hidden_size="wide")),
+    "part of another family": ("lynx", lambda c, w, i, o: w.update({"perceiver.x": torch.ones(1)})),
     "eps of the language model": ("lynx", lambda c, w, i, o: c["llm"].update(rms_norm_eps=1e-5)),
-    "eps of the tower": ("mplug_owl2", lambda c, w, i, o: c["vision"].update(layer_norm_eps=1e-5)),
     "eps of the abstractor": ("mplug_owl2", lambda c, w, i, o: c["abstractor"].update(layer_norm_eps=1e-3)),
     "adapter_freq": ("lynx", lambda c, w, i, o: c.update(adapter_freq=3)),
-    "num_frames": ("lynx", lambda c, w, i, o: c.update(num_frames=4)),
     "a shorter clip": ("lynx", lambda c, w, i, o: i.update(video=i["video"][:, :2])),
-    "a longer clip": ("lynx", lambda c, w, i, o: i.update(video=torch.cat([i["video"]] * 2, 1))),
-    "fewer rows of pictures": ("lynx", lambda c, w, i, o: i.update(video=i["video"][:1])),
     "rotary angles": ("lynx", lambda c, w, i, o: w["LLM.model.layers.0.self_attn.rotary_emb.inv_freq"].mul_(2)),
-    "another patch size": ("lynx", lambda c, w, i, o: c["vision"].update(patch_size=7)),
     "other mask": ("lynx", lambda c, w, i, o: i["attention_mask"].fill_(1)),
-    "a placeholder": ("lynx", lambda c, w, i, o: i["input_ids"].view(-1)[-1].fill_(-200)),
-    "a placeholder in text": ("mplug_owl2", lambda c, w, i, o: i["text_ids"].view(-1)[-1].fill_(-200)),
     "mask of another shape": ("lynx", lambda c, w, i, o: i.update(attention_mask=i["attention_mask"][:, 1:])),
-    "layers exchanged": ("mplug_owl2", lambda c, w, i, o: swap(w, layer(0, "o_proj"), layer(1, "o_proj"))),
-    "branches exchanged": ("mplug_owl2", lambda c, w, i, o: swap(w, layer(0, "k_proj.multiway.0"), layer(0, "k_proj.multiway.1"))),
-    "another grid": ("mplug_owl2", lambda c, w, i, o: c["abstractor"].update(grid_size=5)),
-    "position table": (
-        "mplug_owl2", lambda c, w, i, o: w[
-            "model.visual_abstractor.encoder.layers.0.crossattention.attention.k_pos_embed"].add_(1e-3),
-    ),
-    "activation": ("mplug_owl2", lambda c, w, i, o: c["vision"].update(hidden_act="gelu")),
+    "branches exchanged": ("mplug_owl2", lambda c, w, i, o: swap(w, f"{OWL}k_proj.multiway.0.weight", f"{OWL}k_proj.multiway.1.weight")),
+    "position table": ("mplug_owl2", lambda c, w, i, o: [x.add_(1e-3) for n, x in w.items() if n.endswith("k_pos_embed")]),
     "too few pictures": ("mplug_owl2", lambda c, w, i, o: i.update(pixel_values=i["pixel_values"][:1])),
     "labels": ("mplug_owl2", lambda c, w, i, o: i["labels"][:, -1].fill_(-100)),
     "rotary share": ("llava_phi", lambda c, w, i, o: c["llm"].update(partial_rotary_factor=0.34)),
     "feature layer": ("llava_phi", lambda c, w, i, o: c["vision"].update(mm_vision_select_layer=-1)),
     "class token kept": ("llava_phi", lambda c, w, i, o: c["vision"].update(mm_vision_select_feature="cls_patch")),
-    "unknown feature": ("llava_phi", lambda c, w, i, o: c["vision"].update(mm_vision_select_feature="all")),
     "media token": ("open_flamingo", lambda c, w, i, o: c.update(media_token_id=1)),
-    "every": ("open_flamingo", lambda c, w, i, o: c.update(cross_attn_every_n_layers=1)),
     "head and embedding differ": ("open_flamingo", lambda c, w, i, o: w["lang_encoder.lm_head.weight"].mul_(2)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", OWN)
-def test_what_a_family_alone_can_have_wrong(what, capsys, tmp_path):
-    family, spoil = OWN[what]
-    code, printed = compared(capsys, spoiled(tmp_path, family, spoil))
-    assert code == 1, printed
+@pytest.mark.parametrize("what", SPOILT)
+def test_spoiled_files_are_refused(what, capsys, tmp_path):
+    code, printed = compared(capsys, spoiled(tmp_path, *SPOILT[what]))
+    assert code == 1 and "Traceback" not in printed, printed
 
 
 def test_files_that_are_no_golden_files(capsys, tmp_path):
     bad, whole = tmp_path / "bad.safetensors", (GOLDEN / "lynx_tiny.safetensors").read_bytes()
     assert compared(capsys, bad)[0] == 1
-    for content in (whole[:-1], whole[:5], b"", b"x" * 99):
+    for content in (whole[:-1], b""):
         bad.write_bytes(content)
         assert compared(capsys, bad)[0] == 1
-    config, *tensors = parts_of(GOLDEN / "lynx_tiny.safetensors")
-    weights, inputs, outputs = tensors
-    for parts in (
-        (None, *tensors), ("{", *tensors), ("[1]", *tensors), (config | {"llm": 3}, *tensors), (config, {}, inputs, outputs),
-        (config, weights, inputs, {}), (config, {"fc.weight": torch.ones(2)}, inputs, outputs),
-    ):  # fmt: skip
-        assert compared(capsys, official.write(bad, *parts))[0] == 1
+    config, weights, inputs, outputs = parts_of(GOLDEN / "lynx_tiny.safetensors")
+    for told, tensors in ((None, weights), ("{", weights), (config | {"llm": 3}, weights), (config, {}), (config, {"fc.weight": torch.ones(2)})):
+        assert compared(capsys, official.write(bad, told, tensors, inputs, outputs))[0] == 1
 
 
 def test_command_line():

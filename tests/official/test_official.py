@@ -5,6 +5,7 @@ from zhuyiche/llava-phi 2b42029; openflamingo_tiny from mlfoundations/open_flami
 Here the batches are those that training builds; `compare` lines the rows up by itself (test_compare.py).
 """
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -16,42 +17,18 @@ from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
 from nanovlm.published.weights import to_ours, to_published
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CLOSE = dict(atol=1e-5, rtol=0)
+close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=0)
 FILES = {"lynx": "lynx_tiny", "mplug_owl2": "mplug_owl2_tiny", "llava_phi": "llava_phi_tiny", "open_flamingo": "openflamingo_tiny"}
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "sdpa"])
 
 
+@functools.cache
 def opened(family):
     """The golden file of a family, its recipe's model with the file's weights, and the rename table."""
     golden, published = read(GOLDEN / f"{FILES[family]}.safetensors"), recipes.FAMILIES[family]
     model, table = published.build(golden.config), published.layout(golden.config)
     model.load_state_dict(to_ours(table, golden.weights, model.state_dict()))
     return golden, model.eval(), table
-
-
-@pytest.fixture(scope="module", params=FILES)
-def every(request):
-    return opened(request.param)
-
-
-@pytest.fixture(scope="module")
-def lynx():
-    return opened("lynx")
-
-
-@pytest.fixture(scope="module")
-def owl():
-    return opened("mplug_owl2")
-
-
-@pytest.fixture(scope="module")
-def phi():
-    return opened("llava_phi")
-
-
-@pytest.fixture(scope="module")
-def flamingo():
-    return opened("open_flamingo")
 
 
 def batch_of(ids, labels=None, pixels=None, num_frames=1, positions=None, segments=None, shown=None, owner=None):
@@ -94,64 +71,65 @@ def encoded(model, batch):
 
 def check_language(model, golden, batch):
     """Logits and loss of a batch are the official ones."""
-    torch.testing.assert_close(model(batch), golden.outputs["logits"], **CLOSE)
+    close(model(batch), golden.outputs["logits"])
     loss, trained = model.loss(batch)
-    torch.testing.assert_close(loss / trained, golden.outputs["loss"][0], **CLOSE)
+    close(loss / trained, golden.outputs["loss"][0])
 
 
 @BACKENDS
-def test_lynx(lynx, backend):
-    golden, model, _ = lynx
+def test_lynx(backend):
+    golden, model, _ = opened("lynx")
     model.set_backend(backend)
     image, video = golden.inputs["pixel_values"], golden.inputs["video"]
-    torch.testing.assert_close(model.vision(image), golden.outputs["vision_features"], **CLOSE)
+    close(model.vision(image), golden.outputs["vision_features"])
     for pixels, num_frames, tokens, logits in (
         (image, 1, "visual_tokens", "logits"),
         (video.flatten(0, 1), 3, "video_tokens", "video_logits"),
     ):
         batch, columns, real = lynx_batch(golden, pixels, num_frames)
-        torch.testing.assert_close(encoded(model, batch), golden.outputs[tokens], **CLOSE)
+        close(encoded(model, batch), golden.outputs[tokens])
         found = model(batch)[torch.arange(2)[:, None], columns]
         assert real.sum() == 2 * 14 - 3  # the logits of the three pads mean nothing
-        torch.testing.assert_close(found[real], golden.outputs[logits][real], **CLOSE)
+        close(found[real], golden.outputs[logits][real])
 
 
 @BACKENDS
-def test_mplug_owl2(owl, backend):
-    golden, model, _ = owl
+def test_mplug_owl2(backend):
+    golden, model, _ = opened("mplug_owl2")
     model.set_backend(backend)
     pixels = golden.inputs["pixel_values"]
-    torch.testing.assert_close(model.vision(pixels), golden.outputs["vision_features"], **CLOSE)
+    close(model.vision(pixels), golden.outputs["vision_features"])
     batch = spliced(golden, model.num_image_tokens(pixels.shape[-1]))
-    torch.testing.assert_close(encoded(model, batch), golden.outputs["visual_tokens"], **CLOSE)
+    close(encoded(model, batch), golden.outputs["visual_tokens"])
     check_language(model, golden, batch)
     text = golden.inputs["text_ids"]
-    torch.testing.assert_close(model(batch_of(text)), golden.outputs["text_logits"], **CLOSE)
+    close(model(batch_of(text)), golden.outputs["text_logits"])
 
 
 @BACKENDS
-def test_llava_phi(phi, backend):
-    golden, model, _ = phi
+def test_llava_phi(backend):
+    golden, model, _ = opened("llava_phi")
     model.set_backend(backend)
     batch = spliced(golden, model.num_image_tokens(golden.inputs["pixel_values"].shape[-1]))
-    torch.testing.assert_close(encoded(model, batch), golden.outputs["visual_tokens"], **CLOSE)
+    close(encoded(model, batch), golden.outputs["visual_tokens"])
     check_language(model, golden, batch)
 
 
 @BACKENDS
-def test_open_flamingo(flamingo, backend):
-    golden, model, _ = flamingo
+def test_open_flamingo(backend):
+    golden, model, _ = opened("open_flamingo")
     model.set_backend(backend)
     features, ids = golden.inputs["vision_features"], golden.inputs["input_ids"]  # 2 rows of 2 pictures of 1 frame
     tokens = torch.stack(model.encode_features(features.flatten(0, 2), torch.ones(4, dtype=torch.long)))
-    torch.testing.assert_close(tokens.unflatten(0, (2, 2)), golden.outputs["visual_tokens"], **CLOSE)
+    close(tokens.unflatten(0, (2, 2)), golden.outputs["visual_tokens"])
     hidden = model.hidden(batch_of(ids, shown=torch.arange(4), owner=torch.tensor([0, 0, 1, 1])), image_tokens=list(tokens))
-    torch.testing.assert_close(model.decoder.logits(hidden), golden.outputs["logits"], **CLOSE)
+    close(model.decoder.logits(hidden), golden.outputs["logits"])
 
 
-def test_what_is_read_can_be_written_again(every):
+@pytest.mark.parametrize("family", FILES)
+def test_what_is_read_can_be_written_again(family):
     """Bit for bit, and without what is computed or tied."""
-    golden, model, table = every
+    golden, model, table = opened(family)
     written = to_published(table, model.state_dict())
     for name, tensor in written.items():
         assert torch.equal(tensor, golden.weights[name]), name
@@ -159,8 +137,8 @@ def test_what_is_read_can_be_written_again(every):
     assert left <= {"lang_encoder.lm_head.weight"}  # OPT's head is its embedding
 
 
-def test_openflamingo_s_outputs_depend_on_its_gates(flamingo):
-    golden, model, _ = flamingo
+def test_openflamingo_s_outputs_depend_on_its_gates():
+    golden, model, _ = opened("open_flamingo")
     ids, features = golden.inputs["input_ids"], golden.inputs["vision_features"].flatten(0, 2)
     batch = batch_of(ids, shown=torch.arange(4), owner=torch.tensor([0, 0, 1, 1]))
     tokens = model.encode_features(features, batch.frames)
@@ -172,12 +150,12 @@ def test_openflamingo_s_outputs_depend_on_its_gates(flamingo):
             assert (found - golden.outputs["logits"]).abs().max() > 1e-2, name
             gate.data.copy_(before)
     found = model.decoder.logits(model.hidden(batch, image_tokens=tokens))
-    torch.testing.assert_close(found, golden.outputs["logits"], **CLOSE)
+    close(found, golden.outputs["logits"])
 
 
-def test_the_official_outputs_depend_on_adapters_and_image_copies(lynx, owl):
+def test_the_official_outputs_depend_on_adapters_and_image_copies():
     """Otherwise the agreement above would say nothing about them."""
-    (lynx_golden, model, _), (owl_golden, owl_model, _) = lynx, owl
+    (lynx_golden, model, _), (owl_golden, owl_model, _) = opened("lynx"), opened("mplug_owl2")
     batch, _, _ = lynx_batch(lynx_golden, lynx_golden.inputs["pixel_values"], 1)
     before = model(batch)
     for index in (0, 2):
