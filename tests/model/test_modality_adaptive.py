@@ -20,7 +20,7 @@ MODALITIES = {
     "all text": [[0, 0, 0], [0, 0, 0]],
     "all vision": [[1, 1, 1], [1, 1, 1]],
     "one token": [[1]],
-    "several tiles": [[0, 1, 0] * 100],
+    "tiles with one token more": [[0, 1] * 129],
 }
 LAYERS = {
     "norm": lambda: nn.RMSNorm(6, eps=1e-6),

@@ -9,13 +9,9 @@ module = pytest.importorskip("notebooks.support.fused_norm")
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter():
-    interpreter.run("fused_norm.py")
-
-
-@pytest.mark.slow
-def test_kernels_in_the_interpreter_slowly():
-    interpreter.run("fused_norm.py", slow=True)
+@pytest.mark.parametrize("slow", [False, True])
+def test_kernels_in_the_interpreter(slow):
+    interpreter.run("fused_norm.py", slow=slow)
 
 
 BAD = {
