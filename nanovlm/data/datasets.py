@@ -43,7 +43,7 @@ class LlavaJson:
             and none in the folders that the file names ("coco/train2017/1.jpg"), they are found by their bare names.
           name: name of the source in mixtures; None = the file's name without its ending.
           seed: int; shuffles every epoch anew, together with the epoch's number.
-          num_frames, sampling: frames of every video, as in video.load; random ones are drawn anew at every showing.
+          num_frames, sampling: frames of every video, as in video.Clip; random ones are drawn anew at every showing.
         Raises: ValueError with file and line for everything malformed; FileNotFoundError for the file itself and for
           images; both name all at once.
         """

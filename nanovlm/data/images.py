@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green, blue between 0 and 1
 STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation: pixels between -1 and 1
-MAX_PIXELS, MAX_SIDE = 64_000_000, 8_000
+MAX_PIXELS, MAX_SIDE = 64_000_000, 8_000  # of what is decoded or made
 IN_MEMORY = "picture in memory"  # for messages
 FITS = ("crop", "pad", "stretch", "squash")
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes; else long comments are an error
@@ -55,20 +55,21 @@ class Member:
             return file.read(self.size)
 
 
-def load(source, max_pixels=MAX_PIXELS):
+def load(source):
     """Any picture as upright RGB; of an animation the first frame; transparency over white.
+
+    A picture of more than MAX_PIXELS is refused by its header, but for a JPEG, which is decoded at a half, a quarter or
+    an eighth of its size.
 
     Args:
       source: path, Member, the bytes of a file, a PIL image, or an array uint8[H, W, 3].
-      max_pixels: int, largest width x height that is decoded; read from the header, before decoding. A larger JPEG is
-        decoded at a half, a quarter or an eighth of its size.
     Returns: PIL.Image.Image of mode RGB.
     Raises: FileNotFoundError; ImageError if it is empty, too large, damaged or no image.
     """
     source = Image.fromarray(source) if isinstance(source, numpy.ndarray) else source
     if isinstance(source, Image.Image):
         return _upright_rgb(source, IN_MEMORY)
-    with opened(source, max_pixels) as image:
+    with opened(source) as image:
         return _upright_rgb(image, IN_MEMORY if isinstance(source, bytes) else source)
 
 
@@ -82,7 +83,7 @@ def from_base64(text):
 
 
 @contextlib.contextmanager
-def opened(source, max_pixels=MAX_PIXELS):
+def opened(source):
     """A picture file whose header is read; whatever breaks while it is decoded becomes an ImageError.
 
     Args and errors: as in `load`, of which this is the first half.
@@ -99,15 +100,15 @@ def opened(source, max_pixels=MAX_PIXELS):
     with file:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels decides
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
                 image = Image.open(file)
             width, height = image.size
-            scale = math.ceil(math.log2(max(1, width * height / max_pixels)) / 2)
+            scale = math.ceil(math.log2(max(1, width * height / MAX_PIXELS)) / 2)
             if scale and image.format == "JPEG":  # which PIL can decode smaller
                 image.draft(None, (width >> scale, height >> scale))
-            if image.width * image.height > max_pixels:
+            if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{source}: {width} x {height} is {width * height:,} pixels, more than the limit of "
-                                 f"{max_pixels:,}; scale it down, or pass images.load a larger max_pixels")
+                                 f"{MAX_PIXELS:,}; scale it down")
             yield image
         except ImageError:
             raise

@@ -134,7 +134,7 @@ def record_of(item, where, clip, locate):
 
     Args:
       item: what stands in the file. where: "FILE, line N", for messages. clip: video.Clip, all but its source.
-      locate: function(name of a picture or film in the item) -> what images.load or video.load opens.
+      locate: function(name of a picture or film in the item) -> what images.load or video.Clip opens.
     Returns: Record. Raises: ValueError naming the place for anything malformed.
     """
     field(item, "id", (str, int), where)

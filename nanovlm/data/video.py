@@ -22,10 +22,14 @@ MAX_ANIMATION_PIXELS = 500_000_000  # of all frames of an animation, since each 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that is decoded when used: `len` is known at once, iterating loads its frames.
+    """A clip that is decoded when used: `len` is known at once, iterating loads its frames in order of time.
 
-    source, num_frames, sampling: as in `load`. seed: tuple of int, decides random frames.
-    Raises: ValueError for an unknown sampling or num_frames below 1.
+    source: path of a folder of pictures (in the order of the numbers in their names), an animation or a film; or several
+      pictures, paths or PIL images. A still picture is a clip of one frame.
+    num_frames: int; a clip that has fewer gives all of them, some more than once.
+    sampling: "uniform", the middle of every segment, or "random", any frame of it. seed: tuple of int, decides which.
+    Raises: ValueError for an unknown sampling or num_frames below 1; when it is decoded, FileNotFoundError,
+      images.ImageError for what is empty, too large, too long, damaged or no video, ImportError for a film without `av`.
     """
 
     source: str | tuple[str, ...]
@@ -43,51 +47,34 @@ class Clip:
         return self.num_frames
 
     def __iter__(self):
-        return iter(load(self.source, self.num_frames, self.sampling, numpy.random.default_rng(self.seed)))
+        return iter(load(self))
 
     def __getitem__(self, place):
         return list(self)[place]
 
 
-def load(path, num_frames, sampling="uniform", rng=None, max_pixels=images.MAX_PIXELS):
-    """Some frames of a clip in order of time.
-
-    Args:
-      path: of a folder of pictures (in the order of the numbers in their names), an animation or a film; or a list of
-        pictures, paths or PIL images. A still picture is a clip of one frame.
-      num_frames: int; a clip that has fewer gives all of them, some more than once.
-      sampling: "uniform", the middle of every segment, or "random", any frame of it.
-      rng: numpy.random.Generator for "random"; None = seed 0.
-      max_pixels: int, largest width x height of a frame; read from the header, before decoding.
-    Returns: list of PIL.Image.Image of mode RGB.
-    Raises: FileNotFoundError; images.ImageError for what is empty, too large, too long, damaged or no video;
-      ImportError for a film without `av`.
-    """
-    Clip(path, num_frames, sampling)  # raises for what no clip can have
-    rng = numpy.random.default_rng(0) if rng is None else rng
-    if isinstance(path, (str, Path)):
-        name = path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such video")
-        pictures = frame_files(path) if path.is_dir() else None
-    else:
-        name, pictures = "the list of frames", list(path)
+def load(clip):
+    """The frames of a Clip: list of PIL.Image.Image of mode RGB."""
+    source, name, read = clip.source, "the list of frames", _pictures
+    if isinstance(source, (str, Path)):
+        name = source = Path(source)
+        if not source.exists():
+            raise FileNotFoundError(f"{source}: no such video")
+        if not source.is_dir():
+            read = _animation if source.suffix.lower() in (*PICTURES, ".apng") else _film
     chosen = []
 
     def choose(total):
         """Places of the frames to load, in rising order."""
         if not 1 <= total <= MAX_FRAMES:
             raise images.ImageError(f"{name}: it has {total:,} frames; from 1 to {MAX_FRAMES:,} are expected")
-        uniform = sampling == "uniform"
-        chosen[:] = uniform_places(total, num_frames) if uniform else random_places(total, num_frames, rng)
+        if clip.sampling == "uniform":
+            chosen[:] = uniform_places(total, clip.num_frames)
+        else:
+            chosen[:] = random_places(total, clip.num_frames, numpy.random.default_rng(clip.seed))
         return sorted(set(chosen))
 
-    if pictures is not None:
-        loaded = {place: images.load(pictures[place], max_pixels) for place in choose(len(pictures))}
-    elif path.suffix.lower() in PICTURES + (".apng",):
-        loaded = dict(_animation(path, choose, max_pixels))
-    else:
-        loaded = dict(_film(path, choose, max_pixels))
+    loaded = dict(read(source, choose))
     return [loaded[place] for place in chosen]
 
 
@@ -116,9 +103,16 @@ def frame_files(folder):
                                            for part in re.split(r"(\d+)", path.name)])  # fmt: skip
 
 
-def _animation(path, choose, max_pixels):
+def _pictures(source, choose):
     """(place, frame) of the places that `choose` takes, as images.load gives it."""
-    with images.opened(path, max_pixels) as image:
+    pictures = frame_files(source) if isinstance(source, Path) else source
+    for place in choose(len(pictures)):
+        yield place, images.load(pictures[place])
+
+
+def _animation(path, choose):
+    """As `_pictures`."""
+    with images.opened(path) as image:
         total = getattr(image, "n_frames", 1)
         places, pixels = choose(total), image.width * image.height * total
         if total > 1 and pixels > MAX_ANIMATION_PIXELS:
@@ -129,14 +123,14 @@ def _animation(path, choose, max_pixels):
             yield place, images.load(image)
 
 
-def _film(path, choose, max_pixels):
-    """As `_animation`."""
+def _film(path, choose):
+    """As `_pictures`."""
     try:
         import av
     except ImportError as error:
         raise ImportError(f"{path}: films need the package av; pip install av, or give frames or a GIF") from error
     try:
-        total = _count(av, path, max_pixels)
+        total = _count(av, path)
         while True:
             places = choose(total)
             with av.open(str(path)) as container:
@@ -153,11 +147,11 @@ def _film(path, choose, max_pixels):
         raise images.ImageError(f"{path}: not a video, or damaged ({error}); copy or download it again") from error
 
 
-def _count(av, path, max_pixels):
+def _count(av, path):
     """Packets of the film, nearly always one a frame; what the header says is often missing."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        if stream.width * stream.height > max_pixels:
+        if stream.width * stream.height > images.MAX_PIXELS:
             size = f"{stream.width} x {stream.height}"
-            raise images.ImageError(f"{path}: frames of {size} pixels are more than the limit of {max_pixels:,}")
+            raise images.ImageError(f"{path}: frames of {size} pixels are more than the limit of {images.MAX_PIXELS:,}")
         return sum(1 for packet in container.demux(stream) if packet.size)
