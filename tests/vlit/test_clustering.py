@@ -98,14 +98,13 @@ def test_distinct_2_by_hand():
 
 
 def test_good_answers_are_noise_to_the_literal_form():
-    rng = random.Random(0)
-    words = [f"word{n}" for n in range(4000)]
-    good = [" ".join(rng.sample(words, 20)) for _ in range(60)]
-    found = {name: response_clusters([texts]) for name, texts in (("good", good), ("bad", ["yes", "no"] * 30))}
-    assert found["good"]["literal"] is None and found["good"]["noise"] == 1
-    assert found["bad"]["literal"] == pytest.approx(math.log(2)) and found["bad"]["noise"] == 0
-    assert found["good"]["value"] == pytest.approx(math.log(60)) and found["bad"]["value"] == pytest.approx(math.log(2))
-    assert found["good"]["vendi"] > 20 * found["bad"]["vendi"] and found["bad"]["vendi"] == pytest.approx(2, abs=0.01)
+    rng, words = random.Random(0), [f"word{n}" for n in range(4000)]
+    good = response_clusters([[" ".join(rng.sample(words, 20)) for _ in range(60)]])
+    bad = response_clusters([["yes", "no"] * 30])
+    two = pytest.approx(math.log(2))
+    assert (good["value"], good["literal"], good["noise"]) == (pytest.approx(math.log(60)), None, 1)
+    assert (bad["value"], bad["literal"], bad["noise"]) == (two, two, 0)
+    assert good["vendi"] > 20 * bad["vendi"] and bad["vendi"] == pytest.approx(2, abs=0.01)
 
 
 def test_instruction_clusters_are_a_mean_over_tasks():

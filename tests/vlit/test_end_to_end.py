@@ -1,6 +1,7 @@
 """From photographs and annotations to a trained stage: construct, quality, filter, train.py, each by its command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,23 +17,19 @@ ANNOTATIONS = [*PHOTOS, GOLDEN / "caps_boxes.jsonl"]
 
 def stand_ins(folder):
     """The photographs, and for COCO's pictures, which are not here, their boxes: a colour for each category."""
-    for path in (GOLDEN / "photos").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(GOLDEN / "photos", folder)
     for picture in read([GOLDEN / "caps_boxes.jsonl"]).pictures.values():
         image = Image.new("RGB", (96, 72), (200, 200, 200))
         for one in picture.of_kind("object"):
-            corners = [side * size for side, size in zip(one.box, image.size * 2)]
             color = tuple(sum(map(ord, one.value)) * prime % 256 for prime in (7, 31, 101))
-            ImageDraw.Draw(image).rectangle(corners, fill=color)
+            ImageDraw.Draw(image).rectangle([side * size for side, size in zip(one.box, image.size * 2)], fill=color)
         image.save(folder / picture.file_name)
 
 
 @pytest.mark.slow
 def test_photographs_and_annotations_become_a_trained_stage(tmp_path, capsys):
-    images = tmp_path / "images"
-    images.mkdir()
+    images, made, kept, out = (tmp_path / name for name in ("images", "vlit", "filtered", "trained"))
     stand_ins(images)
-    made, kept, out = tmp_path / "vlit", tmp_path / "filtered", tmp_path / "trained"
     vlit("construct", "--annotations", *ANNOTATIONS, "--images", images, "--out", made, "-n", 2)
     samples = lines(made / "samples.jsonl")
     assert len(samples) > 250 and {item["image"].split("/")[0] for item in samples} == {"..", "marked"}

@@ -73,11 +73,11 @@ def test_a_server_that_is_not_there(monkeypatch):
 
 
 def test_the_rate_of_requests_is_held(monkeypatch):
+    waits = []
+    monkeypatch.setattr("nanovlm.vlit.endpoint.time.sleep", waits.append)
+    monkeypatch.setattr("nanovlm.vlit.endpoint.time.monotonic", lambda: 100.0)
     with serving(lambda body, number: completion("a")) as server:
-        generator, waits = endpoint(server, per_minute=30), []
-        monkeypatch.setattr("nanovlm.vlit.endpoint.time.sleep", waits.append)
-        monkeypatch.setattr("nanovlm.vlit.endpoint.time.monotonic", lambda: 100.0)
-        generator.generate([HELLO] * 3)
+        endpoint(server, per_minute=30).generate([HELLO] * 3)
     assert waits == [0, 2, 4]
 
 

@@ -21,13 +21,8 @@ ITEMS = [item("0", "<image>\nWhat colour?", answer, image="a.jpg")
          for answer in ("Red.", 'a "quote", [a bracket], {a brace} and \\', "two\u2028lines\n")]  # fmt: skip
 FORMS = {
     "lines.jsonl": "\n".join(json.dumps(one, ensure_ascii=False) for one in ITEMS),
-    "lines.json": "\n\n".join(json.dumps(one, ensure_ascii=False) for one in ITEMS) + "\n\n",
-    "crlf.jsonl": "\r\n".join(json.dumps(one) for one in ITEMS),
-    "list.json": json.dumps(ITEMS, ensure_ascii=False),
     "pretty.json": json.dumps(ITEMS, indent=2),
-    "list.jsonl": json.dumps(ITEMS),
     "row.json": "\n".join(json.dumps(one, indent=4, ensure_ascii=False) for one in ITEMS),  # POPE's way
-    "mark.json": "\ufeff" + json.dumps(ITEMS),
 }
 
 
@@ -61,13 +56,6 @@ def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path, line, why):
     assert [first, last] == [sample(ITEMS[0]), sample(ITEMS[2])]
     assert isinstance(error, Unreadable) and why in str(error) and error.text == line
     assert where == f"{path}, line 2" and str(path) not in str(error)
-
-
-def test_bytes_that_are_no_text_cost_one_record(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"id": 1, "x": "\xff\xfe"}\n' + json.dumps(ITEMS[0]).encode())
-    (where, error), (_, whole) = read(path)
-    assert where.endswith("line 1") and "utf-8" in str(error) and whole == sample(ITEMS[0])
 
 
 @pytest.mark.parametrize(
