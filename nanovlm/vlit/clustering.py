@@ -14,8 +14,6 @@ TF-IDF and DBSCAN are scikit-learn's (optional: pip install scikit-learn).
 
 import importlib
 import zlib
-from collections import Counter
-from itertools import combinations
 
 import numpy
 import torch
@@ -157,14 +155,12 @@ def vendi(points):
     return float(numpy.exp(-(values * numpy.log(values)).sum()))
 
 
-def cooccurrence(texts, min_count=1):
-    """The graph of words that stand together in min_count texts (lists of words) or more: {word: set of neighbours}."""
-    texts = [sorted(set(words)) for words in texts]
-    graph = {word: set() for words in texts for word in words}
-    for (one, other), count in Counter(pair for words in texts for pair in combinations(words, 2)).items():
-        if count >= min_count:
-            graph[one].add(other)
-            graph[other].add(one)
+def cooccurrence(texts):
+    """The graph of words that stand together in a text (a list of words): {word: set of neighbours}."""
+    graph = {}
+    for words in map(set, texts):
+        for word in words:
+            graph.setdefault(word, set()).update(words - {word})
     return graph
 
 

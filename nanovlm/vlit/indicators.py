@@ -73,7 +73,6 @@ class Settings:
     temperature: float = 0.8  # of the votes
     task_field: bool = False  # the samples' own `task` is taken
     instructions: int = 1000
-    min_count: int = 1  # instructions that two words must share to be joined
     smallest: int = 5
     responses: int = 10_000
     draws: int = 5
@@ -418,7 +417,7 @@ def instruction_clusters(by_task, settings=Settings()):
     """
     large, literal = {}, []
     for task, texts in by_task.items():
-        sizes = list(map(len, ego_splitting(cooccurrence(map(content, texts), settings.min_count))))
+        sizes = list(map(len, ego_splitting(cooccurrence(map(content, texts)))))
         large[task] = sum(size >= settings.smallest for size in sizes)
         literal.append(len(sizes))
     return sum(large.values()) / len(large), sum(literal) / len(large), large
@@ -429,8 +428,8 @@ def instruction_diversity(found):
     settings = found.settings
     value, literal, large = instruction_clusters(found.by_task, settings)
     how = (
-        f"Ego-Splitting over the words of at most {settings.instructions} instructions of each task, joined by "
-        f"{settings.min_count} instruction in common; clusters of {settings.smallest} or more personas, mean over "
+        f"Ego-Splitting over the words of at most {settings.instructions} instructions of each task, joined by an "
+        f"instruction in common; clusters of {settings.smallest} or more personas, mean over "
         "tasks. literal: all clusters, which grow with the sample"
     )
     measured = sum(map(len, found.by_task.values()))

@@ -44,11 +44,7 @@ HEDGE, REGION, NEGATIVE = (pattern(_patterns[name]) for name in ("hedge", "regio
 
 
 class Unreadable(ValueError):
-    """Why a record cannot be read. text: the record as it stands in the file."""
-
-    def __init__(self, why, text):
-        super().__init__(why)
-        self.text = text
+    """Why a record cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def read(path):
             value = sample(value, element.where)
         except ValueError as error:
             why = str(error).removeprefix(f"{element.where}: ").removeprefix(f"{element.where}, ")
-            value = Unreadable(why, text_of(path, element))
+            value = Unreadable(why)
         yield element.where, value
     if not found:
         raise ValueError(f"{path} holds no record; a list or lines of objects were expected")

@@ -51,9 +51,6 @@ def test_ego_splitting_is_the_papers(seed, share):
 def test_a_word_between_two_circles_belongs_to_both():
     texts = ["cat", "dog", "pet", "dog"], ["bank", "cat", "money"]  # "cat" stands between two triangles
     assert sorted(map(sorted, ego_splitting(cooccurrence(texts)))) == [["bank", "cat", "money"], ["cat", "dog", "pet"]]
-    assert cooccurrence([*texts, ["pet", "dog"]], min_count=2) == dict.fromkeys(("bank", "cat", "money"), set()) | {
-        "dog": {"pet"}, "pet": {"dog"},
-    }  # fmt: skip
 
 
 def test_dbscan_finds_chains_copies_and_noise():

@@ -193,7 +193,7 @@ def test_marks_and_proxy():
 
 def test_samples_are_drawn_evenly():
     """Reservoirs from a stream; exactly so many of a known number, in their order, past what cannot be read."""
-    kept, counts, broken = Counter(), Counter(), Unreadable("x", "")
+    kept, counts, broken = Counter(), Counter(), Unreadable("x")
     stream = [("", broken if n == 2 else n) for n in range(21)]
     for seed in range(600):
         sample = Reservoir(3, seed)

@@ -54,8 +54,15 @@ def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path, line, why):
     path = write_lines(tmp_path / "a.jsonl", [ITEMS[0], line, ITEMS[2]])
     (_, first), (where, error), (_, last) = read(path)
     assert [first, last] == [sample(ITEMS[0]), sample(ITEMS[2])]
-    assert isinstance(error, Unreadable) and why in str(error) and error.text == line
+    assert isinstance(error, Unreadable) and why in str(error)
     assert where == f"{path}, line 2" and str(path) not in str(error)
+
+
+def test_bytes_that_are_no_text_cost_one_record(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"id": 1, "x": "\xff\xfe"}\n' + json.dumps(ITEMS[0]).encode())
+    (where, error), (_, whole) = read(path)
+    assert where.endswith("line 1") and "utf-8" in str(error) and whole == sample(ITEMS[0])
 
 
 @pytest.mark.parametrize(
