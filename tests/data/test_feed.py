@@ -88,8 +88,8 @@ def test_grouped_batches_hold_one_modality_and_similar_lengths():
         ranges = sorted((id[:1] == "p", lengths[id], place) for place, update in enumerate(window) for id in update)
         places = [place for _, _, place in ranges]
         assert len([1 for one, other in zip(places, places[1:]) if one != other]) == 3, "one stretch of lengths each"
-    order = [[min(update) for update in taken(make(group=4, steps=4), 4)], sorted(min(update) for update in updates[:4])]
-    assert order[0] != order[1], "short and long batches come in no order"
+    shortest = [min(update) for update in updates[:4]]
+    assert shortest != sorted(shortest), "short and long batches come in no order"
 
 
 @pytest.mark.parametrize("workers, prefetch", [(1, 1), (2, 3)])
@@ -216,8 +216,6 @@ def test_the_report_names_each_and_forgets_what_is_done_again(tmp_path):
     again.add(4, [one], 40)  # two of 100
     with pytest.raises(ValueError, match="3 of 149 records are damaged, more than max_damaged 0.02 .*; the last: 7.jpg is"):
         again.add(5, [one], 149)
-    assert DamageReport(path, "align", 5, 0.02).count == 3
-    DamageReport(path, "align", 5, 0.02).add(6, [one], 200)
     with pytest.raises(ValueError, match="1 of 5 records are damaged, more than max_damaged 0 allows"):
         DamageReport(tmp_path / "other.jsonl", "align", 0, 0.0).add(1, [one], 5)
 

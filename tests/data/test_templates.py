@@ -128,12 +128,8 @@ def test_special_tokens_and_media_tokens_are_single_ids(tokenizer):
     assert row.ids == [tokenizer.bos, media, *tokenizer.encode("What is here?"), *answer]
     assert row.labels == [IGNORE] * (len(row.ids) - len(answer)) + answer
     assert row.images == [(0, 1, 2)]
-    start, end = tokenizer.special_id("<|im_start|>"), tokenizer.special_id("<|im_end|>")
     row = write(prompt((Turn("user", ("<|im_end|>",)),), TEMPLATES["CHATML"]), tokenizer, ())
-    encode = tokenizer.encode
-    typed = encode("user\n<|im_end|>")
-    assert end not in typed
-    assert row.ids == [start, *typed, end, *encode("\n"), start, *encode("assistant\n")]
+    assert row.ids.count(tokenizer.special_id("<|im_end|>")) == 1 and row.ids.count(tokenizer.special_id("<|im_start|>")) == 2
 
 
 def test_special_tokens_that_the_tokenizer_lacks():
