@@ -20,13 +20,11 @@ def _load(split):
     """(questions, answers, image ids) in the package's order, and {image id: path}."""
     try:
         import easy_vqa
-    except ImportError as error:
-        raise ImportError("the package easy-vqa is missing; run: pip install easy-vqa") from error
-    try:
+
         return getattr(easy_vqa, f"get_{split}_questions")(), getattr(easy_vqa, f"get_{split}_image_paths")()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"the data of the package easy-vqa is missing ({error.filename}); run: pip install "
-                                "--force-reinstall --no-deps easy-vqa") from error
+    except (ImportError, FileNotFoundError) as error:
+        raise type(error)(f"the package easy-vqa or its data is missing ({error}); run: pip install "
+                          "--force-reinstall easy-vqa") from error
 
 
 def kind_of(answer):
@@ -94,8 +92,6 @@ class EasyVQA:
         for name, value, known in (("split", split, ("train", "test")), ("kind", kind, kinds)):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}.{nearest(value, known)}")
-        if questions_per_picture is not None and questions_per_picture < 1:
-            raise ValueError(f"questions_per_picture is {questions_per_picture}; it must be 1 or more, or None for all")
         self.name = f"easy_vqa_{split}"
         self.kind, self.seed, self.questions_per_picture = kind, seed, questions_per_picture
         (questions, answers, image_ids), self.paths = _load(split)
@@ -134,10 +130,9 @@ class EasyVQA:
             if self.questions_per_picture is not None and self.questions_per_picture < len(asked):
                 asked = [asked[i] for i in rng.permutation(len(asked))[: self.questions_per_picture]]
             kinds = tuple(kind_of(answer) for _, answer in asked)
-        name, pictures, regions = f"{self.name}/{image_id}", (), ()
-        shown = f"{self.captions[image_id]}. " if self.kind == "texts" else 0
+        name, pictures, regions, shown = f"{self.name}/{image_id}", (), (), f"{self.captions.get(image_id)}. "
         if self.kind != "texts":
-            pictures = (Visual(name, (self._picture(image_id),)),)
+            pictures, shown = (Visual(name, (self._picture(image_id),)),), 0
         if self.kind == "names":
             regions = (centre_of(self.pixels[image_id]),) * len(asked)
         turns = tuple((Turn("user", (shown, question)), Turn("assistant", (answer,))) for question, answer in asked)
