@@ -8,13 +8,13 @@ config.json the sizes are those of the published model of that family. A manifes
 `config` and `tensors` {name: shape}; `computed_or_extra_tensors` may list what some files carry beside them.
 """
 
-import collections
 import re
+from collections import Counter
 from pathlib import Path
 
 from nanovlm.published.language import read_json
-from nanovlm.published.load import KNOWN, build_on_meta, by_part, count, family_of, find_family
-from nanovlm.published.weights import OURS, grouped, open_checkpoint, plan, shapes_of
+from nanovlm.published.load import KNOWN, family_of, find_family
+from nanovlm.published.weights import OURS, by_part, count, grouped, open_checkpoint, plan, shapes_of
 
 SIZE_KEYS = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
              "ffn_dim", "vocab_size", "image_size", "patch_size", "width", "depth", "num_latents", "num_query_tokens"}
@@ -39,37 +39,40 @@ def inspect(path, family, families, recipes):
     if path.suffix == ".json":
         return check_manifest(path, families)
     checkpoint = open_checkpoint(path, pickled=True)
-    beside = (path if path.is_dir() else path.parent) / "config.json"
+    shapes, beside = checkpoint.shapes, (path if path.is_dir() else path.parent) / "config.json"
     config = read_json(beside) if beside.exists() else {}
-    family, sizes, ours, source = describe(checkpoint.shapes, config, family, families, recipes)
-    kinds = collections.Counter(str(header.dtype).removeprefix("torch.") for header in checkpoint.headers.values())
-    lines = [*checkpoint.notes, f"{path}: {len(checkpoint.shapes):,} tensors, {count(checkpoint.shapes):,} numbers",
+    family, sizes, ours, source = describe(shapes, config, family, families, recipes)
+    kinds = Counter(str(header.dtype).removeprefix("torch.") for header in checkpoint.headers.values())
+    lines = [*checkpoint.notes, f"{path}: {len(shapes):,} tensors, {count(shapes.values()):,} numbers",
              f"  family   {family or 'unknown'} ({source})",
              f"  type     {', '.join(f'{kind} ({number:,})' for kind, number in kinds.most_common())}",
-             f"  files    {len({file for file, _ in checkpoint.places.values()})}"]
-    if any("Wqkv" in name for name in checkpoint.shapes):
-        lines.append("  note     Phi-2's layout of before January 2024 (fused Wqkv), which is not read")
+             f"  files    {len(set(checkpoint.files.values()))}"]
     published = families.get(family)
     sizes = sizes or published and published.configs.get("full")
     if not sizes:
-        lines += ["  sizes    unknown without config.json"] * bool(published)
-        return [*lines, "  tensors  " + "; ".join(grouped(checkpoint.shapes)[:20])]
-    model, layout = build_on_meta(published, sizes)
-    found = plan(OURS if ours else layout, checkpoint.shapes, shapes_of(model), ("vision.positions", "positions"))
-    lines.append(f"  sizes    {'; '.join(told_sizes(sizes)) or 'the defaults of its class'}")
-    return [*lines, *held(model, found), *lacking(model, found, published)]
+        return [*lines, "  sizes    unknown without config.json", "  tensors  " + "; ".join(grouped(shapes)[:20])]
+    model, layout = published.on_meta(sizes)
+    found = plan(OURS if ours else layout, shapes, shapes_of(model), ("vision.positions", "positions"))
+    lines += [f"  sizes    {'; '.join(told_sizes(sizes)) or 'the defaults of its class'}", *held(model, found)]
+    for part, names in by_part(model, found.missing).items():
+        shown = "; ".join(grouped([found.missing[name] for name in names])[:4])
+        lines.append(f"  missing  {part:20} {len(names):,} tensors: {shown}")
+    if found.missing:
+        lines.append(f"  note     {published.contents}")
+    if found.unexpected:
+        lines.append(f"  no place {len(found.unexpected):,} tensors: {'; '.join(grouped(found.unexpected)[:8])}")
+    lines += [f"  shape    {line}" for line in found.wrong_shapes()[:8]]
+    return lines if found.missing or found.unexpected or found.misshaped else [*lines, "  missing  nothing"]
 
 
 def describe(names, config, family, families, recipes):
     """What a checkpoint is: (family or None, config or None = as published, bool names are ours, how it is known)."""
     if family:
-        return find_family(family, families).family, config if config.get("model_type") else None, False, "as given"
+        return find_family(family, families).family, config if "model_type" in config else None, False, "as given"
     if "recipe" in config:
-        recipe = recipes.get(str(config["recipe"]))
-        if recipe is None or recipe.published is None:
-            return config["recipe"], None, True, "config.json of train.py"
-        published = recipe.published
-        return published.family, published.configs.get(config.get("size")), True, "config.json of train.py"
+        published = getattr(recipes.get(str(config["recipe"])), "published", None)
+        known = (published.family, published.configs.get(config.get("size"))) if published else (config["recipe"], None)
+        return *known, True, "config.json of train.py"
     if "family" in config:
         return family_of(config, "config.json", families), config.get("config"), True, "config.json of convert"
     told = recognise(names)
@@ -85,29 +88,25 @@ def describe(names, config, family, families, recipes):
 
 def check_manifest(path, families):
     """The report on a manifest that fits: list of lines. Raises: ValueError naming what is wrong."""
-    content = read_json(path)
-    wrong = [key for key in ("family", "config", "tensors") if key not in content]
-    if wrong:
-        raise ValueError(f"{path} lacks {', '.join(wrong)}; it is no manifest")
-    published = find_family(content["family"], families)
-    parts = [content[key] for key in ("config", "tensors")] + [content.get("computed_or_extra_tensors", {})]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"{path}: config, tensors and computed_or_extra_tensors must be objects")
-    config, shapes = parts[0], parts[1] | parts[2]
+    content = {"computed_or_extra_tensors": {}} | read_json(path)
+    parts = [content.get(key) for key in ("config", "tensors", "computed_or_extra_tensors")]
+    if "family" not in content or not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path} is no manifest: family, and as objects config and tensors, are expected")
+    published, shapes = find_family(content["family"], families), parts[1] | parts[2]
     for name, shape in shapes.items():
         if not isinstance(shape, list) or any(type(length) is not int or length < 0 for length in shape):
             raise ValueError(f"{path}: {name} has the shape {shape!r}, expected a list of whole numbers")
-    model, table = build_on_meta(published, config)
+    model, table = published.on_meta(parts[0])
     ours = shapes_of(model)
     found = plan(table, shapes, ours)
     found.check(str(path))
-    zeros = sum(entry.parts.count(None) * count(shapes, [name]) // len(entry.parts)
+    zeros = sum(entry.parts.count(None) * count([shapes[name]]) // len(entry.parts)
                 for name, entry in found.consumed.items())
-    held_numbers = count(shapes, found.consumed.keys() - found.skipped)
+    held_numbers = count(shapes[name] for name in found.consumed.keys() - found.skipped)
     note = f" ({zeros:,} of them zeros, which only the file holds)" if zeros else ""
     lines = [f"{content.get('name', path.stem)}: family {published.family}, {len(shapes):,} tensors",
              *held(model, found), f"  parameters of the file  {held_numbers:15,}",
-             f"  parameters of the model {count(ours) + zeros:15,}{note}"]
+             f"  parameters of the model {count(ours.values()) + zeros:15,}{note}"]
     if content.get("total_params") not in (None, held_numbers):
         lines.append(f"  note     the manifest states total_params {content['total_params']}")
     return lines
@@ -126,24 +125,5 @@ def told_sizes(config, where=""):
 def held(model, found):
     """The parts that are there, and what is not read: list of lines."""
     ours = shapes_of(model)
-    lines = [f"  part     {part:20} {count(ours, names):15,} parameters, {len(names):,} tensors"
-             for part, names in by_part(model, found.filled()).items()]
-    reasons = collections.Counter(found.skipped.values())
-    return lines + [f"  not read {number:,} tensors: {reason}" for reason, number in reasons.items()]
-
-
-def lacking(model, found, published):
-    """What would be missing or not fit: list of lines."""
-    lines = []
-    for part, names in by_part(model, found.missing).items():
-        shown = "; ".join(grouped([found.missing[name] for name in names])[:4])
-        lines.append(f"  missing  {part:20} {len(names):,} tensors: {shown}")
-    if found.unexpected:
-        lines.append(f"  no place {len(found.unexpected):,} tensors: {'; '.join(grouped(found.unexpected)[:8])}")
-    for name, (has, wants) in list(found.misshaped.items())[:8]:
-        lines.append(f"  shape    {name} is {list(has)}, expected {list(wants)}")
-    for name, (has, wants) in found.resized.items():
-        lines.append(f"  shape    {name}: a table of {list(has)}, expected {list(wants)}: another resolution")
-    if found.missing and published.contents:
-        lines.append(f"  note     {published.contents}")
-    return lines or ["  missing  nothing"]
+    return [f"  part     {part:20} {count(ours[name] for name in names):15,} parameters, {len(names):,} tensors"
+            for part, names in by_part(model, found.filled()).items()] + found.remarks()

@@ -7,17 +7,17 @@ file leaves out takes the default of transformers' class, which is not always th
 
 import json
 
-from nanovlm.decoder import DecoderConfig, LayerOptions
+from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.names import nearest
-from nanovlm.published.weights import Alias, Computed, Fused, Tied
+from nanovlm.published.weights import Alias, Fused, Published, Unread, prefixed
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
                "relu": "relu", "silu": "silu"}  # transformers' names -> ours
 
-ANGLES = Computed("{rest}rotary_emb.inv_freq", "rotary angles are computed")
+ANGLES = Unread("{rest}rotary_emb.inv_freq", "rotary angles are computed")
 HEAD = (
     ("lm_head.{p}", "lm_head.{p}"),
-    Tied("lm_head.weight", "embedding.weight"),
+    ("lm_head.weight", "embedding.weight"),  # tied
 )
 QKV = tuple(
     (f"model.layers.{{i}}.self_attn.{part}_proj.{{p}}", f"layers.{{i}}.attention.{part}.{{p}}") for part in "qkv"
@@ -37,7 +37,6 @@ LLAMA = (
     ANGLES,
     Alias("{rest}", "model.{rest}"),  # files saved without the head's class
 )
-QWEN2 = LLAMA
 
 PHI_REST = (
     ("model.embed_tokens.weight", "embedding.weight"),
@@ -51,19 +50,23 @@ PHI_REST = (
 )
 PHI = (*QKV, *PHI_REST, Alias("{rest}", "model.{rest}"))
 
-OPT = (
+OPT_LAYER = (
+    ("self_attn_layer_norm.{p}", "norm_1.{p}"),
+    *((f"self_attn.{part}_proj.{{p}}", f"attention.{part}.{{p}}") for part in "qkv"),
+    ("self_attn.out_proj.{p}", "attention.o.{p}"),
+    ("final_layer_norm.{p}", "norm_2.{p}"),
+    ("fc1.{p}", "ffn.fc_1.{p}"),
+    ("fc2.{p}", "ffn.fc_2.{p}"),
+)
+OPT_REST = (
     ("model.decoder.embed_tokens.weight", "embedding.weight"),
     ("model.decoder.embed_positions.weight", "positions"),
-    ("model.decoder.layers.{i}.self_attn_layer_norm.{p}", "layers.{i}.norm_1.{p}"),
-    ("model.decoder.layers.{i}.self_attn.q_proj.{p}", "layers.{i}.attention.q.{p}"),
-    ("model.decoder.layers.{i}.self_attn.k_proj.{p}", "layers.{i}.attention.k.{p}"),
-    ("model.decoder.layers.{i}.self_attn.v_proj.{p}", "layers.{i}.attention.v.{p}"),
-    ("model.decoder.layers.{i}.self_attn.out_proj.{p}", "layers.{i}.attention.o.{p}"),
-    ("model.decoder.layers.{i}.final_layer_norm.{p}", "layers.{i}.norm_2.{p}"),
-    ("model.decoder.layers.{i}.fc1.{p}", "layers.{i}.ffn.fc_1.{p}"),
-    ("model.decoder.layers.{i}.fc2.{p}", "layers.{i}.ffn.fc_2.{p}"),
     ("model.decoder.final_layer_norm.{p}", "norm.{p}"),
     *HEAD,
+)
+OPT = (
+    *OPT_REST,
+    *prefixed(OPT_LAYER, "model.decoder.layers.{i}.", "layers.{i}."),
     Alias("decoder.{rest}", "model.decoder.{rest}"),  # .bin files of OPTModel
     Alias("{rest}", "model.decoder.{rest}"),
 )
@@ -91,42 +94,38 @@ def read_json(path):
     return content
 
 
-def size(config, key, default=None):
-    """A whole number of a config, 1 or more; default: when the key is absent or null. Raises: ValueError."""
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        found = "is missing" if value is None else f"is {value!r}"
-        raise ValueError(f"config: {key} {found}, expected a whole number of 1 or more")
+def complete(config, defaults):
+    """A config with what it leaves out: dict; nested parts are completed one by one, other keys are kept."""
+    filled = dict(config)
+    for key, default in defaults.items():
+        if isinstance(default, dict):
+            filled[key] = complete(filled.get(key) or {}, default)
+        elif filled.get(key) is None:
+            filled[key] = default
+    return filled
+
+
+def number(config, key, default):
+    """A number of a config, above 0, whole if the default is; the default when the key is absent or null.
+
+    Raises: ValueError for anything else.
+    """
+    value = default if config.get(key) is None else config[key]
+    kind = int if isinstance(default, int) else (int, float)
+    if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"config: {key} is {value!r}, expected a number above 0 like {default}")
     return value
 
 
 def sizes(config, keys=KEYS, **defaults):
     """Sizes of a config under our names: {ours: int}; defaults: {ours: int}, which are wanted."""
-    return {ours: size(config, keys[ours], default) for ours, default in defaults.items()}
-
-
-def number(config, key, default):
-    """A number of a config above 0: float; default when the key is absent or null. Raises: ValueError."""
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"config: {key} is {value!r}, expected a number above 0")
-    return float(value)
-
-
-def section(config, key):
-    """A nested part of a config: dict, empty when absent. Raises: ValueError if it is something else."""
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"config: {key} is {value!r}, expected an object")
-    return value
+    return {ours: number(config, keys[ours], default) for ours, default in defaults.items()}
 
 
 def text_section(config):
     """The text_config of a vision-language model; transformers 5 keeps tie_word_embeddings outside of it."""
     tied = {"tie_word_embeddings": True} if config.get("tie_word_embeddings") else {}
-    return section(config, "text_config") | tied
+    return config["text_config"] | tied
 
 
 def with_vocabulary(config, vocab_size):
@@ -153,18 +152,18 @@ def expect(config, key, value, meaning):
 
 def rope(config, rotary_share=1.0):
     """Rotary settings in either dialect: (float base, float share of a head that turns); raises for stretched ones."""
-    settings = config | section(config, "rope_parameters")
-    for source in (settings, section(config, "rope_scaling")):
+    settings = config | (config.get("rope_parameters") or {})
+    for source in (settings, config.get("rope_scaling") or {}):
         kind = source.get("rope_type", source.get("type", "default"))
         if kind not in (None, "default"):
             raise ValueError(f"config: rotary positions of type {kind!r}; only 'default' can be built")
     return number(settings, "rope_theta", 10000.0), number(settings, "partial_rotary_factor", rotary_share)
 
 
-def decoder_config(known, config, tied_head=False, **options):
+def decoder_config(config, known, tied_head=False, **options):
     """A DecoderConfig of what `sizes` found and of plain layers; tied_head: where the config does not say."""
     layers = (LayerOptions(),) * known.pop("num_layers")
-    num_kv_heads = size(config, "num_key_value_heads", known["num_heads"])
+    num_kv_heads = number(config, "num_key_value_heads", known["num_heads"])
     tied_head = bool(config.get("tie_word_embeddings", tied_head))
     return DecoderConfig(**known, num_kv_heads=num_kv_heads, layers=layers, tied_head=tied_head, **options)
 
@@ -183,24 +182,22 @@ def llama_config(config):
     expect(config, "mlp_bias", False, "biases in the feed-forward")
     biased = bool(config.get("attention_bias"))
     known = sizes(config, vocab_size=32000, ffn_width=11008, context_length=2048, **LLAMA_7B)
-    return gated_config(known, config, qkv_bias="qkv" if biased else "", output_bias=biased)
+    return gated_config(config, known, qkv_bias="qkv" if biased else "", output_bias=biased)
 
 
 def qwen2_config(config):
     """Qwen2 and Qwen2.5: LLaMA with biases on queries, keys and values. Arguments and errors as `llama_config`."""
     expect(config, "use_sliding_window", False, "a sliding window")
     known = sizes(config, vocab_size=151936, ffn_width=22016, context_length=32768, **LLAMA_7B)
-    return gated_config(known, config, qkv_bias="qkv")
+    return gated_config(config, known, qkv_bias="qkv")
 
 
-def gated_config(known, config, **options):
+def gated_config(config, known, **options):
     """What LLaMA and Qwen2 have in common; options: their biases."""
     expect(config, "hidden_act", "silu", "another activation")
-    if known["width"] % known["num_heads"] == 0:
-        head_width = known["width"] // known["num_heads"]
-        expect(config, "head_dim", head_width, "heads of another width than hidden_size / num_attention_heads")
+    expect(config, "head_dim", known["width"] // known["num_heads"], "heads of another width than their share")
     eps = number(config, "rms_norm_eps", 1e-6)
-    return decoder_config(known, config, rope_base=rope(config)[0], norm_eps=eps, **options)
+    return decoder_config(config, known, rope_base=rope(config)[0], norm_eps=eps, **options)
 
 
 BIASED = {"norm": "layer", "ffn": "plain", "qkv_bias": "qkv", "output_bias": True, "ffn_bias": True}
@@ -213,7 +210,7 @@ def phi_config(config):
                   num_layers=24)
     base, share = rope(config, rotary_share=0.5)
     return decoder_config(
-        known, config, rope_base=base, rotary_width=int(share * (known["width"] // known["num_heads"])), parallel=True,
+        config, known, rope_base=base, rotary_width=int(share * (known["width"] // known["num_heads"])), parallel=True,
         norm_eps=number(config, "layer_norm_eps", 1e-5), activation=activation(config, "hidden_act", "gelu_new"),
         head_bias=True, **BIASED,
     )
@@ -228,6 +225,24 @@ def opt_config(config):
     expect(config, "enable_bias", True, "linear layers without biases")
     expect(config, "layer_norm_elementwise_affine", True, "norms without weights")
     return decoder_config(
-        known, config, tied_head=True, rotary_width=0, position_offset=2, norm_eps=1e-5,
+        config, known, tied_head=True, rotary_width=0, position_offset=2, norm_eps=1e-5,
         activation=activation(config, "activation_function", "relu"), **BIASED,
     )
+
+
+def language_model(family, read, table):
+    """The Published of a language model by itself; read: config -> DecoderConfig."""
+    return Published(family, lambda config: Decoder(read(config)), lambda config: table)
+
+
+LANGUAGE_MODELS = {
+    "llama": language_model("llama", llama_config, LLAMA),  # Vicuna and SmolLM2 too
+    "qwen2": language_model("qwen2", qwen2_config, LLAMA),
+    "phi": language_model("phi", phi_config, PHI),
+    "opt": language_model("opt", opt_config, OPT),
+}
+
+
+def decoder_of(model):
+    """The language model of a model: Decoder, None of towers alone."""
+    return model if isinstance(model, Decoder) else getattr(model, "decoder", None)

@@ -18,12 +18,13 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from nanovlm.data.tokenizer import CACHED_TEXTS, Tokenizer
 from nanovlm.published.language import read_json
+from nanovlm.published.weights import damage
 
 SPACE = "▁"  # how SentencePiece writes a blank
 PADDED_ROWS = 1024  # rows without token that a published embedding may have: spare_rows of check_vocabulary
 ROLES = ("bos", "eos", "pad", "unk")
-USUAL = {"bos": ("<s>",), "eos": ("</s>", "<|endoftext|>"), "pad": ("<pad>",), "unk": ("<unk>",)}  # told by no file
-BYTE_LEVEL_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast")
+USUAL = {"<s>": "bos", "<|endoftext|>": "eos", "</s>": "eos", "<pad>": "pad", "<unk>": "unk"}  # where no file says
+NO_PREFIX = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}  # fields of a tokenizer.json's steps
 
 
 class PublishedTokenizer(Tokenizer):
@@ -62,36 +63,28 @@ class PublishedTokenizer(Tokenizer):
         return list(self._encode(text, continues))
 
     def decode(self, ids):
-        """str; special ids and rows that only pad the embedding are left out.
-
-        Raises: ValueError for a negative id, which is no token.
-        """
-        for id in ids:
-            if id < 0:
-                raise ValueError(f"id {id} is no token")
+        """str; special ids and rows that only pad the embedding are left out. Raises: ValueError for a negative id."""
+        if min(ids, default=0) < 0:
+            raise ValueError(f"id {min(ids)} is no token")
         return self.backend.decode([id for id in ids if id < self.vocab_size], skip_special_tokens=True)
 
     def save(self, path):
         """Write tokenizer.json, and tokenizer_config.json beside it."""
         super().save(path)
-        config = {f"{role}_token": token for role, token in self.roles.items()}
-        config |= {"add_bos_token": self.add_bos, "eos_token_ids": list(self.eos_ids)}
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config = {"add_bos_token": self.add_bos, "eos_token_ids": self.eos_ids, "tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {f"{role}_token": token for role, token in self.roles.items()}
         Path(path).with_name("tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _encode(self, text, continues):
         text.encode()  # names the place of what is no character (half a surrogate pair)
-        ids = (self.inner if continues else self.backend).encode(text, add_special_tokens=False).ids
-        if self.special_names.keys().isdisjoint(ids):
-            return tuple(ids)
-        return tuple(part for id in ids for part in self._spelled(id, text))
-
-    def _spelled(self, id, text):
-        """A special token that merges can make of its own letters, in two halves; the unknown token as it is."""
-        token = self.special_names.get(id)
-        if token is None or token not in text:
-            return [id]
-        return [part for half in (token[:1], token[1:]) for part in self.inner.encode(half).ids]
+        ids = []
+        for id in (self.inner if continues else self.backend).encode(text, add_special_tokens=False).ids:
+            token = self.special_names.get(id)
+            if token and token in text:  # merges have made it of its own letters: in two halves they cannot
+                ids += self.inner.encode(token[:1]).ids + self.inner.encode(token[1:]).ids
+            else:
+                ids.append(id)
+        return tuple(ids)
 
 
 def load_tokenizer(folder, added=()):
@@ -105,8 +98,6 @@ def load_tokenizer(folder, added=()):
       contradicts another, or if no end token can be found; ImportError if a `.model` is there without its package.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; the one with the model's tokenizer files is expected")
     config = _beside(folder, "tokenizer_config.json")
     roles, special = {}, []
     for values in (_beside(folder, "special_tokens_map.json"), config):  # the second goes before the first
@@ -115,27 +106,22 @@ def load_tokenizer(folder, added=()):
         for key in ("additional_special_tokens", "extra_special_tokens"):
             tokens = values.get(key) or []
             special += map(_content, tokens.values() if isinstance(tokens, dict) else tokens)
-    if (folder / "tokenizer.json").is_file():
-        path = folder / "tokenizer.json"
+    path = folder / "tokenizer.json"
+    if path.is_file():
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path}: not a tokenizer file, or damaged ({error}){_pointer(path)}") from error
+            raise ValueError(f"{path} is no tokenizer file, or {damage(path)} ({error})") from error
     elif (folder / "tokenizer.model").is_file():
         backend = from_sentencepiece(folder / "tokenizer.model")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         backend = _byte_level(folder, config)
         roles = {"bos": "</s>", "eos": "</s>", "pad": "<pad>"} | roles  # OPT, where no file says otherwise
     else:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{folder}: no tokenizer; tokenizer.json, tokenizer.model, or vocab.json with "
-                                f"merges.txt is expected, found {found}")
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json, no tokenizer.model, and no vocab.json with merges.txt")
     _add_tokens(backend, folder, config)
-    known, told = {token.content for token in backend.get_added_tokens_decoder().values()}, bool(roles)
-    for role, names in USUAL.items():
-        usual = next((name for name in names if name in known), None)
-        if role not in roles and usual is not None and (role == "eos" or not told):
-            roles[role] = usual
+    known = [token.content for token in backend.get_added_tokens_decoder().values()]
+    roles = roles or {role: token for token, role in USUAL.items() if token in known}
     if "eos" not in roles:
         raise ValueError(f"{folder}: no token ends a text; tokenizer_config.json should name it as eos_token")
     for role, token in roles.items():
@@ -164,8 +150,8 @@ def _content(token):
 
 def _byte_level(folder, config):
     """GPT-2's byte-level BPE from vocabulary and merges."""
-    kind = config.get("tokenizer_class", BYTE_LEVEL_CLASSES[0])
-    if kind not in BYTE_LEVEL_CLASSES:
+    kind = config.get("tokenizer_class", "GPT2Tokenizer")
+    if not kind.startswith(("GPT2", "CodeGen")):
         raise ValueError(f"{folder}: a {kind} cannot be made of vocab.json and merges.txt; add its tokenizer.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     lines = lines[1:] if lines[0].startswith("#version") else lines  # "#" is a token too, and may begin a merge
@@ -221,13 +207,12 @@ def _eos_ids(tokenizer, folder, config):
 
 def _without_prefix(backend):
     """The same tokenizer for text that continues another: nothing is put before its first word."""
-    state, changed = json.loads(backend.to_str()), False
-    for part in (state["normalizer"], state["pre_tokenizer"]):
-        for step in [part, *(part.get("normalizers") or part.get("pretokenizers") or [])] if part else []:
-            for field, value in (("prepend", ""), ("prepend_scheme", "never"), ("add_prefix_space", False)):
-                changed |= step.get(field, value) != value
-                step |= {field: value} if field in step else {}
-    if not changed:
+
+    def plain(step):  # of every object; numbers belong to a word of the vocabulary
+        return step | {key: value for key, value in NO_PREFIX.items() if type(step.get(key)) is type(value)}
+
+    state = json.loads(backend.to_str(), object_hook=plain)
+    if state == json.loads(backend.to_str()):
         return backend
     inner = tokenizers.Tokenizer.from_str(json.dumps(state))
     inner.encode_special_tokens = True
@@ -253,16 +238,16 @@ def from_sentencepiece(path):
     try:
         model = SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path}: not a SentencePiece model, or damaged ({error}){_pointer(path)}") from error
+        raise ValueError(f"{path} is no SentencePiece model, or {damage(path)} ({error})") from error
     texts = [model.id_to_piece(id) for id in range(model.get_piece_size())]
     special = [text for id, text in enumerate(texts) if model.is_unknown(id) or model.is_control(id)]
     ids = {text: id for id, text in enumerate(texts)}
     normal = {text: model.get_score(id) for text, id in ids.items() if text not in special and not model.is_byte(id)}
     merges = []
-    for text in sorted(normal, key=lambda text: -normal[text]):
-        splits = ((text[:cut], text[cut:]) for cut in range(1, len(text)))
-        known = [split for split in splits if split[0] in normal and split[1] in normal]
-        merges += sorted(known, key=lambda split: (ids[split[0]], ids[split[1]]))
+    for text in sorted(normal, key=normal.get, reverse=True):
+        splits = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+        known = [split for split in splits if normal.keys() >= {*split}]
+        merges += sorted(known, key=lambda split: [ids[part] for part in split])
     unknown, fallback = texts[model.unk_id()], any(map(model.is_byte, ids.values()))
     backend = tokenizers.Tokenizer(models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=fallback))
     prefix = model.normalize("a").startswith(SPACE)  # a text begins with a blank of its own
@@ -278,10 +263,3 @@ def from_sentencepiece(path):
                              "model, symbols that a user defined, texts changed before they are cut); use the "
                              "tokenizer.json of the same model")
     return backend
-
-
-def _pointer(path):
-    """What to say of a file that is none: str."""
-    if path.read_bytes()[:23] == b"version https://git-lfs":
-        return "; it is a Git LFS pointer: fetch the file with git lfs pull"
-    return "; copy or download it again"

@@ -4,9 +4,11 @@
 vision-language model takes is the recipe's choice (`dataclasses.replace(config, feature_layer=23)`).
 """
 
+from torch import nn
+
 from nanovlm import contrastive
-from nanovlm.published.language import activation, expect, number, section, size, sizes
-from nanovlm.published.weights import Alias, Computed, Fused, Reshaped, Unused, prefixed
+from nanovlm.published.language import activation, expect, number, sizes
+from nanovlm.published.weights import Alias, Fused, Published, Reshaped, Unread, prefixed
 from nanovlm.vit import ViT, ViTConfig
 
 QKV = tuple(f"blocks.{{i}}.attention.{part}" for part in "qkv")
@@ -19,26 +21,15 @@ BLOCKS = (
     ("encoder.layers.{i}.self_attn.out_proj.{p}", "blocks.{i}.attention.o.{p}"),
     *NORMS_AND_MLP,
     ("embeddings.position_embedding.weight", "positions"),
-    Computed("embeddings.position_ids", "0, 1, 2 ..."),
+    Unread("embeddings.position_ids", "0, 1, 2 ..."),
 )
 PREFIX = Alias("{rest}", "vision_model.{rest}")  # a tower saved alone by transformers 5 has no prefix
-CLIP = (
+CLIP = SIGLIP = (
     *prefixed(
         (
-            ("embeddings.class_embedding", "class_token"),
-            ("embeddings.patch_embedding.weight", "patch_embedding.weight"),
-            ("pre_layrnorm.{p}", "pre_norm.{p}"),  # published with this spelling
-            *BLOCKS,
-            ("post_layernorm.{p}", "post_norm.{p}"),
-        ),
-        published="vision_model.",
-    ),
-    PREFIX,
-)
-SIGLIP = (
-    *prefixed(
-        (
+            ("embeddings.class_embedding", "class_token"),  # CLIP alone, as the first norm; its patches have no bias
             ("embeddings.patch_embedding.{p}", "patch_embedding.{p}"),
+            ("pre_layrnorm.{p}", "pre_norm.{p}"),  # published with this spelling
             *BLOCKS,
             ("post_layernorm.{p}", "post_norm.{p}"),
         ),
@@ -84,9 +75,9 @@ def eva_original(num_blocks):
         ("blocks.{i}.attn.proj.{p}", "blocks.{i}.attention.o.{p}"),
         ("blocks.{i}.mlp.fc{j}.{p}", "blocks.{i}.fc_{j}.{p}"),
         ("norm.{p}", "post_norm.{p}"),
-        Unused(f"blocks.{num_blocks}.{{rest}}", "a block behind the features that are used"),
-        *(Unused(f"{name}.{{p}}", "serves EVA's own loss") for name in ("norm", "fc_norm", "head", "lm_head")),
-        Unused("mask_token", "serves EVA's own loss"),
+        Unread(f"blocks.{num_blocks}.{{rest}}", "a block behind the features that are used"),
+        *(Unread(f"{name}.{{p}}", "serves EVA's own loss") for name in ("norm", "fc_norm", "head", "lm_head")),
+        Unread("mask_token", "serves EVA's own loss"),
         Alias("visual.{rest}", "{rest}"),
     )
 
@@ -102,26 +93,26 @@ OPEN_CLIP = (  # CLIP's tower as open_clip and OpenAI spell it
     ("transformer.resblocks.{i}.attn.out_proj.{p}", "blocks.{i}.attention.o.{p}"),
     ("transformer.resblocks.{i}.mlp.c_fc.{p}", "blocks.{i}.fc_1.{p}"),
     ("transformer.resblocks.{i}.mlp.c_proj.{p}", "blocks.{i}.fc_2.{p}"),
-    Unused("ln_post.{p}", "serves CLIP's own loss"),
-    Unused("proj", "serves CLIP's own loss"),
+    Unread("ln_post.{p}", "serves CLIP's own loss"),
+    Unread("proj", "serves CLIP's own loss"),
 )
 
 # What a file may hold beside its tower
 OTHER_SIDE = (
-    Unused("text_model.{rest}", "the text side of a dual file"),
-    Unused("text_projection.weight", "the text side of a dual file"),
-    Unused("visual_projection.weight", "leads to the space shared with the text side"),
-    Unused("logit_scale", "belongs to the pair's own loss"),
-    Unused("logit_bias", "belongs to the pair's own loss"),
-    Unused("vision_model.head.{rest}", "attention pooling, which serves SigLIP's own loss"),
+    Unread("text_model.{rest}", "the text side of a dual file"),
+    Unread("text_projection.weight", "the text side of a dual file"),
+    Unread("visual_projection.weight", "leads to the space shared with the text side"),
+    Unread("logit_scale", "belongs to the pair's own loss"),
+    Unread("logit_bias", "belongs to the pair's own loss"),
+    Unread("vision_model.head.{rest}", "attention pooling, which serves SigLIP's own loss"),
 )
 BLIP2_REST = (
-    Unused("query_tokens", "BLIP-2's own bridge"),
-    Unused("qformer.{rest}", "BLIP-2's own bridge"),
-    Unused("language_projection.{p}", "BLIP-2's own bridge"),
-    Unused("language_model.{rest}", "BLIP-2's own language model"),
+    Unread("query_tokens", "BLIP-2's own bridge"),
+    Unread("qformer.{rest}", "BLIP-2's own bridge"),
+    Unread("language_projection.{p}", "BLIP-2's own bridge"),
+    Unread("language_model.{rest}", "BLIP-2's own language model"),
 )
-BEHIND = (Unused("vision_model.post_layernorm.{p}", "a norm behind the features that this model takes"),)
+BEHIND = (Unread("vision_model.post_layernorm.{p}", "a norm behind the features that this model takes"),)
 
 TEXT = prefixed(
     (("embeddings.token_embedding.weight", "embedding.weight"), *BLOCKS, ("final_layer_norm.{p}", "norm.{p}")),
@@ -129,24 +120,20 @@ TEXT = prefixed(
     ours="text.",
 )
 CLIP_PAIR = (
-    *prefixed(CLIP[:-1], ours="vision."),
+    *prefixed(CLIP, ours="vision."),
     *TEXT,
     ("visual_projection.weight", "project_image.weight"),
     ("text_projection.weight", "project_text.weight"),
     ("logit_scale", "log_scale"),
 )
-SIGLIP_POOLED = (  # the tower with the attention pooling that its files hold
-    *prefixed(SIGLIP[:-1], ours="vision."),
+SIGLIP_PAIR = (  # of a tower alone, too, whose files hold its attention pooling
+    *prefixed(SIGLIP, ours="vision."),
     Reshaped("vision_model.head.probe", "pool.probe", unit_axes=(0, 1)),
-    Fused("vision_model.head.attention.in_proj_weight", ("pool.q.weight", "pool.k.weight", "pool.v.weight")),
-    Fused("vision_model.head.attention.in_proj_bias", ("pool.q.bias", "pool.k.bias", "pool.v.bias")),
+    *(Fused(f"vision_model.head.attention.in_proj_{p}", tuple(f"pool.{part}.{p}" for part in "qkv"))
+      for p in ("weight", "bias")),
     ("vision_model.head.attention.out_proj.{p}", "pool.o.{p}"),
     ("vision_model.head.layernorm.{p}", "pool.norm.{p}"),
     ("vision_model.head.mlp.fc{j}.{p}", "pool.fc_{j}.{p}"),
-    PREFIX,
-)
-SIGLIP_PAIR = (
-    *SIGLIP_POOLED[:-1],
     *TEXT,
     ("text_model.head.{p}", "project_text.{p}"),
     Reshaped("logit_scale", "log_scale", unit_axes=(0,)),
@@ -156,7 +143,7 @@ SIGLIP_PAIR = (
 
 def part_of_pair(config, side):
     """What a config says of its "vision" or "text" side: a dual or nested config's, or the config itself."""
-    return next((section(config, key) for key in (f"{side}_config", side) if key in config), config)
+    return next((config[key] for key in (f"{side}_config", side) if key in config), config)
 
 
 VIT_B_16 = {"image_size": 224, "patch_size": 16, "width": 768, "num_layers": 12, "num_heads": 12, "mlp_width": 3072}
@@ -212,16 +199,48 @@ def clip_pair(config):
     eps = number(text, "layer_norm_eps", 1e-5)
     tower = contrastive.TextTower(**known, activation=activation(text, "hidden_act", "quick_gelu"),
                                   norm_eps=eps, last_norm_eps=eps)
-    return contrastive.CLIP(ViT(vision), vision.width, tower, known["width"], size(config, "projection_dim", 512))
+    return contrastive.CLIP(ViT(vision), vision.width, tower, known["width"], number(config, "projection_dim", 512))
 
 
 def siglip_pair(config):
     """SigLIP, both towers. Arguments and errors as `clip_pair`; returns contrastive.SigLIP."""
     vision, text = siglip_config(config), part_of_pair(config, "text")
     known = sizes(text, vocab_size=32000, width=768, num_layers=12, num_heads=12, mlp_width=3072, context_length=64)
-    pad_id = text.get("pad_token_id")
     tower = contrastive.BidirectionalTextTower(
-        **known, pad_id=1 if pad_id is None else pad_id, norm_eps=number(text, "layer_norm_eps", 1e-6),
-        activation=activation(text, "hidden_act", "gelu_pytorch_tanh"),
+        **known, pad_id=text.get("pad_token_id", 1), norm_eps=number(text, "layer_norm_eps", 1e-6), activation=activation(text, "hidden_act", "gelu_pytorch_tanh"),
     )
     return contrastive.SigLIP(ViT(vision), tower, known["width"])
+
+
+def build_clip(config):
+    """CLIP of a config: contrastive.CLIP if it describes both towers, else the ViT."""
+    return clip_pair(config) if is_pair(config) else ViT(clip_config(config))
+
+
+def build_siglip(config):
+    """SigLIP of a config: contrastive.SigLIP if it describes both towers, else the tower with its pooling."""
+    if is_pair(config):
+        return siglip_pair(config)
+    one = siglip_config(config)
+    pool = contrastive.AttentionPool(one.width, one.num_heads, one.mlp_width, one.activation, one.norm_eps)
+    return nn.ModuleDict({"vision": ViT(one), "pool": pool})
+
+
+TOWERS = {
+    "clip": Published("clip", build_clip, lambda config: CLIP_PAIR if is_pair(config) else CLIP),
+    "siglip": Published("siglip", build_siglip, lambda config: SIGLIP_PAIR),
+    "eva": Published("eva", lambda config: ViT(eva_config(config)), lambda config: EVA),
+}
+
+
+def vision_of(model):
+    """The tower of a model: ViT, None where it reads no pictures (an OpenFlamingo may start from features)."""
+    return model if isinstance(model, ViT) else getattr(model, "vision", None)
+
+
+def resize(model, image_size):
+    """Make a model's tower read pictures of this many pixels; None, 0: as it is. Raises: ValueError without a tower."""
+    if image_size and vision_of(model) is None:
+        raise ValueError("image_size was given, but this model reads no pictures")
+    if image_size:
+        vision_of(model).resize(image_size)

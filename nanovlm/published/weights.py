@@ -5,38 +5,40 @@ A table is a tuple of entries, the published name on the left, ours on the right
     ("model.layers.{i}.self_attn.q_proj.weight", "layers.{i}.attention.q.weight")   the same tensor
     Fused("h.{i}.qkv.weight", ("h.{i}.q.weight", "h.{i}.k.weight", "h.{i}.v.weight"))  several of ours in one of theirs
     Reshaped("cls_token", "class_token", unit_axes=(0, 1))                          axes of length one that ours lacks
-    Tied("lm_head.weight", "embedding.weight")                                      a second name for a tensor of ours
-    Computed("{rest}.inv_freq", "the rotary angles are computed")                   may be there, is not needed
-    Unused("head.{rest}", "attention pooling")                                      is there, is not wanted
+    ("lm_head.weight", "embedding.weight")                                          a second name, which is only read
+    Unread("{rest}.inv_freq", "the rotary angles are computed")                     may be there, has no place in ours
     Alias("vision_tower.{rest}", "vision_tower.vision_model.{rest}")                another spelling of a name
 
 In a pattern `{i}` and `{j}` stand for a number, `{p}` for weight or bias, `{rest}` for anything; they mean the same on
 both sides. A table may name more than one model has (biases, a head of its own): an entry holds where the model has
-its tensors. `plan` decides from names and shapes alone what happens to every tensor, so that nothing is read before
+its tensors. Where two entries know a name, the first holds; where two have the same tensor, it is written by the first. `plan` decides from names and shapes alone what happens to every tensor, so that nothing is read before
 everything fits; each tensor of the file and of the model is consumed or named in the error.
 """
 
 import json
 import math
+import os
 import pickle
 import re
 import zipfile
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import groupby
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from huggingface_hub import save_torch_state_dict
 
+from nanovlm.architecture import UNBUILT
 from nanovlm.vit import resize_positions
+from nanovlm.vlm import VLM, part_of
 
 FIELDS = {"i": r"(?P<i>\d+)", "j": r"(?P<j>\d+)", "p": r"(?P<p>weight|bias)", "rest": r"(?P<rest>.+)"}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-MAX_SHARD_BYTES = 5_000_000_000
-WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # of DDP, torch.compile and PEFT, before every name of a file
+WRAPPER = re.compile(r"((module|_orig_mod|base_model\.model)\.)*")  # DDP's, torch.compile's, PEFT's, before every name
 OURS = (("{rest}", "{rest}"),)  # the table of files that carry our names already
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -70,20 +72,13 @@ class Same:
 
 
 @dataclass(frozen=True)
-class Tied(Same):
-    """A second published name of a tensor that has a place in the model anyway; never written."""
-
-
-@dataclass(frozen=True)
 class Reshaped(Same):
     """The same numbers, but the published tensor has `unit_axes` of length one that ours lacks."""
 
     unit_axes: tuple[int, ...] = (0,)  # ascending axes of the published tensor
 
     def join(self, parts):
-        axes = iter(parts[0].shape)
-        length = parts[0].ndim + len(self.unit_axes)
-        return parts[0].reshape([1 if axis in self.unit_axes else next(axes) for axis in range(length)])
+        return reduce(torch.unsqueeze, self.unit_axes, parts[0])
 
     def split(self, tensor):
         return [tensor.squeeze(self.unit_axes)]
@@ -93,14 +88,13 @@ class Reshaped(Same):
 class Fused(Same):
     """Several of our tensors, of one shape, along the first axis of a published one.
 
-    Among our names None stands for zeros that only the published tensor holds (EVA's bias of the keys).
+    Among our names, not the first, None stands for zeros that only the published tensor holds (EVA's bias of the keys).
     """
 
     num_heads: int = 0  # 0: one part behind another; else interleaved, row = (head * parts + part) * D + d
 
     def join(self, parts):
-        like = next(part for part in parts if part is not None)
-        parts = [torch.zeros_like(like) if part is None else part for part in parts]
+        parts = [torch.zeros_like(parts[0]) if part is None else part for part in parts]
         if not self.num_heads:
             return torch.cat(parts)
         return torch.stack([part.unflatten(0, (self.num_heads, -1)) for part in parts], dim=1).flatten(0, 2)
@@ -112,16 +106,11 @@ class Fused(Same):
 
 
 @dataclass(frozen=True)
-class Computed:
-    """A published tensor that the model computes: it may be absent, and is not read."""
+class Unread:
+    """A published tensor without a place in our model, for a reason; it may be absent."""
 
     published: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Unused(Computed):
-    """A published tensor that has no place in this model, for a reason."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +159,26 @@ def expression(pattern):
     return re.compile("".join(pieces))
 
 
+@dataclass(frozen=True)
+class Published:
+    """How a published checkpoint becomes our model and back."""
+
+    family: str  # what --family calls it
+    build: Callable  # (config: dict of a config.json, manifest or golden file) -> nn.Module
+    layout: Callable  # (config) -> table
+    configs: dict[str, dict] = field(default_factory=dict)  # size -> config; "full" is as published
+    contents: str = ""  # what the released files hold, where they are not the whole model
+
+    def on_meta(self, config):
+        """A model without memory, and its table. Raises: WeightsError if the config describes none."""
+        try:
+            with torch.device("meta"):
+                return self.build(config), self.layout(config)
+        except UNBUILT as error:
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise WeightsError(f"no {self.family} can be built from this config: {what}") from error
+
+
 # ---- what happens to every tensor ----
 
 
@@ -193,18 +202,24 @@ class Plan:
         """Our names that the checkpoint holds: {name: None}, in its order."""
         return dict.fromkeys(part for entry in self.consumed.values() for part in entry.parts if part)
 
+    def remarks(self):
+        """What is not read, and what is resized: list of lines."""
+        reasons = Counter(self.skipped.values())
+        return [*(f"  not read {number:,} tensors: {reason}" for reason, number in reasons.items()),
+                *(f"  resized  {name}: {list(has)} to {list(wants)}" for name, (has, wants) in self.resized.items())]
+
+    def wrong_shapes(self):
+        """What does not fit: list of str."""
+        return [f"{name} is {list(has)}, expected {list(wants)}" for name, (has, wants) in self.misshaped.items()]
+
     def check(self, where, partly=False):
         """Raise WeightsError naming all that does not fit, and the probable reason; partly: the model may lack some."""
         if not (self.unexpected or self.misshaped or self.missing and not partly):
             return
-        lines = [f"{where} does not fit the model."]
-        for title, names in (("missing", self.missing.values()), ("unexpected", self.unexpected)):
-            if names:
-                lines.append(f"  {title} ({len(names)}): " + "; ".join(grouped(dict.fromkeys(names))))
-        if self.misshaped:
-            shapes = (f"{name} is {list(has)}, expected {list(wants)}" for name, (has, wants) in self.misshaped.items())
-            lines.append(f"  mis-shaped ({len(self.misshaped)}): " + "; ".join(shapes))
-        raise WeightsError("\n".join([*lines, f"  likely cause: {likely_cause(self)}"]))
+        kinds = {"missing": dict.fromkeys(self.missing.values()), "unexpected": self.unexpected,
+                 "mis-shaped": self.wrong_shapes()}
+        lines = [f"  {kind} ({len(names)}): {'; '.join(grouped(names))}" for kind, names in kinds.items() if names]
+        raise WeightsError("\n".join([f"{where} does not fit the model.", *lines, f"  likely cause: {likely_cause(self)}"]))
 
 
 def plan(table, found, ours, resizable=()):
@@ -215,25 +230,24 @@ def plan(table, found, ours, resizable=()):
       resizable: our names of tables that may have another number of rows.
     Returns: Plan.
     """
-    table, result, filled = [as_entry(entry) for entry in (*table, WRAPPED)], Plan(), set()
-    known = places(table, ours)
-    matches = match(table, found, known)
-    for name in sorted(found, key=lambda name: isinstance(matches[name], Tied)):  # the second names behind the first
-        entry = matches[name]
+    table, result = [as_entry(entry) for entry in (*table, WRAPPED)], Plan()
+    known, filled = places(table, ours), set()
+    for name, entry in match(table, found, known).items():
         if entry is None:
             result.unexpected.append(name)
             continue
-        if isinstance(entry, Computed):
+        if isinstance(entry, Unread):
             result.skipped[name] = entry.reason
             continue
         real = [part for part in entry.parts if part]
         joined = entry.join([part and torch.empty(ours[part], device="meta") for part in entry.parts])
         has, wants = tuple(found[name]), tuple(joined.shape)
-        piece = entry.split(torch.empty(has, device="meta"))[0] if real[0] in resizable else None
-        if has != wants and piece is not None and piece.shape[1:] == ours[real[0]][1:]:  # but for the rows
-            result.resized[real[0]] = has, wants
-        elif has != wants:
-            result.misshaped[name] = has, wants
+        if has != wants:
+            shape = entry.split(torch.empty(has, device="meta"))[0].shape if real[0] in resizable else ()
+            if shape[1:] == ours[real[0]][1:] and shape:  # but for the rows
+                result.resized[real[0]] = has, wants
+            else:
+                result.misshaped[name] = has, wants
         if filled & set(real):
             result.skipped[name] = "a second copy of a tied tensor"
         result.consumed[name] = entry
@@ -259,16 +273,15 @@ def places(table, ours):
 
 def homes(known):
     """{our name: published name under which it is written}, of the result of `places`."""
-    entries = [entry for entry in reversed(known.values()) if not isinstance(entry, Tied)]
-    return {part: entry.published for entry in entries for part in entry.parts if part}
+    return {part: entry.published for entry in reversed(known.values()) for part in entry.parts if part}
 
 
 def match(table, names, known):
     """The entry of every published name, None where there is none: dict; known: result of `places`."""
+    unread = [entry for entry in table if isinstance(entry, Unread)]
 
     def find(name):
-        unread = (entry for entry in table if isinstance(entry, Computed))
-        return known.get(name) or next((entry for entry in unread if expression(entry.published).fullmatch(name)), None)
+        return known.get(name) or next((one for one in unread if expression(one.published).fullmatch(name)), None)
 
     found = {name: find(name) for name in names}
     direct = [name for name, entry in found.items() if isinstance(entry, Same)]
@@ -294,10 +307,10 @@ def grouped(names):
         if len(numbers) == 1:
             lines.append(f"{head}{numbers[0]}{tail}")
             continue
-        ordered = enumerate(sorted(map(int, numbers)))
-        runs = [[number for _, number in run] for _, run in groupby(ordered, lambda pair: pair[1] - pair[0])]
-        spans = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-        lines.append(f"{head}{{{spans}}}{tail} ({len(numbers)})")
+        numbers.sort(key=int)
+        gapless = int(numbers[-1]) - int(numbers[0]) < len(numbers)
+        span = f"{numbers[0]}-{numbers[-1]}" if gapless else ",".join(numbers)
+        lines.append(f"{head}{{{span}}}{tail} ({len(numbers)})")
     return lines
 
 
@@ -310,20 +323,19 @@ def likely_cause(found):
     if "lora_A" in names:
         return "a LoRA adapter without its base model; merge it first (PEFT's merge_and_unload)"
     if absent & {"vision", "decoder"} and found.consumed and not found.unexpected:
-        return (f"the files hold no {' and no '.join(sorted(absent))}, as some were published; put them together with "
-                "`python -m nanovlm.recipes convert ... --vision PATH --language PATH`")
+        return (f"the files hold no {' and no '.join(sorted(absent))}; put them together with `python -m nanovlm.recipes "
+                "convert ... --vision PATH --language PATH`")
     if len(found.missing) > len(found.consumed) and (found.unexpected or not found.consumed):
         return "a checkpoint of another family; name the right one with --family, or see what it is with inspect"
-    if found.missing and not found.unexpected:
+    if found.unexpected:
+        return "config.json does not belong to these weights (a larger model, or one with more parts?), or renamed tensors"
+    if found.missing:
         return "a missing shard, or a file that holds only a part of the model (inspect names the parts)"
-    if found.misshaped and not found.unexpected:
-        if all("pos" in name for name in found.misshaped):
-            return "a position table of another resolution; ask for its resizing with image_size"
-        rows = [has[1:] == wants[1:] for has, wants in found.misshaped.values()]
-        if all(rows) and all(re.search("embed|lm_head", name) for name in found.misshaped):
-            return "another vocabulary; correct vocab_size in config.json"
-        return "another size of the same family; config.json does not belong to these weights"
-    return "config.json does not belong to these weights (a larger model, or one with more parts?), or renamed tensors"
+    if all("pos" in name for name in found.misshaped):
+        return "a position table of another resolution; ask for its resizing with image_size"
+    if all(re.search("embed|lm_head", name) for name in found.misshaped):
+        return "another vocabulary; correct vocab_size in config.json"
+    return "another size of the same family; config.json does not belong to these weights"
 
 
 # ---- renaming ----
@@ -400,7 +412,8 @@ class Checkpoint:
 
     where: str  # for messages
     headers: dict[str, torch.Tensor]  # name -> Tensor on the meta device: shape and type
-    places: dict[str, tuple[Path, str]]  # name -> its file and its name there
+    files: dict[str, Path]  # name -> its file
+    wrapper: str  # what stands before every name in the files
     notes: tuple[str, ...]  # what is unusual about the files
 
     @property
@@ -410,9 +423,9 @@ class Checkpoint:
 
     def read(self, names):
         """(name, Tensor) one by one; a shard is closed before the next is opened."""
-        for path in dict.fromkeys(self.places[name][0] for name in names):
+        for path in dict.fromkeys(self.files[name] for name in names):
             tensors = opened(path)
-            yield from ((name, tensors[self.places[name][1]]) for name in names if self.places[name][0] == path)
+            yield from ((name, tensors[self.wrapper + name]) for name in names if self.files[name] == path)
 
 
 def open_checkpoint(path, pickled=False):
@@ -425,39 +438,33 @@ def open_checkpoint(path, pickled=False):
     Returns: Checkpoint, its names without the prefix of a wrapper that every one of them has.
     Raises: FileNotFoundError for a missing file or shard; WeightsError naming a damaged one.
     """
-    path, headers, places = Path(path), {}, {}
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    found = find_file(path, pickled) if path.is_dir() else path
+    path, headers, files = Path(path), {}, {}
+    found = find_file(path) if path.is_dir() else path
     if not pickled and found.suffix != ".safetensors" and found.name != INDEX:
         raise WeightsError(f"{found} is no safetensors file; write one with `python -m nanovlm.recipes convert`")
     for file, listed in (read_index(found) if found.suffix == ".json" else {found: None}).items():
         held = opened(file)
-        wrong = set() if listed is None else held.keys() ^ listed
+        wrong = held.keys() ^ (held if listed is None else listed)
         if wrong:
             raise WeightsError(f"{found} and {file.name} belong to different downloads: only one has {min(wrong)}")
         headers |= {name: tensor.to("meta") for name, tensor in held.items()}
-        places |= {name: (file, name) for name in held}
-    for wrapper in WRAPPERS * 2:  # in any order
-        if all(name.startswith(wrapper) for name in headers):
-            headers, places = ({name.removeprefix(wrapper): x for name, x in old.items()} for old in (headers, places))
+        files |= dict.fromkeys(held, file)
+    wrapper = WRAPPER.match(os.path.commonprefix([*headers]))[0]
+    headers, files = ({name.removeprefix(wrapper): one for name, one in old.items()} for old in (headers, files))
     beside = found == path / SINGLE and (path / INDEX).exists()
     notes = (f"{path} holds {SINGLE} and {INDEX}: the single file is read, the index and its shards are not",)
-    return Checkpoint(str(path), headers, places, notes * beside)
+    return Checkpoint(str(path), headers, files, wrapper, notes * beside)
 
 
-def find_file(folder, pickled):
+def find_file(folder):
     """The file of a folder that holds its weights, or their index: Path. Raises: FileNotFoundError, WeightsError."""
     refuse_adapter(folder)
-    for name in (SINGLE, INDEX, *PICKLED):
-        if (folder / name).exists():
-            return folder / name
-    singles = sorted(folder.glob("*.safetensors")) or pickled and [*folder.glob("*.pt"), *folder.glob("*.pth")]
-    if singles and len(singles) == 1:
-        return singles[0]
-    names = ", ".join(found.name for found in singles or ()) or "no safetensors file"
-    raise FileNotFoundError(f"{folder} holds {names}, but no {SINGLE} and no {INDEX}; name the file itself, or restore "
-                            "the index")
+    usual = [folder / name for name in (SINGLE, INDEX, *PICKLED) if (folder / name).exists()][:1]
+    found = usual or [*folder.glob("*.safetensors")] or [*folder.glob("*.pt"), *folder.glob("*.pth")]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "no weights"
+        raise FileNotFoundError(f"{folder} holds {names}, but no {SINGLE} and no {INDEX}; name the file itself")
+    return found[0]
 
 
 def refuse_adapter(folder):
@@ -477,9 +484,15 @@ def read_index(index):
         raise WeightsError(f"{index} is no index of shards in its folder ({error}); download it again") from error
     missing = sorted(shard.name for shard in shards if not shard.exists())
     if missing:
-        raise FileNotFoundError(f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}; "
-                                "download them")
+        raise FileNotFoundError(f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}")
     return dict(sorted(shards.items()))
+
+
+def damage(path):
+    """What is wrong with a file that cannot be read: str."""
+    with open(path, "rb") as file:
+        pointer = file.read(23) == b"version https://git-lfs"
+    return "a pointer of git-lfs: run `git lfs pull`" if pointer else "cut short or damaged: download it again"
 
 
 def opened(path):
@@ -489,23 +502,20 @@ def opened(path):
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file makes torch's reader raise almost anything
-        with open(path, "rb") as file:
-            pointer = file.read(23) == b"version https://git-lfs"
-        hint = "a pointer of git-lfs: run `git lfs pull`" if pointer else "cut short or damaged: download it again"
-        if isinstance(error, pickle.UnpicklingError):
-            hint = "damaged, or holds Python objects beside tensors, which are not loaded"
+        objects = "damaged, or holds Python objects beside tensors, which are not loaded"
+        hint = objects if isinstance(error, pickle.UnpicklingError) else damage(path)
         raise WeightsError(f"{path} is {hint} ({[*str(error).splitlines(), type(error).__name__][0]})") from error
     for key in ("model", "state_dict", "model_state_dict", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    content = content if isinstance(content, dict) else {}
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    items = content.items() if isinstance(content, dict) else ()
+    tensors = {name: value for name, value in items if isinstance(value, torch.Tensor)}
     if not tensors:
         raise WeightsError(f"{path} holds no tensors by name")
     return tensors
 
 
-def write_checkpoint(folder, table, state, max_shard_bytes=MAX_SHARD_BYTES):
+def write_checkpoint(folder, table, state, max_shard_bytes=5_000_000_000):
     """Write weights in a published layout: one file, or shards with an index.
 
     Args:
@@ -552,3 +562,16 @@ def load_weights(model, table, checkpoint, dtype=torch.float32, device="cpu", re
 def shapes_of(model):
     """{our name: shape} of a model's tensors."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def by_part(model, names):
+    """{part: its names among these}; a bare tower's or language model's parts are its modules."""
+    parts = {}
+    for name in names:
+        parts.setdefault(part_of(name) if isinstance(model, VLM) else name.split(".")[0], []).append(name)
+    return parts
+
+
+def count(shapes):
+    """How many numbers are in tensors of these shapes: int."""
+    return sum(map(math.prod, shapes))

@@ -17,13 +17,11 @@ Differs from Table 7: answers are generated, not ranked among 128 candidates.
 from nanovlm.data.templates import BLIP2, BLIP2_CAPTION
 from nanovlm.decoder import Decoder
 from nanovlm.generation.sampler import Decoding
-from nanovlm.published.language import OPT, expect, number, opt_config, section, size
-from nanovlm.published.load import Published
+from nanovlm.published.language import OPT, complete, expect, opt_config
 from nanovlm.published.vision import EVA, eva_config
-from nanovlm.published.weights import Computed, Reshaped, prefixed
+from nanovlm.published.weights import Reshaped, Unread, prefixed
 from nanovlm.qformer import QFormer
-from nanovlm.recipes.papers import complete, published_recipe, shrinking, tiny_language, tiny_vision
-from nanovlm.recipes.recipe import Expected
+from nanovlm.recipes.papers import Expected, published_recipe, shrinking, tiny_language, tiny_vision
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
@@ -55,12 +53,6 @@ CONFIGS = {
 }
 
 
-def looking_layers(config):
-    """Which layers of the Q-Former look at the picture: tuple of bool; every 2 means 0, 2, 4 ..."""
-    every = size(config, "cross_attention_frequency")
-    return tuple(i % every == 0 for i in range(size(config, "num_hidden_layers")))
-
-
 def build(config):
     """BLIP-2 on OPT.
 
@@ -70,18 +62,16 @@ def build(config):
     Returns: vlm.VLM.
     Raises: ValueError for what cannot be built, such as the versions on Flan-T5.
     """
-    expect(section(config, "text_config"), "model_type", "opt", "another language model")
     config = complete(config, {key: FULL[key] for key in ("vision_config", "qformer_config", "num_query_tokens")})
-    former = section(config, "qformer_config")
+    former, text = config["qformer_config"], config.get("text_config", {})
+    expect(text, "model_type", "opt", "another language model")
     expect(former, "hidden_act", "gelu", "another activation in the Q-Former")
     expect(former, "use_qformer_text_input", False, "a Q-Former that reads the instruction (InstructBLIP)")
-    if number(former, "layer_norm_eps", 1e-12) != 1e-12:
-        raise ValueError(f"config: the Q-Former's layer_norm_eps is {former['layer_norm_eps']}; only 1e-12 can be built")
-    vision, llm = eva_config(section(config, "vision_config")), opt_config(section(config, "text_config"))
-    bridge = QFormer(
-        vision.width, llm.width, size(former, "hidden_size"), size(config, "num_query_tokens"),
-        size(former, "num_attention_heads"), size(former, "intermediate_size"), looking_layers(former),
-    )  # fmt: skip
+    expect(former, "layer_norm_eps", 1e-12, "another epsilon in the Q-Former")
+    vision, llm = eva_config(config["vision_config"]), opt_config(text)
+    looks = tuple(i % former["cross_attention_frequency"] == 0 for i in range(former["num_hidden_layers"]))  # 0, 2, 4 ...
+    bridge = QFormer(vision.width, llm.width, former["hidden_size"], config["num_query_tokens"],
+                     former["num_attention_heads"], former["intermediate_size"], looks)
     return VLM(ViT(vision), bridge, Decoder(llm))
 
 
@@ -100,7 +90,7 @@ QFORMER = (
     ("qformer.encoder.layer.{i}.intermediate_query.dense.{p}", "layers.{i}.fc_1.{p}"),
     ("qformer.encoder.layer.{i}.output_query.dense.{p}", "layers.{i}.fc_2.{p}"),
     ("qformer.encoder.layer.{i}.output_query.LayerNorm.{p}", "layers.{i}.ffn_norm.{p}"),
-    Computed("qformer.embeddings.position_ids", "0, 1, 2 ..."),
+    Unread("qformer.embeddings.position_ids", "0, 1, 2 ..."),
     ("language_projection.{p}", "project.{p}"),
 )
 
@@ -131,13 +121,11 @@ DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
     "greedy": Decoding(max_new_tokens=30),
 }
 
-EXPECTED = {"align": Expected(15, num_gpus=16), "instruct": Expected(100)}  # days are stated for FlanT5-XXL alone
-WEIGHTS = (
-    "vision          EVA-CLIP ViT-g, eva_vit_g.pth of github.com/salesforce/LAVIS",
-    "bridge          the first stage's Q-Former, blip2_pretrained.pth of the same place",
-    "language model  OPT-2.7B, huggingface.co/facebook/opt-2.7b",
-)
 RECIPE = published_recipe(
-    Published("blip2", build, LAYOUT, CONFIGS), stages=shrinking(STAGES, {224: 28, 364: 42}), template=BLIP2,
-    decodings=DECODINGS, stage_templates={"align": BLIP2_CAPTION}, expected=EXPECTED, weights=WEIGHTS,
+    "blip2", build, LAYOUT, CONFIGS, stages=shrinking(STAGES, {224: 28, 364: 42}), template=BLIP2, decodings=DECODINGS,
+    stage_templates={"align": BLIP2_CAPTION},
+    expected={"align": Expected(15, num_gpus=16), "instruct": Expected(100)},  # days are stated for FlanT5-XXL alone
+    weights=("vision          EVA-CLIP ViT-g, eva_vit_g.pth of github.com/salesforce/LAVIS",
+             "bridge          the first stage's Q-Former, blip2_pretrained.pth of the same place",
+             "language model  OPT-2.7B, huggingface.co/facebook/opt-2.7b"),
 )  # fmt: skip

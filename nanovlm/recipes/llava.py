@@ -13,19 +13,18 @@ LLaVA-1.5's stages are those of its released scripts (haotian-liu/LLaVA c121f04)
 Differs from them: bfloat16 for float16, which would need its loss scaled.
 """
 
-import dataclasses
 import math
 
 from nanovlm.data.templates import LLAVA, PLAIN
 from nanovlm.decoder import Decoder
 from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import LinearProjector, MLPProjector
-from nanovlm.published.language import LLAMA, expect, llama_config, section, text_section
-from nanovlm.published.load import Published
+from nanovlm.published.language import LLAMA, expect, llama_config, text_section
 from nanovlm.published.vision import CLIP, clip_config
 from nanovlm.published.weights import Alias, prefixed
-from nanovlm.recipes.papers import CLIP_LARGE, published_recipe, shrinking, tiny_language, tiny_vision
-from nanovlm.recipes.recipe import Expected
+from nanovlm.recipes.papers import (
+    CLIP_LARGE, Expected, features, published_recipe, shrinking, tiny_language, tiny_vision,
+)
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
@@ -59,7 +58,7 @@ def nested(config):
             "vision_config": CLIP_L | {"image_size": 336 if tower.endswith("336") else 224},
             "text_config": config,
             "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-            "vision_feature_select_strategy": "full" if config.get("mm_vision_select_feature") == "cls_patch" else "default",
+            "vision_feature_select_strategy": config.get("mm_vision_select_feature", "patch"),
             "mm_projector_type": config.get("mm_projector_type", "linear"),
         }
     kind = config.get("mm_projector_type", "mlp2x_gelu")
@@ -80,18 +79,11 @@ def build(config):
     config = nested(config)
     expect(config, "projector_hidden_act", "gelu", "another activation in the projector")
     expect(config, "multimodal_projector_bias", True, "a projector without biases")
-    clip, llm = clip_config(section(config, "vision_config")), llama_config(text_section(config))
-    layer, features = config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy", "default")
-    if not isinstance(layer, int) or features not in ("default", "full"):
-        raise ValueError(f"config: vision_feature_layer is {layer!r} with vision_feature_select_strategy {features!r}; one "
-                         "layer, and 'default' (without the class token) or 'full', can be built")
-    vision = dataclasses.replace(
-        clip,
-        feature_layer=layer if layer >= 0 else clip.num_layers + 1 + layer,  # -2: the last block is left out
-        drop_class_token=features == "default",
-    )
-    projector = PROJECTORS[config["mm_projector_type"]](vision.width, llm.width)
-    return VLM(ViT(vision), projector, Decoder(llm))
+    llm = llama_config(text_section(config))
+    tower = features(clip_config(config["vision_config"]), config.get("vision_feature_layer", -2),
+                     config.get("vision_feature_select_strategy", "default"))
+    projector = PROJECTORS[config["mm_projector_type"]](tower.width, llm.width)
+    return VLM(ViT(tower), projector, Decoder(llm))
 
 
 HUGGING_FACE = (
@@ -164,12 +156,11 @@ DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
     "demo": Decoding(max_new_tokens=1024, do_sample=True, temperature=0.2),
 }
 
-EXPECTED = {"align": Expected(20), "instruct": Expected(300)}
-WEIGHTS = (
-    "vision          CLIP ViT-L/14, 336 pixels (\"linear\": 224), huggingface.co/openai/clip-vit-large-patch14-336",
-    "language model  Vicuna-7B v1.5 (\"linear\": v1.1), huggingface.co/lmsys/vicuna-7b-v1.5",
-)
 RECIPE = published_recipe(
-    Published("llava", build, LAYOUT, CONFIGS), stages=stages, template=LLAVA, decodings=DECODINGS,
-    stage_templates={"align": PLAIN}, expected=EXPECTED, weights=WEIGHTS,
+    "llava", build, LAYOUT, CONFIGS, stages=stages, template=LLAVA, decodings=DECODINGS, stage_templates={"align": PLAIN},
+    expected={"align": Expected(20), "instruct": Expected(300)},
+    weights=(
+        "vision          CLIP ViT-L/14, 336 pixels (\"linear\": 224), huggingface.co/openai/clip-vit-large-patch14-336",
+        "language model  Vicuna-7B v1.5 (\"linear\": v1.1), huggingface.co/lmsys/vicuna-7b-v1.5",
+    ),
 )  # fmt: skip

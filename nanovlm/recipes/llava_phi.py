@@ -18,18 +18,16 @@
 End and padding are the tokenizer's <|endoftext|>, 50256; the released config.json says 1 and 2, which are other words.
 """
 
-import dataclasses
-
 from nanovlm.data.templates import LLAVA_PHI, PLAIN
 from nanovlm.decoder import Decoder
 from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import MLPProjector
-from nanovlm.published.language import expect, phi_config, phi_fused, section
-from nanovlm.published.load import Published
+from nanovlm.published.language import complete, expect, phi_config, phi_fused
 from nanovlm.published.vision import CLIP, clip_config
 from nanovlm.published.weights import prefixed
-from nanovlm.recipes.papers import CLIP_LARGE, complete, published_recipe, shrinking, tiny_language, tiny_vision
-from nanovlm.recipes.recipe import Expected
+from nanovlm.recipes.papers import (
+    CLIP_LARGE, Expected, features, published_recipe, shrinking, tiny_language, tiny_vision,
+)
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
@@ -46,19 +44,18 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def nested(config):
-    """A config in one form: dict with vision and llm; the released config.json lays out the second."""
-    if "vision_config" in config:
-        parts = section(config, "vision_config")
-        expect(section(parts, "mm_projector"), "mm_projector_type", "mlp2x_gelu", "another projector")
-        config = {"vision": parts.get("vision_tower"), "llm": config}
-    vision = section(config, "vision")
-    return config | {"vision": {"mm_vision_select_layer": vision.get("select_layer")} | vision}
-
-
 def sizes(config):
-    """A config in one form, completed: the tower as released, Phi as its class has it (half of a head turns, not 0.4)."""
-    return complete(nested(config), {"vision": CONFIGS["full"]["vision"], "llm": {}})
+    """A config in one form, with vision and llm; the released config.json lays out the second.
+
+    The tower is completed as released, Phi as its class has it (half of a head turns, not 0.4).
+    """
+    if "vision_config" in config:
+        parts = config["vision_config"]
+        expect(parts.get("mm_projector", {}), "mm_projector_type", "mlp2x_gelu", "another projector")
+        config = {"vision": parts.get("vision_tower"), "llm": config}
+    vision = config.get("vision") or {}
+    config = config | {"vision": {"mm_vision_select_layer": vision.get("select_layer")} | vision}
+    return complete(config, {"vision": CONFIGS["full"]["vision"], "llm": {}})
 
 
 def build(config):
@@ -70,14 +67,8 @@ def build(config):
     Raises: ValueError for sizes that do not go together.
     """
     config = sizes(config)
-    tower, llm = clip_config(config["vision"]), phi_config(config["llm"])
-    layer, feature = config["vision"]["mm_vision_select_layer"], config["vision"]["mm_vision_select_feature"]
-    if feature not in ("patch", "cls_patch"):
-        raise ValueError(f"config: mm_vision_select_feature is {feature!r}; 'patch' or 'cls_patch' was expected")
-    if not isinstance(layer, int):
-        raise ValueError(f"config: mm_vision_select_layer is {layer!r}; one layer, like -2, can be built")
-    layer = layer if layer >= 0 else tower.num_layers + 1 + layer  # -1 is the last block's output
-    tower = dataclasses.replace(tower, feature_layer=layer, drop_class_token=feature == "patch")
+    vision, llm = config["vision"], phi_config(config["llm"])
+    tower = features(clip_config(vision), vision["mm_vision_select_layer"], vision["mm_vision_select_feature"])
     return VLM(ViT(tower), MLPProjector(tower.width, llm.width), Decoder(llm))
 
 
@@ -124,11 +115,9 @@ EXPECTED = {
     "align": Expected(20, hours=1.5, source=COST),
     "instruct": Expected(300, hours=8, source=COST),
 }
-WEIGHTS = (
-    "vision          CLIP ViT-L/14, 336 pixels, huggingface.co/openai/clip-vit-large-patch14-336",
-    "language model  Phi-2, huggingface.co/microsoft/phi-2",
-)
 RECIPE = published_recipe(
-    Published("llava_phi", build, LAYOUT, CONFIGS, CONTENTS), stages=shrinking(STAGES, {336: 56}), template=LLAVA_PHI,
-    decodings=DECODINGS, stage_templates={"align": PLAIN}, expected=EXPECTED, weights=WEIGHTS,
+    "llava_phi", build, LAYOUT, CONFIGS, CONTENTS, stages=shrinking(STAGES, {336: 56}), template=LLAVA_PHI,
+    decodings=DECODINGS, stage_templates={"align": PLAIN}, expected=EXPECTED,
+    weights=("vision          CLIP ViT-L/14, 336 pixels, huggingface.co/openai/clip-vit-large-patch14-336",
+             "language model  Phi-2, huggingface.co/microsoft/phi-2"),
 )  # fmt: skip

@@ -25,11 +25,9 @@ from pathlib import Path
 from nanovlm.data.templates import LYNX
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.generation.sampler import Decoding
-from nanovlm.published.language import LLAMA, llama_config
-from nanovlm.published.load import Published
-from nanovlm.published.weights import Alias, Fused, Reshaped, prefixed
-from nanovlm.recipes.papers import LLAMA_7B, complete, published_recipe, shrinking, tiny_language
-from nanovlm.recipes.recipe import Expected
+from nanovlm.published.language import LLAMA, complete, llama_config
+from nanovlm.published.weights import Alias, Reshaped, prefixed
+from nanovlm.recipes.papers import LLAMA_7B, RESAMPLER, Expected, published_recipe, shrinking, tiny_language
 from nanovlm.resampler import Resampler
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
@@ -85,16 +83,6 @@ VISION = (
     ("blocks.{i}.attn.v_proj.{p}", "blocks.{i}.attention.v.{p}"),
     ("blocks.{i}.attn.proj.{p}", "blocks.{i}.attention.o.{p}"),
     ("blocks.{i}.mlp.fc{j}.{p}", "blocks.{i}.fc_{j}.{p}"),
-)
-RESAMPLER = (  # OpenFlamingo's too
-    ("latents", "latents"),
-    ("layers.{i}.0.norm_media.{p}", "layers.{i}.norm_patches.{p}"),
-    ("layers.{i}.0.norm_latents.{p}", "layers.{i}.norm_latents.{p}"),
-    ("layers.{i}.0.to_q.weight", "layers.{i}.q.weight"),
-    Fused("layers.{i}.0.to_kv.weight", ("layers.{i}.k.weight", "layers.{i}.v.weight")),  # keys first
-    ("layers.{i}.0.to_out.weight", "layers.{i}.o.weight"),
-    ("layers.{i}.1.{j}.{p}", "layers.{i}.ffn.{j}.{p}"),
-    ("norm.{p}", "norm.{p}"),
 )
 ADAPTERS = (
     ("model.layers.{i}.output_adapter.adapter_norm_before.{p}", "layers.{i}.adapter.norm.{p}"),
@@ -196,16 +184,14 @@ CONTENTS = (
     "the released files probably hold bridge.*, the adapters and absolute_frame_pos_embed alone; EVA's tower and Vicuna-7B "
     "v1.1 come from their own files"
 )
-EXPECTED = {
-    "align": Expected(40, num_gpus=32, hours=72, source="Table 8"),
-    "resolution": Expected(40, num_gpus=32, hours=8, source="Table 8"),
-    "instruct": Expected(100, num_gpus=24, hours=16, source="Table 8"),
-}
-WEIGHTS = (
-    "vision          EVA01_g_psz14.pt, huggingface.co/QuanSun/EVA-CLIP",
-    "language model  Vicuna-7B v1.1, huggingface.co/lmsys/vicuna-7b-v1.1",
-)
 RECIPE = published_recipe(
-    Published("lynx", build, LAYOUT, CONFIGS, CONTENTS), stages=shrinking(STAGES, {224: 28, 420: 56}), template=LYNX,
-    decodings=DECODINGS, expected=EXPECTED, weights=WEIGHTS, prompts=PROMPTS,
+    "lynx", build, LAYOUT, CONFIGS, CONTENTS, stages=shrinking(STAGES, {224: 28, 420: 56}), template=LYNX,
+    decodings=DECODINGS, prompts=PROMPTS,
+    expected={
+        "align": Expected(40, num_gpus=32, hours=72, source="Table 8"),
+        "resolution": Expected(40, num_gpus=32, hours=8, source="Table 8"),
+        "instruct": Expected(100, num_gpus=24, hours=16, source="Table 8"),
+    },
+    weights=("vision          EVA01_g_psz14.pt, huggingface.co/QuanSun/EVA-CLIP",
+             "language model  Vicuna-7B v1.1, huggingface.co/lmsys/vicuna-7b-v1.1"),
 )  # fmt: skip

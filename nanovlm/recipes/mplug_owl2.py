@@ -21,15 +21,16 @@ import dataclasses
 from nanovlm.abstractor import Abstractor
 from nanovlm.data.templates import MPLUG_OWL2
 from nanovlm.decoder import Decoder, LayerOptions
-from nanovlm.published.language import LLAMA, activation, llama_config, section
-from nanovlm.published.load import Published
-from nanovlm.recipes.papers import CLIP_LARGE, complete, LLAMA_7B, published_recipe, shrinking, tiny_language, tiny_vision
-from nanovlm.recipes.recipe import Expected
 from nanovlm.generation.sampler import Decoding
+from nanovlm.published.language import LLAMA, complete, llama_config
+from nanovlm.published.vision import clip_config
+from nanovlm.published.weights import Fused, Reshaped, Unread, prefixed
+from nanovlm.recipes.papers import (
+    CLIP_LARGE, LLAMA_7B, Expected, published_recipe, shrinking, tiny_language, tiny_vision,
+)
 from nanovlm.training.stages import Stage
-from nanovlm.vit import ViT, ViTConfig
+from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
-from nanovlm.published.weights import Computed, Fused, Reshaped, prefixed
 
 CONFIGS = {
     "full": {
@@ -51,18 +52,13 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def nested(config):
-    """A config in one form: dict with vision, abstractor and llm; the released config.json lays out the last."""
-    if "visual_config" in config:
-        visual = section(config, "visual_config")
-        config = {"llm": config, "vision": visual.get("visual_model"), "abstractor": visual.get("visual_abstractor")}
-    vision = section(config, "vision")
-    return config | {"vision": {"layer_norm_eps": vision["eps"]} | vision if "eps" in vision else vision}
-
-
 def sizes(config):
-    """A config in one form, completed with the released values."""
-    return complete(nested(config), CONFIGS["full"])
+    """A config in one form, with vision, abstractor and llm, completed as released; its config.json lays out the last."""
+    if "visual_config" in config:
+        visual = config["visual_config"]
+        config = {"llm": config, "vision": visual.get("visual_model"), "abstractor": visual.get("visual_abstractor")}
+    vision = config.get("vision") or {}
+    return complete(config | {"vision": {"layer_norm_eps": vision.get("eps")} | vision}, CONFIGS["full"])
 
 
 def build(config):
@@ -74,24 +70,13 @@ def build(config):
     Raises: ValueError for sizes that do not go together.
     """
     config = sizes(config)
-    clip, queries, llm = config["vision"], config["abstractor"], llama_config(config["llm"])
-    width, side = clip["hidden_size"], clip["image_size"] // clip["patch_size"]
-    for key, needed in (("hidden_size", width), ("encoder_hidden_size", width), ("grid_size", side)):
-        if queries.get(key, needed) != needed:
-            raise ValueError(
-                f"config: abstractor.{key} is {queries[key]}, but the tower gives {side} x {side} patches of width {width}"
-            )
-    vision = ViTConfig(
-        clip["image_size"], clip["patch_size"], width, clip["num_hidden_layers"], clip["num_attention_heads"],
-        clip["intermediate_size"], pre_norm=True, patch_bias=False,
-        activation=activation(clip, "hidden_act", "quick_gelu"), norm_eps=clip["layer_norm_eps"],
-    )  # fmt: skip
+    vision, queries, llm = ViT(clip_config(config["vision"])), config["abstractor"], llama_config(config["llm"])
     abstractor = Abstractor(
-        width, llm.width, queries["num_learnable_queries"], queries["num_hidden_layers"],
+        vision.config.width, llm.width, queries["num_learnable_queries"], queries["num_hidden_layers"],
         queries["num_attention_heads"], queries["intermediate_size"], ffn_norm_eps=queries["layer_norm_eps"],
     )  # fmt: skip
     layers = (LayerOptions(modality_adaptive=True),) * len(llm.layers)
-    return VLM(ViT(vision), abstractor, Decoder(dataclasses.replace(llm, layers=layers)))
+    return VLM(vision, abstractor, Decoder(dataclasses.replace(llm, layers=layers)))
 
 
 def vision_layout(num_heads):
@@ -124,8 +109,8 @@ ABSTRACTOR = (
     ("encoder.layers.{i}.crossattention.output.mlp.ffn_ln.{p}", "layers.{i}.ffn_norm.{p}"),
     ("visual_fc.{p}", "project.{p}"),
     Reshaped("vit_eos", "end", unit_axes=(0, 1)),
-    Computed("encoder.layers.{i}.crossattention.attention.q_pos_embed", "sines and cosines of the queries"),
-    Computed("encoder.layers.{i}.crossattention.attention.k_pos_embed", "sines and cosines of rows and columns"),
+    Unread("encoder.layers.{i}.crossattention.attention.q_pos_embed", "sines and cosines of the queries"),
+    Unread("encoder.layers.{i}.crossattention.attention.k_pos_embed", "sines and cosines of rows and columns"),
 )
 COPIES = tuple(
     (f"model.layers.{{i}}.{theirs}.multiway.{number}.{{p}}", f"layers.{{i}}.{ours}.{modality}.{{p}}")
@@ -177,13 +162,10 @@ DECODINGS = {
     "caption": Decoding(max_new_tokens=60, min_new_tokens=8),  # Flickr30k
 }
 
-CONTENTS = "the released files hold the whole model; the abstractor's position tables are computed"
-EXPECTED = {"align": Expected(25, num_gpus=64), "instruct": Expected(250, num_gpus=64)}  # the paper states no time
-WEIGHTS = (
-    "vision          CLIP ViT-L/14, 224 pixels, huggingface.co/openai/clip-vit-large-patch14",
-    "language model  LLaMA-2-7B, huggingface.co/meta-llama/Llama-2-7b-hf",
-)
 RECIPE = published_recipe(
-    Published("mplug_owl2", build, LAYOUT, CONFIGS, CONTENTS), stages=shrinking(STAGES, {224: 28, 448: 56}),
-    template=MPLUG_OWL2, decodings=DECODINGS, expected=EXPECTED, weights=WEIGHTS,
+    "mplug_owl2", build, LAYOUT, CONFIGS, "the released files hold the whole model; the abstractor's position tables are computed",
+    stages=shrinking(STAGES, {224: 28, 448: 56}), template=MPLUG_OWL2, decodings=DECODINGS,
+    expected={"align": Expected(25, num_gpus=64), "instruct": Expected(250, num_gpus=64)},  # the paper states no time
+    weights=("vision          CLIP ViT-L/14, 224 pixels, huggingface.co/openai/clip-vit-large-patch14",
+             "language model  LLaMA-2-7B, huggingface.co/meta-llama/Llama-2-7b-hf"),
 )  # fmt: skip

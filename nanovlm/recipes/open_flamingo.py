@@ -21,13 +21,12 @@ import dataclasses
 from nanovlm.data.templates import OPEN_FLAMINGO
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.generation.sampler import Decoding
-from nanovlm.published.language import OPT, expect, opt_config, size, with_vocabulary
-from nanovlm.published.load import Published
+from nanovlm.published.language import OPT_LAYER, OPT_REST, complete, expect, opt_config, with_vocabulary
 from nanovlm.published.vision import OPEN_CLIP, clip_config
-from nanovlm.published.weights import Alias, Fused, as_entry, prefixed
-from nanovlm.recipes.lynx import RESAMPLER
-from nanovlm.recipes.papers import CLIP_LARGE, complete, published_recipe, shrinking, tiny_language, tiny_vision
-from nanovlm.recipes.recipe import Expected
+from nanovlm.published.weights import Fused, prefixed
+from nanovlm.recipes.papers import (
+    CLIP_LARGE, RESAMPLER, Expected, published_recipe, shrinking, tiny_language, tiny_vision,
+)
 from nanovlm.resampler import Resampler
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT
@@ -69,16 +68,14 @@ def build(config):
     expect(config.get("llm", {}), "model_type", "opt", "a language model that is out of scope (MPT: ALiBi, norms on q and k)")
     defaults = {key: value for key, value in CONFIGS["full"].items() if key != "vision"}
     config = complete(config, defaults)
-    vision, width = None, size(config, "vision_width")
+    vision, width, latents = None, config["vision_width"], config["resampler"]
     if config.get("vision") is not None:
         vision = ViT(dataclasses.replace(clip_config(config["vision"]), post_norm=False, drop_class_token=True))
         expect(config, "vision_width", vision.config.width, "features of another width than the tower's")
-    latents, every = config["resampler"], size(config, "cross_attn_every_n_layers")
-    bridge = Resampler(
-        width, width, size(latents, "num_latents"), size(latents, "depth"), num_heads=8, head_width=64, ffn_width=4 * width,
-        attend_to_latents=True,
-    )  # fmt: skip
+    bridge = Resampler(width, width, latents["num_latents"], latents["depth"], num_heads=8, head_width=64,
+                       ffn_width=4 * width, attend_to_latents=True)
     llm = opt_config(config["llm"])
+    every = config["cross_attn_every_n_layers"]
     layers = tuple(LayerOptions(cross_attention=(i + 1) % every == 0) for i in range(len(llm.layers)))
     decoder = Decoder(dataclasses.replace(llm, layers=layers, cross_attention_width=width))
     return VLM(vision, bridge, decoder, media_token=config["media_token_id"])
@@ -101,23 +98,17 @@ CROSS_ATTENTION = (
 )
 
 
-def at(place):
-    """OPT's table with its layers at `place`: OpenFlamingo wraps each beside its cross-attention."""
-    entries = [entry for entry in map(as_entry, OPT) if not isinstance(entry, Alias)]
-    layer = "model.decoder.layers.{i}."
-    return tuple(dataclasses.replace(entry, published=entry.published.replace(layer, place)) for entry in entries)
-
-
 def LAYOUT(config):
     """Published names on the left, ours on the right; the second places of layers and cross-attention are only read."""
-    layer, ours = "lang_encoder.model.decoder.layers.{i}.", "decoder.layers.{i}.cross_attention."
+    layer, ours = "lang_encoder.model.decoder.layers.{i}.", "decoder.layers.{i}."
     return (
         *prefixed(OPEN_CLIP, "vision_encoder.", "vision."),
         *prefixed(RESAMPLER, "perceiver.", "bridge."),
-        *prefixed(CROSS_ATTENTION, f"{layer}gated_cross_attn_layer.", ours),
-        *prefixed(at("model.decoder.layers.{i}.decoder_layer."), "lang_encoder.", "decoder."),
-        *prefixed(CROSS_ATTENTION, "lang_encoder.gated_cross_attn_layers.{i}.", ours),
-        *prefixed(at("old_decoder_blocks.{i}."), "lang_encoder.", "decoder."),
+        *prefixed(OPT_REST, "lang_encoder.", "decoder."),
+        *prefixed(CROSS_ATTENTION, f"{layer}gated_cross_attn_layer.", f"{ours}cross_attention."),
+        *prefixed(OPT_LAYER, f"{layer}decoder_layer.", ours),
+        *prefixed(CROSS_ATTENTION, "lang_encoder.gated_cross_attn_layers.{i}.", f"{ours}cross_attention."),
+        *prefixed(OPT_LAYER, "lang_encoder.old_decoder_blocks.{i}.", ours),
     )
 
 
@@ -138,12 +129,9 @@ DECODINGS = {  # what ends a reply is the template's; "caption" and "vqa" are th
 }
 
 CONTENTS = "released files hold the resampler and the cross-attention; CLIP's tower and OPT come from their own files"
-WEIGHTS = (
-    "vision          CLIP ViT-L/14, 224 pixels, huggingface.co/openai/clip-vit-large-patch14",
-    "language model  OPT-1.3B, huggingface.co/facebook/opt-1.3b",
-)
 RECIPE = published_recipe(
-    Published("open_flamingo", build, LAYOUT, CONFIGS, CONTENTS), build=build_for_tokenizer,
-    stages=shrinking(STAGES, {224: 28}), template=OPEN_FLAMINGO, decodings=DECODINGS, expected={"instruct": Expected(150)},
-    weights=WEIGHTS,
+    "open_flamingo", build, LAYOUT, CONFIGS, CONTENTS, build=build_for_tokenizer, stages=shrinking(STAGES, {224: 28}),
+    template=OPEN_FLAMINGO, decodings=DECODINGS, expected={"instruct": Expected(150)},
+    weights=("vision          CLIP ViT-L/14, 224 pixels, huggingface.co/openai/clip-vit-large-patch14",
+             "language model  OPT-1.3B, huggingface.co/facebook/opt-1.3b"),
 )  # fmt: skip

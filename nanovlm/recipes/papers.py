@@ -4,7 +4,11 @@ import dataclasses
 
 from nanovlm.published.language import with_vocabulary
 from nanovlm.published.load import added_tokens, load_tokenizer
-from nanovlm.recipes.recipe import Recipe
+from nanovlm.published.weights import Fused, Published
+from nanovlm.recipes.recipe import Expected, Recipe
+
+__all__ = ["CLIP_LARGE", "LLAMA_7B", "RESAMPLER", "Expected", "features", "published_recipe", "shrinking", "tiny_language",
+           "tiny_vision"]
 
 CLIP_LARGE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
@@ -13,6 +17,16 @@ LLAMA_7B = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
 }  # fmt: skip
+RESAMPLER = (  # Lynx's and OpenFlamingo's
+    ("latents", "latents"),
+    ("layers.{i}.0.norm_media.{p}", "layers.{i}.norm_patches.{p}"),
+    ("layers.{i}.0.norm_latents.{p}", "layers.{i}.norm_latents.{p}"),
+    ("layers.{i}.0.to_q.weight", "layers.{i}.q.weight"),
+    Fused("layers.{i}.0.to_kv.weight", ("layers.{i}.k.weight", "layers.{i}.v.weight")),  # keys first
+    ("layers.{i}.0.to_out.weight", "layers.{i}.o.weight"),
+    ("layers.{i}.1.{j}.{p}", "layers.{i}.ffn.{j}.{p}"),
+    ("norm.{p}", "norm.{p}"),
+)
 SMOKE_STEPS, TINY_STEPS = 4, 100  # optimizer steps of a stage in a smoke run, and at the tiny size
 TINY_BATCH = 4  # examples
 
@@ -29,18 +43,13 @@ def tiny_language(width=32, layers=2, heads=2, **others):
     return sizes | {"max_position_embeddings": 256} | (others or {"intermediate_size": 2 * width})
 
 
-def complete(config, defaults):
-    """A config with what it leaves out: dict; nested parts are completed one by one, other keys are kept."""
-    filled = dict(config)
-    for key, default in defaults.items():
-        given = config.get(key)
-        if isinstance(default, dict):
-            if not isinstance(given, dict | None):
-                raise ValueError(f"config: {key} is {given!r}, expected an object with {', '.join(default)}")
-            filled[key] = complete(given or {}, default)
-        elif given is None:
-            filled[key] = default
-    return filled
+def features(tower, layer, kind):
+    """A ViTConfig that gives what LLaVA's config.json names: the output of a layer, -1 is the last, and which tokens."""
+    without_class = {"default": True, "patch": True, "full": False, "cls_patch": False}
+    if kind not in without_class or not isinstance(layer, int):
+        raise ValueError(f"config: {kind!r} of layer {layer!r}; of one layer, like -2, {' or '.join(without_class)} can be built")
+    layer = layer if layer >= 0 else tower.num_layers + 1 + layer
+    return dataclasses.replace(tower, feature_layer=layer, drop_class_token=without_class[kind])
 
 
 def shrinking(stages, tiny_images):
@@ -51,35 +60,32 @@ def shrinking(stages, tiny_images):
     """
 
     def at_size(size, smoke):
-        shrunk = stages
-        if size.startswith("tiny"):
-            less = dict(steps=TINY_STEPS, batch_size=TINY_BATCH, warmup_steps=TINY_STEPS // 20, precision="float32")
-            shrunk = [
-                dataclasses.replace(stage, image_size=tiny_images[stage.image_size], max_tokens=min(stage.max_tokens, 256),
-                                    micro_batch_size=None, **less)
-                for stage in shrunk
-            ]  # fmt: skip
-        if smoke:
-            less = dict(steps=SMOKE_STEPS, warmup_steps=1, micro_batch_size=None)
-            shrunk = [dataclasses.replace(stage, batch_size=min(stage.batch_size, TINY_BATCH), **less) for stage in shrunk]
+        shrunk, tiny = stages, size.startswith("tiny")
+        if tiny:
+            shrunk = [dataclasses.replace(stage, image_size=tiny_images[stage.image_size], precision="float32",
+                                          max_tokens=min(stage.max_tokens, 256)) for stage in shrunk]
+        if tiny or smoke:
+            steps, warmup_steps = (SMOKE_STEPS, 1) if smoke else (TINY_STEPS, TINY_STEPS // 20)
+            shrunk = [dataclasses.replace(stage, steps=steps, warmup_steps=warmup_steps, micro_batch_size=None,
+                                          batch_size=TINY_BATCH) for stage in shrunk]
         return tuple(shrunk)
 
     return at_size
 
 
-def published_recipe(published, **fields):
+def published_recipe(family, build, layout, configs, contents="", /, **fields):
     """The recipe of a published model; its runs are judged by their losses alone.
 
-    Args: published: Published. fields: of Recipe, at least stages, template and decodings.
+    Args: family to contents: of Published. fields: of Recipe, at least stages, template and decodings.
     """
+    published = Published(family, build, layout, configs, contents)
 
     def no_tokenizer():
-        raise ValueError(f"recipe {published.family!r} has no tokenizer of its own: give --init FOLDER with the model's "
+        raise ValueError(f"recipe {family!r} has no tokenizer of its own: give --init FOLDER with the model's "
                          "tokenizer.json")
 
-    def build(size, vocab_size):
-        return published.build(with_vocabulary(published.configs[size], vocab_size))
+    def sized(size, vocab_size):
+        return build(with_vocabulary(configs[size], vocab_size))
 
-    recipe = Recipe(published.family, tuple(published.configs), tokenizer=no_tokenizer, published=published,
-                    **{"build": build} | fields)
+    recipe = Recipe(family, tuple(configs), tokenizer=no_tokenizer, published=published, **{"build": sized} | fields)
     return dataclasses.replace(recipe, load_tokenizer=lambda folder: load_tokenizer(folder, added_tokens(recipe)))

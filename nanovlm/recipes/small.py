@@ -28,12 +28,10 @@ from nanovlm.data.templates import CHATML, PLAIN
 from nanovlm.decoder import Decoder
 from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import PixelShuffleProjector
-from nanovlm.published.language import LLAMA, llama_config, section, size, text_section
-from nanovlm.published.load import Published
+from nanovlm.published.language import LLAMA, complete, llama_config, text_section
 from nanovlm.published.vision import SIGLIP, siglip_config
 from nanovlm.published.weights import prefixed
-from nanovlm.recipes.papers import complete, published_recipe, shrinking, tiny_language, tiny_vision
-from nanovlm.recipes.recipe import Expected
+from nanovlm.recipes.papers import Expected, published_recipe, shrinking, tiny_language, tiny_vision
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
@@ -71,8 +69,8 @@ def build(config):
     Raises: ValueError for patches that do not divide into such squares, or for what cannot be built.
     """
     config = complete(config, FULL)
-    vision, llm = ViT(siglip_config(section(config, "vision_config"))), llama_config(text_section(config))
-    bridge = PixelShuffleProjector(vision.config.width, llm.width, size(config, "merge"))
+    vision, llm = ViT(siglip_config(config["vision_config"])), llama_config(text_section(config))
+    bridge = PixelShuffleProjector(vision.config.width, llm.width, config["merge"])
     bridge.num_image_tokens(vision.num_tokens(vision.image_size))  # raises before the first picture does
     return VLM(vision, bridge, Decoder(llm))
 
@@ -116,7 +114,7 @@ DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
 }
 
 RECIPE = published_recipe(
-    Published("small", build, LAYOUT, CONFIGS, "nobody has published it: it starts from the files of its two halves"),
+    "small", build, LAYOUT, CONFIGS, "nobody has published it: it starts from the files of its two halves",
     stages=stages, template=CHATML, decodings=DECODINGS, stage_templates={"align": PLAIN},
     preprocessing=images.SIGLIP,  # pixels between -1 and 1
     expected={"align": Expected(20, num_gpus=1), "instruct": Expected(300, num_gpus=1)},

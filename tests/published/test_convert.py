@@ -23,7 +23,7 @@ def test_a_start_from_separate_towers(tmp_path, language, eva, capsys):
     flags = ["--family", "lynx", "--size", "tiny", "--vision", str(eva[0]), "--language", str(language[0]), "--seed", "4"]
     assert main(["convert", *flags, str(out)]) == 0
     told = capsys.readouterr().out
-    assert "a block behind the features that are used" in told and "vision.positions: [1, 5, 32] became [1, 17, 32]" in told
+    assert "a block behind the features that are used" in told and "vision.positions: [1, 5, 32] to [1, 17, 32]" in told
     assert "initialised from seed 4: bridge" in told and "initialised from seed 4: adapters" in told
     state = load_file(out / "model.safetensors")
     decoder, tower = language[1].state_dict(), eva[1].state_dict()

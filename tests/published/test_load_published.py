@@ -38,13 +38,6 @@ def test_another_resolution_only_when_asked(tmp_path):
         recipes.load(folder)
 
 
-@pytest.mark.parametrize("config", [{"visual_config": {"visual_model": 3}}, {"vision": {"image_size": "x"}}, {"llm": [1]}])
-def test_nonsense_sizes_are_a_message(tmp_path, config):
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mplug_owl2"}))
-    with pytest.raises(ValueError, match="config"):
-        recipes.load(tmp_path)
-
-
 def spoil_shard(folder):
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-40])

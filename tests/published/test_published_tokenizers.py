@@ -54,39 +54,41 @@ def train_sentencepiece(spm, **changes):
     return file.getvalue()
 
 
-def varint(value):
-    data = b""
-    while value > 127:
-        data, value = data + bytes([value & 127 | 128]), value >> 7
-    return data + bytes([value])
-
-
 def field(number, value):
     """One field of a protobuf message."""
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
     if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
+        return bytes([*varint(number << 3 | 5), *struct.pack("<f", value)])
+    if isinstance(value, int):
+        return bytes([*varint(number << 3), *varint(value)])
+    return bytes([*varint(number << 3 | 2), *varint(len(value)), *value])
 
 
-def proto(pieces, model_type=2, byte_fallback=False, prefix=True):
+def varint(value):
+    return [value] if value < 128 else [value & 127 | 128, *varint(value >> 7)]
+
+
+def proto(pieces, prefix=True):
     """A SentencePiece model from (text, score, kind)."""
-    data = b""
-    for text, score, kind in pieces:
-        data += field(1, field(1, text.encode()) + field(2, float(score)) + field(3, kind))
-    data += field(2, field(3, model_type) + field(35, int(byte_fallback)) + field(40, 0) + field(41, 1) + field(42, 2))
+    data = b"".join(field(1, field(1, text.encode()) + field(2, score) + field(3, kind)) for text, score, kind in pieces)
+    data += field(2, field(3, 2) + field(40, 0) + field(41, 1) + field(42, 2))
     return data + field(3, field(1, b"identity") + field(3, int(prefix)) + field(4, 0))
 
 
 def folder_of(path, files):
     path.mkdir(exist_ok=True)
     for name, content in files.items():
-        if isinstance(content, bytes):
-            (path / name).write_bytes(content)
-        else:
-            (path / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        content = json.dumps(content) if isinstance(content, dict) else content
+        (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def loaded(path, backend, **others):
+    """The tokenizer of a folder with a tokenizer.json; others: {name of a JSON file beside it: content}."""
+    beside = {f"{name}.json": content for name, content in others.items()}
+    return load_tokenizer(folder_of(path, {"tokenizer.json": backend.to_str()} | beside))
+
+
+USUAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 VICUNA = {
@@ -136,7 +138,7 @@ def test_scores_decide_not_ids(tmp_path):
     pieces = special + letters + [(text, -float(score), 1) for text, score in zip(sorted(texts), scores)]
     assert [score for _, score, _ in pieces] != sorted((score for _, score, _ in pieces), reverse=True)
     tokenizer = load_tokenizer(folder_of(tmp_path, {"tokenizer.model": proto(pieces)}))
-    ids = {text: id for id, (text, _, _) in enumerate(pieces)}
+    ids = {text: id for id, (text, *_) in enumerate(pieces)}
     for _ in range(800):
         text = "".join(rng.choices("ab c", k=rng.randrange(1, 16)))
         expected = [ids[part] for part in naive(pieces, "▁" + text.replace(" ", "▁"))]
@@ -147,20 +149,20 @@ def test_scores_decide_not_ids(tmp_path):
         tokenizer.special_id("<image>")
 
 
-def test_without_a_prefix_of_its_own(tmp_path):
-    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("a", -1.0, 1), ("▁", -2.0, 1)]
-    tokenizer = load_tokenizer(folder_of(tmp_path, {"tokenizer.model": proto(pieces, prefix=False)}))
-    assert tokenizer.encode("a a") == [3, 4, 3] == tokenizer.encode("a a", continues=True)
-    assert tokenizer.decode([4, 3]) == " a"
-
-
 PIECES = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("a", -1.0, 1), ("b", -2.0, 1)]
 
 
-@pytest.mark.parametrize("data", [b"", b"version https://git-lfs.github.com/spec/v1", b"no model at all", proto(PIECES)[:-3],
+def test_without_a_prefix_of_its_own(tmp_path):
+    pieces = [*PIECES, ("▁", -2.0, 1)]
+    tokenizer = load_tokenizer(folder_of(tmp_path, {"tokenizer.model": proto(pieces, prefix=False)}))
+    assert tokenizer.encode("a a") == [3, 5, 3] == tokenizer.encode("a a", continues=True)
+    assert tokenizer.decode([5, 3]) == " a"
+
+
+@pytest.mark.parametrize("data", [b"", b"version https://git-lfs.github.com/spec/v1", proto(PIECES)[:-3],
                                   proto(PIECES + PIECES[3:4]), proto(PIECES[1:])])  # fmt: skip
 def test_damaged_models_are_named(tmp_path, data):
-    with pytest.raises(ValueError, match="tokenizer.model: .*git lfs pull" if b"git" in data else "tokenizer.model: "):
+    with pytest.raises(ValueError, match="tokenizer.model.*git lfs pull" if b"git" in data else "tokenizer.model"):
         load_tokenizer(folder_of(tmp_path, {"tokenizer.model": data}))
 
 
@@ -215,10 +217,8 @@ def test_llava(trained, tmp_path):
     backend = llama_json(trained, tmp_path)
     backend.enable_truncation(4)
     backend.enable_padding(length=8)
-    config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
-              "extra_special_tokens": {"image_token": "<image>"}}
-    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config}
-    tokenizer = load_tokenizer(folder_of(tmp_path, files))
+    config = USUAL | {"pad_token": "<pad>", "extra_special_tokens": {"image_token": "<image>"}}
+    tokenizer = loaded(tmp_path, backend, tokenizer_config=config)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.add_bos) == (1, 2, 421, True)
     assert tokenizer.special_id("<image>") == 420 and tokenizer.vocab_size == 422
     row = templates.write(templates.prompt((Turn("user", (0, "what")),), templates.LLAVA), tokenizer, [2])
@@ -234,10 +234,8 @@ def test_llava(trained, tmp_path):
 def test_phi(tmp_path):
     """No BOS, one token ends and pads, the embedding has more rows, runs of blanks are added tokens."""
     backend = byte_level(["<|endoftext|>"], added=["   ", "  "])
-    config = {"tokenizer_class": "CodeGenTokenizer", "add_prefix_space": False, "bos_token": "<|endoftext|>",
-              "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config}
-    tokenizer = load_tokenizer(folder_of(tmp_path, files))
+    config = dict.fromkeys(USUAL, "<|endoftext|>") | {"tokenizer_class": "CodeGenTokenizer", "add_prefix_space": False}
+    tokenizer = loaded(tmp_path, backend, tokenizer_config=config)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.add_bos) == (0, 0, 0, False)
     assert tokenizer.encode("a   the") == backend.encode("a   the").ids
     assert backend.token_to_id("   ") in tokenizer.encode("a   the")
@@ -254,17 +252,13 @@ def test_end_ids_of_another_model_are_left_out(tmp_path):
     """LLaVA-Phi's generation settings name LLaMA's ids."""
     backend = byte_level(["<|endoftext|>", "<|im_end|>"])
     config = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
-    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config}
-    for eos, expected in (([1, 0], (1, 0)), (0, (0,)), (None, (1,)), ([], (1,))):
-        folder = folder_of(tmp_path, files | {"generation_config.json": {"eos_token_id": eos}})
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert load_tokenizer(folder).eos_ids == expected
-    for eos in (2, [2, 9999]):
-        folder = folder_of(tmp_path, files | {"generation_config.json": {"eos_token_id": eos}})
-        with pytest.warns(UserWarning, match="which ends no reply") as warned:
-            assert load_tokenizer(folder).eos_ids == (1,)
-        assert "eos_token_id 2 is '!'" in str(warned[0].message) and len(warned) == (1 if eos == 2 else 2)
+    for eos, expected, number in (([1, 0], (1, 0), 0), (0, (0,), 0), (None, (1,), 0), ([], (1,), 0), (2, (1,), 1),
+                                  ([2, 9999], (1,), 2)):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            found = loaded(tmp_path, backend, tokenizer_config=config, generation_config={"eos_token_id": eos})
+        assert found.eos_ids == expected and len(warned) == number
+        assert not warned or "eos_token_id 2 is '!', which ends no reply" in str(warned[0].message)
 
 
 def test_blip2(tmp_path):
@@ -272,12 +266,8 @@ def test_blip2(tmp_path):
     backend = byte_level(["<s>", "<pad>", "</s>", "<unk>"], template="</s>")
     backend.add_special_tokens(["<image>"])
     newline = backend.token_to_id("Ċ")
-    files = {
-        "tokenizer.json": backend.to_str(),
-        "tokenizer_config.json": {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"},
-        "generation_config.json": {"eos_token_id": newline},
-    }
-    tokenizer = load_tokenizer(folder_of(tmp_path, files))
+    config = dict.fromkeys(USUAL, "</s>") | {"pad_token": "<pad>"}
+    tokenizer = loaded(tmp_path, backend, tokenizer_config=config, generation_config={"eos_token_id": newline})
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (2, 2, 1)
     assert tokenizer.add_bos and tokenizer.eos_ids == (newline,)
     assert templates.end_ids(templates.BLIP2, tokenizer) == (newline,)
@@ -291,9 +281,7 @@ def test_blip2(tmp_path):
 def test_qwen_has_no_bos(tmp_path):
     backend = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     config = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False}
-    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config,
-             "generation_config.json": {"eos_token_id": [2, 0]}}
-    tokenizer = load_tokenizer(folder_of(tmp_path, files))
+    tokenizer = loaded(tmp_path, backend, tokenizer_config=config, generation_config={"eos_token_id": [2, 0]})
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.add_bos) == (None, 2, 0, False)
     assert tokenizer.eos_ids == (2, 0)
     row = templates.write(templates.prompt((Turn("user", ("what<|im_end|>",)),), templates.CHATML), tokenizer, ())
@@ -318,8 +306,7 @@ def opt_files(**config):
     backend = byte_level(["<s>", "<pad>", "</s>", "<unk>"])
     model = json.loads(backend.to_str())["model"]
     merges = "".join(" ".join(merge) + "\n" for merge in model["merges"])
-    defaults = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>",
-                "add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"}
+    defaults = dict.fromkeys(USUAL, "</s>") | {"pad_token": "<pad>", "add_bos_token": True, "tokenizer_class": "GPT2Tokenizer"}
     return {"vocab.json": model["vocab"], "merges.txt": "#version: 0.2\n" + merges,
             "tokenizer_config.json": defaults | config}
 
@@ -371,18 +358,13 @@ def test_files_that_add_tokens(tmp_path):
 
 
 def test_folders_without_a_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_tokenizer(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="no tokenizer; tokenizer.json.* found nothing"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="is expected, found vocab.json"):
-        load_tokenizer(tmp_path)
-    for content, message in (("{", "not a tokenizer file"), ("version https://git-lfs\n", "a Git LFS pointer")):
-        with pytest.raises(ValueError, match=f"tokenizer.json: .*{message}"):
+    for folder in (tmp_path / "none", tmp_path, folder_of(tmp_path / "half", {"vocab.json": "{}"})):
+        with pytest.raises(FileNotFoundError, match=f"{folder} holds no tokenizer.json"):
+            load_tokenizer(folder)
+    for content, message in (("{", "tokenizer.json.*damaged"), ("version https://git-lfs\n", "tokenizer.json.*git lfs pull"),
+                             (byte_level().to_str(), "no token ends a text")):
+        with pytest.raises(ValueError, match=message):
             load_tokenizer(folder_of(tmp_path, {"tokenizer.json": content}))
-    with pytest.raises(ValueError, match="no token ends a text"):
-        load_tokenizer(folder_of(tmp_path, {"tokenizer.json": byte_level().to_str()}))
 
 
 def test_our_own_tokenizer_files(tmp_path):
@@ -397,24 +379,20 @@ def test_our_own_tokenizer_files(tmp_path):
 # ---- all forms ----
 
 
-FORMS = ("sentencepiece", "llama json", "metaspace", "byte level", "opt")
-
-
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=("sentencepiece", "llama json", "metaspace", "byte level", "opt"))
 def form(request, trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("form")
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if request.param == "sentencepiece":
         return load_tokenizer(folder_of(folder, {"tokenizer.model": trained}))
     if request.param == "opt":
         return load_tokenizer(folder_of(folder, opt_files()))
-    backend = byte_level(["<s>", "</s>"]) if request.param == "byte level" else llama_json(trained, folder)
-    config = config if request.param != "byte level" else {"bos_token": "<s>", "eos_token": "</s>"}
+    if request.param == "byte level":
+        return loaded(folder, byte_level(["<s>", "</s>"]), tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    backend = llama_json(trained, folder)
     if request.param == "metaspace":
         backend.normalizer = normalizers.Sequence([])
         backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config}
-    return load_tokenizer(folder_of(folder, files))
+    return loaded(folder, backend, tokenizer_config=USUAL)
 
 
 def test_special_strings_stay_text(form):
@@ -439,13 +417,9 @@ def test_streams_give_what_decoding_gives(form):
         assert "".join(given) + stream.finish() == form.decode(ids)
         assert form.decode(ids) in (text, text.removeprefix(" "))  # Metaspace adds no blank to one that is there
         assert stream.finish() == ""
-
-
-def test_streams_keep_the_blanks_between_words(form):
-    stream = form.stream()
     ids = form.encode("the a picture")
-    given = [stream.push(id) for id in ids]
-    assert "".join(given) == "the a picture" and len([piece for piece in given if piece]) == len(ids) >= 3
+    given = list(map(form.stream().push, ids))
+    assert "".join(given) == "the a picture" and all(given) and len(ids) >= 3
 
 
 def test_a_text_goes_on_where_it_was_cut(form):
@@ -471,19 +445,11 @@ def test_half_a_surrogate_pair_is_no_text(form):
         form.encode("a\ud83d")
 
 
-def test_lists_are_the_callers_own(form):
-    first = form.encode("the")
-    first.append(9)
-    assert form.encode("the") == first[:-1]
-
-
 def test_special_tokens_that_merges_can_spell(tmp_path):
     """Some files can make </s> of its own letters; it stays letters all the same."""
     vocab = {"<s>": 0, "</s>": 1, "<": 2, "/": 3, "s": 4, ">": 5, "</": 6, "s>": 7, "</s": 8}
     backend = tokenizers.Tokenizer(models.BPE(vocab, [("<", "/"), ("s", ">"), ("</", "s>"), ("<", "s>")]))
-    config = {"bos_token": "<s>", "eos_token": "</s>"}
-    files = {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config}
-    tokenizer = load_tokenizer(folder_of(tmp_path, files))
+    tokenizer = loaded(tmp_path, backend, tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
     assert tokenizer.encode("</s><s>/") == [2, 3, 7, 2, 7, 3]
 
 
@@ -492,11 +458,9 @@ def test_special_tokens_that_merges_can_spell(tmp_path):
 
 def test_equal_to_transformers(trained, tmp_path):
     transformers = pytest.importorskip("transformers")
-    backend = llama_json(trained, tmp_path)
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    folder = folder_of(tmp_path / "a", {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config})
-    ours = load_tokenizer(folder)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **config)
+    config = USUAL | {"pad_token": "<pad>"}
+    ours = loaded(tmp_path / "a", llama_json(trained, tmp_path), tokenizer_config=config)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "a" / "tokenizer.json"), **config)
     for text in [*random_texts(150, 7), *ODD]:
         assert [ours.bos, *ours.encode(text)] == theirs(text, split_special_tokens=True).input_ids
         assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text), skip_special_tokens=True)
@@ -538,18 +502,9 @@ LATER = "USER: and the colour? ASSISTANT: 42</s>"
 )
 def test_rows_equal_the_published_tokenisation(trained, tmp_path, name, text):
     transformers = pytest.importorskip("transformers")
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    backend = sentencepiece_backend(trained, tmp_path)
-    folder = folder_of(tmp_path, {"tokenizer.json": backend.to_str(), "tokenizer_config.json": config})
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **config)
+    tokenizer = loaded(tmp_path, llama_json(trained, tmp_path), tokenizer_config=USUAL)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), **USUAL)
     talk = (Turn("user", (0, "What is it?")), Turn("assistant", ("a shape",)),
             Turn("user", ("and the colour?",)), Turn("assistant", ("42",)))
-    row = templates.write(templates.segments(talk, getattr(templates, name)), load_tokenizer(folder), [1])
+    row = templates.write(templates.segments(talk, getattr(templates, name)), tokenizer, [1])
     assert row.ids == llava_ids(theirs, text)
-
-
-def sentencepiece_backend(trained, tmp_path):
-    (tmp_path / "a.model").write_bytes(trained)
-    backend = published_tokenizers.from_sentencepiece(tmp_path / "a.model")
-    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return backend

@@ -16,8 +16,8 @@ from nanovlm.training.optimizer import groups, lr_factor
 from nanovlm.recipes import RECIPES
 from nanovlm.recipes.lynx import DATASETS
 from nanovlm.published.load import added_tokens
-from nanovlm.published.language import with_vocabulary
-from nanovlm.recipes.papers import TINY_BATCH, complete
+from nanovlm.published.language import complete, with_vocabulary
+from nanovlm.recipes.papers import TINY_BATCH
 from nanovlm.training.processes import Run
 
 NAMES = ("lynx", "mplug_owl2", "llava_phi")
@@ -226,11 +226,8 @@ def test_released_config_files_mean_the_same_model():
 @pytest.mark.parametrize(("name", "change", "words"), [
     ("lynx", {"llm": {"hidden_size": 33}}, "33"),
     ("lynx", {"llm": {"hidden_act": "relu"}}, "hidden_act is 'relu'"),
-    ("lynx", {"llm": 3}, "llm is 3, expected an object"),
-    ("mplug_owl2", {"abstractor": {"grid_size": 9}}, "grid_size is 9, but the tower gives 32 x 32 patches of width 1024"),
-    ("mplug_owl2", {"abstractor": {"encoder_hidden_size": 9}}, "encoder_hidden_size is 9"),
     ("mplug_owl2", {"vision": {"hidden_act": "swish"}}, "hidden_act is 'swish'"),
-    ("llava_phi", {"vision": {"mm_vision_select_feature": "cls"}}, "'cls'; 'patch' or 'cls_patch'"),
+    ("llava_phi", {"vision": {"mm_vision_select_feature": "cls"}}, "'cls' of layer -2.*patch or full or cls_patch"),
     ("llava_phi", {"vision": {"mm_vision_select_layer": [-2]}}, "one layer, like -2"),
     ("llava_phi", {"vision": {"mm_vision_select_layer": -25}}, "feature_layer 0"),
     ("llava_phi", {"llm": {"qk_layernorm": True}}, "qk_layernorm"),
