@@ -51,23 +51,45 @@ class Row:
         return FROZEN * frozen + TRAINED * sum(trained.values())
 
 
-def count_flops(function):
-    """Floating-point operations of one call, by torch's counter: int."""
+def count_flops(layers, function):
+    """Operations of one call, by torch's counter: int. Of layers with parameters of the same shapes, each float[..., W] ->
+    float[..., W], only the first runs, and counts for all."""
+    known, repeated = {}, 0
+
+    def once(layer, run):
+        def forward(x, *rest):
+            nonlocal repeated
+            kind = tuple(parameter.shape for parameter in layer.parameters())
+            if kind in known:
+                repeated += known[kind]
+                return x
+            before = counter.get_total_flops()
+            x = run(x, *rest)
+            known[kind] = counter.get_total_flops() - before
+            return x
+
+        return forward
+
+    for layer in layers:
+        layer.forward = once(layer, layer.forward)
     with FlopCounterMode(display=False) as counter:
         function()
-    return counter.get_total_flops()
+    for layer in layers:
+        del layer.forward
+    return counter.get_total_flops() + repeated
 
 
 def encode_flops(model):
     """Operations of vision tower and bridge for one picture: int; model: vlm.VLM on the meta device."""
-    pixels, frames = torch.empty(1, 3, *2 * [model.vision.image_size], device="meta"), torch.ones(1, dtype=torch.long, device="cpu")
-    return count_flops(lambda: model.encode(pixels, frames))
+    size = model.vision.image_size
+    pixels, frames = torch.empty(1, 3, size, size, device="meta"), torch.ones(1, dtype=torch.long, device="cpu")
+    return count_flops(model.vision.blocks, lambda: model.encode(pixels, frames))
 
 
 def language_flops(model, num_image_tokens):
-    """Operations of the decoder for the N image tokens of one picture, with cross-attention for its one media token: int."""
+    """Operations of the decoder for the N image tokens of one picture: int; with cross-attention, for its one media token."""
     tokens = torch.empty(1, num_image_tokens, model.bridge.output_width, device="meta")
-    return count_flops(lambda: decode(model, tokens, 0 if model.media_token is None else 1))
+    return count_flops(model.decoder.layers, lambda: decode(model, tokens, int(model.media_token is not None)))
 
 
 def count_parameters(parts):
@@ -81,13 +103,13 @@ def row(recipe, size):
         model = recipe.build(size, 0 if recipe.published else VOCABULARY).requires_grad_(False)
         parameters = known = count_parameters(model.parts())
         if recipe.contrastive:
-            known = count_parameters(recipe.contrastive(size, model).parts()) | parameters
+            known = parameters | count_parameters(recipe.contrastive(size, model).parts())
     vision_tokens = model.vision.num_tokens(model.vision.image_size)
     image_tokens = model.bridge.num_image_tokens(vision_tokens)
-    trained = {stage.name: {part: known[part] for part in (*parameters, "text_tower") if part in stage.learning_rates and part in known}
-               for stage in recipe.stages(size, False)}  # fmt: skip
-    return Row(recipe.name if size == "full" else f"{recipe.name} {size}", model.vision.image_size, vision_tokens, image_tokens,
-               parameters, trained, encode_flops(model), language_flops(model, image_tokens))
+    trained = {stage.name: {part: number for part, number in known.items() if part in stage.learning_rates}
+               for stage in recipe.stages(size, False)}
+    return Row(recipe.name if size == "full" else f"{recipe.name} {size}", model.vision.image_size, vision_tokens,
+               image_tokens, parameters, trained, encode_flops(model), language_flops(model, image_tokens))
 
 
 def rows():
