@@ -24,7 +24,9 @@ from nanovlm.published.language import LANGUAGE_MODELS, complete, read_json, wit
 from nanovlm.published.load import (
     KNOWN, MODEL_TYPES, added_tokens, family_of, find_family, load_tokenizer, open_trained, read_config, with_weights,
 )
-from nanovlm.published.vision import BEHIND, BLIP2_REST, CLIP, EVA, OPEN_CLIP, OTHER_SIDE, eva_original, resize, vision_of
+from nanovlm.published.vision import (
+    BEHIND, BLIP2_REST, CLIP, EVA, OPEN_CLIP, OTHER_SIDE, eva_original, resize, vision_of,
+)
 from nanovlm.published.weights import (
     OURS, Checkpoint, Plan, WeightsError, by_part, count, open_checkpoint, plan, prefixed, read_weights, shapes_of,
     write_checkpoint,
@@ -132,8 +134,9 @@ def find_sources(args, paths, model, table):
         plain = {name: BRANCH.sub(".", name) for name in ours}  # both copies start equal: mPLUG-Owl2, Sec. 3.3
         best(args.language, [one.layout({}) for one in LANGUAGE_MODELS.values()], "decoder.", plain, WORDS)
     if args.vision:
-        tables = ((*CLIP, *OTHER_SIDE), (*EVA, *BLIP2_REST), eva_original(vision_of(model).config.num_layers), OPEN_CLIP)
-        best(args.vision, [(*one, *BEHIND) for one in tables], "vision.", same, ("vision.positions",))
+        original = eva_original(vision_of(model).config.num_layers)
+        tables = [(*one, *BEHIND) for one in ((*CLIP, *OTHER_SIDE), (*EVA, *BLIP2_REST), original, OPEN_CLIP)]
+        best(args.vision, tables, "vision.", same, ("vision.positions",))
     for path in paths:
         checkpoint = open_checkpoint(path, pickled=True)
         resizable = ("vision.positions", "positions") if args.image_size else ()

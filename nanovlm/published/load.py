@@ -132,7 +132,8 @@ def ready(model, tokenizer, recipe, template, image_fit, notes, spare_rows):
 def template_of(folder):
     """How a bare language model is asked: as its chat template says if it is one of ours, which its text tells; else it
     goes on with the plain text."""
-    files = [path.read_text() for name in ("chat_template.jinja", "tokenizer_config.json") if (path := folder / name).exists()]
+    paths = [folder / name for name in ("chat_template.jinja", "tokenizer_config.json")]
+    files = [path.read_text() for path in paths if path.exists()]
     ours = {"named SmolLM": CHATML_SMOLLM2, "You are Qwen": CHATML_QWEN, "<|im_start|>": CHATML}
     told = "".join(text for text in files if "add_generation_prompt" in text)
     return next((template for words, template in ours.items() if words in told), TEXT)

@@ -71,8 +71,8 @@ class PublishedTokenizer(Tokenizer):
     def save(self, path):
         """Write tokenizer.json, and tokenizer_config.json beside it."""
         super().save(path)
-        config = {"add_bos_token": self.add_bos, "eos_token_ids": self.eos_ids, "tokenizer_class": "PreTrainedTokenizerFast"}
-        config |= {f"{role}_token": token for role, token in self.roles.items()}
+        config = {f"{role}_token": token for role, token in self.roles.items()} | {
+            "add_bos_token": self.add_bos, "eos_token_ids": self.eos_ids, "tokenizer_class": "PreTrainedTokenizerFast"}
         Path(path).with_name("tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _encode(self, text, continues):
@@ -118,7 +118,7 @@ def load_tokenizer(folder, added=()):
         backend = _byte_level(folder, config)
         roles = {"bos": "</s>", "eos": "</s>", "pad": "<pad>"} | roles  # OPT, where no file says otherwise
     else:
-        raise FileNotFoundError(f"{folder} holds no tokenizer.json, no tokenizer.model, and no vocab.json with merges.txt")
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json, no tokenizer.model, no vocab.json with merges.txt")
     _add_tokens(backend, folder, config)
     known = [token.content for token in backend.get_added_tokens_decoder().values()]
     roles = roles or {role: token for token, role in USUAL.items() if token in known}

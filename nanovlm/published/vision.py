@@ -76,8 +76,8 @@ def eva_original(num_blocks):
         ("blocks.{i}.mlp.fc{j}.{p}", "blocks.{i}.fc_{j}.{p}"),
         ("norm.{p}", "post_norm.{p}"),
         Unread(f"blocks.{num_blocks}.{{rest}}", "a block behind the features that are used"),
-        *(Unread(f"{name}.{{p}}", "serves EVA's own loss") for name in ("norm", "fc_norm", "head", "lm_head")),
-        Unread("mask_token", "serves EVA's own loss"),
+        *(Unread(name, "serves EVA's own loss")
+          for name in ("norm.{p}", "fc_norm.{p}", "head.{p}", "lm_head.{p}", "mask_token")),
         Alias("visual.{rest}", "{rest}"),
     )
 
@@ -93,25 +93,15 @@ OPEN_CLIP = (  # CLIP's tower as open_clip and OpenAI spell it
     ("transformer.resblocks.{i}.attn.out_proj.{p}", "blocks.{i}.attention.o.{p}"),
     ("transformer.resblocks.{i}.mlp.c_fc.{p}", "blocks.{i}.fc_1.{p}"),
     ("transformer.resblocks.{i}.mlp.c_proj.{p}", "blocks.{i}.fc_2.{p}"),
-    Unread("ln_post.{p}", "serves CLIP's own loss"),
-    Unread("proj", "serves CLIP's own loss"),
+    *(Unread(name, "serves CLIP's own loss") for name in ("ln_post.{p}", "proj")),
 )
 
 # What a file may hold beside its tower
-OTHER_SIDE = (
-    Unread("text_model.{rest}", "the text side of a dual file"),
-    Unread("text_projection.weight", "the text side of a dual file"),
-    Unread("visual_projection.weight", "leads to the space shared with the text side"),
-    Unread("logit_scale", "belongs to the pair's own loss"),
-    Unread("logit_bias", "belongs to the pair's own loss"),
-    Unread("vision_model.head.{rest}", "attention pooling, which serves SigLIP's own loss"),
-)
-BLIP2_REST = (
-    Unread("query_tokens", "BLIP-2's own bridge"),
-    Unread("qformer.{rest}", "BLIP-2's own bridge"),
-    Unread("language_projection.{p}", "BLIP-2's own bridge"),
-    Unread("language_model.{rest}", "BLIP-2's own language model"),
-)
+OTHER_SIDE = tuple(Unread(name, "serves the pair with a text tower") for name in (
+    "text_model.{rest}", "text_projection.weight", "visual_projection.weight", "logit_scale", "logit_bias",
+    "vision_model.head.{rest}"))
+BLIP2_REST = tuple(Unread(name, "BLIP-2's own bridge and language model") for name in (
+    "query_tokens", "qformer.{rest}", "language_projection.{p}", "language_model.{rest}"))
 BEHIND = (Unread("vision_model.post_layernorm.{p}", "a norm behind the features that this model takes"),)
 
 TEXT = prefixed(
@@ -207,7 +197,8 @@ def siglip_pair(config):
     vision, text = siglip_config(config), part_of_pair(config, "text")
     known = sizes(text, vocab_size=32000, width=768, num_layers=12, num_heads=12, mlp_width=3072, context_length=64)
     tower = contrastive.BidirectionalTextTower(
-        **known, pad_id=text.get("pad_token_id", 1), norm_eps=number(text, "layer_norm_eps", 1e-6), activation=activation(text, "hidden_act", "gelu_pytorch_tanh"),
+        **known, pad_id=text.get("pad_token_id", 1), norm_eps=number(text, "layer_norm_eps", 1e-6),
+        activation=activation(text, "hidden_act", "gelu_pytorch_tanh"),
     )
     return contrastive.SigLIP(ViT(vision), tower, known["width"])
 

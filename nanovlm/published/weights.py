@@ -11,8 +11,9 @@ A table is a tuple of entries, the published name on the left, ours on the right
 
 In a pattern `{i}` and `{j}` stand for a number, `{p}` for weight or bias, `{rest}` for anything; they mean the same on
 both sides. A table may name more than one model has (biases, a head of its own): an entry holds where the model has
-its tensors. Where two entries know a name, the first holds; where two have the same tensor, it is written by the first. `plan` decides from names and shapes alone what happens to every tensor, so that nothing is read before
-everything fits; each tensor of the file and of the model is consumed or named in the error.
+its tensors. Where two entries know a name, the first holds; a tensor is written under the first of its names. `plan`
+decides from names and shapes alone what happens to every tensor, so that nothing is read before everything fits; each
+tensor of the file and of the model is consumed or named in the error.
 """
 
 import json
@@ -219,7 +220,8 @@ class Plan:
         kinds = {"missing": dict.fromkeys(self.missing.values()), "unexpected": self.unexpected,
                  "mis-shaped": self.wrong_shapes()}
         lines = [f"  {kind} ({len(names)}): {'; '.join(grouped(names))}" for kind, names in kinds.items() if names]
-        raise WeightsError("\n".join([f"{where} does not fit the model.", *lines, f"  likely cause: {likely_cause(self)}"]))
+        lines = [f"{where} does not fit the model.", *lines, f"  likely cause: {likely_cause(self)}"]
+        raise WeightsError("\n".join(lines))
 
 
 def plan(table, found, ours, resizable=()):
@@ -316,26 +318,20 @@ def grouped(names):
 
 def likely_cause(found):
     """The probable reason why a Plan does not fit: str."""
-    names = " ".join(found.unexpected)
     absent = {name.split(".")[0] for name in found.missing} - {name.split(".")[0] for name in found.filled()}
-    if "Wqkv" in names:
+    if any("Wqkv" in name for name in found.unexpected):
         return "Phi-2's layout of before January 2024 (fused Wqkv), which is not read; download the present files"
-    if "lora_A" in names:
-        return "a LoRA adapter without its base model; merge it first (PEFT's merge_and_unload)"
     if absent & {"vision", "decoder"} and found.consumed and not found.unexpected:
-        return (f"the files hold no {' and no '.join(sorted(absent))}; put them together with `python -m nanovlm.recipes "
-                "convert ... --vision PATH --language PATH`")
+        return (f"the files hold no {' and no '.join(sorted(absent))}; put them together with "
+                "`python -m nanovlm.recipes convert ... --vision PATH --language PATH`")
     if len(found.missing) > len(found.consumed) and (found.unexpected or not found.consumed):
         return "a checkpoint of another family; name the right one with --family, or see what it is with inspect"
     if found.unexpected:
-        return "config.json does not belong to these weights (a larger model, or one with more parts?), or renamed tensors"
+        return "config.json does not belong to these weights (a larger model, more parts?), or tensors were renamed"
     if found.missing:
         return "a missing shard, or a file that holds only a part of the model (inspect names the parts)"
-    if all("pos" in name for name in found.misshaped):
-        return "a position table of another resolution; ask for its resizing with image_size"
-    if all(re.search("embed|lm_head", name) for name in found.misshaped):
-        return "another vocabulary; correct vocab_size in config.json"
-    return "another size of the same family; config.json does not belong to these weights"
+    return ("config.json does not belong to these weights; for another resolution ask with image_size, for another "
+            "vocabulary correct vocab_size")
 
 
 # ---- renaming ----

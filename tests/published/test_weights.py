@@ -112,15 +112,6 @@ def test_misfits_are_named_with_the_likely_cause(ours, spoil, words):
             to_ours(TABLE, published, ours, "file")
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "cause"),
-    [("pos_embed", (5, 2), "another resolution"), ("embed.weight", (6, 2), "another vocabulary"), ("w", (5, 2), "another size")],
-)
-def test_the_cause_of_a_wrong_shape(name, shape, cause):
-    with pytest.raises(WeightsError, match=cause):
-        to_ours(((name, "x"),), {name: torch.zeros(shape)}, {"x": (4, 2)})
-
-
 def test_a_layout_without_a_place(ours):
     with pytest.raises(WeightsError, match=r"no place for 2 tensors: layers.\{0-1\}.lora_a \(2\)"):
         to_published(TABLE, ours | {"layers.0.lora_a": torch.ones(1), "layers.1.lora_a": torch.ones(1)})
