@@ -92,17 +92,13 @@ class Fused(Same):
     Among our names, not the first, None stands for zeros that only the published tensor holds (EVA's bias of the keys).
     """
 
-    num_heads: int = 0  # 0: one part behind another; else interleaved, row = (head * parts + part) * D + d
+    num_heads: int = 1  # interleaved: row = (head * parts + part) * D + d
 
     def join(self, parts):
         parts = [torch.zeros_like(parts[0]) if part is None else part for part in parts]
-        if not self.num_heads:
-            return torch.cat(parts)
         return torch.stack([part.unflatten(0, (self.num_heads, -1)) for part in parts], dim=1).flatten(0, 2)
 
     def split(self, tensor):
-        if not self.num_heads:
-            return tensor.chunk(len(self.parts))
         return [part.flatten(0, 1) for part in tensor.unflatten(0, (self.num_heads, len(self.parts), -1)).unbind(1)]
 
 

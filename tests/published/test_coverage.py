@@ -114,11 +114,11 @@ def test_bad_manifests_are_refused_in_words(tmp_path, capsys, spoil, words):
     assert code == 1 and words in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("family", ["lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "clip", "eva", "open_flamingo"])
 @pytest.mark.parametrize("config", [{"vision": 3}, {"llm": [1]}, {"vision_config": {"image_size": "x"}, "llm": {"hidden_size": -1}}])
-def test_nonsense_configs_end_without_a_traceback(tmp_path, capsys, family, config):
-    code, printed = run(tmp_path, {"family": family, "config": config, "tensors": {"x": [1]}}, capsys)
-    assert code == 1 and "Traceback" not in printed
+def test_nonsense_configs_end_without_a_traceback(tmp_path, capsys, config):
+    for family in recipes.FAMILIES:
+        code, printed = run(tmp_path, {"family": family, "config": config, "tensors": {"x": [1]}}, capsys)
+        assert code == 1 and "Traceback" not in printed
 
 
 def test_unknown_commands_get_a_suggestion(capsys):
@@ -136,8 +136,7 @@ def test_computed_tensors_may_be_among_the_tensors(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_families_are_recognised_by_their_names(name):
-    family = "llama" if MANIFESTS[name]["family"] == "llama" else MANIFESTS[name]["family"]
-    assert recognise(MANIFESTS[name]["tensors"]) == family
+    assert recognise(MANIFESTS[name]["tensors"]) == MANIFESTS[name]["family"]
 
 
 def test_inspect_tells_what_a_file_holds_and_lacks(tmp_path, capsys):

@@ -9,72 +9,26 @@ import torch.nn.functional as F
 
 from nanovlm.attention import Visible, causal
 from nanovlm.cache import KeyValueCache
-from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions, RMSNorm
-from nanovlm.published import language
+from nanovlm.decoder import RMSNorm
+from nanovlm.published.language import LANGUAGE_MODELS
 from nanovlm.published.weights import to_ours
+from parity import CLOSE, perturb
+from published_models import same_gradients
 
 transformers = pytest.importorskip("transformers")
 
-CLOSE = dict(atol=1e-5, rtol=1e-5)
 
-def llama(cls="Llama", num_heads=4, num_kv_heads=4, **options):
-    """A model of transformers and its rename table; Qwen2's class differs by its biases alone."""
-    config = dict(
-        vocab_size=61, hidden_size=12 * num_heads, intermediate_size=56, num_hidden_layers=3, rms_norm_eps=1e-3,
-        num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, max_position_embeddings=40,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    config = getattr(transformers, f"{cls}Config")(**(config | options))
-    return getattr(transformers, f"{cls}ForCausalLM")(config), language.LLAMA
-
-
-def phi():
-    """RoPE on the first int(0.4 * 20) = 8 of 20 channels."""
-    config = transformers.PhiConfig(
-        vocab_size=61, hidden_size=80, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=40, layer_norm_eps=1e-3, hidden_act="gelu_new", resid_pdrop=0.0,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4},
-    )  # fmt: skip
-    return transformers.PhiForCausalLM(config), language.PHI
-
-
-def opt():
-    """Odd head width 9: nothing turns."""
-    config = transformers.OPTConfig(
-        vocab_size=61, hidden_size=36, ffn_dim=56, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=36,
-        max_position_embeddings=40, dropout=0.0, pad_token_id=1,
-    )  # fmt: skip
-    return transformers.OPTForCausalLM(config), language.OPT
-
-
-def decoder(width, num_heads, ffn_width, num_kv_heads=None, **options):
-    """Our side, by plain options."""
-    layers = (LayerOptions(),) * 3
-    return Decoder(DecoderConfig(61, width, num_heads, num_kv_heads or num_heads, ffn_width, 40, layers, **options))
-
-
-RMS = dict(norm_eps=1e-3)
-PHI = dict(
-    norm="layer", norm_eps=1e-3, ffn="plain", activation="gelu_tanh", qkv_bias="qkv", output_bias=True, ffn_bias=True,
-    head_bias=True, parallel=True, rotary_width=8,
-)  # fmt: skip
-OPT = dict(
-    norm="layer", norm_eps=1e-5, ffn="plain", activation="relu", qkv_bias="qkv", output_bias=True, ffn_bias=True,
-    tied_head=True, rotary_width=0, position_offset=2,
-)  # fmt: skip
+SIZES = dict(vocab_size=61, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=40)
+LLAMA = SIZES | dict(hidden_size=48, intermediate_size=56, num_key_value_heads=4, rms_norm_eps=1e-3, tie_word_embeddings=False)
+ROPE = {"rope_type": "default", "rope_theta": 100000.0}
 FAMILIES = {
-    "llama": (lambda: llama(), lambda: decoder(48, 4, 56, **RMS)),
-    "smollm2": (
-        lambda: llama(num_heads=9, num_kv_heads=3, tie_word_embeddings=True,
-                      rope_parameters={"rope_type": "default", "rope_theta": 100000.0}),
-        lambda: decoder(108, 9, 56, 3, **RMS, tied_head=True, rope_base=1e5),
-    ),
-    "qwen2": (
-        lambda: llama("Qwen2", num_kv_heads=2, tie_word_embeddings=True),
-        lambda: decoder(48, 4, 56, 2, **RMS, tied_head=True, qkv_bias="qkv"),
-    ),
-    "phi": (phi, lambda: decoder(80, 4, 72, **PHI)),
-    "opt": (opt, lambda: decoder(36, 4, 56, **OPT)),
+    "llama": ("Llama", LLAMA),
+    "smollm2": ("Llama", LLAMA | dict(hidden_size=108, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+                                      rope_parameters=ROPE)),
+    "qwen2": ("Qwen2", LLAMA | dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "phi": ("Phi", SIZES | dict(hidden_size=80, intermediate_size=72, layer_norm_eps=1e-3, resid_pdrop=0.0,  # 8 of 20 turn
+                                rope_parameters=ROPE | {"partial_rotary_factor": 0.4})),
+    "opt": ("OPT", SIZES | dict(hidden_size=36, ffn_dim=56, word_embed_proj_dim=36, dropout=0.0, pad_token_id=1)),  # none
 }  # fmt: skip
 
 
@@ -82,12 +36,10 @@ FAMILIES = {
 def pair(request):
     """(transformers' model, ours with its weights, the rename table)."""
     torch.manual_seed(0)
-    make_theirs, make_ours = FAMILIES[request.param]
-    (theirs, table), ours = make_theirs(), make_ours()
-    theirs = theirs.float().eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+    kind, values = FAMILIES[request.param]
+    theirs = perturb(getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**values)))
+    published, config = LANGUAGE_MODELS[kind.lower()], theirs.config.to_dict()
+    ours, table = published.build(config), published.layout(config)
     ours.load_state_dict(to_ours(table, dict(theirs.named_parameters()), ours.state_dict()))  # every name on both sides
     return theirs, ours, table
 
@@ -125,17 +77,9 @@ def test_values_and_gradients(pair, front, behind, backend):
     weights = torch.randn_like(logits)
     expected = grads(logits, real, weights, their_input)
     torch.testing.assert_close(grads(found, real, weights, our_input)[real], expected[real], atol=1e-4, rtol=1e-4)
-    their_grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theirs.named_parameters()}
-    their_grads = to_ours(table, their_grads, ours.state_dict())
-    for name, parameter in ours.named_parameters():
-        if parameter.grad is None:  # words came in as embeddings: an untied table has nothing to learn
-            assert name == "embedding.weight" and not their_grads[name].any()
-            continue
-        assert parameter.grad.abs().sum() > 0, name
-        scale = max(1.0, float(their_grads[name].abs().max()))  # sums over 12 tokens and 61 words
-        torch.testing.assert_close(
-            parameter.grad, their_grads[name], atol=2e-5 * scale, rtol=1e-4, msg=lambda text: f"{name}: {text}"
-        )
+    assert all(parameter.grad is None or parameter.grad.any() for parameter in ours.parameters())
+    unused = [] if ours.config.tied_head else ["embedding."]  # words came in as embeddings: an untied table learns nothing
+    same_gradients(ours, theirs, table, unused=unused)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Lynx, mPLUG-Owl2 and LLaVA-Phi as the papers' tables have them: sizes, stages, what trains, how they answer."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -80,38 +79,28 @@ def test_parameters_that_train_by_hand(name, size, stage):
     assert sum(p.numel() for group in groups(parts, chosen) for p in group["params"]) == BY_HAND[name, size, stage]
 
 
-def test_image_tokens(full):
-    assert [full["lynx"].vision.num_tokens(size) for size in (224, 420)] == [257, 901]
-    assert full["lynx"].num_image_tokens(420) == full["lynx"].num_image_tokens(420, 5) == 32
-    assert full["mplug_owl2"].vision.num_tokens(448) == 1025 and full["mplug_owl2"].num_image_tokens(448) == 65
-    assert full["llava_phi"].num_image_tokens(336) == 576
-
-
 def test_where_the_papers_models_differ_from_their_parts(full):
     lynx, owl, phi = (full[name] for name in NAMES)
-    assert [i for i, layer in enumerate(lynx.decoder.config.layers) if layer.adapter_width] == list(range(0, 32, 2))
-    assert {layer.adapter_width for layer in lynx.decoder.config.layers} == {0, 2048}
+    assert [layer.adapter_width for layer in lynx.decoder.config.layers] == [2048, 0] * 16
     assert len(lynx.vision.blocks) == 39 and lynx.vision.blocks[0].attention.k.bias is None
+    assert lynx.num_image_tokens(420) == lynx.num_image_tokens(420, 5) == len(lynx.bridge.latents) == 32
+    assert not lynx.bridge.layers[0].attend_to_latents and len(lynx.bridge.frame_embedding) == 5
     assert all(layer.modality_adaptive for layer in owl.decoder.config.layers) and len(owl.decoder.config.layers) == 32
-    assert owl.vision.config.norm_eps == owl.decoder.config.norm_eps == 1e-6
-    assert len(phi.vision.blocks) == 24 and phi.vision.config.feature_layer == 23 and phi.vision.config.norm_eps == 1e-5
-    assert phi.decoder.config.num_rotary == 32 and phi.decoder.config.head_width == 80
+    assert owl.bridge.layers[0].ffn_norm.eps == 1e-6 and owl.bridge.layers[0].norm_ffn.eps == 1e-5
+    assert len(phi.vision.blocks) == 24 and phi.vision.config.feature_layer == 23 and phi.decoder.config.num_rotary == 32
 
 
 def test_heads_and_context_which_no_count_of_parameters_shows(full):
     """Channels of a head: EVA 88, CLIP 64, LLaMA 128, Phi-2 80; bridges 64."""
-    towers, decoders = ({name: getattr(full[name], part).config for name in NAMES} for part in ("vision", "decoder"))
-    assert [towers[name].width // towers[name].num_heads for name in NAMES] == [88, 64, 64]
-    assert [towers[name].activation for name in NAMES] == ["gelu", "quick_gelu", "quick_gelu"]
-    assert [towers[name].norm_eps for name in NAMES] == [1e-6, 1e-6, 1e-5]
-    assert [decoders[name].head_width for name in NAMES] == [128, 128, 80]
-    assert [decoders[name].norm_eps for name in NAMES] == [1e-6, 1e-6, 1e-5]
-    assert all(config.num_kv_heads == config.num_heads and config.context_length == 2048 for config in decoders.values())
-    assert all(config.rope_base == 10_000 and not config.tied_head for config in decoders.values())
-    assert full["lynx"].bridge.layers[0].num_heads == 8 and not full["lynx"].bridge.layers[0].attend_to_latents
-    assert len(full["lynx"].bridge.frame_embedding) == 5 and len(full["lynx"].bridge.layers) == 3
+    towers, decoders = ([getattr(full[name], part).config for name in NAMES] for part in ("vision", "decoder"))
+    assert [tower.width // tower.num_heads for tower in towers] == [88, 64, 64]
+    assert [tower.activation for tower in towers] == ["gelu", "quick_gelu", "quick_gelu"]
+    assert [one.norm_eps for one in (*towers, *decoders)] == [1e-6, 1e-6, 1e-5] * 2
+    assert [decoder.head_width for decoder in decoders] == [128, 128, 80]
+    assert all(one.num_kv_heads == one.num_heads and one.context_length == 2048 for one in decoders)
+    assert all(one.rope_base == 10_000 and not one.tied_head for one in decoders)
+    assert full["lynx"].bridge.layers[0].num_heads == 8 and len(full["lynx"].bridge.layers) == 3
     assert full["mplug_owl2"].bridge.layers[0].num_heads == 16 and len(full["mplug_owl2"].bridge.layers) == 6
-    assert full["mplug_owl2"].bridge.layers[0].ffn_norm.eps == 1e-6 and full["mplug_owl2"].bridge.layers[0].norm_ffn.eps == 1e-5
 
 
 def test_lynx_table_8():
@@ -225,7 +214,6 @@ def test_released_config_files_mean_the_same_model():
 
 @pytest.mark.parametrize(("name", "change", "words"), [
     ("lynx", {"llm": {"hidden_size": 33}}, "33"),
-    ("lynx", {"llm": {"hidden_act": "relu"}}, "hidden_act is 'relu'"),
     ("mplug_owl2", {"vision": {"hidden_act": "swish"}}, "hidden_act is 'swish'"),
     ("llava_phi", {"vision": {"mm_vision_select_feature": "cls"}}, "'cls' of layer -2.*patch or full or cls_patch"),
     ("llava_phi", {"vision": {"mm_vision_select_layer": [-2]}}, "one layer, like -2"),
@@ -358,8 +346,3 @@ def test_print_shows_the_full_model_without_making_it(name, capsys):
              "mplug_owl2": "on 64 A100 at 40% of their peak"}[name]  # fmt: skip
     assert hours in printed and all(f"{kind} x" in printed for kind in ("none", "ddp", "fsdp"))
     assert "files   weights and tokenizer" in printed and "huggingface.co/" in printed
-
-
-def test_the_mixture_lies_in_the_package():
-    assert (Path(train.__file__).parent / "nanovlm" / "recipes" / "lynx_mixture.json").exists()
-    assert all(data["prompt"] for data in DATASETS) and len(DATASETS) == len({data["name"] for data in DATASETS})
