@@ -21,8 +21,7 @@ from nanovlm.published.language import OPT, complete, expect, opt_config
 from nanovlm.published.vision import EVA, eva_config
 from nanovlm.published.weights import Reshaped, Unread, prefixed
 from nanovlm.qformer import QFormer
-from nanovlm.recipes.papers import Expected, published_recipe, shrinking, tiny_language, tiny_vision
-from nanovlm.training.stages import Stage
+from nanovlm.recipes.papers import Expected, published_recipe, shrinking, stage, tiny_language, tiny_vision
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
@@ -100,18 +99,17 @@ def LAYOUT(config):
     return (*prefixed(EVA, "", "vision."), *prefixed(QFORMER, "", "bridge."), *prefixed(OPT, "language_model.", "decoder."))
 
 
+SETTINGS = dict(image_fit="stretch", augmentation="crop_flip", weight_decay=0.05, schedule="cosine", clip=None)
 STAGES = (
-    Stage(  # Sec. 3.4: the second stage, whose learning rate does not fall below 5e-5
-        "align", "language", {"bridge": 1e-4}, {"blip2_captions_129m": 1.0}, steps=80_000, batch_size=1920, image_size=224,
-        image_fit="stretch", augmentation="crop_flip", betas=(0.9, 0.98), weight_decay=0.05, schedule="cosine",
-        warmup_steps=2_000, start_lr_factor=0.0, end_lr_factor=0.5, max_tokens=64, precision="auto", clip=None,
+    stage(  # Sec. 3.4: the second stage, whose learning rate does not fall below 5e-5
+        "align", {"bridge": 1e-4}, {"blip2_captions_129m": 1.0}, 80_000, 1920, image_size=224, betas=(0.9, 0.98),
+        warmup_steps=2_000, start_lr_factor=0.0, end_lr_factor=0.5, max_tokens=64, **SETTINGS,
     ),
-    Stage(  # Table 7: freeze_vit is False; OPT is frozen in all of BLIP-2; 4 examples on each of 8 GPUs, one epoch
-        "instruct", "language", {"vision": 1e-5, "bridge": 1e-5}, {"vlit_158k": 1.0}, steps=158_000 // 32, batch_size=32,
-        image_size=364, image_fit="stretch", augmentation="crop_flip", betas=(0.9, 0.999), weight_decay=0.05,
-        schedule="cosine", warmup_steps=1_000, start_lr_factor=1e-3, max_tokens=128, precision="auto", clip=None,
+    stage(  # Table 7: freeze_vit is False; OPT is frozen in all of BLIP-2; 4 examples on each of 8 GPUs, one epoch
+        "instruct", {"vision": 1e-5, "bridge": 1e-5}, {"vlit_158k": 1.0}, 158_000 // 32, 32, image_size=364,
+        betas=(0.9, 0.999), warmup_steps=1_000, start_lr_factor=1e-3, max_tokens=128, **SETTINGS,
     ),
-)  # fmt: skip
+)
 
 
 DECODINGS = {  # what ends a reply is the template's, see templates.end_ids

@@ -23,9 +23,8 @@ from nanovlm.published.language import LLAMA, expect, llama_config, text_section
 from nanovlm.published.vision import CLIP, clip_config
 from nanovlm.published.weights import Alias, prefixed
 from nanovlm.recipes.papers import (
-    CLIP_LARGE, Expected, features, published_recipe, shrinking, tiny_language, tiny_vision,
+    CLIP_LARGE, Expected, features, published_recipe, shrinking, stage, tiny_language, tiny_vision,
 )
-from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
@@ -120,27 +119,23 @@ def LAYOUT(config):
     return ORIGINAL if nested(config)["mm_projector_type"] == "linear" else HUGGING_FACE
 
 
-def stage(name, learning_rate, parts, source, examples, batch_size, **others):
+def epoch(name, learning_rate, parts, source, examples, batch_size, **others):
     """One epoch of a data set: AdamW at a cosine after 3% of warm-up, as in all of LLaVA's scripts."""
     steps = math.ceil(examples / batch_size)
-    values = dict(
-        objective="language", learning_rates=dict.fromkeys(parts, learning_rate), mixture={source: 1.0}, steps=steps,
-        batch_size=batch_size, betas=(0.9, 0.999), weight_decay=0.0, schedule="cosine", warmup_steps=math.ceil(0.03 * steps),
-        start_lr_factor=0.0, max_tokens=2048, precision="auto",
-    )  # fmt: skip
-    return Stage(name, **(values | others))
+    return stage(name, dict.fromkeys(parts, learning_rate), {source: 1.0}, steps, batch_size, betas=(0.9, 0.999),
+                 schedule="cosine", warmup_steps=math.ceil(0.03 * steps), start_lr_factor=0.0, max_tokens=2048, **others)
 
 
 CAPTIONS, LLAVA_INSTRUCT, MIX = ("llava_pretrain_558k", 558_128), ("llava_instruct_158k", 158_000), ("llava_mix_665k", 665_298)
 BRIDGE, BOTH = ("bridge",), ("bridge", "embedding", "language_model", "lm_head")
 STAGES = {
     "full": (
-        stage("align", 1e-3, BRIDGE, *CAPTIONS, 256, image_size=336, clip=None),
-        stage("instruct", 2e-5, BOTH, *MIX, 128, image_size=336, image_fit="pad", clip=None),
+        epoch("align", 1e-3, BRIDGE, *CAPTIONS, 256, image_size=336, clip=None),
+        epoch("instruct", 2e-5, BOTH, *MIX, 128, image_size=336, image_fit="pad", clip=None),
     ),
     "linear": (
-        stage("align", 2e-3, BRIDGE, *CAPTIONS, 128, image_size=224),
-        stage("instruct", 2e-5, BOTH, *LLAVA_INSTRUCT, 64, image_size=224),  # Table 6: 4 examples, twice, on 8 GPUs
+        epoch("align", 2e-3, BRIDGE, *CAPTIONS, 128, image_size=224),
+        epoch("instruct", 2e-5, BOTH, *LLAVA_INSTRUCT, 64, image_size=224),  # Table 6: 4 examples, twice, on 8 GPUs
     ),
 }
 

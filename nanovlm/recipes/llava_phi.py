@@ -26,9 +26,8 @@ from nanovlm.published.language import complete, expect, phi_config, phi_fused
 from nanovlm.published.vision import CLIP, clip_config
 from nanovlm.published.weights import prefixed
 from nanovlm.recipes.papers import (
-    CLIP_LARGE, Expected, features, published_recipe, shrinking, tiny_language, tiny_vision,
+    CLIP_LARGE, Expected, features, published_recipe, shrinking, stage, tiny_language, tiny_vision,
 )
-from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
@@ -82,24 +81,19 @@ def LAYOUT(config):
     )
 
 
+WORDS = ("embedding", "language_model", "lm_head")
 # Sec. 3.2: betas and eps; no decay and no clipping as in the code
-ADAM = dict(optimizer="adamw", betas=(0.9, 0.98), eps=1e-7, weight_decay=0.0, clip=None, start_lr_factor=0.0)
-SETTINGS = dict(objective="language", precision="auto", max_tokens=2048, **ADAM)
+SETTINGS = dict(betas=(0.9, 0.98), eps=1e-7, weight_decay=0.0, clip=None, start_lr_factor=0.0, max_tokens=2048, image_size=336)
 STAGES = (
-    Stage(  # Sec. 3.2: two epochs (of about 80,000 dialogues), 3e-5, linear; optional there too. The batch size is not stated
-        "tune_phi", learning_rates=dict.fromkeys(("embedding", "language_model", "lm_head"), 3e-5),
-        mixture={"ShareGPT": 1.0}, steps=1_250, batch_size=128, schedule="linear", image_size=336, **SETTINGS,
-    ),
-    Stage(  # Sec. 3.2: one epoch, 1e-3, 256; schedule, warm-up of 3% and 558,128 examples from the code
-        "align", learning_rates={"bridge": 1e-3}, mixture={"blip_laion_cc_sbu_558k": 1.0},
-        steps=2_181, warmup_steps=66, batch_size=256, schedule="cosine", image_size=336, image_fit="crop", **SETTINGS,
-    ),
-    Stage(  # Sec. 3.2: one epoch, 2e-5; batch, schedule, warm-up of 3% and 665,298 examples from the code
-        "instruct", learning_rates=dict.fromkeys(("vision", "bridge", "embedding", "language_model", "lm_head"), 2e-5),
-        mixture={"llava_v1_5_mix665k": 1.0},
-        steps=5_198, warmup_steps=156, batch_size=128, schedule="cosine", image_size=336, image_fit="pad", **SETTINGS,
-    ),
-)  # fmt: skip
+    # Sec. 3.2: two epochs (of about 80,000 dialogues), 3e-5, linear; optional there too. The batch size is not stated
+    stage("tune_phi", dict.fromkeys(WORDS, 3e-5), {"ShareGPT": 1.0}, 1_250, 128, schedule="linear", **SETTINGS),
+    # Sec. 3.2: one epoch, 1e-3, 256; schedule, warm-up of 3% and 558,128 examples from the code
+    stage("align", {"bridge": 1e-3}, {"blip_laion_cc_sbu_558k": 1.0}, 2_181, 256, warmup_steps=66, schedule="cosine",
+          **SETTINGS),
+    # Sec. 3.2: one epoch, 2e-5; batch, schedule, warm-up of 3% and 665,298 examples from the code
+    stage("instruct", dict.fromkeys(("vision", "bridge", *WORDS), 2e-5), {"llava_v1_5_mix665k": 1.0}, 5_198, 128,
+          warmup_steps=156, schedule="cosine", image_fit="pad", **SETTINGS),
+)
 
 
 DECODINGS = {  # what ends a reply is the tokenizer's <|endoftext|>, see templates.end_ids

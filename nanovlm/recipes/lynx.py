@@ -27,9 +27,8 @@ from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.generation.sampler import Decoding
 from nanovlm.published.language import LLAMA, complete, llama_config
 from nanovlm.published.weights import Alias, Reshaped, prefixed
-from nanovlm.recipes.papers import LLAMA_7B, RESAMPLER, Expected, published_recipe, shrinking, tiny_language
+from nanovlm.recipes.papers import LLAMA_7B, RESAMPLER, Expected, published_recipe, shrinking, stage, tiny_language
 from nanovlm.resampler import Resampler
-from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 
@@ -119,29 +118,25 @@ def sharp(*names):
     return {name: round(rate * thousands[name], 3) for name in names}
 
 
-ALIGNED = {"bridge", "adapters"}  # the frame embedding belongs to the bridge
+ALIGNED = ("adapters", "bridge")  # the frame embedding belongs to the bridge
 TABLE_8 = dict(  # "warmup lr end" is a tenth of each rate: where the warm-up starts and the decay stops
-    objective="language", optimizer="adamw", betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, schedule="linear",
-    start_lr_factor=0.1, end_lr_factor=0.1, precision="auto",  # App. D.2
+    betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, schedule="linear", start_lr_factor=0.1, end_lr_factor=0.1,
     image_fit="crop", augmentation="crop",  # the code's training transform
     clip=None, max_tokens=1024,  # neither is stated
-)  # fmt: skip
+)
 STAGES = (
-    Stage(  # Sec. 2.2: 224 pixels, batch 1536; steps, warm-up and rate of Table 8, shares of Table 12
-        "align", learning_rates=dict.fromkeys(sorted(ALIGNED), 1e-4), mixture=mixture("pretrain_percent"), image_size=224,
-        steps=100_000, warmup_steps=5_000, batch_size=1536, **TABLE_8,
-    ),
-    Stage(  # Sec. 2.2 leaves out the "large-scale noise image-text pairs" and adds "table reading and OCR", but gives no shares:
-        # ours are the first stage's, and for what Table 12 has of these two kinds in its last column alone, see `sharp`
-        "resolution", learning_rates=dict.fromkeys(sorted(ALIGNED | {"vision"}), 1e-5), image_size=420,
-        mixture=mixture("pretrain_percent", "image-text pair") | sharp("WebSRC", "TextVQA", "STVQA"),
-        steps=10_000, warmup_steps=500, batch_size=448, **TABLE_8,
-    ),
-    Stage(  # Sec. 2.2: batch 480, of text, pictures and clips
-        "instruct", learning_rates=dict.fromkeys(sorted(ALIGNED), 2e-5), mixture=mixture("finetune_percent"),
-        image_size=420, steps=20_000, warmup_steps=1_000, batch_size=480, **TABLE_8,
-    ),
-)  # fmt: skip
+    # Sec. 2.2: 224 pixels, batch 1536; steps, warm-up and rate of Table 8, shares of Table 12
+    stage("align", dict.fromkeys(ALIGNED, 1e-4), mixture("pretrain_percent"), 100_000, 1536, warmup_steps=5_000,
+          image_size=224, **TABLE_8),
+    # Sec. 2.2 leaves out the "large-scale noise image-text pairs" and adds "table reading and OCR", but gives no shares:
+    # ours are the first stage's, and for what Table 12 has of these two kinds in its last column alone, see `sharp`
+    stage("resolution", dict.fromkeys((*ALIGNED, "vision"), 1e-5),
+          mixture("pretrain_percent", "image-text pair") | sharp("WebSRC", "TextVQA", "STVQA"), 10_000, 448,
+          warmup_steps=500, image_size=420, **TABLE_8),
+    # Sec. 2.2: batch 480, of text, pictures and clips
+    stage("instruct", dict.fromkeys(ALIGNED, 2e-5), mixture("finetune_percent"), 20_000, 480, warmup_steps=1_000,
+          image_size=420, **TABLE_8),
+)
 
 
 def table_9(tokens, beams, top_p, top_k, length_penalty, ngram, do_sample):

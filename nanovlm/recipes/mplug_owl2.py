@@ -26,9 +26,8 @@ from nanovlm.published.language import LLAMA, complete, llama_config
 from nanovlm.published.vision import clip_config
 from nanovlm.published.weights import Fused, Reshaped, Unread, prefixed
 from nanovlm.recipes.papers import (
-    CLIP_LARGE, LLAMA_7B, Expected, published_recipe, shrinking, tiny_language, tiny_vision,
+    CLIP_LARGE, LLAMA_7B, Expected, published_recipe, shrinking, stage, tiny_language, tiny_vision,
 )
-from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
@@ -132,26 +131,21 @@ def LAYOUT(config):
 
 
 SETTINGS = dict(  # Sec. 4.1
-    objective="language", optimizer="adamw", betas=(0.9, 0.98), eps=1e-6, schedule="cosine", layer_decay={"vision": 0.9},
-    start_lr_factor=0.0, image_fit="squash",  # as its evaluation scripts do
-    precision="auto", clip=1.0,  # neither is stated; its fine-tuning script has the first
+    betas=(0.9, 0.98), eps=1e-6, schedule="cosine", layer_decay={"vision": 0.9}, start_lr_factor=0.0,
+    image_fit="squash",  # as its evaluation scripts do
 )  # fmt: skip
 STAGES = (
-    Stage(  # Sec. 4.1: 348 million pairs, augmented as BLIP-2's; the paper names the sets without their shares, and two decays come from the authors' tracker
-        "align", learning_rates=dict.fromkeys(("vision", "bridge", "vision_branch"), 1e-4),
-        mixture=dict.fromkeys(("CC3M", "CC12M", "COCO", "LAION-en", "COYO", "DataComp"), 1.0),
-        steps=42_500, warmup_steps=1_000, batch_size=8192, weight_decay=0.05, image_size=224, max_tokens=256,
-        copy_vision_branch=True, augmentation="crop_flip", **SETTINGS,
-    ),
-    Stage(  # Sec. 4.1: one epoch; the 1.23 million examples are not stated, the warm-up is the fine-tuning script's 3%
-        "instruct",
-        learning_rates=dict.fromkeys(("vision", "bridge", "embedding", "language_model", "vision_branch", "lm_head"), 2e-5),
-        mixture=dict.fromkeys(
-            ("TextCaps", "COCO", "VQAv2", "OKVQA", "OCR-VQA", "GQA", "A-OKVQA", "RefCOCO", "VisualGenome",
-             "LLaVA-instruct-150K", "ShareGPT-80K", "SlimOrca"), 1.0,
-        ),
-        steps=4_800, warmup_steps=144, batch_size=256, weight_decay=0.0, image_size=448, max_tokens=2048, **SETTINGS,
-    ),
+    # Sec. 4.1: 348 million pairs, augmented as BLIP-2's; the paper names the sets without their shares, and two decays come
+    # from the authors' tracker
+    stage("align", dict.fromkeys(("vision", "bridge", "vision_branch"), 1e-4),
+          dict.fromkeys(("CC3M", "CC12M", "COCO", "LAION-en", "COYO", "DataComp"), 1.0), 42_500, 8192, warmup_steps=1_000,
+          weight_decay=0.05, image_size=224, max_tokens=256, copy_vision_branch=True, augmentation="crop_flip", **SETTINGS),
+    # Sec. 4.1: one epoch; the 1.23 million examples are not stated, the warm-up is the fine-tuning script's 3%
+    stage("instruct",
+          dict.fromkeys(("vision", "bridge", "embedding", "language_model", "vision_branch", "lm_head"), 2e-5),
+          dict.fromkeys(("TextCaps", "COCO", "VQAv2", "OKVQA", "OCR-VQA", "GQA", "A-OKVQA", "RefCOCO", "VisualGenome",
+                         "LLaVA-instruct-150K", "ShareGPT-80K", "SlimOrca"), 1.0),
+          4_800, 256, warmup_steps=144, image_size=448, max_tokens=2048, **SETTINGS),
 )  # fmt: skip
 
 

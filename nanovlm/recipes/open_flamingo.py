@@ -25,10 +25,9 @@ from nanovlm.published.language import OPT_LAYER, OPT_REST, complete, expect, op
 from nanovlm.published.vision import OPEN_CLIP, clip_config
 from nanovlm.published.weights import Fused, prefixed
 from nanovlm.recipes.papers import (
-    CLIP_LARGE, RESAMPLER, Expected, published_recipe, shrinking, tiny_language, tiny_vision,
+    CLIP_LARGE, RESAMPLER, Expected, published_recipe, shrinking, stage, tiny_language, tiny_vision,
 )
 from nanovlm.resampler import Resampler
-from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
@@ -114,12 +113,11 @@ def LAYOUT(config):
 
 EXAMPLES, EPOCHS, GPUS = 158_000, 6, 8
 STAGES = (
-    Stage(  # the loss multiplier of 0.2 scales all gradients alike, which AdamW does not notice; embeddings are frozen
-        "instruct", "language", dict.fromkeys(("bridge", "cross_attention"), 1e-4), {"vlit_158k": 1.0},
-        steps=EXAMPLES * EPOCHS // GPUS, batch_size=GPUS, warmup_steps=1_000, schedule="constant", start_lr_factor=0.0,
-        image_size=224, image_fit="crop", betas=(0.9, 0.999), weight_decay=0.1, clip=1.0, max_tokens=256, precision="auto",
+    stage(  # the loss multiplier of 0.2 scales all gradients alike, which AdamW does not notice; embeddings are frozen
+        "instruct", dict.fromkeys(("bridge", "cross_attention"), 1e-4), {"vlit_158k": 1.0}, EXAMPLES * EPOCHS // GPUS, GPUS,
+        warmup_steps=1_000, schedule="constant", start_lr_factor=0.0, image_size=224, betas=(0.9, 0.999), weight_decay=0.1,
     ),
-)  # fmt: skip
+)
 
 
 DECODINGS = {  # what ends a reply is the template's; "caption" and "vqa" are those of OpenFlamingo's evaluation script

@@ -6,9 +6,10 @@ from nanovlm.published.language import with_vocabulary
 from nanovlm.published.load import added_tokens, load_tokenizer
 from nanovlm.published.weights import Fused, Published
 from nanovlm.recipes.recipe import Expected, Recipe
+from nanovlm.training.stages import Stage
 
-__all__ = ["CLIP_LARGE", "LLAMA_7B", "RESAMPLER", "Expected", "features", "published_recipe", "shrinking", "tiny_language",
-           "tiny_vision"]
+__all__ = ["CLIP_LARGE", "LLAMA_7B", "RESAMPLER", "Expected", "features", "published_recipe", "shrinking", "stage",
+           "tiny_language", "tiny_vision"]
 
 CLIP_LARGE = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
@@ -52,6 +53,11 @@ def features(tower, layer, kind):
     return dataclasses.replace(tower, feature_layer=layer, drop_class_token=without_class[kind])
 
 
+def stage(name, learning_rates, mixture, steps, batch_size, **others):
+    """A Stage that learns the next token, in the precision that the machine is fast in; others: further fields."""
+    return Stage(name, "language", learning_rates, mixture, steps, batch_size, precision="auto", **others)
+
+
 def shrinking(stages, tiny_images):
     """A paper's stages as they stand, or shrunk to what a laptop rehearses; parts, rates and mixtures are never touched.
 
@@ -62,12 +68,12 @@ def shrinking(stages, tiny_images):
     def at_size(size, smoke):
         shrunk, tiny = stages, size.startswith("tiny")
         if tiny:
-            shrunk = [dataclasses.replace(stage, image_size=tiny_images[stage.image_size], precision="float32",
-                                          max_tokens=min(stage.max_tokens, 256)) for stage in shrunk]
+            shrunk = [dataclasses.replace(one, image_size=tiny_images[one.image_size], precision="float32",
+                                          max_tokens=min(one.max_tokens, 256)) for one in shrunk]
         if tiny or smoke:
             steps, warmup_steps = (SMOKE_STEPS, 1) if smoke else (TINY_STEPS, TINY_STEPS // 20)
-            shrunk = [dataclasses.replace(stage, steps=steps, warmup_steps=warmup_steps, micro_batch_size=None,
-                                          batch_size=TINY_BATCH) for stage in shrunk]
+            shrunk = [dataclasses.replace(one, steps=steps, warmup_steps=warmup_steps, micro_batch_size=None,
+                                          batch_size=TINY_BATCH) for one in shrunk]
         return tuple(shrunk)
 
     return at_size

@@ -31,8 +31,7 @@ from nanovlm.projector import PixelShuffleProjector
 from nanovlm.published.language import LLAMA, complete, llama_config, text_section
 from nanovlm.published.vision import SIGLIP, siglip_config
 from nanovlm.published.weights import prefixed
-from nanovlm.recipes.papers import Expected, published_recipe, shrinking, tiny_language, tiny_vision
-from nanovlm.training.stages import Stage
+from nanovlm.recipes.papers import Expected, published_recipe, shrinking, stage, tiny_language, tiny_vision
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
@@ -85,21 +84,16 @@ def LAYOUT(config):
     )
 
 
-SETTINGS = dict(
-    objective="language", betas=(0.9, 0.95), weight_decay=0.01, clip=1.0, schedule="cosine", start_lr_factor=0.0,
-    image_size=512, image_fit="stretch", max_tokens=512, precision="auto", micro_batch_size=16,
-)  # fmt: skip
+SETTINGS = dict(weight_decay=0.01, schedule="cosine", start_lr_factor=0.0, image_size=512, image_fit="stretch", max_tokens=512,
+                micro_batch_size=16)
 ALIGN, INSTRUCT = math.ceil(558_128 / 256), math.ceil(665_298 / 128)  # steps of one epoch each
 STAGES = (
-    Stage(
-        "align", learning_rates={"bridge": 2e-3}, mixture={"llava_pretrain_558k": 1.0}, steps=ALIGN, batch_size=256,
-        warmup_steps=ALIGN // 33, **SETTINGS,
+    stage("align", {"bridge": 2e-3}, {"llava_pretrain_558k": 1.0}, ALIGN, 256, warmup_steps=ALIGN // 33, **SETTINGS),
+    stage(  # the tower has the most to lose, the bridge the most to learn
+        "instruct", {"vision": 2e-5, "bridge": 5e-4, "embedding": 1e-4, "language_model": 1e-4}, {"llava_mix_665k": 1.0},
+        INSTRUCT, 128, warmup_steps=INSTRUCT // 33, **SETTINGS,
     ),
-    Stage(  # the tower has the most to lose, the bridge the most to learn
-        "instruct", learning_rates={"vision": 2e-5, "bridge": 5e-4, "embedding": 1e-4, "language_model": 1e-4},
-        mixture={"llava_mix_665k": 1.0}, steps=INSTRUCT, batch_size=128, warmup_steps=INSTRUCT // 33, **SETTINGS,
-    ),
-)  # fmt: skip
+)
 
 
 def stages(size, smoke):
