@@ -22,7 +22,7 @@ from nanovlm.abstractor import Abstractor
 from nanovlm.data.templates import MPLUG_OWL2
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.generation.sampler import Decoding
-from nanovlm.published.language import LLAMA, complete, llama_config
+from nanovlm.published.language import LLAMA, complete, expect, llama_config
 from nanovlm.published.vision import clip_config
 from nanovlm.published.weights import Fused, Reshaped, Unread, prefixed
 from nanovlm.recipes.papers import (
@@ -70,6 +70,7 @@ def build(config):
     """
     config = sizes(config)
     vision, queries, llm = ViT(clip_config(config["vision"])), config["abstractor"], llama_config(config["llm"])
+    expect(queries, "grid_size", vision.config.image_size // vision.config.patch_size, "another grid than the tower's")
     abstractor = Abstractor(
         vision.config.width, llm.width, queries["num_learnable_queries"], queries["num_hidden_layers"],
         queries["num_attention_heads"], queries["intermediate_size"], ffn_norm_eps=queries["layer_norm_eps"],

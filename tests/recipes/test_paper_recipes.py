@@ -214,6 +214,7 @@ def test_released_config_files_mean_the_same_model():
 
 @pytest.mark.parametrize(("name", "change", "words"), [
     ("lynx", {"llm": {"hidden_size": 33}}, "33"),
+    ("mplug_owl2", {"abstractor": {"grid_size": 9}}, "grid_size is 9"),
     ("mplug_owl2", {"vision": {"hidden_act": "swish"}}, "hidden_act is 'swish'"),
     ("llava_phi", {"vision": {"mm_vision_select_feature": "cls"}}, "'cls' of layer -2.*patch or full or cls_patch"),
     ("llava_phi", {"vision": {"mm_vision_select_layer": [-2]}}, "one layer, like -2"),
