@@ -99,13 +99,13 @@ def load_tokenizer(folder, added=()):
     """
     folder = Path(folder)
     config = _beside(folder, "tokenizer_config.json")
-    roles, special = {}, []
-    for values in (_beside(folder, "special_tokens_map.json"), config):  # the second goes before the first
-        stated = {role: _content(values.get(f"{role}_token")) for role in ROLES}
-        roles |= {role: token for role, token in stated.items() if token}
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            tokens = values.get(key) or []
-            special += map(_content, tokens.values() if isinstance(tokens, dict) else tokens)
+    files = (_beside(folder, "special_tokens_map.json"), config)  # the second goes before the first
+    stated = {key: value for values in files for key, value in values.items() if value}
+    roles = {role: _content(stated[f"{role}_token"]) for role in ROLES if f"{role}_token" in stated}
+    special = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = stated.get(key, [])
+        special += map(_content, tokens.values() if isinstance(tokens, dict) else tokens)
     path = folder / "tokenizer.json"
     if path.is_file():
         try:

@@ -25,51 +25,43 @@ BLOCKS = (
 )
 PREFIX = Alias("{rest}", "vision_model.{rest}")  # a tower saved alone by transformers 5 has no prefix
 CLIP = SIGLIP = (
-    *prefixed(
-        (
-            ("embeddings.class_embedding", "class_token"),  # CLIP alone, as the first norm; its patches have no bias
-            ("embeddings.patch_embedding.{p}", "patch_embedding.{p}"),
-            ("pre_layrnorm.{p}", "pre_norm.{p}"),  # published with this spelling
-            *BLOCKS,
-            ("post_layernorm.{p}", "post_norm.{p}"),
-        ),
-        published="vision_model.",
-    ),
+    *prefixed((
+        ("embeddings.class_embedding", "class_token"),  # CLIP alone, as the first norm; its patches have no bias
+        ("embeddings.patch_embedding.{p}", "patch_embedding.{p}"),
+        ("pre_layrnorm.{p}", "pre_norm.{p}"),  # published with this spelling
+        *BLOCKS,
+        ("post_layernorm.{p}", "post_norm.{p}"),
+    ), "vision_model."),
     PREFIX,
 )
-
+FUSED_QKV = tuple(f"{part}.weight" for part in QKV)
 # EVA-g inside BLIP-2's file; the third of the bias that belongs to the keys is zero and has no effect on a softmax
 EVA = (
-    *prefixed(
-        (
-            Reshaped("embeddings.class_embedding", "class_token", unit_axes=(0, 1)),
-            ("embeddings.patch_embedding.{p}", "patch_embedding.{p}"),
-            Reshaped("embeddings.position_embedding", "positions", unit_axes=(0,)),
-            Fused("encoder.layers.{i}.self_attn.qkv.weight", tuple(f"{part}.weight" for part in QKV)),
-            Fused("encoder.layers.{i}.self_attn.qkv.bias", (f"{QKV[0]}.bias", None, f"{QKV[2]}.bias")),
-            ("encoder.layers.{i}.self_attn.projection.{p}", "blocks.{i}.attention.o.{p}"),
-            *NORMS_AND_MLP,
-            ("post_layernorm.{p}", "post_norm.{p}"),
-        ),
-        published="vision_model.",
-    ),
+    *prefixed((
+        Reshaped("embeddings.class_embedding", "class_token", unit_axes=(0, 1)),
+        ("embeddings.patch_embedding.{p}", "patch_embedding.{p}"),
+        Reshaped("embeddings.position_embedding", "positions", unit_axes=(0,)),
+        Fused("encoder.layers.{i}.self_attn.qkv.weight", FUSED_QKV),
+        Fused("encoder.layers.{i}.self_attn.qkv.bias", (f"{QKV[0]}.bias", None, f"{QKV[2]}.bias")),
+        ("encoder.layers.{i}.self_attn.projection.{p}", "blocks.{i}.attention.o.{p}"),
+        *NORMS_AND_MLP,
+        ("post_layernorm.{p}", "post_norm.{p}"),
+    ), "vision_model."),
     PREFIX,
 )
 
 
 def eva_original(num_blocks):
-    """EVA-g as its authors' .pt file spells it (eva_vit_g.pth, EVA01_g_psz14.pt).
+    """EVA-g as its authors' .pt file spells it (eva_vit_g.pth, EVA01_g_psz14.pt): tuple of entries.
 
-    Args:
-      num_blocks: blocks that the model builds. The public tower's 40th lies behind the features that the papers take.
-    Returns: tuple of entries.
+    num_blocks: that the model builds. The public tower's 40th lies behind the features that the papers take.
     """
     return (
         Reshaped("cls_token", "class_token", unit_axes=(0, 1)),
         Reshaped("pos_embed", "positions", unit_axes=(0,)),
         ("patch_embed.proj.{p}", "patch_embedding.{p}"),
         ("blocks.{i}.norm{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
-        Fused("blocks.{i}.attn.qkv.weight", tuple(f"{part}.weight" for part in QKV)),
+        Fused("blocks.{i}.attn.qkv.weight", FUSED_QKV),
         ("blocks.{i}.attn.q_bias", "blocks.{i}.attention.q.bias"),
         ("blocks.{i}.attn.v_bias", "blocks.{i}.attention.v.bias"),
         ("blocks.{i}.attn.proj.{p}", "blocks.{i}.attention.o.{p}"),
@@ -104,11 +96,9 @@ BLIP2_REST = tuple(Unread(name, "BLIP-2's own bridge and language model") for na
     "query_tokens", "qformer.{rest}", "language_projection.{p}", "language_model.{rest}"))
 BEHIND = (Unread("vision_model.post_layernorm.{p}", "a norm behind the features that this model takes"),)
 
-TEXT = prefixed(
-    (("embeddings.token_embedding.weight", "embedding.weight"), *BLOCKS, ("final_layer_norm.{p}", "norm.{p}")),
-    published="text_model.",
-    ours="text.",
-)
+TEXT = prefixed((
+    ("embeddings.token_embedding.weight", "embedding.weight"), *BLOCKS, ("final_layer_norm.{p}", "norm.{p}")
+), "text_model.", "text.")
 CLIP_PAIR = (
     *prefixed(CLIP, ours="vision."),
     *TEXT,

@@ -12,8 +12,7 @@ from nanovlm.published import language as layouts, vision as vision_layouts
 from nanovlm.published.language import LLAMA
 from nanovlm.recipes.__main__ import main
 from nanovlm.vit import ViT, ViTConfig, resize_positions
-from nanovlm.published.weights import write_checkpoint
-from nanovlm.published.weights import to_published
+from nanovlm.published.weights import OURS, to_published, write_checkpoint
 from tests.published_folders import LLAMA_SIZES, eva, folder_with, language, lynx_file, make_folder  # noqa: F401
 from tests.random_models import randomise
 
@@ -158,23 +157,16 @@ def test_every_family_starts_from_its_towers(tmp_path, family):
     assert not any(".attention.q." in name and "adapter" not in name for name in fresh if name.startswith("decoder."))
 
 
-def llava_original(tmp_path):
-    """A folder like liuhaotian's: language model and projector under the original's names, no tower; and the model."""
+def test_the_original_llava_has_no_tower(tmp_path):
+    """A folder like liuhaotian's: language model and projector under the original's names."""
     published = recipes.FAMILIES["llava"]
     config = published.configs["tiny"]
-    model = randomise(published.build(config))
-    tensors = {}
+    model, tensors = randomise(published.build(config)), {}
     for name, tensor in to_published(published.layout(config), model.state_dict()).items():
-        for theirs, old in (("language_model.", ""), ("multi_modal_projector.linear_1", "model.mm_projector.0"),
-                            ("multi_modal_projector.linear_2", "model.mm_projector.2")):
-            name = name.replace(theirs, old)
-        tensors |= {} if name.startswith("vision_tower.") else {name: tensor}
-    folder = folder_with(tmp_path / "llava", config | {"model_type": "llava"}, (("{rest}", "{rest}"),), tensors)
-    return folder, model
-
-
-def test_the_original_llava_has_no_tower(tmp_path):
-    folder, model = llava_original(tmp_path)
+        name = name.removeprefix("language_model.").replace("multi_modal_projector.linear_1", "model.mm_projector.0")
+        tensors[name.replace("multi_modal_projector.linear_2", "model.mm_projector.2")] = tensor
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_tower.")}
+    folder = folder_with(tmp_path / "llava", config | {"model_type": "llava"}, OURS, tensors)
     with pytest.raises(ValueError, match="hold no vision.*--vision"):
         recipes.load(folder)
     write_checkpoint(make_folder(tmp_path / "clip"), vision_layouts.CLIP, model.vision.state_dict())
@@ -185,10 +177,8 @@ def test_the_original_llava_has_no_tower(tmp_path):
 
 def trained(tmp_path, recipe, model, **settings):
     """What train.py leaves of a run."""
-    folder = folder_with(tmp_path / "trained", {"recipe": recipe, "size": "tiny", "image_size": 28,
-                                                "stages": {"instruct": {"image_fit": "pad"}}} | settings,
-                         (("{rest}", "{rest}"),), model.state_dict())  # fmt: skip
-    return folder
+    settings |= {"recipe": recipe, "size": "tiny", "image_size": 28, "stages": {"instruct": {"image_fit": "pad"}}}
+    return folder_with(tmp_path / "trained", settings, OURS, model.state_dict())
 
 
 def test_lora_is_merged_before_it_goes_out(tmp_path):
@@ -219,7 +209,7 @@ def test_the_token_of_a_picture_gets_the_tokenizers_id(tmp_path):
     published = recipes.FAMILIES["open_flamingo"]
     model = published.build(published.configs["tiny"])
     state = to_published(published.layout(published.configs["tiny"]), model.state_dict())
-    folder = folder_with(tmp_path / "flamingo", {}, (("{rest}", "{rest}"),), state)
+    folder = folder_with(tmp_path / "flamingo", {}, OURS, state)
     flags = ["--family", "open_flamingo", "--size", "tiny", str(folder)]
     assert main(["convert", *flags, str(tmp_path / "out")]) == 0
     loaded = recipes.load(tmp_path / "out")
