@@ -48,8 +48,9 @@ REASONS_SHOWN = 10
 class Output:
     """What a conversion writes beside its items: pictures, each once, called by their content, and the report."""
 
-    def __init__(self, folder, file):
-        self.folder, self.file, self.items = folder, file, 0
+    def __init__(self):
+        self.folder = self.file = None  # set when they are opened
+        self.items = 0
         self.counts = {"skipped": Counter(), "changed": Counter()}
 
     def store(self, text):
@@ -385,12 +386,11 @@ def convert(args):
         if path.exists():
             raise ValueError(f"{path} is there already; remove it, or choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
+    output = Output()
 
     def write(path):
         """Write everything; the pictures are in place before the items, which `path` holds, are."""
-        with open(report, "w", encoding="utf-8") as file, new_folder(pictures) as own:
-            output = Output(own, file)
+        with open(report, "w", encoding="utf-8") as output.file, new_folder(pictures) as output.folder:
             items = usable(args, output)
             if shards is None:
                 with open(path, "w", encoding="utf-8") as written:
@@ -402,15 +402,14 @@ def convert(args):
                 raise ValueError("\n".join([none, *output.summary()]))
         if shards or not any(pictures.iterdir()):
             shutil.rmtree(pictures)
-        beside = f", images in {pictures}" if pictures.exists() else ""
-        lines.extend([f"{output.items:,} items in {out}{beside}; report in {report}", *output.summary()])
 
     if shards is None:
         replace(out, write)
     else:
         with new_folder(out) as path:
             write(path)
-    return lines
+    beside = f", images in {pictures}" if pictures.exists() else ""
+    return [f"{output.items:,} items in {out}{beside}; report in {report}", *output.summary()]
 
 
 def usable(args, output):

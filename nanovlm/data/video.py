@@ -24,12 +24,12 @@ MAX_ANIMATION_PIXELS = 500_000_000  # of all frames of an animation, since each 
 class Clip:
     """A clip that is decoded when used: `len` is known at once, iterating loads its frames in order of time.
 
-    source: path of a folder of pictures (in the order of the numbers in their names), an animation or a film; or several
-      pictures, paths or PIL images. A still picture is a clip of one frame.
+    source: path of a folder of pictures (in the order of the numbers in their names), an animation or a film; or
+      several pictures, paths or PIL images. A still picture is a clip of one frame.
     num_frames: int; a clip that has fewer gives all of them, some more than once.
     sampling: "uniform", the middle of every segment, or "random", any frame of it. seed: tuple of int, decides which.
-    Raises: ValueError for an unknown sampling or num_frames below 1; when it is decoded, FileNotFoundError,
-      images.ImageError for what is empty, too large, too long, damaged or no video, ImportError for a film without `av`.
+    Raises: ValueError for an unknown sampling or num_frames below 1; when it is decoded, FileNotFoundError, ImportError
+      for a film without `av`, images.ImageError for what is empty, too large, too long, damaged or no video.
     """
 
     source: str | tuple[str, ...]

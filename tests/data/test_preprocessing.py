@@ -13,8 +13,8 @@ from nanovlm.training.checkpoint import replace_tensors
 from nanovlm.data import images
 from nanovlm.data.batching import Report
 from nanovlm.data.records import Record, Turn, Visual
-from nanovlm.data.templates import CHATML, NANO, PLAIN
-from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
+from nanovlm.data.templates import NANO, PLAIN
+from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.published.load import open_trained
 from nanovlm.generation.sampler import Decoding
 from test_trainer import make
@@ -60,16 +60,3 @@ def test_a_chat_sees_the_models_pixels():
         chat = Chat(Assistant(model, tokenizer, NANO, 8, "pad", preprocessing), Decoding(max_new_tokens=2))
         chat.ask("what?", [PICTURE])
         assert torch.equal(chat.prompt.visual_inputs[0], wanted(8, "pad", preprocessing))
-
-
-def test_a_chat_stops_where_the_template_ends_a_reply():
-    """A reply of ChatML ends with <|im_end|>, whatever the tokenizer's end token is."""
-    trained = train_tokenizer(["what?"], 270)
-    trained.backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer = Tokenizer(trained.backend)
-    model = random_vlm(tokenizer.vocab_size, context_length=60)
-    bias = torch.zeros(tokenizer.vocab_size)
-    bias[tokenizer.special_id("<|im_end|>")] = 1e4
-    model.decoder.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
-    chat = Chat(Assistant(model, tokenizer, CHATML, 8), Decoding(max_new_tokens=5))
-    assert chat.ask("what?") == "" and chat.answer == []
