@@ -75,15 +75,15 @@ def new_folder(path):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def differences(old, new):
+def differences(old, new, where=""):
     """What two JSON objects, and the objects in them, have under equal names and not in common: list of str."""
     words = []
     for name in new | old:
         one, other = old.get(name), new.get(name)
         if isinstance(one, dict) and isinstance(other, dict):
-            words += differences(one, other)
+            words += differences(one, other, f"{where}{name}.")
         elif one != other:
-            words.append(f"{name} {one!r}, now {other!r}")
+            words.append(f"{where}{name} {one!r}, now {other!r}")
     return words
 
 

@@ -18,6 +18,7 @@ These files, and the places of the shards in their headers, are those of torch.d
 writer. Nothing is ever unpickled.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from nanovlm import files
 from nanovlm.files import TEMPORARY, sync
-from nanovlm.training.processes import Processes, copy_shard, shard_of
+from nanovlm.training.processes import Processes, shard_of
 
 PREFIX = "step-"
 STATE_KEYS = {  # what each optimizer keeps per parameter
@@ -64,6 +65,13 @@ def open_folder(out, resume):
         raise CheckpointError(f"{out} holds {foreign[0]} but no config.json, so it is no run to resume; "
                               "name another folder with --out")
     return None
+
+
+def check_same(saved, now, words):
+    """Raise CheckpointError, with these words, unless two JSON objects are equal."""
+    changed = files.differences(saved, now)
+    if changed:
+        raise CheckpointError(f"{words}: {', '.join(changed)}")
 
 
 def complete(out):
@@ -136,38 +144,25 @@ def begin(out, step, tensors, state, processes=Processes(), keep=1, background=F
     folder = out / "state" / f"{PREFIX}{step:08d}"
     temporary = Path(f"{folder}{TEMPORARY}")
 
-    def attempt(action, here):
-        """Try something in this process, if it is its turn; if it fails anywhere, it has failed everywhere."""
-        error = result = None
+    def attempt(action, here=True):
         try:
-            result = action() if here else None
-        except (OSError, SafetensorError) as raised:
-            error = raised
-        try:
-            processes.agree(error, processes.saving)
+            processes.together(action, here, processes.saving)
         except (OSError, SafetensorError) as error:
             if processes.main:
                 shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; the next save sweeps up the rest
-            before = complete(out)
-            before = f"The checkpoint {before[-1].name} is intact" if before else "There is no earlier checkpoint"
-            raise CheckpointError(f"the checkpoint of step {step} could not be written to {out / 'state'} ({error}). "
-                                  f"{before}. Make room, then continue with --resume.") from error
-        return result
+            intact = ", ".join(path.name for path in complete(out)) or "no earlier one"
+            raise CheckpointError(f"the checkpoint of step {step} could not be written to {out / 'state'} ({error}); "
+                                  f"{intact} is intact. Make room, then continue with --resume.") from error
 
     def make_room():
         for path in (out / "state").glob(f"*{TEMPORARY}"):  # what a killed or failed write has left behind
             shutil.rmtree(path)
         temporary.mkdir(parents=True)
 
-    def write():
-        for name, content in tensors.items():
-            save_tensors(temporary / f"{name}.safetensors", content)
-            sync(temporary / f"{name}.safetensors")
-
     def finish():
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        sync(temporary / "state.json")
-        sync(temporary)
+        for path in (*sorted(temporary.iterdir()), temporary):
+            sync(path)
         os.rename(temporary, folder)
         sync(folder.parent)
         for old in complete(out)[:-keep]:
@@ -181,9 +176,11 @@ def begin(out, step, tensors, state, processes=Processes(), keep=1, background=F
     sharded = processes.mode == "fsdp"
     if sharded:
         write = begin_sharded(temporary, tensors, processes)  # from here on its thread talks to the others
-    elif background and processes.main:
-        tensors = {name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in content.items()}
-                   for name, content in tensors.items()}
+    else:
+        if background and processes.main:
+            tensors = {name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in content.items()}
+                       for name, content in tensors.items()}
+        write = lambda: [save_tensors(temporary / f"{name}.safetensors", content) for name, content in tensors.items()]
 
     def rest():
         attempt(write, processes.main or sharded)
@@ -213,22 +210,19 @@ def begin_sharded(folder, tensors, processes):
 # Reading.
 
 
-def damaged(folder, error):
-    """The CheckpointError of a checkpoint that cannot be read."""
-    return CheckpointError(f"{folder} is damaged ({error}); remove it, or start again in another --out")
-
-
 def read_state(folder):
     """A checkpoint's state.json: dict. Raises: CheckpointError if it is missing or damaged."""
-    try:
+    with undamaged(folder):
         return json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise damaged(folder, error) from error
 
 
-def is_sharded(folder):
-    """Whether the checkpoint in a folder is spread over processes."""
-    return any(folder.glob("shard-*.safetensors"))
+@contextlib.contextmanager
+def undamaged(path):
+    """Within, something is read; what is wrong with it is a CheckpointError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it, then train or copy it again") from error
 
 
 def read(folder, targets=None, processes=Processes()):
@@ -239,8 +233,8 @@ def read(folder, targets=None, processes=Processes()):
     Returns: {kind: {name: Tensor}}, all that the checkpoint holds.
     Raises: CheckpointError if a file is missing or damaged.
     """
-    try:
-        if not is_sharded(folder):
+    with undamaged(folder):
+        if not any(folder.glob("shard-*.safetensors")):
             return {path.stem: safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))}
         targets = targets or {}
         flat, result = {}, {kind: {} for kind in targets}
@@ -255,18 +249,16 @@ def read(folder, targets=None, processes=Processes()):
             dcp.load(flat, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=processes.saving,
                      no_dist=processes.size == 1)
         return result
-    except (OSError, ValueError, KeyError, SafetensorError, CheckpointException) as error:
-        raise damaged(folder, error) from error
 
 
 def load_file_into(targets, *paths):
     """`copy_into` from safetensors files. Raises: FileNotFoundError; CheckpointError if they do not fit."""
     tensors = {}
     for path in paths:
-        try:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file")
+        with undamaged(path):
             tensors |= safetensors.torch.load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); copy or train it again") from error
     copy_into(targets, tensors, str(paths[0]))
 
 
@@ -280,12 +272,12 @@ def copy_into(targets, tensors, where):
     """
     problems = [f"{name} is missing" for name in sorted(targets.keys() - tensors.keys())]
     problems += [f"{name} is not part of this model" for name in sorted(tensors.keys() - targets.keys())]
-    problems += [f"{name} has shape {tuple(tensors[name].shape)}, this model's has {tuple(target.shape)}"
-                 for name, target in targets.items() if name in tensors and tensors[name].shape != target.shape]
+    problems += [f"{name} has shape {tuple(tensor.shape)}, this model's has {tuple(targets[name].shape)}"
+                 for name, tensor in tensors.items() if name in targets and tensor.shape != targets[name].shape]
     if problems:
         raise CheckpointError(f"{where} does not fit this model: {'; '.join(problems)}")
     for name, target in targets.items():
-        copy_shard(target, tensors[name])
+        target.copy_(shard_of(tensors[name], target))
 
 
 def optimizer_tensors(optimizers):
@@ -305,11 +297,11 @@ def optimizer_places(optimizers):
 
 def load_optimizer(optimizers, tensors):
     """Give freshly built optimizers what `optimizer_tensors` gave. Raises: CheckpointError naming what does not fit."""
-    places, stateful = optimizer_places(optimizers), {place.split("/", 1)[1] for place in tensors}
-    missing = [place for place in places if place not in tensors and place.split("/", 1)[1] in stateful]
-    left_over = sorted(tensors.keys() - places.keys())
-    if missing or left_over:
-        raise CheckpointError(f"the optimizer's state does not fit: missing {missing}, left over {left_over}")
+    stateful = {place.split("/", 1)[1] for place in tensors}
+    expected = {place for place in optimizer_places(optimizers) if place.split("/", 1)[1] in stateful}
+    if expected != tensors.keys():
+        raise CheckpointError(f"the optimizer's state does not fit: missing {sorted(expected - tensors.keys())}, "
+                              f"left over {sorted(tensors.keys() - expected)}")
     for optimizer, parameter, name in named(optimizers):
         if name in stateful:
             optimizer.state[parameter] = {key: shard_of(tensors[f"{key}/{name}"], parameter)
@@ -322,15 +314,3 @@ def named(optimizers):
         for group in optimizer.param_groups:
             for parameter, name in zip(group["params"], group["param_names"]):
                 yield optimizer, parameter, name
-
-
-def difference(saved, now, where=""):
-    """Where two JSON values differ first: str ("stages.instruct.steps was 100, is now 200"), or None for equal ones."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in saved | now:
-            path = f"{where}.{key}" if where else key
-            found = difference(saved.get(key, "absent"), now.get(key, "absent"), path)
-            if found:
-                return found
-        return None
-    return None if saved == now else f"{where} was {saved!r}, is now {now!r}"

@@ -13,7 +13,7 @@ F frames, T tokens, N image tokens, W width
 import copy
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx, _):
         q, k, v = ctx.saved_tensors[:3]
         count_pairs(ctx.num_pairs, 2 * (q.shape[-1] + v.shape[-1]))
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+        return *map(torch.empty_like, (q, k, v)), None
 
 
 def count_pairs(num_pairs, width):
@@ -94,15 +94,12 @@ def count_pairs(num_pairs, width):
     torch.empty(num_pairs, width, device=META) @ torch.empty(width, 1, device=META)
 
 
-@dataclass
 class Fused(TorchFunctionMode):
     """Within, attention is FusedAttention, and products read bfloat16 (torch.autocast refuses the meta device)."""
 
-    bfloat16: bool
-    copies: dict = field(default_factory=dict)  # id(Parameter) -> its copy in bfloat16; id(indices) -> theirs here
-
-    def __post_init__(self):
+    def __init__(self, bfloat16):
         super().__init__()
+        self.bfloat16, self.copies = bfloat16, {}  # id(Parameter) -> its copy in bfloat16; id(indices) -> theirs here
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -131,8 +128,11 @@ def measure_part(run, inputs, parameters, bfloat16):
     """Run a function of one tensor (or None) there and back: (what it returned, Cost)."""
     kept, cost, mode = {}, Cost(), Fused(bfloat16)  # kept: storage -> a tensor of it, so that its address stays taken
 
+    def storages(tensors):
+        return {one.untyped_storage()._cdata: one for one in tensors}
+
     def keep(tensor):
-        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        kept.update(storages([tensor]))
         return tensor
 
     if inputs is not None:
@@ -146,13 +146,13 @@ def measure_part(run, inputs, parameters, bfloat16):
         with counter:
             output.backward(torch.empty_like(output))
         cost.backward = float(counter.get_total_flops())
-    copies = {one.untyped_storage()._cdata for one in mode.copies.values() if one.is_floating_point()}
-    ours = {one.untyped_storage()._cdata for one in parameters}
+    copies, ours = storages(mode.copies.values()), storages(parameters)
     for storage, tensor in kept.items():
+        size = tensor.untyped_storage().nbytes()
         if storage in copies:
-            cost.copies += tensor.untyped_storage().nbytes()
+            cost.copies += size
         elif storage not in ours:
-            cost.kept += tensor.untyped_storage().nbytes()
+            cost.kept += size
     return output, cost
 
 
@@ -280,19 +280,13 @@ def make_meter(model, stage, device, number):
     Args: model: vlm.VLM. stage: Stage. device: torch.device. number: int, GPUs.
     """
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if peak is None or stage.objective != "language":
-        return None
-    return measure(without_numbers(model), stage, number * peak)
-
-
-def without_numbers(model):
-    """A copy of a model on the meta device, whatever holds its weights."""
-    memo = {id(one): torch.nn.Parameter(torch.empty(one.shape, device=META), one.requires_grad) for one in model.parameters()}
-    return copy.deepcopy(model, memo)
+    return None if peak is None or stage.objective != "language" else measure(model, stage, number * peak)
 
 
 def measure(model, stage, peak):
-    """A Meter from two examples of a model on the meta device."""
+    """A Meter from two examples of a copy of a model on the meta device."""
+    memo = {id(one): torch.nn.Parameter(torch.empty(one.shape, device=META)) for one in model.parameters()}
+    model = copy.deepcopy(model, memo)
     short, long = (example_cost(model, stage, length) for length in (SHORT, LONG))
     first, second = (length + model.num_image_tokens(stage.image_size) for length in (SHORT, LONG))
     a, b = short["decoder"].flops / first, long["decoder"].flops / second  # each a + b T
@@ -346,31 +340,30 @@ def stage_memory(parts, stage, costs, parallel="none", num_processes=1):
       parallel: one of processes.MODES. num_processes: GPUs; 1 with "none".
     Returns: Memory.
     """
-    cost, sizes = total_cost(costs.values()), {part: outside_and_inside({part: named}) for part, named in parts.items()}
-    trained = state = 0
+    cost, trained, state = total_cost(costs.values()), 0, 0
     for group in optimizer.groups(parts, stage):
         size = FLOAT32 * sum(parameter.numel() for parameter in group["params"])
         muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
         trained, state = trained + size, state + size * (1 if muon else 2)
-    blocks, root = outside_and_inside(parts)
     gathered, copies, share = trained if parallel == "ddp" else 0, cost.copies, 1
     if parallel == "fsdp":
-        share = 1 / num_processes
-        root += sum(sizes[part][1] for part in stage.learning_rates)  # its gradients
-        gathered = FLOAT32 * (2 * max(blocks.values(), default=0) + root)
+        blocks, root = outside_and_inside(parts, stage.learning_rates)
+        share, gathered = 1 / num_processes, FLOAT32 * (2 * max(blocks.values(), default=0) + root)
         copies = costs["bridge"].copies if "bridge" in costs else 0  # a block's are let go with it
     weights = FLOAT32 * sum(one.numel() for named in parts.values() for one in named.values())
     return Memory(weights * share, trained * share, state * share, gathered, copies, cost.kept, cost.working)
 
 
-def outside_and_inside(parts):
-    """(Counter block -> parameters, parameters outside all blocks) of a model's parts."""
-    blocks = Counter()
-    for parameters in parts.values():
+def outside_and_inside(parts, trained=()):
+    """(Counter block -> parameters, parameters outside all blocks, those of trained parts twice) of a model's parts."""
+    blocks, root = Counter(), 0
+    for part, parameters in parts.items():
         for name, parameter in parameters.items():
-            block = BLOCK.match(name)
-            blocks[block.group() if block else None] += parameter.numel()
-    return blocks, blocks.pop(None, 0)
+            if block := BLOCK.match(name):
+                blocks[block.group()] += parameter.numel()
+            else:
+                root += parameter.numel() * (1 + (part in trained))
+    return blocks, root
 
 
 # ---- the plan that --print shows
@@ -440,15 +433,14 @@ def memory_lines(expected, stage, parts, costs):
     """A table, a line per value of --parallel: list of str."""
     unit, size = ("GB", GB) if total_cost(costs.values()).kept > GB / 100 else ("MB", GB / 1000)
     columns = ("weights", "gradients", "optimizer", "other", "an example", "micro-batch in 80 GB")
-    lines = [f"memory  {unit} of each GPU{''.join(f'{name:>{len(name) + 3}}' for name in columns)}"]
+    lines = [f"memory  {unit} of each GPU{''.join(f'{name:>12}' for name in columns)}"]
     for parallel in MODES:
         number = 1 if parallel == "none" else expected.num_gpus
         found = stage_memory(parts, stage, costs, parallel, number)
         other = found.gathered + found.copies + found.working
         values = (found.weights, found.gradients, found.optimizer, other, found.activations)
-        cells = "".join(f"{value / size:{len(name) + 3},.2f}" for value, name in zip(values, columns))
         fitting = min(found.fitting(CAPACITY), max(1, stage.batch_size // number)) or "none"
-        lines.append(f"        {f'{parallel} x {number}':<14}{cells}{fitting:>23}")
+        lines.append(f"        {f'{parallel} x {number}':<14}{''.join(f'{value / size:12,.2f}' for value in values)}{fitting:>20}")
     return lines
 
 

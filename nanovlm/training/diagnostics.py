@@ -10,6 +10,7 @@ A spike is a loss far above the last ones: more than SPIKE times their usual dis
 down and nothing else; what to do about it (a smaller rate, other data) is for people to decide.
 """
 
+import contextlib
 import statistics
 import time
 from collections import deque
@@ -101,12 +102,9 @@ def held_out(source):
     """The held-out records of a source, at most KEPT of the first LOOKED_AT, without damaged ones: list of Record."""
     found = []
     for n in range(min(len(source), LOOKED_AT)):
-        try:
+        with contextlib.suppress(ValueError, OSError):  # the training names it
             record = source.record(n)
-        except (ValueError, OSError):
-            continue  # the training names it
-        if is_held_out(record):
-            found.append(record)
+            found += [record] if is_held_out(record) else []
         if len(found) == KEPT:
             break
     return found
@@ -133,14 +131,11 @@ def held_out_answers(run, stage, records, max_new_tokens=32):
     """The model's words where held-out records have their last answer: list of str."""
     assistant = Assistant(run.model, run.tokenizer, run.template_of(stage), stage.image_size, stage.image_fit,
                           run.recipe.preprocessing)  # fmt: skip
-    talks = [record.conversations[0] for record in records]
-    asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in talks]
+    asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns, *_ in (one.conversations for one in records)]
     prompts = [make_prompt(assistant, turns, one.visuals, max_new_tokens) for turns, one in zip(asked, records)]
-    decoding, workspace, lines = Decoding(max_new_tokens=max_new_tokens), Workspace(share=run.share_prefix), []
-    for record, turns, said in zip(records, asked, reply(assistant, prompts, decoding, workspace=workspace)):
-        question, truth = turns[-1].text if turns else "", record.conversations[0][-1].text
-        lines.append(f"{record.id}: {short(question)} -> {short(said)} (right: {short(truth)})")
-    return lines
+    found = reply(assistant, prompts, Decoding(max_new_tokens), workspace=Workspace(share=run.share_prefix))
+    return [f"{record.id}: {short(turns[-1].text if turns else '')} -> {short(said)} "
+            f"(right: {short(record.conversations[0][-1].text)})" for record, turns, said in zip(records, asked, found)]
 
 
 def short(text):
@@ -153,7 +148,7 @@ class Watch:
     """Watches one stage. trainer: trainer.Trainer, at the stage's beginning."""
 
     def __init__(self, trainer):
-        self.trainer, self.run, self.stage, self.log = trainer, trainer.run, trainer.stage, trainer.log
+        self.trainer, self.run, self.stage = trainer, trainer.run, trainer.stage
         self.movement = Movement(self.run.parts(), self.stage)
         self.meter = make_meter(self.run.model, self.stage, self.run.device, self.run.processes.size)
         self.losses = deque((entry["loss"] for entry in self.entries("loss")), WINDOW)
@@ -162,21 +157,23 @@ class Watch:
 
     def entries(self, key):
         """The log's lines of this stage so far that have a key: list of dict."""
-        return [entry for entry in self.log.read() if entry["stage"] == self.stage.name and key in entry]
+        return [entry for entry in self.trainer.log.read() if entry["stage"] == self.stage.name and key in entry]
 
-    def utilisation(self, records, tokens, seconds):
-        """Share of the GPUs' peak in a step: float, or None on a CPU. records: of this process; tokens: of all."""
-        if self.meter is None:
-            return None
-        number = self.run.processes.size
-        pictures = sum(len(visual.frames) for record in records for visual in record.visuals)
-        return self.meter.share(number * pictures, number * len(records), tokens, seconds)
+    def step(self, records, loss, tokens, seconds):
+        """What the log says of a step beside its numbers: {"utilisation", "spike"}, where there is any.
 
-    def spike(self, loss):
-        """Whether a loss is a spike: None, or the limit that it exceeds."""
-        limit = spike_limit(self.losses)
+        Args: records: of this process. loss: nats. tokens: of all processes. seconds: it took.
+        """
+        found, limit, number = {}, spike_limit(self.losses), self.run.processes.size
+        if self.meter is not None:
+            pictures = sum(len(visual.frames) for record in records for visual in record.visuals)
+            share = self.meter.share(number * pictures, number * len(records), tokens, seconds)
+            found["utilisation"] = round(share, 4)
+        if limit is not None and loss > limit:
+            found["spike"] = round(limit, 4)
+            say(f"stage {self.stage.name}, step {self.trainer.stage_step}: the loss jumped to {loss:.4f}, above {limit:.4f}")
         self.losses.append(loss)
-        return limit if limit is not None and loss > limit else None
+        return found
 
     def after_step(self, norm):
         """What is due now and then. norm: of the whole gradient before clipping; None = no step was taken."""
@@ -194,14 +191,14 @@ class Watch:
         clip, parts = self.stage.clip, self.run.parts()
         gradients = gradient_norms(parts, self.stage, min(1.0, clip / norm) if clip and norm else 1.0)
         moved = self.movement.measure(parts)
-        found = {part: {"gradient": round(gradients[part], 6), "moved": round(moved[part], 6)} for part in moved}
-        self.log.write(stage=self.stage.name, step=self.trainer.step, parts=found)
+        self.trainer.note(parts={part: {"gradient": round(gradients[part], 6), "moved": round(moved[part], 6)}
+                                 for part in moved})
 
     def ask(self):
         """Log the loss of held-out records and print a few answers."""
         losses, answers = self.trainer.ask(self.held_out_now)
         if losses:
-            self.log.write(stage=self.stage.name, step=self.trainer.step, held_out=losses, answers=answers)
+            self.trainer.note(held_out=losses, answers=answers)
             told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
             say("\n  ".join([f"step {self.trainer.step}: held-out loss {told}", *answers]))
 
@@ -218,7 +215,8 @@ class Watch:
     def draw(self):
         """Write curves.png anew, seldom enough to cost less than 1% of the time."""
         began, run = time.monotonic(), self.run
-        checkpoint.replace(run.out / "curves.png", lambda path: plot_curves(self.log.read(), path, run.args.seed))
+        entries = self.trainer.log.read()
+        checkpoint.replace(run.out / "curves.png", lambda path: plot_curves(entries, path, run.args.seed))
         now = time.monotonic()
         self.next_curves = now + max(CURVES, 100 * (now - began))
 

@@ -144,24 +144,14 @@ def groups(parts, stage):
             matrix = is_matrix(name, parameter)
             kind = "matrix" if matrix else "other" if parameter.ndim else "scalar"
             group_name = f"{part}/{depths[name]}/{kind}"
-            if group_name not in result:
-                factor = stage.muon_factor if matrix and stage.optimizer == "muon" else 1.0
-                peak = rate * factor * stage.layer_decay.get(part, 1.0) ** depths[name]
-                result[group_name] = {"name": group_name, "peak_lr": peak, "lr": peak, "params": [],
-                                      "param_names": [], "weight_decay": stage.weight_decay if matrix else 0.0}
-            result[group_name]["params"].append(parameter)
-            result[group_name]["param_names"].append(name)
+            factor = stage.muon_factor if matrix and stage.optimizer == "muon" else 1.0
+            peak = rate * factor * stage.layer_decay.get(part, 1.0) ** depths[name]
+            group = result.setdefault(group_name, {
+                "name": group_name, "peak_lr": peak, "lr": peak, "params": [], "param_names": [],
+                "weight_decay": stage.weight_decay if matrix else 0.0})  # fmt: skip
+            group["params"].append(parameter)
+            group["param_names"].append(name)
     return list(result.values())
-
-
-def portions(groups, number):
-    """Groups in at most `number` lists of about as many parameters each."""
-    lists, sizes = [[] for _ in range(number)], [0] * number
-    for group in sorted(groups, key=lambda group: -sum(parameter.numel() for parameter in group["params"])):
-        smallest = sizes.index(min(sizes))
-        lists[smallest].append(group)
-        sizes[smallest] += sum(parameter.numel() for parameter in group["params"])
-    return [one for one in lists if one]
 
 
 def build(parts, stage, num_threads=1):
@@ -169,17 +159,17 @@ def build(parts, stage, num_threads=1):
 
     Args:
       parts, stage: as in `groups`, whose keys each group keeps; frozen parts get no state.
-      num_threads: int, into so many Muons the matrices are divided, which then can take their steps side by side.
+      num_threads: int, into so many Muons the matrices are dealt out, which then can take their steps side by side.
     Raises: ValueError if the stage names a part that the model does not have.
     """
     to_muon, to_adamw = [], []
     for group in groups(parts, stage):
         muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
         (to_muon if muon else to_adamw).append(group)
-    optimizers = []
     if any(isinstance(parameter, DTensor) for group in to_muon for parameter in group["params"]):
         num_threads = 1  # what processes say to one another keeps its order
-    optimizers += [Muon(one, stage.momentum, DTYPES[stage.precision]) for one in portions(to_muon, num_threads)]
+    optimizers = [Muon(to_muon[n::num_threads], stage.momentum, DTYPES[stage.precision])
+                  for n in range(min(num_threads, len(to_muon)))]
     if to_adamw:
         optimizers.append(torch.optim.AdamW(to_adamw, betas=stage.betas, eps=stage.eps, fused=True))
     return optimizers
@@ -206,19 +196,16 @@ class Together:
 
     def zero_grad(self):
         """Forget the gradients of the last update."""
-        for one in self.all:
-            one.zero_grad()
-
-    def set_lr(self, factor):
-        """Learning rates to their peaks times a factor."""
-        set_lr(self.all, factor)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def lr(self):
         """The largest learning rate."""
         return max(group["lr"] for group in self.groups)
 
-    def step(self):
-        """Move the weights."""
+    def step(self, factor):
+        """Move the weights, at learning rates that are their peaks times a factor."""
+        set_lr(self.all, factor)
         if self.device.type != "cpu":
             for one in self.all:
                 one.step()

@@ -16,7 +16,6 @@ import contextlib
 import copy
 import datetime
 import functools
-import math
 import os
 import pickle
 import re
@@ -39,7 +38,6 @@ from torch.utils.checkpoint import checkpoint
 from nanovlm.names import nearest
 from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage, all_parts, everything, freeze
-from nanovlm.vit import resize_positions
 
 MODES = ("none", "ddp", "fsdp")
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
@@ -74,10 +72,6 @@ class Processes:
         dist.all_reduce(total, group=self.group)
         return total.tolist()
 
-    def sum_up(self, report):
-        """The counts of all processes: a dataclass of int, as a new one."""
-        return type(report)(*map(int, self.sum([*vars(report).values()])))
-
     def gather(self, value, group=None):
         """Everybody's value, by rank: list. value: anything that can be pickled."""
         if self.size == 1:
@@ -86,43 +80,30 @@ class Processes:
         dist.all_gather_object(found, value, group=group or self.group)
         return found
 
-    def first(self, value):
+    def first(self, value, group=None):
         """The value of the first process that has one, for all; None if nobody has."""
-        return next((one for one in self.gather(value) if one is not None), None)
+        return next((one for one in self.gather(value, group) if one is not None), None)
 
     def agree(self, error, group=None):
         """Raise everywhere if there is an error (an Exception, or None) in any process: its own, or the first one's."""
-        found = self.gather(_portable(error), group)
+        found = self.first(_portable(error), group)
+        error = found if error is None else error
         if error is not None:
             raise error
-        for other in found:
-            if other is not None:
-                raise other
 
-    def together(self, function):
-        """What a function returns here; if it raises anywhere, it has failed in all processes."""
+    def together(self, function, here=True, group=None):
+        """What a function returns, if it runs `here`; if it raises anywhere, it has failed in all processes."""
         value = error = None
         try:
-            value = function()
+            value = function() if here else None
         except Exception as raised:
             error = raised
-        self.agree(error)
+        self.agree(error, group)
         return value
 
     def by_main(self, function):
         """Run a function in the main process alone: what it returns, or raises, reaches all."""
-        if self.size == 1:
-            return function()
-        answer = [None, None]
-        if self.main:
-            try:
-                answer[0] = function()
-            except Exception as raised:
-                answer[1] = _portable(raised)
-        dist.broadcast_object_list(answer, src=0, group=self.patient)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+        return self.gather(self.together(function, self.main, self.patient), self.patient)[0]
 
     def is_lost(self, error):
         """Whether an error says that another process is gone or silent: nothing can be agreed upon any more."""
@@ -155,22 +136,18 @@ def join(mode, device, shards=None, timeout=600.0):
         raise ValueError(f"--parallel {mode!r} is unknown.{nearest(mode, MODES)}")
     if shards is not None and mode != "fsdp":
         raise ValueError(f"--shards {shards} says how --parallel fsdp cuts the model, but --parallel is {mode}")
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size, missing = int(os.environ.get("WORLD_SIZE", 1)), sorted(set(ENVIRONMENT) - os.environ.keys())
     if mode == "none":
         if size > 1:
-            raise ValueError(f"torchrun has started {size} processes, but --parallel is none: each would train the "
-                             "same model; name ddp or fsdp")
+            raise ValueError(f"torchrun has started {size} processes, but --parallel is none; name ddp or fsdp")
         return Processes(), device
-    missing = [name for name in ENVIRONMENT if name not in os.environ]
     if missing:
-        raise ValueError(f"--parallel {mode} takes several processes, which torchrun starts ({', '.join(missing)} not "
-                         f"set): torchrun --nproc-per-node 2 train.py ... --parallel {mode}")
+        raise ValueError(f"--parallel {mode} takes several processes ({', '.join(missing)} not set); start them with "
+                         f"torchrun --nproc-per-node 2 train.py ... --parallel {mode}")
     if size % (shards or size):
         raise ValueError(f"--shards {shards} does not divide the {size} processes into groups")
     rank, local_rank, backend = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "gloo"
     if torch.device(device).type == "cuda":
-        if not dist.is_nccl_available():
-            raise ValueError("this torch has no NCCL, by which GPUs exchange; install one that has, or --device cpu")
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"process {local_rank} of this machine finds only {torch.cuda.device_count()} GPUs; give "
                              "torchrun a smaller --nproc-per-node")
@@ -183,8 +160,8 @@ def join(mode, device, shards=None, timeout=600.0):
         dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=size)
         return Processes(mode, rank, size, shards or size, timeout), device
     except RuntimeError as error:
-        raise ValueError(f"the other processes do not come together ({error}); are they all started, with the same "
-                         "MASTER_ADDR and MASTER_PORT?") from error
+        raise ValueError(f"the other processes do not come together ({error}); start all, with one "
+                         "MASTER_ADDR and MASTER_PORT") from error
 
 
 def leave(processes):
@@ -275,13 +252,25 @@ class Run:
 # A stage's loss as the `forward` of one module, the door through which DDP and FSDP2 let a model be trained.
 
 
-class LanguageLoss(nn.Module):
-    """The next-token loss of a vision-language model."""
+class StageLoss(nn.Module):
+    """What the losses have in common."""
 
-    def __init__(self, run, stage):
+    def __init__(self, model, run, stage):
         super().__init__()
-        self.model, self.device, self.precision, self.share = run.model, run.device, stage.precision, run.share_prefix
-        self.lean = run.processes.size == 1  # of many each runs every module, or the others wait for its gradients
+        self.model, self.run, self.precision = model, run, stage.precision
+
+    def autocast(self):
+        """The context of a forward pass in the stage's precision.
+
+        Without torch's cache of cast weights on a CPU: all threads share it, and the first to finish its pass empties
+        it. How often a weight is cast, and so how its gradient is rounded, would depend on which thread was faster.
+        """
+        kind = self.run.device.type
+        return torch.autocast(kind, torch.bfloat16, self.precision == "bfloat16", cache_enabled=kind != "cpu")
+
+
+class LanguageLoss(StageLoss):
+    """The next-token loss of a vision-language model."""
 
     def forward(self, batches):
         """list of vlm.Batch, one for each thread -> float[] in nats, summed over their trained tokens."""
@@ -289,57 +278,43 @@ class LanguageLoss(nn.Module):
 
     def of_batch(self, batch):
         """vlm.Batch -> float[]."""
-        with autocast(self.device, self.precision):
-            loss, _ = language_loss(self.model, batch.to(self.device), self.share, self.lean)
+        run = self.run
+        with self.autocast():  # of many processes each runs every module, or the others wait for its gradients
+            loss, _ = language_loss(self.model, batch.to(run.device), run.share_prefix, lean=run.processes.size == 1)
             if batch.pixels is not None:  # what only clips use, an embedding per frame: DDP waits for every gradient
                 loss = loss + 0 * sum(one.sum() for one in self.model.bridge.parameters() if one.requires_grad)
             return loss
 
 
-class ContrastiveLoss(nn.Module):
+class ContrastiveLoss(StageLoss):
     """The loss of a pair of towers; of several processes each has a share of it, over all pictures and captions."""
-
-    def __init__(self, run, stage):
-        super().__init__()
-        self.model, self.device, self.precision = run.contrastive, run.device, stage.precision
-        self.processes = run.processes
 
     def forward(self, shares, ids, lengths, right):
         """shares: (pixels, looks) for each thread; see batching.contrastive_batch -> float[] in nats."""
+        device, processes = self.run.device, self.run.processes
         images = torch.cat(by_threads(self.embed_images, shares, self.model))
-        with autocast(self.device, self.precision):
-            texts = self.model.embed_texts(ids.to(self.device), lengths.to(self.device))
-            if self.processes.size > 1:
-                images, texts, right = self.gather(images, texts, ids, lengths, right)
-            return self.model.match(images, texts, right.to(self.device)) / self.processes.size
+        with self.autocast():
+            texts = self.model.embed_texts(ids.to(device), lengths.to(device))
+            if processes.size > 1:  # the features of all, each caption once
+                captions = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist())]
+                found = processes.gather((captions, right.tolist()))
+                images = Gather.apply(images, [len(rows) for _, rows in found], processes.rank)
+                texts = Gather.apply(texts, [len(own) for own, _ in found], processes.rank)
+                first, right = merge_captions(found)
+                texts = texts[first.to(device)]
+            return self.model.match(images, texts, right.to(device)) / processes.size
 
     def embed_images(self, share):
         """(pixels, looks) -> float[looks, E]."""
-        with autocast(self.device, self.precision):
-            return self.model.embed_images(*(one.to(self.device) for one in share))
-
-    def gather(self, images, texts, ids, lengths, right):
-        """The features of all processes, each caption once."""
-        captions = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist())]
-        found = self.processes.gather((captions, right.tolist()))
-        images = Gather.apply(images, [len(rows) for _, rows in found], self.processes.rank)
-        texts = Gather.apply(texts, [len(own) for own, _ in found], self.processes.rank)
-        first, right = merge_captions(found)
-        return images, texts[first.to(texts.device)], right
+        with self.autocast():
+            return self.model.embed_images(*(one.to(self.run.device) for one in share))
 
 
 def stage_loss(run, stage):
     """The loss module of a stage, around the run's model."""
-    return ContrastiveLoss(run, stage) if stage.objective == "contrastive" else LanguageLoss(run, stage)
-
-
-def autocast(device, precision):
-    """The context of a forward pass in a stage's precision.
-
-    Without torch's cache of cast weights on a CPU: all threads share it, and the first to finish its pass empties it.
-    How often a weight is cast, and so how its gradient is rounded, would depend on which thread was faster.
-    """
-    return torch.autocast(device.type, torch.bfloat16, precision == "bfloat16", cache_enabled=device.type != "cpu")
+    if stage.objective == "contrastive":
+        return ContrastiveLoss(run.contrastive, run, stage)
+    return LanguageLoss(run.model, run, stage)
 
 
 class Gather(torch.autograd.Function):
@@ -386,7 +361,7 @@ def merge_captions(found):
 # make.
 #
 # Every stage wraps anew: what is frozen has no gradient to exchange and no state, and a new picture size brings a new
-# position table. With FSDP2 that means a new model without memory, which takes the shards over from the old one.
+# position table. With FSDP2 that means new models without memory, which take their shards over from whole ones.
 
 
 def lay_out(run, stage):
@@ -394,10 +369,13 @@ def lay_out(run, stage):
 
     With fsdp, `run.model` and `run.contrastive` become new ones, whose parameters are shards (DTensor).
     """
-    mode, old = run.processes.mode, (run.model, run.contrastive)
+    mode, plain = run.processes.mode, ()
     if mode == "fsdp":
+        with whole(run):
+            plain = (run.model, run.contrastive) if run.processes.main else ()
         run.model, run.contrastive = copy.deepcopy(run.skeleton)
-    run.model.vision.resize(stage.image_size)  # first: the position table may become a new parameter
+    for model in {run.model, *plain[:1]}:
+        model.vision.resize(stage.image_size)  # first: the position table may become a new parameter
     freeze(run.model, run.contrastive, stage)
     run.loss = stage_loss(run, stage)
     blocks = [block for name, block in run.loss.model.named_modules() if BLOCK.fullmatch(name)]
@@ -409,7 +387,7 @@ def lay_out(run, stage):
         run.loss.register_comm_hook(None, add_up)
     elif mode == "fsdp":
         shard(run, blocks)
-        take_over(run, *old)
+        fill(run, plain)
 
 
 def surround(block, compiled, recompute):
@@ -445,37 +423,23 @@ def shard(run, blocks):
 
 
 @torch.no_grad()
-def take_over(run, model, contrastive):
-    """Fill a run's new models with the weights of the old ones; at the beginning only the main process has theirs."""
+def fill(run, plain):
+    """Give a run's new models the weights of whole ones, which the main process has."""
     for one in (run.model, run.contrastive):
         for module in one.modules() if one is not None else ():
             if any(one.is_meta for one in module.parameters(recurse=False)):  # this stage's loss does not need it
                 module.to_empty(device=run.device, recurse=False)
-    targets = everything(run.model, run.contrastive)
-    for name, source in everything(model, contrastive).items():
-        target = targets[name]
-        if isinstance(source, DTensor) and isinstance(target, DTensor) and source.shape == target.shape:
-            target.to_local().copy_(source.to_local())  # shards stay where they are
-            continue
-        source = full(source, run)
-        if source.shape != target.shape:  # a position table, for pictures of another size
-            source = resize_positions(source, math.isqrt(len(target)) ** 2)
-        copy_shard(target, source)
-
-
-def full(tensor, run):
-    """A whole tensor from its shards, or from the main process."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    tensor = tensor.to(run.device) if run.processes.main else torch.empty_like(tensor, device=run.device)
-    dist.broadcast(tensor.contiguous(), src=0)
-    return tensor
+    sources = everything(*plain) if plain else {}
+    for name, target in everything(run.model, run.contrastive).items():
+        source = sources.get(name, torch.empty(target.shape, dtype=target.dtype)).to(run.device).contiguous()
+        dist.broadcast(source, src=0)
+        target.copy_(shard_of(source, target))
 
 
 @contextlib.contextmanager
 def whole(run):
     """Within, the main process has whole models, which can be asked and written; the others keep their shards."""
-    if run.processes.mode != "fsdp":
+    if not isinstance(run.loss, FSDPModule):
         yield
         return
     sharded = plain = run.model, run.contrastive
@@ -487,7 +451,7 @@ def whole(run):
                 one.to_empty(device=run.device)
     targets = everything(*plain)
     for name, tensor in everything(*sharded).items():
-        tensor = full(tensor, run)
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if run.processes.main:
             targets[name].copy_(tensor)
     run.model, run.contrastive = plain
@@ -514,16 +478,10 @@ def add_up_scalars(run, parameters):
 
 
 def shard_of(tensor, like):
-    """A copy of a tensor where a parameter lies; of a whole tensor, if the parameter is sharded, this process's share.
+    """A tensor where a parameter lies; of a whole tensor, if the parameter is sharded, this process's share.
 
-    Args:
-      tensor: Tensor or DTensor. like: Parameter; a tensor of another shape (a count of steps) is never sharded.
+    Args: tensor: Tensor or DTensor. like: Parameter; a tensor of another shape (a count of steps) is never sharded.
     """
     if isinstance(like, DTensor) and not isinstance(tensor, DTensor) and tensor.shape == like.shape:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return tensor.to(like.device, copy=True)
-
-
-def copy_shard(target, source):
-    """Copy a whole tensor into one of the same shape, or its share into a sharded one."""
-    target.copy_(shard_of(source, target) if isinstance(target, DTensor) else source)
+    return tensor.to(like.device)

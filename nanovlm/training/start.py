@@ -19,7 +19,7 @@ from nanovlm.training.progress import say
 from nanovlm.training.stages import choose, text_side
 from nanovlm.vit import check_image_size
 
-MADE_OF = ("architecture", "recipe_sha256")  # keys of config.json that a resumed run keeps
+NOT_ASKED = ("image_size", "architecture", "recipe_sha256")  # keys of config.json that no flag repeats
 SAME = ("recipe", "seed", "smoke", "init", "data", "images", "datasets")  # flags that a resumed run must repeat
 DEFAULT_THREADS = 2  # at most; more gain little at this size, and the count decides the last bits of every sum
 
@@ -70,9 +70,8 @@ def settle_precision(stages, device, saved):
     chosen = {stage.name: before.get(stage.name, {}).get("precision", chosen) for stage in stages}
     stages = tuple(dataclasses.replace(stage, precision=chosen[stage.name]) if stage.precision == "auto" else stage
                    for stage in stages)  # fmt: skip
-    slow = [line for line in (slow_line(stage.precision, device) for stage in stages) if line]
-    if slow:
-        say(slow[0])
+    for line in {slow_line(stage.precision, device) for stage in stages} - {None}:
+        say(line)
     return stages
 
 
@@ -90,13 +89,12 @@ def settle(args, size, stages, saved, lost):
         "size": size, "threads": threads, "stage_names": [stage.name for stage in stages],
         "stages": {stage.name: dataclasses.asdict(stage) for stage in stages},
     }  # fmt: skip
-    settings |= ({"lora": args.lora} if args.lora is not None else {}) | ({"missing": lost} if lost else {})
+    settings |= {name: value for name, value in (("lora", args.lora), ("missing", lost)) if value}
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be when read back
     if saved:
-        changed = checkpoint.difference({key: saved[key] for key in saved if key not in ("image_size", *MADE_OF)}, settings)
-        if changed:
-            raise checkpoint.CheckpointError(f"the run to continue has other settings: {changed}; repeat its options, "
-                                             "or name another folder with --out")
+        begun = {key: value for key, value in saved.items() if key not in NOT_ASKED}
+        checkpoint.check_same(begun, settings, "the run to continue has other settings; repeat its options, or name "
+                              "another folder with --out")
     return settings
 
 
@@ -175,26 +173,29 @@ def make_run(recipe, args, out, processes=Processes()):
     settings, saved = settle(args, size, stages, saved, lost), saved or {}
     torch.set_num_threads(settings["threads"])
     tokenizer = find_tokenizer(recipe, out, args.init)
-    to_build, skeleton = (recipe, size, tokenizer.vocab_size, args.seed, saved.get("architecture")), None
+
+    def build(init=None):
+        models = build_models(recipe, size, tokenizer.vocab_size, args.seed, saved.get("architecture"))
+        if init is not None:
+            load_weights(Path(init), *models)
+        add_lora(models[0], stages, args.lora)
+        return models
+
+    skeleton, device = None, torch.device(args.device)
     if processes.mode == "fsdp":  # only the main process ever holds the models whole
         with torch.device("meta"):
-            model, contrastive = skeleton = build_models(*to_build)
-            add_lora(model, stages, args.lora)
+            model, contrastive = skeleton = build()
     if not skeleton or processes.main:
-        model, contrastive = build_models(*to_build)
-        if args.init is not None and not checkpoint.complete(out):
-            load_weights(Path(args.init), model, contrastive)
-        add_lora(model, stages, args.lora)
+        model, contrastive = build(None if checkpoint.complete(out) else args.init)
     check_stages(stages, model, contrastive)
-    made_of = {"architecture": architecture(model, contrastive)}
-    made_of["recipe_sha256"] = digest(args.recipe) if args.recipe.endswith(".py") else None
-    changed = saved.get("recipe_sha256") not in (None, made_of["recipe_sha256"])
-    made_of = {name: value for name, value in made_of.items() if value} | {key: saved[key] for key in MADE_OF if key in saved}
-    processes.by_main(lambda: begin_folder(out, saved, settings | made_of, tokenizer))
+    recipe_digest = digest(args.recipe) if args.recipe.endswith(".py") else None
+    made_of = {"architecture": architecture(model, contrastive), "recipe_sha256": recipe_digest}
+    config = settings | {name: value for name, value in made_of.items() if value}
+    processes.by_main(lambda: begin_folder(out, saved, config, tokenizer))
     if processes.main:
+        changed = saved.get("recipe_sha256", recipe_digest) != recipe_digest
         for line in [f"{args.recipe} has changed since this run began"] * changed + lost_lines(lost):
             say(line)
-    device = torch.device(args.device)
     for one in (model, contrastive):
         if one is not None and not skeleton:
             one.to(device)
@@ -236,34 +237,37 @@ def find_sources(recipe, stages, args):
                     missing[name] = ""
             except FileNotFoundError as error:
                 missing[name] = str(error)
-    shares = {stage.name: {name: weight / sum(stage.mixture.values()) for name, weight in stage.mixture.items()} for stage in stages}
-    lost = {stage: {name: share for name, share in found.items() if name in missing} for stage, found in shares.items()}
-    lost = {stage: found for stage, found in lost.items() if found}
-    if not missing or (args.allow_missing and not lost):
-        return sources, stages, {}
-    if not args.allow_missing:
-        raise complaint(recipe, shares, missing, recipe.sources.keys() | sources.keys())
+    if missing and not args.allow_missing:
+        raise complaint(recipe, stages, missing, recipe.sources.keys() | sources.keys())
+    left, lost = [], {}
     for stage in stages:
-        if lost.get(stage.name, {}).keys() == stage.mixture.keys():
+        total = sum(stage.mixture.values())
+        gone = {name: weight / total for name, weight in stage.mixture.items() if name in missing}
+        if gone.keys() == stage.mixture.keys():
             raise ValueError(f"stage {stage.name!r}: nothing of its mixture is there, see --print for what to fetch")
-    left = ({name: weight for name, weight in stage.mixture.items() if name not in missing} for stage in stages)
-    return sources, tuple(dataclasses.replace(stage, mixture=mixture) for stage, mixture in zip(stages, left)), lost
+        if gone:
+            lost[stage.name] = gone
+        mixture = {name: weight for name, weight in stage.mixture.items() if name not in gone}
+        left.append(dataclasses.replace(stage, mixture=mixture))
+    return sources, tuple(left), lost
 
 
-def complaint(recipe, shares, missing, known):
-    """The error that names everything missing, {name: why}; shares: {stage: {name: share}}; known: names that exist."""
-    reading = {name: stage for stage in reversed(shares) for name in shares[stage]}
-    if len(missing) == 1 and "" in missing.values() and known:
-        name = next(iter(missing))
-        return ValueError(f"stage {reading[name]!r} reads {name!r}, which neither the recipe nor --datasets provides."
+def complaint(recipe, stages, missing, known):
+    """The error that names everything missing, {name: why}; known: names that exist."""
+    reading = {name: stage for stage in reversed(stages) for name in stage.mixture}
+    if [*missing.values()] == [""] and known:
+        (name,) = missing
+        return ValueError(f"stage {reading[name].name!r} reads {name!r}, which neither the recipe nor --datasets provides."
                           f"{nearest(name, known)}")
-    lines = [f"{len(missing)} data sets are missing; list them in --datasets FILE.json (see nanovlm/data/datasets.py), train "
-             "on the others with --allow-missing, or leave one out with --set STAGE.mixture.NAME=none:"]
-    for stage in dict.fromkeys(map(reading.get, missing)):
-        lines.append(f" {stage or 'read by no stage'}: (share, examples, page)")
-        for name in (name for name in missing if reading.get(name) == stage):
-            share = f"{shares[stage][name]:6.1%}" if stage else ""
-            lines.append(f"  {name:<24}{share} {missing[name] or recipe.home(name)}")
+    lines = [f"{len(missing)} data sets are missing (stage, share, examples, page); list them in --datasets FILE.json, see "
+             "nanovlm/data/datasets.py, train on the others with --allow-missing, or leave one out with "
+             "--set STAGE.mixture.NAME=none:"]
+    for name, why in missing.items():
+        place = "no stage"
+        if name in reading:
+            mixture = reading[name].mixture
+            place = f"{reading[name].name} {mixture[name] / sum(mixture.values()):.1%}"
+        lines.append(f"  {name:<24}{place:<16} {why or recipe.home(name)}")
     return FileNotFoundError("\n".join(lines))
 
 

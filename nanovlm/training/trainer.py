@@ -10,11 +10,8 @@ n of a source, torch's own random state), which is in every checkpoint.
 """
 
 import contextlib
-import itertools
-import string
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 
 import torch
 
@@ -23,7 +20,7 @@ from nanovlm.names import nearest
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.diagnostics import Watch
 from nanovlm.training.processes import lay_out, whole
-from nanovlm.training.progress import Bar, Log, Stopped, measures_table, plot_curves, say
+from nanovlm.training.progress import Bar, Log, Stopped, measures_table, say
 from nanovlm.training.stages import fingerprints, text_side
 from nanovlm.training.update import NotFinite, TrainingError, Update, make_feed, reading
 
@@ -81,8 +78,7 @@ class Trainer:
                     loss, tokens = update.average()
                     norm = update.clip(stage.clip)
                 if norm is not None:
-                    optimizers.set_lr(optimizer.lr_factor(self.stage_step, stage))
-                    optimizers.step()
+                    optimizers.step(optimizer.lr_factor(self.stage_step, stage))
                 self.stage_step, self.step = self.stage_step + 1, self.step + 1
                 self.log_step(bar, update, loss, norm, tokens, time.monotonic() - began)
                 self.watch.after_step(norm)
@@ -101,13 +97,13 @@ class Trainer:
         if stage.copy_vision_branch:
             run.model.copy_vision_branch()
         self.index, self.stage, self.report = index, stage, Report()  # of rows cut to max_tokens
-        self.stage_step = self.skipped = 0  # updates of this stage that are done; of them, the last ones, left out
         self.feed, self.damage = make_feed(run, stage, self.starts, self.step)
         self.optimizers = optimizer.Together(optimizer.build(run.parts(), stage, torch.get_num_threads()), run.device)
         self.watch = Watch(self)
         if saved:
             self.restore(*saved)
         else:
+            self.stage_step = self.skipped = 0  # updates of this stage that are done; of them, the last ones, left out
             self.frozen = fingerprints(run.model, run.contrastive, stage)
         say(f"\nstage {stage.name}: {stage.steps} steps of {stage.batch_size} examples at {stage.image_size} pixels")
         say("\n".join(optimizer.table(run.parts(), stage)))
@@ -133,7 +129,7 @@ class Trainer:
             where = f"stage {stage.name}, step {self.stage_step + 1}"
             if isinstance(error, NotFinite) and stage.non_finite == "skip" and self.skipped < MOST_SKIPPED:
                 self.skipped += 1
-                self.log.write(stage=stage.name, step=self.step + 1, skipped=str(error))
+                self.note(step=self.step + 1, skipped=str(error))
                 say(f"{where}: the update is left out: {error}")
                 return
             if self.processes.size == 1 or isinstance(error, TrainingError):  # which all processes raise together
@@ -142,20 +138,20 @@ class Trainer:
                 raise TrainingError(f"{where} of {stage.steps}: {error}") from error
             raise
 
+    def note(self, **entry):
+        """Log an entry of this stage."""
+        self.log.write(**{"stage": self.stage.name, "step": self.step} | entry)
+
     def log_step(self, bar, update, loss, norm, tokens, seconds):
         """Log a step and show it; norm: None for one that was left out. seconds: it took."""
-        stage, lr, waited, used = self.stage, self.optimizers.lr(), self.feed.waited, None
-        if norm is not None:
-            used, limit = self.watch.utilisation(update.records, tokens, seconds), self.watch.spike(loss)
-            more = {} if used is None else {"utilisation": round(used, 4)}
-            if limit is not None:
-                more["spike"] = round(limit, 4)
-                say(f"stage {stage.name}, step {self.stage_step}: the loss jumped to {loss:.4f}, above {limit:.4f}")
-            self.log.write(stage=stage.name, step=self.step, loss=loss, lr=lr, gradient_norm=norm,
-                           tokens_per_second=round(tokens / seconds), data_seconds=round(waited, 4),
-                           seconds=round(self.clock()["seconds"], 3), **more)
-        loss, waited = None if norm is None else loss, min(1.0, waited / seconds)
-        bar.update(self.stage_step, loss, lr, tokens / seconds, waited, used)
+        lr, waited, more = self.optimizers.lr(), self.feed.waited, {}
+        if norm is None:
+            loss = None
+        else:
+            more = self.watch.step(update.records, loss, tokens, seconds)
+            self.note(loss=loss, lr=lr, gradient_norm=norm, tokens_per_second=round(tokens / seconds),
+                      data_seconds=round(waited, 4), seconds=round(self.clock()["seconds"], 3), **more)
+        bar.update(self.stage_step, loss, lr, tokens / seconds, min(1.0, waited / seconds), more.get("utilisation"))
 
     def end(self):
         """Prove that nothing frozen has moved, measure, and say what a stage has met with."""
@@ -164,16 +160,20 @@ class Trainer:
         if moved:
             raise TrainingError(f"stage {stage.name}: frozen tensors have moved: {', '.join(moved)}")
         say("\n".join([*self.watch.table(), f"stage {stage.name}: none of the {len(now)} frozen tensors has moved"]))
-        report = self.processes.sum_up(self.report)
-        if report.truncated_rows:
-            say(f"stage {stage.name}: {report.truncated_rows:,} of {report.rows:,} rows were cut to "
-                f"max_tokens {stage.max_tokens}, {report.truncated_tokens:,} tokens lost")
+        counts = self.counts()
+        if counts["truncated_rows"]:
+            say(f"stage {stage.name}: {counts['truncated_rows']:,} of {counts['rows']:,} rows were cut to max_tokens "
+                f"{stage.max_tokens}, {counts['truncated_tokens']:,} tokens lost")
         self.measure("after")
         if self.damage.count:
             count, path = self.damage.count, self.damage.path
             say(f"stage {stage.name}: {count:,} damaged records were replaced by the next, see {path}")
         for name, drawn in self.feed.state()["drawn"].items():
             self.starts[name] += drawn
+
+    def counts(self):
+        """The Report of all processes together: dict of int."""
+        return dict(zip(vars(self.report), map(int, self.processes.sum([*vars(self.report).values()]))))
 
     def clock(self):
         """Time of training so far, without that between two processes, and of all threads' work: dict of seconds."""
@@ -194,11 +194,11 @@ class Trainer:
 
     def save(self, feed, random):
         """Write a checkpoint of the present weights; feed and random: their states after the last update."""
-        run, own, tensors = self.run, {name: vars(self)[name] for name in POSITION}, self.tensors() | {"random": random}
-        report, background = self.processes.sum_up(self.report), run.args.save_in_background
-        state = own | self.clock() | {
-            "stage": self.index, "report": asdict(report), "identity": run.identity, "feed": feed,
+        run = self.run
+        state = {name: vars(self)[name] for name in POSITION} | self.clock() | {
+            "stage": self.index, "report": self.counts(), "identity": run.identity, "feed": feed,
             "image_size": run.model.vision.image_size, "log_bytes": self.log.size(), "processes": self.processes.size}
+        tensors, background = self.tensors() | {"random": random}, run.args.save_in_background
         self.wait()
         rest = checkpoint.begin(run.out, self.step, tensors, state, self.processes, run.args.keep, background)
         self.writing = self.writer.submit(rest) if background else rest()
@@ -216,25 +216,22 @@ class Trainer:
             self.log.cut(0)
             return None
         state = checkpoint.read_state(folders[-1])
-        changed = checkpoint.difference(state["identity"], self.run.identity)
-        if changed:
-            raise checkpoint.CheckpointError(f"{folders[-1]} belongs to another run: {changed}")
+        checkpoint.check_same(state["identity"], self.run.identity, f"{folders[-1]} belongs to another run")
         vars(self).update({name: state[name] for name in POSITION})
         self.earlier = {name: state[name] for name in self.earlier}
         self.log.cut(state["log_bytes"])
         say(f"continuing after step {self.step}, in stage {self.run.stages[state['stage']].name}")
         if state["processes"] != self.processes.size:
-            say(f"{state['processes']} processes wrote the checkpoint, {self.processes.size} go on: sums are taken in "
-                "another order, so the last digits of losses and weights will differ")
+            say(f"{state['processes']} processes wrote the checkpoint, {self.processes.size} go on: the last digits of "
+                "losses and weights will differ")
         return folders[-1], state
 
     def restore(self, folder, state):
         """Put what a checkpoint holds back in its place, in a stage that has just begun."""
-        run, targets = self.run, self.tensors()
-        targets["optimizer"] = checkpoint.optimizer_places(self.optimizers.all)
+        run, targets = self.run, self.tensors() | {"optimizer": checkpoint.optimizer_places(self.optimizers.all)}
         found = checkpoint.read(folder, targets, self.processes)
-        checkpoint.copy_into(targets["model"], found["model"], "model.safetensors")
-        checkpoint.copy_into(targets["text_tower"], found["text_tower"], "text_tower.safetensors")
+        for kind in ("model", "text_tower"):
+            checkpoint.copy_into(targets[kind], found[kind], f"{kind}.safetensors")
         checkpoint.load_optimizer(self.optimizers.all, found["optimizer"])
         torch.set_rng_state(found["random"]["cpu"])
         if run.device.type == "cuda":
@@ -242,7 +239,6 @@ class Trainer:
         self.watch.movement.start = found["movement"]
         self.feed.load_state(state["feed"])
         self.report = Report(**state["report"]) if self.processes.main else Report()  # the others' counts are in it
-        vars(self).update({name: state[name] for name in POSITION})
 
     def ask(self, function, context=contextlib.nullcontext):
         """What function(run) finds out in the main process: no gradient, no trace in the random state."""
@@ -262,31 +258,33 @@ class Trainer:
         """Measure a stage before or after it, log it, and say afterwards what the stage achieved."""
         stage = self.stage
         found = self.ask(lambda run: run.recipe.evaluate(run, stage), self.stop.anywhere)
-        self.measures.setdefault(stage.name, {})[moment] = found
-        self.log.write(stage=stage.name, step=self.step, when=moment, measures=found)
-        for _, key, _, _ in string.Formatter().parse(stage.summary):
-            if key is not None and key not in found:
-                raise TrainingError(f"the summary of stage {stage.name!r} names {key!r}, which is not measured."
-                                    f"{nearest(key, found)}")
-        if moment == "after" and stage.summary:
-            before = self.measures[stage.name]["before"]
-            say(stage.summary.format(**{key: f"{before[key]:.1%} → {found[key]:.1%}" for key in found}))
+        measures = self.measures.setdefault(stage.name, {})
+        measures[moment] = found
+        self.note(when=moment, measures=found)
+        try:
+            shares = {key: f"{measures['before'][key]:.1%} → {after:.1%}" for key, after in found.items()}
+            summary = stage.summary.format(**shares)
+        except KeyError as error:
+            raise TrainingError(f"the summary of stage {stage.name!r} names {error}, which is not measured."
+                                f"{nearest(error.args[0], found)}") from error
+        if moment == "after" and summary:
+            say(summary)
 
     def exam(self):
         """Ask the exam's questions and print the answers that have changed."""
         answers = self.ask(self.run.recipe.exam)
         if answers != self.answers:
-            self.log.write(stage=self.stage.name, step=self.step, exam=answers)
-        for old, new in itertools.zip_longest(self.answers, answers):
-            if new is not None and new != old:
-                say(f"step {self.step}: {new}")
+            self.note(exam=answers)
+        for place, answer in enumerate(answers):
+            if answer not in self.answers[place : place + 1]:
+                say(f"step {self.step}: {answer}")
         self.answers = answers
 
     def finish(self, run):
         """Write the model, the curves and the results, and print the tables; in the main process."""
         tensors = {"model": run.model.state_dict(), "text_tower": text_side(run.contrastive)}
         checkpoint.write_model(run.out, tensors, run.model.vision.image_size)
-        checkpoint.replace(run.out / "curves.png", lambda path: plot_curves(self.log.read(), path, run.args.seed))
+        self.watch.draw()
         results = run.recipe.finish(run)
         results |= {"parameters": sum(p.numel() for p in run.model.parameters())}
         results |= {name: round(seconds, 1) for name, seconds in self.clock().items()}

@@ -6,26 +6,23 @@ micro-batches, or giving every process its share, changes nothing: dividing each
 count a word in a short batch for more. A contrastive loss compares all pairs and cannot be cut.
 
 A loss or a gradient that is not a number would spoil every weight with its step, so no step is taken. The stage says
-what
-then: non_finite="stop" ends the run with a checkpoint of the last good step, "skip" leaves out this one update.
+what then: non_finite="stop" ends the run with a checkpoint of the last good step, "skip" leaves out this one update.
 """
 
 import contextlib
 import dataclasses
-import functools
 import math
 import zlib
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanovlm.data.augment import augmented
 from nanovlm.data.batching import Preparation, build_batch, contrastive_batch
 from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.records import Changed
-from nanovlm.training.optimizer import BLOCK
 from nanovlm.training.processes import Processes, add_up_scalars, exchange_with, stage_loss
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch, part_of
 
@@ -128,23 +125,14 @@ def with_blank_picture(batch, model, image_size):
     Of many processes every one runs every module. Loss and gradients stay as they are; what only pictures reach gets
     zeros.
     """
-    tokens = model.num_image_tokens(image_size)
-    picture = [IMAGE_TOKEN] * tokens if model.media_token is None else [model.media_token]
+    picture = [IMAGE_TOKEN] * model.num_image_tokens(image_size) if model.media_token is None else [model.media_token]
     row = torch.tensor([*picture, 0])  # some word behind it: what only text reaches is reached, too
-    length = max(batch.ids.shape[1], len(row))
-
-    def add(values, new, padding):
-        widened = F.pad(values, (0, length - values.shape[1]), value=padding)
-        return torch.cat([widened, F.pad(new, (0, length - len(new)), value=padding)[None]])
-
+    new = {"ids": (row, 0), "labels": (torch.full_like(row, IGNORE), IGNORE), "segments": (torch.zeros_like(row), -1),
+           "positions": (torch.arange(len(row)), 0)}  # values, and the padding behind them
     return dataclasses.replace(
-        batch,
-        ids=add(batch.ids, row, 0), labels=add(batch.labels, torch.full_like(row, IGNORE), IGNORE),
-        segments=add(batch.segments, torch.zeros_like(row), -1),
-        positions=add(batch.positions, torch.arange(len(row)), 0),
-        pixels=torch.zeros(1, 3, image_size, image_size), frames=torch.ones(1, dtype=torch.long),
+        batch, pixels=torch.zeros(1, 3, image_size, image_size), frames=torch.ones(1, dtype=torch.long),
         shown=torch.zeros(1, dtype=torch.long), owner=torch.tensor([len(batch.ids)]),
-    )  # fmt: skip
+        **{name: pad_sequence([*getattr(batch, name), one], True, padding) for name, (one, padding) in new.items()})
 
 
 def blank(run, stage):
@@ -199,7 +187,7 @@ class Update:
         self.tokens += micro_batch.tokens
         if not math.isfinite(value) and self.failure is None:  # other processes still wait for this gradient
             origin = loss_origin(self.run, self.stage, micro_batch.inputs)
-            self.failure = NotFinite(f"the loss is {value}; records: {named(micro_batch.records)}{origin}")
+            self.failure = NotFinite(f"the loss is {value}; records: {named(micro_batch.records)}; {origin}")
 
     def average(self):
         """Divide the gradients by what the update trains, of all processes together.
@@ -207,15 +195,15 @@ class Update:
         Returns: (float loss per trained token or pair in nats, int tokens).
         Raises: NotFinite, in all processes, if a loss was not finite.
         """
-        processes = self.run.processes
+        run, processes = self.run, self.run.processes
         processes.agree(self.failure)
         if processes.size > 1 and not any(processes.gather(any(record.visuals for record in self.records))):
             for part in ("vision", "bridge", "vision_branch", "cross_attention"):  # only blank pictures were shown
-                for parameter in self.run.parts()[part].values():
+                for parameter in run.parts()[part].values():
                     parameter.grad = None
         loss, trained, tokens = processes.sum([self.loss, self.trained, self.tokens])
         self.parameters = [parameter for parameter in self.parameters if parameter.grad is not None]
-        add_up_scalars(self.run, self.parameters)
+        add_up_scalars(run, self.parameters)
         for parameter in self.parameters:  # only now is it known how many tokens the whole update trains
             parameter.grad /= trained
         return loss / trained, int(tokens)
@@ -227,8 +215,8 @@ class Update:
         """
         norm = total_norm([parameter.grad for parameter in self.parameters])
         if not math.isfinite(norm):
-            found = f"the gradient's norm is {norm.item()}; records: {named(self.records)}"
-            raise NotFinite(found + gradient_origin(self.run))
+            origin = gradient_origin(self.run, self.stage)
+            raise NotFinite(f"the gradient's norm is {norm.item()}; records: {named(self.records)}; {origin}")
         if largest is not None:
             for group in by_sharding(self.parameters):
                 torch.nn.utils.clip_grads_with_norm_(group, largest, norm)
@@ -256,57 +244,40 @@ def named(records):
     return ", ".join(record.id for record in records)
 
 
+def arose(stage, name):
+    """The name of a module or parameter with its part, in words."""
+    tower = stage.objective == "contrastive" and not name.startswith("vision.")
+    return f"it arose in the part {'text_tower' if tower else part_of(f'{name}.')}, first seen at {name}"
+
+
 def loss_origin(run, stage, inputs):
-    """Where a loss stopped being finite: the batch goes through the model once more, and every module's output is
-    looked at.
-
-    Not with fsdp, where one process alone cannot run the model.
-    """
+    """Where a loss stopped being finite: the batch runs once more, and every module's output is looked at."""
     if run.processes.mode == "fsdp":
-        return ""
-    for part, parameters in run.parts().items():
-        for name, parameter in parameters.items():
-            if not torch.isfinite(parameter).all():
-                return f"; a weight of the part {part} is not finite itself: {name}"
+        return "with fsdp no process alone can say where it arose"
     loss, found = stage_loss(dataclasses.replace(run, processes=Processes()), stage), []
-    hooks = [module.register_forward_hook(functools.partial(look, found, name))
-             for name, module in loss.model.named_modules() if name]  # fmt: skip
-    try:
-        with torch.no_grad():
-            loss(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not found:
-        return "; it arose in the loss itself"
-    tower = stage.objective == "contrastive" and not found[0].startswith("vision.")
-    part = "text_tower" if tower else part_of(f"{found[0]}.")
-    return f"; it arose in the part {part}, first seen behind {found[0]}"
+    for name, parameter in loss.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"a weight is not finite itself: {name}"
+    names = {module: name for name, module in loss.model.named_modules() if name}
+
+    def look(module, inputs, output):
+        if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+            found.append(names[module])
+
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(look))
+        loss(*inputs)
+    return arose(stage, found[0]) if found else "it arose in the loss itself"
 
 
-def look(found, name, module, inputs, output):
-    """A forward hook: the names of modules that give out what is not finite are found, inner ones first."""
-    if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
-        found.append(name)
-
-
-def gradient_origin(run):
+def gradient_origin(run, stage):
     """Where a gradient stopped being finite.
 
     The backward pass goes from the loss to the pixels and spoils all that comes behind it, so the bad gradient that is
-    nearest to the loss is where it arose.
+    nearest to the loss is where it arose; parameters are named in the order from the pixels to the loss.
     """
-    bad = []
-    for part, parameters in run.parts().items():
-        for name, parameter in parameters.items():
-            if parameter.grad is not None and not math.isfinite(total_norm([parameter.grad])):
-                bad.append((nearness(name), part, name))
-    return f"; it arose in the part {max(bad)[1]}, at {max(bad)[2]}" if bad else ""
-
-
-def nearness(name):
-    """Where a parameter stands on the way from the pixels to the loss: (place of its part, which layer)."""
-    order = ("vision.", "text.", "project_", "bridge.", "decoder.embedding.", "decoder.layers.", "decoder.")
-    place = next((place for place, start in enumerate(order) if name.startswith(start)), len(order))
-    block = BLOCK.search(name)
-    return place, int(block.group(1)) if block else -1
+    model = run.contrastive if stage.objective == "contrastive" else run.model
+    bad = [name for name, parameter in model.named_parameters()
+           if parameter.grad is not None and not math.isfinite(total_norm([parameter.grad]))]
+    return arose(stage, bad[-1]) if bad else "all single gradients are finite"

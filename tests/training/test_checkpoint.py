@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, at):
 
 def test_a_full_disk_before_the_first_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail(1, OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(CheckpointError, match="There is no earlier checkpoint"):
+    with pytest.raises(CheckpointError, match="no earlier one is intact"):
         save(tmp_path, 2, tensors(2), {})
     assert held(tmp_path) == []
 
@@ -106,7 +106,7 @@ def test_an_error_of_the_tensor_writer_is_a_failed_checkpoint(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "state").write_text("")
-    with pytest.raises(CheckpointError, match="could not be written.*There is no earlier checkpoint"):
+    with pytest.raises(CheckpointError, match="could not be written.*no earlier one is intact"):
         save(tmp_path, 1, tensors(1), {})
 
 
@@ -249,7 +249,6 @@ def test_optimizers_go_on_as_if_nothing_had_happened():
     train(second, fresh, 3, seed=2)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, second.get_parameter(name))
-    assert state["step/layers.0.bias"] == 3, "what was loaded is a copy"
 
 
 def test_optimizer_state_that_does_not_fit_is_named():
@@ -266,19 +265,6 @@ def test_optimizer_state_that_does_not_fit_is_named():
         checkpoint.load_optimizer(fresh, state)
     with pytest.raises(CheckpointError, match=r"missing \[\], left over \['exp_avg/other'\]"):
         checkpoint.load_optimizer(fresh, state | {"exp_avg/layers.0.bias": moved, "exp_avg/other": moved})
-
-
-@pytest.mark.parametrize(("saved", "now", "words"), [
-    ({"a": 1, "b": {"c": [1, 2]}}, {"a": 1, "b": {"c": [1, 2]}}, None),
-    ({"a": 1}, {"a": 2}, "a was 1, is now 2"),
-    ({"b": {"c": {"d": 0.1}}}, {"b": {"c": {"d": 0.2}}}, "b.c.d was 0.1, is now 0.2"),
-    ({"a": 1, "z": 1}, {"a": 1}, "z was 1, is now 'absent'"),
-    ({"a": 1}, {"a": 1, "z": None}, "z was 'absent', is now None"),
-    ({"a": {"b": 1}}, {"a": 3}, "a was {'b': 1}, is now 3"), ({"a": 3}, {"a": {"b": 1}}, "a was 3, is now {'b': 1}"),
-    ([1, 2], [2, 1], " was [1, 2], is now [2, 1]"),
-])
-def test_difference(saved, now, words):
-    assert checkpoint.difference(saved, now) == words
 
 
 def test_open_folder(tmp_path):

@@ -133,11 +133,6 @@ def test_muons_that_share_the_matrices_do_what_one_does():
     assert all(torch.equal(a, b) for a, b in zip(weights[0]["vision"].values(), weights[1]["vision"].values()))
 
 
-def test_portions_are_about_equal():
-    made = [{"name": name, "params": [torch.zeros(size)]} for name, size in (("a", 3), ("b", 9), ("c", 4), ("d", 1))]
-    assert [[g["name"] for g in one] for one in optimizer.portions(made, 2)] == [["b"], ["c", "a", "d"]]
-
-
 def test_adamw_alone_unless_there_is_something_for_muon():
     assert [type(one) for one in optimizer.build(parts(), STAGE)] == [torch.optim.AdamW]
     assert [g["lr"] for g in optimizer.build(parts(), STAGE)[0].param_groups] == [1e-3] * 6

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import many
 import train
-from nanovlm.training import checkpoint, optimizer, processes, trainer
+from nanovlm.training import optimizer, processes, trainer
 from nanovlm.training.checkpoint import complete
 from nanovlm.data import feed
 from nanovlm.training.progress import StopRequests, Stopped
@@ -161,8 +161,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, whole):
         flags = ["--size", "float64", *(["--parallel", mode] if size > 1 else []), *(["--resume"] if out.exists() else [])]
         found = many.run(size, work, out, flags, last)
         assert [one["step"] for one in found] == [last or 60] * size
-        sharded = checkpoint.is_sharded(complete(out)[-1])
-        assert sharded == (mode == "fsdp")
+        assert any(complete(out)[-1].glob("shard-*")) == (mode == "fsdp")
     assert_close(out, whole, 1e-10, 1e-10)
     assert "2 processes wrote the checkpoint, 3 go on" in (tmp_path / "run.0.txt").read_text()
 

@@ -25,8 +25,8 @@ def run(tmp_path):
 def gradients(model, batch):
     """As one of two processes: (loss, gradients by name)."""
     model.zero_grad()
-    run = SimpleNamespace(model=model, device=torch.device("cpu"), processes=SimpleNamespace(size=2), share_prefix=True)
-    loss = processes.LanguageLoss(run, RECIPE.stages("full", False)[1])([batch])
+    run = SimpleNamespace(device=torch.device("cpu"), processes=SimpleNamespace(size=2), share_prefix=True)
+    loss = processes.LanguageLoss(model, run, RECIPE.stages("full", False)[1])([batch])
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 

@@ -447,11 +447,11 @@ def test_another_run_in_the_checkpoint_is_refused(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(Stopped):
         train(make(out, max_minutes=0))
-    with pytest.raises(CheckpointError, match="stages.align.steps was 6, is now 7"):
+    with pytest.raises(CheckpointError, match="stages.align.steps 6, now 7"):
         make(out, set=["align.steps=7"])
     run = make(out)
     run.identity["seed"] = 1
-    with pytest.raises(CheckpointError, match="step-00000001 belongs to another run: seed was 0, is now 1"):
+    with pytest.raises(CheckpointError, match="step-00000001 belongs to another run: seed 0, now 1"):
         train(run)
 
 

@@ -113,17 +113,17 @@ def test_every_optimizer_takes_its_step_on_a_thread_of_its_own(threads):
                 raise RuntimeError("out of luck")
             together.wait()
 
-    optimizer.Together([Optimizer(), Optimizer()], torch.device("cpu")).step()
+    optimizer.Together([Optimizer(), Optimizer()], torch.device("cpu")).step(1.0)
     assert [number for number, _ in seen] == [1, 1] and torch.get_num_threads() == 3
     with pytest.raises(RuntimeError, match="out of luck"):
-        optimizer.Together([Optimizer()], torch.device("cpu")).step()
+        optimizer.Together([Optimizer()], torch.device("cpu")).step(1.0)
     assert torch.get_num_threads() == 3
 
 
 def test_away_from_the_cpu_steps_follow_one_another():
     seen = []
     one = types.SimpleNamespace(step=lambda: seen.append(threading.current_thread()), param_groups=[])
-    optimizer.Together([one, one], torch.device("meta")).step()
+    optimizer.Together([one, one], torch.device("meta")).step(1.0)
     assert seen == [threading.current_thread()] * 2
 
 
@@ -231,7 +231,7 @@ def test_pictures_and_plain_text_run_apart():
 
 def test_a_loss_that_is_not_finite_names_the_records(run):
     run.model.decoder.norm.weight.data[0] = float("nan")
-    with pytest.raises(TrainingError, match="the loss is nan; records: square-4; a weight of the part language_model is not "
+    with pytest.raises(TrainingError, match="the loss is nan; records: square-4; a weight is not "
                        "finite itself: decoder.norm.weight$"):
         gradients(run, language(micro_batch_size=4), RECORDS[4:])
 
@@ -239,13 +239,13 @@ def test_a_loss_that_is_not_finite_names_the_records(run):
 def test_a_gradient_that_is_not_finite_names_the_records(run):
     run.model.decoder.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(TrainingError, match="the gradient's norm is .*; records: square-0, square-1; it arose in the part "
-                       "language_model, at decoder.norm.weight$"):
+                       "language_model, first seen at decoder.norm.weight$"):
         gradients(run, language(), RECORDS[:2])
 
 
 def test_a_tower_that_is_not_finite_is_named(run):
     run.contrastive.text.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
-    with pytest.raises(TrainingError, match="it arose in the part text_tower, first seen behind text.norm$"):
+    with pytest.raises(TrainingError, match="it arose in the part text_tower, first seen at text.norm$"):
         gradients(run, tower(), RECORDS[:2])
 
 
