@@ -8,6 +8,7 @@
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -31,10 +32,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, arguments):
         """Parse a list of str; exit with status 2 and one line if a flag is unknown."""
-        wishes, unknown = self.parse_known_args(arguments)
+        args, unknown = self.parse_known_args(arguments)
         if unknown:
             self.error(f"unknown argument {unknown[0]!r}.{nearest(unknown[0], self._option_string_actions)}")
-        return wishes
+        return args
 
     def error(self, message):
         """Print one line and leave with status 2."""
@@ -46,31 +47,22 @@ def names(text):
     return [name.strip() for name in text.split(",")]
 
 
-def at_least_one(text):
-    """A whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def number(kind, low, high=math.inf):
+    """A reader of numbers from low to high; kind: int or float."""
+    def read(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} lies outside of {low} to {high}")
+        return kind(text)
+    return read
 
 
-def not_negative(text):
-    """A whole number from 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return int(text)
-
-
-def share(text):
-    """A number from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share between 0 and 1")
-    return float(text)
+COUNT = number(int, 1)
 
 
 def low_rank(text):
     """RANK or RANK:ALPHA, as keyword arguments of lora.add; without ALPHA the update counts once, as in the paper."""
     rank, _, alpha = text.partition(":")
-    return {"rank": at_least_one(rank), "alpha": float(alpha or rank)}
+    return {"rank": COUNT(rank), "alpha": float(alpha or rank)}
 
 
 def make_parser():
@@ -91,19 +83,19 @@ def make_parser():
     add("--images", metavar="FOLDER", help="where the image paths in --data start")
     add("--datasets", metavar="FILE.json", help="data sources by name, for the stages' mixtures")
     add("--allow-missing", action="store_true", help="train on what is there of a mixture; its shares grow alike")
-    add("--workers", type=not_negative, default=0, help="processes that read and decode the data ahead; 0: none")
-    add("--max-damaged", type=share, default=0.01, metavar="SHARE",
+    add("--workers", type=number(int, 0), default=0, help="processes that read and decode the data ahead; 0: none")
+    add("--max-damaged", type=number(float, 0, 1), default=0.01, metavar="SHARE",
         help="of the records that may be unusable (each is replaced by the next, see OUT/damaged.jsonl); default: 0.01")
     add("--parallel", default="none", help="none: one process; ddp: each of torchrun's holds the model; fsdp: a share of it")
-    add("--shards", type=at_least_one, metavar="N", help="with fsdp: N processes hold the model once; default: all")
+    add("--shards", type=COUNT, metavar="N", help="with fsdp: N processes hold the model once; default: all")
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="give up on a process that is silent for so long")
     add("--recompute", action="store_true", help="run blocks again in the backward pass instead of remembering their inside")
     add("--compile", action="store_true", help="torch.compile around every block")
-    add("--keep", type=at_least_one, default=1, metavar="N", help="checkpoints that stay; default: the last")
+    add("--keep", type=COUNT, default=1, metavar="N", help="checkpoints that stay; default: the last")
     add("--save-in-background", action="store_true", help="a thread writes the checkpoints while training goes on")
     add("--device", default=default_device(), help=DEVICES)
     add("--precision", choices=PRECISIONS, help="of every stage; auto: what this machine is fast in")
-    add("--threads", type=at_least_one, help="CPU threads; default: 2, or the cores if there are fewer")
+    add("--threads", type=COUNT, help="CPU threads; default: 2, or the cores if there are fewer")
     add("--seed", type=int, default=0, help="of weights and data")
     add("--max-minutes", type=float, help="stop after this time, with a checkpoint to resume from")
     add("--smoke", action="store_true", help="a run of seconds through all stages, which learns nothing")
@@ -118,10 +110,10 @@ def resume_command(arguments):
     return shlex.join([*start, "train.py", *arguments, *([] if "--resume" in arguments else ["--resume"])])
 
 
-def meet(parser, wishes):
+def meet(parser, args):
     """Meet the other processes, if there are any: parallel.Processes; what this one prints is the main process's to print."""
     try:
-        processes, wishes.device = join(wishes.parallel, wishes.device, wishes.shards, wishes.timeout)
+        processes, args.device = join(args.parallel, args.device, args.shards, args.timeout)
     except ValueError as error:
         parser.error(str(error))
     if not processes.main:
@@ -129,17 +121,17 @@ def meet(parser, wishes):
     return processes
 
 
-def prepare(parser, wishes, processes):
+def prepare(parser, args, processes):
     """Find the recipe and make the run; mistakes end the program with one line and status 2."""
     try:
-        recipe = find(wishes.recipe)
-        if wishes.print:
-            print("\n".join(plan(recipe, wishes)))
+        recipe = find(args.recipe)
+        if args.print:
+            print("\n".join(plan(recipe, args)))
             sys.exit(0)
-        check_device(wishes.device)
-        out = wishes.out or Path("out") / recipe.name
-        run = make_run(recipe, wishes, out, processes)
-        if wishes.resume and not complete(out):
+        check_device(args.device)
+        out = args.out or Path("out") / recipe.name
+        run = make_run(recipe, args, out, processes)
+        if args.resume and not complete(out):
             print(f"no checkpoint in {out} yet: starting at the beginning")
         return run
     except (ValueError, OSError, CheckpointError) as error:
@@ -149,16 +141,15 @@ def prepare(parser, wishes, processes):
 def main(arguments):
     """Run the command line; returns the exit code."""
     parser = make_parser()
-    wishes = parser.parse(arguments)
+    args, going_on = parser.parse(arguments), f"To go on:\n  {resume_command(arguments)}"
     with StopRequests() as stop:
-        processes = meet(parser, wishes)
-        going_on = f"To go on after the last checkpoint:\n  {resume_command(arguments)}"
+        processes = meet(parser, args)
         try:
             with stop.anywhere():
-                run = prepare(parser, wishes, processes)
+                run = prepare(parser, args, processes)
             Trainer(run, stop).train()
         except Stopped as stopped:
-            print(f"stopped: {stopped.reason}. To go on:\n  {resume_command(arguments)}", flush=True)
+            print(f"stopped: {stopped}. {going_on}", flush=True)
             return stopped.exit_code
         except (TrainingError, CheckpointError) as error:
             print(f"train.py: {error}\n{going_on}", file=sys.stderr)
@@ -166,7 +157,7 @@ def main(arguments):
         except RuntimeError as error:
             if not processes.is_lost(error):
                 raise
-            print(f"train.py: {processes}: another process is gone, or was silent for {wishes.timeout:g} s ({error})\n"
+            print(f"train.py: {processes}: another process is gone, or was silent for {args.timeout:g} s ({error})\n"
                   f"{going_on}", file=sys.stderr, flush=True)
             os._exit(1)  # no goodbye to the others, which nobody might hear
         leave(processes)

@@ -49,11 +49,7 @@ class CheckpointError(RuntimeError):
 
 
 def open_folder(out, resume):
-    """Look into an output folder, new or, with resume, that of an earlier process.
-
-    Returns: dict, the settings in config.json with which the run began; None if it begins now.
-    Raises: CheckpointError if the folder holds anything and resume is False, or holds something else than a run.
-    """
+    """The config.json of the run in a folder: dict; None if it begins now. Refuses what would be overwritten or is no run."""
     held = sorted(path.name for path in out.iterdir()) if out.exists() else []
     if held and not resume:
         raise CheckpointError(f"{out} already holds {held[0]}; continue that run with --resume, "
@@ -114,10 +110,7 @@ def write_model(out, tensors, image_size):
 
 
 def consolidate(out):
-    """Write the model of a run's newest checkpoint as whole files, as the end of the run would.
-
-    Returns: list of str, what was written. Raises: CheckpointError if there is no checkpoint, or for a full disk.
-    """
+    """Write the model of a run's newest checkpoint as the end of the run would: list of str, what was written."""
     folders = complete(out)
     if not folders:
         raise CheckpointError(f"{out} holds no checkpoint; give the output folder of train.py")
@@ -135,11 +128,9 @@ def begin(out, step, tensors, state, processes=Processes(), keep=1, background=F
     """Do what of a checkpoint must happen before the next step; all processes call this.
 
     Args:
-      out: Path, the run's output folder. step: int, optimizer steps of the whole run that are done.
-      tensors: dict of dicts, file name without ending -> tensor name -> Tensor. state: JSON-able dict.
+      out: Path, the run's folder. tensors: file name without ending -> name -> Tensor. state: JSON-able dict.
       keep: int, checkpoints that stay, this one included. background: the tensors may change before the rest is done.
-    Returns: a function for the rest, which returns the Path of the checkpoint's folder; either raises CheckpointError,
-      in all processes, if the disk is full or the folder cannot be written. The previous checkpoint stays.
+    Returns: a function for the rest, which returns the checkpoint's Path. Both raise CheckpointError, in all processes.
     """
     folder = out / "state" / f"{PREFIX}{step:08d}"
     temporary = Path(f"{folder}{TEMPORARY}")
@@ -226,12 +217,9 @@ def undamaged(path):
 
 
 def read(folder, targets=None, processes=Processes()):
-    """The tensors of a checkpoint, whole or in shards.
+    """The tensors of a checkpoint, whole or in shards: {kind: {name: Tensor}}.
 
-    Args:
-      folder: Path, from `complete`. targets: {kind: {name: Tensor}}; of a DTensor only its own shards are read.
-    Returns: {kind: {name: Tensor}}, all that the checkpoint holds.
-    Raises: CheckpointError if a file is missing or damaged.
+    targets: {kind: {name: Tensor}}; of a DTensor only its own shards are read.
     """
     with undamaged(folder):
         if not any(folder.glob("shard-*.safetensors")):
@@ -264,12 +252,7 @@ def load_file_into(targets, *paths):
 
 @torch.no_grad()
 def copy_into(targets, tensors, where):
-    """Copy loaded tensors into a model's own, key by key: their memory, and so its alignment, stays.
-
-    Args:
-      targets: dict name -> Tensor or Parameter. tensors: dict name -> Tensor. where: str, named in errors.
-    Raises: CheckpointError if keys are missing, left over or of another shape; all of them are named.
-    """
+    """Copy loaded tensors into a model's own, whose memory, and so its alignment, stays. All that does not fit is named."""
     problems = [f"{name} is missing" for name in sorted(targets.keys() - tensors.keys())]
     problems += [f"{name} is not part of this model" for name in sorted(tensors.keys() - targets.keys())]
     problems += [f"{name} has shape {tuple(tensor.shape)}, this model's has {tuple(targets[name].shape)}"
@@ -281,10 +264,7 @@ def copy_into(targets, tensors, where):
 
 
 def optimizer_tensors(optimizers):
-    """State of torch optimizers: dict "key/parameter name" -> Tensor. Parameters that never had a gradient have none.
-
-    optimizers: list from `optimizer.build`, whose groups carry `param_names`.
-    """
+    """State of torch optimizers: "key/parameter name" -> Tensor. Parameters that never had a gradient have none."""
     return {f"{key}/{name}": tensor for optimizer, parameter, name in named(optimizers)
             for key, tensor in optimizer.state.get(parameter, {}).items()}
 

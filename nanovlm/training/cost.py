@@ -23,11 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanovlm.attention import Visible, causal_rows
 from nanovlm.cross_attention import Media
 from nanovlm.training import optimizer
-from nanovlm.training.language_loss import ROWS, is_chunked, linear_cross_entropy
+from nanovlm.training.language_loss import ROWS, is_chunked
 from nanovlm.training.processes import BLOCK, MODES
-from nanovlm.training.stages import all_parts
+from nanovlm.training.stages import all_parts, freeze
 from nanovlm.training.start import add_lora, build_models, check_stages, choose_size, choose_stages
-from nanovlm.vlm import cross_entropy
 
 META = torch.device("meta")
 FLOAT32 = 4  # bytes
@@ -58,8 +57,7 @@ class Cost:
     forward: float = 0.0  # operations
     backward: float = 0.0
     kept: int = 0  # bytes of activations that wait for the backward pass
-    copies: int = 0  # bytes of weights in bfloat16 that wait with them; once for all examples of a micro-batch
-    working: int = 0  # bytes that come and go within; once for all examples too
+    once: int = 0  # bytes that a micro-batch's examples share: weights in bfloat16 that wait, and the loss's work
 
     @property
     def flops(self):
@@ -124,9 +122,9 @@ class Fused(TorchFunctionMode):
         return self.copies[id(value)]
 
 
-def measure_part(run, inputs, parameters, bfloat16):
+def measure_part(run, inputs, model, stage):
     """Run a function of one tensor (or None) there and back: (what it returned, Cost)."""
-    kept, cost, mode = {}, Cost(), Fused(bfloat16)  # kept: storage -> a tensor of it, so that its address stays taken
+    kept, cost, mode = {}, Cost(), Fused(stage.precision == "bfloat16")  # kept: storage -> a tensor of it
 
     def storages(tensors):
         return {one.untyped_storage()._cdata: one for one in tensors}
@@ -146,46 +144,34 @@ def measure_part(run, inputs, parameters, bfloat16):
         with counter:
             output.backward(torch.empty_like(output))
         cost.backward = float(counter.get_total_flops())
-    copies, ours = storages(mode.copies.values()), storages(parameters)
+    shared, weights = storages(mode.copies.values()), storages(model.parameters())
     for storage, tensor in kept.items():
         size = tensor.untyped_storage().nbytes()
-        if storage in copies:
-            cost.copies += size
-        elif storage not in ours:
+        if storage in shared:
+            cost.once += size
+        elif storage not in weights:
             cost.kept += size
     return output, cost
 
 
-def train_parts(model, stage):
-    """Freeze all but the stage's parts: list of the model's parameters."""
-    for part, parameters in model.parts().items():
-        for parameter in parameters.values():
-            parameter.requires_grad_(part in stage.learning_rates)
-    return list(model.parameters())
-
-
 def example_cost(model, stage, text_tokens, num_frames=1, recompute=False):
-    """What an example of one visual input costs.
+    """What an example of one visual input costs: dict part ("vision", "bridge", "decoder", "head") -> Cost.
 
     Args:
-      model: vlm.VLM on the meta device.
-      stage: Stage; its parts are those that train, its precision that of the products. The tower is resized.
-      text_tokens: tokens of the row beside the image tokens, all of them trained (what is not costs no scores).
-      num_frames: pictures of the visual input; 0 = an example of text alone.
-      recompute: whether blocks are run again in the backward pass (processes.surround); work that the model does not need
-        is not counted as its operations.
-    Returns: dict part ("vision", "bridge", "decoder", "head") -> Cost.
+      model: vlm.VLM on the meta device. stage: Stage; its parts train, its image size is taken on.
+      text_tokens: tokens of the row beside the image tokens, all of them trained. num_frames: pictures; 0 = text alone.
+      recompute: blocks are run again in the backward pass, which is not counted among the model's operations.
     """
     model.vision.resize(stage.image_size)
-    rest = train_parts(model, stage), stage.precision == "bfloat16"
+    freeze(model, None, stage)
     costs, tokens = {"vision": Cost(), "bridge": Cost()}, None
     if num_frames:
         pixels = torch.empty(num_frames, 3, stage.image_size, stage.image_size, device=META)
-        features, costs["vision"] = measure_part(model.vision, pixels, *rest)
-        tokens, costs["bridge"] = measure_part(lambda x: model.bridge(x.flatten(0, 1)[None], num_frames), features, *rest)
-    hidden, costs["decoder"] = measure_part(lambda x: decode(model, x, text_tokens), tokens, *rest)
-    _, costs["head"] = measure_part(lambda x: score(model, x[0, -text_tokens:], rest[1]), hidden, *rest)
-    settle_head(costs["head"], model, text_tokens, 2 if rest[1] else 4)
+        features, costs["vision"] = measure_part(model.vision, pixels, model, stage)
+        bridge = lambda x: model.bridge(x.flatten(0, 1)[None], num_frames)
+        tokens, costs["bridge"] = measure_part(bridge, features, model, stage)
+    hidden, costs["decoder"] = measure_part(lambda x: decode(model, x, text_tokens), tokens, model, stage)
+    costs["head"] = head_cost(model, stage, text_tokens, hidden.requires_grad)
     if recompute:
         patches = num_frames * (model.vision.num_patches(stage.image_size) + model.vision.config.class_token)
         forget(costs["vision"], patches, model.vision.config.width, len(model.vision.blocks))
@@ -194,18 +180,14 @@ def example_cost(model, stage, text_tokens, num_frames=1, recompute=False):
 
 
 def pair_cost(contrastive, stage, num_tokens):
-    """What a picture with its caption costs in a contrastive stage; the product of all pairs is left out.
-
-    Args: contrastive: contrastive.ContrastiveModel on the meta device. stage: Stage. num_tokens: int, of the caption.
-    Returns: dict "vision", "text_tower" -> Cost.
-    """
+    """Of a picture and a caption of num_tokens in a contrastive stage, without the product of all pairs: part -> Cost."""
     contrastive.vision.resize(stage.image_size)
-    rest = train_parts(contrastive, stage), stage.precision == "bfloat16"
+    freeze(contrastive, None, stage)
     pixels = torch.empty(1, 3, stage.image_size, stage.image_size, device=META)
     ids, lengths = (torch.empty(*shape, dtype=torch.long, device=META) for shape in ((1, num_tokens), (1,)))
     return {
-        "vision": measure_part(contrastive.embed_images, pixels, *rest)[1],
-        "text_tower": measure_part(lambda _: contrastive.embed_texts(ids, lengths), None, *rest)[1],
+        "vision": measure_part(contrastive.embed_images, pixels, contrastive, stage)[1],
+        "text_tower": measure_part(lambda _: contrastive.embed_texts(ids, lengths), None, contrastive, stage)[1],
     }
 
 
@@ -223,18 +205,19 @@ def decode(model, image_tokens, text_tokens):
     return model.decoder(x, positions, causal_rows(1, x.shape[1], META), modality if placed else None, media=media)
 
 
-def head_weight(model):
-    """What turns hidden states into scores: Parameter[V, W]."""
-    return (model.decoder.embedding if model.decoder.lm_head is None else model.decoder.lm_head).weight
-
-
-def score(model, hidden, bfloat16):
-    """The loss of `language_loss`, from hidden float[T, W]."""
-    labels = torch.empty(len(hidden), dtype=torch.long, device=META)
-    if not is_chunked(model):
-        return cross_entropy(model.decoder.logits(hidden), labels)
-    dtype = torch.bfloat16 if bfloat16 else hidden.dtype
-    return linear_cross_entropy(hidden.to(dtype), head_weight(model).to(dtype), labels)
+def head_cost(model, stage, num_tokens, reached):
+    """The Cost of `language_loss` from hidden states on; reached: whether anything before them trains."""
+    head = model.decoder.embedding if model.decoder.lm_head is None else model.decoder.lm_head
+    (num_words, width), trained = head.weight.shape, head.weight.requires_grad
+    size = 2 if stage.precision == "bfloat16" else 4
+    product = 2.0 * num_tokens * num_words * width
+    cost = Cost(product, product * (reached + trained), size * num_tokens * width)
+    if is_chunked(model):  # the gradients are made at once: sums in float32, beside what is read or left in bfloat16
+        cost.once = (4 if size == 4 else 6) * num_words * (ROWS + width * trained)
+    else:  # shares of the words, gradients of the scores and of their logarithms
+        cost.kept += 3 * FLOAT32 * num_tokens * num_words
+        cost.once = (4 - size) * num_words * width
+    return cost
 
 
 def forget(cost, tokens, width, num_blocks):
@@ -243,55 +226,26 @@ def forget(cost, tokens, width, num_blocks):
         cost.kept = FLOAT32 * tokens * width * num_blocks + cost.kept // num_blocks
 
 
-def settle_head(cost, model, text_tokens, size):
-    """Tell apart what the loss takes per example and what it takes once; size: bytes of a number in a product."""
-    weight = head_weight(model)
-    if not is_chunked(model):
-        cost.kept += 2 * FLOAT32 * text_tokens * len(weight)  # gradients of the scores and of their logarithms
-        return
-    per_number = 4 if size == 4 else 4 + size  # sums in float32, beside what is read or left in bfloat16
-    cost.working = per_number * ROWS * len(weight)
-    if weight.requires_grad:  # its gradient is made in the forward pass, once for all examples
-        cost.kept -= size * weight.numel()
-        cost.working += per_number * weight.numel()
-
-
 # ---- what share of a GPU's peak a step reaches (MFU, model FLOPs utilisation: PaLM, arXiv:2204.02311, App. B)
 
 
-@dataclass(frozen=True)
-class Meter:
-    """Operations of a step, against the peak of all GPUs: of a row of T tokens, a T + b T^2."""
+def make_meter(model, stage, peak):
+    """What tells the share of a peak, in operations per second, that a step reaches: of a row of T tokens, a T + b T^2.
 
-    per_picture: float
-    per_token: float  # a
-    per_pair: float  # b
-    peak: float  # operations per second
-
-    def share(self, pictures, rows, tokens, seconds):
-        """The share of the peak: float. pictures, rows, tokens (image tokens included): of the step."""
-        flops = pictures * self.per_picture + tokens * self.per_token + self.per_pair * tokens**2 / max(rows, 1)
-        return flops / seconds / self.peak
-
-
-def make_meter(model, stage, device, number):
-    """The Meter of a stage; None where the peak is not known (a CPU), or without a language loss.
-
-    Args: model: vlm.VLM. stage: Stage. device: torch.device. number: int, GPUs.
+    Returns: function of the step's pictures, rows, tokens (image tokens included) and seconds -> float.
     """
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return None if peak is None or stage.objective != "language" else measure(model, stage, number * peak)
-
-
-def measure(model, stage, peak):
-    """A Meter from two examples of a copy of a model on the meta device."""
     memo = {id(one): torch.nn.Parameter(torch.empty(one.shape, device=META)) for one in model.parameters()}
-    model = copy.deepcopy(model, memo)
+    model = copy.deepcopy(model, memo)  # without numbers
     short, long = (example_cost(model, stage, length) for length in (SHORT, LONG))
     first, second = (length + model.num_image_tokens(stage.image_size) for length in (SHORT, LONG))
-    a, b = short["decoder"].flops / first, long["decoder"].flops / second  # each a + b T
-    per_pair = (b - a) / (second - first)
-    return Meter(short["vision"].flops + short["bridge"].flops, a - per_pair * first, per_pair, peak)
+    of_first, of_second = short["decoder"].flops / first, long["decoder"].flops / second  # each a + b T
+    b = (of_second - of_first) / (second - first)
+    a, per_picture = of_first - b * first, short["vision"].flops + short["bridge"].flops
+
+    def share(pictures, rows, tokens, seconds):
+        return (pictures * per_picture + a * tokens + b * tokens**2 / max(rows, 1)) / seconds / peak
+
+    return share
 
 
 # ---- memory: weights, gradients, optimizer, activations
@@ -299,9 +253,8 @@ def measure(model, stage, peak):
 #   weights      4 bytes a parameter, whether it trains or not
 #   gradients    4 bytes a parameter that trains
 #   optimizer    8 more for AdamW (two running averages), 4 for Muon (one)
-#   copies       2 bytes a weight in bfloat16, as long as the backward pass may ask for it
 #   activations  what autograd keeps, per example of a micro-batch
-#   working      the scores of the loss, a few hundred rows at a time
+#   once         2 bytes a weight in bfloat16, as long as the backward pass may ask for it; a few hundred rows of scores
 #
 # With several processes, `ddp` keeps all of this in each of them, and every gradient once more, in the buckets that
 # travel. `fsdp` shares weights, gradients and optimizer out evenly. Gathered again are the root, that is all outside the
@@ -318,9 +271,8 @@ class Memory:
     gradients: float
     optimizer: float
     gathered: float  # with fsdp: the root and two blocks; with ddp: gradients on their way
-    copies: float
+    once: float  # weights in bfloat16 and the loss's work
     activations: float  # of one example
-    working: float
 
     def total(self, examples):
         """Bytes with a micro-batch of so many examples."""
@@ -332,26 +284,19 @@ class Memory:
 
 
 def stage_memory(parts, stage, costs, parallel="none", num_processes=1):
-    """What a stage takes.
-
-    Args:
-      parts: dict part -> dict name -> Parameter, of all models in memory. stage: Stage.
-      costs: dict part -> Cost of an example.
-      parallel: one of processes.MODES. num_processes: GPUs; 1 with "none".
-    Returns: Memory.
-    """
+    """What a stage takes: Memory. costs: part -> Cost of an example. parallel: one of processes.MODES."""
     cost, trained, state = total_cost(costs.values()), 0, 0
     for group in optimizer.groups(parts, stage):
         size = FLOAT32 * sum(parameter.numel() for parameter in group["params"])
         muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
         trained, state = trained + size, state + size * (1 if muon else 2)
-    gathered, copies, share = trained if parallel == "ddp" else 0, cost.copies, 1
+    gathered, once, share = trained if parallel == "ddp" else 0, cost.once, 1
     if parallel == "fsdp":
         blocks, root = outside_and_inside(parts, stage.learning_rates)
         share, gathered = 1 / num_processes, FLOAT32 * (2 * max(blocks.values(), default=0) + root)
-        copies = costs["bridge"].copies if "bridge" in costs else 0  # a block's are let go with it
+        once = sum(costs[part].once for part in ("bridge", "head") if part in costs)  # a block's are let go with it
     weights = FLOAT32 * sum(one.numel() for named in parts.values() for one in named.values())
-    return Memory(weights * share, trained * share, state * share, gathered, copies, cost.kept, cost.working)
+    return Memory(weights * share, trained * share, state * share, gathered, once, cost.kept)
 
 
 def outside_and_inside(parts, trained=()):
@@ -370,10 +315,7 @@ def outside_and_inside(parts, trained=()):
 
 
 def plan(recipe, args):
-    """The whole plan: list of str, lines. recipe: Recipe. args: the values of train.py's flags.
-
-    Raises: ValueError where stages and model do not go together.
-    """
+    """The whole plan: list of str, lines. Raises: ValueError where stages and model do not go together."""
     stages = choose_stages(recipe, args)
     vocab_size = recipe.tokenizer().vocab_size if recipe.published is None else 0  # 0: as published
     with torch.device("meta"):
@@ -437,10 +379,10 @@ def memory_lines(expected, stage, parts, costs):
     for parallel in MODES:
         number = 1 if parallel == "none" else expected.num_gpus
         found = stage_memory(parts, stage, costs, parallel, number)
-        other = found.gathered + found.copies + found.working
-        values = (found.weights, found.gradients, found.optimizer, other, found.activations)
+        values = (found.weights, found.gradients, found.optimizer, found.gathered + found.once, found.activations)
         fitting = min(found.fitting(CAPACITY), max(1, stage.batch_size // number)) or "none"
-        lines.append(f"        {f'{parallel} x {number}':<14}{''.join(f'{value / size:12,.2f}' for value in values)}{fitting:>20}")
+        cells = "".join(f"{value / size:12,.2f}" for value in values)
+        lines.append(f"        {f'{parallel} x {number}':<14}{cells}{fitting:>20}")
     return lines
 
 

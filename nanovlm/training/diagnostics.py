@@ -15,6 +15,7 @@ import statistics
 import time
 from collections import deque
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from nanovlm.data.batching import Report
@@ -23,7 +24,7 @@ from nanovlm.generation.chat import Assistant
 from nanovlm.generation.prefill import Workspace
 from nanovlm.generation.sampler import Decoding
 from nanovlm.training import checkpoint
-from nanovlm.training.cost import make_meter
+from nanovlm.training.cost import make_meter, peak_flops
 from nanovlm.training.language_loss import language_loss
 from nanovlm.training.progress import plot_curves, say
 from nanovlm.training.update import EVERY, is_held_out, make_batch, total_norm
@@ -65,10 +66,7 @@ class Movement:
 
 
 def gradient_norms(parts, stage, factor=1.0):
-    """The norm of each part's gradient as it stands in the parameters: dict part -> float; 0 where nothing was reached.
-
-    factor: float, what clipping has shortened the gradient to.
-    """
+    """The norm of each part's gradient as it stands, divided by what clipping has multiplied it by: dict part -> float."""
     found = {}
     for part in stage.learning_rates:
         gradients = [parameter.grad for parameter in parts[part].values() if parameter.grad is not None]
@@ -77,10 +75,7 @@ def gradient_norms(parts, stage, factor=1.0):
 
 
 def movement_table(entries, parts):
-    """The table at the end of a stage: list of str; gradients are the middle one of those that were logged.
-
-    entries: list of dict, the log's lines of this stage that have "parts". parts: names of all that hold a parameter.
-    """
+    """The table at the end of a stage, list of str, from its log entries with "parts"; gradients are the middle ones."""
     lines = [f"{'part':<18}{'gradient':>10}{'moved':>10}"]
     for part in parts:
         seen = [entry["parts"][part] for entry in entries if part in entry["parts"]]
@@ -111,10 +106,7 @@ def held_out(source):
 
 
 def held_out_losses(run, stage, records):
-    """Loss of held-out records in nats per trained token: dict source -> float, of those that hold a record.
-
-    records: dict source -> list of Record.
-    """
+    """Loss of held-out records, source -> list of Record, in nats per trained token: dict source -> float."""
     found, size = {}, stage.micro_batch_size or 4
     for name, own in records.items():
         total = count = 0
@@ -131,7 +123,8 @@ def held_out_answers(run, stage, records, max_new_tokens=32):
     """The model's words where held-out records have their last answer: list of str."""
     assistant = Assistant(run.model, run.tokenizer, run.template_of(stage), stage.image_size, stage.image_fit,
                           run.recipe.preprocessing)  # fmt: skip
-    asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns, *_ in (one.conversations for one in records)]
+    talks = [record.conversations[0] for record in records]
+    asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in talks]
     prompts = [make_prompt(assistant, turns, one.visuals, max_new_tokens) for turns, one in zip(asked, records)]
     found = reply(assistant, prompts, Decoding(max_new_tokens), workspace=Workspace(share=run.share_prefix))
     return [f"{record.id}: {short(turns[-1].text if turns else '')} -> {short(said)} "
@@ -150,7 +143,11 @@ class Watch:
     def __init__(self, trainer):
         self.trainer, self.run, self.stage = trainer, trainer.run, trainer.stage
         self.movement = Movement(self.run.parts(), self.stage)
-        self.meter = make_meter(self.run.model, self.stage, self.run.device, self.run.processes.size)
+        device, number = self.run.device, self.run.processes.size
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self.share_of_peak = None  # on a CPU, or of a GPU that is not known
+        if peak and self.stage.objective == "language":
+            self.share_of_peak = make_meter(self.run.model, self.stage, number * peak)
         self.losses = deque((entry["loss"] for entry in self.entries("loss")), WINDOW)
         self.records = None  # source -> held-out records, found when first asked
         self.next_curves = time.monotonic() + CURVES
@@ -160,14 +157,11 @@ class Watch:
         return [entry for entry in self.trainer.log.read() if entry["stage"] == self.stage.name and key in entry]
 
     def step(self, records, loss, tokens, seconds):
-        """What the log says of a step beside its numbers: {"utilisation", "spike"}, where there is any.
-
-        Args: records: of this process. loss: nats. tokens: of all processes. seconds: it took.
-        """
+        """What the log says of a step beside its numbers: {"utilisation", "spike"}; tokens are those of all processes."""
         found, limit, number = {}, spike_limit(self.losses), self.run.processes.size
-        if self.meter is not None:
+        if self.share_of_peak is not None:
             pictures = sum(len(visual.frames) for record in records for visual in record.visuals)
-            share = self.meter.share(number * pictures, number * len(records), tokens, seconds)
+            share = self.share_of_peak(number * pictures, number * len(records), tokens, seconds)
             found["utilisation"] = round(share, 4)
         if limit is not None and loss > limit:
             found["spike"] = round(limit, 4)

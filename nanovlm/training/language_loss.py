@@ -19,6 +19,7 @@ B rows, T tokens, M visual inputs, N image tokens of each, K key/value heads, D 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nanovlm.attention import Visible, causal_rows
@@ -57,11 +58,7 @@ def is_chunked(model):
 
 
 class SharedKeys:
-    """In place of a cache: before every row's own keys and values stand those of its picture.
-
-    Args:
-      layers: per layer (k, v) float[M, K, N, D]. picture: int[B], the picture of each row.
-    """
+    """In place of a cache: before a row's own keys and values stand its picture's; layers: (k, v) float[M, K, N, D]."""
 
     def __init__(self, layers, picture):
         self.layers, self.picture = layers, picture
@@ -80,23 +77,16 @@ class SharedKeys:
 
 
 def can_share(batch, is_image):
-    """Whether pictures stand in front of their rows, one a row, equally long, at equal positions, and some one twice.
-
-    Args:
-      batch: vlm.Batch. is_image: bool[B, T], ids == IMAGE_TOKEN.
-    """
+    """Whether pictures stand in front of their rows, one a row, equally long, at equal positions, and some one twice."""
     if len(batch.frames) in (0, len(batch.shown)):
         return False
-    num_image_tokens = is_image.sum(1)
-    longest = int(num_image_tokens.max())
-    in_front = bool((num_image_tokens == is_image[:, :longest].sum(1)).all())
-    all_or_none = bool(((num_image_tokens == 0) | (num_image_tokens == longest)).all())
-    one_each = len(batch.owner) == int((num_image_tokens > 0).sum())
-    real = batch.segments >= 0
-    one_document = bool((batch.segments <= 0).all() and (real[:, 1:] <= real[:, :-1]).all())
-    positions = batch.positions[num_image_tokens > 0, :longest]
-    same_positions = bool((positions == positions[:1]).all())
-    return in_front and all_or_none and one_each and one_document and same_positions
+    counts, real = is_image.sum(1), batch.segments >= 0
+    longest = int(counts.max())
+    positions = batch.positions[counts > 0, :longest]
+    return bool((counts == is_image[:, :longest].sum(1)).all()  # in front
+                and ((counts == 0) | (counts == longest)).all() and len(batch.owner) == (counts > 0).sum()
+                and (batch.segments <= 0).all() and (real[:, 1:] <= real[:, :-1]).all()  # a document, padded behind
+                and (positions == positions[:1]).all())
 
 
 def two_lengths(lengths):
@@ -110,12 +100,9 @@ def two_lengths(lengths):
 
 
 def wanted_states(model, batch, wanted, lean=True):
-    """The states of `VLM.hidden` at wanted positions, with rows that share their pictures where they can.
+    """The states of `VLM.hidden` at wanted positions bool[B, T]: float[N, W]; pictures run once where they can.
 
-    Args:
-      model: vlm.VLM. batch: vlm.Batch. wanted: bool[B, T], none of them padding.
-      lean: where no image token is wanted, the last layer computes no more of them than their keys and values.
-    Returns: float[N, W], row by row.
+    lean: where no image token is wanted, the last layer computes no more of them than their keys and values.
     """
     is_image, decoder, device = batch.ids == IMAGE_TOKEN, model.decoder, batch.ids.device
     if model.media_token is not None or not can_share(batch, is_image):
@@ -170,7 +157,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
         total = hidden.new_zeros((), dtype=torch.float32)
         for rows, row_labels, place in zip(hidden.split(ROWS), labels.split(ROWS), range(0, len(hidden), ROWS)):
-            scores = torch.nn.functional.linear(rows, weight, bias).float()
+            scores = F.linear(rows, weight, bias).float()
             top = scores.amax(1, keepdim=True)
             right = scores.gather(1, row_labels[:, None])
             shares = scores.sub_(top).exp_()
@@ -190,9 +177,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             elif d_weight is not None:
                 d_weight += d_scores.t() @ rows
             del scores, shares, d_scores  # before the next rows are scored
-        gradients = (d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype),
-                     d_bias if d_bias is None else d_bias.to(bias.dtype))  # fmt: skip
-        ctx.save_for_backward(*gradients)
+        gradients = zip((d_hidden, d_weight, d_bias), (hidden, weight, bias))
+        ctx.save_for_backward(*(grad if grad is None else grad.to(like.dtype) for grad, like in gradients))
         return total
 
     @staticmethod

@@ -47,12 +47,8 @@ def orthogonalised(matrix, dtype):
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov's momentum, its direction made orthogonal; for matrices, whole ones or DTensors.
 
-    Orthogonalising the rows that one process holds would be another algorithm. Momentum is elementwise and stays
-    sharded; only the direction is gathered, made orthogonal by every process in the same way, and each keeps its own
-    rows of it.
-
-    Args:
-      groups: list of dict with params, lr and weight_decay. momentum: float. dtype: torch.dtype of the iterations.
+    Momentum is elementwise and stays sharded; the direction is gathered, every process makes it orthogonal in the same
+    way, and each keeps its own rows. dtype: torch.dtype of the iterations.
     """
 
     def __init__(self, groups, momentum, dtype):
@@ -84,10 +80,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def lr_factor(step, stage):
-    """Learning rate as a share of the peak, float; step: int, optimizer steps of this stage that are done.
+    """Learning rate as a share of the peak after `step` optimizer steps of a stage: float.
 
-    During the warm-up it rises from start_lr_factor in a straight line and is 1 at warmup_steps; the schedule then
-    falls so that it would meet end_lr_factor at `steps`, one past the last update.
+    It rises to 1 at warmup_steps, then falls so that it would meet end_lr_factor one past the last update.
     """
     if step < stage.warmup_steps:
         return stage.start_lr_factor + (1 - stage.start_lr_factor) * step / stage.warmup_steps
@@ -102,11 +97,9 @@ def lr_factor(step, stage):
 
 
 def depths_from_top(names):
-    """Depth of every parameter of one part, counted from its top, for layer-wise learning-rate decay: dict name -> int.
+    """Depth of every parameter of a part, counted from its top: name -> int; names in the order of registration.
 
-    names: list of str in the order of registration. With L blocks, what is registered after the last block (a final
-    norm) has depth 0, block i has L - i, what comes before the first block (patches, positions) has L + 1. A part
-    without blocks has depth 0 throughout. Source: BEiT, arXiv:2106.08254 (get_num_layer_for_vit of its code).
+    With L blocks: 0 behind the last, L - i in block i, L + 1 before the first (BEiT, arXiv:2106.08254, its code).
     """
     blocks = {name: match.group(1) for name in names if (match := BLOCK.search(name))}
     numbers = sorted(set(blocks.values()), key=int, reverse=True)  # the top one first
@@ -126,12 +119,9 @@ def is_matrix(name, parameter):
 
 
 def groups(parts, stage):
-    """Sort the parameters that a stage trains into named groups.
+    """Sort what a stage trains of `VLM.parts()` into named groups, a list of dict for torch's optimizers.
 
-    Args: parts: dict part -> dict name -> Parameter (`VLM.parts()`). stage: Stage.
-    Returns: list of dict with `name` ("vision/2/matrix": part, depth from the top, kind), `peak_lr`, `lr`,
-      `weight_decay`, `params` and `param_names`.
-    Raises: ValueError if the stage gives a learning rate or a layer decay to a part that the model does not have.
+    "name" is "vision/2/matrix": part, depth from the top, kind. Raises: ValueError for a part that the model lacks.
     """
     missing = sorted((stage.learning_rates.keys() | stage.layer_decay.keys()) - parts.keys())
     if missing:
@@ -155,13 +145,7 @@ def groups(parts, stage):
 
 
 def build(parts, stage, num_threads=1):
-    """Make the optimizers of a stage: list of Muon (if the stage asks for it and trains matrices), then AdamW.
-
-    Args:
-      parts, stage: as in `groups`, whose keys each group keeps; frozen parts get no state.
-      num_threads: int, into so many Muons the matrices are dealt out, which then can take their steps side by side.
-    Raises: ValueError if the stage names a part that the model does not have.
-    """
+    """The optimizers of a stage: list of Muon (the matrices, dealt out to num_threads of them), then AdamW."""
     to_muon, to_adamw = [], []
     for group in groups(parts, stage):
         muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
@@ -183,11 +167,7 @@ def set_lr(optimizers, factor):
 
 
 class Together:
-    """The optimizers of a stage as one; on a CPU each steps on a thread of its own, as Muon's products are too small
-    for several.
-
-    optimizers: list from `build`. device: torch.device of the parameters.
-    """
+    """The optimizers of a stage as one. On a CPU each steps on one thread: Muon's products are too small for several."""
 
     def __init__(self, optimizers, device):
         self.all, self.device = optimizers, device

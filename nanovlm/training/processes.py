@@ -40,7 +40,7 @@ from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage, all_parts, everything, freeze
 
 MODES = ("none", "ddp", "fsdp")
-ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
+ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # from torchrun
 PATIENCE = datetime.timedelta(days=7)  # for what has no time limit of its own: an evaluation, a slow disk
 SIGNS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "Socket Timeout", "Broken pipe")
 BLOCK = re.compile(r"(vision|text)\.blocks\.\d+|decoder\.layers\.\d+")  # what is compiled, run again and sharded
@@ -124,25 +124,22 @@ def _portable(error):
 
 
 def join(mode, device, shards=None, timeout=600.0):
-    """Meet the other processes.
+    """Meet the other processes: (Processes, str of this process's own device).
 
-    Args:
-      mode: one of MODES. device: str, "cpu" or "cuda". shards: int, with fsdp; None = the model once, over all.
-      timeout: float, seconds.
-    Returns: (Processes, str of this process's own device).
+    Args: mode: one of MODES. shards: with fsdp; None = the model once, over all. timeout: seconds.
     Raises: ValueError, in words for the user, for what does not go together, or if the others do not come.
     """
     if mode not in MODES:
         raise ValueError(f"--parallel {mode!r} is unknown.{nearest(mode, MODES)}")
     if shards is not None and mode != "fsdp":
         raise ValueError(f"--shards {shards} says how --parallel fsdp cuts the model, but --parallel is {mode}")
-    size, missing = int(os.environ.get("WORLD_SIZE", 1)), sorted(set(ENVIRONMENT) - os.environ.keys())
+    size = int(os.environ.get("WORLD_SIZE", 1))
     if mode == "none":
         if size > 1:
             raise ValueError(f"torchrun has started {size} processes, but --parallel is none; name ddp or fsdp")
         return Processes(), device
-    if missing:
-        raise ValueError(f"--parallel {mode} takes several processes ({', '.join(missing)} not set); start them with "
+    if not os.environ.keys() >= set(ENVIRONMENT):
+        raise ValueError(f"--parallel {mode} takes several processes; start them with "
                          f"torchrun --nproc-per-node 2 train.py ... --parallel {mode}")
     if size % (shards or size):
         raise ValueError(f"--shards {shards} does not divide the {size} processes into groups")
@@ -340,8 +337,7 @@ class Gather(torch.autograd.Function):
 def merge_captions(found):
     """The captions of all processes, each once, as one process would have them.
 
-    Args:
-      found: per process (captions: list of tuples of ids, right: list of lists of bool, pictures x captions).
+    found: of each process (captions: tuples of ids, right: lists of bool, pictures x captions).
     Returns: (int64[C], where among all captions each different one stands first; bool[B, C], which a picture has).
     """
     captions = [caption for own, _ in found for caption in own]
@@ -365,10 +361,7 @@ def merge_captions(found):
 
 
 def lay_out(run, stage):
-    """Make a run's models ready for a stage: picture size, frozen parts, `run.loss`, and what goes around them.
-
-    With fsdp, `run.model` and `run.contrastive` become new ones, whose parameters are shards (DTensor).
-    """
+    """Make a run's models ready for a stage; with fsdp they become new ones, whose parameters are shards (DTensor)."""
     mode, plain = run.processes.mode, ()
     if mode == "fsdp":
         with whole(run):
@@ -478,10 +471,7 @@ def add_up_scalars(run, parameters):
 
 
 def shard_of(tensor, like):
-    """A tensor where a parameter lies; of a whole tensor, if the parameter is sharded, this process's share.
-
-    Args: tensor: Tensor or DTensor. like: Parameter; a tensor of another shape (a count of steps) is never sharded.
-    """
+    """A tensor where a parameter lies; of a whole tensor of its shape, if it is sharded, this process's share."""
     if isinstance(like, DTensor) and not isinstance(tensor, DTensor) and tensor.shape == like.shape:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
     return tensor.to(like.device)

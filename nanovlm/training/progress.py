@@ -33,11 +33,7 @@ PLAIN_LINES = 10  # lines per stage where there is no terminal to draw a bar on
 
 
 class Log:
-    """The file log.jsonl, appended to line by line; of several processes the main one keeps it.
-
-    path: Path; None = kept by another process. follow: function(entry: dict) that is told every entry too, or None; its
-    errors are the run's.
-    """
+    """The file log.jsonl; path None = another process keeps it. follow: function that is told every entry, or None."""
 
     def __init__(self, path, follow=None):
         self.lines, self.follow = None if path is None else JsonLines(path), follow
@@ -88,12 +84,7 @@ class Bar:
         self.done, self.began = done, time.monotonic()
 
     def update(self, step, loss, lr, tokens_per_second, waited, utilisation=None):
-        """Show that `step` steps of the stage are done.
-
-        Args:
-          loss: nats; None = the update was left out. lr: largest learning rate of all groups.
-          waited: share of the step that went by waiting for data. utilisation: share of the GPU's peak, or None.
-        """
+        """Show that `step` steps are done; loss None = left out. waited, utilisation: shares, of the time and the peak."""
         numbers = "update left out"
         if loss is not None:
             numbers = f"loss {loss:.4f}, lr {lr:.2g}, {tokens_per_second:,.0f} tokens/s"
@@ -114,10 +105,7 @@ class Bar:
 
 
 def measures_table(measures):
-    """Held-out measures before and after each stage: list of str, a line per stage and measure.
-
-    measures: dict stage name -> {"before": {name: number}, "after": {name: number}}.
-    """
+    """Held-out measures {stage: {"before" | "after": {name: number}}}: list of str, a line per stage and measure."""
     lines = [f"{'stage':<12}{'measure':<26}{'before':>9}{'after':>9}"]
     for stage, moments in measures.items():
         for name, before in moments["before"].items():
@@ -126,27 +114,20 @@ def measures_table(measures):
 
 
 def plot_curves(entries, path, seed):
-    """Draw curves.png: the loss of every step, and the measures before and after each stage.
-
-    Args: entries: list of dict, `Log.read()`. path: where the PNG goes. seed: int, of the run; stands in the title.
-    """
+    """Draw the losses, and the measures before and after each stage, of the log's entries into a PNG."""
     from matplotlib.figure import Figure  # takes a second to import, which only the end of a run should pay
 
-    losses, held_out, measures = {}, {}, {}  # name -> [(step, number)]
+    lines = {}  # (key of the log, name) -> [(step, number)]
     for entry in entries:
-        if "loss" in entry:
-            losses.setdefault(entry["stage"], []).append((entry["step"], entry["loss"]))
-        for found, key in ((held_out, "held_out"), (measures, "measures")):
-            for name, number in entry.get(key, {}).items():
-                found.setdefault(name, []).append((entry["step"], number))
+        found = {"loss": {entry["stage"]: entry["loss"]}} if "loss" in entry else entry
+        for key in ("loss", "held_out", "measures"):
+            for name, number in found.get(key, {}).items():
+                lines.setdefault((key, name), []).append((entry["step"], number))
     figure = Figure(figsize=(10, 7), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
-    for name, points in losses.items():
-        top.plot(*zip(*points), label=name, linewidth=0.8)
-    for name, points in held_out.items():
-        top.plot(*zip(*points), ".--", label=f"held out: {name}")
-    for name, points in measures.items():
-        bottom.plot(*zip(*points), "o-", label=name)
+    for (key, name), points in lines.items():
+        axes, style = {"loss": (top, "-"), "held_out": (top, ".--"), "measures": (bottom, "o-")}[key]
+        axes.plot(*zip(*points), style, label=f"held out: {name}" if key == "held_out" else name, linewidth=0.8)
     top.set(yscale="log", ylabel="loss (nats)", title=f"seed {seed}")
     bottom.set(ylabel="held-out accuracy (share)", xlabel="optimizer step of the whole run", ylim=(-0.02, 1.02))
     for axes in (top, bottom):
@@ -170,10 +151,7 @@ class Stopped(Exception):
 
 
 class StopRequests:
-    """Context in which SIGINT and SIGTERM set `requested` instead of ending the process.
-
-    requested: Stopped to raise at the next safe moment, or None.
-    """
+    """Context in which SIGINT and SIGTERM only set `requested`, the Stopped to raise at the next safe moment."""
 
     def __init__(self):
         self.requested, self.safe, self.previous = None, False, {}

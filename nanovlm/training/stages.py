@@ -48,10 +48,7 @@ RANGES = {  # field -> where every number of it lies, ends in round brackets exc
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training stage.
-
-    Raises: ValueError if a value is out of range or a name unknown; the message names the field.
-    """
+    """One training stage. Raises: ValueError, naming the field, if a value is out of range or a name unknown."""
 
     name: str                          # what --stages, --set and the log call it
     objective: str                     # "contrastive": pictures against captions; "language": next-token prediction
@@ -133,19 +130,14 @@ def lies_in(number, interval):
 
 
 def override(stage, settings):
-    """Change values of a stage from text, as typed after `--set stage.`.
+    """Change values of a stage from text, as typed after `--set stage.`: Stage, checked when all changes are in.
 
-    Args:
-      stage: Stage.
-      settings: dict of str to str: a field's name ("steps"), or for a table "field.key" ("learning_rates.bridge"), and
-        the value. "tune" sets all learning rates at once, see `tuned`. "none" is None for an optional field and removes
-        an entry of a table (`learning_rates.bridge=none` freezes the bridge); tuples are written with commas
-        ("0.9,0.98"). A warm-up that fewer steps would not leave room for shrinks with them.
-    Returns: Stage, a changed copy, checked only when all changes are in.
+    settings: field ("steps") or entry of a table ("learning_rates.bridge") -> text; "tune" sets all learning rates.
+      "none" is None or removes an entry (`learning_rates.bridge=none` freezes the bridge); a tuple is "0.9,0.98".
+    A warm-up that fewer steps would not leave room for shrinks with them.
     Raises: ValueError if a field is unknown, a text is not of its type, or the stage would not be valid.
     """
-    hints = typing.get_type_hints(Stage)
-    values = dict(vars(stage))
+    hints, values = typing.get_type_hints(Stage), dict(vars(stage))
     for field, text in settings.items():
         name, _, key = field.partition(".")
         where = f"{stage.name}.{field}"
@@ -153,12 +145,10 @@ def override(stage, settings):
             values["learning_rates"] = tuned(stage.name, values["learning_rates"], text)
         elif name not in hints:
             raise ValueError(f"stage {stage.name!r} has no field {name!r}.{nearest(name, hints)}")
-        elif typing.get_origin(hints[name]) is not dict:
-            if key:
-                raise ValueError(f"{stage.name}.{name} is one value, not a table; write {stage.name}.{name}={text}")
-            values[name] = _parse(hints[name], text, where)
+        elif (typing.get_origin(hints[name]) is dict) != bool(key):
+            raise ValueError(f"{where}={text}: {name} is {'one value' if key else 'a table; write TABLE.KEY=VALUE'}")
         elif not key:
-            raise ValueError(f"{where} is a table; write {where}.KEY={text}")
+            values[name] = _parse(hints[name], text, where)
         elif text.lower() != "none":
             values[name] = values[name] | {key: _parse(float, text, where)}
         elif key in values[name]:
@@ -173,10 +163,7 @@ def override(stage, settings):
 
 
 def tuned(stage_name, rates, choice):
-    """Learning rates, part -> rate, of another choice of what a stage trains: a key of TUNES.
-
-    The GRAFTED parts that trained go on; each rate is as before, or the highest that there was.
-    """
+    """Learning rates of a key of TUNES: as before, or the highest that there was; GRAFTED parts that trained go on."""
     if choice not in TUNES:
         raise ValueError(f"{stage_name}.tune={choice} is unknown.{nearest(choice, TUNES)}")
     parts = (*TUNES[choice], *(part for part in GRAFTED if part in rates))
@@ -184,39 +171,31 @@ def tuned(stage_name, rates, choice):
 
 
 def _parse(kind, text, where):
-    """Turn text into a value of an annotated type: str, int, float, `X | None` or a tuple of these."""
-    if isinstance(kind, types.UnionType):
-        return None if text.lower() == "none" else _parse(typing.get_args(kind)[0], text, where)
-    if typing.get_origin(kind) is tuple:
-        kinds, texts = typing.get_args(kind), text.split(",")
-        if len(texts) != len(kinds):
-            raise ValueError(f"{where}={text}: {len(kinds)} values with commas between them are expected")
-        return tuple(_parse(kind, text, where) for kind, text in zip(kinds, texts))
+    """Turn text into a value of an annotated type: str, bool, int, float, `X | None` or a tuple of these."""
+    is_tuple, kinds = typing.get_origin(kind) is tuple, typing.get_args(kind) or (kind,)
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    kinds = [one for one in kinds if one is not types.NoneType]
     try:
-        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        found = [{"true": True, "false": False}[part.lower()] if one is bool else one(part)
+                 for one, part in zip(kinds, text.split(",") if is_tuple else [text], strict=True)]
     except (ValueError, KeyError):
-        raise ValueError(f"{where}={text}: {kind.__name__} expected") from None
+        raise ValueError(f"{where}={text}: {', '.join(one.__name__ for one in kinds)} expected") from None
+    return tuple(found) if is_tuple else found[0]
 
 
 def choose(stages, names=None, without=(), settings=()):
-    """Pick the stages of a run and change values in them.
+    """The stages of a run: tuple of Stage, in the recipe's order; settings: "stage.field=value" each, see `override`.
 
-    Args:
-      stages: tuple of Stage, a recipe's.
-      names: list of str, the stages to run (in the recipe's order, whatever theirs); None = all.
-      without: list of str, stages to leave out.
-      settings: list of str, "stage.field=value" each; see `override`.
-    Returns: tuple of Stage.
     Raises: ValueError for an unknown stage or field, a value of the wrong type, or when no stage is left.
     """
-    known = [stage.name for stage in stages]
+    chosen = {stage.name: stage for stage in stages}
     for name in [*(names or ()), *without]:
-        if name not in known:
-            raise ValueError(f"there is no stage {name!r}.{nearest(name, known)}")
-    chosen = {stage.name: stage for stage in stages
-              if (names is None or stage.name in names) and stage.name not in without}
+        if name not in chosen:
+            raise ValueError(f"there is no stage {name!r}.{nearest(name, chosen)}")
+    chosen = {name: stage for name, stage in chosen.items() if (names is None or name in names) and name not in without}
     if not chosen:
-        raise ValueError(f"no stage is left to run of: {', '.join(known)}")
+        raise ValueError(f"no stage is left to run of: {', '.join(stage.name for stage in stages)}")
     changes = {name: {} for name in chosen}
     for setting in settings:
         where, equals, text = setting.partition("=")

@@ -60,12 +60,7 @@ def check_stages(stages, model, contrastive):
 
 
 def settle_precision(stages, device, saved):
-    """Put a type in the place of precision="auto".
-
-    Args:
-      stages: tuple of Stage. device: str. saved: dict, config.json of the run to continue, or None.
-    Returns: tuple of Stage; a run keeps the type that it began with, whatever the machine that goes on is fast in.
-    """
+    """Put a type in the place of precision="auto": that which a run began with (saved: its config.json, or None) stays."""
     chosen, before = training_precision(facts_of(device)), saved["stages"] if saved else {}
     chosen = {stage.name: before.get(stage.name, {}).get("precision", chosen) for stage in stages}
     stages = tuple(dataclasses.replace(stage, precision=chosen[stage.name]) if stage.precision == "auto" else stage
@@ -76,13 +71,9 @@ def settle_precision(stages, device, saved):
 
 
 def settle(args, size, stages, saved, lost):
-    """Fix the settings of the run once and for all, the number of threads among them.
+    """The settings of the run, once and for all: dict of JSON values, the core of config.json.
 
-    Args:
-      lost: of each stage the data that it trains without, as `find_sources` returns it.
-      saved: dict, config.json of the run to continue, or None.
-    Returns: dict of JSON values, the core of config.json.
-    Raises: CheckpointError naming the first setting that is not what it was.
+    lost: as `find_sources` returns it. saved: config.json of the run to continue, or None; it must be the same.
     """
     threads = args.threads or (saved["threads"] if saved else min(DEFAULT_THREADS, len(os.sched_getaffinity(0))))
     settings = {name: vars(args)[name] for name in SAME} | {
@@ -105,7 +96,7 @@ def find_tokenizer(recipe, out, init):
 
 
 def build_models(recipe, size, vocab_size, seed, recorded=None):
-    """The vision-language model and the contrastive model around its ViT (None if the recipe has none), from a seed.
+    """The vision-language model and the contrastive model around its ViT (or None), from a seed.
 
     recorded: `architecture` of the models as they once were, which the recipe may since have changed; or None.
     """
@@ -118,12 +109,8 @@ def build_models(recipe, size, vocab_size, seed, recorded=None):
 
 
 def load_weights(folder, model, contrastive):
-    """Start from a trained model.
+    """Start from a trained model: an output folder of train.py or `convert`; its text tower is used if it is there.
 
-    Args:
-      folder: Path of an output folder of train.py or `convert`, with config.json and model.safetensors or its shards;
-        text_tower.safetensors is used if it is there.
-      model, contrastive: the models to fill; contrastive may be None.
     Raises: FileNotFoundError; CheckpointError naming every tensor that does not fit.
     """
     if not (folder / "config.json").exists():
@@ -140,10 +127,7 @@ def load_weights(folder, model, contrastive):
 
 
 def add_lora(model, stages, chosen):
-    """Give the decoder low-rank updates: chosen = {"rank", "alpha"} of --lora, or None.
-
-    Raises: ValueError if no stage trains them.
-    """
+    """Give the decoder low-rank updates: chosen = {"rank", "alpha"} or None. ValueError if no stage trains them."""
     if chosen is None:
         return
     if not any("lora" in stage.learning_rates for stage in stages):
@@ -153,14 +137,9 @@ def add_lora(model, stages, chosen):
 
 
 def make_run(recipe, args, out, processes=Processes()):
-    """Build everything that a training run needs; only when all of it fits is the folder made, with config.json and
-    tokenizer.json in it.
+    """Build all that a training run needs: Run; only when all of it fits is its folder made, by all processes together.
 
-    Args:
-      recipe: Recipe. args: the values of train.py's flags. out: Path of the output folder.
-      processes: processes.Processes that train together; all of them call this.
-    Returns: Run.
-    Raises: ValueError, OSError or CheckpointError, in words for the user.
+    args: the values of train.py's flags. Raises: ValueError, OSError or CheckpointError, in words for the user.
     """
     stages = choose_stages(recipe, args)
     for stage in stages:
@@ -216,16 +195,10 @@ def begin_folder(out, saved, settings, tokenizer):
 
 
 def find_sources(recipe, stages, args):
-    """The data sources that the stages name, and the stages without what is missing.
+    """The data sources that stages name: (name -> source, stages without what is missing, {stage: {name: share}} of that).
 
-    Args:
-      recipe: Recipe. stages: tuple of Stage.
-      args: the values of train.py's flags; with --allow-missing a stage trains on what is there of its mixture, each
-        source in proportion to its weight as before.
-    Returns: (dict name -> source, tuple of Stage, {stage: {name of what is missing: its share of the mixture}}); what
-      --datasets lists takes precedence over the recipe's own of that name.
-    Raises: FileNotFoundError with everything that is missing, at once, each with its examples and page; ValueError for a
-      name that is probably a slip, or a stage of which everything is missing.
+    What --datasets lists comes before the recipe's own. With --allow-missing what is there keeps its proportions.
+    Raises: FileNotFoundError with all that is missing, each with its examples and page; ValueError for a probable slip.
     """
     sources, missing = command_line_sources(args.data, args.images, args.datasets, args.seed, recipe.prompts)
     for name in dict.fromkeys(name for stage in stages for name in stage.mixture):

@@ -42,8 +42,7 @@ class Trainer:
     def train(self):
         """Train all stages, or what the last checkpoint leaves of them, and write the results.
 
-        Raises: progress.Stopped on request, with a checkpoint written; TrainingError for bad data or numbers that are
-          not finite, with a checkpoint of the last good step written; checkpoint.CheckpointError.
+        Raises: progress.Stopped, TrainingError, each with a checkpoint written; checkpoint.CheckpointError.
         """
         try:
             saved = self.last_checkpoint()

@@ -62,10 +62,7 @@ def next_to_train(source, n):
 
 
 def make_feed(run, stage, starts, step):
-    """The records of a stage, update by update: (feed.Feed, feed.DamageReport).
-
-    starts: source name -> the first record that it reads. step: int, updates of the whole run that are done.
-    """
+    """The records of a stage: (feed.Feed, feed.DamageReport). starts: source -> its first record; step: of the whole run."""
     sources = {}
     for name in stage.mixture:
         source = Changed(run.sources[name], next_to_train) if run.recipe.published else run.sources[name]
@@ -122,8 +119,7 @@ def pairs_batch(run, stage, records, report, num_threads):
 def with_blank_picture(batch, model, image_size):
     """A vlm.Batch without pictures, and one more row that shows a blank one and trains nothing.
 
-    Of many processes every one runs every module. Loss and gradients stay as they are; what only pictures reach gets
-    zeros.
+    Of many processes every one runs every module; what only pictures reach gets zeros for gradients.
     """
     picture = [IMAGE_TOKEN] * model.num_image_tokens(image_size) if model.media_token is None else [model.media_token]
     row = torch.tensor([*picture, 0])  # some word behind it: what only text reaches is reached, too
@@ -143,10 +139,7 @@ def blank(run, stage):
 
 
 def split(records, size):
-    """Cut an update into lists of at most `size` records, pictures and plain text apart.
-
-    The rows of the two differ in length, and in one batch the longer would pad the others; the loss does not notice.
-    """
+    """Cut an update into lists of at most `size` records, pictures and text apart: the longer rows would pad the others."""
     for group in ([one for one in records if one.visuals], [one for one in records if not one.visuals]):
         for start in range(0, len(group), size):
             yield group[start:start + size]
@@ -155,10 +148,7 @@ def split(records, size):
 class Update:
     """One update, in each process its share of the records.
 
-    Args:
-      run: processes.Run. stage: Stage. records: list of Record.
-      parameters: list of the Parameters that train; those that the records do not reach get no gradient.
-      report: batching.Report, counts rows cut to max_tokens.
+    parameters: those that train; what the records do not reach gets no gradient. report: counts rows cut to max_tokens.
     Raises: TrainingError, in all processes, for records of which no batch can be made.
     """
 
@@ -190,9 +180,8 @@ class Update:
             self.failure = NotFinite(f"the loss is {value}; records: {named(micro_batch.records)}; {origin}")
 
     def average(self):
-        """Divide the gradients by what the update trains, of all processes together.
+        """Divide the gradients by what the update trains, of all processes: (float loss per token or pair, int tokens).
 
-        Returns: (float loss per trained token or pair in nats, int tokens).
         Raises: NotFinite, in all processes, if a loss was not finite.
         """
         run, processes = self.run, self.run.processes
@@ -209,10 +198,7 @@ class Update:
         return loss / trained, int(tokens)
 
     def clip(self, largest):
-        """Shorten the gradient to a norm of at most `largest`, unless that is None.
-
-        Returns: float, the norm before. Raises: NotFinite, in all processes.
-        """
+        """Shorten the gradient to a norm of at most `largest`, or None: float, the norm before. Raises: NotFinite."""
         norm = total_norm([parameter.grad for parameter in self.parameters])
         if not math.isfinite(norm):
             origin = gradient_origin(self.run, self.stage)
@@ -274,8 +260,8 @@ def loss_origin(run, stage, inputs):
 def gradient_origin(run, stage):
     """Where a gradient stopped being finite.
 
-    The backward pass goes from the loss to the pixels and spoils all that comes behind it, so the bad gradient that is
-    nearest to the loss is where it arose; parameters are named in the order from the pixels to the loss.
+    The backward pass spoils all that comes behind it, so it arose at the bad gradient that is nearest to the loss;
+    parameters are named in the order from the pixels to the loss.
     """
     model = run.contrastive if stage.objective == "contrastive" else run.model
     bad = [name for name, parameter in model.named_parameters()

@@ -1,48 +1,16 @@
 """The fast loss against the readable one: rows that share pictures, scores in chunks; values, gradients, what is alive."""
 
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from nanovlm.training.language_loss import is_chunked, language_loss, LARGE_VOCABULARY, linear_cross_entropy, two_lengths, wanted_states
+from live_bytes import LiveBytes
+from nanovlm.training.language_loss import is_chunked, language_loss, LARGE_VOCABULARY, linear_cross_entropy, wanted_states
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.lora import add
 from nanovlm.projector import LinearProjector
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, VLM
 from random_models import image_batch, small_vlm
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes of storage, made within, that were alive at once; independent of the allocator."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.add(x.untyped_storage(), before)
-        self.peak = max(self.peak, self.alive)
-        return out
-
-    def add(self, storage, before):
-        address = storage.data_ptr()
-        if address in self.known or address in before:
-            return
-        self.known.add(address)
-        self.alive += storage.nbytes()
-        weakref.finalize(storage, self.remove, address, storage.nbytes())
-
-    def remove(self, address, size):
-        self.known.discard(address)
-        self.alive -= size
 
 
 def make(rows=600, width=24, words=90, dtype=torch.float32):
@@ -107,14 +75,6 @@ def test_low_precision_and_autocast():
     assert weight.grad.dtype == torch.float32
 
 
-def test_a_second_backward_pass_is_refused():
-    hidden, weight, _, labels = make(10)
-    loss = linear_cross_entropy(hidden, weight, labels)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="inplace"):
-        loss.backward()
-
-
 @pytest.mark.parametrize("trained", ["both", "hidden"])
 def test_no_scores_of_all_rows_are_ever_alive(trained):
     """1,024 tokens of 576 channels, an eighth of SmolLM2's 49,152 words: bytes at most 1 / 2.5 of eager's."""
@@ -123,25 +83,20 @@ def test_no_scores_of_all_rows_are_ever_alive(trained):
     peaks = []
     for function in (eager, linear_cross_entropy):
         hidden.grad = weight.grad = None
-        with PeakBytes() as memory:
+        with LiveBytes([hidden, weight]) as memory:
             function(hidden, weight, labels).backward()
-        peaks.append(memory.peak)
+        peaks.append(memory.peak - (1024 + 6144) * 576 * 4)
     full = 1024 * 6144 * 4
     assert peaks[0] >= 2 * full  # the measurement sees what eager keeps
     assert peaks[1] < full
     assert peaks[1] * 2.5 <= peaks[0]
 
 
-def test_meta_tensors_are_counted_too():
-    hidden, weight, bias, labels = (x.to("meta") for x in make(300))
-    assert linear_cross_entropy(hidden, weight, labels, bias).shape == ()
-
-
 def test_no_gradient_is_made_where_none_is_wanted():
     hidden, weight, bias, labels = make(600, 600, 4000)
-    with torch.no_grad(), PeakBytes() as memory:
+    with torch.no_grad(), LiveBytes([hidden, weight]) as memory:
         loss = linear_cross_entropy(hidden, weight, labels, bias)
-    assert memory.peak < 2.2 * 256 * 4000 * 4  # the scores of one chunk, and of the one before
+    assert memory.peak - 4600 * 600 * 4 < 2.2 * 256 * 4000 * 4  # the scores of one chunk, and of the one before
     torch.testing.assert_close(loss, eager(hidden, weight, labels, bias).detach())
 
 
@@ -222,12 +177,6 @@ def one_token():
     return image_batch([[I, 5, 6, 7], [I, 8, 9, 10], [11, 12, 13, 14]], [1], [0, 0], [0, 1], positions=positions)
 
 
-def shown_by_no_row():
-    batch = image_batch([[3, 4, 5], [6, 7, 8]], [1], [0], [0])
-    batch.shown = batch.owner = batch.shown[:0]
-    return batch
-
-
 def any_positions():
     positions = [[3, 4, 6, 7, 9], [3, 4, 6, 8, 9], [0, 5, 6, 7, 20]]
     return image_batch([[I, I, I, 4, 5], [I, I, I, 5, 6], [3, 4, 5, 6, 7]], [1], [0, 0], [0, 1], positions=positions)
@@ -237,7 +186,6 @@ def any_positions():
 SHAREABLE = {
     repeated_batch: [(2, 3), (2, 2), (3, 4)], uneven_batch: [(1, 3), (3, 1), (2, 6)],
     one_token: [(1, 1), (2, 3), (1, 4)], any_positions: [(1, 3), (2, 2), (1, 5)],
-    shown_by_no_row: [(1, 3), (2, 3)],
 }  # fmt: skip
 
 
@@ -264,13 +212,6 @@ def calls(model, batch):
     loss = language_loss(model, batch)
     hook.remove()
     return loss, found
-
-
-@pytest.mark.parametrize("lengths, groups", [
-    ([4, 4, 4], [{0, 1, 2}]), ([9, 2, 2, 8], [{1, 2}, {0, 3}]), ([3], [{0}]), ([5, 1, 1, 1, 5, 4], [{1, 2, 3}, {0, 4, 5}]),
-])  # fmt: skip
-def test_short_and_long_rows_are_split_where_padding_is_least(lengths, groups):
-    assert [set(rows.tolist()) for rows in two_lengths(torch.tensor(lengths))] == groups
 
 
 FAMILIES = {
@@ -342,18 +283,3 @@ def test_a_lean_loss_leaves_out_the_gradients_that_are_zero():
         assert not any(whole[name].any() for name in left_out)
         for name, value in lean.items():
             torch.testing.assert_close(value, whole[name], atol=1e-6, rtol=1e-5)
-
-
-def test_bfloat16_keeps_a_float32_loss():
-    model, batch = small_vlm(), repeated_batch()
-    model.decoder.bfloat16()  # the tower and the bridge stay in float32
-    loss, _ = language_loss(model, batch)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, model.loss(batch)[0], atol=1e-2, rtol=1e-2)
-
-
-@pytest.mark.parametrize("found", [2, 4])
-def test_counts_that_do_not_agree(found):
-    ids = torch.tensor([[I] * found + [5] * (5 - found)] * 2)
-    with pytest.raises(ValueError, match=f"{2 * found} image-token ids"):
-        language_loss(small_vlm(), image_batch(ids, [1], [0, 0], [0, 1]))  # one picture, two rows

@@ -89,21 +89,11 @@ def test_the_whole_run_has_every_step(whole):
 
 
 @pytest.mark.slow
-# The order of fsync in a process: config.json, tokenizer.json, the log; then for every checkpoint (after steps 4, 6, 8
-# and 12) the log, four files of tensors, state.json, the folder, the folder above; then the results.
-def test_kills_between_the_files_of_a_checkpoint(tmp_path, whole):
-    recipe = recipe_file(tmp_path, [6, 16])
-    assert finish(recipe, tmp_path / "out")[0] == -signal.SIGKILL
-    assert resume_until_done(recipe, tmp_path / "out", 3) == 1
-    assert result(tmp_path / "out") == whole
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fuse", [list(range(1, 12)), [12, 13, 14, 9, 9, 9], [36, 5, 6, 7, 8]])
+@pytest.mark.parametrize("fuse", [[6, 16], list(range(1, 12)), [12, 13, 14, 9, 9, 9], [36, 5, 6, 7, 8]])
 def test_kills_at_every_write(tmp_path, whole, fuse):
     recipe = recipe_file(tmp_path, fuse)
     assert finish(recipe, tmp_path / "out")[0] == -signal.SIGKILL
-    assert resume_until_done(recipe, tmp_path / "out", len(fuse) + 1) >= 2
+    assert resume_until_done(recipe, tmp_path / "out", len(fuse) + 1) >= 1
     assert result(tmp_path / "out") == whole
 
 
@@ -122,18 +112,10 @@ def kill_at_random(recipe, out, times, seed):
         process.communicate()
 
 
-def test_a_kill_at_a_random_moment(tmp_path, whole):
+@pytest.mark.parametrize(("seed", "times"), [(0, 1), *(pytest.param(seed, 5, marks=pytest.mark.slow) for seed in (1, 2, 3))])
+def test_kills_at_random_moments(tmp_path, whole, seed, times):
     recipe = recipe_file(tmp_path, [])
-    kill_at_random(recipe, tmp_path / "out", 1, seed=0)
-    resume_until_done(recipe, tmp_path / "out", 1)
-    assert result(tmp_path / "out") == whole
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_kills_at_random_moments(tmp_path, whole, seed):
-    recipe = recipe_file(tmp_path, [])
-    kill_at_random(recipe, tmp_path / "out", 5, seed + 1)
+    kill_at_random(recipe, tmp_path / "out", times, seed)
     resume_until_done(recipe, tmp_path / "out", 1)
     assert result(tmp_path / "out") == whole
 

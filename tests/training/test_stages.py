@@ -9,25 +9,13 @@ from nanovlm.training.stages import PARTS, Stage, choose, override
 STAGE = Stage("align", "language", {"bridge": 1e-3}, {"scenes": 1.0}, steps=10, batch_size=8)
 
 
-def test_what_a_stage_is_unless_it_says_otherwise():
-    assert vars(STAGE) == {
-        "name": "align", "objective": "language", "learning_rates": {"bridge": 1e-3}, "mixture": {"scenes": 1.0}, "steps": 10,
-        "batch_size": 8, "micro_batch_size": None, "max_tokens": 256, "image_size": 64, "image_fit": "crop",
-        "copy_vision_branch": False, "optimizer": "adamw", "muon_factor": 5.0, "momentum": 0.95, "betas": (0.9, 0.95),
-        "eps": 1e-8, "weight_decay": 0.0, "layer_decay": {}, "clip": 1.0, "schedule": "trapezoid", "decay_share": 0.4,
-        "warmup_steps": 0, "start_lr_factor": 0.1, "end_lr_factor": 0.0, "precision": "float32", "summary": "",
-            "non_finite": "stop", "augmentation": "none", "group": 1, "packing": False}
-
-
 def changed(**values):
     return dataclasses.replace(STAGE, **values)
 
 
 @pytest.mark.parametrize("values", [
-    {"steps": 1}, {"batch_size": 1}, {"micro_batch_size": 1}, {"micro_batch_size": 8}, {"max_tokens": 2},
-    {"image_size": 1}, {"layer_decay": {"bridge": 1.0}}, {"momentum": 0.0}, {"betas": (0.0, 0.999)},
-    {"weight_decay": 0.0}, {"clip": None}, {"clip": 1e-9}, {"decay_share": 1.0}, {"warmup_steps": 9},
-    {"start_lr_factor": 0.0}, {"start_lr_factor": 1.0}, {"end_lr_factor": 0.0}, {"end_lr_factor": 1.0},
+    {"steps": 1}, {"micro_batch_size": 8}, {"max_tokens": 2}, {"layer_decay": {"bridge": 1.0}}, {"momentum": 0.0},
+    {"betas": (0.0, 0.999)}, {"clip": None}, {"clip": 1e-9}, {"warmup_steps": 9}, {"end_lr_factor": 1.0},
     {"learning_rates": {part: 1.0 for part in PARTS if part != "text_tower"}}, {"precision": "bfloat16"},
     {"objective": "contrastive", "learning_rates": {"vision": 1.0, "text_tower": 1.0}, "micro_batch_size": 8},
 ])
@@ -47,32 +35,20 @@ def test_limits_are_allowed(values):
     ({"learning_rates": {"text_tower": 1.0}}, "language loss does not reach 'text_tower'"),
     ({"objective": "contrastive"}, "contrastive loss does not reach 'bridge'"),
     ({"name": ""}, "not empty"), ({"name": "a.b"}, "no '.'"), ({"name": "a=b"}, "no '='"),
-    ({"steps": 0}, "steps is 0"), ({"batch_size": 0}, "batch_size is 0"),
-    ({"micro_batch_size": 0}, "micro_batch_size is 0"), ({"micro_batch_size": 9}, "micro_batch_size is 9"),
+    ({"steps": 0}, "steps is 0"), ({"micro_batch_size": 0}, "micro_batch_size is 0"),
+    ({"micro_batch_size": 9}, "micro_batch_size is 9"), ({"max_tokens": 1}, "max_tokens is 1"),
     ({"objective": "contrastive", "learning_rates": {"vision": 1.0}, "micro_batch_size": 4}, "compares the whole batch"),
-    ({"group": 0}, "group is 0"), ({"max_tokens": 1}, "max_tokens is 1"), ({"image_size": 0}, "image_size is 0"),
-    ({"learning_rates": {}}, "nothing would train"), ({"learning_rates": {"bridge": 0.0}}, "learning_rates is"),
-    ({"learning_rates": {"bridge": float("inf")}}, "learning_rates is"), ({"mixture": {}}, "no data source"),
-    ({"mixture": {"scenes": 0.0}}, "mixture is"), ({"mixture": {"scenes": float("inf")}}, "mixture is"),
-    ({"layer_decay": {"bridge": 0.0}}, "layer_decay"), ({"layer_decay": {"bridge": 1.01}}, "layer_decay"),
-    ({"muon_factor": 0.0}, "muon_factor is 0.0"), ({"momentum": 1.0}, "momentum is 1.0"),
-    ({"momentum": -0.1}, "momentum is -0.1"), ({"betas": (0.9, 1.0)}, "betas"), ({"betas": (-0.1, 0.9)}, "betas"),
-    ({"eps": 0.0}, "eps is 0.0"), ({"weight_decay": -0.1}, "weight_decay is -0.1"), ({"clip": 0.0}, "clip is 0.0"),
-    ({"decay_share": 0.0}, "decay_share is 0.0"), ({"decay_share": 1.1}, "decay_share is 1.1"),
-    ({"warmup_steps": -1}, "warmup_steps is -1"), ({"warmup_steps": 10}, "warmup_steps is 10"),
-    ({"start_lr_factor": -0.1}, "start_lr_factor"), ({"start_lr_factor": 1.1}, "start_lr_factor"),
-    ({"end_lr_factor": -0.1}, "end_lr_factor"), ({"end_lr_factor": 1.1}, "end_lr_factor"),
+    ({"learning_rates": {}}, "nothing would train"), ({"learning_rates": {"bridge": float("inf")}}, "learning_rates is"),
+    ({"mixture": {}}, "no data source"), ({"mixture": {"scenes": 0.0}}, "mixture is"),
+    ({"layer_decay": {"bridge": 1.01}}, "layer_decay"), ({"momentum": 1.0}, "momentum is 1.0"),
+    ({"momentum": -0.1}, "momentum is -0.1"), ({"betas": (0.9, 1.0)}, "betas"), ({"decay_share": 0.0}, "decay_share is 0.0"),
+    ({"decay_share": 1.1}, "decay_share is 1.1"), ({"warmup_steps": 10}, "warmup_steps is 10"),
 ])
 def test_mistakes_are_named(values, words):
     with pytest.raises(ValueError) as error:
         changed(**values)
     assert words in str(error.value)
     assert values.get("name", "stage 'align'") in str(error.value)
-
-
-def test_a_stage_cannot_be_changed_in_place():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        STAGE.steps = 3
 
 
 @pytest.mark.parametrize(("field", "text", "value"), [
@@ -120,9 +96,9 @@ def test_override_changes_one_entry_of_a_table():
 @pytest.mark.parametrize(("field", "text", "words"), [
     ("stepps", "1", "no field 'stepps'. Did you mean 'steps'"), ("steps", "1.5", "align.steps=1.5: int expected"),
     ("steps", "0", "steps is 0"), ("clip", "x", "align.clip=x: float expected"),
-    ("betas", "0.9", "2 values with commas"),
+    ("betas", "0.9", "align.betas=0.9: float, float expected"),
     ("betas", "0.9,x", "float expected"), ("copy_vision_branch", "1", "bool expected"),
-    ("steps.x", "1", "one value, not a table"), ("mixture", "x", "align.mixture is a table; write align.mixture.KEY=x"),
+    ("steps.x", "1", "align.steps.x=1: steps is one value"), ("mixture", "x", "align.mixture=x: mixture is a table"),
     ("learning_rates.brigde", "1", "Did you mean 'bridge'"),
     ("mixture.other", "none", "align.mixture.other: there is no entry 'other' to remove. Known: 'scenes'"),
     ("learning_rates.bridge", "x", "align.learning_rates.bridge=x: float expected"),

@@ -177,15 +177,6 @@ def test_a_bad_record_stops_the_run_with_everything_saved(tmp_path, whole):
     assert_same(out, whole)
 
 
-def test_time_that_is_over_stops_the_run(tmp_path, whole):
-    out = tmp_path / "run"
-    with pytest.raises(Stopped, match="--max-minutes 0 are over") as stopped:
-        train(make(out, max_minutes=0))
-    assert stopped.value.exit_code == 0 and losses(out)[-1][0] == 1 and len(complete(out)) == 1
-    train(make(out, max_minutes=60))
-    assert_same(out, whole)
-
-
 class Clock:
     """Time that passes only when told to."""
 
@@ -225,29 +216,6 @@ def test_checkpoints_come_when_due(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "begin", lambda out, step, *rest: written.append(step) or begin(out, step, *rest))
     train(make(tmp_path / "run"))
     assert written == [4, 6, 8, 12]
-
-
-def test_the_bar_follows_and_is_left_behind(tmp_path, monkeypatch):
-    seen = []
-
-    class Bar:
-        def __init__(self, stage, done, shown):
-            assert shown
-            seen.append((stage.name, done))
-
-        def update(self, step, loss, lr, rate, waited, utilisation):
-            assert loss > 0 and lr > 0 and rate > 0 and 0 <= waited <= 1 and utilisation is None  # on a CPU
-            seen.append(step)
-
-        def close(self):
-            seen.append("closed")
-
-    monkeypatch.setattr(trainer, "Bar", Bar)
-    out = tmp_path / "run"
-    with pytest.raises(Stopped):
-        train(make(out, max_minutes=0))
-    train(make(out))
-    assert seen == [("tower", 0), 1, "closed", ("tower", 1), *range(2, 7), "closed", ("align", 0), *range(1, 7), "closed"]
 
 
 def test_torchs_random_state_is_resumed(tmp_path, monkeypatch):
@@ -290,11 +258,6 @@ def test_the_tokenizer_is_made_once(tmp_path):
     with pytest.raises(Stopped):
         train(make(out, max_minutes=0))
     make(out, hooked(tokenizer=fail))
-
-
-def test_models_go_to_the_device(tmp_path):
-    run = make(tmp_path / "run", device="meta")
-    assert all(p.is_meta for p in [*run.model.parameters(), *run.contrastive.parameters()])
 
 
 def test_a_signal_finishes_the_step_and_saves(tmp_path, whole):
@@ -453,12 +416,3 @@ def test_another_run_in_the_checkpoint_is_refused(tmp_path):
     run.identity["seed"] = 1
     with pytest.raises(CheckpointError, match="step-00000001 belongs to another run: seed 0, now 1"):
         train(run)
-
-
-def test_a_log_shorter_than_the_checkpoint_is_refused(tmp_path):
-    out = tmp_path / "run"
-    with pytest.raises(Stopped):
-        train(make(out, max_minutes=0))
-    os.truncate(out / "log.jsonl", 10)
-    with pytest.raises(CheckpointError, match="has 10 bytes, but"):
-        train(make(out))

@@ -157,18 +157,6 @@ def test_a_gradient_does_not_depend_on_which_thread_is_faster(run, threads, prec
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_an_error_in_an_update_names_its_records_on_any_thread(run, threads, number):
-    threads(number)
-    with torch.no_grad():
-        run.model.decoder.embedding.weight.fill_(float("nan"))
-        run.contrastive.project_text.weight.fill_(float("nan"))
-    for stage in (language(), tower()):
-        with pytest.raises(TrainingError, match=f"the loss is nan; records: .*{RECORDS[0].id}"):
-            gradients(run, stage, RECORDS[:3])
-    assert torch.get_num_threads() == number
-
-
-@pytest.mark.parametrize("number", [1, 2])
 def test_text_that_reaches_no_trained_parameter_adds_no_gradient(run, threads, number):
     threads(number)
     for name, parameter in run.model.named_parameters():
@@ -229,24 +217,30 @@ def test_pictures_and_plain_text_run_apart():
     assert max(map(len, found)) == 2
 
 
-def test_a_loss_that_is_not_finite_names_the_records(run):
+def spoil_weight(run):
     run.model.decoder.norm.weight.data[0] = float("nan")
-    with pytest.raises(TrainingError, match="the loss is nan; records: square-4; a weight is not "
-                       "finite itself: decoder.norm.weight$"):
-        gradients(run, language(micro_batch_size=4), RECORDS[4:])
 
 
-def test_a_gradient_that_is_not_finite_names_the_records(run):
+def spoil_gradient(run):
     run.model.decoder.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(TrainingError, match="the gradient's norm is .*; records: square-0, square-1; it arose in the part "
-                       "language_model, first seen at decoder.norm.weight$"):
-        gradients(run, language(), RECORDS[:2])
 
 
-def test_a_tower_that_is_not_finite_is_named(run):
+def spoil_tower(run):
     run.contrastive.text.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
-    with pytest.raises(TrainingError, match="it arose in the part text_tower, first seen at text.norm$"):
-        gradients(run, tower(), RECORDS[:2])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(("spoil", "stage", "words"), [
+    (spoil_weight, language, "the loss is nan; records: square-0, square-1; a weight is not finite itself: decoder.norm.weight$"),
+    (spoil_gradient, language, "norm is .*; records: square-0, square-1; .* part language_model, first seen at decoder.norm.weight$"),
+    (spoil_tower, tower, "the loss is nan; records: square-0, .* part text_tower, first seen at text.norm$"),
+])
+def test_what_is_not_finite_names_its_records_and_where_it_arose(run, threads, number, spoil, stage, words):
+    threads(number)
+    spoil(run)
+    with pytest.raises(TrainingError, match=words):
+        gradients(run, stage(), RECORDS[:2])
+    assert torch.get_num_threads() == number
 
 
 def test_bad_data_is_a_training_error_and_a_bug_is_not(run):
