@@ -54,15 +54,9 @@ def peak_flops(name):
 class Cost:
     """Of one part of the model, for one example."""
 
-    forward: float = 0.0  # operations
-    backward: float = 0.0
+    flops: float = 0.0  # operations, there and back
     kept: int = 0  # bytes of activations that wait for the backward pass
     once: int = 0  # bytes that a micro-batch's examples share: weights in bfloat16 that wait, and the loss's work
-
-    @property
-    def flops(self):
-        """Operations of both passes."""
-        return self.forward + self.backward
 
 
 def total_cost(costs):
@@ -115,11 +109,8 @@ class Fused(TorchFunctionMode):
         """A float tensor in the products' type, a Parameter once for all; other values as they are."""
         if not self.bfloat16 or not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
             return value
-        if not isinstance(value, torch.nn.Parameter):
-            return value.to(torch.bfloat16)
-        if id(value) not in self.copies:
-            self.copies[id(value)] = value.to(torch.bfloat16)
-        return self.copies[id(value)]
+        copy = value.to(torch.bfloat16)
+        return self.copies.setdefault(id(value), copy) if isinstance(value, torch.nn.Parameter) else copy
 
 
 def measure_part(run, inputs, model, stage):
@@ -139,11 +130,9 @@ def measure_part(run, inputs, model, stage):
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
     with counter, mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
         output = run(inputs)
-    cost.forward = float(counter.get_total_flops())
-    if output.requires_grad:
-        with counter:
+        if output.requires_grad:
             output.backward(torch.empty_like(output))
-        cost.backward = float(counter.get_total_flops())
+    cost.flops = float(counter.get_total_flops())
     shared, weights = storages(mode.copies.values()), storages(model.parameters())
     for storage, tensor in kept.items():
         size = tensor.untyped_storage().nbytes()
@@ -210,8 +199,7 @@ def head_cost(model, stage, num_tokens, reached):
     head = model.decoder.embedding if model.decoder.lm_head is None else model.decoder.lm_head
     (num_words, width), trained = head.weight.shape, head.weight.requires_grad
     size = 2 if stage.precision == "bfloat16" else 4
-    product = 2.0 * num_tokens * num_words * width
-    cost = Cost(product, product * (reached + trained), size * num_tokens * width)
+    cost = Cost(2.0 * num_tokens * num_words * width * (1 + reached + trained), size * num_tokens * width)
     if is_chunked(model):  # the gradients are made at once: sums in float32, beside what is read or left in bfloat16
         cost.once = (4 if size == 4 else 6) * num_words * (ROWS + width * trained)
     else:  # shares of the words, gradients of the scores and of their logarithms

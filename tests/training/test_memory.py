@@ -98,14 +98,13 @@ def test_a_layer_that_trains_costs_three_passes_a_frozen_one_behind_it_two_a_fro
         model = RECIPES["llava_phi"].build("full", 0)
     _, align, instruct = (dataclasses.replace(one, precision="bfloat16") for one in RECIPES["llava_phi"].stages("full", False))
     words, patches, text = 300, 576, 2 * 32 * (4 * 2560**2 + 2 * 2560 * 10240)  # operations of a token in Phi-2's layers
-    attention = 4 * 2560 * 32 * (876 * 877 / 2)
+    attention, towers = 4 * 2560 * 32 * (876 * 877 / 2), []
     for stage, passes in ((align, 2), (instruct, 3)):
         costs = example_cost(model, stage, words)
         assert costs["decoder"].flops == pytest.approx(passes * (words + patches) * text + 3 * attention, rel=1e-6)
         assert costs["head"].flops == pytest.approx(2 * passes * words * 2560 * 51200, rel=1e-6)
-        tower = costs["vision"]
-        assert (tower.backward == 0) == (stage is align)
-    assert tower.backward == pytest.approx(2 * tower.forward, rel=2e-3)  # pixels want no gradient
+        towers.append(costs["vision"].flops)
+    assert towers[1] == pytest.approx(3 * towers[0], rel=2e-3)  # pixels want no gradient
 
 
 def live_peak(model, stage, micro_batches=2):
@@ -215,10 +214,10 @@ def test_a_contrastive_stage():
         model = recipe.build("full", 512)
         costs = pair_cost(recipe.contrastive("full", model), stage, 20)
     for cost in costs.values():
-        assert 1.8 < cost.backward / cost.forward <= 2 and cost.kept > 0
+        assert cost.kept > 0
     width, layers = 128, 1
     caption = 20 * 2 * (4 * width**2 + 2 * width * 4 * width) * layers + 4 * 20 * 21 / 2 * width * layers + 2 * width**2
-    assert costs["text_tower"].forward == pytest.approx(caption, rel=0.02)
+    assert costs["text_tower"].flops == pytest.approx(3 * caption, rel=0.05)
 
 
 def test_peaks_of_gpus():
