@@ -39,14 +39,6 @@ def test_interrupted_runs_with_workers_are_the_same(tmp_path, grouped, last):
     assert_equal(out, grouped)
 
 
-@pytest.mark.slow
-def test_packing_changes_the_rows_and_not_the_losses(tmp_path, grouped):
-    apart = train(make(tmp_path / "run", set=SETTINGS[:1])).out
-    for (step, loss), (_, expected) in zip(losses(apart), losses(grouped)):
-        assert loss == pytest.approx(expected, rel=1e-4), step
-    assert not all(torch.equal(tensor, weights(grouped)[name]) for name, tensor in weights(apart).items()), "another order of sums"
-
-
 class Spoiled(Squares):
     """A source with two bad records, the second and third of the second stage."""
 

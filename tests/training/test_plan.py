@@ -55,11 +55,9 @@ def test_a_plan_of_the_tiny_size(name):
 
 def test_what_is_tuned_decides_the_cost():
     """LLaVA's second stage: bridge alone, low rank, all."""
-    found = {}
+    found = []
     for choice, lora in (("bridge", None), ("lora", {"rank": 2, "alpha": 2.0}), ("all", None)):
         lines = plan(RECIPES["llava"], wishes(size="tiny", stages=["instruct"], set=[f"instruct.tune={choice}"], lora=lora))
-        work = next(line for line in lines if line.startswith("work "))
-        found[choice] = float(work.split(" GFLOP")[0].removeprefix("work").replace(",", "")), next(
-            int(line.split()[2].replace(",", "")) for line in lines if line.startswith("all ")
-        )
-    assert found["bridge"][1] < found["lora"][1] < found["all"][1] and found["bridge"][0] <= found["lora"][0] < found["all"][0]
+        work, trained = (next(line.split() for line in lines if line.startswith(start)) for start in ("work ", "all "))
+        found.append((float(work[1].replace(",", "")), int(trained[2].replace(",", ""))))
+    assert found == sorted(found) and found[0][1] < found[1][1] < found[2][1] and found[0][0] < found[2][0]

@@ -96,12 +96,10 @@ def test_override_changes_one_entry_of_a_table():
 @pytest.mark.parametrize(("field", "text", "words"), [
     ("stepps", "1", "no field 'stepps'. Did you mean 'steps'"), ("steps", "1.5", "align.steps=1.5: int expected"),
     ("steps", "0", "steps is 0"), ("clip", "x", "align.clip=x: float expected"),
-    ("betas", "0.9", "align.betas=0.9: float, float expected"),
-    ("betas", "0.9,x", "float expected"), ("copy_vision_branch", "1", "bool expected"),
+    ("betas", "0.9", "align.betas=0.9: float, float expected"), ("copy_vision_branch", "1", "bool expected"),
     ("steps.x", "1", "align.steps.x=1: steps is one value"), ("mixture", "x", "align.mixture=x: mixture is a table"),
     ("learning_rates.brigde", "1", "Did you mean 'bridge'"),
     ("mixture.other", "none", "align.mixture.other: there is no entry 'other' to remove. Known: 'scenes'"),
-    ("learning_rates.bridge", "x", "align.learning_rates.bridge=x: float expected"),
 ])
 def test_override_explains_mistakes(field, text, words):
     with pytest.raises(ValueError) as error:

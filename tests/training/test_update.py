@@ -108,16 +108,13 @@ def test_every_optimizer_takes_its_step_on_a_thread_of_its_own(threads):
         param_groups = []
 
         def step(self):
-            seen.append((torch.get_num_threads(), threading.current_thread()))
-            if len(seen) == 3:
-                raise RuntimeError("out of luck")
+            seen.append(torch.get_num_threads())
             together.wait()
+            raise RuntimeError("out of luck")
 
-    optimizer.Together([Optimizer(), Optimizer()], torch.device("cpu")).step(1.0)
-    assert [number for number, _ in seen] == [1, 1] and torch.get_num_threads() == 3
     with pytest.raises(RuntimeError, match="out of luck"):
-        optimizer.Together([Optimizer()], torch.device("cpu")).step(1.0)
-    assert torch.get_num_threads() == 3
+        optimizer.Together([Optimizer(), Optimizer()], torch.device("cpu")).step(1.0)
+    assert seen == [1, 1] and torch.get_num_threads() == 3
 
 
 def test_away_from_the_cpu_steps_follow_one_another():
@@ -188,12 +185,6 @@ def test_clipping_shortens_the_whole_gradient(run):
     clipped = gradients(run, language(clip=free[1] / 4), RECORDS)
     assert_close(clipped, (*free[:3], {name: gradient / 4 for name, gradient in free[3].items()}), atol=1e-8)
     assert_equal(gradients(run, language(clip=free[1] * 4), RECORDS), free)
-
-
-def test_parameters_that_the_records_do_not_reach_get_no_gradient(run):
-    *_, tokens, found = gradients(run, language(), TEXTS)
-    assert not any(name.startswith(("vision", "bridge")) for name in found) and "decoder.embedding.weight" in found
-    assert tokens > 0
 
 
 def test_the_contrastive_loss_is_that_of_the_batch(run):
