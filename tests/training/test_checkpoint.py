@@ -87,12 +87,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, at):
     assert held(tmp_path) == ["step-00000002"]
 
 
-def test_an_error_of_the_tensor_writer_is_a_failed_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="could not be written"):
-        save(tmp_path, 1, {"no/such/folder": {"w": torch.ones(1)}}, {})
-    assert held(tmp_path) == []
-
-
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "state").write_text("")
     with pytest.raises(CheckpointError, match="could not be written.*no earlier one is intact"):

@@ -47,7 +47,6 @@ def trained(tmp_path_factory):
     (["--threads", "two"], "--threads"), (["--size", "ful"], "no size 'ful'. Did you mean 'full'"),
     (["--stages", "towr"], "no stage 'towr'. Did you mean 'tower'"), (["--without", "alig"], "Did you mean 'align'"),
     (["--without", "align,tower"], "no stage is left"),
-    (["--set", "align.step=3"], "no field 'step'. Did you mean 'steps'"),
     (["--set", "align.learning_rates.brigde=1"], "Did you mean 'bridge'"),
     (["--set", "align.learning_rates.lora=1"], "'lora', which this model does not have"),
     (["--set", "align.mixture.word=1"], "reads 'word', which neither the recipe nor --datasets provides. Did you mean 'words'"),
@@ -195,17 +194,6 @@ def test_a_run_keeps_the_type_that_it_began_with(tmp_path, capsys, machine_type)
     assert run(*auto, "--resume") == 0
     assert precisions() == ["bfloat16"] * 2 and capsys.readouterr().out.count("slow in bfloat16") == 1
     assert "precision 'bfloat16', now 'float32'" in refuse(capsys, *auto[:-1], "float32", "--resume")
-
-
-@pytest.mark.parametrize(("flags", "expected"), [
-    ([], ["float32", "float32"]), (["--precision", "bfloat16"], ["bfloat16", "bfloat16"]),
-    (["--precision", "float32", "--set", "align.precision=auto"], ["float32", "bfloat16"]),
-])
-def test_precision_can_be_chosen(tmp_path, machine_type, flags, expected):
-    machine_type("bfloat16")
-    assert run("--out", tmp_path / "run", *FAST, *flags, "--max-minutes", "0") == 0
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert [stage["precision"] for stage in config["stages"].values()] == expected
 
 
 def test_every_recipe_trains_in_the_type_that_the_machine_is_fast_in():
