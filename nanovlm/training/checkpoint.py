@@ -49,7 +49,7 @@ class CheckpointError(RuntimeError):
 
 
 def open_folder(out, resume):
-    """The config.json of the run in a folder: dict; None if it begins now. Refuses what would be overwritten or is no run."""
+    """The config.json of the run in a folder: dict; None if it begins now. Refuses to overwrite, and what is no run."""
     held = sorted(path.name for path in out.iterdir()) if out.exists() else []
     if held and not resume:
         raise CheckpointError(f"{out} already holds {held[0]}; continue that run with --resume, "
@@ -252,7 +252,7 @@ def load_file_into(targets, *paths):
 
 @torch.no_grad()
 def copy_into(targets, tensors, where):
-    """Copy loaded tensors into a model's own, whose memory, and so its alignment, stays. All that does not fit is named."""
+    """Copy loaded tensors into a model's own, whose memory, and so its alignment, stays; what does not fit is named."""
     problems = [f"{name} is missing" for name in sorted(targets.keys() - tensors.keys())]
     problems += [f"{name} is not part of this model" for name in sorted(tensors.keys() - targets.keys())]
     problems += [f"{name} has shape {tuple(tensor.shape)}, this model's has {tuple(targets[name].shape)}"

@@ -66,7 +66,7 @@ class Movement:
 
 
 def gradient_norms(parts, stage, factor=1.0):
-    """The norm of each part's gradient as it stands, divided by what clipping has multiplied it by: dict part -> float."""
+    """The norm of each part's gradient as it stands, divided by clipping's factor: dict part -> float."""
     found = {}
     for part in stage.learning_rates:
         gradients = [parameter.grad for parameter in parts[part].values() if parameter.grad is not None]
@@ -165,7 +165,8 @@ class Watch:
             found["utilisation"] = round(share, 4)
         if limit is not None and loss > limit:
             found["spike"] = round(limit, 4)
-            say(f"stage {self.stage.name}, step {self.trainer.stage_step}: the loss jumped to {loss:.4f}, above {limit:.4f}")
+            step = f"stage {self.stage.name}, step {self.trainer.stage_step}"
+            say(f"{step}: the loss jumped to {loss:.4f}, above {limit:.4f}")
         self.losses.append(loss)
         return found
 

@@ -196,16 +196,13 @@ class Together:
 
 def table(parts, stage):
     """The table printed before a stage, list of str: which part trains, how large it is, and how fast it moves."""
-    lines = [f"{'part':<16}{'parameters':>14}  {'trained':<8}peak learning rate"]
-    total = trained = 0
-    peaks = {part: set() for part in parts}
-    for group in groups(parts, stage):
-        peaks[group["name"].split("/")[0]].add(group["peak_lr"])
-    for part, parameters in parts.items():
-        size = sum(parameter.numel() for parameter in parameters.values())
-        total += size
-        trained += size if peaks[part] else 0
-        rates = " to ".join(f"{rate:.3g}" for rate in sorted(peaks[part])[:: max(1, len(peaks[part]) - 1)])
-        lines.append(f"{part:<16}{size:>14,}  {'yes' if peaks[part] else 'frozen':<8}{rates or '-'}")
+    lines, found, trained = [f"{'part':<16}{'parameters':>14}  {'trained':<8}peak learning rate"], groups(parts, stage), 0
+    sizes = {part: sum(parameter.numel() for parameter in held.values()) for part, held in parts.items()}
+    for part, size in sizes.items():
+        peaks = sorted(group["peak_lr"] for group in found if group["name"].startswith(f"{part}/"))
+        trained += size if peaks else 0
+        rates = " to ".join(f"{rate:.3g}" for rate in dict.fromkeys(peaks[:1] + peaks[-1:]))
+        lines.append(f"{part:<16}{size:>14,}  {'yes' if peaks else 'frozen':<8}{rates or '-'}")
+    total = sum(sizes.values())
     lines.append(f"{'all':<16}{total:>14,}  {trained:,} trained ({trained / total:.0%})")
     return lines

@@ -84,7 +84,7 @@ class Bar:
         self.done, self.began = done, time.monotonic()
 
     def update(self, step, loss, lr, tokens_per_second, waited, utilisation=None):
-        """Show that `step` steps are done; loss None = left out. waited, utilisation: shares, of the time and the peak."""
+        """Show that `step` steps are done; loss None = left out. waited, utilisation: shares of time and peak."""
         numbers = "update left out"
         if loss is not None:
             numbers = f"loss {loss:.4f}, lr {lr:.2g}, {tokens_per_second:,.0f} tokens/s"

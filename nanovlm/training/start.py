@@ -60,7 +60,7 @@ def check_stages(stages, model, contrastive):
 
 
 def settle_precision(stages, device, saved):
-    """Put a type in the place of precision="auto": that which a run began with (saved: its config.json, or None) stays."""
+    """Put a type in the place of precision="auto"; what a run began with (saved: its config.json, or None) stays."""
     chosen, before = training_precision(facts_of(device)), saved["stages"] if saved else {}
     chosen = {stage.name: before.get(stage.name, {}).get("precision", chosen) for stage in stages}
     stages = tuple(dataclasses.replace(stage, precision=chosen[stage.name]) if stage.precision == "auto" else stage
@@ -195,7 +195,7 @@ def begin_folder(out, saved, settings, tokenizer):
 
 
 def find_sources(recipe, stages, args):
-    """The data sources that stages name: (name -> source, stages without what is missing, {stage: {name: share}} of that).
+    """The sources that stages name: (name -> source, stages without what is missing, {stage: {name: share}} of that).
 
     What --datasets lists comes before the recipe's own. With --allow-missing what is there keeps its proportions.
     Raises: FileNotFoundError with all that is missing, each with its examples and page; ValueError for a probable slip.

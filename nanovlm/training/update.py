@@ -62,7 +62,7 @@ def next_to_train(source, n):
 
 
 def make_feed(run, stage, starts, step):
-    """The records of a stage: (feed.Feed, feed.DamageReport). starts: source -> its first record; step: of the whole run."""
+    """The records of a stage: (feed.Feed, feed.DamageReport). starts: source -> its first record. step: the run's."""
     sources = {}
     for name in stage.mixture:
         source = Changed(run.sources[name], next_to_train) if run.recipe.published else run.sources[name]
@@ -139,7 +139,7 @@ def blank(run, stage):
 
 
 def split(records, size):
-    """Cut an update into lists of at most `size` records, pictures and text apart: the longer rows would pad the others."""
+    """Cut an update into lists of at most `size` records, pictures and text apart: longer rows would pad the others."""
     for group in ([one for one in records if one.visuals], [one for one in records if not one.visuals]):
         for start in range(0, len(group), size):
             yield group[start:start + size]
