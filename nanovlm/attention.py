@@ -105,10 +105,9 @@ def sincos_positions(num_patches, width, device=None):
 
 
 def rope_tables(positions, rotary_width, base):
-    """Cosines and sines of rotary position embedding: two float32[B, 1, T, rotary_width / 2].
+    """Cosines and sines of rotary positions int[B, T] for channels that turn: two float32[B, 1, T, rotary_width / 2].
 
-    Args: positions: int[B, T]. rotary_width: how many channels of a head turn (even). base: RoPE's theta.
-    Source: RoFormer, arXiv:2104.09864, Eq. 15; half-split as in LLaMA.
+    RoFormer, arXiv:2104.09864, Eq. 15, base its theta; half-split as in LLaMA.
     """
     channel = torch.arange(0, rotary_width, 2, device=positions.device, dtype=torch.float32)
     angles = positions[:, None, :, None].float() * base ** (-channel / rotary_width)  # B 1 T D/2
@@ -126,8 +125,7 @@ def apply_rope(x, cos, sin):
 def attention_weights(q, k, visible):
     """Softmax of the scaled scores over the visible keys, float[B, H, T, S]; rows that see nothing are zero.
 
-    Args: q: float[B, H, T, D]. k: float[B, K, S, D], H a multiple of K. visible: Visible over S keys.
-    Source: Attention Is All You Need, arXiv:1706.03762, Eq. 1.
+    q float[B, H, T, D], k float[B, K, S, D], H a multiple of K (Attention Is All You Need, arXiv:1706.03762, Eq. 1).
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # grouped queries share their keys
     scores = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5  # B H T S
@@ -163,12 +161,9 @@ def sdpa(q, k, v, visible):
 
 
 def multi_head(q, k, v, num_heads, backend="sdpa", visible=None, maps=None):
-    """Attend head by head, as towers and bridges do: float[B, T, H * D].
+    """Attend head by head: q float[B, T, H * D], k and v float[B, S, H * D], projected already -> float[B, T, H * D].
 
-    Args:
-      q: float[B, T, H * D]. k, v: float[B, S, H * D], projected already. num_heads: H.
-      visible: Visible over the S keys; None = every query sees every key.
-      maps: list that receives the weights float[B, H, T, S], for plots.
+    visible: Visible over the S keys; None = all. maps: list that receives the weights float[B, H, T, S], for plots.
     """
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # B H T|S D
     visible = full(q.shape[2], k.shape[2], q.device) if visible is None else visible

@@ -1,8 +1,7 @@
 """How a vision tower is made: pictures and captions in one space, matching pairs close, all others apart.
 
 A text tower reads the caption, the ViT sees the picture, both are projected to one space, and within a batch every
-picture must pick its caption and every caption its picture. The papers all start from a ViT trained like that;
-without it, a model that learns from answers alone finds colours early and shapes hardly ever.
+picture must pick its caption and every caption its picture. The papers all start from a ViT trained like that.
 
 CLIP, arXiv:2103.00020, Sec. 2.3 and Fig. 3. `ContrastiveModel` trains the small towers here; differs from the paper:
 - the picture's feature is the largest value of each channel over its patches, not a class token's: one patch that
@@ -11,14 +10,11 @@ CLIP, arXiv:2103.00020, Sec. 2.3 and Fig. 3. `ContrastiveModel` trains the small
   matches regions with words), so that every patch tells of what stands there, and of nothing else;
 - a picture may have several captions, and a caption several pictures (in small worlds captions repeat): the target is
   spread evenly over all that are right (UniCL, arXiv:2204.03610, Eq. 3).
-`CLIP` is the published pair of towers; beside the small one:
-- its picture is the class token behind the last norm: the one token whose only task is to sum up;
-- its blocks use a sigmoid approximation of GELU and norms of eps 1e-5, by the arguments of ViT and TextTower.
+`CLIP` is the published pair of towers: its picture is the class token behind the last norm.
 
 SigLIP, arXiv:2303.15343, Sec. 3; architecture of big_vision's released models, whose ViT is the tower of many small
 vision-language models. Differs from CLIP:
-- a sigmoid per pair replaces the softmax over the batch, so no pair needs to know the others;
-- a bias beside the temperature: nearly all pairs of a batch are wrong, and it starts the model at saying so;
+- a sigmoid per pair replaces the softmax over the batch, with a bias that starts the model at "no match";
 - the picture's feature is asked for by a learned probe, which weighs the patches; the ViT has no class token;
 - the text tower reads in both directions and always its full context, padding too: the last position is the feature;
 - the common space has the ViT's width: only captions are projected, with a bias.

@@ -63,11 +63,8 @@ def latest_picture(is_media, segments, num_image_tokens):
 def gather_media(image_tokens, shown, is_media, segments):
     """Put the pictures of each row behind one another: Media, or None where nothing is shown.
 
-    Args:
-      image_tokens: list of M float[L, media_width], of equal length.
-      shown: list of int, which of them stands at each media token, in row-major order.
-      is_media: bool[B, T]. segments: int[B, T].
-    Raises: ValueError for pictures of unequal length.
+    image_tokens: list of M float[L, media_width]. shown: list of int, which of them stands at each True of is_media
+    bool[B, T], in row-major order. segments: int[B, T]. Raises: ValueError for pictures of unequal length.
     """
     if not shown:
         return None

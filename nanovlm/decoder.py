@@ -1,9 +1,8 @@
 """The language model: a causal decoder whose layers may carry adapters, modality-adaptive parts and cross-attention.
 
 LLaMA's layer (RMSNorm, rotary positions, grouped queries, gated feed-forward), stacked; SmolLM2, Qwen2, Phi-2 and OPT
-are other values of DecoderConfig. What the papers add to a layer is an explicit list of LayerOptions, one per layer,
-so that "adapters after layers 0, 2, 4" is written down and not computed. It eats embeddings, not ids: image tokens
-are just embeddings that come from a bridge.
+are other values of DecoderConfig. What the papers add to a layer is an explicit list of LayerOptions, one per layer.
+It eats embeddings, not ids: image tokens are just embeddings that come from a bridge.
 
 LLaMA, arXiv:2302.13971, Sec. 2.2. Differs from the paper: grouped queries (arXiv:2305.13245), an optional tied
 head, and the options, all of them off in a plain LLaMA. The others differ from LLaMA in

@@ -1,9 +1,4 @@
-"""Files that survive a kill: written whole or not at all, or line by line.
-
-    replace(path, write)        readers see the old file or the new one
-    new_folder(path)            a folder appears with all that belongs in it, or does not appear
-    JsonLines(path)             appended to line by line; what a kill cut short is forgotten
-"""
+"""Files that survive a kill: `replace` and `new_folder` write whole or not at all, `JsonLines` line by line."""
 
 import contextlib
 import hashlib

@@ -1,8 +1,7 @@
 """LoRA: a frozen linear layer learns through two thin matrices beside it.
 
-Fine-tuning moves a weight by a matrix of low rank, so only that matrix is learned: a few per cent of the parameters,
-and of the optimizer's memory. Nothing changes at the start, and afterwards the update is added to the weight, so that
-the trained model is as large and as fast as the one it began from.
+Fine-tuning moves a weight by a matrix of low rank, so only that matrix is learned, a few per cent of the parameters.
+Nothing changes at the start; at the end the update is added to the weight, and the model is as fast as before.
 
 LoRA, arXiv:2106.09685, Sec. 4.1. For W_0 of [d, k], A of [r, k], B of [d, r]:
   Eq. 3  h = W_0 x + (alpha / r) B A x        B = 0 at the start

@@ -1,13 +1,9 @@
 """What this machine can do: where models run, and which type of numbers it is fast in.
 
 bfloat16 halves memory and doubles speed where the processor multiplies it itself. Where it does not, torch imitates it,
-up to forty times slower than float32. The choice follows what the machine says of itself, so it is the same every time:
-
-    Nvidia GPU            bfloat16 from compute capability 8.0 (Ampere) on
-    x86 CPU               bfloat16 with AVX512-BF16 or AMX, unless torch is kept from its AVX512 kernels
-                          (ATEN_CPU_CAPABILITY=avx2), which the processor's flags alone would not show
-    Arm CPU under Linux   bfloat16 with the flag bf16
-    all others            float32: macOS, "mps", older processors
+up to forty times slower than float32. So it is taken on Nvidia GPUs from Ampere on, and under Linux on CPUs whose flags
+name it, unless torch is kept from its AVX512 kernels (ATEN_CPU_CAPABILITY=avx2); everywhere else it is float32. The
+choice follows what the machine says of itself, so it is the same every time.
 """
 
 import platform

@@ -12,10 +12,9 @@ Differs from the paper, as the released code does:
 - modality 0 is text and 1 is vision (the paper numbers them the other way round);
 - both norms of a layer are split, the one before attention and the one before the feed-forward.
 
-Each split layer has three forms. `as_written` computes both branches for all tokens and selects, as the equations
-read; `routed` computes for each token its own branch only, by copying the tokens of a branch together. That needs their
-number, for which the host would wait for a GPU; there `in_place` takes over: projections through a kernel that lets
-every token stay where it is, norms as written, since they cost little. All are equal; the Routing says which one runs.
+Each split layer has three equal forms. `as_written` computes both branches for all tokens and selects, as the equations
+read; `routed` computes only a token's own branch, by copying the tokens of a branch together. That needs their number,
+for which the host would wait for a GPU; there `in_place` takes over, a kernel that lets every token stay where it is.
 
 B batch, T tokens, W width
 """
@@ -47,10 +46,10 @@ class Routing:
 
 
 def sort(modality):
-    """List the tokens of int[B, T] by modality, in tiles of one modality each, without asking how many there are.
+    """List the tokens of int[B, T] in tiles of one modality each, without asking how many there are.
 
-    Returns: (order int64[tiles, TILE], flat indices: text first, then vision, each filled up with B * T to whole
-      tiles; text_end int64[], how many places are text's).
+    Returns: (order int64[tiles, TILE], flat indices, text first, each modality filled up with B * T to whole tiles;
+      text_end int64[], how many places are text's).
     """
     is_vision = modality.flatten() == VISION
     number = len(is_vision)

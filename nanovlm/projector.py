@@ -1,8 +1,7 @@
 """The simplest bridge: every patch becomes one image token, by a linear map or a small MLP.
 
 LLaVA (arXiv:2304.08485) uses one linear layer, LLaVA-1.5 and LLaVA-Phi (arXiv:2401.02330, Sec. 3.1) two with a GELU
-between. Nothing is summarised: as many image tokens as patches, in the same order (576 a picture in LLaVA-Phi, where
-the resampler leaves 32 and the abstractor 65).
+between. Nothing is summarised: as many image tokens as patches, in the same order.
 
 M visual inputs, N patches over all frames, D width
 """

@@ -9,8 +9,7 @@ released code does:
 - a LayerNorm on the learned queries before the first layer, where BERT has the one behind its embeddings;
 - the feed-forward of the queries is their own copy; the text's, used in pre-training alone, is left out;
 - no dropout (BERT's is 0.1 in training), as nowhere in this package.
-Unlike the resampler and the abstractor it normalises after each residual, BERT's order, and its queries meet the
-picture only where `cross_attention` says.
+Unlike the resampler and the abstractor it normalises after each residual, BERT's order.
 
 M visual inputs, F frames, N features of a frame, K queries, H heads, W width
 """

@@ -9,13 +9,11 @@ ViT, arXiv:2010.11929; CLIP's variant arXiv:2103.00020. Differs from the paper:
   (Early Convolutions Help Transformers See Better, arXiv:2106.14881);
 - the position table is resizable, since training raises the resolution between its stages.
 
-Siblings differ in what they hand to the bridge, and each has its reason:
+What the siblings hand to the bridge:
 - CLIP in LLaVA and LLaVA-Phi (`feature_layer=23`, `drop_class_token`): before the last block, which serves CLIP's own
-  loss, patches keep more of their place (LLaVA, arXiv:2304.08485, Sec. 5.2);
-- CLIP in mPLUG-Owl2 (all blocks, `post_norm`, class token kept): the abstractor picks out what it needs;
-- EVA-g in Lynx (39 blocks, `qkv_bias="qv"`, no `post_norm`): the public tower's 40th block and its norm are not built;
-- EVA-g in BLIP-2: the same 39 blocks, but BLIP-2 puts a norm of its own behind them for the Q-Former;
-- SigLIP (no class token, `gelu_tanh`, `post_norm`): it pools by attention, so every token is a patch.
+  loss, patches keep more of their place (LLaVA, arXiv:2304.08485, Sec. 5.2); in mPLUG-Owl2 all blocks and the token;
+- EVA-g in Lynx and BLIP-2: 39 blocks, `qkv_bias="qv"`, no `post_norm` in Lynx, one of BLIP-2's own in BLIP-2;
+- SigLIP: no class token, as it pools by attention.
 
 F frames (images), N patches, T tokens (N, or N + 1 with a class token), W width
 """

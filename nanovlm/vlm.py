@@ -125,11 +125,9 @@ class VLM(nn.Module):
         return self.bridge.num_image_tokens(self.vision.num_tokens(image_size), num_frames)
 
     def encode(self, pixels, frames, out=None):
-        """Pictures to image tokens: list of M float[num_image_tokens, W].
+        """Pixels float[F, 3, H, W] of all frames, and the frames int[M] of each visual input, to image tokens.
 
-        Args:
-          pixels: float[F, 3, H, W], all frames behind one another. frames: int[M], of each visual input.
-          out: dict for the bridge's attention maps.
+        out: dict for the bridge's attention maps. Returns: list of M float[num_image_tokens, W].
         """
         return self.encode_features(self.vision(pixels), frames, out)
 
@@ -167,8 +165,7 @@ class VLM(nn.Module):
     def media(self, ids, segments, image_tokens, shown, owner=None):
         """What the cross-attention layers read: cross_attention.Media; None where no picture is shown.
 
-        Args: as in Batch and `embed`; owner None = as the media tokens say.
-        Raises: ValueError when a row's media tokens are not as many as its pictures.
+        owner None = as the media tokens say. Raises: ValueError where a row has other media tokens than pictures.
         """
         is_media = (ids == self.media_token) & (segments >= 0)
         found = is_media.sum(1)

@@ -8,19 +8,12 @@ from safetensors.torch import load_file
 
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.projector import LinearProjector
+from nanovlm.published.language import LLAMA, llama_config
+from nanovlm.published.weights import to_ours
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 
 GENERATION = Path(__file__).parent / "golden" / "generation"
-RENAMES = {
-    "model.embed_tokens": "embedding",
-    "model.": "",
-    "input_layernorm": "norm_1",
-    "post_attention_layernorm": "norm_2",
-    "self_attn": "attention",
-    "mlp": "ffn",
-    "_proj": "",
-}
 
 
 def vision_language_model(config, image_size=8):
@@ -41,23 +34,8 @@ def random_vlm(vocab_size=23, context_length=40, image_size=8):
 
 def recorded_llama():
     """The LLaMA whose `transformers.generate` runs are recorded in golden/generation."""
-    sizes = json.loads((GENERATION / "tiny_llama" / "config.json").read_text())
-    config = DecoderConfig(
-        vocab_size=sizes["vocab_size"],
-        width=sizes["hidden_size"],
-        num_heads=sizes["num_attention_heads"],
-        num_kv_heads=sizes["num_key_value_heads"],
-        ffn_width=sizes["intermediate_size"],
-        context_length=sizes["max_position_embeddings"],
-        layers=(LayerOptions(),) * sizes["num_hidden_layers"],
-        rope_base=sizes["rope_parameters"]["rope_theta"],
-        norm_eps=sizes["rms_norm_eps"],
-    )
-    weights = {}
-    for name, tensor in load_file(GENERATION / "tiny_llama" / "model.safetensors").items():
-        for theirs, ours in RENAMES.items():
-            name = name.replace(theirs, ours)
-        weights[name] = tensor
-    model = vision_language_model(config)
+    folder = GENERATION / "tiny_llama"
+    model = vision_language_model(llama_config(json.loads((folder / "config.json").read_text())))
+    weights = to_ours(LLAMA, load_file(folder / "model.safetensors"), model.decoder.state_dict())
     model.decoder.load_state_dict(weights)
     return model

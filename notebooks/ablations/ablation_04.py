@@ -12,18 +12,14 @@ questions about pictures of one object. Two tables in one:
 """
 
 import functools
-import platform
 import sys
-import time
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-from ablations import ablation_table
 import torch
-from ablations.ablation_table import write
+from ablations import ablation_table
 
 from nanovlm.training import optimizer
 from nanovlm.abstractor import Abstractor
@@ -39,7 +35,7 @@ from nanovlm.resampler import Resampler
 from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
-from nanovlm.vlm import IGNORE, VLM
+from nanovlm.vlm import VLM
 
 CSV_PATH = Path(__file__).with_suffix(".csv")
 KINDS = ("color", "shape", "place", "size")
@@ -231,15 +227,9 @@ def learn_answers(arm, vision, seed, settings):
     return model
 
 
-@torch.no_grad()
 def examine(model, exam):
     """{kind of question: share answered right in every token} over records."""
-    batch = rows(exam, model)
-    labels, hidden = batch.labels[:, 1:], model.hidden(batch)[:, :-1]
-    right = ((model.decoder.logits(hidden).argmax(-1) == labels) | (labels == IGNORE)).all(dim=1)
-    kinds = [kind for record in exam for kind in record.kinds]
-    chosen = {kind: torch.tensor([other == kind for other in kinds]) for kind in KINDS}
-    return {kind: right[rows].float().mean().item() for kind, rows in chosen.items()}
+    return ablation_table.shares_right(model, rows(exam, model), exam, KINDS)
 
 
 @functools.lru_cache(maxsize=1)
@@ -274,12 +264,4 @@ def read(path=CSV_PATH):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = []
-    for result in run((0, 1, 2), Settings()):
-        results.append(result)
-        print(result, flush=True)
-    write(results, CSV_PATH, (
-        f"python notebooks/ablations/ablation_04.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
-        f"{time.process_time():.0f} CPU-seconds, seeds 0 to 2"
-    ))  # fmt: skip
+    ablation_table.collect(run((0, 1, 2), Settings()), CSV_PATH)

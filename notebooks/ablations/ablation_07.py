@@ -7,24 +7,19 @@ both modalities or kept separate; what trains is either these alone, or the whol
     python notebooks/ablations/ablation_07.py        writes notebooks/ablations/ablation_07.csv
 """
 
-import platform
 import sys
-import time
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-from ablations import ablation_table
 import torch
 import torch.nn.functional as F
-from ablations.ablation_table import write
+from ablations import ablation_04, ablation_table
+from ablations.ablation_04 import records
 
-from nanovlm.training import optimizer
 from nanovlm.data.batching import build_batch
-from nanovlm.data.scene_questions import Scenes
-from nanovlm.data.scene_questions import SceneTexts
+from nanovlm.data.scene_questions import Scenes, SceneTexts
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
@@ -93,11 +88,6 @@ def sources(seed):
     }
 
 
-def records(source, start, number):
-    """Records start to start + number of a source."""
-    return [source.record(n) for n in range(start, start + number)]
-
-
 def make_tokenizer(words):
     """A tokenizer of the words that both kinds of questions use."""
     asked = (turn for record in records(words, 0, 400) for turns in record.conversations for turn in turns)
@@ -138,27 +128,22 @@ def trained_parts(model, arm):
 
 
 def train(model, parts, source, tokenizer, settings, steps):
-    """Answer a source's questions for some steps; yields after every step, so that a caller can look."""
+    """Answer a source's questions for some steps."""
     stage = Stage(
         "ablation", "language", dict.fromkeys(parts, 3e-3), {source.name: 1.0}, steps, settings.batch_size,
         optimizer="muon", warmup_steps=min(10, steps - 1),
     )  # fmt: skip
-    trained = [parameter for part in parts.values() for parameter in part.values()]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    optimizers = optimizer.build(parts, stage)
-    for step in range(steps):
-        optimizer.set_lr(optimizers, optimizer.lr_factor(step, stage))
+    model.requires_grad_(False)
+    for part in parts.values():
+        for parameter in part.values():
+            parameter.requires_grad_(True)
+
+    def loss_of(step):
         batch = rows(records(source, step * settings.batch_size, settings.batch_size), model, tokenizer)
         loss, count = language_loss(model, batch)
-        (loss / count).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for each in optimizers:
-            each.step()
-            each.zero_grad(set_to_none=True)
-        yield step
+        return loss / count
+
+    ablation_04.train(parts, stage, loss_of)
 
 
 def rows(some_records, model, tokenizer):
@@ -182,8 +167,7 @@ def learn_words(seed, settings):
     model = make_model(tokenizer, seed)
     parts = model.parts()
     language = {part: parts[part] for part in ("embedding", "language_model")}
-    for _ in train(model, language, found["words"], tokenizer, settings, settings.language_steps):
-        pass
+    train(model, language, found["words"], tokenizer, settings, settings.language_steps)
     return model, tokenizer, found
 
 
@@ -202,8 +186,7 @@ def learn_to_see(model, arm, tokenizer, found, settings, seed):
     )
     loss_before, right_before = examine(seeing, words)
     parts = trained_parts(seeing, arm)
-    for _ in train(seeing, parts, found["pictures"], tokenizer, settings, settings.picture_steps):
-        pass
+    train(seeing, parts, found["pictures"], tokenizer, settings, settings.picture_steps)
     loss_after, right_after = examine(seeing, words)
     trained = sum(parameter.numel() for parameter in parts["language_model"].values())
     picture_right = examine(seeing, pictures)[1]
@@ -224,12 +207,4 @@ def read(path=CSV_PATH):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = []
-    for result in run((0, 1, 2), Settings()):
-        results.append(result)
-        print(result, flush=True)
-    write(results, CSV_PATH, (
-        f"python notebooks/ablations/ablation_07.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
-        f"{time.process_time():.0f} CPU-seconds, seeds 0 to 2"
-    ))  # fmt: skip
+    ablation_table.collect(run((0, 1, 2), Settings()), CSV_PATH)

@@ -1,8 +1,15 @@
-"""Results of an ablation as a CSV file: a line that says how they came about, then a row per run, a dataclass each."""
+"""What the lessons' ablations share: answers examined, and results as a CSV file, a row per run under a line that says how they came about."""
 
 import csv
 import os
+import platform
+import time
 from dataclasses import asdict, fields
+from datetime import date
+
+import torch
+
+from nanovlm.vlm import IGNORE
 
 BOOLEANS = {"True": True, "False": False}
 
@@ -26,3 +33,25 @@ def read(path, kind):
         rows = list(csv.DictReader(file))
     convert = {field.name: BOOLEANS.__getitem__ if field.type is bool else field.type for field in fields(kind)}
     return note, [kind(**{name: convert[name](row[name]) for name in convert}) for row in rows]
+
+
+@torch.no_grad()
+def shares_right(model, batch, records, kinds):
+    """{kind of question: share answered right in every token} of records, whose Batch has a row per question."""
+    labels, hidden = batch.labels[:, 1:], model.hidden(batch)[:, :-1]
+    right = ((model.decoder.logits(hidden).argmax(-1) == labels) | (labels == IGNORE)).all(dim=1)
+    asked = [kind for record in records for kind in record.kinds]
+    return {kind: right[torch.tensor([one == kind for one in asked])].float().mean().item() for kind in kinds}
+
+
+def collect(results, path):
+    """Run an ablation on one core, printing every result, and write its table; results: iterable of dataclasses."""
+    torch.set_num_threads(1)
+    found = []
+    for result in results:
+        found.append(result)
+        print(result, flush=True)
+    write(found, path, (
+        f"python notebooks/ablations/{path.stem}.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
+        f"{time.process_time():.0f} CPU-seconds, seeds 0 to 2"
+    ))  # fmt: skip

@@ -19,19 +19,18 @@ from ablations import ablation_04
 import torch
 import torch.nn.functional as F
 from ablations.ablation_04 import KINDS, NUM_HEADS, WIDTH, captions, records, train
+from ablations.ablation_table import shares_right
 
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import build_batch, contrastive_batch
-from nanovlm.data.scene_questions import Scenes
-from nanovlm.data.scene_questions import SceneTexts
+from nanovlm.data.scene_questions import Scenes, SceneTexts
 from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.training.diagnostics import Movement
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.training.language_loss import language_loss
-from nanovlm.training.stages import all_parts
-from nanovlm.training.stages import Stage
+from nanovlm.training.stages import Stage, all_parts
 from nanovlm.vlm import IGNORE, VLM
 
 LARGE, SMALL = 48, 32  # pixels
@@ -104,15 +103,10 @@ def train_stage(stage, model, towers, tokenizer, source, start):
     }
 
 
-@torch.no_grad()
 def examine(model, tokenizer, source, number=EXAM):
     """{kind of question: share answered right in every token} over new pictures."""
     asked = records(source, 0, number)
-    batch = batch_of(asked, model, tokenizer, model.vision.image_size)
-    labels = batch.labels[:, 1:]
-    right = ((model(batch)[:, :-1].argmax(-1) == labels) | (labels == IGNORE)).all(dim=1)
-    kinds = [kind for record in asked for kind in record.kinds]
-    return {kind: right[torch.tensor([one == kind for one in kinds])].float().mean().item() for kind in KINDS}
+    return shares_right(model, batch_of(asked, model, tokenizer, model.vision.image_size), asked, KINDS)
 
 
 @torch.no_grad()

@@ -38,7 +38,6 @@ def check_patchify(patchify):
     """Lesson 01. patchify(pixels float[F, 3, H, W], patch_size) -> float[F, N, 3 * patch_size ** 2].
 
     The flattened weights of the patch convolution, applied to it, must give what the convolution gives.
-    Raises: AssertionError.
     """
     generator = torch.Generator().manual_seed(0)
     vision = ViT(ViTConfig(image_size=12, patch_size=4, width=8, num_layers=0, num_heads=1, mlp_width=8))
@@ -70,7 +69,7 @@ def latest_by_walking(is_media):
 
 
 def check_sees(sees):
-    """Lesson 02. sees(is_media bool[T]) -> bool[T, pictures], True where a token sees a picture. Raises: AssertionError."""
+    """Lesson 02. sees(is_media bool[T]) -> bool[T, pictures], True where a token sees a picture."""
     for places in ((1, 4, 8), (0, 1), (5,), ()):
         is_media = torch.zeros(10, dtype=torch.bool)
         is_media[list(places)] = True
@@ -87,10 +86,7 @@ def check_sees(sees):
 
 
 def check_place(place):
-    """Lesson 03. place(embeddings float[B, T, W], is_image bool[B, T], image_tokens float[n, W]) -> float[B, T, W].
-
-    Raises: AssertionError.
-    """
+    """Lesson 03. place(embeddings float[B, T, W], is_image bool[B, T], image_tokens float[n, W]) -> float[B, T, W]."""
     torch.manual_seed(0)
     vision = ViT(ViTConfig(image_size=8, patch_size=4, width=8, num_layers=0, num_heads=1, mlp_width=8))
     config = DecoderConfig(20, 8, 1, 1, 8, 16, (LayerOptions(),))
@@ -115,7 +111,7 @@ def check_place(place):
 def check_look(look):
     """Lesson 04. look(q float[M, H, L, D], k float[M, H, N, D], v float[M, H, N, D]) -> float[M, H, L, D].
 
-    What every latent takes from the patches, as in a resampler's layer. Raises: AssertionError.
+    What every latent takes from the patches, as in a resampler's layer.
     """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (2 * torch.randn(2, 3, number, 8, generator=generator) for number in (4, 10, 10))
@@ -134,10 +130,7 @@ def check_look(look):
 
 
 def check_silence(silence):
-    """Lesson 05. silence(adapter.Adapter) changes it in place: it adds nothing, and can still learn.
-
-    Raises: AssertionError.
-    """
+    """Lesson 05. silence(adapter.Adapter) changes it in place: it adds nothing, and can still learn."""
     torch.manual_seed(0)
     adapter, hidden = Adapter(12, 6), torch.randn(2, 5, 12)
     for parameter in adapter.parameters():
@@ -164,10 +157,7 @@ def check_silence(silence):
 
 
 def check_gate_gradients(gate_gradients):
-    """Lesson 06. gate_gradients(gate float[1], update float[T, W], dy float[T, W]) -> (d gate, d update).
-
-    Raises: AssertionError.
-    """
+    """Lesson 06. gate_gradients(gate float[1], update float[T, W], dy float[T, W]) -> (d gate, d update)."""
     generator = torch.Generator().manual_seed(0)
     for value in (0.0, 0.7, -1.3):
         gate = torch.tensor([value], requires_grad=True)
@@ -187,7 +177,7 @@ def check_gate_gradients(gate_gradients):
 def check_route(route_by_hand):
     """Lesson 07. route_by_hand(x float[B, T, W], modality int[B, T], text, vision) -> float[B, T, W_out].
 
-    text and vision are layers with different weights. Raises: AssertionError.
+    text and vision are layers with different weights.
     """
     generator = torch.Generator().manual_seed(0)
     modality = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 0, 1, 1]])
@@ -211,7 +201,7 @@ def check_route(route_by_hand):
 
 
 def check_stretch(stretch):
-    """Lesson 08. stretch(table float[1 + n * n, W], side) -> float[1 + side * side, W]. Raises: AssertionError."""
+    """Lesson 08. stretch(table float[1 + n * n, W], side) -> float[1 + side * side, W]."""
     generator = torch.Generator().manual_seed(0)
     for old, new in ((3, 5), (4, 6), (4, 2)):
         table = torch.randn(1 + old**2, 6, generator=generator)
@@ -226,7 +216,7 @@ def check_stretch(stretch):
 def check_merge(merge):
     """Lesson 09. merge(one, other) -> (top float[T], total float[T], acc float[T, D]), as its arguments.
 
-    The largest score, sum(exp(score - top)) and sum(exp(score - top) * value) of two sets of keys. Raises: AssertionError.
+    The largest score, sum(exp(score - top)) and sum(exp(score - top) * value) of two sets of keys.
     """
     generator = torch.Generator().manual_seed(0)
     scores, values = 20 * torch.randn(6, 9, generator=generator), torch.randn(9, 4, generator=generator)
@@ -244,10 +234,7 @@ def check_merge(merge):
 
 
 def check_tile_kinds(tile_kinds):
-    """Lesson 09. tile_kinds(first int[T], stop int[T], num_keys, size) -> int[query tiles, key tiles]: 0, 1 or 2.
-
-    Raises: AssertionError.
-    """
+    """Lesson 09. tile_kinds(first int[T], stop int[T], num_keys, size) -> int[query tiles, key tiles]: 0, 1 or 2."""
     steps = torch.arange(10)
     for words, first, stop, num_keys in (
         ("causal", steps * 0, steps + 1, 10),
@@ -265,7 +252,7 @@ def check_tile_kinds(tile_kinds):
 
 
 def check_blame(blame_scores):
-    """Lesson 09. blame_scores(shares float[T, S], d_shares float[T, S]) -> float[T, S]. Raises: AssertionError."""
+    """Lesson 09. blame_scores(shares float[T, S], d_shares float[T, S]) -> float[T, S]."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(4, 6, generator=generator).requires_grad_()
     d_shares = torch.randn(4, 6, generator=generator)
@@ -277,10 +264,7 @@ def check_blame(blame_scores):
 
 
 def check_nucleus(nucleus):
-    """Lesson 10. nucleus(probabilities float[V], p) -> bool[V], the words that nucleus sampling keeps.
-
-    Raises: AssertionError.
-    """
+    """Lesson 10. nucleus(probabilities float[V], p) -> bool[V], the words that nucleus sampling keeps."""
     generator = torch.Generator().manual_seed(0)
     for p in (0.9, 0.5, 0.05):
         for _ in range(4):
@@ -301,10 +285,7 @@ def check_nucleus(nucleus):
 
 
 def check_bridge(make):
-    """Lesson 11. make(vision_width, output_width) -> a bridge whose image tokens are the rows of the picture.
-
-    Raises: AssertionError.
-    """
+    """Lesson 11. make(vision_width, output_width) -> a bridge whose image tokens are the rows of the picture."""
     vision_width, width = 8, 12
     try:
         bridge = make(vision_width, width)

@@ -1,5 +1,7 @@
 """The fused kernels against the equation, in the interpreter; bad arguments; the switch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -16,11 +18,33 @@ def test_kernels_in_the_interpreter(slow):
     interpreter.run("flash_attention.py", slow=slow)
 
 
-def test_without_gpu_and_interpreter_it_says_so():
+def test_without_gpu_and_interpreter_it_says_so(monkeypatch):
+    monkeypatch.setattr(flash, "INTERPRETED", False)
     q = torch.randn(1, 2, 3, 16)
     with pytest.raises(ValueError, match="need a GPU, or .*TRITON_INTERPRET=1.*'sdpa'"):
         attention(q, q, q, full(3, 3), "triton")
     assert BACKENDS == ("reference", "sdpa", "triton")
+
+
+@pytest.mark.parametrize("capability, width, key", [
+    ((9, 0), 64, (90, 64)), ((9, 0), 88, (90, 96)), ((9, 0), 128, (90, 128)), ((8, 6), 8, (80, 64)), ((12, 0), 96, (80, 128)),
+])  # fmt: skip
+def test_tiles_of_a_gpu_are_such_that_a_kernel_can_have(capability, width, key, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    half = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"), shape=(1, 1, 1, width))
+    exact = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), shape=(1, 1, 1, width))
+    assert flash.tiles_for(half) is flash.TILES[key] and flash.tiles_for(exact) is flash.EXACT
+    for tile in (*flash.TILES[key], *flash.EXACT):
+        assert {tile.queries, tile.keys} <= {32, 64, 128} and tile.warps in (4, 8)
+        assert tile.stages == 1 if tile in flash.EXACT else tile.stages in (2, 3)
+
+
+def test_rows_that_cannot_be_read_in_pieces_of_16_bytes_are_copied():
+    x = torch.zeros(2, 3, 4, 24)
+    for good in (x[..., :16], x.transpose(1, 2), torch.zeros(1, 1, 1, 17)[..., 1:]):
+        assert flash.readable(good) is good
+    for bad in (torch.zeros(2, 3, 4, 25)[..., :16], x.transpose(2, 3)):
+        assert flash.readable(bad) is not bad and torch.equal(flash.readable(bad), bad)
 
 
 def shaped(*shape, dtype=torch.float32):
