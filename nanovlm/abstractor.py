@@ -30,8 +30,7 @@ from nanovlm.names import arguments
 def patch_positions(num_features, width, device=None):
     """Fixed places of a frame's N features, float[N, width]: half of the channels tells the column, half the row.
 
-    N is a square number of patches, or one more: the class token in front, which has no place, gets zeros.
-    Raises: ValueError for any other number of features.
+    N is a square number of patches, or one more: the class token in front, which gets zeros. Else a ValueError.
     """
     side = math.isqrt(num_features)
     num_class_rows = num_features - side * side

@@ -1,4 +1,4 @@
-"""What a model is made of, as JSON: config.json holds it, so that a folder opens whatever becomes of its recipe's sizes."""
+"""What a model is made of, as JSON in config.json, so that a folder opens whatever becomes of its recipe's sizes."""
 
 import dataclasses
 import json
@@ -12,7 +12,8 @@ from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 
-BRIDGES = {one.__name__: one for one in (LinearProjector, MLPProjector, PixelShuffleProjector, Resampler, Abstractor, QFormer)}
+KINDS = (LinearProjector, MLPProjector, PixelShuffleProjector, Resampler, Abstractor, QFormer)
+BRIDGES = {kind.__name__: kind for kind in KINDS}
 # what building from values of the wrong types may raise
 UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)
 
@@ -23,7 +24,7 @@ def architecture(model, contrastive):
     Args: model: vlm.VLM. contrastive: contrastive.ContrastiveModel or None.
     """
     parts = [model.vision, model.bridge, model.decoder, *([contrastive, contrastive.text] if contrastive else [])]
-    if any(type(part) not in (ViT, Decoder, ContrastiveModel, TextTower, *BRIDGES.values()) for part in parts):
+    if any(type(part) not in (ViT, Decoder, ContrastiveModel, TextTower, *KINDS) for part in parts):
         return None
     found = {
         "vision": dataclasses.asdict(model.vision.config),
@@ -54,4 +55,4 @@ def rebuild(found):
         widths = vision.config.width, text.arguments["width"]
         return model, ContrastiveModel(vision, widths[0], text, widths[1], found["joint_width"])
     except UNBUILT as error:
-        raise ValueError(f"config.json: no model can be built from this architecture ({type(error).__name__}: {error})") from error
+        raise ValueError(f"config.json: no model has this architecture ({type(error).__name__}: {error})") from error

@@ -77,7 +77,7 @@ def documents(lengths, device=None):
 
 
 def prefix(segments, prefix_lengths):
-    """Causal, but the first int[B] `prefix_lengths` tokens of a row's one document, no more, see one another both ways."""
+    """Causal, but the first int[B] `prefix_lengths` tokens, all of a row's one document, see one another both ways."""
     visible = causal(segments)
     stop = torch.maximum(visible.stop, visible.first + prefix_lengths[:, None])
     return Visible(visible.first, torch.where(segments < 0, visible.first, stop))

@@ -1,8 +1,7 @@
 """Key/value cache: what the decoder already computed about the tokens behind it.
 
-Memory for all columns is taken once, at the start; a forward pass writes its keys and values behind the last written
-column and attends to everything up to there. All rows share one cursor: prompts of unequal length are padded on the
-left, so that their last tokens stand in one column and the next token of every row is written into the same place.
+Memory for all columns is taken once; a forward pass writes behind the last written column and attends to all before.
+All rows share one cursor: prompts of unequal length are padded on the left, so that their ends stand in one column.
 
 B rows, T tokens, H key/value heads, L columns, D head width
 """

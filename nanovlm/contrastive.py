@@ -89,10 +89,9 @@ class BidirectionalTextTower(TextTower):
 
 
 def info_nce(logits, right):
-    """CLIP's symmetric loss: each picture picks among all captions, each caption among all pictures.
+    """CLIP's symmetric loss of logits float[B, C] over pictures and captions, nats (CLIP, Fig. 3; UniCL, Eq. 3).
 
-    Args: logits: float[B, C]. right: bool[B, C], True where caption j is right for picture i; each has at least one.
-    Returns: float[], mean of the means over pictures and over captions, nats (CLIP, Fig. 3; UniCL, Eq. 3).
+    right: bool[B, C], True where caption j is right for picture i; each has at least one.
     """
     target = right.float()
     to_texts = -(target / target.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)

@@ -27,12 +27,7 @@ def digest(path):
 
 
 def replace(path, write):
-    """Write a file under a temporary name, force it to the disk and rename it.
-
-    Args:
-      path: Path, new or existing.
-      write: function(Path) that writes the temporary file; what it raises is raised, and the old file stays.
-    """
+    """Write a file by write(its temporary Path), force it to the disk and rename it; on an error the old file stays."""
     temporary = Path(f"{path}{TEMPORARY}")
     try:
         write(temporary)

@@ -84,4 +84,5 @@ def check_device(name):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from error
+        said = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here ({said}); try --device cpu") from error

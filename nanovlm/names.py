@@ -4,13 +4,7 @@ import difflib
 
 
 def nearest(name, known):
-    """Say which known name was probably meant.
-
-    Args:
-      name: the unknown name.
-      known: iterable of the names that exist.
-    Returns: str, " Did you mean 'x'?" or " Known: 'a', 'b'." to append to an error message.
-    """
+    """What to append to a message about an unknown name: " Did you mean 'x'?" or " Known: 'a', 'b'." """
     known = sorted(map(str, known))
     close = difflib.get_close_matches(str(name), known, n=1)
     if close:

@@ -53,12 +53,10 @@ class PixelShuffleProjector(nn.Module):
     """MLP over squares of neighbouring patches: `merge` x `merge` of them become one image token.
 
     The patches of a square are laid behind one another, so nothing is averaged away; the first linear layer mixes
-    them. Idefics3, arXiv:2408.12637, Sec. 2.2, and SmolVLM use it without the hidden layer.
+    them. Idefics3, arXiv:2408.12637, Sec. 2.2, and SmolVLM use it without the hidden layer. The ViT has no class token.
 
-    Args:
-      merge: side of the square, patches; the ViT has no class token.
-      positions: tell every image token where it stands, by sines and cosines with a learned strength per channel. A
-        small tower trained on captions forgets places; the same place has the same code at every resolution.
+    positions: tell every image token where it stands, by sines and cosines with a learned strength per channel, the
+      same at every resolution: a small tower trained on captions forgets places.
     """
 
     def __init__(self, vision_width, output_width, merge, positions=False):

@@ -129,7 +129,9 @@ def differentiate(ctx, dy):
     return dx, d_text, d_vision, None, None
 
 
-routed_product.register_autograd(differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+routed_product.register_autograd(
+    differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 def project(x, text, vision, order, text_end):

@@ -172,8 +172,8 @@ class VLM(nn.Module):
         needed = found if owner is None else torch.bincount(owner, minlength=len(ids))
         if int(found.sum()) != len(shown) or not torch.equal(found, needed):
             row = int((found != needed).long().argmax())
-            raise ValueError(f"row {row} has {found[row]} media tokens (id {self.media_token}) for {needed[row]} visual "
-                             f"inputs; in all rows there are {found.sum()} for {len(shown)}")
+            raise ValueError(f"row {row} has {found[row]} media tokens (id {self.media_token}) for {needed[row]} "
+                             f"visual inputs; in all rows there are {found.sum()} for {len(shown)}")
         dtype = self.decoder.embedding.weight.dtype
         return gather_media([tokens.to(dtype) for tokens in image_tokens], list(shown), is_media, segments)
 
