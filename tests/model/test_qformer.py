@@ -3,19 +3,11 @@
 import pytest
 import torch
 
+from nanovlm.published.weights import to_ours
 from nanovlm.qformer import QFormer
-from parity import close, copy_weights, perturb, same_gradients
-
-RULES = [
-    (r"^layernorm\.", "norm."),
-    (r"^encoder\.layer\.", "layers."),
-    (r"(cross)?attention\.attention\.(q|k|v)(uery|ey|alue)\.", lambda m: f"{'cross_' * bool(m[1])}attention.{m[2]}."),
-    (r"(cross)?attention\.output\.dense\.", lambda m: f"{'cross_' * bool(m[1])}attention.o."),
-    (r"(cross)?attention\.output\.LayerNorm\.", lambda m: f"{'cross_' * bool(m[1])}attention.norm."),
-    (r"intermediate_query\.dense\.", "fc_1."),
-    (r"output_query\.dense\.", "fc_2."),
-    (r"output_query\.LayerNorm\.", "ffn_norm."),
-]
+from nanovlm.recipes.blip2 import QFORMER
+from parity import close, perturb
+from published_models import same_gradients
 
 
 def make(cross_attention=(True, False, True), **options):
@@ -32,13 +24,14 @@ class Published(torch.nn.Module):
             hidden_size=12, num_hidden_layers=num_layers, num_attention_heads=3, intermediate_size=18,
             cross_attention_frequency=frequency, encoder_hidden_size=20,
         )  # fmt: skip
-        self.queries = torch.nn.Parameter(torch.zeros(1, 5, 12))
+        self.query_tokens = torch.nn.Parameter(torch.zeros(1, 5, 12))
         self.qformer = transformers.Blip2QFormerModel(config)
-        self.project = torch.nn.Linear(12, 10)
+        self.language_projection = torch.nn.Linear(12, 10)
 
     def forward(self, features):
-        hidden = self.qformer(query_embeds=self.queries.expand(len(features), -1, -1), encoder_hidden_states=features)
-        return self.project(hidden.last_hidden_state)
+        queries = self.query_tokens.expand(len(features), -1, -1)
+        hidden = self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+        return self.language_projection(hidden)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -46,8 +39,8 @@ class Published(torch.nn.Module):
 def test_blip2(frequency, looks, backend):
     transformers = pytest.importorskip("transformers")
     theirs = perturb(Published(transformers, frequency, len(looks)))
-    rules = [(r"^qformer\.", ""), *RULES]
-    ours = copy_weights(make(looks), theirs, rules)
+    ours = make(looks)
+    ours.load_state_dict(to_ours(QFORMER, dict(theirs.named_parameters()), ours.state_dict()))
     ours.backend = backend
     features = torch.randn(2, 7, 20, requires_grad=True)
     same_features = features.detach().clone().requires_grad_()
@@ -58,7 +51,7 @@ def test_blip2(frequency, looks, backend):
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     close(features.grad, same_features.grad)
-    same_gradients(ours, theirs, rules)
+    same_gradients(ours, theirs, QFORMER)
 
 
 def test_eps_is_bert_s():
