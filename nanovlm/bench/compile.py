@@ -49,7 +49,8 @@ class Variant:
     @property
     def tile(self):
         """The sizes of its tile, as 128x64."""
-        return "x".join(str(self.constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in self.constants)
+        sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+        return "x".join(str(self.constants[name]) for name in sizes if name in self.constants)
 
     @property
     def label(self):
@@ -186,8 +187,8 @@ def judge_all(args):
     recorded, lengths, bad = json.loads(RECORDED.read_text()), {}, 0
     known = recorded.get(triton.__version__, {})
     judged = "recorded" if args.record else "at most 5% more than recorded" if known else "nothing recorded"
-    print(f"Triton {triton.__version__}; registers and spilled bytes of a thread, shared bytes of a program, instructions of "
-          f"the loop over whole tiles ({judged})\n{ROW.format(*HEAD.split())}")  # fmt: skip
+    print(f"Triton {triton.__version__}; registers and spilled bytes of a thread, shared bytes of a program, "
+          f"instructions of the loop over whole tiles ({judged})\n{ROW.format(*HEAD.split())}")  # fmt: skip
     for one in (variant for name in args.kernel or KERNELS for variant in KERNELS[name]()):
         found = compiled(one)
         longest = None if args.record or one.label not in known else int(known[one.label] * SLACK)

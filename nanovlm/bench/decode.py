@@ -223,7 +223,7 @@ def reached(value, required):
 
 
 def tabulate(lines, args, name, **places):
-    """Add dataclasses, each as it comes, to the table OUT/NAME_DATE.csv, and hand them on: iterator. places: more columns."""
+    """Add dataclasses, as they come, to the table OUT/NAME_DATE.csv, and hand them on. places: further columns."""
     path = Path(args.out) / f"{name}_{datetime.date.today().isoformat()}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as file:

@@ -73,10 +73,12 @@ def compare(size, rows, tokens, rounds):
     contenders = sides(size, rows, tokens)
     losses = {name: [] for name in contenders}
     noted = {name: lambda name=name: losses[name].append(contenders[name]()) for name in contenders}
-    times = {name: found[1:] for name, found in decode.in_turns(noted, rounds + 1, "cpu").items()}  # the first round warms up
+    times = decode.in_turns(noted, rounds + 1, "cpu")
+    times = {name: found[1:] for name, found in times.items()}  # the first round warms up
     for number, (one, other) in enumerate(zip(*losses.values()), 1):
         if abs(one - other) > SAME * abs(one):
-            raise RuntimeError(f"step {number}: the loss is {one:.6f} in transformers and {other:.6f} here: no speed to compare")
+            raise RuntimeError(f"step {number}: the loss is {one:.6f} in transformers and {other:.6f} here: "
+                               "no speed to compare")  # fmt: skip
     ours = losses["nanovlm"]
     told = f"{rounds + 1} losses equal, {ours[0]:.4f} to {ours[-1]:.4f}"
     return [*decode.comparison(times, rows * tokens, REQUIRED), told]
@@ -98,9 +100,10 @@ class Line:
 
 
 def slice_of_7b():
-    """Four layers as wide as LLaMA-7B's behind a bridge and a tower of no size, text alone: (VLM, Stage, rows, text, frames)."""
+    """Four layers as wide as LLaMA-7B's, text alone: (VLM with next to no tower, Stage, rows, text, frames)."""
     config = llama_config(decode.SIZES["7B"] | {"num_hidden_layers": 4, "max_position_embeddings": 2048})
-    stage = Stage("slice", "language", dict.fromkeys(DECODER_PARTS, 1e-4), {"words": 1}, 20, 8, max_tokens=2048, image_size=8)
+    rates = dict.fromkeys(DECODER_PARTS, 1e-4)
+    stage = Stage("slice", "language", rates, {"words": 1}, 20, 8, max_tokens=2048, image_size=8)
     return decode.around(Decoder(config)), stage, 8, 2048, 0
 
 
@@ -112,7 +115,7 @@ def of_recipe(name, size, stage, rows, text):
 
 GPU_CASES = {  # what, and the share of the peak aimed at
     "7B-slice": (slice_of_7b, 0.45),
-    "llava_phi": (of_recipe("llava_phi", "full", -1, 4, 512), 0.40),  # its last stage trains tower, bridge and language model
+    "llava_phi": (of_recipe("llava_phi", "full", -1, 4, 512), 0.40),  # its last stage trains every part
     "lynx": (of_recipe("lynx", "full", 0, 8, 40), None),  # align, of pairs of a picture and a caption
 }
 
@@ -150,8 +153,8 @@ def measure(name, make, required, backend, compiled=False, device="cuda"):
     speed = MEASURED / decode.seconds(lambda: steps(MEASURED), device)  # steps a second
     share = rows * total_cost(costs.values()).flops * speed / (peak_flops(decode.where(device)) or math.nan)
     memory, estimated = torch.cuda.max_memory_allocated(), stage_memory(model.parts(), stage, costs).total(rows)
-    return Line(name, backend + (", compiled" if compiled else ""), rows, batch.ids.shape[1], batch.ids.numel() * speed, share,
-                required, memory / GB, estimated / GB)  # fmt: skip
+    how = backend + (", compiled" if compiled else "")
+    return Line(name, how, rows, batch.ids.shape[1], batch.ids.numel() * speed, share, required, memory / GB, estimated / GB)
 
 
 def measure_all(cases, compiled):
@@ -171,8 +174,9 @@ def train(args):
     if args.device == "cuda":
         for line in decode.tabulate(measure_all(cases, args.compile), args, "train", gpu=place, command=" ".join(sys.argv)):
             aim = "" if line.required is None else f" (aim {line.required:.0%})"
-            print(f"{line.what:<11}{line.backend:<18}{line.rows} rows of {line.tokens}: {line.tokens_per_second:,.0f} tokens/s, "
-                  f"{line.utilisation:.1%} of peak{aim}, {line.gb_measured:.1f} GB (estimated {line.gb_estimated:.1f})")  # fmt: skip
+            print(f"{line.what:<11}{line.backend:<18}{line.rows} rows of {line.tokens}: {line.tokens_per_second:,.0f} "
+                  f"tokens/s, {line.utilisation:.1%} of peak{aim}, {line.gb_measured:.1f} GB "
+                  f"(estimated {line.gb_estimated:.1f})")  # fmt: skip
         return 0
     for name, (rows, tokens) in cases.items():
         print(f"\n{name}: {rows} rows of {tokens} tokens; {args.rounds} rounds in turns; float32")

@@ -13,29 +13,17 @@ VLIT is short for vision-language instruction tuning. Every command explains its
 import argparse
 import inspect
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
 
 from nanovlm.names import nearest
 from nanovlm.vlit import construct, filtering, quality, samples
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
-
-
-class Command(NamedTuple):
-    """about: what --help says. add_flags: function(parser). run: function(args) -> list of str, what to print."""
-
-    about: str
-    add_flags: Callable
-    run: Callable
-
-
-COMMANDS = {
-    "construct": Command(construct.__doc__, construct.add_flags, construct.run),
-    "lint": Command(inspect.getdoc(samples.lint), samples.add_lint_flags, samples.lint),
-    "quality": Command(quality.__doc__, quality.add_flags, quality.run),
-    "filter": Command(filtering.__doc__, filtering.add_flags, filtering.run),
-    "compare": Command(inspect.getdoc(quality.compare), quality.add_compare_flags, quality.compare),
+COMMANDS = {  # name -> (what --help says, function that adds flags, function(args) -> list of str, what to print)
+    "construct": (construct.__doc__, construct.add_flags, construct.run),
+    "lint": (inspect.getdoc(samples.lint), samples.add_lint_flags, samples.lint),
+    "quality": (quality.__doc__, quality.add_flags, quality.run),
+    "filter": (filtering.__doc__, filtering.add_flags, filtering.run),
+    "compare": (inspect.getdoc(quality.compare), quality.add_compare_flags, quality.compare),
 }
 
 
@@ -53,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments):
     """Run the command line: exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__, *(f"{name:<12}{command.about.splitlines()[0]}" for name, command in COMMANDS.items()), sep="\n")
+        print(__doc__, *(f"{name:<12}{about.splitlines()[0]}" for name, (about, *_) in COMMANDS.items()), sep="\n")
         return 0
     name, *rest = arguments
     if name == "review":
@@ -62,13 +50,13 @@ def main(arguments):
     if name not in COMMANDS:
         print(f"python -m nanovlm.vlit: unknown command {name!r}.{nearest(name, COMMANDS)}", file=sys.stderr)
         return BAD_INPUT
-    command, program = COMMANDS[name], f"python -m nanovlm.vlit {name}"
+    (about, add_flags, run), program = COMMANDS[name], f"python -m nanovlm.vlit {name}"
     as_written = argparse.RawDescriptionHelpFormatter
-    parser = Parser(program, description=command.about, allow_abbrev=False, formatter_class=as_written)
-    command.add_flags(parser)
+    parser = Parser(program, description=about, allow_abbrev=False, formatter_class=as_written)
+    add_flags(parser)
     args = parser.parse(rest)
     try:
-        print("\n".join(command.run(args)))
+        print("\n".join(run(args)))
     except (ValueError, OSError, ImportError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -113,10 +113,8 @@ def find_pictures(collection, folder, limit=None):
                 with opened(path):
                     pass
             found.append((one, path))
-        except FileNotFoundError as error:
-            failed.append(("missing picture", str(error)))
-        except ImageError as error:
-            failed.append(("unreadable picture", str(error)))
+        except (FileNotFoundError, ImageError) as error:
+            failed.append((f"{'unreadable' if isinstance(error, ImageError) else 'missing'} picture", str(error)))
     return found, failed
 
 
@@ -182,8 +180,10 @@ class Work:
         self.notes.update({f"requests {name}": number for name, number in counts.items()})
 
     def views(self, picture, path, number):
-        """A picture as it is, then with each of at most `number` boxes drawn into marked/: list of (image as it stands in the file,
-        its path or "" if pictures are not looked at, marked Annotation or None)."""
+        """A picture as it is, then with each of at most `number` boxes, drawn into marked/.
+
+        Returns: list of (image as it stands in the file, path or "" if none is looked at, marked Annotation or None).
+        """
         image, drawn = os.path.relpath(path, self.args.out) if path else picture.file_name or f"{picture.id}.jpg", []
         try:
             for region in regions(picture, number, self.args.seed):

@@ -35,11 +35,6 @@ class Thing:
         """The colours noted about it: set of str; an orange's name is none."""
         return self.words & COLORS - {self.name}
 
-    @property
-    def head(self):
-        """The last word of its name."""
-        return _head(self.name)
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -57,7 +52,7 @@ class Facts:
     @property
     def heads(self):
         """The last words of the names: set of str."""
-        return set(map(_head, self.names))
+        return set(map(head, self.names))
 
     def is_crowd(self, phrase):
         """Whether a phrase names something of which an unknown number is there."""
@@ -80,7 +75,7 @@ class Facts:
         described = COLORS.union(*(thing.words for thing in self.things))
         if not before <= described or last not in self.heads | ANYTHING:
             return None
-        meant = [thing for thing in self.things if last in ANYTHING or thing.head == last]
+        meant = [thing for thing in self.things if last in ANYTHING or head(thing.name) == last]
         if before & COLORS and not all(thing.colors for thing in meant):
             return None  # colours were not noted
         return [thing for thing in meant if before <= thing.words]
@@ -91,7 +86,8 @@ class Facts:
         return found[0] if found and len(found) == 1 else None
 
 
-def _head(name):
+def head(name):
+    """The last word of a name."""
     return name.split(" ")[-1]
 
 
@@ -177,7 +173,7 @@ def _color(found, answer, facts):
 
 
 def _shape(found, answer, facts):
-    heads = {thing.head for thing in facts.find(found[1]) or ()}
+    heads = {head(thing.name) for thing in facts.find(found[1]) or ()}
     said = set(map(singular, tokens(answer))) & facts.heads
     return said <= heads if heads and said else None
 

@@ -38,28 +38,26 @@ class Conversation:
     notes: tuple[str, ...] = ()
 
 
-class Turns(list):
-    """The turns in a JSON object, repeated keys and all: list of (role, words)."""
-
-    @classmethod
-    def of(cls, pairs):
-        """Those of an object's (key, value) pairs."""
-        named = {key.strip().lower(): value for key, value in pairs}
-        who, what = (next((named[key] for key in keys if key in named), None) for keys in (WHO, WHAT))
-        role = ROLES.get(str(who).strip().lower())
-        if role and isinstance(what, str):
-            return cls([(role, what.strip())])
-        return cls(turn for key, value in pairs for turn in _turns(value, ROLES.get(key.strip().lower())))
+def _of_object(pairs):
+    """The turns in the (key, value) pairs of a JSON object, repeated keys and all: tuple of (role, words)."""
+    named = {key.strip().lower(): value for key, value in pairs}
+    who, what = (next((named[key] for key in keys if key in named), None) for keys in (WHO, WHAT))
+    role = ROLES.get(str(who).strip().lower())
+    if role and isinstance(what, str):
+        return ((role, what.strip()),)
+    return tuple(turn for key, value in pairs for turn in _turns(value, ROLES.get(key.strip().lower())))
 
 
 def _turns(value, role=None):
-    """Turns in a parsed value, which a speaker's name may stand before: list of (role, words)."""
+    """Turns in a parsed value, which a speaker's name may stand before: iterable of (role, words)."""
+    if isinstance(value, tuple):  # of `_of_object`
+        return value
     if isinstance(value, list):
-        return value if isinstance(value, Turns) else [turn for inner in value for turn in _turns(inner)]
+        return [turn for inner in value for turn in _turns(inner)]
     return [(role, WORDS.get(json.dumps(value), str(value)).strip())] if role else []
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=Turns.of, strict=False)  # strict would refuse line breaks in strings
+DECODER = json.JSONDecoder(object_pairs_hook=_of_object, strict=False)  # strict would refuse line breaks in strings
 
 
 def parse(text):
@@ -72,14 +70,15 @@ def parse(text):
         turns, notes = max((turns, notes), _from_labels(bare), key=lambda found: len(found[0]))
     if not turns:
         raise Unparsed("no conversation", text)
-    for (role, _), (other, _) in zip(turns, turns[1:]):
+    roles = [role for role, _ in turns]
+    for role, other in zip(roles, roles[1:]):
         if role == other:
             raise Unparsed("two questions in a row" if role == "user" else "two answers in a row", text)
-    if turns[-1][0] == "user":  # the length limit came before the answer
+    if roles[-1] == "user":  # the length limit came before the answer
         turns, notes = turns[:-1], [*notes, "cut"]
     if not turns:
         raise Unparsed("no answer", text)
-    if turns[0][0] == "assistant":
+    if roles[0] == "assistant":
         raise Unparsed("begins with the answer", text)
     if not all(words for _, words in turns):
         raise Unparsed("empty turn", text)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from nanovlm import files
 from nanovlm.vlit import annotations
@@ -64,7 +63,7 @@ def helpers_of(args, out):
     """What measuring needs beside the data set: Helpers. out: folder where the judge's answers are written down."""
     collection = annotations.read(args.annotations)
     for problem in collection.problems:
-        tqdm.write(f"annotation not read: {problem}")
+        print(f"annotation not read: {problem}")
     pictures, lexicon, judge = collection.pictures.values(), LEXICON, None
     told = {key: sentences(one) for one in pictures for key in keys_of(one)}
     if args.lexicon:
@@ -116,8 +115,8 @@ def notes(indicators):
     """How each indicator was computed, and what stands beside it: list of str."""
     lines = []
     for one in indicators:
-        told = ", ".join(f"{name} {value if isinstance(value, int) else number(value, 0)}" for name, value in one.beside.items())
-        lines += [f"{one.key}: {one.computation}", *([f"    {told}"] if told else [])]
+        told = [f"{name} {value if isinstance(value, int) else number(value, 0)}" for name, value in one.beside.items()]
+        lines += [f"{one.key}: {one.computation}", *([f"    {', '.join(told)}"] if told else [])]
     return lines
 
 
@@ -138,7 +137,8 @@ def write(folder, path, settings, indicators, found):
     told = [
         f"{path}: {found.records} samples, {found.num_pairs} instructions with a response; {found.unreadable} records "
         f"unreadable, {found.defective} samples with defects{f' ({kinds})' if kinds else ''}",
-        *(f"    {problem}" for problem in problems[:SHOWN]), *["    … more in report.json"][: len(problems) // (SHOWN + 1)],
+        *(f"    {problem}" for problem in problems[:SHOWN]),
+        *(["    … more in report.json"] if len(problems) > SHOWN else []),
         "", *table(indicators), "", *notes(indicators), "", f"peak memory of this process {peak:.0f} MiB",
     ]  # fmt: skip
     figure = plot(indicators, found, settings)

@@ -37,18 +37,6 @@ def test_every_shipped_tile_compiles_well(kernel):
     assert len(verdicts) == {"attention": 18, "projection": 6}[kernel]
 
 
-def test_the_variants_are_the_tables_of_tiles():
-    flash, routed = (pytest.importorskip(f"nanovlm.{name}") for name in ("flash_attention", "routed_projection"))
-    variants = list(compile.attention_variants())
-    for (architecture, widest), tiles in flash.TILES.items():
-        mine = [v for v in variants if v.architecture == architecture and v.constants["D"] <= widest][-3:]
-        assert [(v.constants["BLOCK_M"], v.constants["BLOCK_N"], v.warps, v.stages) for v in mine] == [
-            (t.queries, t.keys, t.warps, t.stages) for t in tiles
-        ]
-    assert {v.constants["D"] for v in variants if v.architecture == 90} == {64, 88, 128}
-    assert {v.architecture for v in compile.projection_variants()} == set(routed.TILES) == {80, 90}
-
-
 @pytest.mark.parametrize(
     "architecture, values, words",
     (

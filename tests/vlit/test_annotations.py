@@ -106,14 +106,6 @@ def test_a_file_cut_short_keeps_what_stands_before_the_break(tmp_path):
     assert len(found.problems) == 1 and f"{path}, line " in found.problems[0]
 
 
-def test_a_repeated_key_in_a_record_is_an_error_not_a_loss(tmp_path):
-    line = '{"id": "1", "image": "1.jpg", "captions": ["a"], "captions": ["b"], "instances": []}'
-    good = '{"id": "2", "image": "2.jpg", "captions": ["a\u2028b"], "instances": []}'
-    found = read([written(tmp_path, "caps.jsonl", f"{good}\n{line}\n")])
-    assert list(found.pictures) == ["2"] and found.pictures["2"].annotations[0].value == "a\u2028b"
-    assert "line 2" in found.problems[0] and "'captions' stands twice" in found.problems[0]
-
-
 def test_answers_without_their_questions_and_questions_without_answers_are_told(tmp_path):
     asked = [{"question_id": n, "image_id": 5, "question": words} for n, words in ((1, "How many?"), (2, "Why"))]
     ten = [{"answer": "two"}] * 6 + [{"answer": "three"}] * 4  # no answer_id, as in VizWiz's copies

@@ -260,15 +260,6 @@ def test_an_endpoint_that_fails_leaves_a_run_that_goes_on(tmp_path, capsys):
     assert [item["conversations"] for item in again] == [item["conversations"] for item in whole]
 
 
-def test_an_interruption_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    def interrupted(self, chats, **drawing):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("nanovlm.vlit.template.Template.generate", interrupted)
-    construct(tmp_path / "out", code=130)
-    assert "the same command goes on" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     """The server kills its client with SIGKILL at the first and at the tenth request; the last start finishes."""
