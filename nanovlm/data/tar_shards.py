@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from nanovlm.data.images import Member
 from nanovlm.data.json_files import parse
-from nanovlm.data.records import Record, Turn, Visual, drawn, permutation, record_of
+from nanovlm.data.records import drawn, permutation, record_of
 from nanovlm.data.video import FRAMES, Clip
 from nanovlm.files import replace_text
 
@@ -81,18 +81,18 @@ class TarShards:
             return files[name]
 
         item = parse(files["json"].read(), f"{where}, .json") if "json" in files else {}
-        if not isinstance(item, dict) or "conversations" in item:
-            return record_of(item, where, self.clip, locate)
-        picture = next((files[ending] for ending in PICTURES if ending in files), None)
-        try:
-            caption = files["txt"].read().decode() if "txt" in files else item.get("caption")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}, .txt: not UTF-8 text ({error})") from error
-        if picture is None or not isinstance(caption, str) or not caption.strip():
-            raise ValueError(f"{where}: a picture and a caption, or a .json with conversations, were expected; "
-                             f"it holds {', '.join(files)}")
-        turns = (Turn("user", (0,)), Turn("assistant", (caption.strip(),)))
-        return Record(key, (Visual(str(picture), (picture,)),), (turns,))
+        if isinstance(item, dict) and not {"conversations", "messages"} & item.keys():
+            picture = next((ending for ending in PICTURES if ending in files), None)
+            try:
+                caption = files["txt"].read().decode() if "txt" in files else item.get("caption")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}, .txt: not UTF-8 text ({error})") from error
+            if picture is None or not isinstance(caption, str) or not caption.strip():
+                raise ValueError(f"{where}: a picture and a caption, or a .json with conversations, were expected; "
+                                 f"it holds {', '.join(files)}")
+            said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption.strip()}]
+            item = {"id": key, "image": picture, "conversations": said}
+        return record_of(item, where, self.clip, locate)
 
 
 def shards_of(path):

@@ -138,27 +138,18 @@ def caption(name, shade, text):
 
 
 def test_contrastive_batch(tokenizer):
-    texts = ["a cat", "this is a cat", "A"]
-    records = [caption(str(n), n, text) for n, text in enumerate(texts)]
-    records[2] = Record("2", (picture(2),), ((Turn("assistant", (0, "A")),), talk("other", "B"), talk("more", "a cat")))
+    texts = ["a cat", "this is a cat", "A", "B"]
+    records = [caption(str(n), n, text) for n, text in enumerate(texts[:2])]
+    turns = (Turn("assistant", (0, "A")),), talk("other", "B"), talk("more", "a cat"), talk("q", "A")
+    records.append(Record("2", (picture(2),), turns, regions=((0.25, 0.5), None, (0.25, 0.5), (0.75, 0))))
     pixels, ids, lengths, right, looks = contrastive_batch(records, tokenizer, 8, "crop", 20)
-    rows = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in (*texts, "B")]
-    assert looks.tolist() == [[n, -1, -1] for n in range(3)]
-    assert right.tolist() == [[True, False, False, False], [False, True, False, False], [True, False, True, True]]
-    assert lengths.tolist() == [len(row) for row in rows] and lengths.dtype == torch.int64
+    rows = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eos] for text in texts]
+    assert looks.tolist() == [[0, -1, -1], [1, -1, -1], [2, 0.25, 0.5], [2, -1, -1], [2, 0.75, 0]]
+    assert right.int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
+    assert right.dtype == torch.bool and lengths.tolist() == [len(row) for row in rows] and lengths.dtype == torch.int64
     longest = max(map(len, rows))
     assert ids.tolist() == [row + [tokenizer.pad] * (longest - len(row)) for row in rows]
     assert torch.equal(pixels, torch.stack([images.to_pixels(picture(n).frames[0], 8) for n in range(3)]))
-
-
-def test_captions_of_regions_belong_to_looks(tokenizer):
-    whole = caption("0", 0, "a cat")
-    turns = talk("q", "A"), talk("q", "a cat"), talk("q", "B"), talk("q", "A")
-    parts = Record("1", (picture(1),), turns, regions=((0.25, 0.5), (0.25, 0.5), None, (0.75, 0)))
-    _, ids, _, right, looks = contrastive_batch([whole, parts], tokenizer, 8, "crop", 20)
-    assert looks.tolist() == [[0, -1, -1], [1, 0.25, 0.5], [1, -1, -1], [1, 0.75, 0]]
-    assert ids[:, 1].tolist() == [tokenizer.encode(text)[0] for text in ("a cat", "A", "B")]
-    assert right.tolist() == [[True, False, False], [True, True, False], [False, False, True], [False, True, False]]
 
 
 def test_long_captions_are_cut_only_where_that_is_counted(tokenizer):

@@ -102,13 +102,6 @@ def test_a_users_own_file(command, capsys):
     assert len(lines) == 7
 
 
-def test_another_stage_and_the_default_number(command, capsys, tmp_path):
-    main([*command, "--stage", "align", "--images", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "recipe nano, stage align: 4 records in 4 rows; 2 cut to 128 tokens"
-    assert lines.count("<image x36><s>user: what is this?↵bot:[ a Cat</s>]") == 2
-
-
 def test_the_recipes_own_data_by_seed(command, capsys):
     recipe = command[:3]
     shown = []
@@ -128,7 +121,6 @@ def test_the_recipes_own_data_by_seed(command, capsys):
         (["show", "--stage", "instrct"], "there is no stage 'instrct'. Did you mean 'instruct'"),
         (["show", "--stage", "tower"], "stage 'tower' compares pictures with captions"),
         (["show", "--data", "nowhere.json"], "nowhere.json: no such file"),
-        (["show", "--stag", "align"], "unrecognized arguments: --stag"),
     ],
 )
 def test_unusable_flags(flags, message, capsys):
