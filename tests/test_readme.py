@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -225,22 +224,6 @@ def test_the_command_is_the_one_that_trained(tmp_path, arguments):
     recipe = str(ROOT / "tests" / "tiny_recipe.py")
     config = json.loads((make_run(tmp_path / "mine", recipe) / "config.json").read_text())
     assert results.command(config, recipe) == f"python train.py {recipe}"
-
-
-@pytest.mark.parametrize("head, status, commit", [
-    ("0123456789", "", "0123456789"), ("0123456789", " M nanovlm/vit.py", "0123456789+"), ("", "", "unknown"),
-])  # fmt: skip
-def test_the_commit_says_whether_the_code_is_its_own(monkeypatch, head, status, commit):
-    def run(words, **options):
-        assert words[:3] == ["git", "-C", str(ROOT)] and options["text"]
-        if words[3] == "rev-parse":
-            assert words[4:] == ["--short=10", "HEAD"]
-            return subprocess.CompletedProcess(words, 0, head + "\n")
-        assert words[3:] == ["status", "--porcelain", "--", "train.py", "nanovlm"]
-        return subprocess.CompletedProcess(words, 0, status + "\n")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert results.commit() == commit
 
 
 def test_collect_writes_a_file(three, tmp_path, monkeypatch, capsys):

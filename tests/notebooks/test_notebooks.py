@@ -483,17 +483,6 @@ def test_the_table_bears_out_the_lesson():
     assert max(min(one), min(other)) <= min(max(one), max(other))  # the ranges overlap
 
 
-def test_a_separated_decoder_is_the_same_at_first():
-    found = ablation.sources(0)
-    tokenizer = ablation.make_tokenizer(found["words"])
-    model = ablation.make_model(tokenizer, 0)
-    batch = ablation.rows(ablation.records(found["pictures"], 0, 2), model, tokenizer)
-    before = model(batch)
-    model.decoder = ablation.separate(model.decoder)
-    assert torch.equal(before, model(batch))
-    assert len(model.parts()["vision_branch"]) == 4 * ablation.NUM_LAYERS
-
-
 def test_the_arms_train_what_they_say():
     """Shared and separate train equally many numbers, so that neither has more room to learn."""
     settings = ablation.Settings(language_steps=1, picture_steps=2, batch_size=2, exam=2)
@@ -556,15 +545,6 @@ def test_a_frozen_tower_stays_as_it_is_and_another_does_not(frozen):
     changed = {name for name, tensor in model.vision.state_dict().items() if not torch.equal(then[name], tensor)}
     assert bool(changed) != frozen
     assert result.bridge_parameters == sum(p.numel() for p in model.parts()["bridge"].values())
-
-
-def test_longer_means_as_many_steps_more_as_the_tower_takes(monkeypatch):
-    steps = []
-    monkeypatch.setattr(ablation_04, "train", lambda parts, stage, loss_of: steps.append(stage.steps))
-    for longer in (False, True):
-        arm = ablation_04.Arm("resampler", 4, tower=False, frozen=False, longer=longer)
-        ablation_04.learn_answers(arm, ablation_04.make_vision(0), 0, SHORTEST)
-    assert steps == [2, 3]
 
 
 # ---- building

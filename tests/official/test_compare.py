@@ -124,7 +124,6 @@ OTHER_SIZES = {
     "lynx, one row, no padding": ("lynx", lambda: lynx_case(2, 5, 2, 1, prefixed_pads=(0,))),
     "lynx, clips of one frame": ("lynx", lambda: lynx_case(2, 2, 1, 2)),
     "mplug_owl2, grouped queries": ("mplug_owl2", lambda: owl_case([[5, I, 6, 7, 8, 9, 3]], 3, 2)),
-    "mplug_owl2, several pictures": ("mplug_owl2", lambda: owl_case([[5, I, 6, I, 8, 9], [I, I, 3, 4, 5, 9]], 2, 4)),
     "mplug_owl2, unequal rows": ("mplug_owl2", lambda: owl_case([[5, 4, 6, 1, 8, 9], [7, I, 3, 4, I, 9], [I, 1, 2, 3, 4, 5]], 2, 1)),
     "mplug_owl2, a clip at a placeholder": ("mplug_owl2", lambda: owl_case([[5, I, 7, 8, 9]], 2, 4, frames=(3,))),
     "mplug_owl2, padded at either end": (
@@ -192,18 +191,6 @@ def test_other_sizes_agree(case, capsys, tmp_path):
     assert code == 0, printed
 
 
-@EVERY
-def test_tables_that_are_computed_may_be_absent(family, capsys, tmp_path):
-    """As in released checkpoints."""
-
-    def spoil(config, weights, inputs, outputs):
-        for name in [name for name in weights if name.endswith(("inv_freq", "q_pos_embed", "k_pos_embed"))]:
-            del weights[name]
-
-    code, printed = compared(capsys, spoiled(tmp_path, family, spoil))
-    assert code == 0, printed
-
-
 def parts_of(path):
     """Config, weights, inputs and outputs of a golden file, to be spoiled."""
     with safe_open(path, "pt") as file:
@@ -245,6 +232,7 @@ SPOILT = {  # what happened to the file: its family, what is done to its config,
     "eps of the language model": ("lynx", lambda c, w, i, o: c["llm"].update(rms_norm_eps=1e-5)),
     "eps of the abstractor": ("mplug_owl2", lambda c, w, i, o: c["abstractor"].update(layer_norm_eps=1e-3)),
     "adapter_freq": ("lynx", lambda c, w, i, o: c.update(adapter_freq=3)),
+    "gates closed": ("open_flamingo", lambda c, w, i, o: [x.zero_() for n, x in w.items() if n.endswith("attn_gate")]),
     "a shorter clip": ("lynx", lambda c, w, i, o: i.update(video=i["video"][:, :2])),
     "rotary angles": ("lynx", lambda c, w, i, o: w["LLM.model.layers.0.self_attn.rotary_emb.inv_freq"].mul_(2)),
     "other mask": ("lynx", lambda c, w, i, o: i["attention_mask"].fill_(1)),
