@@ -59,9 +59,8 @@ AUGMENTATIONS = {"none": None, "crop": View(), "crop_flip": View((0.5, 1.0), fli
 def augmented(source, augmentation, seed):
     """A source for training, whose visual inputs have views of their own; the frames of a clip share theirs.
 
-    Args:
-      source: with name, length and record(n). augmentation: a key of AUGMENTATIONS. seed: int, the run's.
-    Returns: the source itself for "none", else one of as many records.
+    source: with name, length and record(n). augmentation: a key of AUGMENTATIONS; "none" gives the source itself.
+    seed: int, the run's.
     """
     view, name = AUGMENTATIONS[augmentation], zlib.crc32(source.name.encode())
 

@@ -233,11 +233,7 @@ class Preparation:
     max_tokens: int = 0
 
     def __call__(self, record):
-        """The record with its pictures fitted and its rows written.
-
-        Raises: ValueError (images.ImageError among them) or OSError, naming record or file, if a picture cannot be
-          used or a conversation gives no row.
-        """
+        """The record with pictures fitted and rows written. Raises: ValueError or OSError, naming record or file."""
         rows = ()
         if self.template is None:
             captions_of(record)  # before its picture is changed

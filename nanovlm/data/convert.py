@@ -365,13 +365,9 @@ def add_flags(add):
 
 
 def convert(args):
-    """Convert a data set.
+    """Convert a data set, by the values of the flags: list of str, lines that say what was done.
 
-    Args:
-      args: the values of the flags.
-    Returns: list of str, lines that say what was done.
-    Raises: ValueError or FileNotFoundError for an unknown format, an output that exists, a source that cannot be read
-      on, or one that gives no item at all.
+    Raises: ValueError or FileNotFoundError for flags or files that cannot be used, or if no item can be made of them.
     """
     out, shards = args.out, args.shards
     if args.format not in FORMATS:

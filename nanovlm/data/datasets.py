@@ -215,13 +215,10 @@ def open_source(name, entry, folder, seed):
 
 
 def command_line_sources(data=None, images=None, datasets=None, seed=0, prompts=None):
-    """What --data FILE --images FOLDER and --datasets FILE ask for.
+    """What --data FILE --images FOLDER and --datasets FILE ask for, as `listed_sources`; that of --data is "data".
 
-    Args:
-      data, images, datasets: paths or None. seed, prompts: as in `listed_sources`.
-    Returns: as `listed_sources`; the source of --data is called "data"; empty if nothing was asked for.
-    Raises: as `listed_sources`; FileNotFoundError for what is missing of --data; ValueError for images without data, or
-      a listed dataset that takes the name "data" too.
+    Raises: as `listed_sources`; FileNotFoundError for what is missing of --data; ValueError for flags that exclude each
+      other.
     """
     if images is not None and data is None:
         raise ValueError("--images is the image folder of --data FILE.json; give --data too")

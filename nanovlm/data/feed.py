@@ -55,11 +55,7 @@ class Mixture:
     """
 
     def __init__(self, sources, weights):
-        """
-        Args:
-          sources: dict name -> source.
-          weights: dict name -> positive number, relative; only the sources named here are read.
-        """
+        """sources: dict name -> source; weights: dict name -> positive number, relative, of those that are read."""
         exact = {name: Fraction(str(float(weight))) for name, weight in weights.items()}  # as written, not as stored
         denominator = math.lcm(*(weight.denominator for weight in exact.values()))
         self.sources = {name: sources[name] for name in weights}
@@ -116,12 +112,7 @@ class DamageReport:
     """The file of a run's damaged records, {"stage", "step"} and what Reader says, and their count in a stage."""
 
     def __init__(self, path, stage, step, limit):
-        """
-        Args:
-          path: Path of the file; lines of steps after `step` are forgotten, and one that a kill cut short.
-          stage: str. step: int, optimizer steps of the whole run that are done.
-          limit: share of the records that may be damaged.
-        """
+        """limit: share of damaged records allowed. Lines of later steps, or cut short by a kill, are forgotten."""
         self.path, self.lines, self.stage, self.limit, self.count = path, JsonLines(path), stage, limit, 0
         for place, entry in self.lines.places():
             if entry["step"] > step:
@@ -132,12 +123,7 @@ class DamageReport:
             self.lines.add()  # removes the line that a kill cut short
 
     def add(self, step, damaged, read):
-        """Write down what was damaged in a step.
-
-        Args:
-          step: int, of the whole run. damaged: list of dict. read: int, records of the stage so far.
-        Raises: ValueError if they are too many now.
-        """
+        """Write down what was damaged in a step; ValueError if it is too much of the `read` records so far."""
         if not damaged:
             return
         self.lines.add(*({"stage": self.stage, "step": step} | one for one in damaged))
@@ -179,11 +165,7 @@ class Feed:
         self.waited, self.damaged = 0.0, []
 
     def next(self):
-        """This process's records of the next update: list of Record.
-
-        Raises: ValueError if a source gives nothing but damaged records; whatever else a source raises, from a worker
-          with the worker's traceback.
-        """
+        """This process's records of the next update: list of Record. Raises: whatever a source raises."""
         began, self.damaged, records = time.monotonic(), [], []
         share = len(range(self.rank, self.batch_size, self.world))
         if self.items is None:

@@ -254,13 +254,7 @@ def _background(canvas, rng):
 
 
 def render(scene, rng):
-    """Draw a scene: a light noisy background, slightly tilted shapes, slightly varied colours, dark symbols.
-
-    Args:
-      scene: Scene.
-      rng: numpy Generator.
-    Returns: PIL RGB image of scene.canvas x scene.canvas pixels.
-    """
+    """Draw a Scene: a light noisy background, tilted shapes, varied colours, dark symbols: PIL RGB image."""
     image = _background(scene.canvas, rng)
     for thing in scene.objects:
         mask, corner = _mask(thing, _MAX_TILT * (2 * rng.random() - 1))

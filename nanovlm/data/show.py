@@ -30,13 +30,9 @@ def mark(text, kind, color):
 
 
 def paint(batch, tokenizer, color):
-    """A batch as lines, two per row: its size and pictures, then its tokens.
+    """A vlm.Batch as lines, two per row: its size and pictures, then its tokens, by colour or by marks: list of str.
 
-    Args:
-      batch: vlm.Batch.
-      tokenizer: Tokenizer.
-      color: bool, ANSI colours instead of marks.
-    Returns: list of str. Line breaks are shown as ↵, other control characters as escapes.
+    Line breaks are shown as ↵, other control characters as escapes.
     """
     lines = []
     for b in range(len(batch.ids)):

@@ -154,9 +154,8 @@ def save_index(folder, samples):
 def write_shards(folder, name, samples, samples_per_shard=1000):
     """Write samples into shards of an existing folder, and their index.
 
-    Args:
-      folder: Path. name: how the shards' names begin.
-      samples: iterable of (item, see README.md, whose image is set here; paths of its picture files).
+    name: how the shards' names begin. samples: iterable of (item, see README.md, whose image is set here; paths of its
+      picture files).
     """
     samples, counted = iter(samples), {}
     while shard := list(itertools.islice(samples, samples_per_shard)):
