@@ -59,10 +59,10 @@ def add_flags(parser):
     add("--plans", type=words, default=plans, metavar="NAME,…", help=f"of {', '.join(plans)} (default: all)")
     add("--lines", type=numbers, metavar="1,3,…", help="of the nine requirements of the prompt, for every plan")
     add("--description", choices=FORMS, default="sentences", help="how annotations become text (default: sentences)")
-    add("--regions", type=int, default=1, metavar="N", help="marked regions of each picture at most")
+    add("--regions", type=int, default=1, help="marked regions of each picture at most")
     add("--answers", choices=("short", "sentences"), default="short", help="short ones ask for one, or are written out")
     add("--more-instructions", action="store_true", help="lengthen the instruction pools through the meta prompt")
-    add("--limit", type=int, metavar="N", help="pictures at most")
+    add("--limit", type=int, help="pictures at most")
     add("--seed", type=int, default=0)
     add_generator_flags(parser)
 

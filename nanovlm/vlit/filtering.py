@@ -46,8 +46,8 @@ def add_flags(parser):
     add("--exact-only", action="store_true", help="near duplicates stay")
     add("--matching-percentile", type=float, default=10.0, metavar="P", help="with --encoder: the worst P percent go "
         "(default: 10)")  # fmt: skip
-    add("--per-task", type=int, metavar="N", help="samples of a task, at most")
-    add("--per-response", type=int, metavar="N", help="samples with the same responses, at most")
+    add("--per-task", type=int, help="samples of a task, at most")
+    add("--per-response", type=int, help="samples with the same responses, at most")
     add("--keep-complex", type=float, metavar="X", help="samples of complexity (1 to 10) X or more pass both caps")
     add("--without-report", action="store_true", help="the indicators are not measured before and after")
 

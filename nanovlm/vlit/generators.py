@@ -71,14 +71,14 @@ def add_generator_flags(parser):
     add("--model", metavar="NAME", help="local: the model's folder; endpoint: the model's name there")
     add("--base-url", default="", metavar="URL", help="endpoint: up to /chat/completions; default: $OPENAI_BASE_URL. "
         "The key is read from $OPENAI_API_KEY")  # fmt: skip
-    add("--workers", type=int, default=4, metavar="N", help="endpoint: requests under way at once")
-    add("--per-minute", type=float, default=0, metavar="N", help="endpoint: requests a minute at most; 0 = no limit")
+    add("--workers", type=int, default=4, help="endpoint: requests under way at once")
+    add("--per-minute", type=float, default=0, help="endpoint: requests a minute at most; 0 = no limit")
     add("--send-images", action="store_true", help="endpoint: the pictures go along, for models that see")
     add("--replies", metavar="FILE", help="replay: recorded answers, the replies.jsonl of another run")
-    add("-n", type=int, default=Drawing.n, metavar="N", help="answers drawn for each request")
+    add("-n", type=int, default=Drawing.n, help="answers drawn for each request")
     add("--temperature", type=float, default=Drawing.temperature)
-    add("--max-tokens", type=int, default=Drawing.max_tokens, metavar="N", help="tokens of an answer at most")
-    add("--batch-size", type=int, default=4, metavar="N", help="local: requests that run together")
+    add("--max-tokens", type=int, default=Drawing.max_tokens, help="tokens of an answer at most")
+    add("--batch-size", type=int, default=4, help="local: requests that run together")
     recipes.model_flags(group)
 
 

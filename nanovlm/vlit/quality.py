@@ -47,7 +47,7 @@ def add_measure_flags(parser):
     add("--lexicon", metavar="FILE", help="names of things, one a line, instead of the built-in ones")
     add("--task-field", action="store_true", help="take the samples' own `task` where there is one")
     for name, words in FLAGS.items():
-        add(f"--{name.replace('_', '-')}", type=int, default=vars(Settings)[name], metavar="N", help=words)
+        add(f"--{name.replace('_', '-')}", type=int, default=vars(Settings)[name], help=words)
     add("--eps", type=float, default=Settings.eps, help="of DBSCAN, 1 - cosine")
     add("--seed", type=int, default=0)
     add_generator_flags(parser)
@@ -81,7 +81,7 @@ def add_flags(parser):
     """The flags of `quality`."""
     add_measure_flags(parser)
     parser.add_argument("file", metavar="FILE", help="LLaVA-style .json or .jsonl; others through nanovlm.data convert")
-    parser.add_argument("--size", type=int, metavar="N", help="samples drawn at random (default: all)")
+    parser.add_argument("--size", type=int, help="samples drawn at random (default: all)")
     parser.add_argument("--out", default="out/quality", metavar="FOLDER")
 
 
@@ -187,7 +187,7 @@ def add_compare_flags(parser):
     """The flags of `compare`."""
     add_measure_flags(parser)
     parser.add_argument("files", nargs="+", metavar="FILE", help="two or more data sets")
-    parser.add_argument("--size", type=int, metavar="N", help="samples of each (default: those of the smallest)")
+    parser.add_argument("--size", type=int, help="samples of each (default: those of the smallest)")
     parser.add_argument("--out", default="out/compare", metavar="FOLDER")
 
 

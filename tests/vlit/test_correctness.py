@@ -144,7 +144,6 @@ def test_grounding_counts_names_that_annotators_looked_for():
 
 @pytest.fixture(scope="module")
 def encoder():
-    torch.manual_seed(0)
     tokenizer = train_tokenizer(["a red star. a blue circle. yes no"] * 5, 280)
     text = TextTower(tokenizer.vocab_size, 16, 1, 2, 32, context_length=12)
     return own_encoder(ContrastiveModel(ViT(ViTConfig(16, 8, 16, 1, 2, 32)), 16, text, 16, 8).eval(), tokenizer, 16)

@@ -235,20 +235,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
 
 def test_the_same_seed_gives_the_same_report(tmp_path):
     path = many(tmp_path / "a.jsonl", 120)
-
-    def values(seed):
-        found = measured(path, Settings(size=60, seed=seed, instructions=10, responses=20, draws=2))
-        return [(key, one.value, one.beside) for key, one in found.items()]
-
-    assert values(1) == values(1) != values(2)
+    settings = [Settings(size=60, seed=seed, instructions=10, responses=20, draws=2) for seed in (1, 1, 2)]
+    first, again, other = ({key: (one.value, one.beside) for key, one in measured(path, how).items()} for how in settings)
+    assert first == again != other
 
 
 def test_simcse_loss_is_equation_2():
-    torch.manual_seed(0)
     first, second = (torch.nn.functional.normalize(torch.randn(5, 7), dim=1) for _ in range(2))
-    terms = [[math.exp((one @ other).item() / 0.05) for other in second] for one in first]
-    by_hand = -sum(math.log(row[i] / sum(row)) for i, row in enumerate(terms)) / 5
-    assert simcse_loss(first, second).item() == pytest.approx(by_hand, rel=1e-4)
+    terms = (first @ second.T / 0.05).double().exp()
+    by_hand = -(terms.diag() / terms.sum(1)).log().mean()
+    assert simcse_loss(first, second).item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
 def test_simcse_learns_and_ignores_padding():
