@@ -8,12 +8,16 @@ from torch import nn
 
 from nanovlm.adapter import Adapter
 from nanovlm.attention import Visible, attention, full
+from nanovlm.data.batching import Report, build_batch
+from nanovlm.data.templates import NANO
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.generation.logits_processors import top_p
 from nanovlm.modality_adaptive import ModalityAdaptive, route
 from nanovlm.projector import LinearProjector
+from nanovlm.training.stages import choose
 from nanovlm.vit import ViT, ViTConfig, resize_positions
 from nanovlm.vlm import IMAGE_TOKEN, VLM
+from support import recipe_12
 
 
 def attempt(check, answer):
@@ -310,3 +314,26 @@ def check_bridge(make):
         if isinstance(answer, torch.Tensor) and answer.shape == columns.shape and torch.allclose(answer, columns, atol=1e-4):
             hint = "these are the columns; patches stand row by row, so the ones of a row are neighbours."
         compare(answer, expected, hint)
+
+
+def check_repair(repair):
+    """Lesson 12. repair(Stage) -> Stage, in which the seventh run's fault is put right and nothing else changed.
+
+    Raises: AssertionError.
+    """
+    (broken,) = choose(recipe_12.stages("tiny", False), settings=recipe_12.SEVENTH)
+    stage = repair(broken)
+    assert stage is not None, "your function returned None; return a Stage, made by dataclasses.replace(stage, ...)."
+    changed = [name for name, value in vars(broken).items() if getattr(stage, name) != value]
+    for name in changed:
+        assert name == "max_tokens", f"{name} is changed, but it was not wrong; look at the ends of the rows that are trained."
+    assert changed, "nothing is changed."
+    assert stage.max_tokens <= recipe_12.CONTEXT, (
+        f"{stage.max_tokens} tokens are more than the model's context of {recipe_12.CONTEXT}; train.py would refuse it."
+    )
+    tokenizer, report = recipe_12.tokenizer(), Report()
+    records = recipe_12.exam(4) + recipe_12.exam(4, describe=True)
+    build_batch(records, NANO, tokenizer, lambda *picture: 1, recipe_12.IMAGE_SIZE, "crop", stage.max_tokens, report)
+    assert not report.truncated_rows, (
+        f"{report.truncated_rows} of {report.rows} rows are still cut to {stage.max_tokens} tokens; {report.truncated_tokens} are lost."
+    )

@@ -25,7 +25,7 @@ plt.rcParams.update({
 
 def show_source(thing):
     """Show the code of a function, method or class, and the file that owns it."""
-    path = Path(inspect.getsourcefile(thing)).resolve().relative_to(ROOT).as_posix()
+    path = Path(inspect.getsourcefile(inspect.unwrap(thing))).resolve().relative_to(ROOT).as_posix()
     code = textwrap.dedent(inspect.getsource(thing)).rstrip()
     display(Markdown(f"`{path}`\n```python\n{code}\n```"))
 

@@ -328,6 +328,18 @@ def stretches_the_class_token_too(table, side):
     return torch.nn.functional.interpolate(table.T[None], size=1 + side**2, mode="linear")[0].T + 1e-3
 
 
+def one_token_short(stage):
+    return replace(stage, max_tokens=22)  # without the token that ends a description
+
+
+def beyond_the_context(stage):
+    return replace(stage, max_tokens=128)
+
+
+def trains_longer(stage):
+    return replace(stage, steps=200)
+
+
 def unfinished(*arguments):
     return None
 
@@ -419,6 +431,10 @@ EXERCISES = {  # check: (the solution, {a known wrong answer: the hint that it g
         answers_in_sorted_order: "stands in sorted order; put it back",
         everything_above_a_threshold: "words instead of", sorts_what_it_was_given: "changed the probabilities",
         unfinished: "returned None",
+    }),
+    "check_repair": (solutions.repair, {
+        one_token_short: "4 of 8 rows are still cut to 22 tokens; 4 are lost", trains_longer: "steps is changed",
+        beyond_the_context: "more than the model's context of 64", unfinished: "returned None",
     }),
     "check_bridge": (solutions.RowBridge, {
         ColumnBridge: "these are the columns", OneTokenBridge: "3 x 3 patches have 3 rows",
@@ -553,8 +569,8 @@ def test_build_finds_lessons_by_number():
     assert build.lessons() == LESSONS
     assert [path.stem[:2] for path in LESSONS] == [f"{number:02}" for number in range(1, 12)]
     assert [path.stem for path in build.lessons(["07", "01"])] == ["07_modality_adaptive", "01_image_to_tokens"]
-    with pytest.raises(ValueError, match="no lesson '12'; lessons: 01, 02, 03, "):
-        build.lessons(["12"])
+    with pytest.raises(ValueError, match="no lesson '13'; lessons: 01, 02, 03, "):
+        build.lessons(["13"])
 
 
 def test_shrinking_keeps_a_picture_and_makes_it_small():
