@@ -567,7 +567,7 @@ def test_a_frozen_tower_stays_as_it_is_and_another_does_not(frozen):
 
 def test_build_finds_lessons_by_number():
     assert build.lessons() == LESSONS
-    assert [path.stem[:2] for path in LESSONS] == [f"{number:02}" for number in range(1, 12)]
+    assert [path.stem[:2] for path in LESSONS] == [f"{number:02}" for number in range(1, 13)]
     assert [path.stem for path in build.lessons(["07", "01"])] == ["07_modality_adaptive", "01_image_to_tokens"]
     with pytest.raises(ValueError, match="no lesson '13'; lessons: 01, 02, 03, "):
         build.lessons(["13"])
