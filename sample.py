@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy
-import torch
 
 from nanovlm import recipes
 from nanovlm.data import images, video
@@ -82,17 +81,8 @@ def choose_decoding(loaded, args):
     return dataclasses.replace(loaded.preset(args.preset), **changes)
 
 
-def open_chat(loaded, args):
-    """A chat.Chat with the loaded model."""
-    chat, on_gpu = loaded.chat(choose_decoding(loaded, args), args.seed), torch.device(args.device).type == "cuda"
-    if args.fast:
-        rows = chat.decoding.num_beams
-        chat.workspace.fast = FastDecoder(loaded.model.decoder, static=on_gpu, compiled=on_gpu, rows=rows)
-    return chat
-
-
 def first_pictures(loaded, args):
-    """Pictures of the command line: PIL images, and lists of them for clips; a posed scene is saved in the model's folder."""
+    """Pictures of the command line: PIL images, lists of them for clips; a posed scene is saved in the model's folder."""
     pictures = [images.load(path) for path in args.image] + [video.load(path, args.frames) for path in args.video]
     if args.draw is not None:
         generator = numpy.random.default_rng(args.seed)
@@ -170,7 +160,9 @@ def main(arguments=None):
     args = parse(arguments)
     try:
         loaded = recipes.load_by_flags(args.folder, args)
-        chat = open_chat(loaded, args)
+        chat = loaded.chat(choose_decoding(loaded, args), args.seed)
+        if args.fast:
+            chat.workspace.fast = FastDecoder(loaded.model.decoder, rows=chat.decoding.num_beams)
         pictures = first_pictures(loaded, args)
         if args.question is None:
             converse(chat, loaded, args, pictures)

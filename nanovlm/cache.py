@@ -26,16 +26,12 @@ class KeyValueCache:
 
         Returns: (k, v) float[B, H, length + T, D], all columns written so far; views, valid until the next update.
         """
-        self.check_room(k.shape[2])
         buffer, stop = self.layers[layer_index], self.length + k.shape[2]
+        if stop > self.num_columns:
+            raise ValueError(f"no room for {k.shape[2]}: {self.num_columns} columns, {self.length} written")
         buffer[0, :, :, self.length : stop] = k
         buffer[1, :, :, self.length : stop] = v
         return buffer[0, :, :, :stop], buffer[1, :, :, :stop]
-
-    def check_room(self, num_tokens):
-        """Raise ValueError unless so many tokens fit behind the cursor."""
-        if self.length + num_tokens > self.num_columns:
-            raise ValueError(f"no room for {num_tokens}: {self.num_columns} columns, {self.length} written")
 
     def advance(self, num_tokens):
         """Move the cursor behind the tokens of one finished forward pass, after all layers have written."""

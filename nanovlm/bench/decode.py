@@ -107,18 +107,13 @@ def their_generate(model, prompts, decoding):
     return [list(itertools.takewhile(lambda token: token not in decoding.eos_ids, row)) for row in rows]
 
 
-def fast_workspace(model, device, rows):
-    """The Workspace with which a model decodes fastest on a device."""
-    return Workspace(FastDecoder(model.decoder, static=device == "cuda", compiled=device == "cuda", rows=rows))
-
-
 def compare(case, rounds, device, dtype):
     """Measure one case: list of lines. Raises: RuntimeError where the tokens differ on a CPU."""
     theirs, model = build(case.size, device, dtype)
     prompts, decoding = make_prompts(case, model.decoder.config.vocab_size), Decoding(max_new_tokens=case.num_new)
     if case.rows_end:
         decoding = dataclasses.replace(decoding, eos_ids=end_tokens(generate(model, prompts, decoding)))
-    workspace = fast_workspace(model, device, case.num_prompts)
+    workspace = Workspace(FastDecoder(model.decoder, rows=case.num_prompts))
     contenders = {
         "transformers": lambda: their_generate(theirs, prompts, decoding),
         "nanovlm": lambda: generate(model, prompts, decoding, workspace=workspace),

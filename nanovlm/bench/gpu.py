@@ -23,6 +23,8 @@ import torch
 from nanovlm.bench import decode, kernels, train
 from nanovlm.decoder import Decoder
 from nanovlm.files import JsonLines, replace_text
+from nanovlm.generation.fast_decode import FastDecoder
+from nanovlm.generation.prefill import Workspace
 from nanovlm.generation.sampler import Decoding, generate
 from nanovlm.published.language import llama_config
 
@@ -76,7 +78,7 @@ def decoding(args, minutes):
     with torch.device(args.device):
         decoder = Decoder(llama_config(sizes | {"max_position_embeddings": decode.CONTEXT}))
     model = decode.around(decoder).to(args.device, torch.float32 if args.device == "cpu" else torch.bfloat16).eval()
-    prompts, workspace = decode.make_prompts(case, sizes["vocab_size"]), decode.fast_workspace(model, args.device, 1)
+    prompts, workspace = decode.make_prompts(case, sizes["vocab_size"]), Workspace(FastDecoder(model.decoder))
     write = lambda: generate(model, prompts, Decoding(max_new_tokens=case.num_new), workspace=workspace)
     write()  # warm
     spent = min(decode.in_turns({"nanovlm": write}, 3, args.device)["nanovlm"])

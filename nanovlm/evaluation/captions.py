@@ -167,9 +167,9 @@ def caption_scores(candidates, references, tokenizer=tokenize):
       candidates: list of str, one caption per picture.
       references: list of lists of str, one at least per picture.
       tokenizer: function str -> list of str; `str.split` for text that is tokenised already.
-    Returns: {"BLEU-1": …, "BLEU-4", "ROUGE-L", "CIDEr": float}, and "CIDEr of each": list of float.
+    Returns: {"BLEU-1": …, "BLEU-4", "ROUGE-L", "CIDEr": float}.
     """
     candidates, references = [*map(tokenizer, candidates)], [[*map(tokenizer, several)] for several in references]
-    rouge, each = rouge_l(candidates, references), cider(candidates, references)
     scores = {f"BLEU-{n}": score for n, score in zip(ORDERS, bleu(candidates, references))}
-    return scores | {"ROUGE-L": sum(rouge) / len(rouge), "CIDEr": sum(each) / len(each), "CIDEr of each": each}
+    means = {"ROUGE-L": rouge_l(candidates, references), "CIDEr": cider(candidates, references)}
+    return scores | {name: sum(each) / len(each) for name, each in means.items()}

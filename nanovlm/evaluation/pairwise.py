@@ -66,13 +66,12 @@ def rank(folders, judge, judgements, out, batch_size=16, seed=0):
         for item in answers[one].keys() & answers[other].keys():
             first, second = answers[one][item], answers[other][item]
             words = {"QUESTION": first["question"], "ANSWER_A": first["prediction"], "ANSWER_B": second["prediction"]}
-            asked[f"{item}|{one}|{other}"] = f"{item}|{other}|{one}", one, other, fill(WHICH, words)
-    asked = dict(sorted(asked.items()))
-    told = ask_judge({id: prompt for id, (*_, prompt) in asked.items()}, judge, judgements, out, batch_size)
+            asked[f"{item}|{one}|{other}"] = fill(WHICH, words)
+    told = ask_judge(dict(sorted(asked.items())), judge, judgements, out, batch_size)
     games, unread = [], 0
-    for id, (back, one, other, _) in asked.items():
+    for item, one, other in sorted((id.rsplit("|", 2) for id in asked), key="|".join):
         if one < other:
-            outcomes = parse_which(told.get(id, "")), parse_which(told.get(back, ""))
+            outcomes = [parse_which(told.get("|".join(id), "")) for id in ((item, one, other), (item, other, one))]
             if None in outcomes:
                 unread += 1
             else:
@@ -114,11 +113,11 @@ def ranking(games, seed=0):
     elo_edges, edges = intervals(lambda drawn: mean_elo(drawn, rng, 5)), intervals(bradley_terry)
     found = {}
     for model in sorted(strengths, key=strengths.get, reverse=True):
-        mine = [game for game in games if model in game]
-        won = [outcome if first == model else 1 - outcome for first, _, outcome in mine]
-        values = elo[model], elo_edges[model], strengths[model], edges[model], sum(won), len(won)
-        names = "elo", "elo interval", "bradley-terry", "bradley-terry interval", "wins", "games"
-        found[model] = dict(zip(names, values))
+        won = [outcome if first == model else 1 - outcome for first, other, outcome in games if model in (first, other)]
+        found[model] = {
+            "elo": elo[model], "elo interval": elo_edges[model], "bradley-terry": strengths[model],
+            "bradley-terry interval": edges[model], "wins": sum(won), "games": len(won),
+        }  # fmt: skip
     return found
 
 
@@ -245,8 +244,9 @@ def ties_allowed(annotator, sheet):
     """What breaks the rules: list of str, one per breach. sheet: {item: {model: mark str}}."""
     breaches, ties = [], 0
     for item, marks in sheet.items():
-        wrong = [(model, mark) for model, mark in marks.items() if mark not in [*"12345"]]
-        breaches += [f"{annotator}, {item}: {model} has mark {mark!r}, not 1 to 5" for model, mark in wrong]
+        for model, mark in marks.items():
+            if mark not in [*"12345"]:
+                breaches.append(f"{annotator}, {item}: {model} has mark {mark!r}, not 1 to 5")
         tied = [count for count in Counter(marks.values()).values() if count > 1]
         breaches += [f"{annotator}, {item}: {count} models tied, 2 at most" for count in tied if count > 2]
         ties += len(tied)

@@ -17,12 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from PIL import ImageOps
 
-from nanovlm.attention import Visible
-from nanovlm.cross_attention import Media
 from nanovlm.data import images, templates
 from nanovlm.data.records import Turn, Visual
 from nanovlm.data.video import Clip
@@ -31,10 +27,8 @@ from nanovlm.evaluation.vqa_accuracy import vqa_accuracy
 from nanovlm.evaluation.yes_no import parse_strict
 from nanovlm.files import JsonLines, replace_text
 from nanovlm.generation.answer import DESCRIBE, make_prompt, reply
-from nanovlm.generation.prefill import Workspace, prefill
-from nanovlm.generation.sampler import Decoding
+from nanovlm.generation.sampler import Decoding, score_choices
 from nanovlm.recipes.nano_tests import exact_match
-from nanovlm.vlm import IGNORE
 
 LETTERS = string.ascii_uppercase
 SCORES = {  # name -> function (prediction str, answers) -> float between 0 and 1
@@ -204,40 +198,6 @@ class Asker:
             return Visual(key, Clip(str(source), self.num_frames))
         source = source.open() if isinstance(source, Encoded) else source
         return Visual(key, (ImageOps.expand(images.load(source), self.border) if self.border else source,))
-
-
-@torch.no_grad()
-def score_choices(model, prompts, choices, visual_inputs):
-    """How unlikely a model finds each choice after its prompt. Prompt and pictures pass through the decoder once.
-
-    likelihood   argmin over choices of - Σ log p(token | question, tokens before it)     SEED-Bench, arXiv:2307.16125
-
-    Args:
-      model: vlm.VLM.
-      prompts: list of B lists of ids; vlm.IMAGE_TOKEN where an image token stands.
-      choices: per prompt a list of choices, each a list of at least one id; the context has room for the longest.
-      visual_inputs: per prompt a list of float[f, 3, H, W], in order.
-    Returns: per prompt a list of (float, int): negative log-likelihood of each choice's tokens in nats, their number.
-    """
-    flat = [ids for several in choices for ids in several]
-    longest = max(map(len, flat))
-    rows = prefill(model, prompts, visual_inputs, longest, Workspace())
-    rows.select([place for place, several in enumerate(choices) for _ in several])
-    padded = [ids + [IGNORE] * (longest - len(ids)) for ids in flat]
-    targets = torch.tensor(padded, device=rows.logits.device)  # R T
-    scores, media = rows.logits[:, None], rows.media  # what the prompt's last token says of the first
-    if longest > 1:
-        columns = rows.cache.length + torch.arange(longest - 1, device=targets.device).expand(len(flat), -1)  # R T-1
-        if media is not None:
-            edges = media.visible.first, media.visible.stop
-            media = Media(media.tokens, Visible(*(edge.expand_as(columns) for edge in edges)))
-        pads, embeddings = rows.pads[:, None].expand_as(columns), model.decoder.embedding(targets[:, :-1].clamp(min=0))
-        modality, visible = torch.zeros_like(columns), Visible(pads, columns + 1)
-        hidden = model.decoder(embeddings, columns - pads, visible, modality, cache=rows.cache, media=media)
-        scores = torch.cat([scores, model.decoder.logits(hidden).float()], 1)
-    losses = F.cross_entropy(scores.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(1)
-    pairs = zip(losses.tolist(), map(len, flat))
-    return [[next(pairs) for _ in several] for several in choices]
 
 
 # Answers to multiple choice

@@ -123,38 +123,34 @@ def by(predictions, key):
 
 def mean_scores(predictions):
     """The mean score, over all and per kind."""
-    kinds = by(predictions, "kind").items()
-    return {"all": mean(predictions)} | {kind: mean(several) for kind, several in kinds if kind}
+    kinds = {kind: mean(several) for kind, several in by(predictions, "kind").items() if kind}
+    return {"all": mean(predictions)} | kinds
 
 
 def captions(predictions):
     """BLEU, ROUGE-L and CIDEr of the corpus."""
-    found = caption_scores([one["prediction"] for one in predictions], [one["answers"] for one in predictions])
-    return {name: value for name, value in found.items() if name != "CIDEr of each"}
+    return caption_scores([one["prediction"] for one in predictions], [one["answers"] for one in predictions])
 
 
 def pope(predictions):
     """Accuracy, precision, recall, F1 and the share of yes per split, and the mean F1."""
-    kinds = by(predictions, "kind").items()
-    pairs = {split: [(one["said"], one["answers"][0]) for one in several] for split, several in kinds}
+    pairs = defaultdict(list)
+    for one in predictions:
+        pairs[one["kind"]].append((one["said"], one["answers"][0]))
     return yes_no.pope_scores(pairs)
 
 
 def mme(predictions):
     """The score of every task and the two sums, as far as both questions of every picture were asked."""
-    tasks = by(predictions, "kind").items()
-    answers = {task: [(one["group"], one["said"], one["answers"][0]) for one in several] for task, several in tasks}
+    answers = defaultdict(list)
+    for one in predictions:
+        answers[one["kind"]].append((one["group"], one["said"], one["answers"][0]))
     return yes_no.mme_scores(answers)
-
-
-def unparsed(predictions):
-    """The share of answers in which no option could be read."""
-    return {"unparsed": mean(predictions, lambda one: float(one["said"] is None))}
 
 
 def lettered(predictions):
     """The mean score, over all and per kind, and the share of answers in which no option could be read."""
-    return mean_scores(predictions) | unparsed(predictions)
+    return mean_scores(predictions) | {"unparsed": mean(predictions, lambda one: float(one["said"] is None))}
 
 
 def circular(predictions):
@@ -163,16 +159,17 @@ def circular(predictions):
         return {"all": None, "single": None}
     whole = [several for several in by(predictions, "group").values() if len(several) == len(several[0]["options"])]
     right = [{"kind": several[0]["kind"], "score": float(all(one["score"] for one in several))} for several in whole]
-    scores = {"all": None, "single": mean(predictions)} | dict.fromkeys(mean_scores(predictions)) | mean_scores(right)
-    return scores | unparsed(predictions)
+    single = lettered(predictions)
+    scores = {"all": None, "single": single.pop("all")} | dict.fromkeys(single) | mean_scores(right)
+    return scores | {"unparsed": single["unparsed"]}
 
 
 def science_qa(predictions):
     """Accuracy over all, with a picture, per subject, per grade band, and the share of answers that are not read."""
-    scores = mean_scores(predictions) | {"with picture": mean([one for one in predictions if one["media"]])}
+    scores = lettered(predictions) | {"with picture": mean([one for one in predictions if one["media"]])}
     for band, grades in (("grades 1-6", range(1, 7)), ("grades 7-12", range(7, 13))):
         scores[band] = mean([one for one in predictions if one["group"] in [f"grade{grade}" for grade in grades]])
-    return scores | unparsed(predictions)
+    return scores
 
 
 def judged(predictions):
@@ -197,28 +194,14 @@ def mm_vet(predictions):
 # Names of fields and files are those of the benchmarks' own pages, as far as remembered; the public tools decide.
 
 
-def as_json(content):
-    """submission.json."""
-    return {"submission.json": json.dumps(content, ensure_ascii=False)}
+def as_json(make):
+    """submission.json, of what `make(predictions)` gives."""
+    return lambda predictions: {"submission.json": json.dumps(make(predictions), ensure_ascii=False)}
 
 
 def records(id_field, answer_field):
     """A list of objects: VQAv2, OK-VQA, TextVQA, GQA, VizWiz, COCO captions."""
-    return lambda predictions: as_json(
-        [{id_field: one["submit"], answer_field: one["prediction"]} for one in predictions]
-    )
-
-
-def by_id(predictions):
-    """One object of answers by id: MM-Vet."""
-    return as_json({one["submit"]: one["prediction"] for one in predictions})
-
-
-def science_qa_submission(predictions):
-    """Places of the chosen options by id, -1 where none could be read: ScienceQA."""
-    chosen = {one["submit"]: -1 if one["said"] is None else one["said"] for one in predictions}
-    outputs = {one["submit"]: one["prediction"] for one in predictions}
-    return {"submission.json": json.dumps({"results": chosen, "outputs": outputs})}
+    return as_json(lambda predictions: [{id_field: one["submit"], answer_field: one["prediction"]} for one in predictions])
 
 
 def lines(name, line, first=""):
@@ -238,6 +221,11 @@ def cells(*content):
     return "\t".join(" ".join(str(cell).split()) for cell in content) + "\n"
 
 
+def json_line(**content):
+    """An object in a line."""
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
 def letter(one):
     """The letter of the chosen option; "" where none could be read."""
     return "" if one["said"] is None else LETTERS[one["said"]]
@@ -255,17 +243,14 @@ def mme_row(one):
     return cells(picture, one["question"], one["answers"][0].capitalize(), one["prediction"])
 
 
-def letter_line(one):
-    """As SEED-Bench's leaderboard takes them."""
-    return json.dumps({"question_id": one["id"], "prediction": letter(one)}) + "\n"
-
-
-def pope_line(one):
-    """As POPE's evaluate.py takes them, in the order of the questions."""
-    return json.dumps({"question": one["question"], "answer": one["prediction"]}, ensure_ascii=False) + "\n"
-
-
-letter_lines = lines("submission.jsonl", letter_line)
+by_id = as_json(lambda predictions: {one["submit"]: one["prediction"] for one in predictions})  # MM-Vet
+science_qa_submission = as_json(lambda predictions: {  # places of the chosen options, -1 where none could be read
+    "results": {one["submit"]: -1 if one["said"] is None else one["said"] for one in predictions},
+    "outputs": {one["submit"]: one["prediction"] for one in predictions},
+})  # fmt: skip
+letter_lines = lines(  # SEED-Bench's leaderboard
+    "submission.jsonl", lambda one: json_line(question_id=one["id"], prediction=letter(one)))  # fmt: skip
+pope_submission = lines(  # POPE's evaluate.py, in the order of the questions
+    "submission_{kind}.jsonl", lambda one: json_line(question=one["question"], answer=one["prediction"]))  # fmt: skip
 mmbench = lines("submission.tsv", mmbench_row, cells("index", "question", *"ABCDE", "prediction"))
-pope_submission = lines("submission_{kind}.jsonl", pope_line)
 mme_submission = lines("submission_{kind}.txt", mme_row)

@@ -32,6 +32,7 @@ from torch import Tensor
 from nanovlm.generation.logits_processors import draw, penalise, truncate
 
 EXCLUDED = -1e9  # added to what may not be chosen
+NONE = -1  # where a text has no id
 
 
 @dataclass(frozen=True)
@@ -46,42 +47,32 @@ class Hypothesis:
 class Beams:
     """State of the search; the first dimension of every field is the prompt."""
 
-    running: Tensor  # int64[B, N, M], new ids of the beams that go on
+    running: Tensor  # int64[B, N, M], new ids of the beams that go on, NONE behind them
     running_scores: Tensor  # float32[B, N], summed log-probabilities, best first
     ended: Tensor  # int64[B, N, M], new ids of the hypotheses, the end token included
     ended_scores: Tensor  # float32[B, N], best first
-    ended_lengths: Tensor  # int64[B, N], tokens
     is_ended: Tensor  # bool[B, N], False = the slot is still empty
 
     def select(self, prompts):
         """Keep some prompts, int64[n]: Beams."""
         return Beams(*(getattr(self, field.name)[prompts] for field in dataclasses.fields(self)))
 
-    def keep_best(self, texts, scores, length, may_end):
-        """The best hypotheses among those so far and new ones.
+    def keep_best(self, texts, scores, may_end):
+        """The best hypotheses among those so far and new ones: Beams.
 
-        Args:
-          texts: int64[B, K, M], of `length` tokens. scores: float32[B, K], final ones.
-          may_end: bool[B, K], which of them are hypotheses.
-        Returns: Beams.
+        texts: int64[B, K, M]. scores: float32[B, K], final ones. may_end: bool[B, K], which of them are hypotheses.
         """
         num_beams = self.ended_scores.shape[1]
         ended_scores, best = torch.cat([self.ended_scores, scores + ~may_end * EXCLUDED], dim=1).topk(num_beams)
-        lengths = torch.full_like(may_end, length, dtype=torch.long)
-        return dataclasses.replace(
-            self,
-            ended=pick(torch.cat([self.ended, texts], dim=1), best),
-            ended_scores=ended_scores,
-            ended_lengths=torch.cat([self.ended_lengths, lengths], dim=1).gather(1, best),
-            is_ended=torch.cat([self.is_ended, may_end], dim=1).gather(1, best),
-        )
+        ended = pick(torch.cat([self.ended, texts], dim=1), best)
+        is_ended = torch.cat([self.is_ended, may_end], dim=1).gather(1, best)
+        return dataclasses.replace(self, ended=ended, ended_scores=ended_scores, is_ended=is_ended)
 
     def hypotheses(self, place, decoding):
         """The best hypotheses of one prompt: list of Hypothesis."""
-        texts, lengths, scores = (x[place].tolist() for x in (self.ended, self.ended_lengths, self.ended_scores))
-        texts = [text[:length] for text, length in zip(texts, lengths)][: decoding.num_return_sequences]
+        texts = [[token for token in text if token != NONE] for text in self.ended[place].tolist()]
         texts = [text[:-1] if text and text[-1] in decoding.eos_ids else text for text in texts]
-        return [Hypothesis(text, score) for text, score in zip(texts, scores)]
+        return [*map(Hypothesis, texts, self.ended_scores[place].tolist())][: decoding.num_return_sequences]
 
 
 def pick(texts, places):
@@ -92,13 +83,12 @@ def pick(texts, places):
 def start(num_prompts, decoding, device):
     """Beams before the first step. All beams of a prompt are equal, so all but one are excluded: it would win N times."""
     shape = (num_prompts, decoding.num_beams)
-    ids = torch.zeros(*shape, decoding.max_new_tokens, dtype=torch.long, device=device)
+    ids = torch.full((*shape, decoding.max_new_tokens), NONE, device=device)
     excluded = torch.full(shape, EXCLUDED, device=device)
     running_scores = torch.zeros(shape, device=device)
     if not (decoding.counts_dummy_token and decoding.do_sample):  # there, equal beams may draw differently
         running_scores[:, 1:] = EXCLUDED
-    no_ends = torch.zeros(shape, dtype=torch.bool, device=device)
-    return Beams(ids, running_scores, ids, excluded, no_ends.long(), no_ends)
+    return Beams(ids, running_scores, ids, excluded, torch.zeros(shape, dtype=torch.bool, device=device))
 
 
 def beam_search(rows, decoding, generator=None):
@@ -134,16 +124,12 @@ def beam_search(rows, decoding, generator=None):
 
 
 def propose(rows, beams, decoding, active, num_prompts, generator):
-    """Choose the candidates of this step among all continuations of all beams.
-
-    Args: rows, decoding, generator: as of `beam_search`. active: numbers of the prompts that go on, of num_prompts.
-    Returns: (scores float32[B, K] summed log-probabilities, beam int64[B, K], token int64[B, K]).
-    """
+    """The candidates among all continuations of all beams: (scores float32[B, K] summed log-probabilities, beam
+    int64[B, K], token int64[B, K]). active: numbers of the prompts that go on, of num_prompts."""
     has_dummy, num_ends = decoding.counts_dummy_token, len(decoding.eos_ids)
     num_candidates = 2 if has_dummy else max(2, 1 + num_ends)  # if all ids that end come first, the beams still go on
     so_far = beams.running_scores.flatten()[:, None]  # BN 1
-    seen = rows.new_tokens if has_dummy else rows.tokens
-    scores = penalise(rows.logits.log_softmax(dim=-1), seen, rows.num_new, decoding)  # BN V
+    scores = penalise(rows.logits.log_softmax(dim=-1), rows.seen(decoding), rows.num_new, decoding)  # BN V
     if has_dummy:
         scores = scores + so_far
     if decoding.do_sample:
@@ -162,10 +148,8 @@ def propose(rows, beams, decoding, active, num_prompts, generator):
 
 
 def advance(beams, candidates, step, decoding):
-    """One step: candidates become running beams or hypotheses.
+    """One step: candidates of `propose` become running beams or hypotheses. step: number of this new token, from 0.
 
-    Args:
-      candidates: (scores, beam, token) of `propose`. step: number of this new token, from 0.
     Returns: (Beams, source int64[B, N], the old beam that every new running beam continues).
     """
     scores, beam, token = candidates
@@ -177,12 +161,12 @@ def advance(beams, candidates, step, decoding):
     if is_last and not decoding.counts_dummy_token:
         ends = torch.ones_like(ends)
     may_end = ends & (torch.arange(scores.shape[1], device=scores.device) < num_beams)
-    beams = beams.keep_best(texts, scores / length**decoding.length_penalty, length, may_end)
+    beams = beams.keep_best(texts, scores / length**decoding.length_penalty, may_end)
     running_scores, best = (scores + ends * EXCLUDED).topk(num_beams)
     beams = dataclasses.replace(beams, running=pick(texts, best), running_scores=running_scores)
     if is_last and decoding.counts_dummy_token:
         is_cut = ~is_done(beams, scores, length, decoding)[:, None] & ~ends.gather(1, best)
-        beams = beams.keep_best(beams.running, running_scores / (length + 1) ** decoding.length_penalty, length, is_cut)
+        beams = beams.keep_best(beams.running, running_scores / (length + 1) ** decoding.length_penalty, is_cut)
     return beams, beam.gather(1, best)
 
 

@@ -24,7 +24,6 @@ from torch import nn
 from nanovlm.attention import rope_tables
 from nanovlm.cache import KeyValueCache
 from nanovlm.decoder import GatedFeedForward, RMSNorm
-from nanovlm.modality_adaptive import ModalityAdaptive
 
 COLUMNS = 128  # a static cache is a multiple of so many columns, so that few sizes of it serve all prompts
 FEW_ROWS = range(2, 9)  # what a CPU multiplies faster from the right
@@ -32,25 +31,19 @@ FEW_ROWS = range(2, 9)  # what a CPU multiplies faster from the right
 
 def text_branch(module):
     """What a new token meets, which is a word: the text copy of a split layer."""
-    return module.text if isinstance(module, ModalityAdaptive) else module
+    return getattr(module, "text", module)
 
 
 def for_reading(weight, one_row):
-    """float[out, in] -> float[in, out] with the same numbers.
-
-    one_row: also in this order of memory, if it is a CPU's: a product with one row reads that twice as fast, one with
-    many rows a tenth slower; a GPU sums along the other order.
-    """
+    """float[out, in] -> float[in, out]; one_row: also in this order of a CPU's memory, which one row reads twice as
+    fast, and many rows a tenth slower. A GPU sums along the other order."""
     return weight.t().contiguous() if one_row and weight.device.type == "cpu" else weight.t()
 
 
 @torch.no_grad()
 def pack(linears, one_row):
-    """Store the weights of linear layers of one input side by side; their own, and their biases, become views of that.
-
-    Returns: (weight float[in, all outs], bias float[all outs] or None).
-    Raises: ValueError for a layer that is more than its weight and bias.
-    """
+    """Store the weights of linear layers of one input side by side: (weight float[in, all outs], bias float[all outs] or
+    None), of which their own become views. Raises: ValueError for a layer that is more than its weight and bias."""
     for linear in linears:
         if type(linear) is not nn.Linear:
             found = type(linear).__name__
@@ -118,15 +111,14 @@ class FastDecoder:
     """A decoder prepared for fast steps; its weights are laid out anew, in place.
 
     Args:
-      decoder: decoder.Decoder. static: one graph for all steps, see StaticStep.
-      compiled: with static, also hand the step to torch.compile.
+      decoder: decoder.Decoder.
+      static: one graph for all steps, see StaticStep; None = on a GPU, where torch.compile makes it.
       rows: how many rows it will mostly serve; decides the order of the weights in memory, see `for_reading`.
     """
 
-    def __init__(self, decoder, static=False, compiled=False, rows=1):
-        if compiled and not static:
-            raise ValueError("compiled=True with static=False: eager steps have other shapes every time; add static=True")
-        self.decoder, self.config, self.static = decoder, decoder.config, static
+    def __init__(self, decoder, static=None, rows=1):
+        on_gpu = decoder.embedding.weight.is_cuda
+        self.decoder, self.config, self.static = decoder, decoder.config, on_gpu if static is None else static
         self.norm = normaliser(decoder.norm)
         self.layers = [PackedLayer(layer, rows == 1) for layer in decoder.layers]
         if decoder.lm_head is None:
@@ -135,7 +127,7 @@ class FastDecoder:
             self.head = head, None
         else:
             self.head = pack((decoder.lm_head,), rows == 1)
-        if compiled:
+        if on_gpu:
             self.by_mask = torch.compile(self.by_mask, fullgraph=True, dynamic=False)
         self.static_steps = {}  # (rows, columns) -> StaticStep
 
@@ -159,7 +151,6 @@ class FastDecoder:
         @torch.inference_mode()
         def step(tokens):
             column = cache.length
-            cache.check_room(1)
             positions = column - pads if padded else slice(column, column + 1)
             seen = mask[..., : column + 1] if padded else None
             scores = self.scores(tokens, positions, cos, sin, write, seen, media)
@@ -169,13 +160,11 @@ class FastDecoder:
         return step
 
     def scores(self, tokens, positions, cos, sin, write, mask, media):
-        """Run the layers for one token per row, and score what follows.
+        """Run the layers for one token per row, int64[R], and score what follows: float32[R, V].
 
-        Args:
-          tokens: int64[R]. positions: int64[R], or the slice of the one position of all. cos, sin: of `turning`.
-          write: (layer index, float[2, R, K, D], its new keys and values) -> float[2, R, K, S, D], all to attend to.
-          mask: float[R or 1, 1, 1, S], 0 or -inf; None = every column. media: cross_attention.Media or None.
-        Returns: float32[R, V].
+        positions: int64[R], or the slice of the one position of all. cos, sin: of `turning`. media: Media or None.
+        write: (layer index, float[2, R, K, D], its new keys and values) -> float[2, R, K, S, D], all to attend to.
+        mask: float[R or 1, 1, 1, S], 0 or -inf; None = every column.
         """
         config, num_rows = self.config, len(tokens)
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_width
@@ -207,13 +196,8 @@ class FastDecoder:
         return product(self.norm(x), *self.head).float()
 
     def by_mask(self, tokens, column, pads, buffers, cos, sin, media):
-        """The step of StaticStep: everything that changes is a tensor.
-
-        Args:
-          tokens: int64[R]. column: int64[1], where they are written. pads: int64[R].
-          buffers: per layer float[2, R, K, L, D], written in place. cos, sin: of `turning`. media: Media or None.
-        Returns: float32[R, V].
-        """
+        """The step of StaticStep, in which all that changes is a tensor: float32[R, V]. column: int64[1], where the
+        tokens are written. pads: int64[R]. buffers: per layer float[2, R, K, L, D], written in place."""
         columns = torch.arange(buffers[0].shape[3], device=tokens.device)
         mask = hide((columns > column) | (columns < pads[:, None]), cos.dtype)
 
@@ -283,22 +267,21 @@ class StaticStep:
         """tokens int64[R] of the rows in `cache` -> float32[R, V]."""
         if cache is not self.user:
             raise RuntimeError("other rows of the same number took this step over; finish one answer before the next")
-        cache.check_room(1)
         self.tokens.copy_(tokens)
-        if tokens.device.type == "cuda":
+        if not tokens.is_cuda:
+            self.compute()
+            self.column.add_(1)
+        else:
             if self.graph is None:
                 self.capture()
             self.graph.replay()
-        else:
-            self.compute()
-            self.column.add_(1)
         cache.advance(1)
         return self.scores
 
     def compute(self):
         """One step's scores, float32[R, V]."""
-        arguments = self.tokens, self.column, self.pads, self.cache.layers, *self.tables, self.media
-        self.scores = self.fast.by_mask(*arguments)
+        state = self.tokens, self.column, self.pads, self.cache.layers, *self.tables, self.media
+        self.scores = self.fast.by_mask(*state)
 
     def capture(self):
         """Record the step as a CUDA graph; running it beforehand writes what the step itself will write again."""

@@ -23,24 +23,15 @@ def seen_tokens(tokens, vocab_size):
 
 
 def repetition_penalty(scores, tokens, penalty):
-    """Make ids that already occur in the row less likely.
-
-    Args:
-      scores: float32[R, V]. tokens: int64[R, T], the rows so far, ids below 0 ignored.
-      penalty: > 1 discourages; positive scores are divided by it, negative ones multiplied.
-    Source: CTRL, arXiv:1909.05858, Sec. 4.1.
+    """Make ids that occur in the row, int64[R, T], less likely if the penalty is above 1: positive scores are divided by
+    it, negative ones multiplied. Source: CTRL, arXiv:1909.05858, Sec. 4.1.
     """
     penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
     return torch.where(seen_tokens(tokens, scores.shape[1]), penalised, scores)
 
 
 def no_repeat_ngram(scores, tokens, size):
-    """Forbid every id that would complete an n-gram which the row already holds.
-
-    Args:
-      scores: float32[R, V]. tokens: int64[R, T], the rows so far.
-      size: n; 1 forbids every id of the row.
-    """
+    """Forbid every id that would complete an n-gram of n = size which the row, int64[R, T], already holds."""
     if tokens.shape[1] < size:
         return scores
     windows = tokens.unfold(1, size, 1)  # R T-n+1 n
@@ -53,11 +44,6 @@ def no_repeat_ngram(scores, tokens, size):
 def forbid(scores, ids):
     """Forbid some ids in every row: scores float32[R, V], ids a sequence of int."""
     return scores.index_fill(1, torch.tensor(ids, dtype=torch.long, device=scores.device), NEVER)
-
-
-def temperature(scores, value):
-    """Flatten (value > 1) or sharpen (value < 1) the distribution."""
-    return scores / value
 
 
 def top_k(scores, k, min_keep=1):
@@ -89,10 +75,7 @@ def min_p(scores, share, min_keep=1):
 
 
 def penalise(scores, tokens, num_new, decoding):
-    """What every decoding may ask for: repetition penalty, no-repeat n-gram, minimum length.
-
-    Args: as in `process`. Returns: float32[R, V].
-    """
+    """What every decoding may ask for: repetition penalty, no-repeat n-gram, minimum length. Args: as in `process`."""
     if decoding.repetition_penalty != 1:
         scores = repetition_penalty(scores, tokens, decoding.repetition_penalty)
     if decoding.no_repeat_ngram_size > 0:
@@ -103,12 +86,9 @@ def penalise(scores, tokens, num_new, decoding):
 
 
 def truncate(scores, decoding, min_keep=1):
-    """What only sampling asks for: temperature, top-k, top-p, min-p.
-
-    Args: as in `process`. Returns: float32[R, V].
-    """
+    """What only sampling asks for: temperature, top-k, top-p, min-p. Args: as in `process`."""
     if decoding.temperature != 1:
-        scores = temperature(scores, decoding.temperature)
+        scores = scores / decoding.temperature  # above 1 the distribution is flatter, below 1 sharper
     if decoding.top_k > 0:
         scores = top_k(scores, decoding.top_k, min_keep)
     if decoding.top_p < 1:

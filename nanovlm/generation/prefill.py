@@ -14,12 +14,13 @@ samples), V vocabulary, W width, K key/value heads, D head width
 """
 
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from nanovlm.attention import Visible, causal, causal_rows, documents, full
 from nanovlm.cache import KeyValueCache
@@ -47,26 +48,22 @@ class Workspace:
     num_images: int = 0
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
-    clock: Callable = time.perf_counter
 
     @contextmanager
     def timed(self, part, device=None):
         """Count the time of a block; device: wait for this one before the clock is read."""
-        start = self.clock()
+        start = time.perf_counter()
         yield
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
-        self.seconds[part] += self.clock() - start
+        self.seconds[part] += time.perf_counter() - start
 
     def report(self):
         """The times in words: list of str."""
-        images, prompt, decoding = (self.seconds[part] for part in PARTS)
+        decoding = self.seconds["decoding"]
         rate = f", {self.num_new_tokens / decoding:.1f} tokens/s" if decoding else ""
-        return [
-            f"images   {images:8.3f} s  ({self.num_images} encoded)",
-            f"prompt   {prompt:8.3f} s  ({self.num_prompt_tokens} tokens)",
-            f"decoding {decoding:8.3f} s  ({self.num_new_tokens} tokens{rate})",
-        ]
+        told = f"{self.num_images} encoded", f"{self.num_prompt_tokens} tokens", f"{self.num_new_tokens} tokens{rate}"
+        return [f"{part:<9}{self.seconds[part]:8.3f} s  ({words})" for part, words in zip(PARTS, told)]
 
 
 def check_prompts(model, prompts, visual_inputs, decoding):
@@ -80,24 +77,17 @@ def check_prompts(model, prompts, visual_inputs, decoding):
         if not prompt:
             raise ValueError(f"prompt {place} is empty; it needs at least one token")
         if min(prompt) < IMAGE_TOKEN or max(prompt) >= config.vocab_size:
-            raise ValueError(
-                f"prompt {place} holds ids from {min(prompt)} to {max(prompt)}; known are 0 to {config.vocab_size - 1}, "
-                f"and {IMAGE_TOKEN} for image tokens"
-            )
-        free = config.context_length - len(prompt)
+            raise ValueError(f"prompt {place} holds ids from {min(prompt)} to {max(prompt)}; known are 0 to "
+                             f"{config.vocab_size - 1}, and {IMAGE_TOKEN} for image tokens")
+        free = max(config.context_length - len(prompt), 0)
         if decoding.max_new_tokens > free:
-            raise ValueError(
-                f"prompt {place} has {len(prompt)} tokens, which leaves {max(free, 0)} tokens free of the context of "
-                f"{config.context_length}; max_new_tokens is {decoding.max_new_tokens}: shorten the prompt or ask for less"
-            )
-        needed = len(inputs)
-        if model.media_token is None:
-            needed = sum(model.num_image_tokens(pixels.shape[-1], len(pixels)) for pixels in inputs)
+            raise ValueError(f"prompt {place} leaves {free} tokens free of the context of {config.context_length}; "
+                             f"max_new_tokens is {decoding.max_new_tokens}: shorten the prompt or ask for less")
+        needed = [model.num_image_tokens(pixels.shape[-1], len(pixels)) for pixels in inputs]
+        needed = sum(needed) if model.media_token is None else len(inputs)
         if prompt.count(token) != needed:
-            raise ValueError(
-                f"prompt {place} has {prompt.count(token)} ids {token} for its pictures; its {len(inputs)} visual inputs "
-                f"need {needed}"
-            )
+            raise ValueError(f"prompt {place} has {prompt.count(token)} ids {token} for its pictures; its {len(inputs)} "
+                             f"visual inputs need {needed}")
 
 
 def prefill(model, prompts, visual_inputs, max_new_tokens, workspace):
@@ -131,22 +121,15 @@ class Rows:
     """
 
     def __init__(self, model, prompts, image_tokens, shown, max_new_tokens, fast=None, share=True):
-        """Run the prompts through the decoder.
-
-        Args:
-          prompts: list of B lists of ids. max_new_tokens: room to keep.
-          image_tokens, shown: as in VLM.embed, the appearances prompt by prompt.
-          fast: fast_decode.FastDecoder for the steps; None = `bind`. share: as in Workspace.
-        """
+        """Run the prompts, list of B lists of ids, through the decoder. image_tokens, shown: as in VLM.embed, prompt by
+        prompt. max_new_tokens: room to keep. fast, share: as in Workspace."""
         self.model, self.bind = model, bind if fast is None else fast.bind
         self.num_new, self.num_columns = 0, max(map(len, prompts))
         weight = model.decoder.embedding.weight
         pads = [self.num_columns - len(prompt) for prompt in prompts]
         ids = torch.tensor([[PADDING] * pad + prompt for pad, prompt in zip(pads, prompts)], device=weight.device)
-        self.pads = torch.tensor(pads, device=weight.device)  # R
-        self.padded = any(pads)
-        self.history = torch.full((len(ids), self.num_columns + max_new_tokens), PADDING, device=weight.device)
-        self.history[:, : self.num_columns] = ids
+        self.pads, self.padded = torch.tensor(pads, device=weight.device), any(pads)  # R
+        self.history = F.pad(ids, (0, max_new_tokens), value=PADDING)
         self.cache = KeyValueCache(model.decoder.config, *self.history.shape, weight.dtype, weight.device)
         segments = (ids != PADDING).long() - 1
         embeddings, media = model.place(ids, segments, image_tokens, shown)
@@ -156,25 +139,26 @@ class Rows:
         if start:
             last = run_beginnings(model.decoder, self.cache, groups, start, embeddings, modality, pads)
         if start < self.num_columns:
-            positions = (torch.arange(self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
+            positions = (torch.arange(start, self.num_columns, device=weight.device) - self.pads[:, None]).clamp(min=0)
             visible = causal(segments) if self.padded else causal_rows(*ids.shape, weight.device)
             if start:
                 visible = Visible(visible.first[:, start:], visible.stop[:, start:])
-            rest = (embeddings[:, start:], positions[:, start:], visible, modality[:, start:])
-            last = forward(model.decoder, self.cache, *rest, media)
+            rest = (embeddings[:, start:], positions, visible, modality[:, start:], self.cache)
+            last = model.decoder(*rest, media=media)[:, -1]
+            self.cache.advance(self.num_columns - start)
         self.logits = model.decoder.logits(last).float()
         self.media = None if media is None else media.step()
         self.next = self.bind(model, self.cache, self.pads, self.padded, self.media)
 
-    @property
-    def tokens(self):
-        """int64[R, P + num_new], all ids so far; padding and image tokens below 0."""
-        return self.history[:, : self.num_columns + self.num_new]
+    def seen(self, decoding):
+        """The ids that penalties and n-grams count, padding and image tokens below 0: int64[R, P + num_new], or behind a
+        dummy token int64[R, num_new]."""
+        start = self.num_columns if decoding.counts_dummy_token else 0
+        return self.history[:, start : self.num_columns + self.num_new]
 
-    @property
-    def new_tokens(self):
-        """int64[R, num_new], the new ids so far."""
-        return self.history[:, self.num_columns : self.num_columns + self.num_new]
+    def score(self, tokens):
+        """Append several tokens to every row and score what follows each, for once: int64[R, T] -> float32[R, T, V]."""
+        return score(self.model.decoder, self.cache, tokens, self.pads, True, self.media)
 
     def step(self, tokens):
         """Append one token to every row and score the next: tokens int64[R]."""
@@ -191,11 +175,7 @@ class Rows:
         self.next = self.bind(self.model, self.cache, self.pads, self.padded, self.media)
 
     def reorder(self, rows):
-        """Exchange histories among the rows of one prompt; the prompts' own columns stay where they are.
-
-        Args:
-          rows: list of int, row r goes on with the history of rows[r].
-        """
+        """Row r goes on with the history of rows[r], a row of the same prompt, whose own columns stay where they are."""
         moved = [row for row, source in enumerate(rows) if row != source]
         if moved:  # where every beam goes on by itself there is nothing to copy
             moved = torch.tensor([moved, [rows[row] for row in moved]], device=self.history.device)
@@ -212,40 +192,40 @@ def bind(model, cache, pads, padded, media):
       media: cross_attention.Media that the new tokens see, or None.
     Returns: (tokens int64[R]) -> float32[R, V]: writes the tokens' keys and values, scores what follows.
     """
-    media, decoder = model.decoder.keep(media), model.decoder
-
-    def step(tokens):
-        column = cache.length
-        visible = full(1, column + 1, tokens.device)
-        if padded:
-            visible = Visible(pads[:, None], torch.full_like(pads, column + 1)[:, None])
-        embeddings = decoder.embedding(tokens[:, None])  # R 1 W
-        last = forward(decoder, cache, embeddings, (column - pads)[:, None], visible, None, media)  # a word, no modality
-        return decoder.logits(last).float()
-
-    return step
+    media = model.decoder.keep(media)
+    return lambda tokens: score(model.decoder, cache, tokens[:, None], pads, padded, media)[:, 0]
 
 
-def forward(decoder, cache, embeddings, positions, visible, modality, media):
-    """Run the decoder behind the cache: float[R, W], the hidden states of the last column."""
-    hidden = decoder(embeddings, positions, visible, modality, cache=cache, media=media)
-    cache.advance(embeddings.shape[1])
-    return hidden[:, -1]
+def score(decoder, cache, tokens, pads, padded, media):
+    """Run words behind the cache and score what follows each: int64[R, T] -> float32[R, T, V]; else as `bind`."""
+    num_tokens = tokens.shape[1]
+    columns = cache.length + torch.arange(num_tokens, device=tokens.device)
+    positions = columns - pads[:, None]  # R T
+    visible = full(1, cache.length + 1, tokens.device)  # of one token
+    if padded:
+        visible = Visible(pads[:, None].expand_as(positions), (columns + 1).expand_as(positions))
+    if media is not None and num_tokens > 1:
+        edges = (edge.expand_as(positions) for edge in (media.visible.first, media.visible.stop))
+        media = replace(media, visible=Visible(*edges))
+    hidden = decoder(decoder.embedding(tokens), positions, visible, None, cache, media=media)
+    cache.advance(num_tokens)
+    return decoder.logits(hidden).float()
 
 
 def plan_beginnings(prompts, image_tokens, shown):
     """Find the prompts that begin with the same words and pictures, at least up to the end of their first picture.
 
-    Args: as in Rows.
     Returns: (groups, start): lists of rows that begin alike, and the first column that is run row by row. Where little is
       saved, every row is a group: whole if lengths differ (start = P), else with nothing in front (start = 0).
     """
     pictures = iter([(picture, number) for picture in shown for number in range(len(image_tokens[picture]))])
     cells = [[next(pictures) if token == IMAGE_TOKEN else token for token in prompt] for prompt in prompts]
     groups, columns = {}, max(map(len, prompts))
-    for row, mine in enumerate(cells):
-        place = next((place for place, cell in enumerate(mine) if isinstance(cell, tuple)), None)
-        key = row if place is None else tuple(mine[: place + len(image_tokens[mine[place][0]])])  # text alone shares nothing
+    for row, (prompt, mine) in enumerate(zip(prompts, cells)):
+        key = row  # text alone shares nothing
+        if IMAGE_TOKEN in prompt:
+            place = prompt.index(IMAGE_TOKEN)
+            key = tuple(mine[: place + len(image_tokens[mine[place][0]])])
         groups.setdefault(key, []).append(row)
     start = columns - 1  # the last token of a row is run with it, for its scores
     for rows in groups.values():
@@ -257,47 +237,28 @@ def plan_beginnings(prompts, image_tokens, shown):
     return [[row] for row in range(len(prompts))], columns if min(map(len, prompts)) < columns else 0
 
 
-class Beginnings:
-    """In place of a cache: writes beginnings into rows of one, so that they end in front of column `stop`.
-
-    Args:
-      cache: cache.KeyValueCache. lengths: list of U int, tokens of each beginning as it is run.
-      places: list of (row, beginning, tokens of it that the row has). stop: column.
-    """
-
-    def __init__(self, cache, lengths, places, stop):
-        self.cache, self.lengths, self.places, self.stop = cache, lengths, places, stop
-
-    def update(self, layer_index, k, v):
-        """Write k, v float[1, K, N, D] or float[U, K, N / U, D] and hand them back: there is nothing before them."""
-        for kind, new in enumerate((k, v)):
-            beginnings = new.transpose(0, 1).flatten(1, 2).split(self.lengths, dim=1)
-            for row, beginning, length in self.places:
-                self.cache.layers[layer_index][kind, row, :, self.stop - length : self.stop] = beginnings[beginning][:, :length]
-        return k, v
-
-
 def run_beginnings(decoder, cache, groups, stop, embeddings, modality, pads):
-    """Fill the cache up to column `stop`, each group's beginning run once.
-
-    Args:
-      decoder: decoder.Decoder. cache: empty cache.KeyValueCache of B rows. groups: list of lists of rows that begin alike.
-      embeddings: float[B, P, W], left-padded. modality: int[B, P]. pads: list of B int, columns of padding.
-    Returns: float[U, W], hidden states of the last tokens.
-    """
+    """Fill an empty cache up to column `stop`, the beginning of each group of rows run once: float[U, W], hidden states
+    of the last tokens. embeddings: float[B, P, W], left-padded. modality: int[B, P]. pads: list of B int."""
     device, groups = embeddings.device, [[row for row in rows if pads[row] < stop] for rows in groups]
     groups = [rows for rows in groups if rows]
-    first = [min(rows, key=lambda row: pads[row]) for rows in groups]  # the row whose beginning reaches furthest
+    first = [min(rows, key=pads.__getitem__) for rows in groups]  # the row whose beginning reaches furthest
     lengths = [stop - pads[row] for row in first]
-    pack = lambda rows: torch.cat([rows[row, pads[row] : stop] for row in first])
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-    shape, visible = (1, len(positions)), documents(lengths, device)
+    shape, visible = (1, sum(lengths)), documents(lengths, device)
     if len(set(lengths)) == 1:  # rows of equal length need no packing
         shape, visible = (len(first), lengths[0]), causal_rows(len(first), lengths[0], device)
-    places = [(row, number, stop - pads[row]) for number, rows in enumerate(groups) for row in rows]
-    hidden = decoder(
-        pack(embeddings).view(*shape, -1), positions.view(shape), visible, pack(modality).view(shape),
-        cache=Beginnings(cache, lengths, places, stop),
-    )  # fmt: skip
+
+    def update(layer_index, k, v):
+        """In place of a cache's: write k, v float[1, K, N, D] or float[U, K, N / U, D]; nothing is before them."""
+        for kind, new in enumerate((k, v)):
+            for rows, beginning in zip(groups, new.transpose(0, 1).flatten(1, 2).split(lengths, dim=1)):
+                for row in rows:
+                    cache.layers[layer_index][kind, row, :, pads[row] : stop] = beginning[:, : stop - pads[row]]
+        return k, v
+
+    pack = lambda parts: torch.cat(parts).unflatten(0, shape)
+    positions = pack([torch.arange(length, device=device) for length in lengths])
+    embeddings, modality = (pack([x[row, pads[row] : stop] for row in first]) for x in (embeddings, modality))
+    hidden = decoder(embeddings, positions, visible, modality, SimpleNamespace(update=update))
     cache.advance(stop)
     return torch.stack([one[-1] for one in hidden.flatten(0, 1).split(lengths)])

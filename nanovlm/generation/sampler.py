@@ -1,4 +1,4 @@
-"""How text comes out: greedy decoding, sampling and beam search behind one call.
+"""How text comes out: greedy decoding, sampling and beam search behind one call; and how likely a given text is.
 
 The prompts are run through the decoder once and leave their keys and values in a cache; after that every step feeds
 one token per row. Rows that have ended leave the batch. A row's tokens depend neither on its neighbours nor on its
@@ -10,10 +10,12 @@ B prompts, R rows (num_return_sequences per prompt when sampling), V vocabulary
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from nanovlm.generation.beam_search import beam_search
 from nanovlm.generation.logits_processors import draw, process
 from nanovlm.generation.prefill import Workspace, check_prompts, prefill
+from nanovlm.vlm import IGNORE
 
 # option: (allowed, what is allowed in words)
 RANGES = {
@@ -170,8 +172,7 @@ def sample_steps(rows, decoding, generator, workspace):
     active = list(range(num_rows))
     for step in range(decoding.max_new_tokens):
         with workspace.timed("decoding"):
-            seen = rows.new_tokens if decoding.counts_dummy_token else rows.tokens
-            scores = process(rows.logits, seen, step, decoding)
+            scores = process(rows.logits, rows.seen(decoding), step, decoding)
             chosen = draw(scores, active, num_rows, generator)[:, 0] if decoding.do_sample else scores.argmax(dim=-1)
             values = chosen.tolist()  # the one wait for the device in a step: the stop test
         workspace.num_new_tokens += len(values)
@@ -194,3 +195,30 @@ def close_gaps(going):
     """
     kept, movers = set(going), [row for row in going if row >= len(going)]
     return [row if row in kept else movers.pop() for row in range(len(going))]
+
+
+@torch.no_grad()
+def score_choices(model, prompts, choices, visual_inputs):
+    """How unlikely a model finds each choice after its prompt. Prompt and pictures pass through the decoder once.
+
+    likelihood   argmin over choices of - Σ log p(token | question, tokens before it)     SEED-Bench, arXiv:2307.16125
+
+    Args:
+      model: vlm.VLM.
+      prompts: list of B lists of ids; vlm.IMAGE_TOKEN where an image token stands.
+      choices: per prompt a list of choices, each a list of at least one id; the context has room for the longest.
+      visual_inputs: per prompt a list of float[f, 3, H, W], in order.
+    Returns: per prompt a list of (float, int): negative log-likelihood of each choice's tokens in nats, their number.
+    """
+    flat = [ids for several in choices for ids in several]
+    longest = max(map(len, flat))
+    rows = prefill(model, prompts, visual_inputs, longest, Workspace())
+    rows.select([place for place, several in enumerate(choices) for _ in several])
+    padded = [ids + [IGNORE] * (longest - len(ids)) for ids in flat]
+    targets = torch.tensor(padded, device=rows.logits.device)  # R T
+    scores = rows.logits[:, None]  # what the prompt's last token says of the first
+    if longest > 1:
+        scores = torch.cat([scores, rows.score(targets[:, :-1].clamp(min=0))], 1)
+    losses = F.cross_entropy(scores.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none").sum(1)
+    pairs = zip(losses.tolist(), map(len, flat))
+    return [[next(pairs) for _ in several] for several in choices]

@@ -122,28 +122,6 @@ def test_one_panel_per_token_and_picture(tmp_path):
         assert image.width < wide and image.height < high
 
 
-def test_panels_say_what_they_show(tmp_path, monkeypatch):
-    figures = []
-
-    class Kept(attention_maps.Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            figures.append(self)
-
-    monkeypatch.setattr(attention_maps, "Figure", Kept)
-    heat = torch.zeros(2, 2, 2)
-    heat[0, 0, 1], heat[0, 1, 1] = 0.25, 0.125
-    draw(tmp_path / "a.png", [Image.new("RGB", (12, 12), "blue")], [heat], [" red", " "], 12, "stretch", "where? $")
-    (figure,) = figures
-    one, other, bar = figure.axes
-    assert figure.get_suptitle() == "where? $"
-    assert one.get_title() == "red\n38% on the picture" and other.get_title() == "' '\n0% on the picture"
-    assert one.get_xlabel() == "x, pixels" and one.get_ylabel() == "y, pixels" and "per cell" in bar.get_ylabel()
-    picture, cells = one.images
-    assert tuple(picture.get_extent()) == tuple(cells.get_extent()) == (0, 12, 12, 0)
-    assert cells.get_array().tolist() == heat[0].tolist() and cells.get_clim() == (0, 0.25)
-
-
 # shares by layer
 
 

@@ -7,23 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from tiny import random_vlm
 
-from nanovlm.data.templates import NANO
-from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import __main__ as cli
 from nanovlm.evaluation import pairwise, protocols, report, runner
 from nanovlm.evaluation.items import Item
 from nanovlm.evaluation.tasks import TASKS
-from nanovlm.generation.chat import Assistant
-from nanovlm.generation.sampler import Decoding
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    tokenizer = train_tokenizer(["user: what color is this? yes no\nbot: red blue"] * 3, 300)
-    decodings = {"default": Decoding(max_new_tokens=4), "vqa": Decoding(max_new_tokens=2), "describe": Decoding(max_new_tokens=3)}
-    return Assistant(random_vlm(tokenizer.vocab_size, context_length=400), tokenizer, NANO, 8, decodings=decodings)
 
 
 @pytest.fixture
@@ -44,7 +32,7 @@ def pope(tmp_path):
     for name in "ab":
         Image.new("RGB", (9, 9), "red").save(tmp_path / f"{name}.png")
     lines = [
-        json.dumps({"question_id": n, "image": f"{'abc'[n // 2]}.png", "text": "Is there a dog?", "label": "yes" if n % 2 else "no"})
+        json.dumps({"question_id": n, "image": f"{'abc'[n // 2]}.png", "text": "Is there a dog?", "label": ("no", "yes")[n % 2]})
         for n in range(6)
     ]
     (tmp_path / "coco_pope_random.json").write_text("\n".join([*lines[:3], "{oh", *lines[3:]]) + "\n")
@@ -134,10 +122,19 @@ def test_nothing_can_be_asked_without_media(start, pope):
     assert done.code == 1 and "0 answers" in done.out and "NOT ASKED: 6 questions" in done.out and "--images" in done.out
 
 
+def write(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def open_vqa(folder, *questions):
+    Image.new("RGB", (9, 9), "red").save(folder / "a.png")
+    lines = [{"index": n, "question": q, "answer": ["red"], "image": "a.png", "class": "Color"} for n, q in enumerate(questions)]
+    write(folder / "Open_VQA_images.jsonl", lines)
+
+
 def test_judgements_now_later_and_by_a_model(start, tmp_path):
-    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
-    lines = [{"index": n, "question": "what?", "answer": ["red"], "image": "a.png", "class": "Color"} for n in range(3)]
-    (tmp_path / "Open_VQA_images.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    open_vqa(tmp_path, *["what?"] * 3)
     done = start("open_vqa")
     prompts = read(done.folder / "judge_prompts.jsonl")
     assert [one["id"] for one in prompts] == ["0", "1", "2"] and 'imply the answer "red"' in prompts[0]["prompt"]
@@ -179,9 +176,7 @@ class Server:
 
 def test_an_endpoint_judges_and_one_that_fails_leaves_a_run_that_goes_on(start, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", Server())
-    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
-    lines = [{"index": n, "question": q, "answer": ["red"], "image": "a.png"} for n, q in enumerate(("first?", "second?", "third?"))]
-    (tmp_path / "Open_VQA_images.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    open_vqa(tmp_path, "first?", "second?", "third?")
     Server.breaks_at = 3
     broken = start("open_vqa", "--judge-endpoint", "gpt-x", "--batch-size", "2")
     assert broken.code == 2 and "the server is gone" in broken.err
@@ -191,14 +186,6 @@ def test_an_endpoint_judges_and_one_that_fails_leaves_a_run_that_goes_on(start, 
     assert (scores["all"], scores["judged"], scores["unparsed"]) == (pytest.approx(2 / 3), 3, 1)
     monkeypatch.setitem(sys.modules, "openai", None)
     assert "pip install openai" in start("open_vqa", "--judge-endpoint", "gpt-x").err
-
-
-def test_choices_run_through_a_model(start, tmp_path):
-    (tmp_path / "biology_test.csv").write_text("what?,red,blue,yes,no,B\nwhat color?,red,blue,red blue,no,A\n")
-    done = start("mmlu", "--batch-size", "1")
-    _, one, two = read(done.folder / "predictions.jsonl")
-    assert done.code == 0 and all(item["losses"].index(min(item["losses"])) == item["said"] for item in (one, two))
-    assert one["prediction"] in ("red", "blue", "yes", "no") and one["score"] == float(one["said"] == 1)
 
 
 @pytest.mark.parametrize(
@@ -253,28 +240,25 @@ def test_an_unrelated_image_goes_with_questions_of_text_alone(start, tmp_path):
 
 
 def answers_of(folder, answers):
-    folder.mkdir(parents=True)
-    lines = [{"settings": {}}, *({"id": str(n), "question": "q?", "prediction": text, "media": []} for n, text in enumerate(answers))]
-    (folder / "predictions.jsonl").write_text("\n".join([*map(json.dumps, lines), ""]))
+    lines = ({"id": str(n), "question": "q?", "prediction": text, "media": []} for n, text in enumerate(answers))
+    write(folder / "predictions.jsonl", [{"settings": {}}, *lines])
     return str(folder)
 
 
 def test_two_runs_are_compared_question_by_question(tmp_path, capsys):
-    folders = []
     for name, scores in (("x", (1, 1, 0, 0, 1, None)), ("y", (0, 1, 0, 1, 0.5, 1))):
-        lines = [{"settings": {}}, *({"id": str(n), "kind": "ab"[n % 2], "score": score} for n, score in enumerate(scores))]
-        folders.append(tmp_path / name)
-        folders[-1].mkdir()
-        (folders[-1] / "predictions.jsonl").write_text("\n".join([*map(json.dumps, lines), ""]))
-    assert cli.main(["compare", *map(str, folders)]) == 0
+        lines = ({"id": str(n), "kind": "ab"[n % 2], "score": score} for n, score in enumerate(scores))
+        write(tmp_path / name / "predictions.jsonl", [{"settings": {}}, *lines])
+    folders = str(tmp_path / "x"), str(tmp_path / "y")
+    assert cli.main(["compare", *folders]) == 0
     head, _, whole, *kinds = capsys.readouterr().out.splitlines()
     assert head == "first: x, second: y"
     assert whole.split()[:5] == ["all", "5", "60.0%", "50.0%", "-10.0%"] and whole.endswith("2, 1")
     low, high = (float(words.strip("%+")) for words in whole.split("  ")[-2].split("   ")[0].split(" to "))
     assert -100 < low < -10 < high < 100
     assert [line.split()[:5] for line in kinds] == [["a", "3", "66.7%", "16.7%", "-50.0%"], ["b", "2", "50.0%", "100.0%", "+50.0%"]]
-    (tmp_path / "y" / "predictions.jsonl").write_text('{"settings": {}}\n{"id": "5", "score": 1}\n')
-    assert cli.main(["compare", *map(str, folders)]) == 2 and "scored in both" in capsys.readouterr().err
+    write(tmp_path / "y" / "predictions.jsonl", [{"settings": {}}, {"id": "5", "score": 1}])
+    assert cli.main(["compare", *folders]) == 2 and "scored in both" in capsys.readouterr().err
 
 
 def test_models_are_ranked_by_comparing_both_orders(tmp_path, capsys, monkeypatch):

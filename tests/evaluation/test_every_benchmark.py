@@ -3,30 +3,15 @@
 import base64
 import io
 import json
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from tiny import random_vlm
 
-from nanovlm.data.images import CLIP
-from nanovlm.data.templates import NANO
-from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import protocols, report, runner
 from nanovlm.evaluation.__main__ import parse
 from nanovlm.evaluation.tasks import TASKS
-from nanovlm.generation.sampler import Decoding
 
 TEN = [{"answer": "red", "answer_id": n} for n in range(10)]
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    tokenizer = train_tokenizer(["user: what color is this? A. B. C. yes no\nbot: red blue"] * 3, 300)
-    return SimpleNamespace(
-        model=random_vlm(tokenizer.vocab_size, context_length=600), tokenizer=tokenizer, template=NANO, image_size=8,
-        image_fit="crop", decodings={"default": Decoding(max_new_tokens=3)}, preprocessing=CLIP,
-    )  # fmt: skip
 
 
 def write(path, content):

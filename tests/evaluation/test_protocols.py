@@ -5,19 +5,16 @@ import gzip
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from tiny import random_vlm
 
 from nanovlm.data.batching import build_batch
-from nanovlm.data.images import CLIP, ImageError
+from nanovlm.data.images import ImageError
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data import templates
 from nanovlm.data.templates import NANO
-from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import protocols, readers, report
 from nanovlm.evaluation.items import Encoded, Item, Reading, find, read_json, read_records
 from nanovlm.evaluation.protocols import Asker
@@ -130,15 +127,6 @@ def test_answers_are_put_to_a_judge_once(tmp_path):
 
 
 # the Asker, with a real model
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    tokenizer = train_tokenizer(["user: what color is this? describe the image.\nbot: red blue"] * 3, 300)
-    return SimpleNamespace(
-        model=random_vlm(tokenizer.vocab_size, context_length=120), tokenizer=tokenizer, template=NANO, image_size=8,
-        image_fit="crop", decodings={"default": Decoding(max_new_tokens=5)}, preprocessing=CLIP,
-    )  # fmt: skip
 
 
 @pytest.fixture

@@ -109,15 +109,6 @@ def test_pictures_stand_where_the_template_puts_them(model, tokenizer, script):
     assert chat.turns[0].parts == (0, 1, "a") and chat.turns[2].parts == (2, "b")
 
 
-def test_a_clip_is_one_visual_input(model, tokenizer, script):
-    answers, calls = script
-    answers += ["x"]
-    chat = chat_with(model, tokenizer)
-    chat.ask("a", [(RED, BLUE)])
-    assert calls[0][0][:9] == [*IMAGE, *IMAGE, tokenizer.bos]
-    assert [pixels.shape for pixels in calls[0][2]] == [(2, 3, 8, 8)]
-
-
 def test_the_oldest_exchanges_without_picture_are_forgotten_whole(tokenizer, script):
     answers, calls = script
 
@@ -193,25 +184,10 @@ def test_text_streams_as_it_is_made_without_the_gap_before_it(model, tokenizer, 
     assert chat.turns[-1].text == "né"
 
 
-def test_a_template_without_gap_and_a_longer_one(model, tokenizer, script):
-    answers, _ = script
-    for prefix, said, want in (("", " red", "red"), ("bot", "both", "h"), ("bot", "bo", "bo")):
-        answers.append(said)
-        assert chat_with(model, tokenizer, Template(answer_prefix=prefix)).ask("a") == want
-
-
 def test_a_character_that_the_answer_breaks_off_is_given_last(model, tokenizer, monkeypatch):
     ids = tokenizer.encode("né")[:-1]
     monkeypatch.setattr(sampler, "stream", lambda *args: iter(ids))
     assert "".join(chat_with(model, tokenizer).ask("a")) == tokenizer.decode(ids) and "n" in tokenizer.decode(ids)
-
-
-def test_beams_give_one_piece(model, tokenizer):
-    chat = chat_with(model, tokenizer, num_beams=2)
-    text = chat.ask("a", [RED])
-    decoding = dataclasses.replace(chat.decoding, eos_ids=(tokenizer.eos,))
-    want = generate(model, [chat.prompt.row.ids], decoding, [chat.prompt.visual_inputs])[0]
-    assert text == tokenizer.decode(want).removeprefix(" ")
 
 
 def test_describe_first_answers_in_the_history_of_its_own_description(model, tokenizer, script):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nanovlm.generation.logits_processors import forbid, min_p, no_repeat_ngram, process, repetition_penalty, seen_tokens, temperature, top_k, top_p, truncate
+from nanovlm.generation.logits_processors import forbid, min_p, no_repeat_ngram, process, repetition_penalty, seen_tokens, top_k, top_p, truncate
 from nanovlm.generation.sampler import Decoding
 
 NEVER = float("-inf")
@@ -47,21 +47,11 @@ def test_no_repeat_ngram(size, allowed):
 
 def test_no_repeat_ngram_does_not_depend_on_padding():
     row = [4, 1, 4]
+    assert kept(no_repeat_ngram(torch.zeros(1, 4), torch.tensor([[2, 2]]), 2)) == [[0, 1, 3]]
     for size in (1, 2, 3):
         plain = no_repeat_ngram(torch.zeros(1, 6), torch.tensor([row]), size)
         padded = no_repeat_ngram(torch.zeros(1, 6), torch.tensor([[-2, -2, -2, *row]]), size)
         assert torch.equal(plain, padded)
-
-
-def test_no_repeat_ngram_of_the_whole_row():
-    assert kept(no_repeat_ngram(torch.zeros(1, 4), torch.tensor([[2, 2]]), 2)) == [[0, 1, 3]]
-
-
-def test_forbid_and_temperature():
-    scores = torch.tensor([[1.0, 2.0, 3.0]])
-    assert forbid(scores, (0, 2)).tolist() == [[NEVER, 2.0, NEVER]]
-    assert torch.equal(forbid(scores, ()), scores)
-    assert torch.equal(temperature(scores, 2.0), torch.tensor([[0.5, 1.0, 1.5]]))
 
 
 def test_top_k_keeps_ties_and_the_least_number():
@@ -102,13 +92,9 @@ def applied(num_new=5, **options):
     return process(SCORES, TOKENS, num_new, Decoding(max_new_tokens=9, **options))
 
 
-def test_process_does_nothing_unless_asked():
-    assert torch.equal(applied(), SCORES)
-    assert torch.equal(applied(do_sample=True, eos_ids=(1,)), SCORES)
-    assert torch.equal(applied(temperature=0.5, top_k=1, top_p=0.1, min_p=0.9), SCORES), "greedy: no truncation"
-
-
 def test_process_applies_each_option():
+    assert torch.equal(applied(), SCORES) and torch.equal(applied(do_sample=True, eos_ids=(1,)), SCORES)
+    assert torch.equal(applied(temperature=0.5, top_k=1, top_p=0.1, min_p=0.9), SCORES), "greedy: no truncation"
     assert torch.equal(applied(repetition_penalty=2.0), repetition_penalty(SCORES, TOKENS, 2.0))
     assert torch.equal(applied(repetition_penalty=0.5), repetition_penalty(SCORES, TOKENS, 0.5))
     assert torch.equal(applied(no_repeat_ngram_size=1), no_repeat_ngram(SCORES, TOKENS, 1))
