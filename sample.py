@@ -83,7 +83,7 @@ def choose_decoding(loaded, args):
 
 def first_pictures(loaded, args):
     """Pictures of the command line: PIL images, lists of them for clips; a posed scene is saved in the model's folder."""
-    pictures = [images.load(path) for path in args.image] + [video.load(path, args.frames) for path in args.video]
+    pictures = [images.load(path) for path in args.image] + [[*video.Clip(path, args.frames)] for path in args.video]
     if args.draw is not None:
         generator = numpy.random.default_rng(args.seed)
         size = loaded.image_size or 48  # a model that reads no pictures says so when it is asked
@@ -143,7 +143,7 @@ def converse(chat, loaded, args, pictures):
             elif command == "/image":
                 pictures = [*pictures, images.load(rest.strip())]
             elif command == "/video":
-                pictures = [*pictures, video.load(rest.strip(), args.frames)]
+                pictures = [*pictures, [*video.Clip(rest.strip(), args.frames)]]
             elif command.startswith("/"):
                 print(f"unknown command {command!r}.{nearest(command, COMMANDS)}")
             elif line:

@@ -53,7 +53,7 @@ class Assistant:
         Args:
           question: str, or list of str.
           images: one, or a list of those shown with every question: each a path, a PIL image or an array uint8[H, W, 3];
-            a clip within the list is a list of them, as of video.load, or an array uint8[F, H, W, 3].
+            a clip within the list is a list of them, as `[*video.Clip(path, 8)]` gives it, or an array uint8[F, H, W, 3].
           decoding: sampler.Decoding; None = the preset "default". seed: of sampling.
         Returns: str, or list of str.
         Raises: ValueError if it is too long, or the model cannot read pictures; what reading a picture raises.
