@@ -144,6 +144,16 @@ def groups(parts, stage):
     return list(result.values())
 
 
+def portions(groups, number):
+    """Groups in at most `number` lists of about as many parameters each."""
+    lists, sizes = [[] for _ in range(number)], [0] * number
+    for group in sorted(groups, key=lambda group: -sum(parameter.numel() for parameter in group["params"])):
+        smallest = sizes.index(min(sizes))
+        lists[smallest].append(group)
+        sizes[smallest] += sum(parameter.numel() for parameter in group["params"])
+    return [one for one in lists if one]
+
+
 def build(parts, stage, num_threads=1):
     """The optimizers of a stage: list of Muon (the matrices, dealt out to num_threads of them), then AdamW."""
     to_muon, to_adamw = [], []
@@ -152,8 +162,7 @@ def build(parts, stage, num_threads=1):
         (to_muon if muon else to_adamw).append(group)
     if any(isinstance(parameter, DTensor) for group in to_muon for parameter in group["params"]):
         num_threads = 1  # what processes say to one another keeps its order
-    optimizers = [Muon(to_muon[n::num_threads], stage.momentum, DTYPES[stage.precision])
-                  for n in range(min(num_threads, len(to_muon)))]
+    optimizers = [Muon(one, stage.momentum, DTYPES[stage.precision]) for one in portions(to_muon, num_threads)]
     if to_adamw:
         optimizers.append(torch.optim.AdamW(to_adamw, betas=stage.betas, eps=stage.eps, fused=True))
     return optimizers

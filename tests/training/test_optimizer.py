@@ -147,15 +147,6 @@ def test_decay_shrinks_matrices_and_nothing_else():
         torch.testing.assert_close(parameter.detach(), expected)
 
 
-def test_set_lr_scales_every_peak():
-    optimizers = optimizer.build(parts(), stage(optimizer="muon", layer_decay={"vision": 0.5}))
-    optimizer.set_lr(optimizers, 0.5)
-    optimizer.set_lr(optimizers, 0.25)
-    for one in optimizers:
-        for group in one.param_groups:
-            assert group["lr"] == 0.25 * group["peak_lr"] > 0
-
-
 def test_table():
     lines = optimizer.table(parts(), stage(layer_decay={"vision": 0.5}, learning_rates={"vision": 1e-3, "adapters": 1e-3}))
     assert [line.split() for line in lines] == [
