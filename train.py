@@ -82,6 +82,9 @@ def make_parser():
     add("--data", metavar="FILE.json",
         help="LLaVA-style JSON, or a folder of tar shards, that the last stage trains on instead of its mixture")
     add("--images", metavar="FOLDER", help="where the image paths in --data start")
+    add("--epochs", type=number(float, 1e-6), metavar="N", help="how often the last stage reads --data; default: once in a published "
+        "model, else the recipe's steps")
+    add("--tests", action="store_true", help="with --data: the recipe's own tests as well, not only held-out records")
     add("--datasets", metavar="FILE.json", help="data sources by name, for the stages' mixtures")
     add("--allow-missing", action="store_true", help="train on what is there of a mixture; its shares grow alike")
     add("--workers", type=number(int, 0), default=0, help="processes that read and decode the data ahead; 0: none")

@@ -88,5 +88,6 @@ RECIPE = Recipe(
     name="tiny", sizes=("full", "tiny"), build=build, contrastive=contrastive, stages=stages,
     sources={"pictures": Squares, "words": lambda seed: Squares(seed, "text")},
     tokenizer=lambda: train_tokenizer(["say colour? user: bot:", *COLORS], 300), template=NANO, decodings={},
+    measures=lambda stage: ("color",),
     evaluate=evaluate, exam=exam, finish=finish, report=report, save_every=4, exam_every=5,
 )

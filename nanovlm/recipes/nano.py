@@ -167,6 +167,7 @@ RECIPE = Recipe(
         "beams": Decoding(max_new_tokens=40, num_beams=5),
     },
     evaluate=nano_tests.evaluate,
+    measures=nano_tests.measures,
     exam=nano_tests.exam,
     finish=nano_tests.finish,
     report=nano_tests.report,

@@ -51,6 +51,13 @@ TRY = (
 )
 
 
+def measures(stage):
+    """Names of what `evaluate` finds around a stage: tuple of str."""
+    if stage.objective == "contrastive":
+        return "shape", "color"
+    return tuple(NAMES) if {"bridge", "adapters"} & stage.learning_rates.keys() else ("described",)
+
+
 def evaluate(run, stage):
     """Quick held-out shares before and after a stage: {measure: share}."""
     number = SMOKE_PICTURES if run.args.smoke else QUICK_PICTURES
@@ -60,8 +67,7 @@ def evaluate(run, stage):
         shown = stage.image_size, stage.image_fit, run.recipe.preprocessing
         return zero_shot(run.contrastive, records, run.tokenizer, *shown)
     tests = held_out_tests(number, number)
-    names = tests if {"bridge", "adapters"} & stage.learning_rates.keys() else ("described",)
-    return {name: shares(ask(assistant(run), tests[name]))["all"] for name in names}
+    return {name: shares(ask(assistant(run), tests[name]))["all"] for name in measures(stage)}
 
 
 def exam(run):

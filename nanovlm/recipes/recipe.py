@@ -45,6 +45,7 @@ class Recipe:
     sources: dict[str, Callable] = field(default_factory=dict)  # name in the stages' mixtures -> (seed) -> source
     decodings: dict[str, Any] = field(default_factory=dict)  # preset name -> sampler.Decoding
     evaluate: Callable = lambda run, stage: {}  # -> {measure: share}, quick, before and after every stage
+    measures: Callable = lambda stage: ()  # -> names of what evaluate finds, those that the stage's summary may name
     exam: Callable = lambda run: []     # -> list of lines, the answers to a few held-out questions
     finish: Callable = lambda run: {}   # -> {key: value}, the full evaluation; becomes results.json
     report: Callable = lambda run, results: [  # -> list of lines printed last

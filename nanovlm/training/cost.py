@@ -22,11 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm.attention import Visible, causal_rows
 from nanovlm.cross_attention import Media
+from nanovlm.data.datasets import command_line_sources
 from nanovlm.training import optimizer
 from nanovlm.training.language_loss import ROWS, is_chunked
 from nanovlm.training.processes import BLOCK, MODES
 from nanovlm.training.stages import all_parts, freeze
-from nanovlm.training.start import add_lora, build_models, check_stages, choose_size, choose_stages
+from nanovlm.training.start import add_lora, build_models, check_stages, choose_size, choose_stages, count_epochs
 
 META = torch.device("meta")
 FLOAT32 = 4  # bytes
@@ -305,11 +306,13 @@ def outside_and_inside(parts, trained=()):
 def plan(recipe, args):
     """The whole plan: list of str, lines. Raises: ValueError where stages and model do not go together."""
     stages = choose_stages(recipe, args)
+    if args.data is not None:
+        stages = count_epochs(recipe, stages, args, command_line_sources(args.data, args.images)[0])
     vocab_size = recipe.tokenizer().vocab_size if recipe.published is None else 0  # 0: as published
     with torch.device("meta"):
         model, contrastive = build_models(recipe, choose_size(recipe, args.size), vocab_size, args.seed)
         add_lora(model, stages, args.lora)
-    check_stages(stages, model, contrastive)
+    check_stages(recipe, stages, model, contrastive)
     lines = []
     for stage in stages:
         model.vision.resize(stage.image_size)  # its position table counts

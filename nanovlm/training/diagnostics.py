@@ -14,6 +14,7 @@ import contextlib
 import statistics
 import time
 from collections import deque
+from itertools import zip_longest
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -27,7 +28,7 @@ from nanovlm.training import checkpoint
 from nanovlm.training.cost import make_meter, peak_flops
 from nanovlm.training.language_loss import language_loss
 from nanovlm.training.progress import plot_curves, say
-from nanovlm.training.update import EVERY, is_held_out, make_batch, total_norm
+from nanovlm.training.update import held_out_limit, holds_out, make_batch, place_of, reading, total_norm
 
 SAMPLE = 4096  # numbers of a tensor that stand for all, evenly spaced: a copy of all weights would double their memory
 WINDOW, FEWEST = 50, 20  # losses that a new one is compared with, at most and at least
@@ -93,13 +94,15 @@ def spike_limit(losses):
     return middle + SPIKE * statistics.median(abs(one - middle) for one in losses)
 
 
-def held_out(source):
-    """The held-out records of a source, at most KEPT of the first LOOKED_AT, without damaged ones: list of Record."""
-    found = []
+def held_out(source, use=lambda record: None):
+    """The held-out records of a source, at most KEPT of the first LOOKED_AT: list of Record. use: fails for damaged ones."""
+    found, limit = [], held_out_limit(source)
     for n in range(min(len(source), LOOKED_AT)):
         with contextlib.suppress(ValueError, OSError):  # the training names it
             record = source.record(n)
-            found += [record] if is_held_out(record) else []
+            if place_of(record) < limit:
+                use(record)
+                found.append(record)
         if len(found) == KEPT:
             break
     return found
@@ -120,15 +123,17 @@ def held_out_losses(run, stage, records):
 
 
 def held_out_answers(run, stage, records, max_new_tokens=32):
-    """The model's words where held-out records have their last answer: list of str."""
+    """The model's words where held-out records have their last answer: (list of str, how many are right word by word)."""
     assistant = Assistant(run.model, run.tokenizer, run.template_of(stage), stage.image_size, stage.image_fit,
                           run.recipe.preprocessing)  # fmt: skip
     talks = [record.conversations[0] for record in records]
     asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in talks]
     prompts = [make_prompt(assistant, turns, one.visuals, max_new_tokens) for turns, one in zip(asked, records)]
     found = reply(assistant, prompts, Decoding(max_new_tokens), workspace=Workspace(share=run.share_prefix))
-    return [f"{record.id}: {short(turns[-1].text if turns else '')} -> {short(said)} "
-            f"(right: {short(record.conversations[0][-1].text)})" for record, turns, said in zip(records, asked, found)]
+    truths = [turns[-1].text for turns in talks]
+    right = sum(said.lower().split() == truth.lower().split() for said, truth in zip(found, truths))
+    return [f"{record.id}: {short(turns[-1].text if turns else '')} -> {short(said)} (right: {short(truth)})"
+            for record, turns, said, truth in zip(records, asked, found, truths)], right
 
 
 def short(text):
@@ -176,8 +181,7 @@ class Watch:
         if trainer.step % recipe.exam_every == 0 or trainer.stage_step == self.stage.steps:
             if norm is not None:
                 self.measure_movement(norm)
-            if recipe.published and self.stage.objective == "language":
-                self.ask()
+            self.ask()
         if self.run.processes.main and time.monotonic() >= self.next_curves:
             self.draw()
 
@@ -190,22 +194,28 @@ class Watch:
                                  for part in moved})
 
     def ask(self):
-        """Log the loss of held-out records and print a few answers."""
-        losses, answers = self.trainer.ask(self.held_out_now)
+        """Log the loss of held-out records, and how many of their answers are right; print a few."""
+        if self.stage.objective != "language" or not any(holds_out(self.run, name) for name in self.stage.mixture):
+            return
+        with reading():
+            losses, answers, right, asked = self.trainer.ask(self.held_out_now)
         if losses:
-            self.trainer.note(held_out=losses, answers=answers)
+            self.trainer.note(held_out=losses, answers=answers, right=[right, asked])
             told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-            say("\n  ".join([f"step {self.trainer.step}: held-out loss {told}", *answers]))
+            say("\n  ".join([f"step {self.trainer.step}: held-out loss {told}; {right} of {asked} answers as in the file",
+                             *answers]))
 
     def held_out_now(self, run):
-        """(dict source -> loss, list of answers) of the model as it is."""
+        """(dict source -> loss, a few answers in words, how many of how many are right) of the model as it is."""
         if self.records is None:
-            self.records = {name: held_out(run.sources[name]) for name in self.stage.mixture}
+            use = lambda record: make_batch(run, self.stage, [record], Report())
+            self.records = {name: held_out(run.sources[name], use) for name in self.stage.mixture if holds_out(run, name)}
             if not any(self.records.values()):
-                say(f"stage {self.stage.name}: no record is held out; one in {EVERY} is, chosen by its id")
+                say(f"stage {self.stage.name}: no record is held out; chosen by its id, one in 100 is, of five at least one")
         losses = held_out_losses(run, self.stage, self.records)
-        shown = [records[0] for records in self.records.values() if records][:3]
-        return {name: round(loss, 6) for name, loss in losses.items()}, held_out_answers(run, self.stage, shown)
+        asked = [record for records in zip_longest(*self.records.values()) for record in records if record][:KEPT]
+        answers, right = held_out_answers(run, self.stage, asked)
+        return {name: round(loss, 6) for name, loss in losses.items()}, answers[:3], right, len(asked)
 
     def draw(self):
         """Write curves.png anew, seldom enough to cost less than 1% of the time."""
@@ -216,5 +226,10 @@ class Watch:
         self.next_curves = now + max(CURVES, 100 * (now - began))
 
     def table(self):
-        """The table of what has moved: list of str, lines."""
-        return movement_table(self.entries("parts"), [part for part, held in self.run.parts().items() if held])
+        """The table of what has moved, and held-out records before and after: list of str, lines."""
+        lines, asked = movement_table(self.entries("parts"), [part for part, held in self.run.parts().items() if held]), []
+        if entries := self.entries("held_out"):
+            first, last = entries[0], entries[-1]
+            asked = [f"held out of {name}: loss {loss:.4f} → {last['held_out'][name]:.4f}" for name, loss in first["held_out"].items()]
+            asked += ["answers as in the file: {} of {} → {} of {}".format(*first["right"], *last["right"])]
+        return lines + asked

@@ -110,7 +110,7 @@ def measures_table(measures):
     for stage, moments in measures.items():
         for name, before in moments["before"].items():
             lines.append(f"{stage:<12}{name:<26}{before:>9.1%}{moments['after'][name]:>9.1%}")
-    return lines
+    return lines if len(lines) > 1 else []
 
 
 def plot_curves(entries, path, seed):

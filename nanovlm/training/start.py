@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import string
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from nanovlm.names import nearest
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.processes import Processes, Run
 from nanovlm.training.progress import say
-from nanovlm.training.stages import choose, text_side
+from nanovlm.training.stages import choose, override, text_side
 from nanovlm.vit import check_image_size
 
 NOT_ASKED = ("image_size", "architecture", "recipe_sha256")  # keys of config.json that no flag repeats
@@ -38,12 +40,38 @@ def choose_stages(recipe, args):
         stages = tuple(dataclasses.replace(stage, precision=args.precision) for stage in stages)
     if args.data is not None:
         stages = (*stages[:-1], dataclasses.replace(stages[-1], mixture={DATA: 1.0}))
+        if not args.tests:
+            stages = tuple(dataclasses.replace(stage, summary="") for stage in stages)
     return choose(stages, settings=args.set)
 
 
-def check_stages(stages, model, contrastive):
+def count_epochs(recipe, stages, args, sources):
+    """The stages, the last with as many steps as --epochs asks for of --data; of a published model one, if not told."""
+    last, told = stages[-1], any(one.startswith(f"{stages[-1].name}.steps=") for one in args.set)
+    if args.epochs is not None and (args.data is None or told):
+        raise ValueError(f"--epochs {args.epochs:g} counts how often --data is read; give --data, and no {last.name}.steps")
+    if args.data is None or told or args.epochs is None and not recipe.published or args.smoke:
+        return stages
+    steps = math.ceil((args.epochs or 1) * len(sources[DATA]) / last.batch_size)
+    return *stages[:-1], override(last, {"steps": str(steps)})
+
+
+def judged_by_its_data(recipe, args):
+    """The recipe without its own tests, where --data brings records of which some are held out; --tests keeps them."""
+    if args.data is None or args.tests:
+        return recipe
+    usual = {field.name: field.default for field in dataclasses.fields(recipe)}
+    return dataclasses.replace(recipe, **{name: usual[name] for name in ("evaluate", "exam", "finish", "report")})
+
+
+def check_stages(recipe, stages, model, contrastive):
     """Raise ValueError if a stage asks for what the models cannot do, before the stages ahead of it cost hours."""
     for stage in stages:
+        measured = recipe.measures(stage)
+        for _, name, _, _ in string.Formatter().parse(stage.summary):
+            if name is not None and name not in measured:
+                raise ValueError(f"the summary of stage {stage.name!r} names {name!r}, which is not measured (Recipe.measures)."
+                                 f"{nearest(name, measured)}")
         check_image_size(stage.image_size, model.vision.config.patch_size)
         parts, context_length = model.parts(), model.decoder.config.context_length
         if stage.objective == "contrastive":
@@ -147,6 +175,7 @@ def make_run(recipe, args, out, processes=Processes()):
             raise ValueError(f"stage {stage.name!r}: {processes.size} processes cannot share a batch_size of "
                              f"{stage.batch_size}; start fewer, or --set {stage.name}.batch_size={processes.size}")
     sources, stages, lost = find_sources(recipe, stages, args)
+    recipe, stages = judged_by_its_data(recipe, args), count_epochs(recipe, stages, args, sources)
     saved = processes.by_main(lambda: checkpoint.open_folder(out, args.resume))
     stages, size = settle_precision(stages, args.device, saved), choose_size(recipe, args.size)
     settings, saved = settle(args, size, stages, saved, lost), saved or {}
@@ -166,7 +195,7 @@ def make_run(recipe, args, out, processes=Processes()):
             model, contrastive = skeleton = build()
     if not skeleton or processes.main:
         model, contrastive = build(None if checkpoint.complete(out) else args.init)
-    check_stages(stages, model, contrastive)
+    check_stages(recipe, stages, model, contrastive)
     recipe_digest = digest(args.recipe) if args.recipe.endswith(".py") else None
     made_of = {"architecture": architecture(model, contrastive), "recipe_sha256": recipe_digest}
     config = settings | {name: value for name, value in made_of.items() if value}

@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from nanovlm.data.batching import Report
-from nanovlm.names import nearest
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.diagnostics import Watch
 from nanovlm.training.processes import lay_out, whole
@@ -106,6 +105,8 @@ class Trainer:
             self.frozen = fingerprints(run.model, run.contrastive, stage)
         say(f"\nstage {stage.name}: {stage.steps} steps of {stage.batch_size} examples at {stage.image_size} pixels")
         say("\n".join(optimizer.table(run.parts(), stage)))
+        if not saved:
+            self.watch.ask()
 
     def next_records(self):
         """This process's share of the records of the next update; what was damaged is written down."""
@@ -260,14 +261,8 @@ class Trainer:
         measures = self.measures.setdefault(stage.name, {})
         measures[moment] = found
         self.note(when=moment, measures=found)
-        try:
-            shares = {key: f"{measures['before'][key]:.1%} → {after:.1%}" for key, after in found.items()}
-            summary = stage.summary.format(**shares)
-        except KeyError as error:
-            raise TrainingError(f"the summary of stage {stage.name!r} names {error}, which is not measured."
-                                f"{nearest(error.args[0], found)}") from error
-        if moment == "after" and summary:
-            say(summary)
+        if moment == "after" and stage.summary:
+            say(stage.summary.format(**{key: f"{measures['before'][key]:.1%} → {after:.1%}" for key, after in found.items()}))
 
     def exam(self):
         """Ask the exam's questions and print the answers that have changed."""

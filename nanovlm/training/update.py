@@ -11,6 +11,7 @@ what then: non_finite="stop" ends the run with a checkpoint of the last good ste
 
 import contextlib
 import dataclasses
+import functools
 import math
 import zlib
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanovlm.data.augment import augmented
 from nanovlm.data.batching import Preparation, build_batch, contrastive_batch
+from nanovlm.data.datasets import DATA
 from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.records import Changed
 from nanovlm.training.processes import Processes, add_up_scalars, exchange_with, stage_loss
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch, part_of
 
-EVERY = 100  # one record in so many is held out, if its recipe wants that: never trained on, but asked (diagnostics.py)
+EVERY = 100  # of files, one record in so many is held out: never trained on, but asked (diagnostics.py)
+SMALL, FEW = 1000, 3  # records of a file that gives up a larger share, so that a few are held out
 IN_A_ROW = 1000  # held-out records behind one another: then the ids are all the same
 
 
@@ -47,16 +50,33 @@ def reading():
         raise TrainingError(str(error)) from error
 
 
-def is_held_out(record):
-    """Whether a record is never trained on: a function of its id alone, in every run and every epoch."""
-    return zlib.crc32(record.id.encode()) % EVERY == 0
+def holds_out(run, name):
+    """Whether records of a source are held out: of files, not of what a recipe draws."""
+    return run.recipe.published or name == DATA
 
 
-def next_to_train(source, n):
-    """Record n of a source, or the next that is not held out. Raises: ValueError if there is none."""
+def place_of(record):
+    """What decides whether a record is held out: float, of its id alone, so in every run and every epoch."""
+    digest = zlib.crc32(record.id.encode())
+    return digest % EVERY + digest / 2**32
+
+
+def held_out_limit(source):
+    """Records of a lower `place_of` are held out: one in EVERY, of a small source at least FEW, if it has five times as many."""
+    if len(source) >= SMALL:
+        return 1.0
+    places = []
+    for n in range(len(source)):
+        with contextlib.suppress(ValueError, OSError):  # the training names it
+            places.append(place_of(source.record(n)))
+    return sorted([*places, math.inf])[max(len(places) // EVERY, min(FEW, len(places) // 5))]
+
+
+def next_to_train(source, n, limit):
+    """Record n of a source, or the next that is not held out. limit: of `held_out_limit`. Raises: ValueError if there is none."""
     for place in range(n, n + IN_A_ROW):
         record = source.record(place)
-        if not is_held_out(record):
+        if place_of(record) >= limit:
             return record
     raise ValueError(f"{source.name}: {IN_A_ROW} held-out records behind record {n}; records need ids of their own")
 
@@ -65,7 +85,9 @@ def make_feed(run, stage, starts, step):
     """The records of a stage: (feed.Feed, feed.DamageReport). starts: source -> its first record. step: the run's."""
     sources = {}
     for name in stage.mixture:
-        source = Changed(run.sources[name], next_to_train) if run.recipe.published else run.sources[name]
+        source = run.sources[name]
+        if holds_out(run, name):
+            source = Changed(source, functools.partial(next_to_train, limit=held_out_limit(source)))
         source = augmented(source, stage.augmentation, run.args.seed)
         sources[name] = Changed(source, lambda source, n, start=starts[name]: source.record(start + n))
     prepare = Preparation(stage.image_size, stage.image_fit, run.recipe.preprocessing)

@@ -1,6 +1,7 @@
 """The command line of train.py: what it accepts, and one clean line for what it does not."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -135,6 +136,25 @@ def test_own_data_replaces_the_mixture_of_the_last_stage(tmp_path):
     alone = tmp_path / "alone"
     assert run("--out", alone, "--data", tmp_path / "own.json", "--stages", "align", *FAST[:2], *FAST[4:]) == 0
     assert json.loads((alone / "config.json").read_text())["stage_names"] == ["align"]
+
+
+def test_own_data_is_judged_by_records_of_its_own(tmp_path, capsys):
+    talk = [{"from": "human", "value": "colour?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "own.json").write_text(json.dumps([{"id": str(n), "conversations": talk} for n in range(60)]))
+    own, out = ["--data", tmp_path / "own.json", "--stages", "align", "--threads", "1"], tmp_path / "run"
+    assert run("--out", out, *own, "--epochs", "0.4") == 0
+    stage = json.loads((out / "config.json").read_text())["stages"]["align"]
+    assert stage["steps"] == math.ceil(0.4 * 60 / stage["batch_size"])
+    lines = list(map(json.loads, (out / "log.jsonl").read_text().splitlines()))
+    told = [line for line in lines if "held_out" in line]
+    assert [line["step"] for line in (told[0], told[-1])] == [0, stage["steps"]]
+    assert told[-1]["held_out"]["data"] < told[0]["held_out"]["data"] and told[0]["right"] == [0, told[0]["right"][1]]
+    assert all(line["measures"] == {} for line in lines if "measures" in line), "the recipe's own tests run if asked"
+    assert "held out of data: loss" in capsys.readouterr().out
+    assert run("--out", tmp_path / "asked", *own, "--tests", "--set", "align.steps=3") == 0
+    assert '"measures": {"' in (tmp_path / "asked" / "log.jsonl").read_text()
+    assert "--epochs" in refuse(capsys, "--epochs", "1", "--out", tmp_path / "none")
+    assert "--epochs" in refuse(capsys, *own, "--epochs", "1", "--set", "align.steps=3", "--out", tmp_path / "none")
 
 
 def test_print_shows_stages_and_trains_nothing(capsys, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import math
 import zlib
@@ -16,7 +17,7 @@ from test_trainer import hooked, log, make, train
 from tiny_recipe import RECIPE, Squares
 
 import train as command_line
-from nanovlm.training import diagnostics, trainer
+from nanovlm.training import diagnostics, trainer, update
 from nanovlm.training.checkpoint import CheckpointError
 from nanovlm.data.batching import build_batch
 from nanovlm.data.records import Changed, Record, Turn
@@ -210,11 +211,12 @@ HELD = [n for n in range(300) if zlib.crc32(str(n).encode()) % 100 == 0]  # 37, 
 
 
 def test_held_out_records_are_never_trained_on():
-    source = Changed(Numbers(), next_to_train)
+    source = Changed(Numbers(), functools.partial(next_to_train, limit=1.0))
     seen = [source.record(n).id for n in range(600) if n % 300 != 7]
     assert not set(map(int, seen)) & set(HELD) and len(HELD) == 4
     assert seen[:6] == ["0", "1", "2", "3", "4", "5"] and source.record(37).id == "38" and source.record(337).id == "38"
-    assert [record.id for record in diagnostics.held_out(Numbers())] == [str(n) for n in HELD]
+    found = [int(record.id) for record in diagnostics.held_out(Numbers())]
+    assert len(found) == 3 and set(found) < set(HELD)
 
 
 def test_records_without_names_of_their_own_are_refused():
@@ -223,7 +225,16 @@ def test_records_without_names_of_their_own_are_refused():
             return Record("37", (), ((Turn("user", ("a",)), Turn("assistant", ("b",))),))
 
     with pytest.raises(ValueError, match="numbers: 1000 held-out records behind record 3; records need ids of their own"):
-        Changed(Same(), next_to_train).record(3)
+        Changed(Same(), functools.partial(next_to_train, limit=1.0)).record(3)
+
+
+@pytest.mark.parametrize("length, number", [(900, 8), (60, 3), (12, 2), (5, 1), (4, 0)])
+def test_a_small_file_holds_out_a_few(length, number):
+    class Few(Numbers):
+        __len__ = lambda self: length
+        record = lambda self, n: Record(f"x{n}", (), super().record(8).conversations) if n != 7 else super().record(7)
+
+    assert len(diagnostics.held_out(Few())) == number
 
 
 class Named(Squares):
@@ -245,9 +256,9 @@ def test_a_run_asks_its_held_out_records(tmp_path, capsys):
     run.recipe = dataclasses.replace(recipe, published=True)
     train(run)
     entries = log(run.out, "held_out")
-    assert [entry["step"] for entry in entries] == [10, 12] and all(set(entry["held_out"]) == {"pictures", "words"} for entry in entries)
+    assert [entry["step"] for entry in entries] == [6, 10, 12] and all(set(entry["held_out"]) == {"pictures", "words"} for entry in entries)
     assert all(0 < loss < 20 for entry in entries for loss in entry["held_out"].values())
-    assert len(entries[0]["answers"]) == 2 and all("-> " in line and "(right: " in line for line in entries[0]["answers"])
+    assert len(entries[0]["answers"]) == 3 and all("-> " in line and "(right: " in line for line in entries[0]["answers"])
     printed = capsys.readouterr().out
     assert "step 10: held-out loss pictures " in printed and entries[0]["answers"][0] in printed
     plain = train(make(tmp_path / "plain", recipe))
@@ -305,6 +316,6 @@ def test_pictures_that_vanish_while_the_run_goes_on(tmp_path, capsys):
 
     recipe = hooked(exam=exam, exam_every=2)
     with pytest.raises(TrainingError, match="align, step .* of 6: .*damaged") as error:
-        train(make(tmp_path / "run", recipe, data=str(tmp_path / "data.json"), stages=["align"]))
+        train(make(tmp_path / "run", recipe, data=str(tmp_path / "data.json"), stages=["align"], tests=True))
     assert "100 records in a row are damaged" in str(error.value) and "png: no such image" in str(error.value)
     assert (tmp_path / "run" / "state").exists()
