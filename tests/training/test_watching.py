@@ -17,7 +17,7 @@ from test_trainer import hooked, log, make, train
 from tiny_recipe import RECIPE, Squares
 
 import train as command_line
-from nanovlm.training import diagnostics, trainer, update
+from nanovlm.training import diagnostics, trainer
 from nanovlm.training.checkpoint import CheckpointError
 from nanovlm.data.batching import build_batch
 from nanovlm.data.records import Changed, Record, Turn
