@@ -86,7 +86,7 @@ SLURM = {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--signal"}
 def vlit_parser(name):
     """The parser of one command of python -m nanovlm.vlit."""
     parser = vlit_command.Parser(allow_abbrev=False)
-    vlit_command.COMMANDS[name].add_flags(parser)
+    vlit_command.COMMANDS[name][1](parser)
     return parser
 
 

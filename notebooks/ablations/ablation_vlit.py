@@ -23,11 +23,12 @@ from pathlib import Path
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 from ablations import ablation_04
+from ablations.ablation_table import write
 from ablations.agreement import pearson
 import numpy
 import torch
 from ablations.ablation_04 import (
-    IMAGE_SIZE, KINDS, ONE_OBJECT, Arm, blind, examine, exam_records, make_model, make_tokenizer, records, rows, train, write,
+    IMAGE_SIZE, KINDS, ONE_OBJECT, Arm, blind, examine, exam_records, make_model, make_tokenizer, records, rows, train,
 )  # fmt: skip
 
 from nanovlm.data.datasets import LlavaJson

@@ -116,6 +116,8 @@ def command(config, recipe_file=None):
         usual = stages[name]
         if config["data"] is not None and name == last:
             usual["mixture"] = chosen["mixture"]  # --data has already said it
+        if config["data"] is not None and not chosen["summary"]:
+            usual["summary"] = ""
         for field, value in chosen.items():
             for setting in _settings(usual[field], value):
                 words += ["--set", f"{name}.{field}{setting}"]

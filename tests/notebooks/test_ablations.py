@@ -31,7 +31,7 @@ def test_every_variant_is_a_command_that_train_accepts():
         with torch.device("meta"):
             model, contrastive = build_models(RECIPE, wishes.size, 300, 0)
             add_lora(model, stages, wishes.lora)
-        check_stages(stages, model, contrastive)
+        check_stages(RECIPE, stages, model, contrastive)
         assert set(stages[-1].mixture) <= RECIPE.sources.keys() and variant.start in ablation_runs.STARTS
 
 
