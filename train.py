@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nanovlm.machine import DEVICES, check_device, default_device
 from nanovlm.names import nearest
-from nanovlm.recipes import find, folder_of
+from nanovlm.recipes import find
 from nanovlm.training.checkpoint import CheckpointError, complete
 from nanovlm.training.cost import plan
 from nanovlm.training.processes import join, leave
@@ -74,8 +74,7 @@ def make_parser():
     add("--stages", type=names, help="train only these stages, with commas between them")
     add("--without", type=names, action="extend", default=[], metavar="STAGE", help="leave out a stage")
     add("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a value of a stage")
-    add("--init", metavar="FOLDER", type=lambda name: str(folder_of(name)),
-        help="start from the model in this folder, or from nano, which comes along, instead of from nothing")
+    add("--init", metavar="FOLDER", help="start from the model in this folder instead of from nothing")
     add("--lora", type=low_rank, metavar="RANK[:ALPHA]", help="low-rank updates in the decoder, for stages that train lora")
     add("--out", metavar="FOLDER", type=Path, help="output folder; default: out/RECIPE")
     add("--resume", action="store_true", help="continue after the last checkpoint in the output folder")

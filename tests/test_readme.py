@@ -159,7 +159,7 @@ def make_run(folder, *arguments, **changed):
     settings = start.settle(wishes, start.choose_size(recipe, wishes.size), stages, None, {})
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings | {"image_size": 64}))
-    measures = {"color": 0.25, "shape": 0.5, "described": 0.125, "scenes_new": 0.5, "easy_vqa_test": 0.5, "scenes_reading": 0.0}
+    measures = {"color": 0.25, "shape": 0.5, "text_only": 0.125, "scenes_new": 0.5, "easy_vqa_test": 0.5, "scenes_reading": 0.0}
     log = [{"stage": "tower", "step": 1, "loss": 1.0}]
     for stage in stages:
         log.append({"stage": stage.name, "step": 0, "when": "before", "measures": measures})
@@ -290,7 +290,7 @@ def test_what_is_printed(collected):
     lines = filled("printed:b_c")
     assert lines[2] == "```text" and lines[-3] == "```"
     assert lines[3].startswith("language: ") and "12.5% → 12.5%" in lines[3] and "align: " in lines[4]
-    assert lines[10].split() == ["easy-VQA,", "official", "test", "9,673", "6.2%", "40.0", "-", "60.0%", "60.0%"]
+    assert lines[9].split() == ["easy-VQA,", "official", "test", "9,673", "6.2%", "40.0", "-", "60.0%", "60.0%"]
     assert lines[-4] == "1,234,567 parameters, 100 seconds" and not any(line.startswith(" ") for line in lines)
 
 

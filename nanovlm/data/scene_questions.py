@@ -22,7 +22,7 @@ REGIONS = (("top left", "top", "top right"), ("left", "center", "right"), ("bott
 OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(OPPOSITE_RELATIONS)
 RANKS = ("first", "second", "third")  # of the symbols of a text
-CELL, EMPTY = 8, 4  # of a picture's names: pixels of the squares in which a thing's middle stands; how many are "nothing"
+CELL = 8  # pixels, the side of the squares of which each holds the middle of a thing or "nothing"
 
 CAPTION_PROMPTS = ("describe the image.", "what is in the image?", "what do you see?", "give a caption for the image.")
 SHORT_CAPTION_PROMPTS = ("list the objects.", "name the objects in the image.", "what objects are there?")
@@ -57,10 +57,10 @@ def caption_words(scene):
     return ", ".join([thing.pair for thing in scene.from_left] + ([f"text {scene.string}"] if scene.string else []))
 
 
-def all_names(scene, rng):
+def all_names(scene, rng=None, empty=0):
     """What can be said in few words of each thing in a scene: of every object colour and shape, either alone, size with
-    shape, shape with place; every symbol of the text, alone and with its rank; and "nothing" of up to EMPTY random places
-    where no thing has its middle. Returns: list of (name, x, y), with the thing's centre in pixels."""
+    shape, shape with place; every symbol of the text, alone and with its rank; and "nothing" of up to `empty` random
+    places away from the middle of any thing. Returns: list of (name, x, y), with the thing's centre in pixels."""
     names = []
     for thing in scene.objects:
         words = [thing.pair, thing.shape, thing.color, f"{thing.size} {thing.shape}"]
@@ -69,7 +69,7 @@ def all_names(scene, rng):
     for rank, (symbol, x, y) in zip(RANKS, symbol_centres(scene)):
         names += [(symbol, x, y), (f"{rank} {symbol}", x, y)]
     cells = {(int(x / CELL), int(y / CELL)) for _, x, y in names}
-    places = rng.random((EMPTY, 2)) * scene.canvas
+    places = rng.random((empty, 2)) * scene.canvas if empty else ()
     return names + [("nothing", x, y) for x, y in places if (int(x / CELL), int(y / CELL)) not in cells]
 
 
@@ -233,7 +233,7 @@ class Scenes:
     """Source of drawn scenes with captions or questions; endless, `length` is what counts as an epoch."""
 
     def __init__(self, split="train", kind="questions", seed=0, max_objects=4, min_objects=1, questions_per_picture=6,
-                 string_share=0.3, canvas=64, weights=None, length=10_000):
+                 string_share=0.3, canvas=64, weights=None, length=10_000, empty=0):
         """
         Args:
           split: "train"; "new" = other pictures of the same distribution; "unseen_pairs" = only held-out pairs;
@@ -259,7 +259,7 @@ class Scenes:
                      questions_per_picture=(questions_per_picture, 1, None))
         self.name, self.split, self.kind, self.seed, self.length = f"scenes_{split}", split, kind, seed, length
         self.max_objects, self.min_objects = max_objects, min_objects
-        self.string_share, self.canvas = string_share, canvas
+        self.string_share, self.canvas, self.empty = string_share, canvas, empty
         self.wanted = []  # (how many, {type: weight}) for captions, questions or both
         for users, number, types in (("captions", 1, CAPTIONS), ("questions", questions_per_picture, QUESTIONS)):
             if kind in (users, "both"):
@@ -292,9 +292,11 @@ class Scenes:
             with_string = rng.random() < self.string_share
             scene = sample_scene(rng, self.max_objects, self.split, with_string, self.min_objects, self.canvas)
             picture = Visual(f"{self.key}/{n}.{attempt}", (render(scene, rng),))
-            names = all_names(scene, rng) if self.kind == "names" else ()
             asked = [made for number, weights in self.wanted for made in ask(scene, rng, number, weights, self.pairs)]
-            asked += [("name", NAME_PROMPT, name) for name, _, _ in names]
+            names = ()
+            if self.kind == "names":
+                names = all_names(scene, rng, self.empty)
+                asked = [("name", NAME_PROMPT, name) for name, _, _ in names]
             if asked:
                 return scene, picture, asked, names
         raise ValueError(f"none of {MAX_PICTURES} pictures of up to {self.max_objects} objects gave a question of the "

@@ -2,13 +2,11 @@
 
 import importlib
 from collections.abc import Mapping
-from pathlib import Path
 
 from nanovlm.names import nearest
 from nanovlm.recipes.recipe import from_file
 
 NAMES = ("nano", "nano_resampler", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo", "small")
-COME_ALONG = {"nano": Path(__file__).with_name("nano_weights")}  # name -> folder of a model that needs no training
 OPENING = ("FAMILIES", "load", "load_by_flags", "model_flags", "recipe_of")  # names of opening.py, which reads every published layout
 
 
@@ -40,12 +38,6 @@ def find(name):
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}.{nearest(name, RECIPES)}")
     return RECIPES[name]
-
-
-def folder_of(name):
-    """Path of a model's folder: as named or, where there is none, of the model of that name that comes along."""
-    shipped = COME_ALONG.get(str(name))
-    return shipped if shipped and shipped.is_dir() and not Path(name).exists() else Path(name)
 
 
 def __getattr__(name):

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import sample
 import train
 from nanovlm import recipes
 from nanovlm.generation.chat import Chat
@@ -56,28 +55,6 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(("name", "question", "color", "answer"), ANSWERS)
 def test_folders_of_an_earlier_version_answer_as_they_did(name, question, color, answer):
     assert ask(FOLDERS / name, question, color) == answer
-
-
-def test_nano_comes_along_unless_a_folder_is_called_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(recipes.COME_ALONG, "nano", FOLDERS / "nano")
-    asked = ["nano", "--greedy", "--draw", "red circle", "how many objects are there?"]
-    assert sample.main(asked) == 0 and "(drawn: drawn.png)" in capsys.readouterr().out
-    assert train.make_parser().parse(["--init", "nano"]).init == str(FOLDERS / "nano")
-    (tmp_path / "nano").mkdir()
-    assert sample.main(asked) == 2 and "nano holds no config.json" in capsys.readouterr().err
-    assert train.make_parser().parse(["--init", "nano"]).init == "nano"
-
-
-@pytest.mark.skipif(not recipes.COME_ALONG["nano"].is_dir(), reason="no weights come along")
-def test_the_weights_that_come_along_are_those_of_the_published_numbers():
-    folder = recipes.COME_ALONG["nano"]
-    seed, loaded = json.loads((folder / "config.json").read_text())["seed"], recipes.load(folder)
-    runs = json.loads((TESTS.parent / "notebooks" / "results" / "nano.json").read_text())["runs"]
-    (published,) = (run["results"] for run in runs if run["seed"] == seed)
-    for name, records in nano.nano_tests.held_out_tests(30, 40).items():
-        answers = nano.nano_tests.ask(loaded, records)
-        assert abs(nano.nano_tests.shares(answers)["all"] - published[name]) < len(answers) ** -0.5, name
 
 
 def test_the_text_tower_of_an_earlier_version_is_found():
