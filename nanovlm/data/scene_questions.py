@@ -22,7 +22,6 @@ REGIONS = (("top left", "top", "top right"), ("left", "center", "right"), ("bott
 OPPOSITE_RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = tuple(OPPOSITE_RELATIONS)
 RANKS = ("first", "second", "third")  # of the symbols of a text
-CELL = 8  # pixels, the side of the squares of which each holds the middle of a thing or "nothing"
 
 CAPTION_PROMPTS = ("describe the image.", "what is in the image?", "what do you see?", "give a caption for the image.")
 SHORT_CAPTION_PROMPTS = ("list the objects.", "name the objects in the image.", "what objects are there?")
@@ -57,10 +56,10 @@ def caption_words(scene):
     return ", ".join([thing.pair for thing in scene.from_left] + ([f"text {scene.string}"] if scene.string else []))
 
 
-def all_names(scene, rng=None, empty=0):
+def all_names(scene):
     """What can be said in few words of each thing in a scene: of every object colour and shape, either alone, size with
-    shape, shape with place; every symbol of the text, alone and with its rank; and "nothing" of up to `empty` random
-    places away from the middle of any thing. Returns: list of (name, x, y), with the thing's centre in pixels."""
+    shape, shape with place; every symbol of the text, alone and with its rank. Returns: list of (name, x, y), with the
+    thing's centre in pixels."""
     names = []
     for thing in scene.objects:
         words = [thing.pair, thing.shape, thing.color, f"{thing.size} {thing.shape}"]
@@ -68,9 +67,7 @@ def all_names(scene, rng=None, empty=0):
         names += [(name, thing.x, thing.y) for name in words]
     for rank, (symbol, x, y) in zip(RANKS, symbol_centres(scene)):
         names += [(symbol, x, y), (f"{rank} {symbol}", x, y)]
-    cells = {(int(x / CELL), int(y / CELL)) for _, x, y in names}
-    places = rng.random((empty, 2)) * scene.canvas if empty else ()
-    return names + [("nothing", x, y) for x, y in places if (int(x / CELL), int(y / CELL)) not in cells]
+    return names
 
 
 # Questions: (scene, rng, pairs that may be named although absent) -> (question, answer), or None if this draw has none.
@@ -233,7 +230,7 @@ class Scenes:
     """Source of drawn scenes with captions or questions; endless, `length` is what counts as an epoch."""
 
     def __init__(self, split="train", kind="questions", seed=0, max_objects=4, min_objects=1, questions_per_picture=6,
-                 string_share=0.3, canvas=64, weights=None, length=10_000, empty=0):
+                 string_share=0.3, canvas=64, weights=None, length=10_000):
         """
         Args:
           split: "train"; "new" = other pictures of the same distribution; "unseen_pairs" = only held-out pairs;
@@ -259,7 +256,7 @@ class Scenes:
                      questions_per_picture=(questions_per_picture, 1, None))
         self.name, self.split, self.kind, self.seed, self.length = f"scenes_{split}", split, kind, seed, length
         self.max_objects, self.min_objects = max_objects, min_objects
-        self.string_share, self.canvas, self.empty = string_share, canvas, empty
+        self.string_share, self.canvas = string_share, canvas
         self.wanted = []  # (how many, {type: weight}) for captions, questions or both
         for users, number, types in (("captions", 1, CAPTIONS), ("questions", questions_per_picture, QUESTIONS)):
             if kind in (users, "both"):
@@ -279,26 +276,25 @@ class Scenes:
 
     def record(self, n):
         """Record n, n >= 0: one picture, each conversation one question about it and its answer."""
-        scene, picture, asked, names = self._draw(n)
+        scene, picture, asked = self._draw(n)
         conversations = tuple((Turn("user", (0, question)), Turn("assistant", (answer,)))
                               for _, question, answer in asked)
-        regions = tuple((x / self.canvas, y / self.canvas) for _, x, y in names)
+        centres = all_names(scene) if self.kind == "names" else ()
+        regions = tuple((x / self.canvas, y / self.canvas) for _, x, y in centres)
         return Record(picture.key, (picture,), conversations, tuple(kind for kind, _, _ in asked), regions=regions)
 
     def _draw(self, n):
-        """(Scene, Visual, list of (type, question, answer), names as of `all_names`) of record n."""
+        """(Scene, Visual, list of (type, question, answer)) of record n."""
         for attempt in range(MAX_PICTURES):
             rng = np.random.default_rng((self.seed, SPLITS.index(self.split), n, attempt))
             with_string = rng.random() < self.string_share
             scene = sample_scene(rng, self.max_objects, self.split, with_string, self.min_objects, self.canvas)
             picture = Visual(f"{self.key}/{n}.{attempt}", (render(scene, rng),))
             asked = [made for number, weights in self.wanted for made in ask(scene, rng, number, weights, self.pairs)]
-            names = ()
             if self.kind == "names":
-                names = all_names(scene, rng, self.empty)
-                asked = [("name", NAME_PROMPT, name) for name, _, _ in names]
+                asked = [("name", NAME_PROMPT, name) for name, _, _ in all_names(scene)]
             if asked:
-                return scene, picture, asked, names
+                return scene, picture, asked
         raise ValueError(f"none of {MAX_PICTURES} pictures of up to {self.max_objects} objects gave a question of the "
                          f"types {', '.join(self.wanted[-1][1])}; allow more objects, more strings or more types")
 
@@ -365,16 +361,9 @@ def _word_of_phrase(rng):
     return f"what is the {end} word of: {phrase}", words[0 if end == "first" else -1], phrase
 
 
-def _repeat(rng):
-    """Words in any order, to be said again: what teaches to look for what came before."""
-    words = [pick(rng, (*PHRASE_WORDS, *SHAPES, *LETTERS)) for _ in range(3 + int(6 * rng.random()))]
-    phrase = " ".join(words)
-    return f"repeat: {phrase}", phrase, phrase
-
-
 # Each: rng -> (question, answer, text that decides whether it is held out; None = trained as a whole, never "new").
 FACTS = {"described_relation": _described_relation, "opposite": _opposite, "addition": _addition, "spelling": _spelling,
-         "next_letter": _next_letter, "word_of_phrase": _word_of_phrase, "repeat": _repeat}
+         "next_letter": _next_letter, "word_of_phrase": _word_of_phrase}
 DESCRIPTIONS = {  # how a scene is told, and what can then be asked about it
     "described": (caption, CAPTION_QUESTIONS),
     "listed": (caption_words, {name: 1.0 for name in ("color", "shape", "count", "existence", "reading")}),
