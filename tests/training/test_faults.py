@@ -50,7 +50,7 @@ def test_kills_of_one_of_two_lose_nothing(tmp_path, whole, mode, flags, kills):
 def test_a_process_that_hangs_is_given_up(tmp_path):
     started = faults.start(tmp_path / "run", "ddp", 2, flags=["--timeout", "10", "--set", "tune.steps=2000"])
     deadline = time.monotonic() + 300
-    while faults.lines(tmp_path / "run") < 9:
+    while faults.lines(tmp_path / "run") < 30:  # in the second stage; between stages nobody is hurried
         assert time.monotonic() < deadline and started[0].is_alive()
         time.sleep(0.01)
     os.kill(started[1].pid, signal.SIGSTOP)
