@@ -9,6 +9,7 @@ Special tokens exist as ids only: `encode` never yields them, whatever the text 
 """
 
 import functools
+import re
 from pathlib import Path
 
 import tokenizers
@@ -19,6 +20,7 @@ from nanovlm.names import nearest
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SPECIAL = (BOS, EOS, PAD)
 PIECES = r"[ \n]?\p{Ll}+:?|\p{Lu}|\p{N}"  # what lies between matches is a piece too
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 CACHED_TEXTS = 65536
 
 
@@ -86,18 +88,21 @@ class Tokenizer:
 class TextStream:
     """Decodes one id at a time; keeps spaces and never gives half a character.
 
-    Ids are decoded behind the ones before them: SentencePiece's tokenizers drop the blank of a text's first word.
+    Ids are decoded behind the ones before them: SentencePiece's tokenizers drop the blank of a text's first word. Their
+    single bytes ("<0x0A>") wait for the next word, since one that is no character spoils all its neighbours.
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.in_bytes = tokenizer, False
         self.given = []  # ids of the piece given last
         self.pending = []  # ids whose text is not complete yet
 
     def push(self, id):
         """str: the text that this id completes, often a word, sometimes nothing yet."""
         self.pending.append(id)
-        text = self._new_text()
+        if id not in self.tokenizer.special_names:
+            self.in_bytes = BYTE_PIECE.fullmatch(self.tokenizer.backend.id_to_token(id) or "")
+        text = "" if self.in_bytes else self._new_text()
         if text.endswith("\ufffd") or not text:  # bytes that begin a character decode to U+FFFD
             return ""
         return self._give(text)

@@ -23,15 +23,19 @@ from torch import nn
 
 from nanovlm.attention import rope_tables
 from nanovlm.cache import KeyValueCache
-from nanovlm.decoder import GatedFeedForward, RMSNorm
+from nanovlm.decoder import Decoder, DecoderAttention, DecoderLayer, GatedFeedForward, PlainFeedForward, RMSNorm
+from nanovlm.modality_adaptive import ModalityAdaptive
 
 COLUMNS = 128  # a static cache is a multiple of so many columns, so that few sizes of it serve all prompts
 FEW_ROWS = range(2, 9)  # what a CPU multiplies faster from the right
+WRITTEN_OUT = (Decoder, DecoderLayer, DecoderAttention, GatedFeedForward, PlainFeedForward, ModalityAdaptive, nn.Linear,
+               nn.Embedding, nn.ModuleList)  # the modules whose forward a step computes without calling it
+CALLED = {"norm", "norm_1", "norm_2", "cross_attention", "adapter"}  # these may be of any type
 
 
 def text_branch(module):
     """What a new token meets, which is a word: the text copy of a split layer."""
-    return getattr(module, "text", module)
+    return module.text if isinstance(module, ModalityAdaptive) else module
 
 
 def for_reading(weight, one_row):
@@ -43,11 +47,7 @@ def for_reading(weight, one_row):
 @torch.no_grad()
 def pack(linears, one_row):
     """Store the weights of linear layers of one input side by side: (weight float[in, all outs], bias float[all outs] or
-    None), of which their own become views. Raises: ValueError for a layer that is more than its weight and bias."""
-    for linear in linears:
-        if type(linear) is not nn.Linear:
-            found = type(linear).__name__
-            raise ValueError(f"fast decoding knows nn.Linear, not {found}; merge low-rank updates first")
+    None), of which their own become views."""
     weight, start = for_reading(torch.cat([linear.weight for linear in linears]), one_row), 0
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     for linear in linears:
@@ -79,7 +79,7 @@ def product(x, weight, bias=None, residual=None):
 
 def normaliser(norm):
     """(x float[R, W]) -> what the norm's own forward computes; an RMSNorm by fewer and cheaper calls."""
-    if not isinstance(norm, RMSNorm) or norm.weight.dtype != torch.float32:
+    if type(norm) is not RMSNorm or norm.weight.dtype != torch.float32:
         return norm
     weight, share = norm.weight, 1 / len(norm.weight)  # reading them from the module takes as long as a call
     eps = torch.tensor(norm.eps, dtype=torch.float32, device=weight.device)
@@ -114,9 +114,14 @@ class FastDecoder:
       decoder: decoder.Decoder.
       static: one graph for all steps, see StaticStep; None = on a GPU, where torch.compile makes it.
       rows: how many rows it will mostly serve; decides the order of the weights in memory, see `for_reading`.
+    Raises: ValueError for a module of another type than those written out here, whose own forward would be left out.
     """
 
     def __init__(self, decoder, static=None, rows=1):
+        for name, module in decoder.named_modules():
+            if type(module) not in WRITTEN_OUT and not CALLED & {*name.split(".")}:
+                raise ValueError(f"fast decoding does not know the {type(module).__name__} at {name or 'the top'}: merge "
+                                 "low-rank updates first; with modules of your own, decode without it")
         on_gpu = decoder.embedding.weight.is_cuda
         self.decoder, self.config, self.static = decoder, decoder.config, on_gpu if static is None else static
         self.norm = normaliser(decoder.norm)

@@ -366,14 +366,14 @@ def memory_lines(expected, stage, parts, costs):
     """A table, a line per value of --parallel: list of str."""
     unit, size = ("GB", GB) if total_cost(costs.values()).kept > GB / 100 else ("MB", GB / 1000)
     columns = ("weights", "gradients", "optimizer", "other", "an example", "micro-batch in 80 GB")
-    lines = [f"memory  {unit} of each GPU{''.join(f'{name:>12}' for name in columns)}"]
+    lines = [f"memory  {unit} of each GPU{''.join(f'{name:>12}' for name in columns[:-1])}{columns[-1]:>22}"]
     for parallel in MODES:
         number = 1 if parallel == "none" else expected.num_gpus
         found = stage_memory(parts, stage, costs, parallel, number)
         values = (found.weights, found.gradients, found.optimizer, found.gathered + found.once, found.activations)
         fitting = min(found.fitting(CAPACITY), max(1, stage.batch_size // number)) or "none"
         cells = "".join(f"{value / size:12,.2f}" for value in values)
-        lines.append(f"        {f'{parallel} x {number}':<14}{cells}{fitting:>20}")
+        lines.append(f"        {f'{parallel} x {number}':<14}{cells}{fitting:>22}")
     return lines
 
 

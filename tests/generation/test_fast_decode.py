@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from nanovlm import lora
 from nanovlm.generation import fast_decode
-from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
+from nanovlm.decoder import Decoder, DecoderAttention, DecoderConfig, LayerOptions, RMSNorm
 from nanovlm.generation.fast_decode import FastDecoder
 from nanovlm.generation.prefill import Rows
 from nanovlm.projector import LinearProjector
@@ -183,8 +184,40 @@ def test_pictures_beside_the_row(static):
             assert generate(model, prompts[rows], decoding, inputs[rows], seed(), workspace=workspace) == want, name
 
 
-def test_what_it_cannot_do_is_said():
+class Gated(DecoderAttention):
+    def forward(self, x, context, index):
+        return super().forward(x, context, index) * 0.5
+
+
+class Silent(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 0
+
+
+class Doubled(RMSNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize("name, change", [
+    ("layers.1.attention", lambda model: setattr(model.decoder.layers[1], "attention", Gated(PLAIN, False))),
+    ("layers.0.ffn.down", lambda model: setattr(model.decoder.layers[0].ffn, "down", Silent(24, 16, False))),
+    ("lm_head", lambda model: setattr(model.decoder, "lm_head", Silent(16, 23))),
+    ("layers.0.attention.q", lambda model: lora.add(model, rank=2, alpha=2)),
+    ("layers.1.ffn.down", lambda model: lora.add(model, 2, 2, r"1.ffn.down")),
+])  # fmt: skip
+def test_a_module_of_another_type_is_refused_by_name_and_nothing_changes(name, change):
     model = vision_language_model(PLAIN)
-    lora.add(model, rank=2, alpha=2)
-    with pytest.raises(ValueError, match="LoRALinear; merge low-rank updates first"):
+    change(model)
+    before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf" at {name}: merge low-rank"):
         FastDecoder(model.decoder)
+    assert before == {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+
+
+def test_norms_and_adapters_of_ones_own_are_called():
+    model = vision_language_model(dataclasses.replace(PLAIN, layers=(LayerOptions(4),) * 2))
+    layer = model.decoder.layers[0]
+    layer.norm_1, layer.adapter = Doubled(16), nn.Sequential(layer.adapter, nn.Tanh())
+    want = generate(model, PROMPTS[3:], DECODINGS["greedy"])
+    assert generate(model, PROMPTS[3:], DECODINGS["greedy"], workspace=Workspace(FastDecoder(model.decoder))) == want

@@ -420,6 +420,18 @@ def test_streams_give_what_decoding_gives(form):
     assert "".join(given) == "the a picture" and all(given) and len(ids) >= 3
 
 
+def test_streams_give_what_decoding_gives_of_any_ids(form):
+    """Bytes that are no character spoil those before them: a model may write any, with special tokens between."""
+    rng = random.Random(4)
+    word, special = form.encode("the"), [form.eos, form.bos]
+    byte_ids = [id for id in range(form.vocab_size) if (form.backend.id_to_token(id) or "").startswith("<0x")]
+    few = [*form.encode("é漢😀"), *rng.sample(byte_ids, 4 * bool(byte_ids)), *word, *special]
+    for length in range(1, 200):
+        ids = rng.choices(few if length % 2 else range(form.vocab_size), k=1 + length % 12)
+        stream = form.stream()
+        assert "".join([*map(stream.push, ids), stream.finish()]) == form.decode(ids), ids
+
+
 def test_a_text_goes_on_where_it_was_cut(form):
     """Ids of a prompt and of the reply behind it are the ids of both as one text, wherever a blank divides them."""
     for text in sentences(60, 5):
