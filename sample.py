@@ -30,7 +30,7 @@ def parse(arguments):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False, formatter_class=form)
     add = parser.add_argument
-    add("folder", metavar="MODEL_FOLDER", help="what train.py wrote, for example out/nano, or a published model")
+    add("folder", metavar="MODEL_FOLDER", help="what train.py wrote, for example out/nano, or a published model: its folder, or owner/name")
     add("question", nargs="?", metavar="QUESTION", help="without one: a chat")
     add("--image", action="append", default=[], metavar="PATH", help="a picture; may be given several times")
     add("--video", action="append", default=[], metavar="PATH", help="a clip: folder of frames, GIF or film")
@@ -88,7 +88,7 @@ def first_pictures(loaded, args):
         generator = numpy.random.default_rng(args.seed)
         size = loaded.image_size or 48  # a model that reads no pictures says so when it is asked
         scene = render(parse_scene(args.draw, generator, size), generator)
-        path = Path(args.folder) / "drawn.png"
+        path = (Path(args.folder) if Path(args.folder).is_dir() else Path()) / "drawn.png"
         scene.save(path)
         print(f"(drawn: {path})")
         pictures.append(scene)

@@ -1,6 +1,7 @@
-"""A server on this machine that speaks chat completions as it is told to: what an endpoint may do, without a network."""
+"""Servers on this machine: chat completions as told to, and a hub of models: what an endpoint may do, without a network."""
 
 import contextlib
+import hashlib
 import http.server
 import json
 import threading
@@ -51,10 +52,55 @@ def completion(*texts):
     return 200, {"Content-Type": "application/json"}, json.dumps({"choices": choices, "usage": usage}).encode()
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Gives models as huggingface.co does: models = {"owner/name": {file: bytes}}; asked: paths of all requests."""
+
+    daemon_threads = True
+
+    def __init__(self, models):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.models, self.asked, self.url = models, [], f"http://127.0.0.1:{self.server_port}"
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks: the files of a revision, then each file's header and content."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        words = self.path.split("?")[0].strip("/").split("/")
+        if words[:2] != ["api", "models"]:
+            return self.give(self.server.models.get("/".join(words[:2]), {}).get("/".join(words[4:])))
+        held = self.server.models.get("/".join(words[2:4]))
+        told = {"revision": {"id": "/".join(words[2:4]), "sha": COMMIT, "siblings": [{"rfilename": one} for one in held or ()]},
+                "tree": [{"type": "file", "path": one, "size": len(held[one]), "oid": COMMIT} for one in held or ()]}
+        self.give(None if held is None else json.dumps(told[words[4]]).encode(), "application/json")
+
+    do_HEAD = do_GET
+
+    def give(self, content, kind="application/octet-stream"):
+        """Answer with these bytes; None: not found."""
+        self.send_response(404 if content is None else 200)
+        if content is None:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Type", kind)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", hashlib.sha256(content or b"").hexdigest())
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content or b"")
+
+    def log_message(self, format, *words):
+        """Nothing is printed."""
+
+
 @contextlib.contextmanager
-def serving(reply):
-    """A running Server."""
-    server = Server(reply)
+def serving(reply, kind=Server):
+    """A running Server, or another kind of one."""
+    server = kind(reply)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

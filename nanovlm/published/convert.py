@@ -20,6 +20,7 @@ import torch
 
 import nanovlm
 from nanovlm.files import new_folder
+from nanovlm.published.hub import find
 from nanovlm.published.language import LANGUAGE_MODELS, complete, read_json, with_vocabulary
 from nanovlm.published.load import (
     KNOWN, MODEL_TYPES, added_tokens, family_of, find_family, load_tokenizer, open_trained, read_config, with_weights,
@@ -52,7 +53,8 @@ def convert(args, families, recipes):
     Returns: list of lines to print.
     Raises: ValueError or OSError, in words for the user; OUT then does not exist.
     """
-    *paths, out = map(Path, args.paths)
+    paths, out = [find(path) for path in args.paths[:-1]], Path(args.paths[-1])
+    args.vision, args.language = (place and find(place) for place in (args.vision, args.language))
     if args.to == "published":
         if len(paths) != 1 or args.vision or args.language:
             raise ValueError("--to published takes one folder and OUT")
@@ -123,7 +125,7 @@ def find_sources(args, paths, model, table):
 
     def best(path, tables, prefix, names, resizable):
         """A tower or language model in that of the known layouts which fits it best."""
-        checkpoint = open_checkpoint(path, pickled=True)
+        checkpoint = open_checkpoint(path)
         shapes = {theirs: ours[name] for name, theirs in names.items() if name.startswith(prefix)}
         plans = [plan(prefixed(table, ours=prefix), checkpoint.shapes, shapes, resizable) for table in tables]
         found = min(plans, key=lambda one: len(one.unexpected) + len(one.misshaped) + len(one.missing))
@@ -138,7 +140,7 @@ def find_sources(args, paths, model, table):
         tables = [(*one, *BEHIND) for one in ((*CLIP, *OTHER_SIDE), (*EVA, *BLIP2_REST), original, OPEN_CLIP)]
         best(args.vision, tables, "vision.", same, ("vision.positions",))
     for path in paths:
-        checkpoint = open_checkpoint(path, pickled=True)
+        checkpoint = open_checkpoint(path)
         resizable = ("vision.positions", "positions") if args.image_size else ()
         sources.append(Source(checkpoint, plan(table, checkpoint.shapes, ours, resizable), same))
     for source in sources:
@@ -183,7 +185,7 @@ def export(source, out, args, families, recipes):
     Returns: list of lines to print.
     Raises: ValueError or OSError, in words for the user.
     """
-    checkpoint = open_checkpoint(source, pickled=True)
+    checkpoint = open_checkpoint(source)
     folder = source if source.is_dir() else source.parent
     config, kinds = read_config(folder), [header.dtype for header in checkpoint.headers.values()]
     dtype = vars(torch)[args.dtype] if args.dtype else max(set(kinds), key=kinds.count)

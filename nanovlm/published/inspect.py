@@ -10,8 +10,8 @@ config.json the sizes are those of the published model of that family. A manifes
 
 import re
 from collections import Counter
-from pathlib import Path
 
+from nanovlm.published.hub import find
 from nanovlm.published.language import read_json
 from nanovlm.published.load import KNOWN, family_of, find_family
 from nanovlm.published.weights import OURS, by_part, count, grouped, open_checkpoint, plan, shapes_of
@@ -30,15 +30,15 @@ def inspect(path, family, families, recipes):
     """Describe a checkpoint, or check a manifest.
 
     Args:
-      path: str or Path of a safetensors, .pt or .bin file, of a folder, or of a manifest.
+      path: str or Path of a safetensors, .pt or .bin file, of a folder, or of a manifest; or a model's name, see hub.py.
       family: str or None = find out. families: {family: Published}. recipes: {name: Recipe}.
     Returns: list of lines to print.
     Raises: ValueError or OSError, in words for the user; WeightsError for a manifest that does not fit its model.
     """
-    path = Path(path)
+    path = find(path)
     if path.suffix == ".json":
         return check_manifest(path, families)
-    checkpoint = open_checkpoint(path, pickled=True)
+    checkpoint = open_checkpoint(path)
     shapes, beside = checkpoint.shapes, (path if path.is_dir() else path.parent) / "config.json"
     config = read_json(beside) if beside.exists() else {}
     family, sizes, ours, source = describe(shapes, config, family, families, recipes)

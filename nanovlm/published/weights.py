@@ -420,20 +420,17 @@ class Checkpoint:
             yield from ((name, tensors[self.wrapper + name]) for name in names if self.files[name] == path)
 
 
-def open_checkpoint(path, pickled=False):
+def open_checkpoint(path):
     """Open a published checkpoint, or one of ours.
 
     Args:
-      path: str or Path, a safetensors file or a folder that holds one, or shards with an index. Where a folder holds
-        both, the single file is read, as transformers does.
-      pickled: bool, whether .pt and .bin files may be opened (weights_only=True).
+      path: str or Path, a file (.safetensors; .bin and .pt with weights_only=True) or a folder that holds one, or shards
+        with an index. Where a folder holds both, the single file is read, as transformers does.
     Returns: Checkpoint, its names without the prefix of a wrapper that every one of them has.
     Raises: FileNotFoundError for a missing file or shard; WeightsError naming a damaged one.
     """
     path, headers, files = Path(path), {}, {}
     found = find_file(path) if path.is_dir() else path
-    if not pickled and found.suffix != ".safetensors" and found.name != INDEX:
-        raise WeightsError(f"{found} is no safetensors file; write one with `python -m nanovlm.recipes convert`")
     for file, listed in (read_index(found) if found.suffix == ".json" else {found: None}).items():
         held = opened(file)
         wrong = held.keys() ^ (held if listed is None else listed)

@@ -112,6 +112,6 @@ EXPECTED = {
 RECIPE = published_recipe(
     "llava_phi", build, LAYOUT, CONFIGS, CONTENTS, stages=shrinking(STAGES, {336: 56}), template=LLAVA_PHI,
     decodings=DECODINGS, stage_templates={"align": PLAIN}, expected=EXPECTED,
-    weights=("vision          CLIP ViT-L/14, 336 pixels, huggingface.co/openai/clip-vit-large-patch14-336",
-             "language model  Phi-2, huggingface.co/microsoft/phi-2"),
+    weights=("vision=openai/clip-vit-large-patch14-336  CLIP ViT-L/14, 336 pixels",
+             "language=microsoft/phi-2  Phi-2"),
 )  # fmt: skip

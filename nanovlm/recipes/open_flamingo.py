@@ -130,6 +130,6 @@ CONTENTS = "released files hold the resampler and the cross-attention; CLIP's to
 RECIPE = published_recipe(
     "open_flamingo", build, LAYOUT, CONFIGS, CONTENTS, build=build_for_tokenizer, stages=shrinking(STAGES, {224: 28}),
     template=OPEN_FLAMINGO, decodings=DECODINGS, expected={"instruct": Expected(150)},
-    weights=("vision          CLIP ViT-L/14, 224 pixels, huggingface.co/openai/clip-vit-large-patch14",
-             "language model  OPT-1.3B, huggingface.co/facebook/opt-1.3b"),
+    weights=("vision=openai/clip-vit-large-patch14  CLIP ViT-L/14, 224 pixels",
+             "language=facebook/opt-1.3b  OPT-1.3B"),
 )  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 
 from nanovlm.files import digest
 from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
+from nanovlm.published.hub import find as locate
 from nanovlm.published.load import BARE, family_of, open_published, open_trained, read_config
 from nanovlm.recipes import RECIPES, find
 from nanovlm.recipes.recipe import from_file
@@ -38,14 +39,15 @@ def load(folder, dtype=torch.float32, device="cpu", image_size=None, recipe=None
     """Open a model.
 
     Args:
-      folder: str or Path, the output folder of train.py or of `convert`, or a published model's.
+      folder: str or Path, the output folder of train.py or of `convert`, or a published model's; or the name of one,
+        `owner/name[@revision]`, which is fetched where no folder is called so.
       dtype: of the weights. device: where they go.
       image_size: pixels, of a published model: another size than its own; the position table is resized.
       recipe: str or Path of the recipe file that a folder was trained from; other folders need none.
     Returns: generation.chat.Assistant, its model in evaluation mode; a language model alone is a VLM without vision.
     Raises: FileNotFoundError or ValueError, in words for the user; nothing half-loaded is returned.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     config = read_config(folder)
     if "recipe" in config:
         return open_trained(folder, config, recipe_of(folder, config, recipe), dtype, device)

@@ -59,7 +59,7 @@ class Recipe:
     prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # data set -> ways to ask, see data/datasets.py
     log: Callable | None = None         # (entry) -> None, is told every line of the log, see progress.py
     expected: dict[str, Expected] = field(default_factory=dict)  # stage -> what it costs
-    weights: tuple[str, ...] = ()       # files to start from, which --init FOLDER unites
+    weights: tuple[str, ...] = ()       # what to start from: `PART=NAME  what it is`, where NAME is for published/hub.py or not fetched
 
     def expects(self, stage):
         """What is known or assumed of a Stage's examples: Expected."""

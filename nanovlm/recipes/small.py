@@ -112,6 +112,6 @@ RECIPE = published_recipe(
     stages=stages, template=CHATML, decodings=DECODINGS, stage_templates={"align": PLAIN},
     preprocessing=images.SIGLIP,  # pixels between -1 and 1
     expected={"align": Expected(20, num_gpus=1), "instruct": Expected(300, num_gpus=1)},
-    weights=("vision          SigLIP-B/16, 512 pixels, huggingface.co/google/siglip-base-patch16-512",
-             "language model  SmolLM2-135M, huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"),
+    weights=("vision=google/siglip-base-patch16-512  SigLIP-B/16, 512 pixels",
+             "language=HuggingFaceTB/SmolLM2-135M-Instruct  SmolLM2-135M"),
 )  # fmt: skip

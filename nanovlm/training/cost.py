@@ -382,6 +382,6 @@ def file_lines(recipe, stages):
     names = list(dict.fromkeys(name for stage in stages for name in stage.mixture if name not in recipe.sources))
     if not names and not recipe.weights:
         return ["files   none: the recipe makes its own data and starts from nothing"]
-    lines = ["files   weights and tokenizer, united in --init FOLDER:", *(f"          {one}" for one in recipe.weights)]
+    lines = ["files   weights and tokenizer, after --init:", *(f"          {one}" for one in recipe.weights)]
     lines += [f"        data, listed in --datasets FILE.json ({len(names)}; examples, page):"]
     return lines + [f"          {name:<24}{recipe.home(name)}" for name in names]

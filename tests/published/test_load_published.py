@@ -72,14 +72,6 @@ def test_bad_folders_are_refused_by_name(language, spoil, words):
     assert words in str(caught.value)
 
 
-def test_load_takes_no_bin_files(language):
-    for shard in language[0].glob("model*"):
-        shard.unlink()
-    torch.save(language[1].state_dict(), language[0] / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="convert"):
-        recipes.load(language[0])
-
-
 def test_tied_and_untied_heads(tmp_path):
     sizes = LLAMA_SIZES | {"tie_word_embeddings": True, "model_type": "llama", "num_key_value_heads": 1}
     decoder = randomise(Decoder(llama_config(sizes)))

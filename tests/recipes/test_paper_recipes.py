@@ -346,4 +346,4 @@ def test_print_shows_the_full_model_without_making_it(name, capsys):
     hours = {"lynx": "16.0 hours on 24 A100 by the paper (Table 8)", "llava_phi": "8.0 hours on 8 A100 by the paper (Sec. 3.2",
              "mplug_owl2": "on 64 A100 at 40% of their peak"}[name]  # fmt: skip
     assert hours in printed and all(f"{kind} x" in printed for kind in ("none", "ddp", "fsdp"))
-    assert "files   weights and tokenizer" in printed and "huggingface.co/" in printed
+    assert "files   weights and tokenizer" in printed and "language=" in printed
