@@ -31,11 +31,17 @@ class Visible:
     stop: Tensor  # int[B or 1, T], one past the last visible key; stop <= first: the query sees nothing
     pattern: str = "intervals"
     lengths: tuple[int, ...] = ()  # of "documents": tokens of each
+    slopes: Tensor | None = None  # float[H], ALiBi: what the score of each head loses for each key of distance
 
     def mask(self, num_keys):
         """Draw the intervals as bool[B or 1, T, num_keys]; True = may attend."""
         keys = torch.arange(num_keys, device=self.first.device)
         return (keys >= self.first[..., None]) & (keys < self.stop[..., None])
+
+    def bias(self, num_keys):
+        """ALiBi, float[B or 1, H, T, num_keys]: -slope (t - s), of query t's own place, the last key that it sees."""
+        keys = torch.arange(num_keys, device=self.first.device)
+        return self.slopes[:, None, None] * (keys - (self.stop[..., None] - 1))[:, None]
 
     def check(self, num_keys):
         """Raise ValueError where an interval leaves [0, num_keys]; for those who build one (it reads values)."""
@@ -122,6 +128,19 @@ def apply_rope(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
+def alibi_slopes(num_heads, largest=8.0, interleaved=True):
+    """Slopes of ALiBi, steepest first: tuple of H floats, 2^(-largest h / H) for h = 1 ... H (arXiv:2108.12409, Sec. 3).
+
+    Attention with Linear Biases adds -slope (t - s) to the score of query t and key s: what is far counts less, and a
+    distance never seen in training still means "far". No table and no angle says where a token stands.
+    interleaved: where H is no power of two, every other slope of the next one, h = 2, 4 ..., then those between (MPT-7B);
+      False: the formula as it stands (MPT-1B).
+    """
+    count = 2 ** (num_heads - 1).bit_length() if interleaved else num_heads
+    slopes = [2.0 ** (-largest * h / count) for h in range(1, count + 1)]
+    return tuple(slopes if count == num_heads else (slopes[1::2] + slopes[::2])[:num_heads])
+
+
 def attention_weights(q, k, visible):
     """Softmax of the scaled scores over the visible keys, float[B, H, T, S]; rows that see nothing are zero.
 
@@ -129,6 +148,8 @@ def attention_weights(q, k, visible):
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # grouped queries share their keys
     scores = q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5  # B H T S
+    if visible.slopes is not None:
+        scores = scores + visible.bias(k.shape[2])
     mask = visible.mask(k.shape[2])[:, None]
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return weights.masked_fill(~mask, 0.0)  # a row of -inf gave NaN
@@ -145,17 +166,19 @@ def sdpa(q, k, v, visible):
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # torch 2.13's backward is 3 to 6 times slower in bfloat16
         with torch.autocast("cpu", enabled=False):
             return sdpa(q.float(), k.float(), v.float(), visible).to(q.dtype)
-    grouped = q.shape[1] != k.shape[1]
-    if visible.pattern == "full":
+    grouped, pattern = q.shape[1] != k.shape[1], visible.pattern if visible.slopes is None else "intervals"
+    if pattern == "full":
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-    if visible.pattern == "causal" and q.shape[2] == k.shape[2]:
+    if pattern == "causal" and q.shape[2] == k.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    if visible.pattern == "documents":
+    if pattern == "documents":
         apart = zip(*(x.split(visible.lengths, dim=2) for x in (q, k, v)))
         seen = [F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=grouped) for one in apart]
         return torch.cat(seen, dim=2)
-    mask = visible.mask(k.shape[2])[:, None]  # B 1 T S
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    seen = mask = visible.mask(k.shape[2])[:, None]  # B 1 T S
+    if visible.slopes is not None:
+        seen = visible.bias(k.shape[2]).masked_fill(~mask, float("-inf")).to(q.dtype)  # B H T S
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
     # torch does not promise zeros for a row that sees nothing
     return out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
 

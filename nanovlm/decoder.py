@@ -1,7 +1,7 @@
 """The language model: a causal decoder whose layers may carry adapters, modality-adaptive parts and cross-attention.
 
-LLaMA's layer (RMSNorm, rotary positions, grouped queries, gated feed-forward), stacked; SmolLM2, Qwen2, Phi-2 and OPT
-are other values of DecoderConfig. What the papers add to a layer is an explicit list of LayerOptions, one per layer.
+LLaMA's layer (RMSNorm, rotary positions, grouped queries, gated feed-forward), stacked; SmolLM2, Qwen2, Phi-2, OPT and
+MPT are other values of DecoderConfig. What the papers add to a layer is an explicit list of LayerOptions, one per layer.
 It eats embeddings, not ids: image tokens are just embeddings that come from a bridge.
 
 LLaMA, arXiv:2302.13971, Sec. 2.2. Differs from the paper: grouped queries (arXiv:2305.13245), an optional tied
@@ -10,11 +10,13 @@ head, and the options, all of them off in a plain LLaMA. The others differ from 
   Qwen2    qkv_bias="qkv", arXiv:2407.10671, Sec. 2.2.1
   Phi-2    norm="layer", parallel, rotary_width=32 of 80 channels, ffn="plain" with "gelu_tanh", a bias everywhere
   OPT      norm="layer", position_offset=2 and rotary_width=0, ffn="plain" with "relu", biases, arXiv:2205.01068
+  MPT      norm="layer_no_bias", alibi and rotary_width=0, ffn="plain" with "gelu"; MPT-1B also qk_norm
 
 B batch, T tokens, H heads, K key/value heads, D head width, W width, V vocabulary
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(exact, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
 
 
-NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm, "layer_no_bias": partial(nn.LayerNorm, bias=False)}
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,19 @@ class DecoderConfig:
     rope_base: float = 10000.0
     norm_eps: float = 1e-6
     tied_head: bool = False  # the output head is the embedding table
-    norm: str = "rms"  # "rms", or "layer": LayerNorm with bias
+    norm: str = "rms"  # "rms", "layer": LayerNorm with bias, or "layer_no_bias"
     ffn: str = "gated"  # "gated" (gate, up, down), or "plain" (fc_1, fc_2)
-    activation: str = "silu"  # of the feed-forward: "silu", "gelu_tanh" or "relu"
+    activation: str = "silu"  # of the feed-forward: "silu", "gelu", "gelu_tanh" or "relu"
     qkv_bias: str = ""  # "qkv" = queries, keys and values have a bias, "" = none has
+    qkv_clip: float | None = None  # queries, keys and values are cut to +- this
+    qk_norm: bool = False  # a norm of the queries and one of the keys, each over all heads at once
     output_bias: bool = False  # on the attention's output projection
     ffn_bias: bool = False
     head_bias: bool = False  # on the output head; an untied one only
     parallel: bool = False  # Phi: attention and feed-forward read one norm, and both are added at once
     rotary_width: int | None = None  # leading channels of a head that turn; None = all, 0 = no rotary positions
     position_offset: int | None = None  # not None: learned positions, this many rows in front of position 0's
+    alibi: tuple[float, ...] = ()  # a slope per head, see attention.alibi_slopes; () = no bias by distance
     cross_attention_width: int | None = None  # channels of the media that the cross-attention layers read
 
     def __post_init__(self):
@@ -86,6 +91,8 @@ class DecoderConfig:
             raise ValueError(f"width {self.width} must be a multiple of {heads}")
         if self.num_rotary % 2 or not 0 <= self.num_rotary <= self.head_width:
             raise ValueError(f"{self.num_rotary} of a head's {self.head_width} channels turn; expected an even number")
+        if len(self.alibi) not in (0, self.num_heads):
+            raise ValueError(f"alibi has {len(self.alibi)} slopes for {self.num_heads} heads; give one for each, or none")
         if self.head_bias and self.tied_head:
             raise ValueError("head_bias with tied_head: an embedding table has no bias; leave one of them out")
         if any(options.cross_attention for options in self.layers) != (self.cross_attention_width is not None):
@@ -117,24 +124,32 @@ class DecoderAttention(nn.Module):
 
     def __init__(self, config, modality_adaptive):
         super().__init__()
-        self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
+        self.head_width, self.clip = config.head_width, config.qkv_clip
         kv_width, bias = config.num_kv_heads * config.head_width, config.qkv_bias == "qkv"
         self.q = nn.Linear(config.width, config.width, bias)
         self.k = per_modality(lambda: nn.Linear(config.width, kv_width, bias), modality_adaptive)  # Eq. 6
         self.v = per_modality(lambda: nn.Linear(config.width, kv_width, bias), modality_adaptive)  # Eq. 7
         self.o = nn.Linear(config.width, config.width, config.output_bias)
+        make_norm = partial(NORMS[config.norm], eps=config.norm_eps)
+        self.q_norm = make_norm(config.width) if config.qk_norm else None
+        self.k_norm = make_norm(kv_width) if config.qk_norm else None
+
+    def heads(self, x, norm=None):
+        """Queries, keys or values float[B, T, heads * D], just projected -> float[B, heads, T, D]."""
+        x = x if self.clip is None else x.clamp(-self.clip, self.clip)
+        x = x if norm is None else norm(x).to(x.dtype)
+        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
     def keys_and_values(self, x, context, index):
         """x float[B, T, W], normalised, of layer `index` -> two float[B, K, S, D], those of the cache included."""
-        k = split(self.k, context.routing)(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)  # B K T D
-        v = split(self.v, context.routing)(x).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        k = self.heads(split(self.k, context.routing)(x), self.k_norm)  # B K T D
+        v = self.heads(split(self.v, context.routing)(x))
         k = apply_rope(k, context.cos, context.sin)
         return (k, v) if context.cache is None else context.cache.update(index, k, v)  # B K S D
 
     def forward(self, x, context, index):
         """x float[B, T, W], the normalised input of layer `index` -> float[B, T, W]."""
-        q = self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B H T D
+        q = self.heads(self.q(x), self.q_norm)  # B H T D
         q = apply_rope(q, context.cos, context.sin)
         k, v = self.keys_and_values(x, context, index)
         if context.out is not None:
@@ -254,6 +269,8 @@ class Decoder(nn.Module):
           media: cross_attention.Media, what the cross-attention layers read; None = no picture.
           only_fill: the last layer ends with its keys and values in the cache, and None is returned.
         """
+        if self.config.alibi:
+            visible = replace(visible, slopes=torch.tensor(self.config.alibi, device=embeddings.device))
         cos, sin = rope_tables(positions, self.config.num_rotary, self.config.rope_base)
         adaptive = any(options.modality_adaptive for options in self.config.layers)
         routing = route(modality if adaptive else None)  # looking at the modality may wait for a GPU

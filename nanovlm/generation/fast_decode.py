@@ -100,6 +100,7 @@ class PackedLayer:
         self.gated = isinstance(ffn, GatedFeedForward)
         self.norm_1 = normaliser(text_branch(layer.norm_1))
         self.norm_2 = None if layer.norm_2 is None else normaliser(text_branch(layer.norm_2))
+        self.clip, self.q_norm, self.k_norm = attention.clip, normaliser(attention.q_norm), normaliser(attention.k_norm)
         self.qkv = pack((attention.q, text_branch(attention.k), text_branch(attention.v)), one_row)
         self.o = pack((attention.o,), one_row)
         self.wide = pack((ffn.gate, ffn.up) if self.gated else (ffn.fc_1,), one_row)
@@ -125,6 +126,8 @@ class FastDecoder:
         on_gpu = decoder.embedding.weight.is_cuda
         self.decoder, self.config, self.static = decoder, decoder.config, on_gpu if static is None else static
         self.norm = normaliser(decoder.norm)
+        slopes = decoder.embedding.weight.new_tensor(self.config.alibi, dtype=torch.float32)
+        self.slopes = slopes.view(self.config.num_kv_heads, -1, 1) if self.config.alibi else None  # K G 1
         self.layers = [PackedLayer(layer, rows == 1) for layer in decoder.layers]
         if decoder.lm_head is None:
             head = for_reading(decoder.embedding.weight.data.contiguous(), rows == 1)
@@ -158,6 +161,7 @@ class FastDecoder:
             column = cache.length
             positions = column - pads if padded else slice(column, column + 1)
             seen = mask[..., : column + 1] if padded else None
+            seen = self.biased(seen, torch.arange(column, -1, -1, device=pads.device))
             scores = self.scores(tokens, positions, cos, sin, write, seen, media)
             cache.advance(1)
             return scores
@@ -169,7 +173,7 @@ class FastDecoder:
 
         positions: int64[R], or the slice of the one position of all. cos, sin: of `turning`. media: Media or None.
         write: (layer index, float[2, R, K, D], its new keys and values) -> float[2, R, K, S, D], all to attend to.
-        mask: float[R or 1, 1, 1, S], 0 or -inf; None = every column.
+        mask: float[R or 1, K or 1, G or 1, S], 0 or -inf, with ALiBi its bias; None = every column.
         """
         config, num_rows = self.config, len(tokens)
         heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_width
@@ -182,7 +186,13 @@ class FastDecoder:
             if packed.cross_attention is not None:
                 x = packed.cross_attention(x[:, None], media, self.decoder.backend, index=index)[:, 0]
             normed = packed.norm_1(x)
-            qkv = turn(product(normed, *packed.qkv).view(num_rows, -1, width), cos, sin)  # R H+2K D
+            qkv = product(normed, *packed.qkv)
+            if packed.clip is not None:
+                qkv = qkv.clamp(-packed.clip, packed.clip)
+            if packed.q_norm is not None:
+                q, k, v = qkv.split((heads * width, kv_heads * width, kv_heads * width), dim=-1)
+                qkv = torch.cat((packed.q_norm(q), packed.k_norm(k), v), dim=-1)
+            qkv = turn(qkv.view(num_rows, -1, width), cos, sin)  # R H+2K D
             k, v = write(index, qkv[:, heads:].view(num_rows, 2, kv_heads, width).transpose(0, 1))
             q = qkv[:, :heads].view(num_rows, kv_heads, -1, width)  # R K G D
             seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -204,12 +214,19 @@ class FastDecoder:
         """The step of StaticStep, in which all that changes is a tensor: float32[R, V]. column: int64[1], where the
         tokens are written. pads: int64[R]. buffers: per layer float[2, R, K, L, D], written in place."""
         columns = torch.arange(buffers[0].shape[3], device=tokens.device)
-        mask = hide((columns > column) | (columns < pads[:, None]), cos.dtype)
+        mask = self.biased(hide((columns > column) | (columns < pads[:, None]), cos.dtype), column - columns)
 
         def write(index, new):
             return buffers[index].index_copy_(3, column, new[:, :, :, None])
 
         return self.scores(tokens, column - pads, cos, sin, write, mask, media)
+
+    def biased(self, mask, distance):
+        """A mask of `scores` plus ALiBi, where the decoder has it; distance: int[S], places behind the new token."""
+        if self.slopes is None:
+            return mask
+        bias = (-self.slopes * distance)[None].to(self.decoder.embedding.weight.dtype)
+        return bias if mask is None else mask + bias
 
     def turning(self, num_positions):
         """Rotary tables: two float[P, rotary channels]."""

@@ -1,12 +1,13 @@
 """Published layouts of language models: one table of names each, and what their config.json means.
 
-transformers' layouts of LLaMA (also Vicuna, SmolLM2), Qwen2, Phi-2 and OPT. Config files exist in two dialects:
+transformers' layouts of LLaMA (also Vicuna, SmolLM2), Qwen2, Phi-2, OPT and MPT. Config files exist in two dialects:
 transformers 4 writes rope_theta and partial_rotary_factor, transformers 5 puts both into rope_parameters. What a
 file leaves out takes the default of transformers' class, which is not always the published model's value.
 """
 
 import json
 
+from nanovlm.attention import alibi_slopes
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.names import nearest
 from nanovlm.published.weights import Alias, Fused, Published, Unread, prefixed
@@ -70,6 +71,32 @@ OPT = (
     Alias("decoder.{rest}", "model.decoder.{rest}"),  # .bin files of OPTModel
     Alias("{rest}", "model.decoder.{rest}"),
 )
+
+MPT_KINDS = {  # model_type -> norms, feed-forward and last norm; MPT-1B came before MPT-7B, with names of its own
+    "mpt": ("norm_{j}", "ffn.up_proj", "ffn.down_proj", "norm_f"),
+    "mosaic_gpt": ("ln_{j}", "mlp.mlp_up", "mlp.mlp_down", "ln_f"),
+}
+
+
+def mpt_tables(config):
+    """The names of an MPT's layer, and of the rest: two tables, which read both kinds and write that of the config."""
+    kinds = sorted(MPT_KINDS.items(), key=lambda kind: kind[0] != config.get("model_type", "mpt"))
+    layer, rest = [
+        Fused("attn.Wqkv.weight", tuple(f"attention.{part}.weight" for part in "qkv")),  # all q, then all k, then all v
+        *((f"attn.{part}_ln.weight", f"attention.{part}_norm.weight") for part in "qk"),
+        ("attn.out_proj.weight", "attention.o.weight"),
+    ], [("transformer.wte.weight", "embedding.weight"), *HEAD]
+    for _, (norm, up, down, last_norm) in kinds:
+        layer += [(f"{norm}.weight", "norm_{j}.weight"), (f"{up}.weight", "ffn.fc_1.weight"),
+                  (f"{down}.weight", "ffn.fc_2.weight")]
+        rest.append((f"transformer.{last_norm}.weight", "norm.weight"))
+    return tuple(layer), tuple(rest)
+
+
+def mpt_layout(config):
+    """The table of an MPT by itself."""
+    layer, rest = mpt_tables(config)
+    return (*rest, *prefixed(layer, "transformer.blocks.{i}.", "layers.{i}."), Alias("{rest}", "transformer.{rest}"))
 
 
 def phi_fused(num_heads):
@@ -230,6 +257,29 @@ def opt_config(config):
     )
 
 
+MPT_KEYS = KEYS | {"width": "d_model", "num_heads": "n_heads", "num_layers": "n_layers", "context_length": "max_seq_len"}
+
+
+def mpt_config(config):
+    """MPT-7B, and MPT-1B ("mosaic_gpt": its norms on q and k are on by default). Arguments and errors as `llama_config`."""
+    old = config.get("model_type") == "mosaic_gpt"  # keys of the attention stand beside the others, some with "attn_"
+    told = {key.removeprefix("attn_"): value for key, value in config.items()} if old else config.get("attn_config") or {}
+    expect(told, "alibi", True, "positions other than ALiBi")
+    expect(told, "prefix_lm", False, "a prefix that sees itself both ways")
+    expect(told, "softmax_scale", None, "another scale of the scores")
+    expect(config, "logit_scale", None, "a scale of the logits")
+    expect(config, "embedding_fraction", 1.0, "a share of the gradient for the embeddings")
+    expect(config, "no_bias", True, "biases")
+    known = sizes(config, MPT_KEYS, vocab_size=50368, width=2048, num_heads=16, num_layers=24, context_length=2048)
+    known["ffn_width"] = known["width"] * number(config, "mlp_ratio" if old else "expansion_ratio", 4)
+    slopes = alibi_slopes(known["num_heads"], number(told, "alibi_bias_max", 8), interleaved=not old)
+    return decoder_config(
+        config, known, tied_head=True, norm="layer_no_bias", norm_eps=number(config, "layer_norm_epsilon", 1e-5),
+        ffn="plain", activation="gelu", rotary_width=0, alibi=slopes,
+        qk_norm=bool(told.get("qk_ln", old)), qkv_clip=number(told, "clip_qkv", 1.0) if told.get("clip_qkv") else None,
+    )
+
+
 def language_model(family, read, table):
     """The Published of a language model by itself; read: config -> DecoderConfig."""
     return Published(family, lambda config: Decoder(read(config)), lambda config: table)
@@ -240,6 +290,7 @@ LANGUAGE_MODELS = {
     "qwen2": language_model("qwen2", qwen2_config, LLAMA),
     "phi": language_model("phi", phi_config, PHI),
     "opt": language_model("opt", opt_config, OPT),
+    "mpt": Published("mpt", lambda config: Decoder(mpt_config(config)), mpt_layout),
 }
 
 

@@ -315,7 +315,7 @@ def grouped(names):
 def likely_cause(found):
     """The probable reason why a Plan does not fit: str."""
     absent = {name.split(".")[0] for name in found.missing} - {name.split(".")[0] for name in found.filled()}
-    if any("Wqkv" in name for name in found.unexpected):
+    if any("Wqkv" in name and "attn.Wqkv" not in name for name in found.unexpected):
         return "Phi-2's layout of before January 2024 (fused Wqkv), which is not read; download the present files"
     if absent & {"vision", "decoder"} and found.consumed and not found.unexpected:
         return (f"the files hold no {' and no '.join(sorted(absent))}; put them together with "

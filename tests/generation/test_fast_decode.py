@@ -31,6 +31,13 @@ CONFIGS = {
         PLAIN, num_kv_heads=4, norm="layer", ffn="plain", activation="relu", qkv_bias="qkv", output_bias=True,
         ffn_bias=True, rotary_width=0, position_offset=2,
     ),
+    "MPT": dataclasses.replace(
+        PLAIN, num_kv_heads=4, norm="layer_no_bias", ffn="plain", activation="gelu", tied_head=True, rotary_width=0,
+        alibi=(0.5, 0.3, 0.2, 0.1), qkv_clip=0.6,
+    ),
+    "MPT-1B, shared keys": dataclasses.replace(
+        PLAIN, norm="layer_no_bias", ffn="plain", activation="gelu", rotary_width=0, alibi=(1.5, 0.3, 0.2, 0.1), qk_norm=True,
+    ),
     "adapters, own keys for images": dataclasses.replace(
         PLAIN, layers=(LayerOptions(4, modality_adaptive=True), LayerOptions(modality_adaptive=True))
     ),

@@ -1,4 +1,4 @@
-"""The same tokens as transformers.generate, live: tiny random LLaMA and Phi with the same weights on both sides."""
+"""The same tokens as transformers.generate, live: tiny random LLaMA, Phi and MPT with the same weights on both sides."""
 
 import random
 
@@ -31,6 +31,10 @@ RENAMES = {
         "model.embed_tokens": "embedding", "model.final_layernorm": "norm", "model.": "", "input_layernorm": "norm_1",
         "self_attn": "attention", "attention.dense": "attention.o", "mlp.fc1": "ffn.fc_1", "mlp.fc2": "ffn.fc_2", "_proj": "",
     },
+    "mpt": {
+        "transformer.wte": "embedding", "transformer.norm_f": "norm", "transformer.blocks": "layers", "attn.out_proj": "attention.o",
+        "ffn.up_proj": "ffn.fc_1", "ffn.down_proj": "ffn.fc_2",
+    },
 }  # fmt: skip
 
 
@@ -41,6 +45,13 @@ def pair(family):
         config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
         theirs = transformers.LlamaForCausalLM(config)
         ours = DecoderConfig(**OURS, num_kv_heads=2, norm_eps=config.rms_norm_eps)
+    elif family == "mpt":
+        theirs = transformers.MptForCausalLM(transformers.MptConfig(
+            vocab_size=VOCABULARY, d_model=16, n_layers=2, n_heads=4, max_seq_len=CONTEXT, tie_word_embeddings=True))
+        ours = DecoderConfig(
+            **OURS | {"ffn_width": 64}, num_kv_heads=4, norm="layer_no_bias", ffn="plain", activation="gelu", tied_head=True,
+            rotary_width=0, alibi=(1 / 4, 1 / 16, 1 / 64, 1 / 256), norm_eps=1e-5,
+        )  # fmt: skip
     else:
         theirs = transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES, partial_rotary_factor=0.5))
         ours = DecoderConfig(
@@ -53,7 +64,10 @@ def pair(family):
     for name, tensor in theirs.state_dict().items():
         for old, new in RENAMES[family].items():
             name = name.replace(old, new)
-        weights[name] = tensor
+        if "attn.Wqkv" in name:
+            weights |= {name.replace("attn.Wqkv", f"attention.{part}"): one for part, one in zip("qkv", tensor.chunk(3))}
+        elif name != "lm_head.weight" or family != "mpt":
+            weights[name] = tensor
     model = vision_language_model(ours)
     model.decoder.load_state_dict(weights)
     theirs.generation_config = transformers.GenerationConfig()
@@ -63,7 +77,7 @@ def pair(family):
 PAIRS = {}
 
 
-@pytest.fixture(scope="module", params=["llama", "phi"])
+@pytest.fixture(scope="module", params=["llama", "phi", "mpt"])
 def models(request):
     return PAIRS.setdefault(request.param, pair(request.param))
 

@@ -1,12 +1,15 @@
 """Masks against a loop over tokens, attention against a loop over everything, RoPE against complex numbers."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovlm.attention import Visible, apply_rope, attention, causal, causal_rows, documents, full, prefix, rope_tables, sliding_window
+from nanovlm.attention import (
+    Visible, alibi_slopes, apply_rope, attention, causal, causal_rows, documents, full, prefix, rope_tables, sliding_window,
+)
 from parity import close
 
 BACKENDS = ("reference", "sdpa")  # the third has its own tests
@@ -65,8 +68,8 @@ def test_known_patterns():
             Visible(everything.first + first, everything.stop).check(num_keys)
 
 
-def naive_attention(q, k, v, mask):
-    """One query, one head, one row at a time; differentiable."""
+def naive_attention(q, k, v, mask, slopes=(0, 0, 0, 0)):
+    """One query, one head, one row at a time; differentiable. slopes: what a head's score gains for each later key."""
     rows, heads, length, width = q.shape
     group = heads // k.shape[1]
     out = torch.zeros_like(q)
@@ -76,7 +79,8 @@ def naive_attention(q, k, v, mask):
                 seen = [s for s in range(k.shape[2]) if mask[b if len(mask) > 1 else 0, t, s]]
                 if not seen:
                     continue
-                scores = torch.stack([(q[b, h, t] * k[b, h // group, s]).sum() / math.sqrt(width) for s in seen])
+                scores = [(q[b, h, t] * k[b, h // group, s]).sum() / math.sqrt(width) + slopes[h] * s for s in seen]
+                scores = torch.stack(scores)
                 shares = scores.exp() / scores.exp().sum()
                 out[b, h, t] = sum(share * v[b, h // group, s] for share, s in zip(shares, seen))
     return out
@@ -99,14 +103,14 @@ VISIBLE = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", VISIBLE)
-@pytest.mark.parametrize("num_kv_heads", [2, 4])
-def test_backends_equal_the_loop_and_its_gradients(backend, name, num_kv_heads):
-    visible = VISIBLE[name]()
+@pytest.mark.parametrize("num_kv_heads, slopes", [(2, None), (4, None), (2, [0.9, 0.5, 0.3, 0.1]), (4, [2.0, 0.7, 0.4, 0.0])])
+def test_backends_equal_the_loop_and_its_gradients(backend, name, num_kv_heads, slopes):
+    visible = dataclasses.replace(VISIBLE[name](), slopes=None if slopes is None else torch.tensor(slopes))
     num_keys = 5 if name in ("packed", "causal", "documents") else 7
     sizes = ((4, 5), (num_kv_heads, num_keys), (num_kv_heads, num_keys))
     tensors = [torch.randn(2, heads, length, 3, requires_grad=True) for heads, length in sizes]
     weight = torch.randn(2, 4, 5, 3)
-    expected = naive_attention(*tensors, visible.mask(num_keys))
+    expected = naive_attention(*tensors, visible.mask(num_keys), slopes or [0] * 4)
     found = attention(*tensors, visible, backend)
     blind = (visible.stop <= visible.first)[:, None, :, None].expand_as(found)
     assert (found[blind] == 0).all()
@@ -155,6 +159,33 @@ def test_unknown_backend():
     assert torch.equal(attention(q, q, q, full(2, 2)), attention(q, q, q, full(2, 2), "sdpa"))
     with pytest.raises(ValueError, match="unknown attention backend 'spda'. Did you mean 'sdpa'?"):
         attention(q, q, q, full(2, 2), "spda")
+
+
+def test_alibi_slopes():
+    """Of 4 and 8 heads as in the paper; of 3 and 6 by hand, dealt out from those of 4 and 8, and by the plain formula."""
+    assert alibi_slopes(4) == (1 / 4, 1 / 16, 1 / 64, 1 / 256) and alibi_slopes(1) == (1 / 256,)
+    assert alibi_slopes(8) == alibi_slopes(8, interleaved=False) == tuple(2.0**-h for h in range(1, 9))
+    assert alibi_slopes(3) == (1 / 16, 1 / 256, 1 / 4) and alibi_slopes(6) == (1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8)
+    assert alibi_slopes(3, interleaved=False) == tuple(2 ** (-8 * h / 3) for h in (1, 2, 3))
+    assert alibi_slopes(2, largest=4) == (1 / 4, 1 / 16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alibi_counts_distances_exactly_far_from_the_start(backend):
+    """The last of 4,000 tokens weighs its neighbours as the 40th does: its place is no part of what is rounded."""
+    slopes, (q, k, v) = torch.tensor([0.84, 0.25]), torch.randn(3, 1, 2, 40, 8)
+    visible = dataclasses.replace(causal_rows(1, 40), slopes=slopes)
+    late = Visible(visible.first + 3960, visible.stop + 3960, slopes=slopes)
+    padded = (torch.cat([torch.randn(1, 2, 3960, 8), x], dim=2) for x in (k, v))
+    close(attention(q, *padded, late, backend), attention(q, k, v, visible, backend), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alibi_in_half_precision(backend):
+    q, k, v = (torch.randn(1, 2, 6, 8).bfloat16() for _ in range(3))
+    visible = dataclasses.replace(causal_rows(1, 6), slopes=torch.tensor([0.5, 0.25]))
+    out = attention(q, k, v, visible, backend)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, attention(q.float(), k.float(), v.float(), visible, backend).bfloat16())
 
 
 def test_rope_is_a_rotation_of_complex_numbers():

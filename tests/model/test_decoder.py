@@ -154,7 +154,7 @@ def test_layer_options_per_layer():
     (dict(rotary_width=6), "6 of a head's 4 channels"),
     (dict(norm="rmsnorm"), "norm .*Did you mean 'rms'"), (dict(ffn="gate"), "ffn .*Did you mean 'gated'"),
     (dict(activation="gelu_new"), "activation .*Did you mean 'gelu_tanh'"), (dict(qkv_bias="qv"), "Did you mean 'qkv'"),
-    (dict(head_bias=True, tied_head=True), "head_bias with tied_head"),
+    (dict(head_bias=True, tied_head=True), "head_bias with tied_head"), (dict(alibi=(1.0, 0.5)), "2 slopes for 4 heads"),
 ])  # fmt: skip
 def test_bad_sizes_are_refused(options, message):
     config = DecoderConfig(23, 16, 4, 2, 20, 32, (LayerOptions(),))
@@ -195,7 +195,7 @@ def test_attention_maps(backend):
     (dict(ffn_bias=True), {"ffn.gate", "ffn.up", "ffn.down"}),
     (dict(ffn="plain", activation="relu", ffn_bias=True), {"ffn.fc_1", "ffn.fc_2"}),
     (dict(norm="layer"), {"norm_1.text", "norm_1.vision", "norm_2.text", "norm_2.vision"}),
-    (dict(norm="layer", parallel=True), {"norm_1.text", "norm_1.vision"}),
+    (dict(norm="layer", parallel=True), {"norm_1.text", "norm_1.vision"}), (dict(norm="layer_no_bias", qk_norm=True), set()),
 ])  # fmt: skip
 def test_biases_stand_where_they_are_asked_for(option, names):
     decoder = small_decoder((LayerOptions(modality_adaptive=True),), **option)
@@ -213,6 +213,35 @@ def test_rotary_positions_turn_only_their_channels():
         decoder = small_decoder((LayerOptions(),), rotary_width=rotary_width)
         difference = (run(decoder, swapped) - run(decoder, embeddings))[0, 2:].abs().max()
         assert (difference > 1e-3) == knows
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(qk_norm=True), dict(qkv_clip=0.2), dict(qk_norm=True, qkv_clip=0.2, norm="layer")])
+def test_alibi_tells_distances_and_nothing_else(kind):
+    """Later positions change nothing, other distances do; nor does padding in front."""
+    decoder = small_decoder((LayerOptions(),) * 2, rotary_width=0, alibi=(0.9, 0.6, 0.3, 0.1), **kind)
+    embeddings = torch.randn(1, 5, 16)
+    whole = run(decoder, embeddings)
+    assert torch.equal(whole, run(decoder, embeddings, positions=torch.arange(5)[None] + 7))
+    swapped = run(decoder, embeddings[:, [1, 0, 2, 3, 4]])
+    assert (swapped - whole)[0, 2:].abs().max() > 1e-3
+    padded = run(decoder, torch.cat([torch.randn(1, 3, 16), embeddings], dim=1), segments=torch.tensor([[-1] * 3 + [0] * 5]))
+    close(padded[:, 3:], whole)
+
+
+def test_queries_and_keys_are_cut_then_normalised_over_all_heads():
+    """What a layer hands to its cache, against the projections done by hand."""
+    decoder = small_decoder((LayerOptions(),), qk_norm=True, qkv_clip=0.4, rotary_width=0)
+    layer, cache = decoder.layers[0], KeyValueCache(decoder.config, 1, 5)
+    assert layer.attention.q_norm.weight.shape == (16,) and layer.attention.k_norm.weight.shape == (8,)
+    x = torch.randn(1, 5, 16)
+    decoder(x, arange(1, 5), causal_rows(1, 5), None, cache)
+    normed = layer.norm_1(x)
+    k, v = (normed @ linear.weight.T for linear in (layer.attention.k, layer.attention.v))
+    assert (k.abs() > 0.4).any() and (v.abs() > 0.4).any()
+    k, v = k.clamp(-0.4, 0.4), v.clamp(-0.4, 0.4)
+    k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.attention.k_norm.weight
+    for found, expected in zip(cache.layers[0], (k, v)):
+        close(found.transpose(1, 2).flatten(2), expected)
 
 
 def test_learned_positions_are_added_once():

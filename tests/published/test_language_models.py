@@ -28,6 +28,9 @@ FAMILIES = {
     "qwen2": ("Qwen2", LLAMA | dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "phi": ("Phi", SIZES | dict(hidden_size=80, intermediate_size=72, layer_norm_eps=1e-3, resid_pdrop=0.0,  # 8 of 20 turn
                                 rope_parameters=ROPE | {"partial_rotary_factor": 0.4})),
+    "mpt": ("Mpt", dict(vocab_size=61, n_layers=3, n_heads=4, max_seq_len=40, d_model=48, no_bias=True)),
+    "mpt, 6 heads, clipped": ("Mpt", dict(vocab_size=61, n_layers=3, n_heads=6, max_seq_len=40, d_model=48, layer_norm_epsilon=1e-3,
+                                          attn_config=dict(clip_qkv=0.3))),
     "opt": ("OPT", SIZES | dict(hidden_size=36, ffn_dim=56, word_embed_proj_dim=36, dropout=0.0, pad_token_id=1)),  # none
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Files that transformers writes open here with equal outputs, and files written here open there, bit for bit."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from nanovlm import recipes
 from nanovlm.attention import causal_rows
 from nanovlm.data.tokenizer import train_tokenizer
-from nanovlm.published.language import llama_config, opt_config, phi_config, qwen2_config
+from nanovlm.published.language import llama_config, mpt_config, opt_config, phi_config, qwen2_config
 from nanovlm.published.vision import clip_pair, siglip_pair
 from nanovlm.published.weights import OURS, write_checkpoint
 from nanovlm.recipes.__main__ import main
@@ -28,7 +29,7 @@ OPT = dict(hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=
 
 def make(name, **values):
     """A transformers model of random weights: its config and model class by their common name."""
-    kind = "ForCausalLM" if name in ("Llama", "Qwen2", "Phi", "OPT") else "Model"
+    kind = "ForCausalLM" if name in ("Llama", "Qwen2", "Phi", "OPT", "Mpt") else "Model"
     config = getattr(transformers, f"{name}Config")(**values)
     return perturb(getattr(transformers, name + kind)(config))
 
@@ -64,6 +65,7 @@ LANGUAGE_MODELS = {
     "phi": ("Phi", LANGUAGE | dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25})),
     "phi_default": ("Phi", LANGUAGE),
     "opt": ("OPT", OPT),
+    "mpt": ("Mpt", dict(vocab_size=300, d_model=36, n_layers=3, n_heads=6, max_seq_len=64, tie_word_embeddings=True)),
 }
 
 
@@ -154,6 +156,8 @@ def test_pairs_of_towers_in_and_out(tmp_path, name):
 
 LLM = {"vocab_size": "vocab_size", "width": "hidden_size", "num_heads": "num_attention_heads", "ffn_width": "intermediate_size",
        "context_length": "max_position_embeddings", "tied_head": "tie_word_embeddings"}  # fmt: skip
+MPT = {"vocab_size": "vocab_size", "width": "d_model", "num_heads": "n_heads", "context_length": "max_seq_len",
+       "norm_eps": "layer_norm_epsilon"}  # fmt: skip
 GATED = LLM | {"num_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"}
 TOWER = {"width": "hidden_size", "num_layers": "num_hidden_layers", "patch_size": "patch_size", "image_size": "image_size",
          "num_heads": "num_attention_heads", "mlp_width": "intermediate_size", "norm_eps": "layer_norm_eps"}  # fmt: skip
@@ -163,7 +167,7 @@ TOWER = {"width": "hidden_size", "num_layers": "num_hidden_layers", "patch_size"
     ("read", "name", "names"),
     [
         (llama_config, "Llama", GATED), (qwen2_config, "Qwen2", GATED), (phi_config, "Phi", LLM | {"norm_eps": "layer_norm_eps"}),
-        (opt_config, "OPT", LLM | {"ffn_width": "ffn_dim"}), (clip_config, "CLIPVision", TOWER | {"activation": "hidden_act"}),
+        (opt_config, "OPT", LLM | {"ffn_width": "ffn_dim"}), (mpt_config, "Mpt", MPT), (clip_config, "CLIPVision", TOWER | {"activation": "hidden_act"}),
         (siglip_config, "SiglipVision", TOWER), (eva_config, "Blip2Vision", TOWER | {"activation": "hidden_act"}),
     ],
 )  # fmt: skip
@@ -174,6 +178,20 @@ def test_what_a_config_leaves_out_is_the_class_default(read, name, names):
             getattr(ours, field) == getattr(theirs, key), (field, key)
     if not isinstance(ours, ViTConfig):
         assert len(ours.layers) == theirs.num_hidden_layers
+    if read is mpt_config:
+        assert ours.ffn_width == 4 * theirs.d_model and len(ours.alibi) == theirs.n_heads
+
+
+def test_both_dialects_of_mpt():
+    """MPT-1B ("mosaic_gpt") names its attention's settings beside the others; heads that are no power of two."""
+    sizes = dict(d_model=48, n_heads=6, n_layers=2)
+    new = mpt_config(sizes | {"model_type": "mpt", "expansion_ratio": 3, "attn_config": {"qk_ln": True, "clip_qkv": 6, "alibi_bias_max": 4}})
+    old = mpt_config(sizes | {"model_type": "mosaic_gpt", "mlp_ratio": 3, "attn_clip_qkv": 6, "alibi_bias_max": 4})
+    assert (old.qkv_clip, old.qk_norm, old.ffn_width, old.width, old.norm) == (6, True, 144, 48, "layer_no_bias")
+    assert dataclasses.replace(new, alibi=()) == dataclasses.replace(old, alibi=())
+    assert old.alibi == pytest.approx([2 ** (-4 * h / 6) for h in range(1, 7)])
+    assert new.alibi == pytest.approx([2 ** (-h / 2) for h in (2, 4, 6, 8, 1, 3)])
+    assert not mpt_config(sizes | {"model_type": "mosaic_gpt", "attn_qk_ln": False}).qk_norm and mpt_config(sizes).qkv_clip is None
 
 
 def test_text_sides_default_to_their_classes():
@@ -200,6 +218,12 @@ def test_text_sides_default_to_their_classes():
         (phi_config, {"hidden_act": "gelu_newer"}, "gelu_new"),
         (opt_config, {"do_layer_norm_before": False}, "350m"),
         (opt_config, {"word_embed_proj_dim": 512}, "350m"),
+        (mpt_config, {"attn_config": {"alibi": False}}, "ALiBi"),
+        (mpt_config, {"model_type": "mosaic_gpt", "alibi": False}, "ALiBi"),
+        (mpt_config, {"attn_config": {"softmax_scale": 0.1}}, "softmax_scale"),
+        (mpt_config, {"attn_config": {"clip_qkv": "much"}}, "clip_qkv"),
+        (mpt_config, {"no_bias": False}, "no_bias"),
+        (mpt_config, {"logit_scale": 0.5}, "logit_scale"),
         (eva_config, {"qkv_bias": False}, "biases"),
         (clip_config, {"vision_config": {"patch_size": 13}}, "patch_size"),
     ],
