@@ -30,7 +30,7 @@ COLUMNS = 128  # a static cache is a multiple of so many columns, so that few si
 FEW_ROWS = range(2, 9)  # what a CPU multiplies faster from the right
 WRITTEN_OUT = (Decoder, DecoderLayer, DecoderAttention, GatedFeedForward, PlainFeedForward, ModalityAdaptive, nn.Linear,
                nn.Embedding, nn.ModuleList)  # the modules whose forward a step computes without calling it
-CALLED = {"norm", "norm_1", "norm_2", "cross_attention", "adapter"}  # these may be of any type
+CALLED = {"norm", "norm_1", "norm_2", "q_norm", "k_norm", "cross_attention", "adapter"}  # these may be of any type
 
 
 def text_branch(module):
