@@ -21,6 +21,15 @@ def sync(path):
         os.close(descriptor)
 
 
+def listing(folder, pattern="*"):
+    """The paths of a folder that fit a glob pattern, without what operating systems put beside data (names with a dot in
+    front, __MACOSX): list of Path, sorted."""
+    def is_data(path):
+        return not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
+
+    return sorted(filter(is_data, Path(folder).glob(pattern)))
+
+
 def digest(path):
     """The SHA-256 of a file: str."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanovlm.files import JsonLines, new_folder, replace, replace_text
+from nanovlm.files import JsonLines, listing, new_folder, replace, replace_text
 
 
 def test_replace_leaves_the_old_file_when_writing_fails(tmp_path):
@@ -75,3 +75,12 @@ def test_json_lines_keep_to_their_head(tmp_path):
         JsonLines(path, head | {"seed": 2})
     path.write_text('{"seed"')  # killed while it wrote the head
     assert list(JsonLines(path, head)) == [] and len(path.read_text().splitlines()) == 1
+
+
+def test_a_listing_leaves_out_what_operating_systems_put_beside_data(tmp_path):
+    for name in ("b.jpg", "a.jpg", "._a.jpg", ".DS_Store", "__MACOSX/a.jpg", "sub/c.jpg", "sub/._c.jpg", ".git/d.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [str(path.relative_to(tmp_path)) for path in listing(tmp_path, "**/*.jpg")] == ["a.jpg", "b.jpg", "sub/c.jpg"]
+    assert [path.name for path in listing(tmp_path)] == ["a.jpg", "b.jpg", "sub"]
+    assert listing(tmp_path / ".git") == [tmp_path / ".git" / "d.jpg"]  # a folder that the user names is taken as it is

@@ -31,10 +31,10 @@ from tqdm import tqdm
 from nanovlm.data import images
 from nanovlm.data.datasets import asked, files_of
 from nanovlm.data.json_files import Element, elements, field, parse, read_at, records, text_field
-from nanovlm.data.records import record_of, spoken
+from nanovlm.data.records import record_of, spoken, with_system
 from nanovlm.data.tar_shards import write_shards
 from nanovlm.data.video import PICTURES, Clip
-from nanovlm.files import new_folder, replace
+from nanovlm.files import listing, new_folder, replace
 from nanovlm.names import nearest
 
 SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "chatgpt": "gpt", "bing": "gpt",
@@ -105,12 +105,12 @@ def dialogues(args, output):
     What stands at the start or end of a dialogue without an answer is left out.
     """
     def make(one, where):
-        turns, system, cut = [], [], ""
-        for place, (speaker, value) in enumerate(spoken(one, where), start=1):
+        turns, cut, said = [], "", spoken(one, where)
+        if said and said[0][0] == "system":
+            output.note("changed", where, "the system's words now stand in front of the first question")
+        for place, (speaker, value) in enumerate(with_system(said), start=1):
             role = SPEAKERS.get(speaker, speaker)  # unknown ones are found as in training
-            if role == "system" and not turns:
-                system.append(value.strip())
-            elif role == "gpt" and not turns:
+            if role == "gpt" and not turns:
                 output.note("changed", where, "begins with the assistant: its first turn is left out")
             elif not value.strip() or role == "system" or (turns and turns[-1]["from"] == role):
                 cut = f"cut before turn {place}, which is empty or no answer to the one before"
@@ -124,9 +124,6 @@ def dialogues(args, output):
             raise ValueError("no question with an answer")
         if cut:
             output.note("changed", where, cut)
-        if any(system):
-            output.note("changed", where, "the system's words now stand in front of the first question")
-            turns[0]["value"] = "\n\n".join([*filter(None, system), turns[0]["value"]])
         id = one["id"] if isinstance(one.get("id"), (str, int)) else where
         one.pop("messages", None)
         return one | {"id": id, "conversations": turns}
@@ -328,7 +325,7 @@ def folder(args, output):
             answer = names.get(kind, kind.replace("_", " "))
         return pictured(str(place), str(place), args.question, answer)
 
-    paths = (path for path in sorted(args.source.rglob("*")) if path.suffix.lower() in PICTURES)
+    paths = (path for path in listing(args.source, "**/*") if path.suffix.lower() in PICTURES)
     return (Element(str(path), path, 0, 0) for path in paths), make
 
 

@@ -7,7 +7,6 @@ docs/Finetune_Custom_Data.md).
 import gzip
 import os
 import re
-import warnings
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy
 from tqdm import tqdm
 
+from nanovlm.data.images import bare_names
 from nanovlm.data.json_files import field, open_bytes, parse, read_at, records
 from nanovlm.data.records import Changed, Turn, drawn, permutation, record_of
 from nanovlm.data.tar_shards import TarShards
@@ -76,19 +76,10 @@ class LlavaJson:
         if not self.starts:
             raise ValueError(f"{path}: holds no item; items with id, image and conversations were expected")
         missing = [path for path, there in present.items() if not there]
-        if missing:
-            self._use_bare_names(missing, present)
-
-    def _use_bare_names(self, missing, present):
-        """Find pictures without their folders, where that cannot give a wrong one. Raises: FileNotFoundError."""
-        bare = {self.folder / Path(path).name for path in present}
-        structured = any(there and Path(path).parent != self.folder for path, there in present.items())
-        if structured or len(bare) < len(present) or not all(path.exists() for path in bare):
+        self.bare_names = bool(missing) and bare_names(present, self.folder)
+        if missing and not self.bare_names:
             found = f"{len(missing)} of {len(present)} images are missing"
             raise FileNotFoundError(f"{self.path}: {found}:{listed(missing)}")
-        self.bare_names = True
-        warnings.warn(f"{self.path}: images are found in {self.folder} by their bare names, {Path(missing[0]).name} "
-                      f"for {missing[0]}")
 
     def __len__(self):
         return len(self.starts)

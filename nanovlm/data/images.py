@@ -15,6 +15,7 @@ import os
 import struct
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 import torch
@@ -73,6 +74,20 @@ def load(source):
         return _upright_rgb(image, IN_MEMORY if isinstance(source, bytes) else source)
 
 
+def bare_names(paths, folder):
+    """Whether missing pictures are found in a folder by their names without folders: bool; a warning tells if they are.
+
+    Only where that can give no wrong one: no picture lies in a folder of its own, no two share a name, and all are there.
+    """
+    missing = [path for path in paths if not os.path.exists(path)]
+    bare = {Path(folder, Path(path).name) for path in paths}
+    structured = any(os.path.exists(path) and Path(path).parent != Path(folder) for path in paths)
+    found = missing and not structured and len(bare) == len(paths) and all(path.exists() for path in bare)
+    if found:
+        warnings.warn(f"pictures are found in {folder} by their bare names, {Path(missing[0]).name} for {missing[0]}")
+    return bool(found)
+
+
 def from_base64(text):
     """The bytes of a picture in base64, perhaps behind "data:image/…;base64," and in lines. Raises: ImageError."""
     encoded = text.partition(",")[2] if text.startswith("data:") else text
@@ -104,7 +119,7 @@ def opened(source):
                 image = Image.open(file)
             width, height = image.size
             scale = math.ceil(math.log2(max(1, width * height / MAX_PIXELS)) / 2)
-            if scale and image.format == "JPEG":  # which PIL can decode smaller
+            if scale and image.format in ("JPEG", "MPO"):  # which PIL can decode smaller; phones write the second
                 image.draft(None, (width >> scale, height >> scale))
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{source}: {width} x {height} is {width * height:,} pixels, more than the limit of "

@@ -139,19 +139,22 @@ def record_of(item, where, clip, locate):
     """
     field(item, "id", (str, int), where)
     where = f"{where} (id {item['id']!r})"
-    said = spoken(item, where)
+    said = with_system(spoken(item, where))
     def find(name):
         return locate(name.replace("\\", "/"))  # which Windows writes the other way round
 
-    shown = {"<image>": [Visual(str(path), (path,)) for path in map(find, _files(item, "image", where))]}
-    found = _files(item, "video", where)
+    shown = {"<image>": [Visual(str(path), (path,)) for path in map(find, files_in(item, "image", where))]}
+    found = files_in(item, "video", where)
     if found:  # elsewhere <video> is a word
         sources = [find(one) if isinstance(one, str) else tuple(map(find, one)) for one in found]
         shown["<video>"] = [Visual(str(source), replace(clip, source=source)) for source in sources]
     waiting = {placeholder: iter(visuals) for placeholder, visuals in shown.items()}
     turns, visuals, asked = [], [], Counter()
     for place, (speaker, words) in enumerate(said, start=1):
-        role = _role(speaker, words, f"{where}, turn {place}")
+        here = f"{where}, turn {place}"
+        role = role_of(speaker, words, ROLES, here)
+        if not words.strip():
+            raise ValueError(f"{here}: the {role} says nothing; remove the item or give the turn its text")
         if place == 1 and role == "user":  # as LLaVA does with pictures that no text mentions
             text = "".join(text for _, text in said)
             words = "\n".join([*(name for name in shown if name not in text for _ in shown[name]), words])
@@ -177,10 +180,18 @@ def record_of(item, where, clip, locate):
     return Record(str(item["id"]), tuple(visuals), (tuple(turns),), kinds)
 
 
-def _files(item, name, where):
-    """What an item lists under "image" or "video": list of file names, of a video perhaps of lists of its frames."""
+def is_empty(value):
+    """Whether a field of an item says nothing: null, "", [], a table's NaN, or a list of these."""
+    return value is None or value == "" or value != value or isinstance(value, list) and all(map(is_empty, value))
+
+
+def files_in(item, name, where):
+    """What an item lists under "image" or "video": list of file names, of a video perhaps of lists of its frames.
+
+    Raises: ValueError for what is no path.
+    """
     value = item.get(name, item.get(f"{name}s"))
-    if value is None or value == "" or value != value:  # a table's empty cell; pandas writes NaN
+    if is_empty(value):
         return []
     several = isinstance(value, list) and (name == "image" or list in map(type, value))
     found = value if several else [value]
@@ -208,14 +219,21 @@ def spoken(item, where):
     return said
 
 
-def _role(speaker, words, where):
-    """The role of one who says something that can be trained on. Raises: ValueError."""
-    if speaker not in ROLES:
-        raise ValueError(f"{where}: unknown speaker {speaker!r}.{nearest(speaker, ROLES)}")
-    if not words.strip():
-        raise ValueError(f"{where}: the {ROLES[speaker]} says nothing; remove the item or give the turn its text")
+def with_system(said):
+    """What is said, the system's words at the beginning in front of the first question (or they are it): as `spoken`."""
+    start = next((place for place, (speaker, _) in enumerate(said) if speaker != "system"), len(said))
+    words, rest = [text for _, text in said[:start] if text.strip()], said[start:]
+    if words and rest and ROLES.get(rest[0][0]) == "user":
+        words.append(rest.pop(0)[1])
+    return [("human", "\n\n".join(words)), *rest] if words else rest
+
+
+def role_of(speaker, words, roles, where):
+    """The role of a speaker, {speaker: role}, who says words. Raises: ValueError."""
+    if speaker not in roles:
+        raise ValueError(f"{where}: unknown speaker {speaker!r}.{nearest(speaker, roles)}")
     try:
         words.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
         raise ValueError(f"{where}: not text: {error}") from error
-    return ROLES[speaker]
+    return roles[speaker]

@@ -30,7 +30,7 @@ from nanovlm.data.images import Member
 from nanovlm.data.json_files import parse
 from nanovlm.data.records import drawn, permutation, record_of
 from nanovlm.data.video import FRAMES, Clip
-from nanovlm.files import replace_text
+from nanovlm.files import listing, replace_text
 
 INDEX = "index.json"
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -97,7 +97,7 @@ class TarShards:
 
 def shards_of(path):
     """The .tar files of a folder, or the one file: list of Path. Raises: FileNotFoundError."""
-    shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    shards = listing(path, "*.tar") if path.is_dir() else [path]
     if not path.exists() or not shards:
         raise FileNotFoundError(f"{path}: no such file, or no .tar in it")
     return shards

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 
 from nanovlm.data import images
+from nanovlm.files import listing
 from nanovlm.names import nearest
 
 FRAMES = 5  # of a video in a data set, unless told otherwise; as in Lynx
@@ -98,7 +99,7 @@ def random_places(total, num_frames, rng):
 
 def frame_files(folder):
     """The pictures of a folder, frame 2 before frame 10: list of Path."""
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
+    paths = [path for path in listing(folder) if path.suffix.lower() in PICTURES]
     return sorted(paths, key=lambda path: [(int(part), "") if part.isdecimal() else (0, part)
                                            for part in re.split(r"(\d+)", path.name)])  # fmt: skip
 

@@ -3,12 +3,13 @@
 import gzip
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
 from nanovlm.data import images, json_files
+from nanovlm.files import listing
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ class Reading:
                 self.items.append(item)
         return self
 
+    def with_pictures(self, folder):
+        """The same, pictures found in a folder by their bare names where that is safe (images.bare_names): Reading."""
+        paths = {one for item in self.items for one in item.media if isinstance(one, Path)}
+        if images.bare_names(paths, folder):
+            bare = lambda one: Path(folder, one.name) if isinstance(one, Path) else one
+            self.items = [replace(item, media=tuple(map(bare, item.media))) for item in self.items]
+        return self
+
 
 def read_text(path):
     """A text file, perhaps compressed: str. Raises: ValueError naming the file."""
@@ -123,7 +132,7 @@ def find(folder, *patterns, split=""):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such file or folder; --data names the benchmark's files")
     for pattern in patterns:
-        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        found = [path for path in listing(folder, pattern) if path.is_file()]
         found = [path for path in found if split and split in path.name] or found
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
@@ -135,7 +144,7 @@ def find(folder, *patterns, split=""):
 
 def picture(folder, *names):
     """The first of several names under which a picture may lie in a folder: Path; the first of all if none does."""
-    paths = [Path(folder, name) for name in names] + [Path(folder, Path(name).name) for name in names]
+    paths = [Path(folder, name) for name in names]
     return next((path for path in paths if path.exists()), paths[0])
 
 

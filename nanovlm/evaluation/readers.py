@@ -14,6 +14,7 @@ from nanovlm.data.scene_questions import Scenes
 from nanovlm.evaluation.items import (
     coco_picture, Encoded, find, Item, picture, read_json, read_records, read_text, Reading,
 )
+from nanovlm.files import listing
 
 csv.field_size_limit(1 << 30)  # a picture in base64 is one field
 
@@ -113,7 +114,8 @@ def video_qa(one, place, pictures):
     name = str(one.get("video") or one.get("video_name") or one["video_id"])
     names = [f"{stem}{ending}" for stem in (name, f"video{name}") for ending in (".mp4", ".avi", ".gif")]
     media = (picture(pictures, name, *names),)
-    return Item(str(one.get("id", place)), one["question"], (one["answer"],), media=media, is_clip=True)
+    id = str(one.get("id", f"{name}: {one['question']}"))
+    return Item(id, one["question"], (one["answer"],), media=media, is_clip=True)
 
 
 def captions(data, pictures, split):
@@ -164,12 +166,12 @@ def from_source(source):
 def pope(data, pictures, split):
     """POPE: three files of JSON lines named .json; the kind is the split of the objects."""
     folder, reading = Path(data), Reading()
-    paths = [path for path in sorted(folder.glob("*pope_*.json*")) if split in path.name]
+    paths = [path for path in listing(folder, "*pope_*.json*") if split in path.name]
     for path in [folder] if folder.is_file() else paths:
         kind = next((name for name in ("random", "popular", "adversarial") if name in path.name), path.stem)
 
         def make(one, place):
-            label, image = one["label"], one["image"]
+            label, image = one["label"].lower(), one["image"]
             if label not in ("yes", "no"):
                 raise ValueError(f"label {label!r} is neither yes nor no")
             media = (picture(pictures, image, f"val2014/{image}"),)
@@ -184,9 +186,9 @@ def pope(data, pictures, split):
 def mme(data, pictures, split):
     """MME: a folder per task; there or in `questions_answers_YN`, a text per picture: question TAB Yes|No, twice."""
     reading = Reading()
-    for folder in sorted(path for path in Path(data).iterdir() if path.is_dir()):
+    for folder in filter(Path.is_dir, listing(data)):
         base = folder if Path(pictures) == Path(data) else Path(pictures, folder.name)
-        for file in sorted(folder.glob("questions_answers_YN/*.txt")) or sorted(folder.glob("*.txt")):
+        for file in listing(folder, "questions_answers_YN/*.txt") or listing(folder, "*.txt"):
             names = [f"{sub}{file.stem}{end}" for sub in ("images/", "") for end in (".jpg", ".png", ".jpeg")]
             media, group = (picture(base, *names),), f"{folder.name}/{file.stem}"
 
@@ -242,7 +244,8 @@ def visit_bench(row, place, pictures):
     links = json.loads(links) if links.startswith("[") else [links]
     media = tuple(picture(pictures, link.rpartition("/")[2]) for link in links)
     truth = row.get("reference_output") or row.get("output_human_annotated")
-    return Item(str(place), row["instruction"], (truth,) if truth else (), row["instruction_category"], media=media)
+    id = f"{', '.join(one.name for one in media)}: {row['instruction']}"  # some of its tables have a row per answer
+    return Item(id, row["instruction"], (truth,) if truth else (), row["instruction_category"], media=media)
 
 
 # Multiple choice: an item's `answers` holds the place of the right option
@@ -313,13 +316,13 @@ def q_bench(one, place, pictures):
     options, truth = tuple(one["candidates"]), one.get("correct_ans")
     answers, kind = () if truth is None else (options.index(truth),), str(one.get("concern", one.get("type", "")))
     media = (picture(pictures, one["img_path"]),)
-    return Item(str(place), one["question"], answers, kind, media=media, options=options)
+    return Item(f"{one['img_path']}: {one['question']}", one["question"], answers, kind, media=media, options=options)
 
 
 def mmlu(data, pictures, split):
     """MMLU: tables without head, question, A, B, C, D, letter; one file per subject."""
     folder, split, reading = Path(data), split or "test", Reading()
-    paths = sorted((folder / split).glob("*.csv")) or sorted(folder.glob("*.csv"))
+    paths = listing(folder / split, "*.csv") or listing(folder, "*.csv")
     for path in [folder] if folder.is_file() else paths:
         subject = path.stem.removesuffix(f"_{split}")
 

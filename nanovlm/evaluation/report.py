@@ -3,6 +3,7 @@ the file that the benchmark's server or program takes."""
 
 import itertools
 import json
+import re
 import time
 from collections import defaultdict
 
@@ -137,7 +138,7 @@ def pope(predictions):
     pairs = defaultdict(list)
     for one in predictions:
         pairs[one["kind"]].append((one["said"], one["answers"][0]))
-    return yes_no.pope_scores(pairs)
+    return yes_no.pope_scores(pairs) | {"unparsed": unread(predictions)}
 
 
 def mme(predictions):
@@ -145,7 +146,15 @@ def mme(predictions):
     answers = defaultdict(list)
     for one in predictions:
         answers[one["kind"]].append((one["group"], one["said"], one["answers"][0]))
-    return yes_no.mme_scores(answers)
+    return yes_no.mme_scores(answers) | {"unparsed": unread(predictions)}
+
+
+def unread(predictions):
+    """The share of answers with neither yes nor no in them, or in which the benchmark's own reading finds neither."""
+    def neither(one):
+        return one["said"] == "other" or not re.search(r"\b(yes|no|not)\b", one["prediction"].lower())
+
+    return mean(predictions, lambda one: float(neither(one)))
 
 
 def lettered(predictions):

@@ -29,7 +29,7 @@ def run(args, loaded, judge=None):
     if args.prompt is not None:
         task = replace(task, prompt=args.prompt)
     check_speaks(loaded.model)
-    reading = task.read(args.data, args.images or args.data, args.split)
+    reading = read(task, args, args.split)
     if not reading.items:
         first = f"; the first of {len(reading.problems)} problems: {reading.problems[0]}" if reading.problems else ""
         raise ValueError(f"{args.data} holds no question of {name}{first}")
@@ -73,12 +73,18 @@ def run(args, loaded, judge=None):
     return report.write(out, settings, task, predictions, reading, items), len(predictions)
 
 
+def read(task, args, split):
+    """The benchmark's files as the flags name them: items.Reading."""
+    pictures = args.images or args.data
+    return task.read(args.data, pictures, split).with_pictures(pictures)
+
+
 def choose_shots(items, task, args):
     """What stands before the questions: ({kind: list of Item}, "" = of every other kind; the items left to ask)."""
     number = args.shots
     if not (number and args.shots_split):
         return {"": items[:number]}, items[number:]
-    other = task.read(args.data, args.images or args.data, args.shots_split).items
+    other = read(task, args, args.shots_split).items
     other = [item for item in other if item.answers and not item.missing]
     if len(other) < number:
         found = f"the split {args.shots_split!r} has {len(other)} questions with answer and media"

@@ -80,6 +80,8 @@ def run(args):
         told += [f"{key:<12}{quality.number(value)}{quality.number(report['after'][key])}"
                  for key, value in report["before"].items()]  # fmt: skip
     quality.write_json(out / "report.json", report)
+    if not counts["kept"]:
+        sys.exit("\n".join([*told, f"no record is kept; {out / 'dropped.jsonl'} says of each why"]))
     return [*told, f"written to {out}: kept.jsonl, dropped.jsonl, report.json"]
 
 

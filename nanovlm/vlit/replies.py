@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nanovlm.data.images import ImageError
 from nanovlm.files import JsonLines
+from nanovlm.files import digest as digest_of
 from nanovlm.vlit.words import load_table
 
 PROMPTS = load_table("prompts.json")
@@ -48,8 +49,9 @@ class Chat:
 
     @property
     def sha(self):
-        """Hash of the words and of the image's name: str."""
-        return digest([self.messages, Path(self.image).name])
+        """Hash of the words and of the picture, of one that is no file of its name: str."""
+        image = Path(self.image)
+        return digest([self.messages, digest_of(image) if image.is_file() else image.name])
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from nanovlm.data import json_files
 from nanovlm.data.convert import SPEAKERS
 from nanovlm.data.images import ImageError, load
 from nanovlm.data.json_files import field
-from nanovlm.data.records import check_order
+from nanovlm.data.records import check_order, files_in, role_of, spoken
 from nanovlm.evaluation.items import Encoded
 from nanovlm.vlit.words import load_table
 
@@ -90,25 +90,11 @@ def make_item(id, image, texts, task, type, granularity, provenance):
 
 def sample(item, where="item"):
     """An item of a file as a Sample. Raises: ValueError that says what is wrong with it, beginning with `where`."""
-    id, said = field(item, "id", object, where), field(item, "conversations", list, where)
-    kinds, image = {"task": str, "granularity": str, "provenance": dict}, item.get("image")
+    id, said = field(item, "id", object, where), spoken(item, where)
+    kinds = {"task": str, "granularity": str, "provenance": dict}
     task, granularity, origin = (field({name: kind()} | item, name, kind, where) for name, kind in kinds.items())
-    images = [] if image is None else image if isinstance(image, list) else [image]
-    if not all(isinstance(one, str) and one for one in images):
-        raise ValueError(f"{where}: image must be a path or a list of paths, found {image!r}")
-    turns = tuple(_turn(turn, f"{where}, turn {place}") for place, turn in enumerate(said, start=1))
-    return Sample(str(id), tuple(images), turns, task, granularity, origin.get("plan", ""))
-
-
-def _turn(turn, where):
-    speaker, text = (field(turn, name, str, where) for name in ("from", "value"))
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
-        raise ValueError(f"{where}: not text: {error}") from error
-    if speaker not in ROLES:
-        raise ValueError(f"{where}: unknown speaker {speaker!r}; known: {', '.join(ROLES)}")
-    return ROLES[speaker], text
+    turns = tuple((role_of(*turn, ROLES, f"{where}, turn {place}"), turn[1]) for place, turn in enumerate(said, start=1))
+    return Sample(str(id), tuple(files_in(item, "image", where)), turns, task, granularity, origin.get("plan", ""))
 
 
 def read(path):
@@ -148,14 +134,14 @@ def text_of(path, element):
 def picture(name, root):
     """Where a picture of a sample is: Path, or items.Encoded. Raises: FileNotFoundError.
 
-    name: a path from root on, with its folder or without; or base64, with a data-URL prefix or without.
+    name: a path from root on; or base64, with a data-URL prefix or without.
     """
     if name.startswith("data:") or (len(name) > LONGEST_PATH and "." not in name[-6:]):
         return Encoded(name)
-    for path in (Path(root) / name, Path(root) / Path(name).name):
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{Path(root) / name}: {MISSING}")
+    path = Path(root) / name.replace("\\", "/")  # which Windows writes the other way round
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: {MISSING}")
+    return path
 
 
 def open_picture(place):

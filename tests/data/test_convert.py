@@ -247,6 +247,7 @@ def test_folders_of_pictures(tmp_path):
         write(tmp_path / "set" / name, "")
     write(tmp_path / "set" / "n01" / "b.txt", " its caption\n")
     write(tmp_path / "set" / "n01" / "notes.md", "no picture")
+    write(tmp_path / "set" / "n02" / "._a.png", "what a Mac puts beside it")
     items, said = convert(tmp_path, "folder", tmp_path / "set", "--question", "What is it?")
     assert {item["image"]: item["conversations"][1]["value"] for item in items} == {
         "n01/a.png": "n01", "n01/b.PNG": "its caption", "n02/a.png": "n02", "n03/a.png": "n03"}

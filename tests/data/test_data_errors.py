@@ -45,7 +45,7 @@ HUMAN, GPT = ("human", "q"), ("gpt", "a")
         ({"id": "x", "conversations": [{"from": "human"}]}, r"turn 1: field 'content' or 'value' is missing; found 'from'"),
         ({"id": "x", "conversations": turns(HUMAN, ("gpt", 3))}, r"turn 2: field 'value' must be a str or list, found 3"),
         ({"id": "x", "conversations": turns(HUMAN, ("gtp", "a"))}, r"turn 2: unknown speaker 'gtp'. Did you mean"),
-        ({"id": "x", "conversations": turns(("system", "s"), HUMAN, GPT)}, r"turn 1: unknown speaker 'system'"),
+        ({"id": "x", "conversations": turns(HUMAN, GPT, ("system", "s"), HUMAN, GPT)}, r"turn 3: unknown speaker 'system'"),
         ({"id": "x", "conversations": turns(HUMAN, ("gpt", " \n"))}, r"turn 2: the assistant says nothing"),
         ({"id": "x", "conversations": turns(HUMAN, ("gpt", "a\ud83d"))}, r"turn 2: not text: .* position 1: surr"),
         ({"id": "x", "conversations": turns(HUMAN, HUMAN, GPT)}, r"item 2 \(id 'x'\): the turns are by user, user, assistant"),
@@ -114,7 +114,20 @@ def test_all_unusable_items_are_named_with_the_command_that_leaves_them_out(read
     assert [f"line {n}" in message for n in (1, 2, 3, 4, 5)] == [False, True, False, True, True]
 
 
-@pytest.mark.parametrize("empty", [float("nan"), "", None])
+@pytest.mark.parametrize("said, want", [
+    ([("system", "Be brief."), HUMAN, GPT], [(0, "\nBe brief.\n\nq"), ("a",)]),
+    ([("System", "One."), ("system", " "), ("system", "Two."), HUMAN, GPT], [(0, "\nOne.\n\nTwo.\n\nq"), ("a",)]),
+    ([("system", ""), HUMAN, GPT], [(0, "\nq"), ("a",)]),
+    ([("system", "Look."), ("human", "<image>\nq"), GPT], [("Look.\n\n", 0, "\nq"), ("a",)]),
+    ([("system", "Describe it."), GPT, HUMAN, GPT], [(0, "\nDescribe it."), ("a",), ("q",), ("a",)]),
+])  # fmt: skip
+def test_what_the_system_says_first_stands_in_front_of_the_first_question(read, said, want):
+    source = read({"id": "x", "image": "a.png", "conversations": turns(*said)})
+    (conversation,) = next(record for record in map(source.record, range(len(source))) if record.id == "x").conversations
+    assert [turn.parts for turn in conversation] == want
+
+
+@pytest.mark.parametrize("empty", [float("nan"), "", None, [], [None], [""]])
 def test_an_empty_cell_of_a_table_is_no_picture(read, empty):
     source = read({**GOOD, "image": empty, "video": empty})
     assert len(source) == 2 and not source.record(0).visuals

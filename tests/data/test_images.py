@@ -98,10 +98,11 @@ def test_long_comments_do_not_decide_whether_a_picture_is_read(tmp_path):
     assert colors(saved(image, tmp_path / "a.png", pnginfo=comment)) == colors(image)
 
 
-def test_a_large_jpeg_is_decoded_smaller(tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["JPEG", "MPO"])  # phones write the second: a JPEG with further pictures behind it
+def test_a_large_jpeg_is_decoded_smaller(tmp_path, monkeypatch, form):
     image = Image.linear_gradient("L").resize((100, 60)).convert("RGB")
     for limit, size in ((6000, (100, 60)), (5999, (50, 30)), (1500, (50, 30)), (1499, (25, 15)), (104, (13, 8))):
-        image.save(tmp_path / "a.jpg", quality=95)
+        image.save(tmp_path / "a.jpg", form, quality=95, **({"save_all": True, "append_images": [image]} if form == "MPO" else {}))
         monkeypatch.setattr(images, "MAX_PIXELS", limit)
         assert images.load(tmp_path / "a.jpg").size == size
     monkeypatch.setattr(images, "MAX_PIXELS", 90)

@@ -105,7 +105,9 @@ def test_captions_from_elsewhere(tmp_path):
 
 
 def test_what_macs_put_beside_each_file_is_no_sample(tmp_path):
-    write(tmp_path / "x.tar", {"._a.jpg": b"x", "a.jpg": png(1), "sub/._b.txt": b"x", "a.txt": b"a"})
+    write(tmp_path / "x.tar", {"._a.jpg": b"x", "a.jpg": png(1), "sub/._b.txt": b"x", "a.txt": b"a",
+                                "__MACOSX/._a.jpg": b"x"})
+    (tmp_path / "._x.tar").write_bytes(b"\0\5\x16\7")
     source = TarShards(tmp_path)
     assert len(source) == 1 and source.record(0).id == "a"
 

@@ -89,6 +89,8 @@ def test_random_places_are_one_per_segment():
 def test_folders_are_sorted_by_number(tmp_path):
     for name in ("f10.png", "f9.png", "f007.png", "g1.jpg", "F.GIF", "8.webp"):
         shade(0).save(tmp_path / name)
+    for name in ("._f9.png", ".DS_Store", "Thumbs.db"):  # what operating systems put beside them
+        (tmp_path / name).write_bytes(b"x")
     names = [path.name for path in video.frame_files(tmp_path)]
     assert names == ["8.webp", "F.GIF", "f007.png", "f9.png", "f10.png", "g1.jpg"]
 
@@ -225,7 +227,7 @@ def test_random_frames_are_drawn_anew_at_every_showing(tmp_path, clips):
 def test_videos_that_are_wrong_or_missing(tmp_path, clips):
     with pytest.raises(ValueError, match=r"2 placeholder\(s\) <video> .* but 1 video\(s\)"):
         source(tmp_path, {"id": 1, "video": "a.gif", "conversations": talk("<video><video>")})
-    for given in ([], [[]], [3], [["a.gif"], "b.gif", 4], 7):
+    for given in ([3], [["a.gif"], "b.gif", 4], 7):
         with pytest.raises(ValueError, match="field 'video' must be a path"):
             source(tmp_path, {"id": 1, "video": given, "conversations": talk("<video>")})
     given = ["x.gif", ["frames/frame1.png", "y.png"], "frames"]
@@ -233,8 +235,9 @@ def test_videos_that_are_wrong_or_missing(tmp_path, clips):
     with pytest.raises(FileNotFoundError, match="2 of 4 images are missing") as missing:
         source(tmp_path, *items)
     assert "x.gif" in str(missing.value) and "y.png" in str(missing.value)
-    plain = source(tmp_path, {"id": 1, "conversations": talk("a <video> tag")}).record(0)
-    assert plain.conversations[0][0].parts == ("a <video> tag",) and not plain.visuals
+    for none in ({}, {"video": []}, {"video": [[]]}, {"video": None}):
+        plain = source(tmp_path, {"id": 1, **none, "conversations": talk("a <video> tag")}).record(0)
+        assert plain.conversations[0][0].parts == ("a <video> tag",) and not plain.visuals
 
 
 def test_a_list_of_datasets_says_how_videos_are_read(tmp_path, clips):

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -115,7 +116,7 @@ def science_qa(folder):
 def q_bench(folder):
     picture(folder / "i.jpg")
     one = {"img_path": "i.jpg", "question": "what?", "candidates": ["red", "blue"], "correct_ans": "red", "concern": 0}
-    write(folder / "llvisionqa_dev.json", [one, one])
+    write(folder / "llvisionqa_dev.json", [one, one | {"question": "why?"}, one])
 
 
 def mmlu(folder):
@@ -152,7 +153,8 @@ def owleval(folder):
 def visit_bench(folder):
     picture(folder / "a.png")
     row = '"[""http://x/a.png"", ""http://x/a.png""]",which?,k,red\n'
-    write(folder / "visit_bench_multi_images.csv", f"images,instruction,instruction_category,reference_output\n{row}{row}")
+    rows = f"{row}{row.replace('which', 'why')}{row}"  # some of its tables have a row per answer that people compared
+    write(folder / "visit_bench_multi_images.csv", f"images,instruction,instruction_category,reference_output\n{rows}")
 
 
 FILES = {  # task -> (what writes its files, questions that are asked)
@@ -201,7 +203,8 @@ def test_every_task_has_files_here():
 def test_from_files_to_report(task, run):
     number = FILES[task][1]
     predictions, told, text = run(task, limit=2 if task in ("easy_vqa", "scenes") else 3)
-    assert (len(predictions), told["answered"], told["missing"], told["problems"]) == (number, number, {}, [])
+    assert (len(predictions), told["answered"], told["missing"]) == (number, number, {})
+    assert len(told["problems"]) == (task in ("q_bench", "visit_bench"))  # a row that stands there twice is one question
     assert told["scores"] and all(isinstance(one["prediction"], str) for one in predictions)
     if TASKS[task].protocol is protocols.judged and any(one["answers"] for one in predictions):
         assert told["scores"]["all"] == (0.5 if task == "mm_vet" else 1.0)
@@ -209,6 +212,40 @@ def test_from_files_to_report(task, run):
         written = json.loads(text(name))
         assert [{key: one[key] for key in first} for one, first in zip(written, wanted, strict=True)] == wanted
         assert [list(one.values())[-1] for one in written] == [one["prediction"] for one in predictions]
+
+
+def test_what_an_operating_system_puts_beside_the_data_is_no_data(run, tmp_path):
+    """A copy by a Mac to another disk has a ._NAME beside every file, an archive of it a folder __MACOSX."""
+    for task in ("vqav2", "pope", "mme", "mmlu", "gqa"):
+        FILES[task][0](tmp_path / task)
+        for path in [path for path in (tmp_path / task).rglob("*") if path.is_file()]:
+            path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0")
+            path.with_name(".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+        (tmp_path / task / "__MACOSX").mkdir()
+        (tmp_path / task / "__MACOSX" / "a.txt").write_bytes(b"\0\5\x16\7\0")
+        predictions, told, _ = run(task)
+        assert (len(predictions), told["missing"], told["problems"]) == (FILES[task][1], {}, [])
+
+
+def test_pictures_are_found_by_bare_names_only_where_none_can_be_taken_for_another(run, tmp_path):
+    """Open-VQA names them with the folders of the data sets that they come from."""
+    def asked(*names, there):
+        data = tmp_path / "open_vqa"
+        shutil.rmtree(data, ignore_errors=True)
+        shutil.rmtree(tmp_path / "open_vqa out 0", ignore_errors=True)
+        for name in there:
+            picture(data / name)
+        one = {"question": "what?", "answer": ["red"], "class": "Color"}
+        write(data / "Open_VQA_images.jsonl", lines(*(one | {"index": n, "image": name} for n, name in enumerate(names))))
+        with monkeypatch.context() as patch:
+            patch.setitem(FILES, "open_vqa", (lambda folder: None, 0))
+            return [one["media"] for one in run("open_vqa")[0]]
+
+    monkeypatch, folder = pytest.MonkeyPatch(), str(tmp_path / "open_vqa")
+    with pytest.warns(UserWarning, match="by their bare names"):
+        assert asked("coco/1.jpg", "gqa/2.jpg", there=["1.jpg", "2.jpg"]) == [[f"{folder}/1.jpg"], [f"{folder}/2.jpg"]]
+    assert asked("coco/1.jpg", "gqa/1.jpg", there=["1.jpg"]) == []  # one file for two pictures
+    assert asked("coco/1.jpg", "gqa/2.jpg", there=["coco/1.jpg", "2.jpg"]) == [[f"{folder}/coco/1.jpg"]]  # a structured folder
 
 
 def test_files_for_official_programs(run):

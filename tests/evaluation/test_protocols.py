@@ -71,7 +71,14 @@ def test_yes_no_with_pope_and_mme():
     assert [one["said"] for one in predictions] == ["yes", "no"] and report.pope(predictions)["random accuracy"] == 1.0
     assert [one["said"] for one in run("pope_strict", items, "No!", "Hm")] == ["no", "other"]
     scores = report.mme(run("mme", items, "Yes", "it is"))
-    assert scores == {"random score": 50.0}
+    assert scores == {"random score": 50.0, "unparsed": 0.5}
+
+
+@pytest.mark.parametrize("task, summarise", [("pope", report.pope), ("pope_strict", report.pope), ("mme", report.mme)])
+def test_the_share_of_answers_without_yes_or_no_is_told(task, summarise):
+    items = [Item(str(n), "q", ("yes",), "random", str(n // 2)) for n in range(4)]
+    assert summarise(run(task, items, "Yes.", "no", "a red bus", "I cannot know"))["unparsed"] == 0.5
+    assert summarise(run(task, items, *["a nobleman yesterday"] * 4))["unparsed"] == 1.0
 
 
 def test_choice_by_likelihood_takes_the_sum_or_the_mean():

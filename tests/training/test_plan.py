@@ -1,6 +1,7 @@
 """`train.py --print`: a plan of every recipe, without a weight, a file or a folder."""
 
 import argparse
+import re
 
 import pytest
 
@@ -50,6 +51,8 @@ def test_a_plan_of_the_tiny_size(name):
     assert [line for line in lines if line.startswith("stage ")] == [f"stage {stage.name}" for stage in recipe.stages("tiny", False)]
     for start in ("data ", "work ", "time ", "memory "):
         assert sum(line.startswith(start) for line in lines) == len(recipe.stages("tiny", False))
+    heads = [line for line in lines if line.startswith("memory ")]
+    assert all(len(re.split(r" {2,}", line)) == 8 for line in heads), "column heads stand apart"
     assert any(line.startswith("files   none: ") for line in lines) == (recipe.published is None)
 
 

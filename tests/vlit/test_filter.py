@@ -87,6 +87,13 @@ def test_pictures_that_are_elsewhere_are_named(folder, tmp_path):
     assert len(kept) == 2
 
 
+def test_a_filter_that_keeps_nothing_ends_with_status_1(folder, capsys):
+    with pytest.raises(SystemExit) as left:
+        filtered(folder, records=[RECORDS[6], RECORDS[10]])
+    assert "kept 0 of 2" in left.value.code and "2  defect" in left.value.code
+    assert len(lines(folder / "out" / "dropped.jsonl")) == 2
+
+
 def test_what_is_dropped_anyway_makes_no_duplicate(folder):
     (folder / "broken.png").unlink()
     images = ("broken.png", "broken.png", "a.png", "a.png")

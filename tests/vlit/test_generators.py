@@ -240,3 +240,12 @@ def test_recorded_answers_are_replayed_whoever_gave_them(tmp_path):
     with pytest.raises(FileNotFoundError):
         Replay(tmp_path / "absent.jsonl")
     assert lines(path)[0]["generator"] == "scripted"
+
+
+def test_pictures_of_one_name_are_not_answered_for_one_another(tmp_path):
+    for folder, color in (("train", "red"), ("val", "blue"), ("copy", "red")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8), color).save(tmp_path / folder / "1.png")
+    train, val, copy = (Chat(HELLO.messages, str(tmp_path / folder / "1.png")).sha for folder in ("train", "val", "copy"))
+    assert train == copy != val and HELLO.sha not in (train, val)
+    assert Chat(HELLO.messages, "here/x.png").sha == Chat(HELLO.messages, "there/x.png").sha  # recorded elsewhere
