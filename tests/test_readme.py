@@ -19,7 +19,7 @@ from nanovlm.evaluation import __main__ as evaluation_command
 from nanovlm.recipes.nano_tests import exam_lines, exam_records
 from nanovlm.bench.__main__ import make_parser as bench_parser
 from nanovlm.recipes import __main__ as recipes_command
-from nanovlm.recipes import find
+from nanovlm.recipes import RECIPES, find
 from nanovlm.training import start
 from nanovlm.vlit import __main__ as vlit_command
 
@@ -302,6 +302,18 @@ def test_a_recipe_as_a_table():
     assert lines[5].startswith(f"| language | the next token |  | {language.steps:,} × ")
     total, *sizes = (int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", lines[-3]))
     assert total == sum(sizes) and "lm head" not in lines[-3]
+
+
+def test_what_a_paper_adds():
+    """Its own parts are those that not every model has; lines are those of the files."""
+    rows = {cells[1].strip(): cells[2:5] for cells in (line.split("|") for line in filled("adds")[4:-5])}
+    assert list(rows) == [*RECIPES]
+    for name, own in (("lynx", ("adapter", "resampler")), ("llava", ("projector",)), ("blip2", ("qformer",)),
+                      ("mplug_owl2", ("abstractor", "modality_adaptive"))):  # fmt: skip
+        files = [f"{part}.py" for part in own] + [f"recipes/{name}.py"]
+        lines = [(ROOT / "nanovlm" / file).read_text().count("\n") for file in files]
+        assert re.findall(r"\(\.\./(\S+)\) (\d+)", " ".join(rows[name])) == [*zip(files, map(str, lines))]
+        assert int(rows[name][2]) == sum(lines)
 
 
 def test_pages_are_rewritten_unless_something_is_missing(tmp_path, monkeypatch, capsys):

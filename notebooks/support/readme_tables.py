@@ -16,7 +16,7 @@ import torch
 
 from nanovlm.recipes.nano_tests import BLANK, BY_KIND, NAMES, results_table
 from nanovlm.names import nearest
-from nanovlm.recipes import find
+from nanovlm.recipes import RECIPES, find
 from nanovlm.recipes import table as models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +104,24 @@ def models_block(names):
     return table(*chosen[0])
 
 
+def adds_block(names):
+    """Per recipe the files of its model that not every model has, and the recipe's own, each with its lines."""
+    used = {}
+    with torch.device("meta"):
+        for name in RECIPES:
+            model = find(name).build("tiny", 512)
+            used[name] = {type(module).__module__ for module in model.modules() if type(module).__module__.startswith("nanovlm.")}
+    shared = set.intersection(*used.values())
+    lines = lambda module: len((ROOT / f"{module.replace('.', '/')}.py").read_text().splitlines())
+    link = lambda module: f"[{module.rpartition('.')[2]}.py](../{module.partition('.')[2].replace('.', '/')}.py) {lines(module)}"
+    rows = []
+    for name, modules in used.items():
+        own, recipe = sorted(modules - shared), f"nanovlm.recipes.{name}"
+        rows.append([name, ", ".join(map(link, own)), link(recipe), sum(map(lines, [*own, recipe]))])
+    listed = ", ".join(map(link, sorted(shared)))
+    return [*table(["model", "its own parts, lines", "its recipe, lines", "together"], rows), "", f"All of them share {listed}."]
+
+
 def source_block(names):
     """A function or class of the code as it stands: "PATH NAME", or "PATH CLASS.NAME"."""
     path, name = names[0].split()
@@ -117,7 +135,7 @@ def source_block(names):
 
 BLOCKS = {
     "printed": printed_block, "results": results_block, "kinds": kinds_block, "compare": compare_block,
-    "recipe": recipe_block, "models": models_block, "source": source_block,
+    "recipe": recipe_block, "models": models_block, "adds": adds_block, "source": source_block,
 }  # fmt: skip
 
 
