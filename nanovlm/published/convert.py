@@ -26,7 +26,7 @@ from nanovlm.published.load import (
     KNOWN, MODEL_TYPES, added_tokens, family_of, find_family, load_tokenizer, open_trained, read_config, with_weights,
 )
 from nanovlm.published.vision import (
-    BEHIND, BLIP2_REST, CLIP, EVA, OPEN_CLIP, OTHER_SIDE, eva_original, resize, vision_of,
+    BEHIND, BLIP2_REST, CLIP, EVA, OPEN_CLIP, OPEN_CLIP_PAIR, OTHER_SIDE, eva_original, resize, vision_of,
 )
 from nanovlm.published.weights import (
     OURS, Checkpoint, Plan, WeightsError, by_part, count, open_checkpoint, plan, prefixed, read_weights, shapes_of,
@@ -137,7 +137,8 @@ def find_sources(args, paths, model, table):
         best(args.language, [one.layout({}) for one in LANGUAGE_MODELS.values()], "decoder.", plain, WORDS)
     if args.vision:
         original = eva_original(vision_of(model).config.num_layers)
-        tables = [(*one, *BEHIND) for one in ((*CLIP, *OTHER_SIDE), (*EVA, *BLIP2_REST), original, OPEN_CLIP)]
+        tables = (*CLIP, *OTHER_SIDE), (*EVA, *BLIP2_REST), original, OPEN_CLIP, OPEN_CLIP_PAIR
+        tables = [(*one, *BEHIND) for one in tables]
         best(args.vision, tables, "vision.", same, ("vision.positions",))
     for path in paths:
         checkpoint = open_checkpoint(path)

@@ -87,6 +87,11 @@ OPEN_CLIP = (  # CLIP's tower as open_clip and OpenAI spell it
     ("transformer.resblocks.{i}.mlp.c_proj.{p}", "blocks.{i}.fc_2.{p}"),
     *(Unread(name, "serves CLIP's own loss") for name in ("ln_post.{p}", "proj")),
 )
+OPEN_CLIP_PAIR = (  # the same in a file that holds the text tower as well
+    *prefixed(OPEN_CLIP, "visual."),
+    *(Unread(name, "serves the pair with a text tower") for name in (
+        "transformer.{rest}", "positional_embedding", "token_embedding.weight", "ln_final.{p}", "text_projection", "logit_scale")),
+)
 
 # What a file may hold beside its tower
 OTHER_SIDE = tuple(Unread(name, "serves the pair with a text tower") for name in (

@@ -2,16 +2,16 @@
 
   vision   CLIP ViT-L/14, 224 pixels: the patches as they leave the last block, without CLIP's last norm, 256 features
   bridge   resampler of 6 layers whose latents also attend to one another; 64 tokens that keep the tower's width
-  decoder  OPT-1.3B, 50267 words (<|endofchunk|> and <image> added), gated cross-attention before every n-th layer
+  decoder  MPT-1B ("mpt1b") or MPT-7B ("mpt7b"), as published: 50280 words, <|endofchunk|>, <image> and an unused row added;
+           OPT-1.3B ("full"), as the review's text has it; gated cross-attention before every n-th layer (1; 4 in "mpt7b")
   rows     <image> is one word of the row; the text behind it sees that picture and no other
   layout   the resampler under `perceiver.`, each layer with its cross-attention, and both listed once more
 
 OpenFlamingo, arXiv:2308.01390; Flamingo, arXiv:2204.14198; code mlfoundations/open_flamingo 655f693. `instruct` is
 Table 8 of "Vision-Language Instruction Tuning: A Review and Analysis" with the rates of OpenFlamingo's training script.
 Differs:
-- the review's text names OPT-1.3B, its checkpoint OpenFlamingo-3B-vitl-mpt1b. That one's language model, MPT-1B, is out
-  of scope: ALiBi in place of positions and norms on queries and keys are nowhere else in these papers, and there is
-  nothing at hand to check them against;
+- the review's text names OPT-1.3B, its checkpoint OpenFlamingo-3B-vitl-mpt1b: both are here, trained alike;
+- MPT's LayerNorms run in float32 under autocast, where its code casts to half precision first;
 - weight decay reaches all matrices that train; the script spares the resampler's;
 - "every n" counts layers n-1, 2n-1 ...: 1, 3, 5 for n = 2, where Lynx's adapters stand at 0, 2, 4.
 """
@@ -21,7 +21,10 @@ import dataclasses
 from nanovlm.data.templates import OPEN_FLAMINGO
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.generation.sampler import Decoding
-from nanovlm.published.language import OPT_LAYER, OPT_REST, complete, expect, opt_config, with_vocabulary
+from nanovlm.names import nearest
+from nanovlm.published.language import (
+    OPT_LAYER, OPT_REST, complete, expect, mpt_config, mpt_tables, opt_config, with_vocabulary,
+)
 from nanovlm.published.vision import OPEN_CLIP, clip_config
 from nanovlm.published.weights import Fused, prefixed
 from nanovlm.recipes.papers import (
@@ -31,41 +34,49 @@ from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
+VISION = {"vision": CLIP_LARGE | {"image_size": 224}, "vision_width": 1024, "resampler": {"depth": 6, "num_latents": 64}}
+TINY = {"vision": tiny_vision(28, patch_size=14), "vision_width": 32, "resampler": {"depth": 2, "num_latents": 4}}
 CONFIGS = {
-    "full": {
-        "vision": CLIP_LARGE | {"image_size": 224},
-        "vision_width": 1024,
-        "resampler": {"depth": 6, "num_latents": 64},
-        "cross_attn_every_n_layers": 1,
-        "media_token_id": 50266,
-        "llm": {
-            "vocab_size": 50267, "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
-            "max_position_embeddings": 2048,
-        },
-    },
-    "tiny": {
-        "vision": tiny_vision(28, patch_size=14),
-        "vision_width": 32,
-        "resampler": {"depth": 2, "num_latents": 4},
-        "cross_attn_every_n_layers": 2,
-        "media_token_id": 511,
-        "llm": tiny_language(48, layers=4, heads=4, ffn_dim=96),
-    },
+    "full": VISION | {"cross_attn_every_n_layers": 1, "media_token_id": 50266, "llm": {
+        "vocab_size": 50267, "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    }},
+    "mpt1b": VISION | {"cross_attn_every_n_layers": 1, "media_token_id": 50278, "llm": {
+        "model_type": "mosaic_gpt", "vocab_size": 50280, "d_model": 2048, "n_heads": 16, "n_layers": 24, "max_seq_len": 2048,
+    }},
+    "mpt7b": VISION | {"cross_attn_every_n_layers": 4, "media_token_id": 50278, "llm": {
+        "model_type": "mpt", "vocab_size": 50280, "d_model": 4096, "n_heads": 32, "n_layers": 32, "max_seq_len": 2048,
+    }},
+    "tiny": TINY | {"cross_attn_every_n_layers": 2, "media_token_id": 511,
+                    "llm": tiny_language(48, layers=4, heads=4, ffn_dim=96)},
+    "tiny_mpt": TINY | {"cross_attn_every_n_layers": 2, "media_token_id": 511, "llm": {
+        "model_type": "mosaic_gpt", "vocab_size": 512, "d_model": 48, "n_heads": 4, "n_layers": 4, "max_seq_len": 256,
+    }},
 }  # fmt: skip
+LANGUAGE = {"opt": ("full", opt_config), "mosaic_gpt": ("mpt1b", mpt_config), "mpt": ("mpt7b", mpt_config)}
+
+
+def kind_of(config):
+    """model_type of a config's language model: a key of LANGUAGE. Raises: ValueError for any other."""
+    kind = (config.get("llm") or {}).get("model_type") or "opt"
+    if kind not in LANGUAGE:
+        raise ValueError(f"config: llm is of model_type {kind!r}; OpenFlamingo stands on {', '.join(LANGUAGE)}"
+                         f"{nearest(kind, LANGUAGE)}")
+    return kind
 
 
 def build(config):
-    """OpenFlamingo on OPT.
+    """OpenFlamingo on OPT or MPT.
 
     Args:
       config: dict with vision (CLIP's config.json; absent: no tower is built, and the model starts from features of
-        vision_width channels), resampler, cross_attn_every_n_layers, media_token_id and llm (OPT's config.json).
-        What it leaves out is as released.
+        vision_width channels), resampler, cross_attn_every_n_layers, media_token_id and llm (the
+        language model's config.json, OPT's if it names no model_type). What it leaves out is as released.
     Returns: vlm.VLM; its vision is None without a tower.
-    Raises: ValueError for what cannot be built, such as MPT as the language model.
+    Raises: ValueError for what cannot be built.
     """
-    expect(config.get("llm", {}), "model_type", "opt", "a language model that is out of scope (MPT: ALiBi, norms on q and k)")
-    defaults = {key: value for key, value in CONFIGS["full"].items() if key != "vision"}
+    size, read = LANGUAGE[kind_of(config)]
+    defaults = {key: value for key, value in CONFIGS[size].items() if key != "vision"}
     config = complete(config, defaults)
     vision, width, latents = None, config["vision_width"], config["resampler"]
     if config.get("vision") is not None:
@@ -73,7 +84,7 @@ def build(config):
         expect(config, "vision_width", vision.config.width, "features of another width than the tower's")
     bridge = Resampler(width, width, latents["num_latents"], latents["depth"], num_heads=8, head_width=64,
                        ffn_width=4 * width, attend_to_latents=True)
-    llm = opt_config(config["llm"])
+    llm = read(config["llm"])
     every = config["cross_attn_every_n_layers"]
     layers = tuple(LayerOptions(cross_attention=(i + 1) % every == 0) for i in range(len(llm.layers)))
     decoder = Decoder(dataclasses.replace(llm, layers=layers, cross_attention_width=width))
@@ -99,15 +110,18 @@ CROSS_ATTENTION = (
 
 def LAYOUT(config):
     """Published names on the left, ours on the right; the second places of layers and cross-attention are only read."""
-    layer, ours = "lang_encoder.model.decoder.layers.{i}.", "decoder.layers.{i}."
+    layers, names, rest = "lang_encoder.model.decoder.layers.{i}.", OPT_LAYER, OPT_REST
+    if kind_of(config) != "opt":
+        layers, (names, rest) = "lang_encoder.transformer.blocks.{i}.", mpt_tables(config["llm"])
+    ours = "decoder.layers.{i}."
     return (
         *prefixed(OPEN_CLIP, "vision_encoder.", "vision."),
         *prefixed(RESAMPLER, "perceiver.", "bridge."),
-        *prefixed(OPT_REST, "lang_encoder.", "decoder."),
-        *prefixed(CROSS_ATTENTION, f"{layer}gated_cross_attn_layer.", f"{ours}cross_attention."),
-        *prefixed(OPT_LAYER, f"{layer}decoder_layer.", ours),
+        *prefixed(rest, "lang_encoder.", "decoder."),
+        *prefixed(CROSS_ATTENTION, f"{layers}gated_cross_attn_layer.", f"{ours}cross_attention."),
+        *prefixed(names, f"{layers}decoder_layer.", ours),
         *prefixed(CROSS_ATTENTION, "lang_encoder.gated_cross_attn_layers.{i}.", f"{ours}cross_attention."),
-        *prefixed(OPT_LAYER, "lang_encoder.old_decoder_blocks.{i}.", ours),
+        *prefixed(names, "lang_encoder.old_decoder_blocks.{i}.", ours),
     )
 
 
@@ -126,7 +140,8 @@ DECODINGS = {  # what ends a reply is the template's; "caption" and "vqa" are th
     "vqa": Decoding(max_new_tokens=5, num_beams=3, length_penalty=0.0),
 }
 
-CONTENTS = "released files hold the resampler and the cross-attention; CLIP's tower and OPT come from their own files"
+CONTENTS = ("released files hold the resampler, the cross-attention and MPT's words; CLIP's tower and the language model come "
+            "from their own files")
 RECIPE = published_recipe(
     "open_flamingo", build, LAYOUT, CONFIGS, CONTENTS, build=build_for_tokenizer, stages=shrinking(STAGES, {224: 28}),
     template=OPEN_FLAMINGO, decodings=DECODINGS, expected={"instruct": Expected(150)},

@@ -116,13 +116,25 @@ SIZES = {  # family -> part of the config -> (beginning of the names, their tabl
             "cross_attn_every_n_layers": ("lang_encoder.model.decoder.layers.{i}.gated_cross_attn_layer.", STEP),
         }),
     },
+    "open_flamingo on mpt": {
+        "resampler": ("perceiver.", {"depth": ("layers.{i}.", COUNT), "num_latents": ("latents", 0)}),
+        "llm": ("lang_encoder.transformer.", {
+            "vocab_size": ("wte.weight", 0), "d_model": ("wte.weight", 1), "n_layers": ("blocks.{i}.decoder_layer.", COUNT),
+        }),
+        "": ("", {
+            "vision_width": ("perceiver.latents", 1),
+            "cross_attn_every_n_layers": ("lang_encoder.transformer.blocks.{i}.gated_cross_attn_layer.", STEP),
+        }),
+    },
 }  # fmt: skip
 
 
 def settled(golden, config):
     """A config with what it leaves out read off the shapes: dict; config: the golden file's, in the recipe's own form."""
     config, shapes = json.loads(json.dumps(config)), {name: tuple(tensor.shape) for name, tensor in golden.weights.items()}
-    for part, (prefix, table) in SIZES[golden.family].items():
+    mpt = next((kind for kind, norm in (("mosaic_gpt", "ln_f"), ("mpt", "norm_f"))
+                if f"lang_encoder.transformer.{norm}.weight" in shapes), None)
+    for part, (prefix, table) in SIZES[f"{golden.family} on mpt" if mpt else golden.family].items():
         told = config.setdefault(part, {}) if part else config
         if not isinstance(told, dict):
             raise GoldenError(f"config: {part} is {told!r}; an object with sizes was expected")
@@ -130,6 +142,8 @@ def settled(golden, config):
             value = measured(shapes, prefix + name, what, told)
             if told.get(key) is None and value is not None:
                 told[key] = value
+        if mpt and part == "llm":
+            told.setdefault("model_type", mpt)
         if f"{prefix}embed_positions.weight" in shapes:  # OPT's two unused rows
             told.setdefault("max_position_embeddings", shapes[f"{prefix}embed_positions.weight"][0] - 2)
         angles = shapes.get(f"{prefix}layers.0.self_attn.rotary_emb.inv_freq")

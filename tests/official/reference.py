@@ -5,6 +5,7 @@ reproduce the files in tests/golden/ (test_compare.py holds that), so what they 
 """
 
 import json
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +19,23 @@ def linear(w, name, x):
 
 
 def layer_norm(w, name, x, eps):
-    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w.get(f"{name}.bias"), eps)
 
 
 def rms_norm(weight, x, eps):
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def attend(q, k, v, num_heads, allowed=None, turn=lambda x: x):
-    """One head after the other; allowed: bool[B, T, S]; turn: what happens to queries and keys of a head [B, T, D]."""
+def attend(q, k, v, num_heads, allowed=None, turn=lambda x: x, slopes=None):
+    """One head after the other; allowed: bool[B, T, S]; turn: what happens to queries and keys of a head [B, T, D]; slopes:
+    of each head's scores along the keys (ALiBi)."""
     width, seen = q.shape[-1] // num_heads, []
     for head in range(num_heads):
         kv = head * k.shape[-1] // q.shape[-1]  # grouped queries
         mine, theirs = slice(head * width, (head + 1) * width), slice(kv * width, (kv + 1) * width)
         scores = turn(q[..., mine]) @ turn(k[..., theirs]).transpose(1, 2) / width**0.5
+        if slopes is not None:
+            scores = scores + slopes[head] * torch.arange(1 - k.shape[1], 1)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
         seen.append(scores.softmax(-1).nan_to_num(0.0) @ v[..., theirs])
@@ -267,6 +271,40 @@ def llava_phi(w, config, inputs):
     return out
 
 
+def look(w, gated, x, flat, allowed):
+    """A layer's cross-attention, where it has one."""
+    if f"{gated}attn_gate" not in w:
+        return x
+    q = linear(w, f"{gated}attn.to_q", layer_norm(w, f"{gated}attn.norm", x, 1e-5))
+    k, v = linear(w, f"{gated}attn.to_kv", flat).chunk(2, dim=-1)
+    x = x + w[f"{gated}attn_gate"].tanh() * linear(w, f"{gated}attn.to_out", attend(q, k, v, 8, allowed))
+    h = mlp(w, f"{gated}ff.1", f"{gated}ff.3", layer_norm(w, f"{gated}ff.0", x, 1e-5), F.gelu)
+    return x + w[f"{gated}ff_gate"].tanh() * h
+
+
+def opt_layer(w, layer, x, config, real):
+    h = layer_norm(w, f"{layer}self_attn_layer_norm", x, 1e-5)
+    heads = config["num_attention_heads"]
+    seen = attend(*qkv(w, f"{layer}self_attn", h, heads), heads, causal(real))
+    x = x + linear(w, f"{layer}self_attn.out_proj", seen)
+    return x + mlp(w, f"{layer}fc1", f"{layer}fc2", layer_norm(w, f"{layer}final_layer_norm", x, 1e-5), F.relu)
+
+
+def mpt_layer(w, layer, x, config, real):
+    old, heads = config["model_type"] == "mosaic_gpt", config["n_heads"]
+    clip = config["attn_clip_qkv"] if old else config["attn_config"]["clip_qkv"]
+    norm, up, down = ("ln_", "mlp.mlp_up", "mlp.mlp_down") if old else ("norm_", "ffn.up_proj", "ffn.down_proj")
+    parts = linear(w, f"{layer}attn.Wqkv", layer_norm(w, f"{layer}{norm}1", x, 1e-5))
+    q, k, v = (parts if clip is None else parts.clamp(-clip, clip)).chunk(3, dim=-1)
+    if f"{layer}attn.q_ln.weight" in w:
+        q, k = layer_norm(w, f"{layer}attn.q_ln", q, 1e-5), layer_norm(w, f"{layer}attn.k_ln", k, 1e-5)
+    whole = heads if old else 2 ** math.ceil(math.log2(heads))
+    slopes = 2 ** (-8 * torch.arange(1, whole + 1) / whole)
+    slopes = slopes if whole == heads else torch.cat([slopes[1::2], slopes[::2]])[:heads]
+    x = x + linear(w, f"{layer}attn.out_proj", attend(q, k, v, heads, causal(real), slopes=slopes))
+    return x + mlp(w, f"{layer}{up}", f"{layer}{down}", layer_norm(w, f"{layer}{norm}2", x, 1e-5), F.gelu)
+
+
 def open_flamingo(w, config, inputs):
     ids, features = inputs["input_ids"], inputs["vision_features"]
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
@@ -275,23 +313,22 @@ def open_flamingo(w, config, inputs):
     flat = media.flatten(1, 2)
     number = torch.arange(1, media.shape[1] + 1).repeat_interleave(media.shape[2])
     time = (ids == config["media_token_id"]).cumsum(1)
-    allowed, base = time[..., None] == number, "lang_encoder.model.decoder."
-    places = (real.long().cumsum(1) * real - 1) + 2
-    x = w[f"{base}embed_tokens.weight"][ids] + w[f"{base}embed_positions.weight"][places]
-    for i in range(config["llm"]["num_hidden_layers"]):
-        gated, layer = f"{base}layers.{i}.gated_cross_attn_layer.", f"{base}layers.{i}.decoder_layer."
-        if f"{gated}attn_gate" in w:
-            q = linear(w, f"{gated}attn.to_q", layer_norm(w, f"{gated}attn.norm", x, 1e-5))
-            k, v = linear(w, f"{gated}attn.to_kv", flat).chunk(2, dim=-1)
-            x = x + w[f"{gated}attn_gate"].tanh() * linear(w, f"{gated}attn.to_out", attend(q, k, v, 8, allowed))
-            h = mlp(w, f"{gated}ff.1", f"{gated}ff.3", layer_norm(w, f"{gated}ff.0", x, 1e-5), F.gelu)
-            x = x + w[f"{gated}ff_gate"].tanh() * h
-        h = layer_norm(w, f"{layer}self_attn_layer_norm", x, 1e-5)
-        heads = config["llm"]["num_attention_heads"]
-        seen = attend(*qkv(w, f"{layer}self_attn", h, heads), heads, causal(real))
-        x = x + linear(w, f"{layer}self_attn.out_proj", seen)
-        x = x + mlp(w, f"{layer}fc1", f"{layer}fc2", layer_norm(w, f"{layer}final_layer_norm", x, 1e-5), F.relu)
-    return {"visual_tokens": media, "logits": linear(w, "lang_encoder.lm_head", layer_norm(w, f"{base}final_layer_norm", x, 1e-5))}
+    allowed, llm = time[..., None] == number, config["llm"]
+    if llm.get("model_type", "opt") == "opt":
+        base = "lang_encoder.model.decoder."
+        places = (real.long().cumsum(1) * real - 1) + 2
+        words, last = f"{base}embed_tokens", f"{base}final_layer_norm"
+        x = w[f"{words}.weight"][ids] + w[f"{base}embed_positions.weight"][places]
+        layers, run, number = f"{base}layers.", opt_layer, llm["num_hidden_layers"]
+    else:
+        base = "lang_encoder.transformer."
+        words, last = f"{base}wte", f"{base}ln_f" if llm["model_type"] == "mosaic_gpt" else f"{base}norm_f"
+        x, layers, run, number = w[f"{words}.weight"][ids], f"{base}blocks.", mpt_layer, llm["n_layers"]
+    for i in range(number):
+        x = look(w, f"{layers}{i}.gated_cross_attn_layer.", x, flat, allowed)
+        x = run(w, f"{layers}{i}.decoder_layer.", x, llm, real)
+    out = {"visual_tokens": media, "logits": F.linear(layer_norm(w, last, x, 1e-5), w[f"{words}.weight"])}
+    return out | ({"loss": loss_of(out["logits"], inputs["labels"])} if "labels" in inputs else {})
 
 
 OFFICIAL = {"lynx": lynx, "mplug_owl2": mplug_owl2, "llava_phi": llava_phi, "open_flamingo": open_flamingo}
@@ -304,7 +341,7 @@ def random_weights(shapes):
         value = torch.randn(shape)
         if len(shape) < 2:
             weights[name] = 0.3 * value + name.endswith(("weight", "scaling"))  # a norm's, or Lynx's scale
-        elif name.endswith("weight") and "embed_" not in name:
+        elif name.endswith("weight") and "embed_" not in name and "wte" not in name:
             weights[name] = value / value[0].numel() ** 0.5
         else:  # tables, tokens, latents
             weights[name] = 0.5 * value

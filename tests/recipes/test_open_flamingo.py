@@ -1,10 +1,22 @@
 """OpenFlamingo: its tower under open_clip's names, its sizes, and what is refused; official outputs: tests/official."""
 
+import json
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from nanovlm.published.weights import to_ours, to_published
+from nanovlm import recipes
+from nanovlm.architecture import architecture
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.published.language import mpt_layout
+from nanovlm.published.vision import OPEN_CLIP_PAIR
+from nanovlm.published.weights import plan, prefixed, shapes_of, to_ours, to_published, write_checkpoint
 from nanovlm.recipes import open_flamingo
+from nanovlm.recipes.__main__ import main
 from parity import CLOSE, perturb
 
 
@@ -55,9 +67,90 @@ def test_full_size():
     assert all(layer.cross_attention is not None for layer in model.decoder.layers)  # Table 8: every layer
 
 
-def test_mpt_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="'mpt'.*ALiBi"):
-        open_flamingo.build({"llm": {"model_type": "mpt"}})
+def test_other_language_models_are_refused_by_name():
+    with pytest.raises(ValueError, match="'gpt_neox'.*mosaic_gpt"):
+        open_flamingo.build({"llm": {"model_type": "gpt_neox"}})
+
+
+MANIFESTS = [Path(os.environ.get("NANOVLM_SHARED", "absent"), "manifests", f"openflamingo-{name}.json")
+             for name in ("3b-vitl-mpt1b", "9b-vitl-mpt7b")]  # fmt: skip
+
+
+@pytest.mark.skipif(not MANIFESTS[0].exists(), reason="the manifests are in the folder that NANOVLM_SHARED names")
+@pytest.mark.parametrize("path", MANIFESTS)
+def test_every_tensor_of_the_manifests_in_and_out(path):
+    """Whole, in both places where a layer is listed, and as the three files that are published."""
+    manifest = json.loads(path.read_text())
+    shapes, (size, every) = manifest["tensors"], (("mpt1b", 1) if "mpt1b" in path.name else ("mpt7b", 4))
+    with torch.device("meta"):
+        model, table = open_flamingo.build(open_flamingo.CONFIGS[size]), open_flamingo.LAYOUT(manifest["config"])
+    assert architecture(model, None) == architecture(open_flamingo.RECIPE.published.on_meta(manifest["config"])[0], None)
+    ours, unused = shapes_of(model), set(manifest["unused"])
+    found = plan(table, shapes, ours)
+    found.check(path.name)
+    assert found.skipped.keys() == unused
+    written = {name: list(tensor.shape) for name, tensor in to_published(table, model.state_dict()).items()}
+    assert written == {name: shape for name, shape in shapes.items() if name not in unused}
+    assert [layer.cross_attention is not None for layer in model.decoder.layers] == [
+        (i + 1) % every == 0 for i in range(len(model.decoder.layers))
+    ]
+    again = {re.sub(r"transformer.blocks.(\d+).decoder_layer", r"old_decoder_blocks.\1", name): shape for name, shape in shapes.items()}
+    again = {re.sub(r"transformer.blocks.(\d+).gated_cross_attn_layer", r"gated_cross_attn_layers.\1", name): shape
+             for name, shape in again.items()}
+    assert len(again.keys() - shapes.keys()) in (manifest["second_places"]["num"], manifest["second_places"]["num"] - 1)
+    head = {"lang_encoder.lm_head.weight": shapes["lang_encoder.transformer.wte.weight"]}  # transformers' MPT lists it
+    for both in (again | head, shapes | again | head):
+        plan(table, both, ours).check("second places")
+
+    files, filled = manifest["files"], set()
+    hub = {name: shape for name, shape in files["language_model"]["tensors"].items()}
+    decoder = {name: shape for name, shape in ours.items() if name.startswith("decoder.")}
+    language = plan(prefixed(mpt_layout({}), ours="decoder."), hub, decoder, ("decoder.embedding.weight",))
+    vision = plan(prefixed(OPEN_CLIP_PAIR, ours="vision."), files["vision"]["tensors"],
+                  {name: shape for name, shape in ours.items() if name.startswith("vision.")})
+    trained = plan(table, files["trained"]["tensors"], ours)
+    for one in (language, vision, trained):
+        one.check(path.name, partly=True)
+        filled |= one.filled().keys()
+    assert filled == ours.keys() and "decoder.embedding.weight" in trained.filled()
+    assert language.resized.keys() == {"decoder.embedding.weight"} and language.resized["decoder.embedding.weight"][1][0] == 50280
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda tensors: tensors,
+    lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
+    lambda tensors: {"model_state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}, "epoch": 3},
+])  # fmt: skip
+def test_the_three_published_files_become_one_model(tmp_path, wrap):
+    """MPT as on the hub, with spare rows; open_clip's file with its text side; and over them what was trained."""
+    config = open_flamingo.CONFIGS["tiny_mpt"]
+    torch.manual_seed(0)
+    model, words = perturb(open_flamingo.build(config)), {}
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if name.startswith("decoder.") and "cross_attention" not in name:
+            words[name.removeprefix("decoder.")] = tensor
+    words["embedding.weight"] = torch.randn(530, 48)
+    language, tower = tmp_path / "mpt-1b", tmp_path / "open_clip.pt"
+    language.mkdir()
+    write_checkpoint(language, mpt_layout(config["llm"]), words)
+    assert "transformer.blocks.0.ln_1.weight" in load_file(language / "model.safetensors")  # MPT-1B's names
+    train_tokenizer(["a red circle and a blue star"] * 9, 300).save(language / "tokenizer.json")
+    clip = {n.removeprefix("vision."): t for n, t in state.items() if n.startswith("vision.")}
+    torch.save(to_published(OPEN_CLIP_PAIR, clip) | {"visual.proj": torch.zeros(32, 8), "logit_scale": torch.ones(()),
+               "transformer.resblocks.0.ln_1.weight": torch.ones(8), "token_embedding.weight": torch.ones(3, 8)}, tower)  # fmt: skip
+    trained = {name: tensor for name, tensor in to_published(open_flamingo.LAYOUT(config), state).items()
+               if name.startswith("perceiver.") or "gated_cross_attn_layer." in name or "wte" in name}
+    torch.save(wrap(trained), tmp_path / "checkpoint.pt")
+    flags = ["--family", "open_flamingo", "--size", "tiny_mpt", "--vision", str(tower), "--language", str(language)]
+    assert main(["convert", *flags, str(tmp_path / "checkpoint.pt"), str(tmp_path / "out")]) == 0
+    loaded = recipes.load(tmp_path / "out")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())
+    assert loaded.model.media_token == loaded.tokenizer.special_id("<image>")
+    assert loaded.tokenizer.special_id("<|endofchunk|>") == loaded.model.media_token - 1
+    assert main(["convert", "--to", "published", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert trained.keys() < back.keys() and all(torch.equal(back[name], tensor) for name, tensor in trained.items())
 
 
 def test_stage_is_that_of_table_8():
