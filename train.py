@@ -22,7 +22,7 @@ from nanovlm.training.cost import plan
 from nanovlm.training.processes import join, leave
 from nanovlm.training.progress import Stopped, StopRequests
 from nanovlm.training.stages import PRECISIONS
-from nanovlm.training.start import make_run
+from nanovlm.training.start import as_after_init, make_run
 from nanovlm.training.trainer import Trainer
 from nanovlm.training.update import TrainingError
 
@@ -74,7 +74,8 @@ def make_parser():
     add("--stages", type=names, help="train only these stages, with commas between them")
     add("--without", type=names, action="extend", default=[], metavar="STAGE", help="leave out a stage")
     add("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a value of a stage")
-    add("--init", metavar="FOLDER", help="start from the model in this folder instead of from nothing")
+    add("--init", nargs="+", metavar="MODEL", help="start from the model in this folder, or of this name at huggingface.co, instead "
+        "of from nothing; a published one also from parts: vision=MODEL language=MODEL [bridge=MODEL]")
     add("--lora", type=low_rank, metavar="RANK[:ALPHA]", help="low-rank updates in the decoder, for stages that train lora")
     add("--out", metavar="FOLDER", type=Path, help="output folder; default: out/RECIPE")
     add("--resume", action="store_true", help="continue after the last checkpoint in the output folder")
@@ -127,7 +128,7 @@ def meet(parser, args):
 def prepare(parser, args, processes):
     """Find the recipe and make the run; mistakes end the program with one line and status 2."""
     try:
-        recipe = find(args.recipe)
+        recipe = as_after_init(find(args.recipe), args)
         if args.print:
             print("\n".join(plan(recipe, args)))
             sys.exit(0)

@@ -74,6 +74,29 @@ def slow_line(dtype, device):
     return None if is_fast(dtype, facts_of(device)) else f"{device} is slow in {dtype} here; float32 is faster"
 
 
+def free_memory(device):
+    """Bytes that are free on a device, on a CPU within its container's limit: int, or None where nothing says so."""
+    device, meminfo, limits = torch.device(device), Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    free = int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1]) * 1024
+    if (limits / "memory.max").exists() and (limits / "memory.max").read_text().strip() != "max":
+        limit, used = (int((limits / f"memory.{name}").read_text()) for name in ("max", "current"))
+        files = int(re.search(r"inactive_file (\d+)", (limits / "memory.stat").read_text())[1])  # which give way
+        free = min(free, limit - used + files)
+    return free
+
+
+def check_memory(needed, device, what):
+    """Raise ValueError if so many bytes are not free on a device; what: for whom, in words."""
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise ValueError(f"{what} take {needed / 1e9:,.1f} GB, and {device} has {free / 1e9:,.1f} GB free; take a smaller model, "
+                         "a smaller type (--dtype bfloat16) or a larger machine, or train fewer parts (--lora 8)")
+
+
 def default_device():
     """The device that is used unless another is named: "cuda" if there is one, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,38 +11,19 @@ weights_only=True.
 
 import copy
 import json
-import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import nanovlm
 from nanovlm.files import new_folder
 from nanovlm.published.hub import find
-from nanovlm.published.language import LANGUAGE_MODELS, complete, read_json, with_vocabulary
-from nanovlm.published.load import (
-    KNOWN, MODEL_TYPES, added_tokens, family_of, find_family, load_tokenizer, open_trained, read_config, with_weights,
-)
-from nanovlm.published.vision import (
-    BEHIND, BLIP2_REST, CLIP, EVA, OPEN_CLIP, OPEN_CLIP_PAIR, OTHER_SIDE, eva_original, resize, vision_of,
-)
-from nanovlm.published.weights import (
-    OURS, Checkpoint, Plan, WeightsError, by_part, count, open_checkpoint, plan, prefixed, read_weights, shapes_of,
-    write_checkpoint,
-)
-
-WORDS = ("decoder.embedding.weight", "decoder.lm_head.weight", "decoder.lm_head.bias")
-BRANCH = re.compile(r"\.(text|vision)\.")  # in the decoder: a modality-adaptive copy of what language models have once
-
-
-class Source(NamedTuple):
-    """A checkpoint and what it fills; names: {our name: the name under which the Plan has it}."""
-
-    checkpoint: Checkpoint
-    found: Plan
-    names: dict
+from nanovlm.published.language import complete, read_json, with_vocabulary
+from nanovlm.published.load import KNOWN, MODEL_TYPES, family_of, find_family, open_trained, read_config, with_weights
+from nanovlm.published.parts import put_together, with_sizes_of, with_tokenizer
+from nanovlm.published.vision import vision_of
+from nanovlm.published.weights import OURS, count, open_checkpoint, shapes_of, write_checkpoint
 
 
 def convert(args, families, recipes):
@@ -54,51 +35,35 @@ def convert(args, families, recipes):
     Raises: ValueError or OSError, in words for the user; OUT then does not exist.
     """
     paths, out = [find(path) for path in args.paths[:-1]], Path(args.paths[-1])
-    args.vision, args.language = (place and find(place) for place in (args.vision, args.language))
     if args.to == "published":
         if len(paths) != 1 or args.vision or args.language:
             raise ValueError("--to published takes one folder and OUT")
         return export(paths[0], out, args, families, recipes)
     if not paths and not (args.vision and args.language):
         raise ValueError("name a checkpoint before OUT, or both --vision and --language")
-    family, config = choose_config(args, paths, families)
+    places = {part: find(place) for part, place in (("vision", args.vision), ("language", args.language)) if place}
+    family, config = choose_config(args, places, paths, families)
     published = families[family]
     recipe = next((recipe for recipe in recipes.values() if recipe.published is published), None)
-    model, table = published.on_meta(config)
-    resize(model, args.image_size)
-    ours = shapes_of(model)
-    sources = find_sources(args, paths, model, table)
-    filled = [source.found.filled() for source in sources]
-    rest = [name for name in ours if not any(one.names.get(name) in names for one, names in zip(sources, filled))]
-    if rest and paths:
-        parts = [f"  {part}: {len(names)} tensors, from {names[0]}" for part, names in by_part(model, rest).items()]
-        raise WeightsError("\n".join([
-            f"no file holds {len(rest)} of the model's {len(ours)} tensors:", *parts, f"  {published.contents}",
-            "  give a checkpoint of the tower with --vision, of the language model with --language"]))
-    kinds = {source.checkpoint.headers[name].dtype for source in sources for name in source.found.consumed}
-    dtype = vars(torch)[args.dtype] if args.dtype else kinds.pop() if len(kinds) == 1 else torch.float32
-    state, lines = {}, []
-    for checkpoint, found, names in sources:
-        tensors = read_weights(found, checkpoint, dtype, "cpu")
-        for name in [name for name in ours if names.get(name) in tensors]:
-            state[name] = tensors[name] if name in tensors else tensors[names[name]].clone()
-        number = len(found.consumed.keys() - found.skipped)
-        lines += [*checkpoint.notes, f"{checkpoint.where}: {number} tensors", *found.remarks()]
-    state = initialised(published, config, args, dtype) | state if rest else state
-    lines += [f"initialised from seed {args.seed}: {part}, {len(names)} tensors, "
-              f"{count(ours[name] for name in names):,} parameters" for part, names in by_part(model, rest).items()]
+    held, config = with_tokenizer(recipe, config, [*filter(None, [places.get("language")]), *paths])
+    wanted = vars(torch)[args.dtype] if args.dtype else None
+    model, lines, rest = put_together(published, config, places, paths, args.image_size, args.seed, wanted)
+    state, shapes, told = model.state_dict(), shapes_of(model), "no tokenizer found: put the model's tokenizer files into OUT before it is asked anything"
     with new_folder(out) as folder:
-        told, config = write_tokenizer(folder, [*filter(None, [args.language]), *paths], recipe, config)
-        write_checkpoint(folder, OURS, {name: state[name] for name in ours}, int(args.max_shard_gb * 1e9))
-        settings = {"family": family, "config": config, "sources": [source.checkpoint.where for source in sources],
+        if held:
+            held[1].save(folder / "tokenizer.json")
+            told = f"tokenizer of {held[0]}: {held[1].vocab_size} tokens"
+        write_checkpoint(folder, OURS, state, int(args.max_shard_gb * 1e9))
+        settings = {"family": family, "config": config, "sources": [str(one) for one in (*places.values(), *paths)],
                     "initialised": sorted(rest), "seed": args.seed, "version": nanovlm.__version__}
         if recipe is not None:
             settings["image_size"] = vision_of(model).image_size if vision_of(model) else 0
         (folder / "config.json").write_text(json.dumps(settings, indent=1))
-    return [*lines, told, f"written: {out} ({family}, {count(ours.values()):,} parameters, {dtype})"]
+    dtype = next(iter(state.values())).dtype
+    return [*lines, told, f"written: {out} ({family}, {count(shapes.values()):,} parameters, {dtype})"]
 
 
-def choose_config(args, paths, families):
+def choose_config(args, places, paths, families):
     """Family and sizes of the model: (str, dict); --config, then --size, then the source's config.json."""
     path = next((path / "config.json" for path in paths if (path / "config.json").exists()), None)
     beside = read_json(path) if path else {}
@@ -116,65 +81,7 @@ def choose_config(args, paths, families):
     if size not in configs:
         raise ValueError(f"family {family!r} has no size {size!r}; there are {', '.join(configs) or 'none'}; give "
                          "--config FILE.json")
-    return family, configs[size]
-
-
-def find_sources(args, paths, model, table):
-    """Everything that will be read, in order: list of Source. Raises: WeightsError for what has no place."""
-    ours, sources = shapes_of(model), []
-
-    def best(path, tables, prefix, names, resizable):
-        """A tower or language model in that of the known layouts which fits it best."""
-        checkpoint = open_checkpoint(path)
-        shapes = {theirs: ours[name] for name, theirs in names.items() if name.startswith(prefix)}
-        plans = [plan(prefixed(table, ours=prefix), checkpoint.shapes, shapes, resizable) for table in tables]
-        found = min(plans, key=lambda one: len(one.unexpected) + len(one.misshaped) + len(one.missing))
-        sources.append(Source(checkpoint, found, names))
-
-    same = {name: name for name in ours}
-    if args.language:
-        plain = {name: BRANCH.sub(".", name) for name in ours}  # both copies start equal: mPLUG-Owl2, Sec. 3.3
-        best(args.language, [one.layout({}) for one in LANGUAGE_MODELS.values()], "decoder.", plain, WORDS)
-    if args.vision:
-        original = eva_original(vision_of(model).config.num_layers)
-        tables = (*CLIP, *OTHER_SIDE), (*EVA, *BLIP2_REST), original, OPEN_CLIP, OPEN_CLIP_PAIR
-        tables = [(*one, *BEHIND) for one in tables]
-        best(args.vision, tables, "vision.", same, ("vision.positions",))
-    for path in paths:
-        checkpoint = open_checkpoint(path)
-        resizable = ("vision.positions", "positions") if args.image_size else ()
-        sources.append(Source(checkpoint, plan(table, checkpoint.shapes, ours, resizable), same))
-    for source in sources:
-        source.found.check(source.checkpoint.where, partly=True)
-    return sources
-
-
-def initialised(published, config, args, dtype):
-    """A new model's tensors, from the seed: {name: Tensor}."""
-    torch.manual_seed(args.seed)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    model = published.build(config)
-    torch.set_default_dtype(before)
-    resize(model, args.image_size)
-    return model.state_dict()
-
-
-def write_tokenizer(folder, places, recipe, config):
-    """Write the tokenizer of the first place that has one.
-
-    Returns: (line to print, config with the id that this tokenizer gives the token of a picture, if the model has one).
-    """
-    for place in places:
-        try:
-            tokenizer = load_tokenizer(place, added=added_tokens(recipe))
-        except FileNotFoundError:
-            continue
-        tokenizer.save(folder / "tokenizer.json")
-        if recipe is not None and recipe.template.media_token:
-            config = config | {"media_token_id": tokenizer.special_id(recipe.template.media_token)}
-        return f"tokenizer of {place}: {tokenizer.vocab_size} tokens", config
-    return "no tokenizer found: put the model's tokenizer files into OUT before it is asked anything", config
+    return family, configs[size] if args.size else with_sizes_of(configs[size], places)
 
 
 def export(source, out, args, families, recipes):

@@ -33,6 +33,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from nanovlm.architecture import UNBUILT
+from nanovlm.machine import check_memory
 from nanovlm.vit import resize_positions
 from nanovlm.vlm import VLM, part_of
 
@@ -544,6 +545,8 @@ def load_weights(model, table, checkpoint, dtype=torch.float32, device="cpu", re
     """
     found = plan(table, checkpoint.shapes, shapes_of(model), resizable)
     found.check(checkpoint.where)
+    needed = count(shapes_of(model).values()) * dtype.itemsize
+    check_memory(needed, device, f"the weights of {checkpoint.where}, as {str(dtype).removeprefix('torch.')},")
     model.load_state_dict(read_weights(found, checkpoint, dtype, device), assign=True)
     return found
 

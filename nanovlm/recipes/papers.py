@@ -4,6 +4,7 @@ import dataclasses
 
 from nanovlm.published.language import with_vocabulary
 from nanovlm.published.load import added_tokens, load_tokenizer
+from nanovlm.published.parts import start
 from nanovlm.published.weights import Fused, Published
 from nanovlm.recipes.recipe import Expected, Recipe
 from nanovlm.training.stages import Stage
@@ -94,4 +95,5 @@ def published_recipe(family, build, layout, configs, contents="", /, **fields):
         return build(with_vocabulary(configs[size], vocab_size))
 
     recipe = Recipe(family, tuple(configs), tokenizer=no_tokenizer, published=published, **{"build": sized} | fields)
-    return dataclasses.replace(recipe, load_tokenizer=lambda folder: load_tokenizer(folder, added_tokens(recipe)))
+    return dataclasses.replace(recipe, load_tokenizer=lambda folder: load_tokenizer(folder, added_tokens(recipe)),
+                               open_init=start)

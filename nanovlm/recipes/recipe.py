@@ -59,6 +59,10 @@ class Recipe:
     prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # data set -> ways to ask, see data/datasets.py
     log: Callable | None = None         # (entry) -> None, is told every line of the log, see progress.py
     expected: dict[str, Expected] = field(default_factory=dict)  # stage -> what it costs
+    open_init: Callable | None = None   # (this recipe, what stands after --init, size, seed) -> it as it is there
+    load: Callable | None = None        # () -> vlm.VLM with the weights after --init
+    source: dict[str, Any] = field(default_factory=dict)  # config.json of the published model after --init
+    files: tuple[Path, ...] = ()        # of that model, which the run's folder keeps: tokenizer, processor, chat template
     weights: tuple[str, ...] = ()       # what to start from: `PART=NAME  what it is`, where NAME is for published/hub.py or not fetched
 
     def expects(self, stage):

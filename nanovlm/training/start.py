@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import string
 from pathlib import Path
 
@@ -13,15 +14,15 @@ from nanovlm import lora
 from nanovlm.architecture import architecture, rebuild
 from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.files import digest
-from nanovlm.machine import facts_of, slow_line, training_precision
+from nanovlm.machine import check_memory, facts_of, slow_line, training_precision
 from nanovlm.names import nearest
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.processes import Processes, Run
 from nanovlm.training.progress import say
-from nanovlm.training.stages import choose, override, text_side
+from nanovlm.training.stages import all_parts, choose, override, text_side
 from nanovlm.vit import check_image_size
 
-NOT_ASKED = ("image_size", "architecture", "recipe_sha256")  # keys of config.json that no flag repeats
+NOT_ASKED = ("image_size", "architecture", "recipe_sha256", "published")  # keys of config.json that no flag repeats
 SAME = ("recipe", "seed", "smoke", "init", "data", "images", "datasets")  # flags that a resumed run must repeat
 DEFAULT_THREADS = 2  # at most; more gain little at this size, and the count decides the last bits of every sum
 
@@ -105,6 +106,7 @@ def settle(args, size, stages, saved, lost):
     """
     threads = args.threads or (saved["threads"] if saved else min(DEFAULT_THREADS, len(os.sched_getaffinity(0))))
     settings = {name: vars(args)[name] for name in SAME} | {
+        "init": args.init and " ".join(args.init),
         "size": size, "threads": threads, "stage_names": [stage.name for stage in stages],
         "stages": {stage.name: dataclasses.asdict(stage) for stage in stages},
     }  # fmt: skip
@@ -120,7 +122,7 @@ def settle(args, size, stages, saved, lost):
 def find_tokenizer(recipe, out, init):
     """The tokenizer of this run: its own from before, that of the model it starts from, or a new one."""
     folder = out if (out / "tokenizer.json").exists() else init
-    return recipe.tokenizer() if folder is None else recipe.load_tokenizer(folder)
+    return recipe.tokenizer() if folder is None or recipe.load else recipe.load_tokenizer(folder)
 
 
 def build_models(recipe, size, vocab_size, seed, recorded=None):
@@ -128,12 +130,15 @@ def build_models(recipe, size, vocab_size, seed, recorded=None):
 
     recorded: `architecture` of the models as they once were, which the recipe may since have changed; or None.
     """
+    def build():
+        model = recipe.build(size, vocab_size)
+        return model, None if recipe.contrastive is None else recipe.contrastive(size, model)
+
+    if recorded:
+        with torch.device("meta"):
+            changed = recorded != architecture(*build())
     torch.manual_seed(seed)
-    model = recipe.build(size, vocab_size)
-    contrastive = None if recipe.contrastive is None else recipe.contrastive(size, model)
-    if recorded and recorded != architecture(model, contrastive):
-        return rebuild(recorded)
-    return model, contrastive
+    return rebuild(recorded) if recorded and changed else build()
 
 
 def load_weights(folder, model, contrastive):
@@ -152,6 +157,15 @@ def load_weights(folder, model, contrastive):
     lora.merge(model)
     if contrastive is not None and (folder / "text_tower.safetensors").exists():
         checkpoint.load_file_into(text_side(contrastive), folder / "text_tower.safetensors")
+
+
+def as_after_init(recipe, args):
+    """The recipe, of a published model as its own files after --init say: sizes, pictures, tokenizer. Raises: ValueError."""
+    if not args.init or not recipe.open_init:
+        if len(args.init or ()) > 1:
+            raise ValueError(f"--init {' '.join(args.init)}: recipe {recipe.name!r} starts from one folder")
+        return recipe
+    return recipe.open_init(recipe, args.init, args.size, args.seed)
 
 
 def add_lora(model, stages, chosen):
@@ -180,12 +194,16 @@ def make_run(recipe, args, out, processes=Processes()):
     stages, size = settle_precision(stages, args.device, saved), choose_size(recipe, args.size)
     settings, saved = settle(args, size, stages, saved, lost), saved or {}
     torch.set_num_threads(settings["threads"])
-    tokenizer = find_tokenizer(recipe, out, args.init)
+    tokenizer = find_tokenizer(recipe, out, args.init and args.init[0])
 
     def build(init=None):
-        models = build_models(recipe, size, tokenizer.vocab_size, args.seed, saved.get("architecture"))
-        if init is not None:
-            load_weights(Path(init), *models)
+        if init and recipe.load:
+            torch.manual_seed(args.seed)
+            models = recipe.load(), None
+        else:
+            models = build_models(recipe, size, tokenizer.vocab_size, args.seed, saved.get("architecture"))
+            if init:
+                load_weights(Path(init[0]), *models)
         add_lora(models[0], stages, args.lora)
         return models
 
@@ -193,13 +211,18 @@ def make_run(recipe, args, out, processes=Processes()):
     if processes.mode == "fsdp":  # only the main process ever holds the models whole
         with torch.device("meta"):
             model, contrastive = skeleton = build()
+    elif recipe.published:
+        with torch.device("meta"):
+            sketch = build()
+        check_stages(recipe, stages, *sketch)
+        check_memory(least_memory(all_parts(*sketch), stages), device, "weights, gradients and optimizer")
     if not skeleton or processes.main:
         model, contrastive = build(None if checkpoint.complete(out) else args.init)
     check_stages(recipe, stages, model, contrastive)
     recipe_digest = digest(args.recipe) if args.recipe.endswith(".py") else None
-    made_of = {"architecture": architecture(model, contrastive), "recipe_sha256": recipe_digest}
+    made_of = {"architecture": architecture(model, contrastive), "recipe_sha256": recipe_digest, "published": recipe.source}
     config = settings | {name: value for name, value in made_of.items() if value}
-    processes.by_main(lambda: begin_folder(out, saved, config, tokenizer))
+    processes.by_main(lambda: begin_folder(out, saved, config, tokenizer, recipe.files))
     if processes.main:
         changed = saved.get("recipe_sha256", recipe_digest) != recipe_digest
         for line in [f"{args.recipe} has changed since this run began"] * changed + lost_lines(lost):
@@ -211,12 +234,24 @@ def make_run(recipe, args, out, processes=Processes()):
     return Run(recipe, args, out, settings, model, contrastive, tokenizer, stages, sources, device, processes, skeleton)
 
 
-def begin_folder(out, saved, settings, tokenizer):
-    """Make the output folder, unless it is there, with config.json and tokenizer.json; `saved`: its settings, if any."""
+def least_memory(parts, stages):
+    """Bytes that the hungriest stage takes before its first record: weights, gradients, AdamW's two averages, in float32."""
+    trained = max(sum(one.numel() for group in optimizer.groups(parts, stage) for one in group["params"]) for stage in stages)
+    return 4 * (sum(one.numel() for held in parts.values() for one in held.values()) + 3 * trained)
+
+
+def begin_folder(out, saved, settings, tokenizer, files):
+    """Make the output folder, unless it is there, with config.json and the tokenizer; `saved`: its settings, if any.
+
+    files: of the model that it starts from; without any, the tokenizer is written.
+    """
     out.mkdir(parents=True, exist_ok=True)
     if not saved:
         checkpoint.replace_json(out / "config.json", settings)
-    if not (out / "tokenizer.json").exists():
+    for path in files:
+        if not (out / path.name).exists():
+            checkpoint.replace(out / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+    if not files and not (out / "tokenizer.json").exists():
         checkpoint.replace(out / "tokenizer.json", tokenizer.save)
 
 

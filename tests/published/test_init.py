@@ -1,0 +1,124 @@
+"""`train.py --init`: from separate towers, and from a whole model as it is published; what cannot be is said beforehand."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from nanovlm import machine, recipes
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.generation.sampler import Decoding
+from nanovlm.published import language as languages
+from nanovlm.published import vision as towers
+from nanovlm.published.weights import to_published, write_checkpoint
+from tests.published_folders import folder_with, make_folder
+from tests.random_models import randomise
+
+TOWERS = {"lynx": "eva_original", "mplug_owl2": "CLIP", "llava_phi": "CLIP", "blip2": "EVA", "llava": "CLIP"}
+FOUR = Decoding(max_new_tokens=4)
+LANGUAGES = {"llava_phi": ("PHI", "phi"), "blip2": ("OPT", "opt")}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A LLaVA-style file about two pictures."""
+    items = []
+    for color in ("red", "green"):
+        Image.new("RGB", (40, 30), color).save(tmp_path / f"{color}.png")
+        talk = [{"from": "human", "value": "<image>\nWhich color?"}, {"from": "gpt", "value": color}]
+        items += [{"id": f"{color}{n}", "image": f"{color}.png", "conversations": talk} for n in range(4)]
+    (tmp_path / "data.json").write_text(json.dumps(items))
+    return tmp_path / "data.json"
+
+
+def separate(tmp_path, family):
+    """Folders of a tiny model's tower, language model and, in the paper's own layout, everything; and the model."""
+    published = recipes.FAMILIES[family]
+    config = published.configs["tiny"]
+    model = randomise(published.build(config))
+    table = vars(towers)[TOWERS[family]]
+    table = table(model.vision.config.num_layers) if callable(table) else table
+    write_checkpoint(make_folder(tmp_path / "tower"), table, model.vision.state_dict())
+    if TOWERS[family] == "CLIP":
+        sizes = config.get("vision_config") or config["vision"]
+        (tmp_path / "tower" / "config.json").write_text(json.dumps({"patch_size": 14, "model_type": "clip_vision_model"} | sizes))
+    layout, kind = LANGUAGES.get(family, ("LLAMA", "llama"))
+    words = {name.replace(".text.", "."): tensor for name, tensor in model.decoder.state_dict().items()
+             if ".vision." not in name and ".adapter." not in name}
+    write_checkpoint(make_folder(tmp_path / "words"), vars(languages)[layout], words)
+    sizes = config.get("text_config") or config["llm"]
+    (tmp_path / "words" / "config.json").write_text(json.dumps(sizes | {"model_type": kind}))
+    train_tokenizer(["Which color? red green USER: ASSISTANT: Question: Answer:"] * 9, 300).save(tmp_path / "words" / "tokenizer.json")
+    write_checkpoint(make_folder(tmp_path / "all"), published.layout(config), model.state_dict())
+    return model
+
+
+def run(name, data, tmp_path, *more, code=0):
+    """train.py for a few steps on the CPU."""
+    arguments = [name, "--stages", "instruct", "--data", str(data), "--images", str(data.parent), "--smoke", "--device", "cpu",
+                 "--threads", "1", "--out", str(tmp_path / "out"), *map(str, more)]
+    if code:
+        with pytest.raises(SystemExit) as left:
+            train.main(arguments)
+        assert left.value.code == code
+    else:
+        assert train.main(arguments) == 0
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_from_parts(family, data, tmp_path, capsys):
+    """Every part begins as its own file has it; after training what is frozen is still that, and the folder opens."""
+    model = separate(tmp_path, family)
+    parts = [f"vision={tmp_path / 'tower'}", f"language={tmp_path / 'words'}"]
+    bridge = family in ("blip2", "llava_phi")
+    parts += [f"bridge={tmp_path / 'all'}"] * bridge
+    size = ["--size", "tiny"] if family != "llava" else []  # which takes its sizes from the folders
+    run(family, data, tmp_path, *size, "--set", "instruct.steps=1", "--set", "instruct.tune=bridge",
+        "--set", f"instruct.image_size={model.vision.image_size}", "--init", *parts)
+    found, expected = load_file(tmp_path / "out" / "model.safetensors"), model.state_dict()
+    assert found.keys() == expected.keys()
+    fresh = [name for name in found if not torch.equal(found[name], expected[name])]
+    grafted = {"lynx": (".adapter.",), "mplug_owl2": (".vision.",)}.get(family, ())
+    assert fresh and all(name.startswith("bridge.") or any(one in name for one in grafted) for name in fresh)
+    if bridge:
+        assert all(float((found[name] - expected[name]).abs().max()) < 0.01 for name in fresh)
+    if family == "mplug_owl2":  # the images' copies begin as the words' own
+        name = "decoder.layers.1.attention.k.{}.weight"
+        assert float((found[name.format("vision")] - expected[name.format("text")]).abs().max()) < 0.01
+    loaded = recipes.load(tmp_path / "out")
+    assert loaded.image_size == model.vision.image_size and loaded.ask("Which?", [data.parent / "red.png"], FOUR) is not None
+    assert ("initialised from seed 0: bridge" in capsys.readouterr().out) != bridge
+
+
+@pytest.mark.parametrize(("init", "words"), [
+    (["vision={}/tower", "language={}/nowhere"], "nowhere"), (["visio={}/tower"], "Did you mean 'vision'"),
+    (["vision={}/tower"], "tokenizer"), (["{}/words"], "language={}/words"), (["vision={}/words", "language={}/words"], "words"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_said(init, words, data, tmp_path, capsys):
+    separate(tmp_path, "llava")
+    run("llava", data, tmp_path, "--init", *[one.format(tmp_path) for one in init], code=2)
+    said = capsys.readouterr().err
+    assert words.format(tmp_path) in said and not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_numbers(data, tmp_path, monkeypatch, capsys):
+    model = separate(tmp_path, "llava")
+    parts = [f"vision={tmp_path / 'tower'}", f"language={tmp_path / 'words'}"]
+    number = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(machine, "free_memory", lambda device: 16 * number - 1 if str(device) == "cpu" else None)
+    run("llava", data, tmp_path, "--init", *parts, "--set", "instruct.tune=all", code=2)  # 4 bytes each, gradient, two averages
+    run("llava", data, tmp_path, "--init", *parts, "--set", "instruct.tune=bridge", "--set", "instruct.image_size=28")
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(machine, "free_memory", lambda device: 4 * number - 1 if str(device) == "cpu" else None)
+    run("llava", data, tmp_path, "--init", *parts, "--set", "instruct.tune=bridge", code=2)
+    assert "GB" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    folder = folder_with(tmp_path / "whole", recipes.llava.TINY | {"model_type": "llava"}, recipes.llava.LAYOUT(recipes.llava.TINY),
+                         model.state_dict())
+    with pytest.raises(ValueError, match="GB"):
+        recipes.load(folder)
+    half = recipes.load(folder, dtype=torch.bfloat16)  # half the bytes
+    assert half.model.decoder.embedding.weight.dtype == torch.bfloat16
