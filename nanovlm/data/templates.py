@@ -87,7 +87,9 @@ OPEN_FLAMINGO = Template(
     "", "", "", "", "<|endofchunk|>", end_with_eos=False, image_place="chunk",
     specials=("<|endofchunk|>",), media_token="<image>",
 )  # fmt: skip
-OPEN_FLAMINGO_VQA = replace(OPEN_FLAMINGO, user_prefix="Question:", assistant_prefix=" Short answer:")
+# Its evaluation script's: a newline between the shots; the hateful memes' question is written out by whoever asks it.
+OPEN_FLAMINGO_VQA = replace(OPEN_FLAMINGO, user_prefix="Question:", assistant_prefix=" Short answer:", turn_prefix="\n")
+OPEN_FLAMINGO_CAPTION = replace(OPEN_FLAMINGO, assistant_prefix="Output:", turn_prefix="\n")
 
 # SmolLM2-Instruct and Qwen2.5-Instruct, without and with the system turns of their chat templates.
 CHATML = Template(

@@ -135,7 +135,7 @@ class Asker:
       every question about a picture; None = none.
     shots: {kind: list of (Item, answer str)} that stand before a question of this kind, "" = of any other.
     num_frames: of a film. seed: of sampling; an answer depends on it and the item's id alone.
-    border: pixels of black around every picture (OwlEval as Lynx shows it: 8).
+    border: pixels of black around every picture (OwlEval as Lynx shows it: 8). stop: words before which an answer ends.
     """
 
     loaded: Any
@@ -145,6 +145,7 @@ class Asker:
     num_frames: int = 4
     seed: int = 0
     border: int = 0
+    stop: tuple[str, ...] = ()
 
     def replies(self, items):
         """Answers: list of str."""
@@ -163,7 +164,7 @@ class Asker:
 
     def _reply(self, items, talks, decoding):
         prompts = self._prompts(talks, decoding.max_new_tokens)
-        return reply(self.loaded, prompts, decoding, [f"{self.seed}/{item.id}" for item in items])
+        return reply(self.loaded, prompts, decoding, [f"{self.seed}/{item.id}" for item in items], self.stop)
 
     def _prompts(self, talks, max_new_tokens):
         """Talks as the model reads them: list of answer.Prompt; a picture that several show is one tensor."""

@@ -26,21 +26,27 @@ def run(args, loaded, judge=None):
     Raises: FileNotFoundError or ValueError, in words for the user, before anything is asked.
     """
     task, name, out = TASKS[args.task], args.task, Path(args.out)
+    check_speaks(loaded.model)
+    preset = args.preset or next((preset for preset in task.presets if preset in loaded.decodings), "default")
+    decoding, form = loaded.preset(preset), None
+    if task.protocol in (protocols.short_answer, protocols.caption) and preset in loaded.forms:
+        form = loaded.forms[preset]
+        loaded, task = replace(loaded, template=form.template), replace(task, prompt=form.prompt)
     if args.prompt is not None:
         task = replace(task, prompt=args.prompt)
-    check_speaks(loaded.model)
     reading = read(task, args, args.split)
     if not reading.items:
         first = f"; the first of {len(reading.problems)} problems: {reading.problems[0]}" if reading.problems else ""
         raise ValueError(f"{args.data} holds no question of {name}{first}")
-    shots, items = choose_shots([item for item in reading.items if not item.missing], task, args)
+    shots, items = choose_shots([item for item in reading.items if not item.missing], task, args,
+                                args.shots or (form.text_shots if form else 0))
+    if not args.shots:
+        shots = {kind: [replace(item, media=()) for item in several] for kind, several in shots.items()}
     items = task.prepare(items[: args.limit])
     if args.unrelated_image:
         if not Path(args.unrelated_image).exists():
             raise FileNotFoundError(f"{args.unrelated_image}: no such image")
         items = [item if item.media else replace(item, media=(Path(args.unrelated_image),)) for item in items]
-    preset = args.preset or next((preset for preset in task.presets if preset in loaded.decodings), "default")
-    decoding = loaded.preset(preset)
     settings = {
         "task": name, "model": Path(args.model).name, "data": str(args.data), "split": args.split,
         "prompt": task.prompt, "preset": preset, "decoding": asdict(decoding),
@@ -50,7 +56,7 @@ def run(args, loaded, judge=None):
     }  # fmt: skip
     describe = loaded.decodings.get("describe", decoding) if args.describe_first else None
     told = {kind: [(put(item, task), shot_answer(item, task)) for item in several] for kind, several in shots.items()}
-    asker = Asker(loaded, decoding, describe, told, args.num_frames, args.seed, task.border)
+    asker = Asker(loaded, decoding, describe, told, args.num_frames, args.seed, task.border, form.stop if form else ())
 
     out.mkdir(parents=True, exist_ok=True)
     file = JsonLines(out / "predictions.jsonl", {"settings": settings})
@@ -79,9 +85,8 @@ def read(task, args, split):
     return task.read(args.data, pictures, split).with_pictures(pictures)
 
 
-def choose_shots(items, task, args):
+def choose_shots(items, task, args, number):
     """What stands before the questions: ({kind: list of Item}, "" = of every other kind; the items left to ask)."""
-    number = args.shots
     if not (number and args.shots_split):
         return {"": items[:number]}, items[number:]
     other = read(task, args, args.shots_split).items

@@ -28,6 +28,16 @@ from nanovlm.names import nearest
 
 
 @dataclass(frozen=True)
+class Form:
+    """How short questions or captions are asked for in a benchmark, of a model that holds no conversation."""
+
+    template: Template
+    prompt: str = "{question}"  # in place of the task's
+    stop: tuple[str, ...] = ()  # words before which an answer ends
+    text_shots: int = 0  # examples without their pictures that stand in front where no shots are asked for
+
+
+@dataclass(frozen=True)
 class Assistant:
     """A model and all that decides how it is asked: what `nanovlm.load` returns."""
 
@@ -38,6 +48,7 @@ class Assistant:
     image_fit: str = "crop"  # how a picture becomes square, as in images.to_pixels
     preprocessing: Preprocessing = CLIP  # mean and deviation of its pixels; size and fit are those above
     decodings: dict = field(default_factory=lambda: {"default": Decoding()})  # preset name -> sampler.Decoding
+    forms: dict = field(default_factory=dict)  # preset name -> Form
     remark: str = ""  # what to say beside an answer about a picture unlike the training's; "" = nothing
     notes: tuple[str, ...] = ()  # what was unusual about the files
 

@@ -125,7 +125,7 @@ def ready(model, tokenizer, recipe, template, image_fit, notes, spare_rows):
                              "the tokenizer; correct media_token_id in config.json")
     image_size = vision_of(model).image_size if vision_of(model) else 0
     model = (VLM(None, None, model) if model is decoder_of(model) else model).eval()  # sees nothing
-    own = {name: getattr(recipe, name) for name in ("decodings", "remark", "preprocessing")} if recipe else {}
+    own = {name: getattr(recipe, name) for name in ("decodings", "forms", "remark", "preprocessing")} if recipe else {}
     return Assistant(model, tokenizer, template, image_size, image_fit, notes=notes, **own)
 
 

@@ -18,8 +18,9 @@ Differs:
 
 import dataclasses
 
-from nanovlm.data.templates import OPEN_FLAMINGO
+from nanovlm.data.templates import OPEN_FLAMINGO, OPEN_FLAMINGO_CAPTION, OPEN_FLAMINGO_VQA
 from nanovlm.decoder import Decoder, LayerOptions
+from nanovlm.generation.chat import Form
 from nanovlm.generation.sampler import Decoding
 from nanovlm.names import nearest
 from nanovlm.published.language import (
@@ -139,12 +140,20 @@ DECODINGS = {  # what ends a reply is the template's; "caption" and "vqa" are th
     "caption": Decoding(max_new_tokens=20, num_beams=3, length_penalty=0.0),
     "vqa": Decoding(max_new_tokens=5, num_beams=3, length_penalty=0.0),
 }
+FORMS = {  # of its evaluation script; without shots two examples stand in front, their pictures taken away
+    "caption": Form(OPEN_FLAMINGO_CAPTION, "", ("Output",), text_shots=2),
+    "vqa": Form(OPEN_FLAMINGO_VQA, "{question}", ("Question", "Answer", "Short", ", "), text_shots=2),
+}
 
 CONTENTS = ("released files hold the resampler, the cross-attention and MPT's words; CLIP's tower and the language model come "
             "from their own files")
 RECIPE = published_recipe(
     "open_flamingo", build, LAYOUT, CONFIGS, CONTENTS, build=build_for_tokenizer, stages=shrinking(STAGES, {224: 28}),
-    template=OPEN_FLAMINGO, decodings=DECODINGS, expected={"instruct": Expected(150)},
+    template=OPEN_FLAMINGO, decodings=DECODINGS, forms=FORMS, expected={"instruct": Expected(150)},
     weights=("vision=openai/clip-vit-large-patch14  CLIP ViT-L/14, 224 pixels",
-             "language=facebook/opt-1.3b  OPT-1.3B"),
+             "language=facebook/opt-1.3b  OPT-1.3B, for full",
+             "language=anas-awadalla/mpt-1b-redpajama-200b  MPT-1B, for mpt1b",
+             "trained=openflamingo/OpenFlamingo-3B-vitl-mpt1b:checkpoint.pt  what was trained on it",
+             "language=anas-awadalla/mpt-7b  MPT-7B, for mpt7b",
+             "trained=openflamingo/OpenFlamingo-9B-vitl-mpt7b:checkpoint.pt  what was trained on it"),
 )  # fmt: skip

@@ -44,6 +44,7 @@ class Recipe:
     contrastive: Callable | None = None  # (size, model) -> contrastive.ContrastiveModel around model.vision
     sources: dict[str, Callable] = field(default_factory=dict)  # name in the stages' mixtures -> (seed) -> source
     decodings: dict[str, Any] = field(default_factory=dict)  # preset name -> sampler.Decoding
+    forms: dict[str, Any] = field(default_factory=dict)  # preset name -> chat.Form, how benchmarks ask
     evaluate: Callable = lambda run, stage: {}  # -> {measure: share}, quick, before and after every stage
     measures: Callable = lambda stage: ()  # -> names of what evaluate finds, those that the stage's summary may name
     exam: Callable = lambda run: []     # -> list of lines, the answers to a few held-out questions

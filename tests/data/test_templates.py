@@ -74,7 +74,7 @@ def shown(rendered):
         (
             "OPEN_FLAMINGO_VQA",
             "<s><0>=<image>Question:What is here? Short answer:[A Cat][{<|endofchunk|>}]"
-            "<1>=<image>Question:And this? Short answer:[No][{<|endofchunk|>}]",
+            "\n<1>=<image>Question:And this? Short answer:[No][{<|endofchunk|>}]",
         ),
         (
             "CHATML",

@@ -97,7 +97,7 @@ LINES = [line for recipe in recipes.RECIPES.values() for line in recipe.weights]
 def test_every_line_of_weights_is_a_part_and_a_name(at_hub, line):
     """Against the files that these models have; what no name fetches says so."""
     (part, _, name), said = line.split()[0].partition("="), line
-    assert part in ("vision", "bridge", "language")
+    assert part in ("vision", "bridge", "language", "trained")
     if NOT_BY_NAME in said:
         assert hub.find(name) == Path(name) and not at_hub.asked
         return

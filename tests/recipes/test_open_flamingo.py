@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from nanovlm import recipes
 from nanovlm.architecture import architecture
-from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
+from nanovlm.evaluation import runner
+from nanovlm.evaluation.__main__ import parse
+from nanovlm.generation import sampler
 from nanovlm.published.language import mpt_layout
+from nanovlm.published.load import PADDED_ROWS, ready
 from nanovlm.published.vision import OPEN_CLIP_PAIR
 from nanovlm.published.weights import plan, prefixed, shapes_of, to_ours, to_published, write_checkpoint
 from nanovlm.recipes import open_flamingo
@@ -154,6 +159,62 @@ def test_the_three_published_files_become_one_model(tmp_path, wrap):
 
 
 def test_stage_is_that_of_table_8():
-    (stage,) = open_flamingo.RECIPE.stages("full", False)
+    assert open_flamingo.RECIPE.stages("full", False) == open_flamingo.RECIPE.stages("mpt1b", False)
+    (stage,) = open_flamingo.RECIPE.stages("mpt1b", False)
     assert set(stage.learning_rates) == {"bridge", "cross_attention"}  # freeze_lm_embeddings is True
     assert stage.steps * stage.batch_size == 158_000 * 6 and stage.warmup_steps == 1000
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    tokenizer = train_tokenizer(["Question:what? Short answer:a red one Output:a blue one"] * 9, 300)
+    tokenizer.backend.add_special_tokens(["<|endofchunk|>", "<image>"])
+    tokenizer, recipe = Tokenizer(tokenizer.backend), open_flamingo.RECIPE
+    return ready(recipe.build("tiny_mpt", tokenizer.vocab_size), tokenizer, recipe, recipe.template, "crop", (), PADDED_ROWS)
+
+
+ASKED = {  # benchmark: its files, what an answer is cut from, what is left
+    "textvqa_own": ({"TextVQA_0.5.1_val.json": {"data": [
+        {"question_id": n, "image_id": "i", "question": f"what {n}?", "answers": ["red"] * 10} for n in range(4)
+    ]}}, "blue, or green Question: x", "blue"),
+    "coco_caption": ({"captions_val2014.json": {
+        "images": [{"id": n, "file_name": "i.jpg"} for n in range(4)],
+        "annotations": [{"image_id": n, "caption": f"a red {n}"} for n in range(4)],
+    }}, "a cat, asleepOutput: a dog", "a cat, asleep"),
+}  # fmt: skip
+ROWS = {  # (benchmark, shots): the first prompt
+    ("textvqa_own", 2): "<image>Question:what 0? Short answer:red<|endofchunk|>\n<image>Question:what 1? Short answer:red<|endofchunk|>\n"
+                        "<image>Question:what 2? Short answer:",
+    ("textvqa_own", 0): "Question:what 0? Short answer:red<|endofchunk|>\nQuestion:what 1? Short answer:red<|endofchunk|>\n"
+                        "<image>Question:what 2? Short answer:",
+    ("coco_caption", 1): "<image>Output:a red 0<|endofchunk|>\n<image>Output:",
+    ("coco_caption", 0): "Output:a red 0<|endofchunk|>\nOutput:a red 1<|endofchunk|>\n<image>Output:",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task, shots", ROWS)
+def test_prompts_shots_and_beams_of_its_evaluation_script(assistant, task, shots, tmp_path, monkeypatch):
+    """As open_flamingo/eval writes them: shots with their pictures; without any, two examples whose pictures are gone."""
+    files, said, left = ASKED[task]
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "i.jpg")
+    seen, generate = [], sampler.generate
+
+    def spy(model, prompts, decoding, inputs, *rest):
+        seen.append((prompts, decoding, inputs))
+        generate(model, prompts, decoding, inputs, *rest)
+        return [assistant.tokenizer.encode(said)] * len(prompts)
+
+    monkeypatch.setattr(sampler, "generate", spy)
+    flags = ["--model", "x", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--shots", str(shots)]
+    runner.run(parse([task, *flags]), assistant)
+    (prompts, decoding, inputs), *_ = seen
+    names = {assistant.tokenizer.special_id(name): name for name in ("<image>", "<|endofchunk|>")}
+    pieces = [names.get(id) or assistant.tokenizer.decode([id]) for id in prompts[0]]
+    assert prompts[0][0] == assistant.tokenizer.bos and "".join(pieces[1:]) == ROWS[task, shots]  # this tokenizer adds BOS
+    assert len(inputs[0]) == shots + 1 and assistant.tokenizer.special_id("<|endofchunk|>") in decoding.eos_ids
+    assert (decoding.num_beams, decoding.length_penalty) == (3, 0.0)
+    assert decoding.max_new_tokens == {"textvqa_own": 5, "coco_caption": 20}[task]
+    answers = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()[1:]]
+    assert {one["prediction"] for one in answers} == {left} and len(answers) == 4 - (shots or 2)
