@@ -98,7 +98,7 @@ class VLM(nn.Module):
                              f"{config.cross_attention_width} it must be in {known}")
         if bridge is not None:
             lacks = [name for name in ("output_width", "num_image_tokens") if not hasattr(bridge, name)]
-            lacks += ["forward"] * (type(bridge).forward is nn.Module.forward)
+            lacks += ["forward"] * (getattr(type(bridge), "forward", None) in (None, nn.Module.forward))
             if lacks:
                 raise ValueError(f"the bridge {type(bridge).__name__} lacks {', '.join(lacks)}; see vlm.Bridge")
             if bridge.output_width != width:
@@ -142,6 +142,10 @@ class VLM(nn.Module):
             chosen = [m for m, f in enumerate(counts) if f == count]
             patches = torch.stack([features[m].flatten(0, 1) for m in chosen])  # m fT vision_width
             found = self.bridge(patches, count) if out is None else self.bridge(patches, count, out)
+            promised = (self.bridge.num_image_tokens(patches.shape[1] // count, count), self.bridge.output_width)
+            if found.shape[1:] != promised:
+                raise ValueError(f"the bridge {type(self.bridge).__name__} makes {tuple(found.shape[1:])} of a visual input, "
+                                 f"but its num_image_tokens and output_width say {promised}")
             for m, image_tokens in zip(chosen, found):
                 tokens[m] = image_tokens
         return tokens

@@ -67,7 +67,11 @@ def load(source):
     Returns: PIL.Image.Image of mode RGB.
     Raises: FileNotFoundError; ImageError if it is empty, too large, damaged or no image.
     """
-    source = Image.fromarray(source) if isinstance(source, numpy.ndarray) else source
+    if isinstance(source, numpy.ndarray):
+        try:
+            source = Image.fromarray(source)
+        except (TypeError, ValueError) as error:
+            raise ImageError(f"an array {source.dtype}{list(source.shape)} is no picture; expected uint8[H, W, 3]") from error
     if isinstance(source, Image.Image):
         return _upright_rgb(source, IN_MEMORY)
     with opened(source) as image:
@@ -106,6 +110,8 @@ def opened(source):
     if isinstance(source, (bytes, Member)):
         content, source = (source, IN_MEMORY) if isinstance(source, bytes) else (source.read(), source)
         file = io.BytesIO(content)
+    elif not isinstance(source, (str, os.PathLike)):
+        raise ImageError(f"a {type(source).__name__} is no picture; expected a path, a PIL image or an array uint8[H, W, 3]")
     elif os.path.isdir(source):
         raise ImageError(f"{source}: a folder, not an image")
     elif not os.path.exists(source):

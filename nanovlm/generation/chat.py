@@ -63,13 +63,15 @@ class Assistant:
 
         Args:
           question: str, or list of str.
-          images: one, or a list of those shown with every question: each a path, a PIL image or an array uint8[H, W, 3];
+          images: None, one, or a list of those shown with every question: each a path, a PIL image or an array uint8[H, W, 3];
             a clip within the list is a list of them, as `[*video.Clip(path, 8)]` gives it, or an array uint8[F, H, W, 3].
           decoding: sampler.Decoding; None = the preset "default". seed: of sampling.
         Returns: str, or list of str.
         Raises: ValueError if it is too long, or the model cannot read pictures; what reading a picture raises.
         """
         questions, decoding = [question] if isinstance(question, str) else question, decoding or self.preset("default")
+        if not all(one.strip() for one in questions):
+            raise ValueError("the question is empty")
         visuals, pixels = visuals_of(images), {}
         turns = [[Turn("user", (*range(len(visuals)), one))] for one in questions]
         prompts = [make_prompt(self, one, visuals, decoding.max_new_tokens, pixels) for one in turns]
@@ -85,7 +87,7 @@ class Assistant:
 
 def visuals_of(pictures, first=0):
     """Pictures as of `Assistant.ask`, numbered: list of records.Visual."""
-    pictures = pictures if isinstance(pictures, (tuple, list)) else [pictures]
+    pictures = () if pictures is None else pictures if isinstance(pictures, (tuple, list)) else [pictures]
     is_clip = [isinstance(one, (tuple, list)) or getattr(one, "ndim", 3) == 4 for one in pictures]
     frames = [tuple(one) if clip else (one,) for one, clip in zip(pictures, is_clip)]
     return [Visual(f"shown, {number}", several) for number, several in enumerate(frames, first)]

@@ -230,6 +230,12 @@ def test_one_line_answers_a_question_or_several(tokenizer, model, tmp_path):
     RED.save(tmp_path / "a.png")
     for same in (str(tmp_path / "a.png"), tmp_path / "a.png", numpy.asarray(RED)):
         assert assistant.ask("What color?", [same]) == assistant.ask("What color?", same) == want
+    assert assistant.ask("a?", None) == assistant.ask("a?")
+    for question, shown, message in (("", RED, "question is empty"), (["a?", " "], RED, "question is empty"),
+                                     ("a?", numpy.zeros((4, 4, 5)), r"float64\[4, 4, 5\] is no picture"),
+                                     ("a?", [3], "int is no picture"), ("a?", [[RED, None]], "NoneType is no picture")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            assistant.ask(question, shown)
     several = assistant.ask(["What color?", "a?", "What color?"], [RED])
     assert several == [want, assistant.ask("a?", [RED]), want] and assistant.ask([]) == []
     clip = [RED, RED.rotate(90)]

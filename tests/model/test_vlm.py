@@ -268,8 +268,24 @@ def test_bridges_that_do_not_fit():
 
     with pytest.raises(ValueError, match="Mean lacks num_image_tokens"):
         VLM(small_vit(), Mean(), small_decoder())
+    with pytest.raises(ValueError, match="str lacks output_width, num_image_tokens, forward"):
+        VLM(small_vit(), "linear", small_decoder())
     with pytest.raises(ValueError, match="Module lacks output_width, num_image_tokens, forward"):
         VLM(small_vit(), nn.Module(), small_decoder())
+
+
+@pytest.mark.parametrize("made, message", [
+    (lambda patches: patches[:, ::2], r"Half makes \(5, 16\) of a visual input, .* say \(10, 16\)"),
+    (lambda patches: patches[..., :3], r"Half makes \(10, 3\) .* say \(10, 16\)"),
+])  # fmt: skip
+def test_a_bridge_that_makes_something_else_than_it_says_is_named(made, message):
+    class Half(LinearProjector):
+        def forward(self, patches, num_frames, out=None):
+            return made(super().forward(patches, num_frames))
+
+    model = VLM(small_vit(), Half(12, 16), small_decoder())
+    with pytest.raises(ValueError, match=message):
+        model.encode(torch.randn(1, 3, 12, 12), torch.tensor([1]))
 
 
 def test_own_modules_fit_in():
