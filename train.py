@@ -75,7 +75,8 @@ def make_parser():
     add("--without", type=names, action="extend", default=[], metavar="STAGE", help="leave out a stage")
     add("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a value of a stage")
     add("--init", nargs="+", metavar="MODEL", help="start from the model in this folder, or of this name at huggingface.co, instead "
-        "of from nothing; a published one also from parts: vision=MODEL language=MODEL [bridge=MODEL]")
+        "of from nothing; a published one also from parts: vision=MODEL language=MODEL [bridge=MODEL] "
+        "[trained=FILE]")
     add("--lora", type=low_rank, metavar="RANK[:ALPHA]", help="low-rank updates in the decoder, for stages that train lora")
     add("--out", metavar="FOLDER", type=Path, help="output folder; default: out/RECIPE")
     add("--resume", action="store_true", help="continue after the last checkpoint in the output folder")

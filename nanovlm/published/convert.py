@@ -21,7 +21,7 @@ from nanovlm.files import new_folder
 from nanovlm.published.hub import find
 from nanovlm.published.language import complete, read_json, with_vocabulary
 from nanovlm.published.load import KNOWN, MODEL_TYPES, family_of, find_family, open_trained, read_config, with_weights
-from nanovlm.published.parts import put_together, with_sizes_of, with_tokenizer
+from nanovlm.published.parts import put_together, size_of, with_sizes_of, with_tokenizer
 from nanovlm.published.vision import vision_of
 from nanovlm.published.weights import OURS, count, open_checkpoint, shapes_of, write_checkpoint
 
@@ -77,11 +77,11 @@ def choose_config(args, places, paths, families):
         return family, read_json(Path(args.config))
     if not args.size and MODEL_TYPES.get(str(beside.get("model_type"))) == family:
         return family, beside
-    size = args.size or "full"
+    size = args.size or size_of(configs, places, "full")
     if size not in configs:
         raise ValueError(f"family {family!r} has no size {size!r}; there are {', '.join(configs) or 'none'}; give "
                          "--config FILE.json")
-    return family, configs[size] if args.size else with_sizes_of(configs[size], places)
+    return family, configs[size] if args.size or size != "full" else with_sizes_of(configs[size], places)
 
 
 def export(source, out, args, families, recipes):

@@ -1,6 +1,7 @@
 """A model put together from files: tower, language model and bridge fill their parts, what was trained is laid over them.
 
-`convert` writes such a model into a folder; `train.py --init vision=... language=... [bridge=...]` starts from it at once.
+`convert` writes such a model into a folder; `train.py --init vision=... language=... [bridge=...] [trained=...]` starts
+from it at once.
 """
 
 import dataclasses
@@ -143,6 +144,17 @@ def with_sizes_of(config, places):
     return config
 
 
+def size_of(configs, places, default):
+    """The first size of a recipe whose language model is that of `places`, but for its number of words: str; else `default`."""
+    beside = config_beside(places.get("language"))
+
+    def fits(config):
+        told = config.get("text_config") or config.get("llm") or {}
+        return all(beside.get(key) == value for key, value in told.items() if key != "vocab_size")
+
+    return next((size for size in (default, *configs) if size in configs and fits(configs[size])), default)
+
+
 def config_beside(path):
     """The config.json of a folder, or beside a file: dict, empty if there is none."""
     path = path and (path if path.is_dir() else path.parent) / "config.json"
@@ -180,17 +192,17 @@ def start(recipe, init, size, seed):
 
     Args:
       recipe: recipes.recipe.Recipe of a published model. init: list of str, one model's folder or name, as published or as
-        train.py or `convert` wrote it; or PART=PLACE each, and PLACE of what was trained on top of them.
+        train.py or `convert` wrote it; or PART=PLACE each, and PLACE or trained=PLACE of what was trained on top of them.
       size: of the recipe, where parts do not say theirs; None = its first. seed: of what no file holds.
     Raises: ValueError or OSError, in words for the user.
     """
     places, paths = {}, []
     for one in init:
         part, equals, place = one.partition("=")
-        if not equals or Path(one).exists():
-            paths.append(find(one))
+        if not equals or part == "trained" or Path(one).exists():
+            paths.append(find(place if part == "trained" and equals else one))
         elif part not in PARTS:
-            raise ValueError(f"--init {one}: {part!r} is no part.{nearest(part, PARTS)}")
+            raise ValueError(f"--init {one}: {part!r} is no part.{nearest(part, (*PARTS, 'trained'))}")
         else:
             places[part] = find(place)
     absent = [str(place) for place in (*places.values(), *paths) if not place.exists()]
@@ -241,8 +253,9 @@ def open_parts(recipe, places, paths, size, seed, device):
     """A model put together: Start."""
     published, config = recipe.published, next(filter(None, map(config_beside, paths)), None)
     if config is None or MODEL_TYPES.get(str(config.get("model_type"))) != published.family:
-        config = published.configs[size or recipe.sizes[0]]
-        config = config if size else with_sizes_of(config, places)
+        told = size or size_of(published.configs, places, recipe.sizes[0])
+        config = published.configs[told]
+        config = config if size or told != recipe.sizes[0] else with_sizes_of(config, places)
     held, config = with_tokenizer(recipe, config, [*filter(None, [places.get("language")]), *paths])
     if held is None:
         raise ValueError("--init: none of these holds a tokenizer; give language=FOLDER_OR_NAME")

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import train
 from nanovlm import recipes
 from nanovlm.architecture import architecture
 from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
@@ -18,6 +19,7 @@ from nanovlm.evaluation.__main__ import parse
 from nanovlm.generation import sampler
 from nanovlm.published.language import mpt_layout
 from nanovlm.published.load import PADDED_ROWS, ready
+from nanovlm.published.parts import size_of
 from nanovlm.published.vision import OPEN_CLIP_PAIR
 from nanovlm.published.weights import plan, prefixed, shapes_of, to_ours, to_published, write_checkpoint
 from nanovlm.recipes import open_flamingo
@@ -127,11 +129,55 @@ def test_every_tensor_of_the_manifests_in_and_out(path):
     lambda tensors: {"model_state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}, "epoch": 3},
 ])  # fmt: skip
 def test_the_three_published_files_become_one_model(tmp_path, wrap):
-    """MPT as on the hub, with spare rows; open_clip's file with its text side; and over them what was trained."""
+    state, trained, (vision, language, file) = three_files(tmp_path, wrap)
+    flags = ["--family", "open_flamingo", "--size", "tiny_mpt", "--vision", str(vision), "--language", str(language)]
+    assert main(["convert", *flags, str(file), str(tmp_path / "out")]) == 0
+    loaded = recipes.load(tmp_path / "out")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())
+    assert loaded.model.media_token == loaded.tokenizer.special_id("<image>")
+    assert loaded.tokenizer.special_id("<|endofchunk|>") == loaded.model.media_token - 1
+    assert main(["convert", "--to", "published", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert trained.keys() < back.keys() and all(torch.equal(back[name], tensor) for name, tensor in trained.items())
+
+
+@pytest.mark.parametrize("size", [["--size", "tiny_mpt"], []])
+def test_training_starts_from_the_three_files(tmp_path, size):
+    """With the size named, or told by the language model's own config.json; what is frozen is what the files hold."""
+    state, _, (vision, language, file) = three_files(tmp_path)
+    items = [{"id": str(n), "image": "a.png", "conversations": [
+        {"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]} for n in range(8)]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(items))
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "a.png")
+    assert train.main([
+        "open_flamingo", *size, "--init", f"vision={vision}", f"language={language}", f"trained={file}", "--data",
+        str(tmp_path / "data.json"), "--smoke", "--set", "instruct.image_size=28", "--threads", "1", "--out", str(tmp_path / "out"),
+    ]) == 0  # fmt: skip
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    moved = {name for name in found if not torch.equal(found[name], state[name])}
+    assert found.keys() == state.keys() and moved
+    assert all(name.startswith("bridge.") or ".cross_attention." in name for name in moved)
+    assert max(float((found[name] - state[name]).abs().max()) for name in moved) < 0.01
+
+
+def test_the_size_is_told_by_the_language_model(tmp_path):
+    hub = {"vocab_size": 50368, "no_bias": True, "max_seq_len": 2048}
+    for size, sizes in {"mpt1b": {"model_type": "mosaic_gpt", "d_model": 2048, "n_heads": 16, "n_layers": 24},
+                        "mpt7b": {"model_type": "mpt", "d_model": 4096, "n_heads": 32, "n_layers": 32},
+                        "full": {"model_type": "mpt", "d_model": 1024, "n_heads": 32, "n_layers": 32}}.items():  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(hub | sizes))
+        assert size_of(open_flamingo.CONFIGS, {"language": tmp_path}, "full") == size
+
+
+def three_files(tmp_path, wrap=lambda tensors: tensors):
+    """MPT as on the hub, with spare rows; open_clip's file with its text side; and what was trained.
+
+    Returns: (our tensors, the trained ones under their published names, the files' paths).
+    """
     config = open_flamingo.CONFIGS["tiny_mpt"]
     torch.manual_seed(0)
     model, words = perturb(open_flamingo.build(config)), {}
-    state = model.state_dict()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if name.startswith("decoder.") and "cross_attention" not in name:
             words[name.removeprefix("decoder.")] = tensor
@@ -146,16 +192,9 @@ def test_the_three_published_files_become_one_model(tmp_path, wrap):
                "transformer.resblocks.0.ln_1.weight": torch.ones(8), "token_embedding.weight": torch.ones(3, 8)}, tower)  # fmt: skip
     trained = {name: tensor for name, tensor in to_published(open_flamingo.LAYOUT(config), state).items()
                if name.startswith("perceiver.") or "gated_cross_attn_layer." in name or "wte" in name}
+    (language / "config.json").write_text(json.dumps(config["llm"] | {"vocab_size": 530}))
     torch.save(wrap(trained), tmp_path / "checkpoint.pt")
-    flags = ["--family", "open_flamingo", "--size", "tiny_mpt", "--vision", str(tower), "--language", str(language)]
-    assert main(["convert", *flags, str(tmp_path / "checkpoint.pt"), str(tmp_path / "out")]) == 0
-    loaded = recipes.load(tmp_path / "out")
-    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())
-    assert loaded.model.media_token == loaded.tokenizer.special_id("<image>")
-    assert loaded.tokenizer.special_id("<|endofchunk|>") == loaded.model.media_token - 1
-    assert main(["convert", "--to", "published", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
-    back = load_file(tmp_path / "back" / "model.safetensors")
-    assert trained.keys() < back.keys() and all(torch.equal(back[name], tensor) for name, tensor in trained.items())
+    return state, trained, (tower, language, tmp_path / "checkpoint.pt")
 
 
 def test_stage_is_that_of_table_8():
