@@ -53,18 +53,20 @@ class PixelShuffleProjector(nn.Module):
     """MLP over squares of neighbouring patches: `merge` x `merge` of them become one image token.
 
     The patches of a square are laid behind one another, so nothing is averaged away; the first linear layer mixes
-    them. Idefics3, arXiv:2408.12637, Sec. 2.2, and SmolVLM use it without the hidden layer. The ViT has no class token.
+    them. The ViT has no class token.
 
+    plain: one linear map without bias in place of the MLP (Idefics3, arXiv:2408.12637, Sec. 2.2; SmolVLM).
     positions: tell every image token where it stands, by sines and cosines with a learned strength per channel, the
       same at every resolution: a small tower trained on captions forgets places.
     """
 
-    def __init__(self, vision_width, output_width, merge, positions=False):
+    def __init__(self, vision_width, output_width, merge, positions=False, plain=False):
         super().__init__()
         self.arguments = arguments(locals())
         self.output_width = output_width
         self.merge = merge
-        self.mlp = MLPProjector(vision_width * merge**2, output_width)
+        inputs = vision_width * merge**2
+        self.mlp = nn.Linear(inputs, output_width, bias=False) if plain else MLPProjector(inputs, output_width)
         self.position_scale = nn.Parameter(torch.full((output_width,), 0.3)) if positions else None
 
     def num_image_tokens(self, num_patches, num_frames=1):

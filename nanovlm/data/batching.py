@@ -14,7 +14,7 @@ import numpy
 import torch
 from PIL import Image
 
-from nanovlm.data import images, templates
+from nanovlm.data import images, templates, tiles
 from nanovlm.vlm import IGNORE, Batch
 
 MAX_CACHED = 256 * 2**20  # bytes of picture files kept as decoded: about 800 of 336 x 336 pixels, or 20,000 of 64 x 64
@@ -36,7 +36,7 @@ class Report:
 
 
 def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit, max_tokens, report=None,
-                preprocessing=images.CLIP, pack=False):
+                preprocessing=images.CLIP, pack=False, num_tiles=None):
     """One row per conversation (or per reply: Template.rounds), padded on the right; each picture is encoded once.
 
     Packed, a row holds as many conversations as fit into max_tokens, each a document of its own: positions begin anew
@@ -51,12 +51,14 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
       max_tokens: int, length of a row at most, image tokens included.
       report: Report that counts the rows cut to max_tokens; None = a longer row is an error.
       pack: bool, several conversations in one row.
+      num_tiles: as in tiles.cut; None = pictures are not cut into tiles.
     Returns: Batch; pixels is None when no picture is shown.
     Raises: ValueError, naming the record, for a conversation without trained token, or a row that is
       too long and may not be cut, or whose cut would leave no trained token or a part of a picture.
     """
     rows, pictures, visuals = [], [], {}  # per conversation: its row, and where its pictures stand among the visuals
     for record in records:
+        record = in_tiles(record, image_size, num_tiles)
         for where, row in record.rows or rows_of(record, template, tokenizer, num_image_tokens, image_size):
             rows.append(cut(row, max_tokens, report, where))
             seen = [record.visuals[image[0]] for image in rows[-1].images]
@@ -74,13 +76,22 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
 
 def rows_of(record, template, tokenizer, num_image_tokens, image_size):
     """The conversations of a record as rows: list of (where, templates.Row). Args and errors: as `build_batch`."""
-    counts = [num_image_tokens(image_size, len(visual.frames)) for visual in record.visuals]
-    rows = []
+    pictures, rows = [], []
+    for visual in record.visuals:
+        count = num_image_tokens(image_size, len(visual.frames))
+        pictures.append(templates.picture_ids(visual, template, tokenizer, count))
     for number, conversation in enumerate(record.conversations):
         where = f"record {record.id!r}, conversation {number}"
         for part in templates.rounds(conversation, template):
-            rows.append((where, templates.write(templates.segments(part, template), tokenizer, counts)))
+            rows.append((where, templates.write(templates.segments(part, template), tokenizer, pictures)))
     return rows
+
+
+def in_tiles(record, image_size, num_tiles):
+    """The record, its pictures cut into tiles where `num_tiles` is not None; args as of tiles.cut."""
+    if num_tiles is None or record.rows:  # written rows know their pictures
+        return record
+    return replace(record, visuals=tuple(tiles.cut(visual, image_size, num_tiles) for visual in record.visuals))
 
 
 def cut(row, max_tokens, report, where):
@@ -220,7 +231,7 @@ class Preparation:
     """What one stage does with a record before it can be batched.
 
     image_size, fit, preprocessing: as in images.to_pixels.
-    template, tokenizer, num_image_tokens, max_tokens: as in `build_batch`. Without a template (a contrastive stage)
+    template, tokenizer, num_image_tokens, max_tokens, num_tiles: as in `build_batch`. Without a template (a contrastive stage)
       only the pictures are made ready, and every record must be one picture with captions.
     """
 
@@ -231,6 +242,7 @@ class Preparation:
     tokenizer: Any = None
     num_image_tokens: Callable | None = None
     max_tokens: int = 0
+    num_tiles: float | None = None
 
     def __call__(self, record):
         """The record with pictures fitted and rows written. Raises: ValueError or OSError, naming record or file."""
@@ -238,6 +250,7 @@ class Preparation:
         if self.template is None:
             captions_of(record)  # before its picture is changed
         else:
+            record = in_tiles(record, self.image_size, self.num_tiles)
             rows = tuple(rows_of(record, self.template, self.tokenizer, self.num_image_tokens, self.image_size))
             for where, row in rows:
                 cut(row, self.max_tokens, Report(), where)  # for its errors; the batch counts what is cut

@@ -30,11 +30,13 @@ class Visual:
     frames: the pictures in order, or the paths (or images.Members) where `images.load` finds them; one frame is a still
       image. Or a video.Clip, whose frames are decoded when used.
     view: augment.View through which training sees it; None = the stage's fit.
+    grid: (rows, columns) of a picture whose frames are its tiles and the whole, see tiles.cut; None = not cut.
     """
 
     key: str
     frames: tuple[Image.Image | str | Path, ...] | Clip
     view: Any = None
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ class Template:
     end_with_eos: bool = True  # after every reply
     image_place: str = "inline"  # as given; "turn": before its turn's words; "chunk": and prefix; "row": before BOS
     image_suffix: str = ""  # after every visual input
+    picture_prefix: str | None = None  # in place of user_prefix where a turn begins with a visual input
+    image_marks: tuple[str, ...] = ()  # special tokens in front of a picture's image tokens
+    tile_marks: tuple[str, ...] = ()  # the same of a tile, with its {row} and {column} from 1
     lower_case: tuple[str, ...] = ()  # roles whose words are lower-cased
     specials: tuple[str, ...] = ()  # names of special tokens in the texts of this template
     media_token: str = ""  # special token that a visual input becomes; "" = the bridge's image tokens
@@ -103,6 +106,17 @@ CHATML_SMOLLM2 = replace(
 CHATML_QWEN = replace(
     CHATML, system=_CHATML_SYSTEM.format("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
 )
+
+
+# SmolVLM-Instruct: marks tell where a tile stands; its processor's grid has 6 rows and columns at most.
+_FAKE, _TILE = "<fake_token_around_image>", "<row_{row}_col_{column}>"
+_TILES = (_TILE.format(row=row, column=column) for row in range(1, 7) for column in range(1, 7))
+SMOLVLM = Template(
+    "User: ", "<end_of_utterance>\n", "Assistant:", " ", "<end_of_utterance>", "\n", "<|im_start|>",
+    begin_with_bos=False, end_with_eos=False, image_suffix=_FAKE, picture_prefix="User:", image_marks=(_FAKE, "<global-img>"),
+    tile_marks=(_FAKE, _TILE),
+    specials=("<|im_start|>", "<global-img>", *_TILES, _FAKE, "<image>", "<end_of_utterance>"),
+)  # fmt: skip
 
 
 class Segment(NamedTuple):
@@ -170,7 +184,8 @@ def _pieces(conversation, template):
             yield from _written(template.turn_prefix if place else "", template)
             if template.image_place == "chunk":
                 yield from _shown(visuals_of(turn), template)
-            yield from _written(template.user_prefix, template)
+            begins = template.picture_prefix is not None and not isinstance(turn.parts[0], str)
+            yield from _written(template.picture_prefix if begins else template.user_prefix, template)
             yield from _spoken(turn, template)
             yield from _written(template.user_suffix + template.assistant_prefix, template)
         else:
@@ -193,7 +208,7 @@ def _shown(visuals, template, suffix_last=True):
     """Visual inputs, each with its suffix, the last perhaps without."""
     for left, visual in enumerate(visuals, start=1 - len(visuals)):
         yield Segment(visual=visual, special=template.media_token or None)
-        yield Segment(template.image_suffix if left or suffix_last else "")
+        yield from _written(template.image_suffix if left or suffix_last else "", template)
 
 
 def _spoken(turn, template, trained=False):
@@ -205,6 +220,7 @@ def _spoken(turn, template, trained=False):
         if template.image_place == "turn":  # no newline before no words
             yield from _shown(visuals, template, suffix_last=parts[0] or template.without_questions)
     for part in parts:
+        part = part.strip("\n") if visuals and isinstance(part, str) else part  # LLaVA's files break the line at a picture
         if not isinstance(part, str):
             yield from _shown([part], template)
         elif not (template.without_questions and turn.role == "user"):
@@ -226,13 +242,34 @@ def rounds(conversation, template):
     return [conversation[:stop] for stop in range(2, len(conversation) + 1, 2)]
 
 
+def picture_ids(visual, template, tokenizer, num_image_tokens):
+    """What a visual input becomes in the row: list of int, the image tokens of every frame behind their marks.
+
+    A row of tiles ends with a newline, and one more stands before the picture as a whole.
+
+    Args:
+      visual: records.Visual, cut into tiles (tiles.cut) where they are wanted. num_image_tokens: of all its frames.
+    Raises: ValueError if the tokenizer has no such mark.
+    """
+    if not template.image_marks:
+        return [IMAGE_TOKEN] * num_image_tokens
+    rows, columns = visual.grid or (0, 0)
+    before = [("\n" if row and not column else "", [mark.format(row=row + 1, column=column + 1) for mark in template.tile_marks])
+              for row in range(rows) for column in range(columns)]
+    before += [("\n\n" if rows else "", template.image_marks)] * (len(visual.frames) - len(before))
+    tokens, ids = [IMAGE_TOKEN] * (num_image_tokens // len(before)), []
+    for newlines, marks in before:
+        ids += [*tokenizer.encode(newlines), *map(tokenizer.special_id, marks), *tokens]
+    return ids
+
+
 def write(segments, tokenizer, num_image_tokens):
     """Ids and labels in one pass.
 
     Args:
       segments: list of Segment.
       tokenizer: Tokenizer.
-      num_image_tokens: for each visual input of the record, the image tokens that it becomes.
+      num_image_tokens: for each visual input of the record, the image tokens that it becomes, or its `picture_ids`.
     Returns: Row.
     Raises: ValueError if the tokenizer has no special token of a name that the segments use.
     """
@@ -246,9 +283,11 @@ def write(segments, tokenizer, num_image_tokens):
         elif special:
             ids = [tokenizer.eos if special == "eos" else tokenizer.special_id(special)]
         else:
-            ids = [IMAGE_TOKEN] * num_image_tokens[visual]
+            shown = num_image_tokens[visual]
+            ids = [IMAGE_TOKEN] * shown if isinstance(shown, int) else shown
         if visual is not None:
-            row.images.append((visual, len(row.ids), len(row.ids) + len(ids)))
+            places = [place for place, id in enumerate(ids, len(row.ids)) if special or id == IMAGE_TOKEN]
+            row.images.append((visual, places[0], places[-1] + 1))
         after_text = is_text
         row.ids += ids
         row.labels += ids if trained else [IGNORE] * len(ids)

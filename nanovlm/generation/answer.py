@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovlm.data import templates
+from nanovlm.data import templates, tiles
 from nanovlm.data.batching import pixels_of
 from nanovlm.data.templates import Row
 from nanovlm.generation import sampler
@@ -43,27 +43,28 @@ def make_prompt(assistant, turns, visuals, max_new_tokens, pixels=None):
       assistant: chat.Assistant.
       turns: list of Turn, any history and the user's last. visuals: list of records.Visual that they mention by number.
       max_new_tokens: room for the answer.
-      pixels: dict Visual.key -> float32[f, 3, S, S], filled here; share one among prompts, and a picture of theirs is read
-        and encoded once.
+      pixels: dict Visual.key -> float32[f, 3, S, S], and (Visual.key, "ids") -> its ids in the row, filled here; share one
+        among prompts, and a picture of theirs is read and encoded once.
     Returns: Prompt.
     Raises: PromptTooLong; ValueError if the turns are out of order, or for pictures without a tower; what reading a
       picture raises.
     """
     check_speaks(assistant.model)
     model, size, pixels = assistant.model, assistant.image_size, {} if pixels is None else pixels
-    counts = [model.num_image_tokens(size, len(visual.frames)) for visual in visuals]
-    row = templates.write(templates.prompt(turns, assistant.template), assistant.tokenizer, counts)
+    for visual in (visual for visual in visuals if visual.key not in pixels):
+        seen = tiles.cut(visual, size, assistant.tiles)
+        count = model.num_image_tokens(size, len(seen.frames))
+        pixels[visual.key, "ids"] = templates.picture_ids(seen, assistant.template, assistant.tokenizer, count)
+        pixels[visual.key] = pixels_of([seen], size, assistant.image_fit, assistant.preprocessing)
+    pictures = [pixels[visual.key, "ids"] for visual in visuals]
+    row = templates.write(templates.prompt(turns, assistant.template), assistant.tokenizer, pictures)
     context = model.decoder.config.context_length
     if len(row.ids) + max_new_tokens > context:
         raise PromptTooLong(
             f"the prompt has {len(row.ids)} tokens and the answer up to {max_new_tokens}, but the context has {context}: "
             "ask something shorter, drop earlier turns or pictures, or lower max_new_tokens"
         )
-    shown = [visuals[place] for place, _, _ in row.images]
-    for visual in shown:
-        if visual.key not in pixels:
-            pixels[visual.key] = pixels_of([visual], size, assistant.image_fit, assistant.preprocessing)
-    return Prompt(row, [pixels[visual.key] for visual in shown])
+    return Prompt(row, [pixels[visuals[place].key] for place, _, _ in row.images])
 
 
 def reply(assistant, prompts, decoding, seeds=None, stop=(), batch_size=None, workspace=None):

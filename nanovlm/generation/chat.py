@@ -47,6 +47,7 @@ class Assistant:
     image_size: int  # pixels; 0 = reads no pictures
     image_fit: str = "crop"  # how a picture becomes square, as in images.to_pixels
     preprocessing: Preprocessing = CLIP  # mean and deviation of its pixels; size and fit are those above
+    tiles: float | None = None  # squares along the longer side of a picture, see tiles.cut; 0 = one, None = as image_fit says
     decodings: dict = field(default_factory=lambda: {"default": Decoding()})  # preset name -> sampler.Decoding
     forms: dict = field(default_factory=dict)  # preset name -> Form
     remark: str = ""  # what to say beside an answer about a picture unlike the training's; "" = nothing

@@ -77,7 +77,7 @@ def choose_config(args, places, paths, families):
         return family, read_json(Path(args.config))
     if not args.size and MODEL_TYPES.get(str(beside.get("model_type"))) == family:
         return family, beside
-    size = args.size or size_of(configs, places, "full")
+    size = args.size or size_of(configs, places, next(iter(configs), "full"))
     if size not in configs:
         raise ValueError(f"family {family!r} has no size {size!r}; there are {', '.join(configs) or 'none'}; give "
                          "--config FILE.json")

@@ -48,7 +48,7 @@ def inspect(path, family, families, recipes):
              f"  type     {', '.join(f'{kind} ({number:,})' for kind, number in kinds.most_common())}",
              f"  files    {len(set(checkpoint.files.values()))}"]
     published = families.get(family)
-    sizes = sizes or published and published.configs.get("full")
+    sizes = sizes or published and next(iter(published.configs.values()), None)
     if not sizes:
         return [*lines, "  sizes    unknown without config.json", "  tensors  " + "; ".join(grouped(shapes)[:20])]
     model, layout = published.on_meta(sizes)

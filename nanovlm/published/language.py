@@ -20,20 +20,20 @@ HEAD = (
     ("lm_head.{p}", "lm_head.{p}"),
     ("lm_head.weight", "embedding.weight"),  # tied
 )
-QKV = tuple(
-    (f"model.layers.{{i}}.self_attn.{part}_proj.{{p}}", f"layers.{{i}}.attention.{part}.{{p}}") for part in "qkv"
-)
-
-LLAMA = (
-    ("model.embed_tokens.weight", "embedding.weight"),
-    ("model.layers.{i}.input_layernorm.weight", "layers.{i}.norm_1.weight"),
+QKV = tuple((f"layers.{{i}}.self_attn.{part}_proj.{{p}}", f"layers.{{i}}.attention.{part}.{{p}}") for part in "qkv")
+LLAMA_BODY = (
+    ("embed_tokens.weight", "embedding.weight"),
+    ("layers.{i}.input_layernorm.weight", "layers.{i}.norm_1.weight"),
     *QKV,  # biases: Qwen2
-    ("model.layers.{i}.self_attn.o_proj.{p}", "layers.{i}.attention.o.{p}"),
-    ("model.layers.{i}.post_attention_layernorm.weight", "layers.{i}.norm_2.weight"),
-    ("model.layers.{i}.mlp.gate_proj.weight", "layers.{i}.ffn.gate.weight"),
-    ("model.layers.{i}.mlp.up_proj.weight", "layers.{i}.ffn.up.weight"),
-    ("model.layers.{i}.mlp.down_proj.weight", "layers.{i}.ffn.down.weight"),
-    ("model.norm.weight", "norm.weight"),
+    ("layers.{i}.self_attn.o_proj.{p}", "layers.{i}.attention.o.{p}"),
+    ("layers.{i}.post_attention_layernorm.weight", "layers.{i}.norm_2.weight"),
+    ("layers.{i}.mlp.gate_proj.weight", "layers.{i}.ffn.gate.weight"),
+    ("layers.{i}.mlp.up_proj.weight", "layers.{i}.ffn.up.weight"),
+    ("layers.{i}.mlp.down_proj.weight", "layers.{i}.ffn.down.weight"),
+    ("norm.weight", "norm.weight"),
+)
+LLAMA = (
+    *prefixed(LLAMA_BODY, "model."),
     *HEAD,
     ANGLES,
     Alias("{rest}", "model.{rest}"),  # files saved without the head's class
@@ -49,7 +49,7 @@ PHI_REST = (
     *HEAD,
     ANGLES,
 )
-PHI = (*QKV, *PHI_REST, Alias("{rest}", "model.{rest}"))
+PHI = (*prefixed(QKV, "model."), *PHI_REST, Alias("{rest}", "model.{rest}"))
 
 OPT_LAYER = (
     ("self_attn_layer_norm.{p}", "norm_1.{p}"),

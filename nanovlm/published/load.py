@@ -86,7 +86,8 @@ def open_trained(folder, config, recipe, dtype, device):
     last, settings = list(config["stages"].items())[-1]
     template = recipe.stage_templates.get(last, recipe.template)  # a model that is only aligned knows no other form
     spare_rows = PADDED_ROWS if published else 0
-    return ready(model, tokenizer, recipe, template, settings["image_fit"], checkpoint.notes, spare_rows)
+    shown = {"image_fit": settings["image_fit"], "tiles": settings.get("tiles")}
+    return ready(model, tokenizer, recipe, template, checkpoint.notes, spare_rows, **shown)
 
 
 def open_published(folder, config, published, recipe, dtype, device, image_size=None):
@@ -98,9 +99,10 @@ def open_published(folder, config, published, recipe, dtype, device, image_size=
     model, found = with_weights(published, config, checkpoint, dtype, device, image_size)
     notes = [f"{name}: {has[-2]} rows resized to {wants[-2]}" for name, (has, wants) in found.resized.items()]
     tokenizer = load_tokenizer(folder, added_tokens(recipe)) if decoder_of(model) else None
-    image_fit = recipe.stages("full", False)[-1].image_fit if recipe else "crop"
+    last = recipe.stages(recipe.sizes[0], False)[-1] if recipe else None
+    shown = {"image_fit": last.image_fit, "tiles": last.tiles} if recipe else {}
     template = recipe.template if recipe else template_of(folder)
-    return ready(model, tokenizer, recipe, template, image_fit, (*checkpoint.notes, *notes), PADDED_ROWS)
+    return ready(model, tokenizer, recipe, template, (*checkpoint.notes, *notes), PADDED_ROWS, **shown)
 
 
 def with_weights(published, config, checkpoint, dtype, device, image_size=None):
@@ -112,8 +114,9 @@ def with_weights(published, config, checkpoint, dtype, device, image_size=None):
     return model, load_weights(model, OURS if ours else layout, checkpoint, dtype, device, resizable)
 
 
-def ready(model, tokenizer, recipe, template, image_fit, notes, spare_rows):
-    """Assistant, after tokenizer and model were compared; spare_rows: of the embedding, that may belong to no token."""
+def ready(model, tokenizer, recipe, template, notes, spare_rows, **shown):
+    """Assistant, after tokenizer and model were compared; spare_rows: of the embedding, that may belong to no token;
+    shown: its image_fit and tiles."""
     if tokenizer is not None:
         rows = decoder_of(model).config.vocab_size
         check_vocabulary(tokenizer, rows, spare_rows)
@@ -126,7 +129,7 @@ def ready(model, tokenizer, recipe, template, image_fit, notes, spare_rows):
     image_size = vision_of(model).image_size if vision_of(model) else 0
     model = (VLM(None, None, model) if model is decoder_of(model) else model).eval()  # sees nothing
     own = {name: getattr(recipe, name) for name in ("decodings", "forms", "remark", "preprocessing")} if recipe else {}
-    return Assistant(model, tokenizer, template, image_size, image_fit, notes=notes, **own)
+    return Assistant(model, tokenizer, template, image_size, notes=notes, **shown, **own)
 
 
 def template_of(folder):

@@ -164,7 +164,7 @@ class Published:
     family: str  # what --family calls it
     build: Callable  # (config: dict of a config.json, manifest or golden file) -> nn.Module
     layout: Callable  # (config) -> table
-    configs: dict[str, dict] = field(default_factory=dict)  # size -> config; "full" is as published
+    configs: dict[str, dict] = field(default_factory=dict)  # size -> config; the first is as published
     contents: str = ""  # what the released files hold, where they are not the whole model
 
     def on_meta(self, config):

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from nanovlm.names import nearest
 from nanovlm.recipes.recipe import from_file
 
-NAMES = ("nano", "nano_resampler", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo", "small")
+NAMES = ("nano", "nano_resampler", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo", "smolvlm")
+ALIASES = {"small": "smolvlm"}  # former names
 OPENING = ("FAMILIES", "load", "load_by_flags", "model_flags", "recipe_of")  # names of opening.py, which reads every published layout
 
 
@@ -14,6 +15,7 @@ class Recipes(Mapping):
     """Name -> Recipe; a recipe's file is imported when it is asked for, so that training nano reads no other."""
 
     def __getitem__(self, name):
+        name = ALIASES.get(name, name)
         if name not in NAMES:
             raise KeyError(name)
         return importlib.import_module(f"nanovlm.recipes.{name}").RECIPE

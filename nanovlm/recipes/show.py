@@ -37,7 +37,7 @@ def show(args):
     with torch.device("meta"):  # sizes only, no weights
         model, _ = build_models(recipe, choose_size(recipe, None), tokenizer.vocab_size, args.seed)
     batch = build_batch(records, recipe.template, tokenizer, model.num_image_tokens, stage.image_size, stage.image_fit,
-                        stage.max_tokens, report)
+                        stage.max_tokens, report, num_tiles=stage.tiles)
     named = ", ".join(f"{record.id} ({name})" for record, (name, _) in zip(records, drawn))
     cut = f"; {report.truncated_rows} cut to {stage.max_tokens} tokens" if report.truncated_rows else ""
     return [

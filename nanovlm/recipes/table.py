@@ -27,7 +27,7 @@ VOCABULARY = 512  # tokens, of a recipe that trains its own tokenizer
 class Row:
     """One model at one size."""
 
-    name: str  # recipe, and the size unless that is "full"
+    name: str  # recipe, and the size unless that is its first
     image_size: int  # pixels, side of the square
     vision_tokens: int  # features of one picture as the bridge receives them
     image_tokens: int  # what the bridge makes of them
@@ -108,7 +108,7 @@ def row(recipe, size):
     image_tokens = model.bridge.num_image_tokens(vision_tokens)
     trained = {stage.name: {part: number for part, number in known.items() if part in stage.learning_rates}
                for stage in recipe.stages(size, False)}
-    return Row(recipe.name if size == "full" else f"{recipe.name} {size}", model.vision.image_size, vision_tokens,
+    return Row(recipe.name if size == recipe.sizes[0] else f"{recipe.name} {size}", model.vision.image_size, vision_tokens,
                image_tokens, parameters, trained, encode_flops(model), language_flops(model, image_tokens))
 
 

@@ -125,7 +125,7 @@ def held_out_losses(run, stage, records):
 def held_out_answers(run, stage, records, max_new_tokens=32):
     """The model's words where held-out records have their last answer: (list of str, how many are right word by word)."""
     assistant = Assistant(run.model, run.tokenizer, run.template_of(stage), stage.image_size, stage.image_fit,
-                          run.recipe.preprocessing)  # fmt: skip
+                          run.recipe.preprocessing, stage.tiles)  # fmt: skip
     talks = [record.conversations[0] for record in records]
     asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in talks]
     prompts = [make_prompt(assistant, turns, one.visuals, max_new_tokens) for turns, one in zip(asked, records)]

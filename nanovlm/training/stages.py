@@ -39,7 +39,7 @@ CHOICES = {  # field -> what it may be
 }  # fmt: skip
 RANGES = {  # field -> where every number of it lies, ends in round brackets excluded
     "steps": "[1, inf)", "batch_size": "[1, inf)", "micro_batch_size": "[1, inf)", "group": "[1, inf)",
-    "max_tokens": "[2, inf)", "image_size": "[1, inf)", "learning_rates": "(0, inf)", "mixture": "(0, inf)",
+    "max_tokens": "[2, inf)", "image_size": "[1, inf)", "tiles": "[0, inf)", "learning_rates": "(0, inf)", "mixture": "(0, inf)",
     "muon_factor": "(0, inf)", "momentum": "[0, 1)", "betas": "[0, 1)", "eps": "(0, inf)", "weight_decay": "[0, inf)",
     "layer_decay": "(0, 1]", "clip": "(0, inf)", "decay_share": "(0, 1]", "warmup_steps": "[0, inf)",
     "start_lr_factor": "[0, 1]", "end_lr_factor": "[0, 1]",
@@ -62,6 +62,7 @@ class Stage:
     packing: bool = False              # whether a row holds as many conversations as fit into max_tokens
     image_size: int = 64               # pixels, the side of the square that the vision tower sees
     image_fit: str = "crop"            # how a picture becomes square: "crop", "pad", "stretch", "squash"
+    tiles: float | None = None         # squares along a picture's longer side, see tiles.cut; 0 = one; None = as image_fit
     augmentation: str = "none"         # of training pictures: "crop" = a random part, "crop_flip" = mirrored too
     copy_vision_branch: bool = False   # begin by copying the text's norms, keys and values over the images' own
     optimizer: str = "adamw"           # "adamw", or "muon": Muon for matrices inside blocks, AdamW for the rest

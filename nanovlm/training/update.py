@@ -93,7 +93,8 @@ def make_feed(run, stage, starts, step):
     prepare = Preparation(stage.image_size, stage.image_fit, run.recipe.preprocessing)
     if stage.objective == "language":
         prepare = dataclasses.replace(prepare, template=run.template_of(stage), tokenizer=run.tokenizer,
-                                      num_image_tokens=run.model.num_image_tokens, max_tokens=stage.max_tokens)
+                                      num_image_tokens=run.model.num_image_tokens, max_tokens=stage.max_tokens,
+                                      num_tiles=stage.tiles)
     feed = Feed(Mixture(sources, stage.mixture), prepare, stage.batch_size, stage.steps, stage.group, prepare.length,
                 run.args.seed, run.processes.rank, run.processes.size, run.args.workers)  # fmt: skip
     return feed, DamageReport(run.out / "damaged.jsonl", stage.name, step, run.args.max_damaged)
@@ -112,7 +113,7 @@ class MicroBatch:
 def make_batch(run, stage, records, report, pack=False):
     """The vlm.Batch of some records in a stage; report: batching.Report."""
     return build_batch(records, run.template_of(stage), run.tokenizer, run.model.num_image_tokens, stage.image_size,
-                       stage.image_fit, stage.max_tokens, report, preprocessing=run.recipe.preprocessing, pack=pack)
+                       stage.image_fit, stage.max_tokens, report, preprocessing=run.recipe.preprocessing, pack=pack, num_tiles=stage.tiles)
 
 
 def language_batch(run, stage, records, report, num_threads):

@@ -25,7 +25,7 @@ BLUE = Visual("blue", (Image.new("RGB", (9, 7), "blue"),) * 2)
 @pytest.fixture(scope="module")
 def tokenizer():
     backend = train_tokenizer(["user: what color is the circle?\nbot: a red one"] * 3, 300).backend
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endofchunk|>", "<image>"])
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endofchunk|>", "<image>", "<end_of_utterance>"])
     return Tokenizer(backend)
 
 

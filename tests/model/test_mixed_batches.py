@@ -8,7 +8,7 @@ from nanovlm.generation.sampler import Decoding, generate
 from parity import close, perturb
 from published_models import make_batch, real_logits, write
 
-SLOW = ["llava", "llava tiny_linear", "lynx", "llava_phi", "blip2", "small"]
+SLOW = ["llava", "llava tiny_linear", "lynx", "llava_phi", "blip2", "smolvlm"]
 NAMES = ["mplug_owl2", "open_flamingo", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 WITHOUT_CLIPS = ("open_flamingo",)  # its code asserts a single frame; a clip is several pictures there
 

@@ -9,11 +9,13 @@ than half of that. Weights and outputs that are missing, left over or of another
 
 A file's ids are those before pictures are put in: Lynx has none and puts its image tokens in front, mPLUG-Owl2 and
 LLaVA-Phi hold a placeholder, OpenFlamingo an ordinary media token. Where a file has attention_mask, what it hides counts
-neither as a key nor in the comparison.
+neither as a key nor in the comparison. SmolVLM's files hold several cases, each with inputs and outputs of its own; tiles
+of zeros are none, and patches that a mask hides move behind the others, positions spread over the whole table.
 
 B rows, T tokens, M pictures, W width
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -26,13 +28,14 @@ from golden import GoldenError, read, settled
 from nanovlm.abstractor import patch_positions
 from nanovlm.attention import sincos, Visible
 from nanovlm.cross_attention import Media, latest_picture
+from nanovlm.generation.sampler import Decoding, generate
 from nanovlm.published.weights import plan, shapes_of, to_ours
-from nanovlm.recipes import llava_phi, lynx, mplug_owl2, open_flamingo
+from nanovlm.recipes import llava_phi, lynx, mplug_owl2, open_flamingo, smolvlm
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
 
-TOLERANCE = 1e-5  # largest difference of a value
+TOLERANCE = 1e-5  # largest difference of a value; of SmolVLM twice that
 PLACEHOLDER = -200  # stands in the ids where LLaVA's descendants put a picture
-RECIPES = {"lynx": lynx, "mplug_owl2": mplug_owl2, "llava_phi": llava_phi, "open_flamingo": open_flamingo}
+RECIPES = {"lynx": lynx, "mplug_owl2": mplug_owl2, "llava_phi": llava_phi, "open_flamingo": open_flamingo, "smolvlm": smolvlm}
 
 
 def build(golden):
@@ -158,38 +161,90 @@ def run_open_flamingo(model, vision_features, input_ids, real, labels=None, text
     return {"visual_tokens": (tokens, None)} | rows.results(model, media=tokens, text_ids=text_ids)
 
 
+def seen_patches(vision, tiles, mask):
+    """(embeddings, features), float[F, N, W] each, of tiles of which mask, int[F, S, S], shows a part."""
+    patch, side = vision.config.patch_size, math.isqrt(len(vision.positions))
+    real = F.max_pool2d(mask.float(), patch) > 0  # F rows columns
+    edges = torch.arange(1 / side, 1, 1 / side)
+    rows, columns = (torch.bucketize((torch.arange(side) / count[:, None]).clamp(max=1 - 1e-6), edges, right=True)
+                     for count in (real[:, :, 0].sum(1), real[:, 0].sum(1)))
+    places = (rows[:, :, None] * side + columns[:, None]) * real
+    x = vision.patch_embedding(tiles).flatten(2).transpose(1, 2) + vision.positions[places.flatten(1)]
+    order = real.flatten(1).long().argsort(dim=1, descending=True, stable=True)[..., None].expand_as(x)
+    stop = real.sum((1, 2))[:, None].expand(-1, x.shape[1])
+    features = x.gather(1, order)
+    for block in vision.blocks:
+        features = block(features, Visible(torch.zeros_like(stop), stop), vision.backend)
+    return x, vision.post_norm(features).gather(1, order.argsort(1))
+
+
+def run_smolvlm(model, input_ids, real, image_token, pixel_values=None, pixel_attention_mask=None, labels=None, prompt_ids=None):
+    """All outputs of a case of a SmolVLM file; image_token: the id that stands where an image token does."""
+    found, tokens, tiles = {}, [], torch.empty(0)
+    if pixel_values is not None:
+        tiles, mask = pixel_values.flatten(0, 1), torch.ones_like(pixel_values[:, :, 0])
+        mask = (mask if pixel_attention_mask is None else pixel_attention_mask).flatten(0, 1)
+        shown = tiles.flatten(1).any(1)
+        tiles, mask = tiles[shown], mask[shown]
+        embeddings, features = seen_patches(model.vision, tiles, mask)
+        if mask.all():
+            features = model.vision(tiles)
+        tokens = model.encode_features(features, torch.ones(len(tiles), dtype=torch.long))
+        found = {"vision_embeddings": (embeddings, None), "vision_features": (features, None),
+                 "image_tokens": (torch.stack(tokens), None)}
+    ids = torch.where(input_ids == image_token, IMAGE_TOKEN, input_ids)
+    if prompt_ids is not None:
+        prompts = torch.where(prompt_ids == image_token, IMAGE_TOKEN, prompt_ids).tolist()
+        visual_inputs = [[tiles]] if len(tiles) else [[]]
+        found["greedy_ids"] = torch.tensor(generate(model, prompts, Decoding(max_new_tokens=12), visual_inputs)), None
+    return found | Rows(ids, real, labels, shown=range(len(tokens))).results(model, tokens)
+
+
 FAMILIES = {  # how it runs, outputs that its files must have
     "lynx": (run_lynx, ("vision_features", "visual_tokens", "video_tokens", "logits", "video_logits")),
     "mplug_owl2": (run_spliced, ("vision_features", "visual_tokens", "logits", "loss", "text_logits")),
     "llava_phi": (run_spliced, ("visual_tokens", "logits", "loss")),
     "open_flamingo": (run_open_flamingo, ("visual_tokens", "logits")),
+    "smolvlm": (run_smolvlm, ("logits",)),
 }
 
 
 @torch.no_grad()
 def verdicts(golden):
     """One line per output: list of (bool agrees, str). Raises: ValueError and others for what cannot be run."""
+    model, lines = build(golden), []
+    for case in sorted({name.rpartition("/")[0] for name in (*golden.inputs, *golden.outputs)}):
+        inputs, outputs = ({name.rpartition("/")[2]: tensor for name, tensor in tensors.items() if name.rpartition("/")[0] == case}
+                           for tensors in (golden.inputs, golden.outputs))
+        lines += verdicts_of(golden, model, inputs, outputs, f"{case}/" * bool(case))
+    return lines
+
+
+def verdicts_of(golden, model, inputs, outputs, case=""):
+    """The `verdicts` on inputs and outputs, {name: Tensor} each, of one case."""
     execute, wanted = FAMILIES[golden.family]
-    inputs = {name: tensor.float() if tensor.is_floating_point() else tensor.long() for name, tensor in golden.inputs.items()}
-    ids, lines = inputs["input_ids"], []
+    inputs = {name: tensor.float() if tensor.is_floating_point() else tensor.long() for name, tensor in inputs.items()}
+    ids, lines, tolerance = inputs["input_ids"], [], TOLERANCE
     inputs["real"] = inputs.pop("attention_mask", torch.ones_like(ids)).bool()
+    if golden.family == "smolvlm":
+        inputs["image_token"], tolerance = golden.config["image_token_id"], 2 * TOLERANCE
     for name in ("real", "labels"):
         if name in inputs and inputs[name].shape != ids.shape:
             raise GoldenError(f"what stands beside in/input_ids {list(ids.shape)} must be equal in shape")
-    results = execute(build(golden), **inputs)
-    for name in [*golden.outputs, *(name for name in wanted if name not in golden.outputs)]:
-        expected, (found, mask) = golden.outputs.get(name), results.get(name, (None, None))
+    results = execute(model, **inputs)
+    for name in [*outputs, *(name for name in wanted if name not in outputs)]:
+        expected, (found, mask) = outputs.get(name), results.get(name, (None, None))
         expected = expected[None] if expected is not None and expected.ndim == 0 else expected  # a loss
         if found is None or expected is None:
-            lines.append((False, f"{name:16} {'unknown' if found is None else 'missing'}"))
+            lines.append((False, f"{case}{name:16} {'unknown' if found is None else 'missing'}"))
         elif found.shape != expected.shape:
             shapes = f"the file has {list(expected.shape)}, the model gives {list(found.shape)}"
-            lines.append((False, f"{name:16} misshapen: {shapes}"))
+            lines.append((False, f"{case}{name:16} misshapen: {shapes}"))
         else:
             difference = (found - expected.float()).abs()
             largest = float((difference if mask is None else difference[mask]).max())
-            agrees = largest <= TOLERANCE  # false for NaN
-            lines.append((agrees, f"{name:16} largest difference {largest:.1e}  {'agrees' if agrees else 'DIFFERS'}"))
+            agrees = largest <= tolerance  # false for NaN
+            lines.append((agrees, f"{case}{name:16} largest difference {largest:.1e}  {'agrees' if agrees else 'DIFFERS'}"))
     return lines
 
 

@@ -18,9 +18,10 @@ from nanovlm.published.weights import grouped
 KINDS = ("weights/", "in/", "out/")
 MARKS = {  # family -> a name that only its weights have
     "lynx": r"vision_encoder\..*|LLM\..*|absolute_frame_pos_embed",
-    "mplug_owl2": r"model\.(visual_abstractor|vision_model)\..*",
+    "mplug_owl2": r"model\.visual_abstractor\..*",
     "llava_phi": r"model\.(mm_projector|vision_tower)\..*",
     "open_flamingo": r"(perceiver|lang_encoder)\..*",
+    "smolvlm": r"model\.connector\..*",
 }
 
 
@@ -108,6 +109,7 @@ SIZES = {  # family -> part of the config -> (beginning of the names, their tabl
         "vision": ("model.vision_tower.vision_model.", CLIP),
         "llm": ("model.", LLM | {"intermediate_size": ("layers.0.mlp.fc1.weight", 0)}),
     },
+    "smolvlm": {"vision_config": ("model.vision_model.", CLIP), "text_config": ("model.text_model.", LLAMA)},
     "open_flamingo": {
         "resampler": ("perceiver.", {"depth": ("layers.{i}.", COUNT), "num_latents": ("latents", 0)}),
         "llm": ("lang_encoder.model.decoder.", LLM | {"ffn_dim": ("layers.0.decoder_layer.fc1.weight", 0)}),

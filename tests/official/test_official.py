@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from nanovlm import recipes
+from compare import verdicts
 from golden import read
 from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN
 from nanovlm.published.weights import to_ours, to_published
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=0)
-FILES = {"lynx": "lynx_tiny", "mplug_owl2": "mplug_owl2_tiny", "llava_phi": "llava_phi_tiny", "open_flamingo": "openflamingo_tiny"}
+FILES = {"lynx": "lynx_tiny", "mplug_owl2": "mplug_owl2_tiny", "llava_phi": "llava_phi_tiny", "open_flamingo": "openflamingo_tiny",
+         "smolvlm": "smolvlm_tiny"}
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "sdpa"])
 
 
@@ -124,6 +126,12 @@ def test_open_flamingo(backend):
     close(tokens.unflatten(0, (2, 2)), golden.outputs["visual_tokens"])
     hidden = model.hidden(batch_of(ids, shown=torch.arange(4), owner=torch.tensor([0, 0, 1, 1])), image_tokens=list(tokens))
     close(model.decoder.logits(hidden), golden.outputs["logits"])
+
+
+def test_smolvlm():
+    """Features, image tokens, logits, loss and greedy text of all its cases: one square, tiles, a batch, a mask, text."""
+    found = verdicts(opened("smolvlm")[0])
+    assert len(found) == 24 and all(agrees for agrees, _ in found), found
 
 
 @pytest.mark.parametrize("family", FILES)

@@ -127,7 +127,7 @@ def test_nothing_is_overwritten(tmp_path, language, capsys):
 
 
 TOWERS = {"lynx": "eva_original", "mplug_owl2": "CLIP", "llava_phi": "CLIP", "llava": "CLIP", "blip2": "EVA",
-          "open_flamingo": "CLIP", "small": "SIGLIP"}  # fmt: skip
+          "open_flamingo": "CLIP", "smolvlm": "SIGLIP"}  # fmt: skip
 LANGUAGES = {"llava_phi": "PHI", "blip2": "OPT", "open_flamingo": "OPT"}
 
 

@@ -1,4 +1,4 @@
-"""Every tensor of 22 published checkpoints has its place; a manifest that is spoiled in any way is refused by name."""
+"""Every tensor of 24 published checkpoints has its place; a manifest that is spoiled in any way is refused by name."""
 
 import gzip
 import json
@@ -17,7 +17,8 @@ from nanovlm.published.weights import to_published
 
 MANIFESTS = json.loads(gzip.decompress((Path(__file__).parents[1] / "golden/manifests/manifests.json.gz").read_bytes()))
 TOTALS = {"lynx": 8_413_647_120, "mplug-owl2-llama2-7b": 8_197_859_328, "llava-phi": 3_092_371_456,
-          "llava-1.5-7b-hf": 7_063_427_072, "blip2-opt-2.7b": 3_744_761_856, "llama-2-7b": 6_738_415_616}  # fmt: skip
+          "llava-1.5-7b-hf": 7_063_427_072, "blip2-opt-2.7b": 3_744_761_856, "llama-2-7b": 6_738_415_616,
+          "smolvlm-256m-instruct": 256_484_928, "smolvlm-500m-instruct": 507_482_304}  # fmt: skip
 
 
 def run(tmp_path, manifest, capsys):

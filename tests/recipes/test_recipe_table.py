@@ -64,7 +64,7 @@ def test_totals_trained_parameters_and_tokens(counted):
     assert found["lynx"] == (420, 901, 32) and found["mplug_owl2"] == (448, 1025, 65)
     assert found["llava"] == (336, 576, 576) and found["llava linear"] == (224, 256, 256)
     assert found["blip2"] == (224, 257, 32) and found["blip2 full_364"] == (364, 677, 32)
-    assert found["open_flamingo"] == (224, 256, 64) and found["small"] == (512, 1024, 64)
+    assert found["open_flamingo"] == (224, 256, 64) and found["smolvlm"] == (512, 1024, 64)
 
 
 def test_memory(counted):
@@ -78,7 +78,7 @@ def test_memory(counted):
 
 
 def test_every_size_but_the_tiny_ones_has_a_row(counted):
-    expected = [name if size == "full" else f"{name} {size}" for name, recipe in RECIPES.items()
+    expected = [name if size == recipe.sizes[0] else f"{name} {size}" for name, recipe in RECIPES.items()
                 for size in recipe.sizes if not size.startswith("tiny")]  # fmt: skip
     assert list(counted) == expected
     for title, headings, cells in table.tables(list(counted.values())):

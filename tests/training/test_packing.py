@@ -15,7 +15,7 @@ from nanovlm.vlm import IGNORE
 from parity import perturb
 from published_models import write
 
-NAMES = ["lynx", "mplug_owl2", "blip2", "open_flamingo", "small", "llava_phi"]  # OPT's positions are learned, Phi has no BOS
+NAMES = ["lynx", "mplug_owl2", "blip2", "open_flamingo", "smolvlm", "llava_phi"]  # OPT's positions are learned, Phi has no BOS
 WITHOUT_CLIPS = ("open_flamingo",)
 ROOM = 256
 PAD = SimpleNamespace(pad=0)

@@ -44,7 +44,7 @@ def test_hours_by_hand():
     assert [hours(number) for number in (0.5, 1, 47.9, 48)] == ["30.0 minutes", "1.0 hours", "47.9 hours", "2.0 days (48 hours)"]
 
 
-@pytest.mark.parametrize("name", ["nano", "blip2", "open_flamingo", "llava", "small"])
+@pytest.mark.parametrize("name", ["nano", "blip2", "open_flamingo", "llava", "smolvlm"])
 def test_a_plan_of_the_tiny_size(name):
     recipe = RECIPES[name]
     lines = plan(recipe, wishes(size="tiny"))
