@@ -35,6 +35,7 @@ def parse(arguments):
     add("--image", action="append", default=[], metavar="PATH", help="a picture; may be given several times")
     add("--video", action="append", default=[], metavar="PATH", help="a clip: folder of frames, GIF or film")
     add("--frames", type=int, default=5, metavar="N", help="pictures taken from a clip")
+    add("--tiles", type=float, metavar="N", help="squares along the longer side of a picture; 0: one of the whole; default: as trained")
     add("--draw", metavar="TEXT", help='pose a scene, for example "red circle left of blue star"')
     add("--attention", metavar="PNG", help="save where the answer's tokens looked, over the picture")
     add("--describe-first", action="store_true", help="describe the picture, then answer in that history")
@@ -60,6 +61,8 @@ def parse(arguments):
                 parser.error(f"--greedy and --{name.replace('_', '-')} contradict each other")
     if args.frames < 1:
         parser.error(f"--frames {args.frames}: a clip needs at least 1")
+    if args.tiles is not None and not args.tiles >= 0:
+        parser.error(f"--tiles {args.tiles}: a number from 0 on was expected")
     if args.video and args.attention is not None:
         parser.error("--video and --attention contradict each other: only pictures are drawn")
     shown = args.image or args.video or args.draw is not None
@@ -160,6 +163,7 @@ def main(arguments=None):
     args = parse(arguments)
     try:
         loaded = recipes.load_by_flags(args.folder, args)
+        loaded = loaded if args.tiles is None else dataclasses.replace(loaded, tiles=args.tiles)
         chat = loaded.chat(choose_decoding(loaded, args), args.seed)
         if args.fast:
             chat.workspace.fast = FastDecoder(loaded.model.decoder, rows=chat.decoding.num_beams)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nanovlm.machine import DEVICES, check_device, default_device
 from nanovlm.names import nearest
-from nanovlm.recipes import find
+from nanovlm.recipes import ALIASES, find
 from nanovlm.training.checkpoint import CheckpointError, complete
 from nanovlm.training.cost import plan
 from nanovlm.training.processes import join, leave
@@ -129,7 +129,7 @@ def meet(parser, args):
 def prepare(parser, args, processes):
     """Find the recipe and make the run; mistakes end the program with one line and status 2."""
     try:
-        recipe = as_after_init(find(args.recipe), args)
+        recipe, args.recipe = as_after_init(find(args.recipe), args), ALIASES.get(args.recipe, args.recipe)
         if args.print:
             print("\n".join(plan(recipe, args)))
             sys.exit(0)

@@ -46,6 +46,7 @@ def rebuild(found):
     try:
         bridge, decoder = dict(found["bridge"]), dict(found["decoder"])
         layers = tuple(LayerOptions(**options) for options in decoder.pop("layers"))
+        decoder["alibi"] = tuple(decoder.get("alibi", ()))
         vision = ViT(ViTConfig(**found["vision"]))
         bridge = BRIDGES[bridge.pop("class")](**bridge)
         model = VLM(vision, bridge, Decoder(DecoderConfig(**decoder, layers=layers)), found["media_token"])

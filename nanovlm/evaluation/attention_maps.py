@@ -66,7 +66,7 @@ def answer_heat(model, prompt, answer):
         raise ValueError("the answer has no token, so there is no attention to draw")
     row, visual_inputs = prompt.row, prompt.visual_inputs
     if not visual_inputs or any(len(pixels) > 1 for pixels in visual_inputs):
-        raise ValueError("attention is drawn over still images; show one")
+        raise ValueError("attention is drawn over still images, each in one square; show one, without tiles (--tiles 0)")
     out = {}
     looks = answer_attention(model, prompt, answer, out=out).mean(dim=(0, 1))  # n T
     heat, image_size = [], visual_inputs[0].shape[-1]  # pixels

@@ -142,7 +142,8 @@ class Chat:
         pixels = dict(self.pixels)
         while True:
             try:
-                prompt = make_prompt(self.assistant, turns, shown, decoding.max_new_tokens, pixels)
+                with self.workspace.timed("images"):  # they are read and cut here
+                    prompt = make_prompt(self.assistant, turns, shown, decoding.max_new_tokens, pixels)
                 break
             except PromptTooLong:
                 place = next((i for i in range(0, len(turns) - 1, 2) if not has_picture(turns[i])), None)

@@ -38,7 +38,8 @@ class Workspace:
     share: prompts that begin alike run their beginning once, others side by side; False: padded rows, each whole.
     pictures: {id of a tensor of pixels: (the tensor itself, float[n, W] its image tokens)}, never forgotten here.
     seconds: wall time in each of PARTS, summed over the calls. What the caller does between two tokens does not count.
-    num_images, num_prompt_tokens, num_new_tokens: visual inputs encoded, tokens of the prompts, tokens of the answers.
+    num_images, num_squares, num_prompt_tokens, num_new_tokens: visual inputs encoded, their frames or tiles, tokens of the
+      prompts, tokens of the answers.
     """
 
     fast: object = None
@@ -46,6 +47,7 @@ class Workspace:
     pictures: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     num_images: int = 0
+    num_squares: int = 0
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
 
@@ -62,7 +64,8 @@ class Workspace:
         """The times in words: list of str."""
         decoding = self.seconds["decoding"]
         rate = f", {self.num_new_tokens / decoding:.1f} tokens/s" if decoding else ""
-        told = f"{self.num_images} encoded", f"{self.num_prompt_tokens} tokens", f"{self.num_new_tokens} tokens{rate}"
+        squares = f" in {self.num_squares} squares" * (self.num_squares != self.num_images)
+        told = f"{self.num_images} encoded{squares}", f"{self.num_prompt_tokens} tokens", f"{self.num_new_tokens} tokens{rate}"
         return [f"{part:<9}{self.seconds[part]:8.3f} s  ({words})" for part, words in zip(PARTS, told)]
 
 
@@ -107,6 +110,7 @@ def prefill(model, prompts, visual_inputs, max_new_tokens, workspace):
         image_tokens, shown = [known[key][1] for key in keys], [keys.index(id(pixels)) for pixels in inputs]
         rows = Rows(model, prompts, image_tokens, shown, max_new_tokens, workspace.fast, workspace.share)
     workspace.num_images += len(missing)
+    workspace.num_squares += sum(map(len, missing.values()))
     workspace.num_prompt_tokens += sum(map(len, prompts))
     return rows
 

@@ -9,7 +9,7 @@ from nanovlm.files import digest
 from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.published.hub import find as locate
 from nanovlm.published.load import BARE, family_of, open_published, open_trained, read_config
-from nanovlm.recipes import RECIPES, find
+from nanovlm.recipes import RECIPES, find, smolvlm
 from nanovlm.recipes.recipe import from_file
 
 OF_FAMILY = {recipe.published.family: recipe for recipe in RECIPES.values() if recipe.published}
@@ -26,7 +26,7 @@ def recipe_of(folder, config, recipe=None):
     """
     name = str(config["recipe"])
     if not name.endswith(".py"):
-        return find(name)
+        return smolvlm.FORMER if name == "small" else find(name)
     if recipe is None:
         raise ValueError(f"{folder} was trained from a recipe file, which is run only if you name it yourself: --recipe "
                          f"{Path(name).name}, or recipe= in Python (it was {name})")

@@ -5,7 +5,7 @@
   bridge     squares of 4 x 4 patches, then one linear map without bias: 64 image tokens
   decoder    SmolLM2-135M: 30 layers of width 576, and a head of its own          SmolLM2-360M: 32 of 960
   rows       a large picture is cut into up to 16 tiles, and shown once as a whole behind them: 1127 tokens
-  layout     SmolVLM-256M-Instruct's: 256,484,928 parameters                      507,482,304
+  layout     HuggingFaceTB/SmolVLM-256M-Instruct's: 256,484,928 parameters        500M-Instruct's: 507,482,304
 
 SmolVLM, arXiv:2504.05299; its layout is Idefics3's, arXiv:2408.12637. Why it is made so:
 - 4 x 4 patches behind one another are 12288 channels, from which the linear map picks 576; nothing is averaged. A language
@@ -17,10 +17,11 @@ Differs from the paper: the stages take LLaVA-1.5's data, batches and steps, for
 rates are higher, as small models want them: a guess, not tried at this size here.
 """
 
+import dataclasses
 import math
 
 from nanovlm.data import images
-from nanovlm.data.templates import SMOLVLM
+from nanovlm.data.templates import CHATML, PLAIN, SMOLVLM
 from nanovlm.decoder import Decoder
 from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import PixelShuffleProjector
@@ -108,6 +109,7 @@ RECIPE = published_recipe(
     preprocessing=images.SIGLIP,  # pixels between -1 and 1
     expected={"align": Expected(20, num_gpus=1), "instruct": Expected(300, num_gpus=1)},
     weights=("vision=google/siglip-base-patch16-512  SigLIP-B/16, 512 pixels",
-             "language=HuggingFaceTB/SmolLM2-135M-Instruct  SmolLM2-135M (\"500M\": HuggingFaceTB/SmolLM2-360M-Instruct)",
-             "or whole: HuggingFaceTB/SmolVLM-256M-Instruct (\"500M\": HuggingFaceTB/SmolVLM-500M-Instruct)"),
+             "language=HuggingFaceTB/SmolLM2-135M-Instruct  SmolLM2-135M (\"500M\": HuggingFaceTB/SmolLM2-360M-Instruct)"),
 )  # fmt: skip
+# of folders that were trained when it was called small
+FORMER = dataclasses.replace(RECIPE, template=CHATML, stage_templates={"align": PLAIN})
