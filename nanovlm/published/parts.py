@@ -262,4 +262,5 @@ def open_parts(recipe, places, paths, size, seed, device):
     config = with_vocabulary(config, held[1].vocab_size)
     model, lines, _ = put_together(published, config, places, paths, None, seed, torch.float32, device)
     last = recipe.stages(size or recipe.sizes[0], False)[-1]
-    return Start(ready(model, held[1], recipe, recipe.template, last.image_fit, tuple(lines), PADDED_ROWS), config)
+    shown = {"image_fit": last.image_fit, "tiles": last.tiles}
+    return Start(ready(model, held[1], recipe, recipe.template, tuple(lines), PADDED_ROWS, **shown), config)
