@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of red, green, blue between 0 and 1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,9 +27,8 @@ HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation: pixels between -1 and 1
 MAX_PIXELS, MAX_SIDE = 64_000_000, 8_000  # of what is decoded or made
 IN_MEMORY = "picture in memory"  # for messages
 FITS = ("crop", "pad", "stretch", "squash")
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # bytes; else long comments are an error
-
-
+PNG = b"\x89PNG\r\n\x1a\n"  # how a file of this form begins
+OF_PIXELS = (b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf")  # parts of it that are read, beside those in capitals
 DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, IndexError, struct.error, Image.DecompressionBombError)
 
 
@@ -120,9 +119,11 @@ def opened(source):
         file = open(source, "rb")
     with file:
         try:
+            is_png = file.read(len(PNG)) == PNG
+            file.seek(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
-                image = Image.open(file)
+                image = Image.open(io.BytesIO(bare_png(file.read())) if is_png else file)
             width, height = image.size
             scale = math.ceil(math.log2(max(1, width * height / MAX_PIXELS)) / 2)
             if scale and image.format in ("JPEG", "MPO"):  # which PIL can decode smaller; phones write the second
@@ -136,6 +137,18 @@ def opened(source):
         except DECODING_ERRORS as error:
             raise ImageError(f"{source}: the image is damaged or cut short, or of a format that PIL cannot read "
                              f"({error}); copy it again") from error
+
+
+def bare_png(data):
+    """A PNG's bytes without texts, colour profiles and the like, for which PIL refuses it where they are long or broken."""
+    kept, place = [PNG], len(PNG)
+    while place < len(data):
+        stop = place + 12 + int.from_bytes(data[place : place + 4])  # length, name, content, checksum
+        name = data[place + 4 : place + 8]
+        if name[:1].isupper() or name in OF_PIXELS:
+            kept.append(data[place:stop])
+        place = stop
+    return b"".join(kept)
 
 
 @dataclass(frozen=True)
@@ -197,7 +210,9 @@ def normalise(frames, preprocessing=CLIP):
 
 
 def _upright_rgb(image, source):
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(*DECODING_ERRORS):  # of what is written beside the pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # PIL's own conversion clips everything above 255 to white
         values = numpy.asarray(image).astype(numpy.int64)
         if values.min() < 0 or values.max() > 65535:

@@ -92,7 +92,7 @@ def rank(folders, judge, judgements, out, batch_size=16, seed=0):
 
 def parse_which(text):
     """Outcome for answer A: 1.0, 0.5 or 0.0; None if the first word is none of A, B, tie."""
-    first = re.match(r"\W*(?:answer\s+)?(\w+)", text.lower())
+    first = re.match(r"\W*(?:answer\W+|a (?=tie\b))?(\w+)", text.lower())
     return {"a": 1.0, "b": 0.0, "tie": 0.5}.get(first[1]) if first else None
 
 

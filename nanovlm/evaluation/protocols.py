@@ -208,13 +208,13 @@ def parse_letter(text, options):
     """Which option an answer names: int, or None.
 
     A letter alone or marked as one ("b", "**B**", "(B)", "B. two dogs", "answer: B"), else the one option that it says
-    in whole words; an option within a longer one that was said does not count.
+    in whole words (an option within a longer one that was said does not count), else the one letter that a phrase such as "it is B" or "B is correct" chooses.
     """
     letter = f"[{LETTERS[: len(options)]}]"
     reason = "because|since|as"  # what may follow the letter A, which is a word as well
     found = (
         re.match(rf"\W*({letter}|(?i:{letter})(?=\W*$))(?:[).:,*\]\n]|\W*$| (?:{reason})\b)", text)
-        or re.search(rf"(?i:answer|option|choice)(?: is)?[: ]\W*({letter})\b(?!(?<=A) (?!(?:{reason})\b)[a-z])", text)
+        or re.search(rf"(?i:answer|option|choice)(?: is)?[: ]\W*({letter}|(?i:{letter})(?=\W*$))\b(?!(?<=A) (?!(?:{reason})\b)[a-z])", text)
     )  # fmt: skip
     if found:
         return LETTERS.index(found[1].upper())
@@ -224,7 +224,12 @@ def parse_letter(text, options):
 
     named = [place for place, option in enumerate(options) if says(text, option)]
     named = [one for one in named if not any(other != one and says(options[other], options[one]) for other in named)]
-    return named[0] if len(named) == 1 else None
+    if named or re.search(r"\b(?i:not|neither|nor|or)\b|n't\b", text):
+        return named[0] if len(named) == 1 else None
+    lead = r"\b(?i:is|be|choose|pick|select|think|go with|ans)\W+|[{>]"
+    alone = re.findall(rf"(?:{lead})({letter})\b(?!(?<=A) [a-z])|\b({letter}) is (?:the|my|correct|right)\b", text)
+    places = {LETTERS.index(one or other) for one, other in alone}
+    return places.pop() if len(places) == 1 else None
 
 
 def parse_science_qa(text, options):

@@ -7,7 +7,7 @@ import zlib
 import numpy
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from nanovlm.data import images
 
@@ -91,11 +91,27 @@ def test_exif_rotation_is_applied(tmp_path, orientation, expected):
     assert [place for place in places if loaded.getpixel(place) == (0, 0, 0)] == [expected]
 
 
-def test_long_comments_do_not_decide_whether_a_picture_is_read(tmp_path):
-    comment = PngImagePlugin.PngInfo()
-    comment.add_itxt("parameters", "words " * 400_000, zip=True)
+@pytest.mark.parametrize("name, content", [
+    (b"iTXt", b"parameters\0\1\0\0\0" + zlib.compress(b"words " * 400_000)), (b"tEXt", b"k\0" + b"v" * 70_000_000),
+    (b"zTXt", b"k\0\0" + zlib.compress(b"a" * 80_000_000)), (b"iCCP", b"p\0\0" + zlib.compress(b"a" * 80_000_000)), (b"eXIf", b"no TIFF"),
+    (b"gAMA", b"\0"), (b"pHYs", b"\0"),
+], ids=lambda value: value.decode() if len(value) == 4 else "")  # fmt: skip
+def test_what_stands_beside_the_pixels_does_not_decide_whether_a_picture_is_read(tmp_path, name, content):
     image = noise(4, 3)
-    assert colors(saved(image, tmp_path / "a.png", pnginfo=comment)) == colors(image)
+    image.save(tmp_path / "a.png")
+    data, checksum = (tmp_path / "a.png").read_bytes(), zlib.crc32(name + content)
+    part = struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+    (tmp_path / "a.png").write_bytes(data[:33] + part + data[33:])  # behind the header
+    assert colors(images.load(tmp_path / "a.png")) == colors(image)
+    image.save(tmp_path / "a.webp", lossless=True, exif=b"Exif\0\0no TIFF")
+    assert colors(images.load(tmp_path / "a.webp")) == colors(image)
+
+
+def test_a_rotation_written_in_a_png_is_read(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    noise(4, 3).save(tmp_path / "a.png", exif=exif)
+    assert images.load(tmp_path / "a.png").tobytes() == noise(4, 3).transpose(Image.Transpose.ROTATE_270).tobytes()
 
 
 @pytest.mark.parametrize("form", ["JPEG", "MPO"])  # phones write the second: a JPEG with further pictures behind it

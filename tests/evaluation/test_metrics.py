@@ -150,6 +150,9 @@ def test_mme_scores():
         ("Two cats", 0), ("Both two cats and a dog", None), ("D", None), ("A dog", 1), ("Cats", None), ("", None), ("C: x", 2),
         ("**B**", 1), ("B\nExplanation: A shows cats.", 1), ("The answer is B because they bark.", 1), ("answer:B", 1),
         ("The answer is A because of them", 0), ("The answer is A dog", 1), ("A since they purr", 0), ("d", None),
+        ("I think B is correct", 1), ("\\boxed{C}", 2), ("<answer>B</answer>", 1), ("It is B.", 1), ("B is the answer", 1), ("Ans: C", 2),
+        ("the answer is b", 1), ("I'd go with C", 2), ("Not B", None), ("it is not B but C", None), ("A or B", None), ("Vitamin C", None),
+        ("It is A dog", 1), ("A man is A", 0), ("B is correct, C is correct", None),
     ],
 )  # fmt: skip
 def test_letters(text, place):
