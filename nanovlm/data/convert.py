@@ -31,14 +31,13 @@ from tqdm import tqdm
 from nanovlm.data import images
 from nanovlm.data.datasets import asked, files_of
 from nanovlm.data.json_files import Element, elements, field, parse, read_at, records, text_field
-from nanovlm.data.records import record_of, spoken, with_system
+from nanovlm.data.records import ROLES, files_in, record_of, spoken, with_system
 from nanovlm.data.tar_shards import write_shards
 from nanovlm.data.video import PICTURES, Clip
 from nanovlm.files import listing, new_folder, replace
 from nanovlm.names import nearest
 
-SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "chatgpt": "gpt", "bing": "gpt",
-            "bard": "gpt", "system": "system"}  # fmt: skip
+SPEAKERS = {"user": "human", "assistant": "gpt"}  # role -> who speaks it in LLaVA's files
 FILMS = ("DC_", "TVC_", "E4D_")  # of MIMIC-IT: the sets whose pictures are frames of one video
 ALIGNMENT = "###Human:|###Assistant:|<Img><ImageHere></Img>"  # marks in MiniGPT-4's files of instructions
 DETAILED = "Describe the image in detail."  # what Lynx asks about MiniGPT-4's pictures (its Table 13)
@@ -109,7 +108,7 @@ def dialogues(args, output):
         if said and said[0][0] == "system":
             output.note("changed", where, "the system's words now stand in front of the first question")
         for place, (speaker, value) in enumerate(with_system(said), start=1):
-            role = SPEAKERS.get(speaker, speaker)  # unknown ones are found as in training
+            role = SPEAKERS.get(ROLES.get(speaker), speaker)  # unknown ones are found as in training
             if role == "gpt" and not turns:
                 output.note("changed", where, "begins with the assistant: its first turn is left out")
             elif not value.strip() or role == "system" or (turns and turns[-1]["from"] == role):
@@ -124,8 +123,10 @@ def dialogues(args, output):
             raise ValueError("no question with an answer")
         if cut:
             output.note("changed", where, cut)
-        id = one["id"] if isinstance(one.get("id"), (str, int)) else where
+        id, pictures = one["id"] if isinstance(one.get("id"), (str, int)) else where, files_in(one, "image", where)
         one.pop("messages", None)
+        if pictures and not {"image", "images"} & one.keys():  # named within the messages
+            one["image"] = pictures
         return one | {"id": id, "conversations": turns}
 
     return records(args.source), make

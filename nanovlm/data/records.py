@@ -19,7 +19,8 @@ from nanovlm.data.json_files import field
 from nanovlm.data.video import Clip
 from nanovlm.names import nearest
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}  # LLaVA's and OpenAI's speakers
+ROLES = {"human": "user", "user": "user"} | dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant")
+SHOWN = ("image", "image_url")  # types of the parts of a message that are pictures
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ def record_of(item, where, clip, locate):
     where = f"{where} (id {item['id']!r})"
     said = with_system(spoken(item, where))
     def find(name):
+        if name.startswith("data:"):
+            raise ValueError(f"{where}: a picture in base64 ({name[:30]}…); write it to a file, and name that")
         return locate(name.replace("\\", "/"))  # which Windows writes the other way round
 
     shown = {"<image>": [Visual(str(path), (path,)) for path in map(find, files_in(item, "image", where))]}
@@ -151,15 +154,13 @@ def record_of(item, where, clip, locate):
         sources = [find(one) if isinstance(one, str) else tuple(map(find, one)) for one in found]
         shown["<video>"] = [Visual(str(source), replace(clip, source=source)) for source in sources]
     waiting = {placeholder: iter(visuals) for placeholder, visuals in shown.items()}
+    said = in_front(said, {placeholder: len(visuals) for placeholder, visuals in shown.items()})
     turns, visuals, asked = [], [], Counter()
     for place, (speaker, words) in enumerate(said, start=1):
         here = f"{where}, turn {place}"
         role = role_of(speaker, words, ROLES, here)
         if not words.strip():
             raise ValueError(f"{here}: the {role} says nothing; remove the item or give the turn its text")
-        if place == 1 and role == "user":  # as LLaVA does with pictures that no text mentions
-            text = "".join(text for _, text in said)
-            words = "\n".join([*(name for name in shown if name not in text for _ in shown[name]), words])
         parts = []  # what the assistant writes is text, whatever it looks like
         for piece in re.split(f"({'|'.join(shown)})", words) if role == "user" else [words]:
             if role == "user" and piece in shown:
@@ -192,7 +193,12 @@ def files_in(item, name, where):
 
     Raises: ValueError for what is no path.
     """
-    value = item.get(name, item.get(f"{name}s"))
+    value = next((item[key] for key in (name, f"{name}s") if not is_empty(item.get(key))), None)
+    if value is None and name == "image":  # OpenAI's and Qwen's messages name it where it is shown
+        contents = [turn.get("content") for turn in item.get("messages", item.get("conversations"))]
+        parts = [part for content in contents if isinstance(content, list) for part in content if part["type"] in SHOWN]
+        named = [part.get(part["type"]) for part in parts]
+        value = [one["url"] if isinstance(one, dict) and "url" in one else one for one in named]
     if is_empty(value):
         return []
     several = isinstance(value, list) and (name == "image" or list in map(type, value))
@@ -201,7 +207,7 @@ def files_in(item, name, where):
         for path in one if name == "video" and isinstance(one, list) and one else [one]:
             if not isinstance(path, str) or not path or "://" in path:
                 raise ValueError(f"{where}: field {name!r} must be a path or a list of paths of files on this machine, "
-                                 f"found {path!r}")  # fmt: skip
+                                 f"found {path!r:.100}")  # fmt: skip
     return found
 
 
@@ -215,7 +221,7 @@ def spoken(item, where):
         here = f"{where}, turn {place}"
         speaker, words = field(turn, ("role", "from"), str, here), field(turn, ("content", "value"), (str, list), here)
         if isinstance(words, list):
-            words = "".join("<image>" if field(part, "type", str, here) == "image" else field(part, "text", str, here)
+            words = "".join("<image>" if field(part, "type", str, here) in SHOWN else field(part, "text", str, here)
                             for part in words)
         said.append((speaker.lower(), words))
     return said
@@ -228,6 +234,20 @@ def with_system(said):
     if words and rest and ROLES.get(rest[0][0]) == "user":
         words.append(rest.pop(0)[1])
     return [("human", "\n\n".join(words)), *rest] if words else rest
+
+
+def in_front(said, shown):
+    """What is said, pictures that no question mentions in front of the first one, as LLaVA does: as `spoken`.
+
+    shown: {placeholder: how many there are}.
+    """
+    asked = [place for place, (speaker, _) in enumerate(said) if ROLES.get(speaker) == "user"]
+    text = "".join(said[place][1] for place in asked)
+    front = [name for name, number in shown.items() if name not in text for _ in range(number)]
+    if front and asked:
+        speaker, words = said[asked[0]]
+        said[asked[0]] = speaker, "\n".join([*front, words])
+    return said
 
 
 def role_of(speaker, words, roles, where):

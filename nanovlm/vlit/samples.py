@@ -14,16 +14,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanovlm.data import json_files
-from nanovlm.data.convert import SPEAKERS
+from nanovlm.data import json_files, records
 from nanovlm.data.images import ImageError, load
 from nanovlm.data.json_files import field
-from nanovlm.data.records import check_order, files_in, role_of, spoken
+from nanovlm.data.records import check_order, files_in, in_front, role_of, spoken
 from nanovlm.evaluation.items import Encoded
 from nanovlm.vlit.words import load_table
 
 IMAGE = "<image>"
-ROLES = {name: {"human": "user", "gpt": "assistant"}.get(role, role) for name, role in SPEAKERS.items()}
+ROLES = records.ROLES | {"system": "system"}
 CONTAINERS = {  # key at the top of a file -> what it is; these are no records
     "data": "MIMIC-IT's or TextVQA's file", "annotations": "MiniGPT-4's or COCO's file", "questions": "VQA's questions",
 }  # fmt: skip
@@ -93,8 +92,10 @@ def sample(item, where="item"):
     id, said = field(item, "id", object, where), spoken(item, where)
     kinds = {"task": str, "granularity": str, "provenance": dict}
     task, granularity, origin = (field({name: kind()} | item, name, kind, where) for name, kind in kinds.items())
-    turns = tuple((role_of(*turn, ROLES, f"{where}, turn {place}"), turn[1]) for place, turn in enumerate(said, start=1))
-    return Sample(str(id), tuple(files_in(item, "image", where)), turns, task, granularity, origin.get("plan", ""))
+    images = tuple(files_in(item, "image", where))
+    said = enumerate(in_front(said, {IMAGE: len(images)}), start=1)
+    turns = tuple((role_of(*turn, ROLES, f"{where}, turn {place}"), turn[1]) for place, turn in said)
+    return Sample(str(id), images, turns, task, granularity, origin.get("plan", ""))
 
 
 def read(path):

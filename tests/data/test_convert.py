@@ -88,15 +88,18 @@ def test_llava_and_its_traps(tmp_path):
         {"id": 5, "image": "a.png", "conversations": asked("<image>", "a")},
         {"conversations": asked("no id", "a")},
         {"id": 7, "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+        {"id": 8, "messages": [{"role": "user", "content": [{"type": "image", "image": "sub/a.png"}, {"type": "text", "text": "hi"}]},
+                               {"role": "assistant", "content": "hello"}]},
     ]
     source = write(tmp_path / "in.json", json.dumps(given, indent=2))
     items, said = convert(tmp_path, "llava", source, "--images", tmp_path / "pictures")
     assert items[:3] == given[:3] and items[3]["conversations"] == given[5]["conversations"]
-    assert items[4] == {"id": 7, "conversations": asked("hi", "hello")}
+    assert items[4:] == [{"id": 7, "conversations": asked("hi", "hello")},
+                         {"id": 8, "image": ["sub/a.png"], "conversations": asked("<image>hi", "hello")}]
     assert items[3]["id"].startswith(f"{source}, line ") and items[3]["id"].endswith("item 6")
     assert told(said, ("item 4", "skipped", "2 placeholder(s) <image> in the human turns but 1 image(s)"),
                 ("item 5", "skipped", f"picture {tmp_path / 'pictures' / 'a.png'} is missing"))
-    assert len(LlavaJson(tmp_path / "out.jsonl", tmp_path / "pictures")) == 5
+    assert len(LlavaJson(tmp_path / "out.jsonl", tmp_path / "pictures")) == 6
 
 
 MIMIC = {

@@ -51,6 +51,7 @@ HUMAN, GPT = ("human", "q"), ("gpt", "a")
         ({"id": "x", "conversations": turns(HUMAN, HUMAN, GPT)}, r"item 2 \(id 'x'\): the turns are by user, user, assistant"),
         ({**GOOD, "kind": 3}, r"item 2 \(id 'good'\): field 'kind' must be a str, found 3"),
         ({**GOOD, "image": "https://a.org/a.png"}, r"item 2 .*this machine, found 'https://a.org/a.png'"),
+        ({**GOOD, "image": f"data:image/png;base64,{'A' * 5000}"}, r"item 2 .*in base64 \(data:image/png;base64,A{8}…\)"),
         ({**GOOD, "image": 3}, r"item 2 \(id 'good'\): field 'image' must be a path .*, found 3"),
         ({**GOOD, "image": ["a.png", ""]}, r"field 'image' must be a path .*, found ''"),
     ],
@@ -112,6 +113,23 @@ def test_all_unusable_items_are_named_with_the_command_that_leaves_them_out(read
     message = str(caught.value)
     assert "nanovlm.data convert llava" in message
     assert [f"line {n}" in message for n in (1, 2, 3, 4, 5)] == [False, True, False, True, True]
+
+
+PART = {"type": "image", "image": "b.png"}
+@pytest.mark.parametrize("item, files, first", [
+    ({"images": ["a.png"], "image": None}, ["a.png"], (0, "\nq")),  # one of the two is enough
+    ({"image": "", "images": ["a.png", "b.png"]}, ["a.png", "b.png"], (0, "\n", 1, "\nq")),
+    ({"messages": [PART, {"type": "text", "text": "q"}]}, ["b.png"], (0, "q")),
+    ({"messages": [{"type": "image_url", "image_url": {"url": "a.png"}}, PART, {"type": "text", "text": "q"}]}, ["a.png", "b.png"], (0, 1, "q")),
+    ({"messages": [{"type": "image"}, {"type": "text", "text": "q"}], "image": "a.png"}, ["a.png"], (0, "q")),
+    ({"image": "a.png", "answer": "an <image>"}, ["a.png"], (0, "\nq")),  # what the assistant writes is text
+])  # fmt: skip
+def test_pictures_are_found_wherever_an_item_names_them(read, item, files, first, tmp_path):
+    content, answer = item.pop("messages", "q"), item.pop("answer", "a")
+    source = read({"id": "x", **item, "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]})
+    record = next(record for record in map(source.record, range(2)) if record.id == "x")
+    assert [visual.frames for visual in record.visuals] == [(str(tmp_path / name),) for name in files]
+    assert [turn.parts for turn in record.conversations[0]] == [first, (answer,)]
 
 
 @pytest.mark.parametrize("said, want", [

@@ -25,7 +25,7 @@ ITEMS = [
     item("0", "<image>\nWhat color is the dog?", "Brown.", image="a.png"),
     item("1", "<image>\nHow many dogs are there?", "Two.", "Why are they wet?", "They may have swum.", image="a.png"),
     item("2", "<image>\nDescribe the image in detail.", "Two brown dogs stand on the grass.", image="b.png"),
-    item("3", "Is there a cat?", "Brown.", image="none.png"),  # neither placeholder nor picture
+    item("3", "Is there a cat?", "Brown.", image="none.png"),  # no picture of that name
 ]
 
 
@@ -48,7 +48,7 @@ def test_every_indicator_of_a_small_file(folder, capsys):
     vlit("quality", folder / "data.jsonl", "--annotations", folder / "notes.jsonl", "--out", out)
     report = json.loads((out / "report.json").read_text())
     assert [report[name] for name in ("records", "unreadable", "defective", "pairs")] == [4, 1, 1, 5]
-    assert report["defects"] == {"placeholders": 1, "image": 1}
+    assert report["defects"] == {"image": 1}
     assert any("data.jsonl, line 5: unreadable" in line for line in report["problems"])
     found = {one["key"]: one for one in report["indicators"]}
     assert [key for key in found if key != "grounding"] == INDICATORS
