@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanovlm.attention import Visible, causal_rows
 from nanovlm.cross_attention import Media
 from nanovlm.data.datasets import command_line_sources
+from nanovlm.data.tiles import most
 from nanovlm.training import optimizer
 from nanovlm.training.language_loss import ROWS, is_chunked
 from nanovlm.training.processes import BLOCK, MODES
@@ -331,9 +332,10 @@ def stage_lines(expected, stage, model, contrastive, recompute):
     if stage.objective == "contrastive":
         costs = pair_cost(contrastive, stage, expected.text_tokens)
     else:
-        costs = example_cost(model, stage, expected.text_tokens, expected.num_frames, recompute)
-        if expected.num_frames:
-            image_tokens = model.num_image_tokens(stage.image_size, expected.num_frames)
+        num_frames = expected.num_frames * most(stage.tiles)  # of a square picture
+        costs = example_cost(model, stage, expected.text_tokens, num_frames, recompute)
+        if num_frames:
+            image_tokens = model.num_image_tokens(stage.image_size, num_frames)
     examples, tokens = stage.steps * stage.batch_size, image_tokens + expected.text_tokens
     flops = total_cost(costs.values()).flops
     shares = ", ".join(f"{part} {cost.flops / 1e9:,.1f}" for part, cost in costs.items() if cost.flops)
