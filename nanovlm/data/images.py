@@ -160,6 +160,8 @@ class Preprocessing:
     mean: tuple[float, float, float] = MEAN  # of red, green, blue between 0 and 1
     std: tuple[float, float, float] = STD
     pad_color: tuple[int, int, int] | None = None  # with "pad", 0 to 255; None = the mean, rounded down
+    resample: int = Image.Resampling.BICUBIC  # PIL's number of the filter
+    zoom: float = 1.0  # with "crop": the shorter side before the cut / S
 
     @property
     def border(self):
@@ -188,18 +190,19 @@ def to_pixels(image, image_size, fit="crop", preprocessing=CLIP):
 
 
 def to_square(image, image_size, fit, preprocessing=CLIP):
-    """A picture fitted to S x S, bicubic: PIL.Image.Image; one that has this size already is returned as it is.
+    """A picture fitted to S x S: PIL.Image.Image; one that has this size already is returned as it is.
 
     Args: as in `to_pixels`.
     """
     assert fit in FITS, f"unknown fit {fit!r}"
-    if image.size == (image_size, image_size):
+    zoomed = fit == "crop" and preprocessing.zoom != 1
+    if image.size == (image_size, image_size) and not zoomed:
         return image
     if fit == "crop":
-        return _crop(image, image_size)
+        return _crop(image, image_size, preprocessing)
     if fit != "stretch":
-        image = _square(image, fit, preprocessing.border)
-    return image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+        image = _square(image, fit, preprocessing)
+    return image.resize((image_size, image_size), preprocessing.resample)
 
 
 def normalise(frames, preprocessing=CLIP):
@@ -226,26 +229,26 @@ def _upright_rgb(image, source):
     return image.convert("RGB") if image.mode != "RGB" else image
 
 
-def _crop(image, size):
-    """Shorter side to `size`, then the centre."""
-    shorter = min(image.size)
-    width, height = (size * side // shorter for side in image.size)
+def _crop(image, size, preprocessing):
+    """Shorter side to `size`, perhaps zoomed, then the centre."""
+    shorter, resample, zoomed = min(image.size), preprocessing.resample, round(size * preprocessing.zoom)
+    width, height = (zoomed * side // shorter for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     box = (left, top, left + size, top + size)
     if width * height > MAX_PIXELS:  # of a very long picture only the centre is resized
-        box = [side * shorter / size for side in box]
-        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop(box)
+        box = [side * shorter / zoomed for side in box]
+        return image.resize((size, size), resample, box=box)
+    return image.resize((width, height), resample).crop(box)
 
 
-def _square(image, fit, border):
+def _square(image, fit, preprocessing):
     """A square of the longer side, with a border or stretched; one too large for the memory is made smaller first."""
     longer = max(image.size)
     if longer**2 > MAX_PIXELS:
         scale, longer = MAX_SIDE / longer, MAX_SIDE
-        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        image = image.resize([max(1, round(side * scale)) for side in image.size], preprocessing.resample)
     if fit == "squash":
-        return image.resize((longer, longer), Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (longer, longer), border)
+        return image.resize((longer, longer), preprocessing.resample)
+    square = Image.new("RGB", (longer, longer), preprocessing.border)
     square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
     return square

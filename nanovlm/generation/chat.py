@@ -52,6 +52,7 @@ class Assistant:
     forms: dict = field(default_factory=dict)  # preset name -> Form
     remark: str = ""  # what to say beside an answer about a picture unlike the training's; "" = nothing
     notes: tuple[str, ...] = ()  # what was unusual about the files
+    differs: tuple[str, ...] = ()  # where pictures or chats are not read as the published folder says
 
     def preset(self, name):
         """One of the decodings. Raises: ValueError with the nearest known name."""

@@ -7,11 +7,12 @@ import torch
 
 from nanovlm import lora
 from nanovlm.architecture import rebuild
-from nanovlm.data.templates import CHATML, CHATML_QWEN, CHATML_SMOLLM2, Template
+from nanovlm.data.images import CLIP
 from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
 from nanovlm.generation.chat import Assistant
 from nanovlm.names import nearest
 from nanovlm.published.language import LANGUAGE_MODELS, decoder_of, read_json
+from nanovlm.published.processor import pictures_of, template_of
 from nanovlm.published.tokenizers import PADDED_ROWS, load_tokenizer
 from nanovlm.published.vision import TOWERS, resize, vision_of
 from nanovlm.published.weights import INDEX, OURS, SINGLE, WeightsError, load_weights, open_checkpoint, refuse_adapter
@@ -24,7 +25,6 @@ MODEL_TYPES = {kind: family for family, told in KNOWN["families"].items() for ki
 # What the papers' models are put together from. These have no recipe, since nothing is trained here with one of them
 # alone; they are opened, converted and inspected like the papers' models.
 BARE = LANGUAGE_MODELS | TOWERS
-TEXT = Template("", "", "", "", turn_prefix="\n")  # of a language model that nobody taught to answer
 
 
 def read_config(folder):
@@ -84,10 +84,10 @@ def open_trained(folder, config, recipe, dtype, device):
         raise ValueError(f"{folder} does not fit recipe {recipe.name!r}: {error}") from error
     lora.merge(model)
     last, settings = list(config["stages"].items())[-1]
-    template = recipe.stage_templates.get(last, recipe.template)  # a model that is only aligned knows no other form
-    spare_rows = PADDED_ROWS if published else 0
-    shown = {"image_fit": settings["image_fit"], "tiles": settings.get("tiles")}
-    return ready(model, tokenizer, recipe, template, checkpoint.notes, spare_rows, **shown)
+    template, shown = as_told(folder, recipe, recipe.published)
+    template = recipe.stage_templates.get(last, template)  # a model that is only aligned knows no other form
+    shown |= {"image_fit": settings["image_fit"], "tiles": settings.get("tiles")}
+    return ready(model, tokenizer, recipe, template, checkpoint.notes, PADDED_ROWS if published else 0, **shown)
 
 
 def open_published(folder, config, published, recipe, dtype, device, image_size=None):
@@ -99,10 +99,25 @@ def open_published(folder, config, published, recipe, dtype, device, image_size=
     model, found = with_weights(published, config, checkpoint, dtype, device, image_size)
     notes = [f"{name}: {has[-2]} rows resized to {wants[-2]}" for name, (has, wants) in found.resized.items()]
     tokenizer = load_tokenizer(folder, added_tokens(recipe)) if decoder_of(model) else None
-    last = recipe.stages(recipe.sizes[0], False)[-1] if recipe else None
-    shown = {"image_fit": last.image_fit, "tiles": last.tiles} if recipe else {}
-    template = recipe.template if recipe else template_of(folder)
+    template, shown = as_told(folder, recipe, published)
     return ready(model, tokenizer, recipe, template, (*checkpoint.notes, *notes), PADDED_ROWS, **shown)
+
+
+def as_told(folder, recipe, published):
+    """How a model is asked and shown pictures, by its folder where transformers reads it, else by its recipe.
+
+    Returns: (Template, {"image_fit", "tiles", "preprocessing" and "differs" of its Assistant}).
+    """
+    last = recipe.stages(recipe.sizes[0], False)[-1] if recipe else None
+    shown = {"image_fit": last.image_fit, "tiles": last.tiles, "preprocessing": recipe.preprocessing} if recipe else {
+        "image_fit": "crop", "tiles": None, "preprocessing": CLIP}
+    template = recipe.template if recipe else None
+    if published is None:
+        return template, shown
+    theirs = "header" in KNOWN["families"].get(published.family, {})  # else the authors' own code prepares pictures
+    shown, notes = pictures_of(folder, shown, not theirs)
+    template, named = template_of(folder, template) if theirs else (template, [])
+    return template, shown | {"differs": (*notes, *named)}
 
 
 def with_weights(published, config, checkpoint, dtype, device, image_size=None):
@@ -116,7 +131,7 @@ def with_weights(published, config, checkpoint, dtype, device, image_size=None):
 
 def ready(model, tokenizer, recipe, template, notes, spare_rows, **shown):
     """Assistant, after tokenizer and model were compared; spare_rows: of the embedding, that may belong to no token;
-    shown: its image_fit and tiles."""
+    shown: its image_fit, tiles and preprocessing, and in what these differ."""
     if tokenizer is not None:
         rows = decoder_of(model).config.vocab_size
         check_vocabulary(tokenizer, rows, spare_rows)
@@ -129,17 +144,7 @@ def ready(model, tokenizer, recipe, template, notes, spare_rows, **shown):
     image_size = vision_of(model).image_size if vision_of(model) else 0
     model = (VLM(None, None, model) if model is decoder_of(model) else model).eval()  # sees nothing
     own = {name: getattr(recipe, name) for name in ("decodings", "forms", "remark", "preprocessing")} if recipe else {}
-    return Assistant(model, tokenizer, template, image_size, notes=notes, **shown, **own)
-
-
-def template_of(folder):
-    """How a bare language model is asked: as its chat template says if it is one of ours, which its text tells; else it
-    goes on with the plain text."""
-    paths = [folder / name for name in ("chat_template.jinja", "tokenizer_config.json")]
-    files = [path.read_text() for path in paths if path.exists()]
-    ours = {"named SmolLM": CHATML_SMOLLM2, "You are Qwen": CHATML_QWEN, "<|im_start|>": CHATML}
-    told = "".join(text for text in files if "add_generation_prompt" in text)
-    return next((template for words, template in ours.items() if words in told), TEXT)
+    return Assistant(model, tokenizer, template, image_size, notes=notes, **own | shown)
 
 
 def added_tokens(recipe):

@@ -218,7 +218,7 @@ def start(recipe, init, size, seed):
         return open_parts(recipe, places, paths, size, seed, device)
 
     found = opened("meta")
-    say("\n".join(found.assistant.notes))
+    say("\n".join((*found.assistant.notes, *found.assistant.differs)))
     assistant, made_of = found.assistant, architecture(found.assistant.model, None)
     pictures = {"image_size": assistant.image_size, "image_fit": assistant.image_fit} if found.whole else {}
     context = assistant.model.decoder.config.context_length

@@ -63,8 +63,11 @@ def model_flags(parser):
 
 
 def load_by_flags(folder, args):
-    """As `load`, by the flags of `model_flags`; a type that the machine is slow in is named on stderr."""
+    """As `load`, by the flags of `model_flags`; what is unusual or differs is said on stderr."""
     check_device(args.device)
     if line := slow_line(args.dtype, args.device):
         print(f"({line})", file=sys.stderr)
-    return load(folder, dtype=DTYPES[args.dtype], device=args.device, recipe=args.recipe)
+    loaded = load(folder, dtype=DTYPES[args.dtype], device=args.device, recipe=args.recipe)
+    for line in loaded.differs:
+        print(f"({line})", file=sys.stderr)
+    return loaded
