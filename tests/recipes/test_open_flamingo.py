@@ -209,7 +209,7 @@ def assistant():
     tokenizer = train_tokenizer(["Question:what? Short answer:a red one Output:a blue one"] * 9, 300)
     tokenizer.backend.add_special_tokens(["<|endofchunk|>", "<image>"])
     tokenizer, recipe = Tokenizer(tokenizer.backend), open_flamingo.RECIPE
-    return ready(recipe.build("tiny_mpt", tokenizer.vocab_size), tokenizer, recipe, recipe.template, "crop", (), PADDED_ROWS)
+    return ready(recipe.build("tiny_mpt", tokenizer.vocab_size), tokenizer, recipe, recipe.template, (), PADDED_ROWS)
 
 
 ASKED = {  # benchmark: its files, what an answer is cut from, what is left
