@@ -22,6 +22,7 @@ from nanovlm.published.hub import find
 from nanovlm.published.language import complete, read_json, with_vocabulary
 from nanovlm.published.load import KNOWN, MODEL_TYPES, family_of, find_family, open_trained, read_config, with_weights
 from nanovlm.published.parts import put_together, size_of, with_sizes_of, with_tokenizer
+from nanovlm.published.processor import side
 from nanovlm.published.vision import vision_of
 from nanovlm.published.weights import OURS, count, open_checkpoint, shapes_of, write_checkpoint
 
@@ -50,8 +51,11 @@ def convert(args, families, recipes):
     model, lines, rest = put_together(published, config, places, paths, args.image_size, args.seed, wanted)
     state, shapes, told = model.state_dict(), shapes_of(model), "no tokenizer found: put the model's tokenizer files into OUT before it is asked anything"
     with new_folder(out) as folder:
-        if held:
+        if held and held[0] in paths:
+            copy_beside(held[0], folder)
+        elif held:
             held[1].save(folder / "tokenizer.json")
+        if held:
             told = f"tokenizer of {held[0]}: {held[1].vocab_size} tokens"
         write_checkpoint(folder, OURS, state, int(args.max_shard_gb * 1e9))
         settings = {"family": family, "config": config, "sources": [str(one) for one in (*places.values(), *paths)],
@@ -102,7 +106,8 @@ def export(source, out, args, families, recipes):
         if recipe is None or recipe.published is None:
             raise ValueError(f"recipe {config['recipe']!r} is nobody's published model, so there is no layout to write")
         published, loaded = recipe.published, open_trained(folder, config, recipe, dtype, "cpu")
-        model, sizes = loaded.model, with_vocabulary(published.configs[config["size"]], loaded.tokenizer.vocab_size)
+        model, sizes = loaded.model, config.get("published")
+        sizes = sizes or with_vocabulary(published.configs[config["size"]], loaded.tokenizer.vocab_size)
     else:
         published = find_family(args.family or family_of(config, folder / "config.json", families), families)
         model, _ = with_weights(published, config, checkpoint, dtype, "cpu")
@@ -111,18 +116,39 @@ def export(source, out, args, families, recipes):
     with new_folder(out) as temporary:
         names = write_checkpoint(temporary, published.layout(sizes), model.state_dict(), int(args.max_shard_gb * 1e9))
         (temporary / "config.json").write_text(json.dumps(sizes, indent=2))
-        beside = [name for name in KNOWN["beside"] if (folder / name).exists()]
-        for name in beside:
-            shutil.copyfile(folder / name, temporary / name)
+        beside = copy_beside(folder, temporary)
+        fit_processor(temporary, vision_of(model))
     return [f"written: {out} ({published.family}, {len(names)} files, {dtype}, published layout)",
             f"copied: {', '.join(beside) or 'no tokenizer files'}"]
+
+
+def copy_beside(folder, out):
+    """Copy what stands beside a model's weights: tokenizer, processor, chat template, settings of generation; the names."""
+    beside = [name for name in KNOWN["beside"] if (folder / name).exists()]
+    for name in beside:
+        shutil.copyfile(folder / name, out / name)
+    return beside
+
+
+def fit_processor(folder, tower):
+    """Write a tower's picture size, if it was trained at another, into the sizes of its folder's processor."""
+    for path in filter(Path.exists, (folder / "preprocessor_config.json", folder / "processor_config.json")):
+        content = read_json(path)
+        told = content.get("image_processor", content)
+        found = side(told.get("crop_size") or told.get("size"))
+        for size in filter(None, (told.get("size"), told.get("crop_size"))):
+            if tower and found and "max_image_size" not in told and isinstance(size, dict):
+                size.update({key: value * tower.image_size // found for key, value in size.items()})
+        if tower and found not in (None, tower.image_size):
+            path.write_text(json.dumps(content, indent=2))
 
 
 def published_config(family, sizes, tower, dtype):
     """config.json of a published folder: the sizes, what transformers wants to know, and the present picture size."""
     config = complete(copy.deepcopy(sizes), KNOWN["families"][family].get("header", {"model_type": family}))
+    config = {key: value for key, value in config.items() if key != "image_token_index" or "image_token_id" not in config}
     owl = config.get("visual_config", {}).get("visual_model")
     for part in (config.get("vision_config"), config.get("vision"), owl):
         if part and tower:
             part["image_size"] = tower.image_size
-    return config | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    return config | {"dtype" if "dtype" in config else "torch_dtype": str(dtype).removeprefix("torch.")}
