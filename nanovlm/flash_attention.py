@@ -8,6 +8,7 @@ chip; backward, the scores are computed again. In torch this is `forward_as_writ
 A mask is an interval of keys per query (attention.Visible). Tiles of keys that no query of the tile sees are never
 visited, tiles that all of them see are taken without a mask, and only those between pay for one. dK and dV walk the
 other way, over the queries that see a tile of keys. Nothing is added atomically: equal inputs give equal bits.
+ALiBi adds one number per key of a tile, counted from the tile's first query: far from a row's start it stays exact.
 
 FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2. Differs from the paper: intervals instead of "causal"; dQ has a
 kernel of its own, two more products in exchange for determinism; scores in base 2, as GPUs raise 2 to a power.
@@ -40,27 +41,29 @@ TILES = {
 EXACT = (Tile(32, 32, 4, 1),) * 3  # float32 does without tensor cores: right, and slow
 
 
-def scores_of(q, k, first, stop, scale):
-    """S = Q K^T * scale: float[B, H, T, S], -inf where a query does not see a key."""
+def scores_of(q, k, first, stop, scale, slopes):
+    """S = Q K^T * scale, with ALiBi + slope (key - place): float[B, H, T, S], -inf where a query does not see a key."""
     keys = torch.arange(k.shape[2], device=k.device)
+    places = keys[-1:] + torch.arange(1 - q.shape[2], 1, device=k.device)[:, None]  # the last query stands at the last key
+    bias = 0 if slopes is None else slopes[:, None, None] * (keys - places)
     visible = (keys >= first[..., None]) & (keys < stop[..., None])  # B T S
-    return (q @ k.transpose(-2, -1) * scale).masked_fill(~visible[:, None], -torch.inf)
+    return (q @ k.transpose(-2, -1) * scale + bias).masked_fill(~visible[:, None], -torch.inf)
 
 
-def forward_as_written(q, k, v, first, stop, scale):
+def forward_as_written(q, k, v, first, stop, scale, slopes=None):
     """What `forward` returns (Algorithm 1): out float[B, H, T, D], and lse float[B, H, T], here not in base 2."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # grouped queries share their keys
-    scores = scores_of(q, k, first, stop, scale)
+    scores = scores_of(q, k, first, stop, scale, slopes)
     lse = scores.logsumexp(-1)  # L, the logarithm of the softmax's sum
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that sees nothing: all its shares become 0
     return (scores - lse[..., None]).exp() @ v, lse  # O = P V
 
 
-def backward_as_written(do, q, k, v, first, stop, out, lse, scale):
+def backward_as_written(do, q, k, v, first, stop, out, lse, scale, slopes=None):
     """What `backward` returns (Algorithm 2): dq, dk, dv, from do float[B, H, T, D]."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    shares = (scores_of(q, k, first, stop, scale) - lse[..., None]).exp()  # P, computed again: only lse was kept
+    shares = (scores_of(q, k, first, stop, scale, slopes) - lse[..., None]).exp()  # P, again: only lse was kept
     dv = shares.transpose(-2, -1) @ do  # dV = P^T dO
     d_shares = do @ v.transpose(-2, -1)  # dP = dO V^T
     delta = (do * out).sum(-1, keepdim=True)  # D = rowsum(dO * O), the same as rowsum(dP * P)
@@ -120,14 +123,16 @@ def edges(lo, hi, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def see(acc, total, top, q, k, v, k_stride, v_stride, lo, hi, begin, end, num_keys, scale, D: tl.constexpr,
-        BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def see(acc, total, top, q, k, v, k_stride, v_stride, lo, hi, begin, end, num_keys, scale, slope, origin,
+        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """The online softmax over keys [begin, end): new acc float[M, D], total float[M], top float[M]."""
     for start in range(begin, end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, keys, num_keys, k_stride, D, BLOCK_D, MASKED)
         v_tile = load_tile(v, keys, num_keys, v_stride, D, BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
+        if slope is not None:
+            scores += (slope * (keys - origin))[None, :]
         if MASKED:
             scores = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -140,7 +145,7 @@ def see(acc, total, top, q, k, v, k_stride, v_stride, lo, hi, begin, end, num_ke
 
 
 @triton.jit
-def forward_kernel(q, k, v, first, stop, out, lse, q_strides, k_strides, v_strides, out_strides, visible_stride,
+def forward_kernel(q, k, v, first, stop, slopes, out, lse, q_strides, k_strides, v_strides, out_strides, visible_stride,
                    num_heads, group, num_queries, num_keys, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """out and the logarithm (base 2) of the softmax's sum, for one tile of queries of one head."""
@@ -156,20 +161,26 @@ def forward_kernel(q, k, v, first, stop, out, lse, q_strides, k_strides, v_strid
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     scale *= LOG2_E
+    slope, origin = slopes, tile * BLOCK_M + num_keys - num_queries
+    if slopes is not None:  # else nothing of ALiBi is compiled
+        slope = tl.load(slopes + head) * LOG2_E
     for part in tl.static_range(3):
-        acc, total, top = see(acc, total, top, q_tile, k, v, k_strides[2], v_strides[2], lo, hi, edge[part],
-                              edge[part + 1], num_keys, scale, D, BLOCK_D, BLOCK_N, part != 1)  # fmt: skip
+        acc, total, top = see(acc, total, top, q_tile, k, v, k_strides[2], v_strides[2], lo, hi, edge[part], edge[part + 1],
+                              num_keys, scale, slope, origin, D, BLOCK_D, BLOCK_N, part != 1)  # fmt: skip
     blind = total == 0
     total = tl.where(blind, 1.0, total)
     out = head_of(out, out_strides, batch, head)
     store_tile(out, rows, num_queries, out_strides[2], acc / total[:, None], D, BLOCK_D)
     # +inf makes 2 ** (score - lse) zero in the backward pass
     lse += tl.program_id(1) * num_queries + rows
-    tl.store(lse, tl.where(blind, float("inf"), top + tl.log2(total)), mask=rows < num_queries)
+    row_lse = tl.where(blind, float("inf"), top + tl.log2(total))
+    if slope is not None:
+        row_lse -= slope * (rows - tile * BLOCK_M)  # from each query's own place, as the tiles of others are others
+    tl.store(lse, row_lse, mask=rows < num_queries)
 
 
 @triton.jit
-def blame_queries(dq, q, do, lse, delta, k, v, k_stride, v_stride, lo, hi, begin, end, num_keys, scale,
+def blame_queries(dq, q, do, lse, delta, k, v, k_stride, v_stride, lo, hi, begin, end, num_keys, scale, slope, origin,
                   D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """dq float[M, D] of a tile of queries, grown by the keys [begin, end)."""
     for start in range(begin, end, BLOCK_N):
@@ -177,6 +188,8 @@ def blame_queries(dq, q, do, lse, delta, k, v, k_stride, v_stride, lo, hi, begin
         k_tile = load_tile(k, keys, num_keys, k_stride, D, BLOCK_D, MASKED)
         v_tile = load_tile(v, keys, num_keys, v_stride, D, BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
+        if slope is not None:
+            scores += (slope * (keys - origin))[None, :]
         if MASKED:
             scores = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), scores, float("-inf"))
         shares = tl.exp2(scores - lse[:, None])
@@ -187,8 +200,8 @@ def blame_queries(dq, q, do, lse, delta, k, v, k_stride, v_stride, lo, hi, begin
 
 
 @triton.jit
-def dq_kernel(q, k, v, first, stop, out, do, lse, delta, dq, q_strides, k_strides, v_strides, out_strides, do_strides,
-              dq_strides, visible_stride, num_heads, group, num_queries, num_keys, scale, D: tl.constexpr,
+def dq_kernel(q, k, v, first, stop, slopes, out, do, lse, delta, dq, q_strides, k_strides, v_strides, out_strides,
+              do_strides, dq_strides, visible_stride, num_heads, group, num_queries, num_keys, scale, D: tl.constexpr,
               BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """dq of one tile of queries, and delta = sum(out * do), which dkv_kernel needs too."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -205,16 +218,21 @@ def dq_kernel(q, k, v, first, stop, out, do, lse, delta, dq, q_strides, k_stride
     k = head_of(k, k_strides, batch, head // group)
     v = head_of(v, v_strides, batch, head // group)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    base_2 = scale * LOG2_E
+    base_2, slope, origin = scale * LOG2_E, slopes, tile * BLOCK_M + num_keys - num_queries
+    if slopes is not None:
+        slope = tl.load(slopes + head) * LOG2_E
+        row_lse += slope * (rows - tile * BLOCK_M)
     for part in tl.static_range(3):
         acc = blame_queries(acc, q_tile, do_tile, row_lse, row_delta, k, v, k_strides[2], v_strides[2], lo, hi,
-                            edge[part], edge[part + 1], num_keys, base_2, D, BLOCK_D, BLOCK_N, part != 1)  # fmt: skip
+                            edge[part], edge[part + 1], num_keys, base_2, slope, origin, D, BLOCK_D, BLOCK_N,
+                            part != 1)  # fmt: skip
     store_tile(head_of(dq, dq_strides, batch, head), rows, num_queries, dq_strides[2], acc * scale, D, BLOCK_D)
 
 
 @triton.jit
 def blame_keys(dk, dv, k, v, keys, q, do, lse, delta, first, stop, q_stride, do_stride, begin, end, num_queries,
-               scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+               num_keys, scale, slope, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+               MASKED: tl.constexpr):  # fmt: skip
     """dk, dv float[N, D] of a tile of keys, grown by the queries [begin, end) of one head; scores stand transposed."""
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -226,6 +244,9 @@ def blame_keys(dk, dv, k, v, keys, q, do, lse, delta, first, stop, q_stride, do_
         else:
             row_lse, row_delta = tl.load(lse + rows), tl.load(delta + rows)
         scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee") * scale  # N M
+        if slope is not None:
+            scores += (slope * (keys - (start + num_keys - num_queries)))[:, None]
+            row_lse += slope * (rows - start)
         if MASKED:
             lo = tl.load(first + rows, mask=rows < num_queries, other=0)
             hi = tl.load(stop + rows, mask=rows < num_queries, other=0)
@@ -239,8 +260,8 @@ def blame_keys(dk, dv, k, v, keys, q, do, lse, delta, first, stop, q_stride, do_
 
 
 @triton.jit
-def dkv_kernel(q, k, v, first, stop, do, lse, delta, seen_by, dk, dv, q_strides, k_strides, v_strides, do_strides,
-               dk_strides, dv_strides, visible_stride, seen_by_stride, num_heads, group, num_queries, num_keys, scale,
+def dkv_kernel(q, k, v, first, stop, slopes, do, lse, delta, seen_by, dk, dv, q_strides, k_strides, v_strides,
+               do_strides, dk_strides, dv_strides, visible_stride, seen_by_stride, num_heads, group, num_queries, num_keys, scale,
                D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """dk and dv of one tile of keys from the queries of one head; heads that share keys are added up outside."""
     batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
@@ -253,16 +274,23 @@ def dkv_kernel(q, k, v, first, stop, do, lse, delta, seen_by, dk, dv, q_strides,
     v_tile = load_tile(head_of(v, v_strides, batch, head // group), keys, num_keys, v_strides[2], D, BLOCK_D, True)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    base_2 = scale * LOG2_E
+    base_2, slope = scale * LOG2_E, slopes
+    if slopes is not None:
+        slope = tl.load(slopes + head) * LOG2_E
     q, do = head_of(q, q_strides, batch, head), head_of(do, do_strides, batch, head)
     lse += tl.program_id(1) * num_queries
     delta += tl.program_id(1) * num_queries
     for part in tl.static_range(3):
         dk_acc, dv_acc = blame_keys(dk_acc, dv_acc, k_tile, v_tile, keys, q, do, lse, delta, first, stop, q_strides[2],
-                                    do_strides[2], edge[part], edge[part + 1], num_queries, base_2, D, BLOCK_D,
-                                    BLOCK_M, part != 1)  # fmt: skip
+                                    do_strides[2], edge[part], edge[part + 1], num_queries, num_keys, base_2, slope,
+                                    D, BLOCK_D, BLOCK_M, part != 1)  # fmt: skip
     store_tile(head_of(dk, dk_strides, batch, head), keys, num_keys, dk_strides[2], dk_acc * scale, D, BLOCK_D)
     store_tile(head_of(dv, dv_strides, batch, head), keys, num_keys, dv_strides[2], dv_acc, D, BLOCK_D)
+
+
+def with_alibi(tiles):
+    """The three tiles, of a forward pass with at most 64 keys: the bias of more would spill registers."""
+    return tiles[0]._replace(keys=min(tiles[0].keys, 64)), *tiles[1:]
 
 
 def tiles_for(q):
@@ -318,29 +346,31 @@ def seen_by(first, stop, num_keys, tile):
 
 
 @torch.library.custom_op("nanovlm::flash_attention", mutates_args=())
-def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, scale: float,
+            slopes: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [B, H, T, D] and lse, the softmax's log2 of sums, float32[B, H, T]."""
-    out, lse = forward_shapes(q, k, v, first, stop, scale)
+    out, lse = forward_shapes(q, k, v, first, stop, scale, slopes)
     if out.numel():
         q, k, v, first, stop = readable(q), readable(k), readable(v), first.contiguous(), stop.contiguous()
-        (heads, num_queries), tile = q.shape[1:3], tiles_for(q)[0]
+        (heads, num_queries), tiles = q.shape[1:3], tiles_for(q)
+        tile = (tiles if slopes is None else with_alibi(tiles))[0]
         sizes = (num_queries if len(first) > 1 else 0, heads, heads // k.shape[1], num_queries, k.shape[2], scale)
-        tensors, num_tiles = (q, k, v, first, stop, out, lse), triton.cdiv(num_queries, tile.queries)
+        tensors, num_tiles = (q, k, v, first, stop, slopes, out, lse), triton.cdiv(num_queries, tile.queries)
         launch(forward_kernel, num_tiles, tile, tensors, (q, k, v, out), sizes)
     return out, lse
 
 
 @forward.register_fake
-def forward_shapes(q, k, v, first, stop, scale):
+def forward_shapes(q, k, v, first, stop, scale, slopes=None):
     """What `forward` returns, without its numbers."""
     return empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("nanovlm::flash_attention_backward", mutates_args=())
 def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, out: Tensor, lse: Tensor,
-             scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+             scale: float, slopes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv."""
-    dq, dk, dv = backward_shapes(do, q, k, v, first, stop, out, lse, scale)
+    dq, dk, dv = backward_shapes(do, q, k, v, first, stop, out, lse, scale, slopes)
     if not q.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     do, q, k, v, out = (readable(x) for x in (do, q, k, v, out))
@@ -350,12 +380,13 @@ def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: T
     sizes = (heads, heads // num_kv_heads, num_queries, num_keys, scale)
     visible_stride = num_queries if len(first) > 1 else 0
     delta = torch.empty_like(lse)
-    tensors, num_tiles = (q, k, v, first, stop, out, do, lse, delta, dq), triton.cdiv(num_queries, q_tile.queries)
+    tensors = (q, k, v, first, stop, slopes, out, do, lse, delta, dq)
+    num_tiles = triton.cdiv(num_queries, q_tile.queries)
     launch(dq_kernel, num_tiles, q_tile, tensors, (q, k, v, out, do, dq), (visible_stride, *sizes))
     turned = seen_by(first, stop, num_keys, kv_tile)
     if num_kv_heads < heads:  # a sum over the heads within the kernel would need registers that it has not got
         dk, dv = (q.new_empty(rows, num_keys, heads, width, dtype=torch.float32).transpose(1, 2) for _ in range(2))
-    tensors = (q, k, v, first, stop, do, lse, delta, turned, dk, dv)
+    tensors = (q, k, v, first, stop, slopes, do, lse, delta, turned, dk, dv)
     sizes = (visible_stride, turned.stride(0) if len(turned) > 1 else 0, *sizes)
     launch(dkv_kernel, turned.shape[1], kv_tile, tensors, (q, k, v, do, dk, dv), sizes)
     if num_kv_heads < heads:
@@ -364,22 +395,25 @@ def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: T
 
 
 @backward.register_fake
-def backward_shapes(do, q, k, v, first, stop, out, lse, scale):
+def backward_shapes(do, q, k, v, first, stop, out, lse, scale, slopes=None):
     """What `backward` returns, without its numbers."""
     return empty(q), empty(k), empty(v)
 
 
 def keep(ctx, inputs, output):
     """What the backward pass needs; the scores are computed again."""
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, ctx.scale, slopes = inputs
+    ctx.save_for_backward(*tensors, *output, slopes)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def differentiate(ctx, do, d_lse):
     """Gradients for `forward`'s arguments."""
-    return (None,) * 6 if do is None else (*backward(do, *ctx.saved_tensors, ctx.scale), None, None, None)
+    if do is None:
+        return (None,) * 7
+    *tensors, slopes = ctx.saved_tensors
+    return *backward(do, *tensors, ctx.scale, slopes), None, None, None, None
 
 
 forward.register_autograd(differentiate, setup_context=keep)
@@ -391,7 +425,8 @@ def flash_attention(q, k, v, visible, scale=None):
     Args:
       q: float[B, H, T, D], of 16 or 32 bits; D a multiple of 8, at most 128 (64 and 128 best).
       k, v: float[B, K, S, D], H a multiple of K. What cannot be read in pieces of 16 bytes is copied first.
-      visible: attention.Visible, int[B or 1, T] over the S keys; any intervals, fastest where they do not descend.
+      visible: attention.Visible, int[B or 1, T] over the S keys, with ALiBi float32[H] slopes, which get no gradient;
+        any intervals, fastest where they do not descend.
         They are trusted, as reading them would wait for the GPU; NANOVLM_CHECK_INTERVALS=1 checks them in every call.
     Returns: float[B, H, T, D]; zeros, with zero gradients, where a query sees nothing. Under autocast its type.
     Raises: ValueError for arguments of wrong shapes, types or devices.
@@ -402,7 +437,8 @@ def flash_attention(q, k, v, visible, scale=None):
     check(q, k, v, visible)
     if CHECK_INTERVALS:
         visible.check(k.shape[2])
-    return forward(q, k, v, visible.first, visible.stop, q.shape[-1] ** -0.5 if scale is None else float(scale))[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return forward(q, k, v, visible.first, visible.stop, scale, visible.slopes)[0]
 
 
 def check(q, k, v, visible):
@@ -425,6 +461,9 @@ def check(q, k, v, visible):
     shapes, integers = ((rows, num_queries), (1, num_queries)), (torch.int32, torch.int64)
     fits = all(x.shape == edges[0].shape and x.shape in shapes and x.dtype in integers for x in edges)
     demand(fits, "first and stop are int32 or int64 [rows or 1, q's tokens]")
+    slopes = visible.slopes
+    fits = slopes is None or slopes.shape == (heads,) and slopes.dtype == torch.float32 and slopes.device == q.device
+    demand(fits, "slopes are float32, one for each head, beside q")
     furthest = max(num_queries * q.stride(2), num_keys * max(k.stride(2), v.stride(2)))
     demand(furthest < 2**31, "a head reaches over less than 2 ** 31 elements: split it")
     demand(q.device.type == "cuda" or INTERPRETED, "the kernels need a GPU, or (slow) TRITON_INTERPRET=1; try 'sdpa'")

@@ -15,6 +15,7 @@ that has become more than 5% longer is a fault, and `--record` writes today's co
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,7 @@ SPILL_LIMIT = 16  # bytes; more of it sits in a loop
 ALIGNED = [["tt.divisibility", 16]]
 RECORDED = Path(__file__).with_name("sass.json")
 SLACK = 1.05
-ROW = "{:<20}{:>4}{:>6} {:>11}{:>6}{:>7}{:>10}{:>8}{:>9}{:>9}{:>7}{:>6}  {}"
+ROW = "{:<24}{:>4}{:>6} {:>11}{:>6}{:>7}{:>10}{:>8}{:>9}{:>9}{:>7}{:>6}  {}"
 HEAD = "kernel sm width tile warps stages registers spilled shared products copies loop verdict"
 
 
@@ -75,19 +76,20 @@ class Found:
 
 
 def attention_variants():
-    """Forward, dQ, dK and dV of flash_attention.TILES, with 88 channels where they are padded."""
+    """Forward, dQ, dK and dV of flash_attention.TILES, with 88 channels where they are padded; 128 with ALiBi too (MPT)."""
     from nanovlm import flash_attention
 
     scalars = dict.fromkeys(("visible_stride", "seen_by_stride", "num_heads", "group", "num_queries", "num_keys"), "i32")
-    scalars |= dict(scale="fp32", lse="*fp32", delta="*fp32", seen_by="*i32")
+    scalars |= dict(scale="fp32", lse="*fp32", delta="*fp32", seen_by="*i32", slopes="*fp32")
     for (architecture, widest), tiles in flash_attention.TILES.items():
         for width in (88,) if widest == 96 else (88, 128) if (architecture, widest) == (80, 128) else (widest,):
-            for name, tile in zip(("forward", "dq", "dkv"), tiles):
-                function = getattr(flash_attention, f"{name}_kernel")
+            kinds = {"": (tiles, {"slopes": None})} | ({" alibi": (flash_attention.with_alibi(tiles), {})} if width == 128 else {})
+            for (kind, (those, off)), (place, name) in itertools.product(kinds.items(), enumerate(("forward", "dq", "dkv"))):
+                function, tile = getattr(flash_attention, f"{name}_kernel"), those[place]
                 types = {n: ("i32",) * 3 if n.endswith("strides") else "*bf16" for n in function.arg_names} | scalars
                 types |= dict.fromkeys(("first", "stop"), "*i64" if name == "forward" else "*i32")
-                sizes = dict(D=width, BLOCK_D=64 if width <= 64 else 128, BLOCK_M=tile.queries, BLOCK_N=tile.keys)
-                yield Variant(f"attention {name}", function, architecture, sizes, types, tile.warps, tile.stages)
+                sizes = off | dict(D=width, BLOCK_D=64 if width <= 64 else 128, BLOCK_M=tile.queries, BLOCK_N=tile.keys)
+                yield Variant(f"attention {name}{kind}", function, architecture, sizes, types, tile.warps, tile.stages)
 
 
 def projection_variants():

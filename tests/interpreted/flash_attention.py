@@ -1,5 +1,7 @@
 """The fused kernels, as numpy, against attention as written in float64; started by test_flash_attention."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -75,8 +77,9 @@ def results(function, tensors, do, dtype):
 def as_written(tensors, visible, do):
     """Output, gradients and lse, written out in torch, in float64."""
     exact, do, scale = [x.detach().double() for x in tensors], do.double(), tensors[0].shape[-1] ** -0.5
-    out, lse = module.forward_as_written(*exact, visible.first, visible.stop, scale)
-    return [out, *module.backward_as_written(do, *exact, visible.first, visible.stop, out, lse, scale)], lse
+    edges, slopes = (visible.first, visible.stop), None if visible.slopes is None else visible.slopes.double()
+    out, lse = module.forward_as_written(*exact, *edges, scale, slopes)
+    return [out, *module.backward_as_written(do, *exact, *edges, out, lse, scale, slopes)], lse
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -91,6 +94,36 @@ def test_equals_what_is_written_in_torch(name):
     close(found, expected, rtol=1e-5)
     blind = (visible.stop.clamp(max=k.shape[2]) <= visible.first)[:, None, :, None].expand(q.shape)
     assert (found[0][blind] == 0).all() and (found[1][blind] == 0).all()
+
+
+@pytest.mark.parametrize("name", [
+    "causal", "packed and padded, groups", "padding in front", "two rows, two masks", "sliding window", "chunked prefill",
+    "nothing at all", "scattered", "decoding", "no keys",
+])  # fmt: skip
+def test_alibi(name):
+    """A slope for each head, from steep to none; forward, backward and lse, and the same as the readable attention."""
+    tensors, visible = make(CASES[name])
+    q, k, _ = tensors
+    visible = replace(visible, slopes=torch.tensor([0.9, 0.02, 0.3, 0.1, 0.6, 2.0, 0.05, 0.0])[: q.shape[1]])
+    do = torch.randn_like(q)
+    expected, expected_lse = as_written(tensors, visible, do)
+    _, lse = module.forward(*tensors, visible.first, visible.stop, q.shape[-1] ** -0.5, visible.slopes)
+    close(lse.double() / module.LOG2_E.value, expected_lse, rtol=1e-5)
+    found = results(lambda *x: flash_attention(*x, visible), tensors, do, torch.float32)
+    close(found, expected, rtol=1e-5)
+    if k.shape[2]:
+        close(found, results(lambda *x: attention(*x, visible, "reference"), tensors, do, torch.float32), atol=2e-5)
+
+
+def test_alibi_stays_exact_far_from_the_start_and_with_tiles_of_other_sizes(monkeypatch):
+    """Chunks of queries behind thousands of keys: bias counts from the tile, so that nothing large is rounded."""
+    monkeypatch.setattr(module, "EXACT", (Tile(64, 16, 4, 1), Tile(16, 64, 4, 1), Tile(16, 64, 4, 1)))
+    q, k, v = (torch.randn(1, 1, t, 16).requires_grad_() for t in (40, 3000, 3000))
+    stop = torch.arange(2961, 3001)[None]
+    visible = Visible(stop - 2900, stop, slopes=torch.tensor([0.84]))
+    do = torch.randn_like(q)
+    found = results(lambda *x: flash_attention(*x, visible), (q, k, v), do, torch.float32)
+    close(found, as_written((q, k, v), visible, do)[0], atol=5e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["packed and padded, groups", "ViT"])
@@ -197,6 +230,8 @@ def test_torch_finds_the_operators_in_order():
     out, lse = module.forward(q, k, v, visible.first, visible.stop, 0.2)
     inputs = [x.detach() for x in (torch.randn_like(out), q, k, v, visible.first, visible.stop, out, lse)]
     torch.library.opcheck(module.backward, (*inputs, 0.2), test_utils=tests)
+    slopes = torch.rand(q.shape[1])
+    torch.library.opcheck(module.forward, (q, k, v, visible.first, visible.stop, 0.2, slopes), test_utils=tests)
 
 
 def test_compile_checkpointing_and_autocast():

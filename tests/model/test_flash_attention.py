@@ -1,5 +1,6 @@
 """The fused kernels against the equation, in the interpreter; bad arguments; the switch."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,7 @@ BAD = {
     r"q's tokens.* first torch.int64 \(1, 4\)": (Q, K, K, full(4, 5)),
     r"q's tokens.* stop torch.int64 \(2, 3\)": (Q, K, K, Visible(GOOD.first, GOOD.stop.expand(2, 3))),
     "int32 or int64.* first torch.float32": (Q, K, K, Visible(GOOD.first.float(), GOOD.stop)),
+    "slopes are float32, one for each head": (Q, K, K, Visible(GOOD.first, GOOD.stop, slopes=torch.ones(2))),
 }
 
 
@@ -81,21 +83,23 @@ def test_rows_too_far_apart_are_an_error():
         flash.flash_attention(q, q, q, full(2**17, 2**17, "meta"))
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
-def test_as_written_equals_the_reference_and_its_gradients(heads, kv_heads):
+@pytest.mark.parametrize("heads, kv_heads, slopes", [(2, 2, None), (4, 2, None), (4, 2, [0.9, 0.4, 0.1, 0.0])])
+def test_as_written_equals_the_reference_and_its_gradients(heads, kv_heads, slopes):
     """Intervals in no order, some empty; what is written out in torch is what autograd finds."""
     q, k, v = (torch.randn(2, h, t, 8).double().requires_grad_() for h, t in ((heads, 7), (kv_heads, 9), (kv_heads, 9)))
     first = torch.randint(0, 9, (2, 7))
     visible = Visible(first, (first + torch.randint(-2, 9, (2, 7))).clamp(0, 9))
     assert (visible.stop <= visible.first).any()
+    slopes = None if slopes is None else torch.tensor(slopes)
+    bias = 0 if slopes is None else slopes[:, None, None] * torch.arange(9)
     (k_all, v_all), mask = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v)), visible.mask(9)[:, None]
     scale = 0.3
-    weights = (q @ k_all.transpose(-2, -1) * scale).masked_fill(~mask, -1e300).softmax(-1).masked_fill(~mask, 0)
+    weights = (q @ k_all.transpose(-2, -1) * scale + bias).masked_fill(~mask, -1e300).softmax(-1).masked_fill(~mask, 0)
     expected, do = weights @ v_all, torch.randn_like(q)
-    out, lse = flash.forward_as_written(q, k, v, visible.first, visible.stop, scale)
+    out, lse = flash.forward_as_written(q, k, v, visible.first, visible.stop, scale, slopes)
     close(out, expected)
-    found = flash.backward_as_written(do, q, k, v, visible.first, visible.stop, out, lse, scale)
+    found = flash.backward_as_written(do, q, k, v, visible.first, visible.stop, out, lse, scale, slopes)
     close(found, torch.autograd.grad(expected, (q, k, v), do))
     single = [x.detach().float() for x in (q, k, v)]
-    scaled = flash.forward_as_written(*single, visible.first, visible.stop, 8**-0.5)[0]
-    close(scaled, attention(*single, visible, "reference"))
+    scaled = flash.forward_as_written(*single, visible.first, visible.stop, 8**-0.5, slopes)[0]
+    close(scaled, attention(*single, replace(visible, slopes=slopes), "reference"))
