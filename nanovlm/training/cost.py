@@ -22,8 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm.attention import Visible, causal_rows
 from nanovlm.cross_attention import Media
+<<<<<<< HEAD
 from nanovlm.data.datasets import command_line_sources
 from nanovlm.data.tiles import most
+=======
+from nanovlm.data.datasets import DATA, command_line_sources
+>>>>>>> 3ecdd9d (A plan names the file of --data instead of a home for it)
 from nanovlm.training import optimizer
 from nanovlm.training.language_loss import ROWS, is_chunked
 from nanovlm.training.processes import BLOCK, MODES
@@ -323,7 +327,7 @@ def plan(recipe, args):
             stage = dataclasses.replace(stage, precision="bfloat16")  # as on the GPUs that the plan counts with
         lines += [*optimizer.table(all_parts(model, contrastive), stage), ""]
         lines += [*stage_lines(recipe.expects(stage), stage, model, contrastive, args.recompute), ""]
-    return lines + file_lines(recipe, stages)
+    return lines + file_lines(recipe, stages, args.data)
 
 
 def stage_lines(expected, stage, model, contrastive, recompute):
@@ -379,11 +383,15 @@ def memory_lines(expected, stage, parts, costs):
     return lines
 
 
-def file_lines(recipe, stages):
-    """What must be there before training starts: list of str."""
-    names = list(dict.fromkeys(name for stage in stages for name in stage.mixture if name not in recipe.sources))
-    if not names and not recipe.weights:
-        return ["files   none: the recipe makes its own data and starts from nothing"]
-    lines = ["files   weights and tokenizer, after --init:", *(f"          {one}" for one in recipe.weights)]
-    lines += [f"        data, listed in --datasets FILE.json ({len(names)}; examples, page):"]
-    return lines + [f"          {name:<24}{recipe.home(name)}" for name in names]
+def file_lines(recipe, stages, data):
+    """What must be there before training starts: list of str. data: of --data, or None."""
+    own = {*recipe.sources, DATA} if data is not None else recipe.sources.keys()
+    names, lines = list(dict.fromkeys(name for stage in stages for name in stage.mixture if name not in own)), []
+    if recipe.weights:
+        lines += ["weights and tokenizer, after --init:", *(f"  {one}" for one in recipe.weights)]
+    if names:
+        lines += [f"data, listed in --datasets FILE.json ({len(names)}; examples, page):"]
+        lines += [f"  {name:<24}{recipe.home(name)}" for name in names]
+    lines += [] if data is None else [f"data, by --data: {data}"]
+    lines = lines or ["none: the recipe makes its own data and starts from nothing"]
+    return [f"{'' if place else 'files':<8}{line}" for place, line in enumerate(lines)]

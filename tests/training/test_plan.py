@@ -56,6 +56,15 @@ def test_a_plan_of_the_tiny_size(name):
     assert any(line.startswith("files   none: ") for line in lines) == (recipe.published is None)
 
 
+@pytest.mark.parametrize("name, beside", [("nano", 0), ("llava", 3)])  # LLaVA's two towers and the line above them
+def test_what_data_names_needs_no_other_home(tmp_path, name, beside):
+    """A file of one's own is no data set of the paper that would have to be listed."""
+    (tmp_path / "my.json").write_text('[{"id": 1, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]')
+    lines = plan(RECIPES[name], wishes(size="tiny", stages=["instruct"], data=str(tmp_path / "my.json"), images=None, epochs=None))
+    files = lines[next(place for place, line in enumerate(lines) if line.startswith("files ")) :]
+    assert len(files) == beside + 1 and str(tmp_path / "my.json") in files[-1]
+
+
 def test_what_is_tuned_decides_the_cost():
     """LLaVA's second stage: bridge alone, low rank, all."""
     found = []
