@@ -22,12 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanovlm.attention import Visible, causal_rows
 from nanovlm.cross_attention import Media
-<<<<<<< HEAD
-from nanovlm.data.datasets import command_line_sources
-from nanovlm.data.tiles import most
-=======
 from nanovlm.data.datasets import DATA, command_line_sources
->>>>>>> 3ecdd9d (A plan names the file of --data instead of a home for it)
+from nanovlm.data.tiles import most
 from nanovlm.training import optimizer
 from nanovlm.training.language_loss import ROWS, is_chunked
 from nanovlm.training.processes import BLOCK, MODES
