@@ -6,7 +6,8 @@
                        …
     index.json         {"coco-000000.tar": {"bytes": …, "samples": …}, …}
 
-A sample is what shares a name up to its first dot; files whose names begin with a dot are none. Shards from elsewhere
+A sample is what shares a name up to its first dot; files whose names begin with a dot, and what has neither picture nor
+text (Thumbs.db, README.md), are none. Shards from elsewhere
 hold a picture and its caption (.jpg and .txt, or .json with "caption", as img2dataset writes them): the caption becomes
 the reply to a question without words, which the prompts of a datasets file fill in.
 
@@ -84,9 +85,10 @@ class TarShards:
         if isinstance(item, dict) and not {"conversations", "messages"} & item.keys():
             picture = next((ending for ending in PICTURES if ending in files), None)
             try:
-                caption = files["txt"].read().decode() if "txt" in files else item.get("caption")
+                text = files["txt"].read().decode("utf-8-sig") if "txt" in files else ""
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}, .txt: not UTF-8 text ({error})") from error
+            caption = text if text.strip() else item.get("caption")
             if picture is None or not isinstance(caption, str) or not caption.strip():
                 raise ValueError(f"{where}: a picture and a caption, or a .json with conversations, were expected; "
                                  f"it holds {', '.join(files)}")
@@ -115,14 +117,14 @@ def members(path):
             for one in tar:
                 folder, slash, base = one.name.rpartition("/")
                 key, _, ending = base.partition(".")
-                if one.isfile() and key:
+                if one.isfile() and key and not folder.startswith("__MACOSX"):
                     if one.offset_data + one.size > size:
                         raise tarfile.ReadError(f"{one.name} reaches beyond its end")
                     member = Member(str(path), one.offset_data, one.size, one.name)
                     samples.setdefault(folder + slash + key, {})[ending.lower()] = member
     except tarfile.TarError as error:
         raise ValueError(f"{path}: no tar, packed, or cut short ({error}); unpack it, or copy it again") from error
-    return list(samples.items())
+    return [(key, files) for key, files in samples.items() if files.keys() & {"json", "txt", *PICTURES}]
 
 
 def counts(shards):

@@ -104,9 +104,16 @@ def test_captions_from_elsewhere(tmp_path):
     assert images.load(found["001"].visuals[0].frames[0]).getpixel((0, 0)) == (2, 0, 0)
 
 
+def test_a_caption_is_read_as_people_write_it(tmp_path):
+    """With the byte order mark of a Windows editor; an empty text beside a caption in the .json says nothing."""
+    write(tmp_path / "x.tar", {"0.png": png(1), "0.txt": b"\xef\xbb\xbfred", "1.png": png(2), "1.txt": b" \n", "1.json": b'{"caption": "blue"}'})
+    source = TarShards(tmp_path)
+    assert {source.record(n).conversations[0][-1].text for n in range(2)} == {"red", "blue"}
+
+
 def test_what_macs_put_beside_each_file_is_no_sample(tmp_path):
     write(tmp_path / "x.tar", {"._a.jpg": b"x", "a.jpg": png(1), "sub/._b.txt": b"x", "a.txt": b"a",
-                                "__MACOSX/._a.jpg": b"x"})
+                                "__MACOSX/._a.jpg": b"x", "__MACOSX/b.jpg": b"x", "Thumbs.db": b"x", "desktop.ini": b"x", "README.md": b"x"})
     (tmp_path / "._x.tar").write_bytes(b"\0\5\x16\7")
     source = TarShards(tmp_path)
     assert len(source) == 1 and source.record(0).id == "a"
