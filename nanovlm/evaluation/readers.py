@@ -69,7 +69,7 @@ def vqa(data, pictures, split):
         else:
             path = picture(pictures, image, f"{image}.jpg", f"{image}.png")
         kind = truth.get("answer_type") or truth.get("question_type", "")
-        return Item(str(id), one["question"], tuple(truth.get("answers", ())), kind, media=(path,), submit=id)
+        return Item(str(id), one["question"], tuple(truth.get("answers") or ()), kind, media=(path,), submit=id)
 
     return Reading().collect(questions, make, "question")
 
@@ -84,7 +84,7 @@ def text_vqa(data, pictures, split):
     ocr = {one["image_id"]: one.get("ocr_tokens", []) for one in rosetta}
 
     def make(one, place):
-        id, image, answers = one["question_id"], one["image_id"], tuple(one.get("answers", ()))
+        id, image, answers = one["question_id"], one["image_id"], tuple(one.get("answers") or ())
         extra = {"ocr": ", ".join(one.get("ocr_tokens") or ocr.get(image, []))}
         path = picture(pictures, f"{image}.jpg", f"{image}.png")
         return Item(str(id), one["question"], answers, media=(path,), extra=extra, submit=id)
@@ -95,7 +95,7 @@ def text_vqa(data, pictures, split):
 @reads("{}.json", "*.json", split="val")
 def vizwiz(one, place, pictures):
     """VizWiz's own file: a list of {image, question, answers}."""
-    image, answers = one["image"], tuple(one.get("answers", ()))
+    image, answers = one["image"], tuple(one.get("answers") or ())
     media = (picture(pictures, image),)
     return Item(image, one["question"], answers, one.get("answer_type", ""), media=media, submit=image)
 
@@ -171,7 +171,7 @@ def pope(data, pictures, split):
         kind = next((name for name in ("random", "popular", "adversarial") if name in path.name), path.stem)
 
         def make(one, place):
-            label, image = one["label"].lower(), one["image"]
+            label, image = one["label"].strip().lower(), one["image"]
             if label not in ("yes", "no"):
                 raise ValueError(f"label {label!r} is neither yes nor no")
             media = (picture(pictures, image, f"val2014/{image}"),)
@@ -251,6 +251,16 @@ def visit_bench(row, place, pictures):
 # Multiple choice: an item's `answers` holds the place of the right option
 
 
+def right(letter, letters):
+    """(the place of the right option,), () where the file tells none. Raises: ValueError for what is no such letter."""
+    found = str(letter or "nan").strip().upper()
+    if found == "NAN":
+        return ()
+    if len(found) != 1 or found not in letters:
+        raise ValueError(f"answer {letter!r} is none of the letters {letters}")
+    return (letters.index(found),)
+
+
 def seed_bench(data, pictures, split):
     """SEED-Bench: `questions` with choice_a … choice_d, and the names of their types."""
     content = read_json(find(data, "SEED-Bench*.json", "*.json", split=split))
@@ -259,7 +269,7 @@ def seed_bench(data, pictures, split):
     def make(one, place):
         name, kind = str(one["data_id"]), one["question_type_id"]
         return Item(
-            str(one["question_id"]), one["question"], ("ABCD".index(one["answer"]),), kinds.get(kind, str(kind)),
+            str(one["question_id"]), one["question"], right(one["answer"], "ABCD"), kinds.get(kind, str(kind)),
             media=(picture(pictures, name, *(name + ending for ending in (".jpg", ".mp4", ".webm"))),),
             is_clip=one.get("data_type", "image") != "image",
             options=tuple(str(one[f"choice_{letter}"]) for letter in "abcd"),
@@ -276,15 +286,15 @@ def mmbench(data, pictures, split):
     path = find(data, "*.tsv", split=split)
     found = rows(path, delimiter="\t")
     encoded = {row["index"]: row["image"] for _, row in found if len(row.get("image") or "") > 64}
-    is_circular = any(row["index"].isdigit() and int(row["index"]) >= ROTATED for _, row in found)
+    is_circular = any(row["index"].partition(".")[0].isdigit() and float(row["index"]) >= ROTATED for _, row in found)
 
     def make(row, place):
-        index, image, answer = int(row["index"]), row.get("image"), row.get("answer")
+        index, image = int(float(row["index"])), row.get("image")
         turn, question = divmod(index, ROTATED)
         hint = (row.get("hint") or "").strip()
         return Item(
-            f"{question}#{turn}" if is_circular else row["index"], row["question"],
-            ("ABCDE".index(answer),) if answer else (), row.get("category", ""),
+            f"{question}#{turn}" if is_circular else str(index), row["question"],
+            right(row.get("answer"), "ABCDE"), row.get("category", ""),
             group=str(question) if is_circular else "", media=(Encoded(encoded.get(image, image)),) if image else (),
             options=tuple(row[letter] for letter in "ABCDE" if (row.get(letter) or "").strip() not in ("", "nan")),
             extra={"hint": f"{hint}\n" if hint not in ("", "nan") else ""}, submit=index,
@@ -328,8 +338,7 @@ def mmlu(data, pictures, split):
 
         def make(row, place):
             question, *options, letter = row
-            answers = ("ABCD".index(letter.strip()),)
-            return Item(f"{subject}/{place}", question, answers, subject, options=tuple(options[-4:]))
+            return Item(f"{subject}/{place}", question, right(letter, "ABCD"), subject, options=tuple(options[-4:]))
 
         reading.collect(rows(path, csv.reader), make)
     return reading

@@ -379,3 +379,25 @@ def test_sources_become_items():
     items = readers.scenes("", "", "").items[:20]
     assert all(item.answers and item.kind and isinstance(item.media[0], Image.Image) for item in items)
     assert len({item.id for item in items}) == 20
+
+
+@pytest.mark.parametrize("letter, want", [("B", (1,)), (" b ", (1,)), ("", ()), (None, ()), ("nan", ()), (float("nan"), ())])
+def test_the_right_option_by_its_letter(letter, want):
+    assert readers.right(letter, "ABCD") == want
+
+
+@pytest.mark.parametrize("letter", ["E", "AB", "answer", 2])
+def test_a_letter_that_is_none_is_a_problem_and_never_counts(letter):
+    with pytest.raises(ValueError, match=f"answer {letter!r} is none of the letters ABCD"):
+        readers.right(letter, "ABCD")
+
+
+def test_null_is_no_answer(tmp_path):
+    """Test splits write null, an empty list or nothing where others have the answers."""
+    asked = [{"image": f"{n}.jpg", "question": "q"} | more for n, more in enumerate(({}, {"answers": None}, {"answers": []}))]
+    (tmp_path / "val.json").write_text(json.dumps(asked))
+    (tmp_path / "mm-vet.json").write_text(json.dumps({"v": {"imagename": "a.jpg", "question": "q", "answer": None}}))
+    (tmp_path / "x.tsv").write_text("index\tquestion\tA\tB\tanswer\timage\n7.0\tq\ta\tb\tnan\ti\n1000007.0\tq\tb\ta\tB\ti\n")
+    read = [reader(tmp_path, tmp_path, "") for reader in (readers.vizwiz, readers.mm_vet, readers.mmbench)]
+    assert [[item.answers for item in one.items] for one in read] == [[(), (), ()], [()], [(), (1,)]]
+    assert [one.problems for one in read] == [[], [], []] and [item.group for item in read[2].items] == ["7", "7"]
