@@ -24,6 +24,7 @@ from nanovlm.attention import Visible, causal_rows
 from nanovlm.cross_attention import Media
 from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.data.tiles import most
+from nanovlm.machine import facts_of, training_precision
 from nanovlm.training import optimizer
 from nanovlm.training.language_loss import ROWS, is_chunked
 from nanovlm.training.processes import BLOCK, MODES
@@ -36,6 +37,7 @@ GB = 1e9
 SHORT, LONG = 64, 128  # tokens of text in the two examples that tell what any length costs
 UTILISATION = 0.4  # of a GPU's peak, assumed
 CAPACITY = 80 * GB  # bytes of a GPU, assumed
+PROCESS = 0.4 * GB  # bytes of Python, torch and their libraries on a CPU
 PEAKS = {  # part of a GPU's name -> operations per second in bfloat16 without sparsity (data sheets); the first that fits
     "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12,
@@ -319,23 +321,37 @@ def plan(recipe, args):
         model.vision.resize(stage.image_size)  # its position table counts
         lines += [f"stage {stage.name}"]
         lines += [f"  {name} = {value!r}" for name, value in vars(stage).items() if name != "name"]
+        told = (model, contrastive, args.recompute)
+        here = cpu_line(recipe.expects(stage), stage, *told)
         if stage.precision == "auto":
             stage = dataclasses.replace(stage, precision="bfloat16")  # as on the GPUs that the plan counts with
         lines += [*optimizer.table(all_parts(model, contrastive), stage), ""]
-        lines += [*stage_lines(recipe.expects(stage), stage, model, contrastive, args.recompute), ""]
+        lines += [*stage_lines(recipe.expects(stage), stage, *told), here, ""]
     return lines + file_lines(recipe, stages, args.data)
+
+
+def stage_costs(expected, stage, model, contrastive, recompute):
+    """What an example of a stage costs: (dict part -> Cost, its image tokens)."""
+    if stage.objective == "contrastive":
+        return pair_cost(contrastive, stage, expected.text_tokens), 0
+    num_frames = expected.num_frames * most(stage.tiles)  # of a square picture
+    costs = example_cost(model, stage, expected.text_tokens, num_frames, recompute)
+    return costs, model.num_image_tokens(stage.image_size, num_frames) if num_frames else 0
+
+
+def cpu_line(expected, stage, model, contrastive, recompute):
+    """What training takes in one process on a CPU, with the stage's own micro-batch: str."""
+    if stage.precision == "auto":
+        stage = dataclasses.replace(stage, precision=training_precision(facts_of("cpu")))
+    costs, examples = stage_costs(expected, stage, model, contrastive, recompute)[0], stage.micro_batch_size or stage.batch_size
+    needed = PROCESS + stage_memory(all_parts(model, contrastive), stage, costs).total(examples)
+    return (f"        {needed / GB:,.1f} GB in one process on a CPU in {stage.precision}, with micro-batches of {examples} and the "
+            f"{PROCESS / GB:g} GB of Python and torch")
 
 
 def stage_lines(expected, stage, model, contrastive, recompute):
     """Tokens, operations, hours and memory of one stage: list of str."""
-    image_tokens = 0
-    if stage.objective == "contrastive":
-        costs = pair_cost(contrastive, stage, expected.text_tokens)
-    else:
-        num_frames = expected.num_frames * most(stage.tiles)  # of a square picture
-        costs = example_cost(model, stage, expected.text_tokens, num_frames, recompute)
-        if num_frames:
-            image_tokens = model.num_image_tokens(stage.image_size, num_frames)
+    costs, image_tokens = stage_costs(expected, stage, model, contrastive, recompute)
     examples, tokens = stage.steps * stage.batch_size, image_tokens + expected.text_tokens
     flops = total_cost(costs.values()).flops
     shares = ", ".join(f"{part} {cost.flops / 1e9:,.1f}" for part, cost in costs.items() if cost.flops)

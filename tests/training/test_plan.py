@@ -73,3 +73,14 @@ def test_what_is_tuned_decides_the_cost():
         work, trained = (next(line.split() for line in lines if line.startswith(start)) for start in ("work ", "all "))
         found.append((float(work[1].replace(",", "")), int(trained[2].replace(",", ""))))
     assert found == sorted(found) and found[0][1] < found[1][1] < found[2][1] and found[0][0] < found[2][0]
+
+
+def test_tiles_and_the_process_on_a_cpu_are_counted():
+    """Of the tiny SmolVLM a square is 4 tokens; a picture of 4 x 4 tiles is 17 squares. 0.4 GB and 16 bytes a parameter are the least."""
+    found = []
+    for tiles in ("0", "2", "4"):
+        lines = plan(RECIPES["smolvlm"], wishes(size="tiny", stages=["instruct"], set=[f"instruct.tiles={tiles}"]))
+        data, cpu = (next(line for line in lines if words in line) for words in ("image tokens", "in one process on a CPU"))
+        found.append(int(data.split("examples of ")[1].split()[0]))
+        assert 0.4 <= float(cpu.split()[0]) < 1
+    assert found == [4, 5 * 4, 17 * 4]
