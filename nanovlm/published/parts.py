@@ -224,8 +224,8 @@ def start(recipe, init, size, seed):
     context = assistant.model.decoder.config.context_length
 
     def stages(*of):
-        return tuple(dataclasses.replace(stage, max_tokens=min(stage.max_tokens, context), **pictures)
-                     for stage in recipe.stages(*of))
+        return tuple(dataclasses.replace(stage, max_tokens=min(stage.max_tokens, context), **pictures,
+                                         tiles=stage.tiles and assistant.tiles) for stage in recipe.stages(*of))
 
     return dataclasses.replace(
         recipe, build=lambda size, vocab_size: rebuild(made_of)[0], tokenizer=lambda: assistant.tokenizer, stages=stages,
