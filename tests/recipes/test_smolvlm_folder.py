@@ -11,10 +11,13 @@ from PIL import Image
 
 import nanovlm
 import sample
+import train
+from nanovlm.attention import causal_rows
 from nanovlm.data.templates import SMOLVLM
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.generation.chat import Chat
 from nanovlm.generation.sampler import Decoding
+from nanovlm.recipes.__main__ import main
 from parity import perturb
 
 TEMPLATE = json.loads((Path(__file__).parents[1] / "golden/smolvlm_processor_cases.json").read_text())["template"]
@@ -108,3 +111,26 @@ def test_sample_says_what_tiles_cost(folder, photos, capsys):
         assert f"(1 encoded{squares})" in images and f"({97 if squares else 21} tokens)" in prompt
     with pytest.raises(SystemExit):
         sample.main([str(folder), QUESTION, "--tiles", "-1"])
+
+
+def test_tuned_and_exported_it_loads_there(folder, photos, tmp_path, capsys):
+    talk = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "blue"}]
+    items = [{"id": f"{n}", "image": photos[n % 2].name, "conversations": talk} for n in range(4)]
+    (tmp_path / "my.json").write_text(json.dumps(items))
+    out, back = tmp_path / "out", tmp_path / "back"
+    flags = ["--stages", "instruct", "--set", "instruct.batch_size=2", "--epochs", "2", "--threads", "1", "--device", "cpu"]
+    assert train.main(["smolvlm", "--init", str(folder), "--data", str(tmp_path / "my.json"), "--images", str(photos[0].parent),
+                       *flags, "--out", str(out)]) == 0
+    assert main(["convert", "--to", "published", str(out), str(back)]) == 0
+    capsys.readouterr()
+    tuned, theirs = nanovlm.load(out), theirs_of(back)
+    assert tuned.tiles == 4 and not torch.equal(tuned.model.bridge.mlp.weight, nanovlm.load(folder).model.bridge.mlp.weight)
+    inputs, chat = same_answer(theirs, tuned, photos)
+    with torch.no_grad():
+        expected = theirs[1](**inputs).logits[0, -1]
+    row = chat.prompt.row.ids
+    embeddings = tuned.model.embed(torch.tensor([row]), tuned.model.encode(torch.cat(chat.prompt.visual_inputs), torch.tensor([13, 9])),
+                                   [0, 1])
+    positions = torch.arange(len(row))[None]
+    hidden = tuned.model.decoder(embeddings, positions, causal_rows(1, len(row)), None)
+    torch.testing.assert_close(tuned.model.decoder.logits(hidden[0, -1]), expected, atol=1e-5, rtol=1e-5)
