@@ -208,13 +208,14 @@ def parse_letter(text, options):
     """Which option an answer names: int, or None.
 
     A letter alone or marked as one ("b", "**B**", "(B)", "B. two dogs", "answer: B"), else the one option that it says
-    in whole words (an option within a longer one that was said does not count), else the one letter that a phrase such as "it is B" or "B is correct" chooses.
+    in whole words (an option within a longer one that was said does not count), else the one letter that a phrase such
+    as "it is B" or "B is correct" chooses.
     """
     letter = f"[{LETTERS[: len(options)]}]"
-    reason = "because|since|as"  # what may follow the letter A, which is a word as well
+    small, reason = f"(?i:{letter})(?=\\W*$)", "because|since|as"  # reason: what may follow A, which is a word as well
     found = (
-        re.match(rf"\W*({letter}|(?i:{letter})(?=\W*$))(?:[).:,*\]\n]|\W*$| (?:{reason})\b)", text)
-        or re.search(rf"(?i:answer|option|choice)(?: is)?[: ]\W*({letter}|(?i:{letter})(?=\W*$))\b(?!(?<=A) (?!(?:{reason})\b)[a-z])", text)
+        re.match(rf"\W*({letter}|{small})(?:[).:,*\]\n]|\W*$| (?:{reason})\b)", text)
+        or re.search(rf"(?i:answer|option|choice)(?: is)?[: ]\W*({letter}|{small})\b(?!(?<=A) (?!(?:{reason})\b)[a-z])", text)
     )  # fmt: skip
     if found:
         return LETTERS.index(found[1].upper())

@@ -35,9 +35,6 @@ def run(args, loaded, judge=None):
     if args.prompt is not None:
         task = replace(task, prompt=args.prompt)
     reading = read(task, args, args.split)
-    if not reading.items:
-        first = f"; the first of {len(reading.problems)} problems: {reading.problems[0]}" if reading.problems else ""
-        raise ValueError(f"{args.data} holds no question of {name}{first}")
     shots, items = choose_shots([item for item in reading.items if not item.missing], task, args,
                                 args.shots or (form.text_shots if form else 0))
     if not args.shots:
@@ -80,9 +77,13 @@ def run(args, loaded, judge=None):
 
 
 def read(task, args, split):
-    """The benchmark's files as the flags name them: items.Reading."""
+    """The benchmark's files as the flags name them: items.Reading. Raises: ValueError if there is no question in them."""
     pictures = args.images or args.data
-    return task.read(args.data, pictures, split).with_pictures(pictures)
+    reading = task.read(args.data, pictures, split).with_pictures(pictures)
+    if not reading.items:
+        first = f"; the first of {len(reading.problems)} problems: {reading.problems[0]}" if reading.problems else ""
+        raise ValueError(f"{args.data} holds no question of {args.task}{first}")
+    return reading
 
 
 def choose_shots(items, task, args, number):

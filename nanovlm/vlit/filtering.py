@@ -81,7 +81,7 @@ def run(args):
                  for key, value in report["before"].items()]  # fmt: skip
     quality.write_json(out / "report.json", report)
     if not counts["kept"]:
-        sys.exit("\n".join([*told, f"no record is kept; {out / 'dropped.jsonl'} says of each why"]))
+        sys.exit("\n".join([*told, f"no record is kept; the first is {reasons[0][0]}; all in {out / 'dropped.jsonl'}"]))
     return [*told, f"written to {out}: kept.jsonl, dropped.jsonl, report.json"]
 
 

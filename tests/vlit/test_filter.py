@@ -90,7 +90,7 @@ def test_pictures_that_are_elsewhere_are_named(folder, tmp_path):
 def test_a_filter_that_keeps_nothing_ends_with_status_1(folder, capsys):
     with pytest.raises(SystemExit) as left:
         filtered(folder, records=[RECORDS[6], RECORDS[10]])
-    assert "kept 0 of 2" in left.value.code and "2  defect" in left.value.code
+    assert "kept 0 of 2" in left.value.code and "2  defect" in left.value.code and "'The description does'" in left.value.code
     assert len(lines(folder / "out" / "dropped.jsonl")) == 2
 
 
