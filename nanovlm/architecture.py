@@ -44,7 +44,7 @@ def rebuild(found):
     Raises: ValueError if it describes none.
     """
     try:
-        bridge, decoder = dict(found["bridge"]), found["decoder"] | {"alibi": tuple(found["decoder"].get("alibi", ()))}
+        bridge, decoder = dict(found["bridge"]), dict(found["decoder"])
         layers = tuple(LayerOptions(**options) for options in decoder.pop("layers"))
         decoder["alibi"] = tuple(decoder.get("alibi", ()))
         vision = ViT(ViTConfig(**found["vision"]))
