@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nanovlm.machine import DEVICES, check_device, default_device
 from nanovlm.names import nearest
-from nanovlm.recipes import ALIASES, find
+from nanovlm.recipes import ALIASES, against, find
 from nanovlm.training.checkpoint import CheckpointError, complete
 from nanovlm.training.cost import plan
 from nanovlm.training.processes import join, leave
@@ -104,6 +104,7 @@ def make_parser():
     add("--seed", type=int, default=0, help="of weights and data")
     add("--max-minutes", type=float, help="stop after this time, with a checkpoint to resume from")
     add("--smoke", action="store_true", help="a run of seconds through all stages, which learns nothing")
+    add("--against", metavar="RECIPE", help="train this recipe, too, both from --init (default: nano) with three seeds, and compare")
     add("--print", action="store_true", help="show stages and sizes, train nothing")
     return parser
 
@@ -143,10 +144,20 @@ def prepare(parser, args, processes):
         parser.error(str(error))
 
 
+def compare(parser, args):
+    """Train two recipes and print what differs: exit code."""
+    try:
+        return against.compare(args, main)
+    except (ValueError, OSError, CheckpointError) as error:
+        parser.error(str(error))
+
+
 def main(arguments):
     """Run the command line; returns the exit code."""
     parser = make_parser()
     args, going_on = parser.parse(arguments), f"To go on:\n  {resume_command(arguments)}"
+    if args.against:
+        return compare(parser, args)
     with StopRequests() as stop:
         processes = meet(parser, args)
         try:
