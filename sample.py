@@ -30,7 +30,7 @@ def parse(arguments):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False, formatter_class=form)
     add = parser.add_argument
-    add("folder", metavar="MODEL_FOLDER", help="what train.py wrote, for example out/nano, or a published model: its folder, or owner/name")
+    add("folder", metavar="MODEL_FOLDER", help="what train.py wrote, for example out/nano, a published model's folder or owner/name, or nano")
     add("question", nargs="?", metavar="QUESTION", help="without one: a chat")
     add("--image", action="append", default=[], metavar="PATH", help="a picture; may be given several times")
     add("--video", action="append", default=[], metavar="PATH", help="a clip: folder of frames, GIF or film")

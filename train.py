@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nanovlm.machine import DEVICES, check_device, default_device
 from nanovlm.names import nearest
-from nanovlm.recipes import ALIASES, against, find
+from nanovlm.recipes import ALIASES, against, find, folder_of
 from nanovlm.training.checkpoint import CheckpointError, complete
 from nanovlm.training.cost import plan
 from nanovlm.training.processes import join, leave
@@ -74,9 +74,9 @@ def make_parser():
     add("--stages", type=names, help="train only these stages, with commas between them")
     add("--without", type=names, action="extend", default=[], metavar="STAGE", help="leave out a stage")
     add("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a value of a stage")
-    add("--init", nargs="+", metavar="MODEL", help="start from the model in this folder, or of this name at huggingface.co, instead "
-        "of from nothing; a published one also from parts: vision=MODEL language=MODEL [bridge=MODEL] "
-        "[trained=FILE]")
+    add("--init", nargs="+", type=lambda name: str(folder_of(name)), metavar="MODEL",
+        help="start from the model in this folder, of this name at huggingface.co, or from nano, which comes along, instead of from "
+        "nothing; a published one also from parts: vision=MODEL language=MODEL [bridge=MODEL] [trained=FILE]")
     add("--lora", type=low_rank, metavar="RANK[:ALPHA]", help="low-rank updates in the decoder, for stages that train lora")
     add("--out", metavar="FOLDER", type=Path, help="output folder; default: out/RECIPE")
     add("--resume", action="store_true", help="continue after the last checkpoint in the output folder")

@@ -207,9 +207,9 @@ def to_square(image, image_size, fit, preprocessing=CLIP):
 
 def normalise(frames, preprocessing=CLIP):
     """uint8[F, S, S, 3] -> float32[F, 3, S, S]: (x / 255 - mean) / std."""
-    pixels = torch.from_numpy(frames.transpose(0, 3, 1, 2).astype(numpy.float32, order="C"))  # F C S S
+    pixels = torch.tensor(frames).permute(0, 3, 1, 2).contiguous().float()  # F C S S
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    return (pixels / 255 - mean) / std
+    return pixels.div_(255).sub_(mean).div_(std)  # in place: new memory costs more than the arithmetic
 
 
 def _upright_rgb(image, source):

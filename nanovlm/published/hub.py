@@ -1,7 +1,5 @@
 """A model by its name, where no folder here is called so: `owner/name`, `owner/name@revision`, `owner/name:FILE`.
 
-`nano` comes along with this package, trained.
-
 huggingface_hub fetches it into its own cache (HF_HOME), from HF_ENDPOINT, with the user's token; HF_HUB_OFFLINE=1 takes
 what is there already. Of the weights safetensors are fetched if there are any, else .bin or .pt files.
 """
@@ -12,7 +10,6 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
-COME_ALONG = {"nano": Path(__file__).parents[1] / "recipes" / "nano_weights"}
 NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?")
 BESIDE = ["*.json", "*.jinja", "*.txt", "*.model", "non_lora_trainables.bin"]  # sizes, tokenizer, processor
 
@@ -23,8 +20,6 @@ def find(place):
     Raises: FileNotFoundError, which names both possibilities.
     """
     named = NAME.fullmatch(str(place))
-    if str(place) in COME_ALONG and not Path(place).exists():
-        return COME_ALONG[str(place)]
     if Path(place).exists() or not named or ".." in str(place):
         return Path(place)
 

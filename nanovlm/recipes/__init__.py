@@ -2,12 +2,14 @@
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 
 from nanovlm.names import nearest
 from nanovlm.recipes.recipe import from_file
 
 NAMES = ("nano", "nano_resampler", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo", "smolvlm")
 ALIASES = {"small": "smolvlm"}  # former names
+COME_ALONG = {"nano": Path(__file__).with_name("nano_weights")}  # name -> folder of a trained model
 OPENING = ("FAMILIES", "load", "load_by_flags", "model_flags", "recipe_of")  # names of opening.py, which reads every published layout
 
 
@@ -40,6 +42,11 @@ def find(name):
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}.{nearest(name, RECIPES)}")
     return RECIPES[name]
+
+
+def folder_of(name):
+    """Path of a model's folder: as named or, where there is none, of the model of that name that comes along."""
+    return Path(name) if Path(name).exists() else COME_ALONG.get(str(name), Path(name))
 
 
 def __getattr__(name):

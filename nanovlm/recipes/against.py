@@ -15,8 +15,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from nanovlm.published.hub import find as locate
-from nanovlm.recipes import find
+from nanovlm.recipes import find, folder_of
 from nanovlm.training import checkpoint
 from nanovlm.training.start import build_models, choose_size, choose_stages
 
@@ -62,7 +61,7 @@ def compare(args, train):
     Returns: exit code, that of the first run that did not end well. Raises: ValueError, OSError.
     """
     names, recipes = (args.recipe, args.against), (find(args.recipe), find(args.against))
-    init = locate(args.init[0] if args.init else "nano")
+    init = Path(args.init[0]) if args.init else folder_of("nano")
     if not (init / "model.safetensors").exists():
         raise FileNotFoundError(f"{init} holds no model.safetensors; --init takes the output folder of a finished run")
     out = args.out or Path("out") / f"{recipes[0].name}_against_{recipes[1].name}"

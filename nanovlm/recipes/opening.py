@@ -9,7 +9,7 @@ from nanovlm.files import digest
 from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
 from nanovlm.published.hub import find as locate
 from nanovlm.published.load import BARE, family_of, open_published, open_trained, read_config
-from nanovlm.recipes import RECIPES, find, smolvlm
+from nanovlm.recipes import RECIPES, find, folder_of, smolvlm
 from nanovlm.recipes.recipe import from_file
 
 OF_FAMILY = {recipe.published.family: recipe for recipe in RECIPES.values() if recipe.published}
@@ -39,15 +39,15 @@ def load(folder, dtype=torch.float32, device="cpu", image_size=None, recipe=None
     """Open a model.
 
     Args:
-      folder: str or Path, the output folder of train.py or of `convert`, or a published model's; or the name of one,
-        `owner/name[@revision]`, which is fetched where no folder is called so.
+      folder: str or Path, the output folder of train.py or of `convert`, or a published model's; or a name, where no
+        folder is called so: "nano", which comes along, or `owner/name[@revision]`, which is fetched.
       dtype: of the weights. device: where they go.
       image_size: pixels, of a published model: another size than its own; the position table is resized.
       recipe: str or Path of the recipe file that a folder was trained from; other folders need none.
     Returns: generation.chat.Assistant, its model in evaluation mode; a language model alone is a VLM without vision.
     Raises: FileNotFoundError or ValueError, in words for the user; nothing half-loaded is returned.
     """
-    folder = locate(folder)
+    folder = locate(folder_of(folder))
     config = read_config(folder)
     if "recipe" in config:
         return open_trained(folder, config, recipe_of(folder, config, recipe), dtype, device)

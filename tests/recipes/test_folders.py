@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import sample
 import train
 from nanovlm import recipes
 from nanovlm.generation.chat import Chat
@@ -55,6 +56,17 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(("name", "question", "color", "answer"), ANSWERS)
 def test_folders_of_an_earlier_version_answer_as_they_did(name, question, color, answer):
     assert ask(FOLDERS / name, question, color) == answer
+
+
+def test_nano_comes_along_unless_a_folder_is_called_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(recipes.COME_ALONG, "nano", FOLDERS / "nano")
+    asked = ["nano", "--greedy", "--draw", "red circle", "how many objects are there?"]
+    assert sample.main(asked) == 0 and "(drawn: drawn.png)" in capsys.readouterr().out
+    assert train.make_parser().parse(["--init", "nano"]).init == [str(FOLDERS / "nano")]
+    (tmp_path / "nano").mkdir()
+    assert sample.main(asked) == 2 and "nano" in capsys.readouterr().err
+    assert train.make_parser().parse(["--init", "nano"]).init == ["nano"]
 
 
 def test_the_text_tower_of_an_earlier_version_is_found():
