@@ -83,9 +83,11 @@ def attention_variants():
     scalars |= dict(scale="fp32", lse="*fp32", delta="*fp32", seen_by="*i32", slopes="*fp32")
     for (architecture, widest), tiles in flash_attention.TILES.items():
         for width in (88,) if widest == 96 else (88, 128) if (architecture, widest) == (80, 128) else (widest,):
-            kinds = {"": (tiles, {"slopes": None})} | ({" alibi": (flash_attention.with_alibi(tiles), {})} if width == 128 else {})
-            for (kind, (those, off)), (place, name) in itertools.product(kinds.items(), enumerate(("forward", "dq", "dkv"))):
-                function, tile = getattr(flash_attention, f"{name}_kernel"), those[place]
+            kinds = {"": (tiles, {"slopes": None}), " alibi": (flash_attention.with_alibi(tiles), {})}
+            kinds = [*kinds.items()][: 2 if width == 128 else 1]
+            for (kind, (chosen, off)), place in itertools.product(kinds, range(3)):
+                name, tile = ("forward", "dq", "dkv")[place], chosen[place]
+                function = getattr(flash_attention, f"{name}_kernel")
                 types = {n: ("i32",) * 3 if n.endswith("strides") else "*bf16" for n in function.arg_names} | scalars
                 types |= dict.fromkeys(("first", "stop"), "*i64" if name == "forward" else "*i32")
                 sizes = off | dict(D=width, BLOCK_D=64 if width <= 64 else 128, BLOCK_M=tile.queries, BLOCK_N=tile.keys)

@@ -35,8 +35,8 @@ def run(args, loaded, judge=None):
     if args.prompt is not None:
         task = replace(task, prompt=args.prompt)
     reading = read(task, args, args.split)
-    shots, items = choose_shots([item for item in reading.items if not item.missing], task, args,
-                                args.shots or (form.text_shots if form else 0))
+    number, there = args.shots or (form.text_shots if form else 0), [item for item in reading.items if not item.missing]
+    shots, items = choose_shots(there, task, args, number)
     if not args.shots:
         shots = {kind: [replace(item, media=()) for item in several] for kind, several in shots.items()}
     items = task.prepare(items[: args.limit])

@@ -4,7 +4,7 @@
     python -m nanovlm.recipes inspect MANIFEST.json      names and shapes alone; status 1 if they do not fit
 
 Only headers are read. The family stands in config.json, or is told by names that no other family has; without
-config.json the sizes are those of the published model of that family. A manifest is a JSON object with `family`,
+config.json the sizes are those of the published model of that family which fits best. A manifest is a JSON object with `family`,
 `config` and `tensors` {name: shape}; `computed_or_extra_tensors` may list what some files carry beside them.
 """
 
@@ -17,7 +17,8 @@ from nanovlm.published.load import KNOWN, family_of, find_family
 from nanovlm.published.weights import OURS, by_part, count, grouped, open_checkpoint, plan, shapes_of
 
 SIZE_KEYS = {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
-             "ffn_dim", "vocab_size", "image_size", "patch_size", "width", "depth", "num_latents", "num_query_tokens"}
+             "ffn_dim", "vocab_size", "image_size", "patch_size", "width", "depth", "num_latents", "num_query_tokens",
+             "d_model", "n_layers", "n_heads"}
 
 
 def recognise(names):
@@ -48,11 +49,15 @@ def inspect(path, family, families, recipes):
              f"  type     {', '.join(f'{kind} ({number:,})' for kind, number in kinds.most_common())}",
              f"  files    {len(set(checkpoint.files.values()))}"]
     published = families.get(family)
-    sizes = sizes or published and next(iter(published.configs.values()), None)
-    if not sizes:
+    choices = [sizes] if sizes else [*published.configs.values()] if published else []
+    if not choices:
         return [*lines, "  sizes    unknown without config.json", "  tensors  " + "; ".join(grouped(shapes)[:20])]
-    model, layout = published.on_meta(sizes)
-    found = plan(OURS if ours else layout, shapes, shapes_of(model), ("vision.positions", "positions"))
+
+    def fitted(config):
+        model, layout = published.on_meta(config)
+        return config, model, plan(OURS if ours else layout, shapes, shapes_of(model), ("vision.positions", "positions"))
+
+    sizes, model, found = min(map(fitted, choices), key=lambda one: len(one[2].unexpected) + len(one[2].misshaped))
     lines += [f"  sizes    {'; '.join(told_sizes(sizes)) or 'the defaults of its class'}", *held(model, found)]
     for part, names in by_part(model, found.missing).items():
         shown = "; ".join(grouped([found.missing[name] for name in names])[:4])

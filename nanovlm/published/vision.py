@@ -90,7 +90,8 @@ OPEN_CLIP = (  # CLIP's tower as open_clip and OpenAI spell it
 OPEN_CLIP_PAIR = (  # the same in a file that holds the text tower as well
     *prefixed(OPEN_CLIP, "visual."),
     *(Unread(name, "serves the pair with a text tower") for name in (
-        "transformer.{rest}", "positional_embedding", "token_embedding.weight", "ln_final.{p}", "text_projection", "logit_scale")),
+        "transformer.{rest}", "positional_embedding", "token_embedding.weight", "ln_final.{p}", "text_projection",
+        "logit_scale")),
 )
 
 # What a file may hold beside its tower

@@ -22,7 +22,6 @@ from nanovlm.data.templates import OPEN_FLAMINGO, OPEN_FLAMINGO_CAPTION, OPEN_FL
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.generation.chat import Form
 from nanovlm.generation.sampler import Decoding
-from nanovlm.names import nearest
 from nanovlm.published.language import (
     OPT_LAYER, OPT_REST, complete, expect, mpt_config, mpt_tables, opt_config, with_vocabulary,
 )
@@ -61,8 +60,7 @@ def kind_of(config):
     """model_type of a config's language model: a key of LANGUAGE. Raises: ValueError for any other."""
     kind = (config.get("llm") or {}).get("model_type") or "opt"
     if kind not in LANGUAGE:
-        raise ValueError(f"config: llm is of model_type {kind!r}; OpenFlamingo stands on {', '.join(LANGUAGE)}"
-                         f"{nearest(kind, LANGUAGE)}")
+        raise ValueError(f"config: llm is of model_type {kind!r}; OpenFlamingo can be built on {', '.join(LANGUAGE)}")
     return kind
 
 

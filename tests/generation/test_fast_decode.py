@@ -173,11 +173,12 @@ def test_one_compiled_graph_for_all_steps():
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_pictures_beside_the_row(static):
+@pytest.mark.parametrize("kind", ["LLaMA", "MPT-1B, shared keys"])
+def test_pictures_beside_the_row(static, kind):
     """Cross-attention layers: new tokens see the latest picture of their row, if there is one."""
     layers = (LayerOptions(cross_attention=True), LayerOptions(4), LayerOptions(cross_attention=True))
     vision = ViT(ViTConfig(8, 4, width=12, num_layers=1, num_heads=2, mlp_width=16, class_token=False))
-    decoder = Decoder(dataclasses.replace(PLAIN, layers=layers, cross_attention_width=12))
+    decoder = Decoder(dataclasses.replace(CONFIGS[kind], layers=layers, cross_attention_width=12))
     model = VLM(vision, LinearProjector(12, 12), decoder, media_token=20).eval()
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.4

@@ -130,6 +130,8 @@ def test_every_tensor_of_the_manifests_in_and_out(path):
 ])  # fmt: skip
 def test_the_three_published_files_become_one_model(tmp_path, wrap):
     state, trained, (vision, language, file) = three_files(tmp_path, wrap)
+    bare = recipes.load(language).model.decoder  # MPT by itself
+    assert bare.config.qk_norm and torch.equal(bare.layers[1].ffn.fc_2.weight, state["decoder.layers.1.ffn.fc_2.weight"])
     flags = ["--family", "open_flamingo", "--size", "tiny_mpt", "--vision", str(vision), "--language", str(language)]
     assert main(["convert", *flags, str(file), str(tmp_path / "out")]) == 0
     loaded = recipes.load(tmp_path / "out")
@@ -167,6 +169,18 @@ def test_the_size_is_told_by_the_language_model(tmp_path):
                         "full": {"model_type": "mpt", "d_model": 1024, "n_heads": 32, "n_layers": 32}}.items():  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(hub | sizes))
         assert size_of(open_flamingo.CONFIGS, {"language": tmp_path}, "full") == size
+
+
+def test_inspect_finds_the_size_of_a_trained_file(tmp_path, capsys):
+    """Without config.json, by what fits: the embedding's and the cross-attention's widths."""
+    with torch.device("meta"):
+        model = open_flamingo.build(open_flamingo.CONFIGS["tiny_mpt"])
+    trained = {name: torch.zeros(tensor.shape) for name, tensor in to_published(
+        open_flamingo.LAYOUT(open_flamingo.CONFIGS["tiny_mpt"]), model.state_dict()).items() if "decoder_layer" not in name}  # fmt: skip
+    torch.save(trained, tmp_path / "checkpoint.pt")
+    assert main(["inspect", str(tmp_path / "checkpoint.pt")]) == 0
+    told = capsys.readouterr().out
+    assert "family   open_flamingo" in told and "d_model 48" in told and "no place" not in told and "missing  language_model" in told
 
 
 def three_files(tmp_path, wrap=lambda tensors: tensors):
