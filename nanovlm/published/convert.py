@@ -18,6 +18,7 @@ import torch
 
 import nanovlm
 from nanovlm.files import new_folder
+from nanovlm.published.adapters import write_adapter
 from nanovlm.published.hub import find
 from nanovlm.published.language import complete, read_json, with_vocabulary
 from nanovlm.published.load import KNOWN, MODEL_TYPES, family_of, find_family, open_trained, read_config, with_weights
@@ -36,10 +37,10 @@ def convert(args, families, recipes):
     Raises: ValueError or OSError, in words for the user; OUT then does not exist.
     """
     paths, out = [find(path) for path in args.paths[:-1]], Path(args.paths[-1])
-    if args.to == "published":
+    if args.to != "ours":
         if len(paths) != 1 or args.vision or args.language:
-            raise ValueError("--to published takes one folder and OUT")
-        return export(paths[0], out, args, families, recipes)
+            raise ValueError(f"--to {args.to} takes one folder and OUT")
+        return (export if args.to == "published" else export_adapter)(paths[0], out, args, families, recipes)
     if not paths and not (args.vision and args.language):
         raise ValueError("name a checkpoint before OUT, or both --vision and --language")
     places = {part: find(place) for part, place in (("vision", args.vision), ("language", args.language)) if place}
@@ -120,6 +121,16 @@ def export(source, out, args, families, recipes):
         fit_processor(temporary, vision_of(model))
     return [f"written: {out} ({published.family}, {len(names)} files, {dtype}, published layout)",
             f"copied: {', '.join(beside) or 'no tokenizer files'}"]
+
+
+def export_adapter(source, out, args, families, recipes):
+    """Write what `train.py --lora` has learned, without its base. Arguments, return value and errors as of `export`."""
+    config = read_config(source)
+    published = getattr(recipes.get(str(config.get("recipe"))), "published", None)
+    if published is None or "lora" not in config:
+        raise ValueError(f"{source} is no folder of a published model that train.py --lora wrote")
+    sizes, told = config.get("published") or published.configs[config["size"]], KNOWN["families"].get(published.family, {})
+    return write_adapter(source, out, config, published, sizes, told.get("memory", {}))
 
 
 def copy_beside(folder, out):

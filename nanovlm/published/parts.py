@@ -15,10 +15,11 @@ from nanovlm.architecture import architecture, rebuild
 from nanovlm.generation.chat import Assistant
 from nanovlm.machine import check_memory
 from nanovlm.names import nearest
+from nanovlm.published.adapters import Adapter, base_of, is_adapter
 from nanovlm.published.hub import find
 from nanovlm.published.language import LANGUAGE_MODELS, read_json, with_vocabulary
 from nanovlm.published.load import (
-    KNOWN, MODEL_TYPES, added_tokens, load_tokenizer, open_published, open_trained, ready,
+    KNOWN, MODEL_TYPES, added_tokens, as_told, family_of, load_tokenizer, open_published, open_trained, ready,
 )
 from nanovlm.published.tokenizers import PADDED_ROWS
 from nanovlm.published.vision import (
@@ -74,8 +75,7 @@ def find_sources(places, paths, model, published, config, image_size=None):
             raise WeightsError(f"{checkpoint.where} holds no {', '.join(grouped(found.missing))}")
         found.skipped, found.unexpected = dict.fromkeys(found.unexpected, "no tensor of the bridge"), []
         sources.append(Source(checkpoint, found, same))
-    for path in paths:
-        checkpoint = open_checkpoint(path)
+    for checkpoint in [one for path in paths for one in (Adapter(path).beside if is_adapter(path) else [open_checkpoint(path)])]:
         resizable = ("vision.positions", "positions") if image_size else ()
         sources.append(Source(checkpoint, plan(table, checkpoint.shapes, ours, resizable), same))
     for source in sources:
@@ -114,6 +114,8 @@ def put_together(published, config, places, paths, image_size=None, seed=0, dtyp
             state[name] = tensors[name] if name in tensors else tensors[names[name]].clone()
         number = len(found.consumed.keys() - found.skipped)
         lines += [*checkpoint.notes, f"{checkpoint.where}: {number} tensors", *found.remarks()]
+    for path in filter(is_adapter, paths):
+        lines.append(f"{path}: LoRA, added to {Adapter(path).add_to(state, published.layout(config))} weights")
     model.load_state_dict(state, assign=True)
     lines += [f"initialised from seed {seed}: {part}, {len(names)} tensors, "
               f"{count(ours[name] for name in names):,} parameters" for part, names in by_part(model, rest).items()]
@@ -209,13 +211,13 @@ def start(recipe, init, size, seed):
     if absent:
         raise FileNotFoundError(f"--init: {absent[0]} is no folder, no file and no name of a model")
     beside = config_beside(paths[0]) if paths and not places else {}
-    if beside and not beside.keys() & {"recipe", "family", "model_type"}:
+    if beside and not is_adapter(paths[0]) and not beside.keys() & {"recipe", "family", "model_type"}:
         return recipe  # our names, and the recipe's sizes
 
     def opened(device):
-        if beside and len(paths) == 1:
+        if beside and len(paths) == 1 and not is_adapter(paths[0]):
             return open_whole(recipe, paths[0], beside, device)
-        return open_parts(recipe, places, paths, size, seed, device)
+        return open_parts(recipe, recipe.published, *with_base(places, paths), size, seed, torch.float32, device)
 
     found = opened("meta")
     say("\n".join((*found.assistant.notes, *found.assistant.differs)))
@@ -235,32 +237,58 @@ def start(recipe, init, size, seed):
 
 def open_whole(recipe, folder, config, device):
     """A whole model's folder: Start."""
-    family, kept = recipe.published.family, tuple(folder / name for name in KNOWN["beside"] if (folder / name).exists())
+    family = recipe.published.family
     if "recipe" in config:
         assistant = open_trained(folder, config, recipe, torch.float32, device)
-        return Start(assistant, config.get("published", {}), kept, "published" in config)
+        return Start(assistant, config.get("published", {}), kept(folder), "published" in config)
     kind = config.get("family", MODEL_TYPES.get(str(config.get("model_type"))))
     if kind != family:
         raise ValueError(f"{folder} holds a model of the family {kind or config.get('model_type')}, and recipe {recipe.name!r} "
                          f"trains {family}; name its recipe, or give it as a part: --init language={folder}")
     assistant = open_published(folder, config, recipe.published, recipe, torch.float32, device)
     if "family" in config:
-        return Start(assistant, config["config"], kept)
-    return Start(assistant, config, kept, True)
+        return Start(assistant, config["config"], kept(folder))
+    return Start(assistant, config, kept(folder), True)
 
 
-def open_parts(recipe, places, paths, size, seed, device):
-    """A model put together: Start."""
-    published, config = recipe.published, next(filter(None, map(config_beside, paths)), None)
-    if config is None or MODEL_TYPES.get(str(config.get("model_type"))) != published.family:
+def kept(folder):
+    """What a run's folder keeps of the model that it starts from: tuple of Path."""
+    return tuple(folder / name for name in KNOWN["beside"] if (folder / name).exists())
+
+
+def with_base(places, paths):
+    """The places and paths of `put_together`, where an adapter stands alone with its base before it."""
+    if places or len(paths) != 1 or not is_adapter(paths[0]):
+        return places, paths
+    base, config = base_of(paths[0]), config_beside(paths[0])
+    if config.get("model_type", "") in ("", config_beside(base).get("model_type")):
+        return places, [base, *paths]
+    tower = config.get("mm_vision_tower")  # LLaVA's scripts: the base is the language model, the tower CLIP's own
+    return {"language": base} | ({"vision": find(tower)} if tower else {}), paths
+
+
+def open_parts(recipe, published, places, paths, size, seed, dtype, device):
+    """A model put together: Start. recipe: None for a bare language model."""
+    homes = [path for path in paths if MODEL_TYPES.get(str(config_beside(path).get("model_type"))) == published.family]
+    if homes:
+        config = config_beside(homes[0])
+    else:
         told = size or size_of(published.configs, places, recipe.sizes[0])
         config = published.configs[told]
         config = config if size or told != recipe.sizes[0] else with_sizes_of(config, places)
     held, config = with_tokenizer(recipe, config, [*filter(None, [places.get("language")]), *paths])
     if held is None:
-        raise ValueError("--init: none of these holds a tokenizer; give language=FOLDER_OR_NAME")
-    config = with_vocabulary(config, held[1].vocab_size)
-    model, lines, _ = put_together(published, config, places, paths, None, seed, torch.float32, device)
-    last = recipe.stages(size or recipe.sizes[0], False)[-1]
-    shown = {"image_fit": last.image_fit, "tiles": last.tiles}
-    return Start(ready(model, held[1], recipe, recipe.template, tuple(lines), PADDED_ROWS, **shown), config)
+        raise ValueError("none of these holds a tokenizer; give language=FOLDER_OR_NAME")
+    config = config if homes else with_vocabulary(config, held[1].vocab_size)
+    model, lines, _ = put_together(published, config, places, paths, None, seed, dtype, device)
+    template, shown = as_told(homes[0] if homes else Path(), recipe, published)
+    files = kept(homes[0]) if homes else ()
+    return Start(ready(model, held[1], recipe, template, tuple(lines), PADDED_ROWS, **shown), config, files, bool(files))
+
+
+def open_adapter(folder, families, recipes, dtype, device):
+    """The folder of an adapter, with its base: Assistant. recipes: {family: Recipe}. Raises: as `put_together`."""
+    places, paths = with_base({}, [folder])
+    home = next(path for path in reversed(paths) if config_beside(path))
+    family = family_of(config_beside(home), str(home), families)
+    return open_parts(recipes.get(family), families[family], places, paths, None, 0, dtype, device).assistant

@@ -35,7 +35,8 @@ def parser(command):
     if command == "convert":
         one.add_argument("paths", nargs="+", metavar="PATH", help="checkpoints to read, if any, and the folder to write")
         one.add_argument("--family", help="what it is, where its config.json does not say so or is wrong")
-        one.add_argument("--to", choices=("ours", "published"), default="ours", help="layout to write (default: ours)")
+        one.add_argument("--to", choices=("ours", "published", "adapter"), default="ours",
+                         help="layout to write (default: ours); adapter: what --lora learned alone, as PEFT has it")
         one.add_argument("--vision", metavar="PATH", help="checkpoint of the vision tower")
         one.add_argument("--language", metavar="PATH", help="checkpoint of the language model")
         one.add_argument("--config", metavar="FILE.json", help="the sizes, instead of the source's")

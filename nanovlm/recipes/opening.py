@@ -7,8 +7,10 @@ import torch
 
 from nanovlm.files import digest
 from nanovlm.machine import DEVICES, DTYPES, check_device, default_device, slow_line
+from nanovlm.published.adapters import is_adapter
 from nanovlm.published.hub import find as locate
 from nanovlm.published.load import BARE, family_of, open_published, open_trained, read_config
+from nanovlm.published.parts import open_adapter
 from nanovlm.recipes import RECIPES, find, folder_of, smolvlm
 from nanovlm.recipes.recipe import from_file
 
@@ -39,8 +41,9 @@ def load(folder, dtype=torch.float32, device="cpu", image_size=None, recipe=None
     """Open a model.
 
     Args:
-      folder: str or Path, the output folder of train.py or of `convert`, or a published model's; or a name, where no
-        folder is called so: "nano", which comes along, or `owner/name[@revision]`, which is fetched.
+      folder: str or Path, the output folder of train.py or of `convert`, a published model's, or a LoRA adapter's whose base
+        is found; or a name, where no folder is called so: "nano", which comes along, or `owner/name[@revision]`, which is
+        fetched.
       dtype: of the weights. device: where they go.
       image_size: pixels, of a published model: another size than its own; the position table is resized.
       recipe: str or Path of the recipe file that a folder was trained from; other folders need none.
@@ -48,6 +51,8 @@ def load(folder, dtype=torch.float32, device="cpu", image_size=None, recipe=None
     Raises: FileNotFoundError or ValueError, in words for the user; nothing half-loaded is returned.
     """
     folder = locate(folder_of(folder))
+    if is_adapter(folder):
+        return open_adapter(folder, FAMILIES, OF_FAMILY, dtype, device)
     config = read_config(folder)
     if "recipe" in config:
         return open_trained(folder, config, recipe_of(folder, config, recipe), dtype, device)
