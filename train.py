@@ -77,7 +77,8 @@ def make_parser():
     add("--init", nargs="+", type=lambda name: str(folder_of(name)), metavar="MODEL",
         help="start from the model in this folder, of this name at huggingface.co, or from nano, which comes along, instead of from "
         "nothing; a published one also from parts: vision=MODEL language=MODEL [bridge=MODEL] [trained=FILE]")
-    add("--lora", type=low_rank, metavar="RANK[:ALPHA]", help="low-rank updates in the decoder, for stages that train lora")
+    add("--lora", type=low_rank, metavar="RANK[:ALPHA]", help="low-rank updates in the decoder; the last stage trains nothing else")
+    add("--tune", type=names, metavar="PART,PART", help="what the last stage trains, for example bridge,lora; default: the recipe's parts")
     add("--out", metavar="FOLDER", type=Path, help="output folder; default: out/RECIPE")
     add("--resume", action="store_true", help="continue after the last checkpoint in the output folder")
     add("--data", metavar="FILE.json",

@@ -232,7 +232,7 @@ def start(recipe, init, size, seed):
     return dataclasses.replace(
         recipe, build=lambda size, vocab_size: rebuild(made_of)[0], tokenizer=lambda: assistant.tokenizer, stages=stages,
         template=assistant.template, preprocessing=assistant.preprocessing, load=lambda: opened("cpu").assistant.model.train(),
-        source=found.config, files=found.files)
+        source=found.config, files=found.files, finished=found.whole)
 
 
 def open_whole(recipe, folder, config, device):

@@ -51,7 +51,7 @@ def nested(config):
 
     Raises: ValueError for a projector that no recipe has.
     """
-    if "mm_hidden_size" in config or "mm_vision_tower" in config:
+    if "vision_config" not in config and {"mm_hidden_size", "mm_vision_tower"} & config.keys():
         tower = str(config.get("mm_vision_tower", "openai/clip-vit-large-patch14"))
         config = {
             "vision_config": CLIP_L | {"image_size": 336 if tower.endswith("336") else 224},

@@ -63,6 +63,7 @@ class Recipe:
     open_init: Callable | None = None   # (this recipe, what stands after --init, size, seed) -> it as it is there
     load: Callable | None = None        # () -> vlm.VLM with the weights after --init
     source: dict[str, Any] = field(default_factory=dict)  # config.json of the published model after --init
+    finished: bool = False              # whether that model needs only the last stage, on data of one's own
     files: tuple[Path, ...] = ()        # of that model, which the run's folder keeps: tokenizer, processor, chat template
     weights: tuple[str, ...] = ()       # what to start from: `PART=NAME  what it is`, where NAME is for published/hub.py or not fetched
 

@@ -24,6 +24,7 @@ from nanovlm.vit import check_image_size
 
 NOT_ASKED = ("image_size", "architecture", "recipe_sha256", "published")  # keys of config.json that no flag repeats
 SAME = ("recipe", "seed", "smoke", "init", "data", "images", "datasets")  # flags that a resumed run must repeat
+LORA_RATE = 2e-4
 DEFAULT_THREADS = 2  # at most; more gain little at this size, and the count decides the last bits of every sum
 
 
@@ -36,14 +37,32 @@ def choose_size(recipe, size):
 
 def choose_stages(recipe, args):
     """The stages to train: tuple of Stage. With --data, the last one reads that file alone; args: train.py's flags."""
-    stages = choose(recipe.stages(choose_size(recipe, args.size), args.smoke), args.stages, args.without)
+    stages = recipe.stages(choose_size(recipe, args.size), args.smoke)
+    alone = [stages[-1].name] if recipe.finished and args.data is not None else None  # what came before, it has behind it
+    stages = choose(stages, args.stages or alone, args.without)
     if args.precision is not None:
         stages = tuple(dataclasses.replace(stage, precision=args.precision) for stage in stages)
     if args.data is not None:
         stages = (*stages[:-1], dataclasses.replace(stages[-1], mixture={DATA: 1.0}))
         if not args.tests:
             stages = tuple(dataclasses.replace(stage, summary="") for stage in stages)
-    return choose(stages, settings=args.set)
+    return choose(*tuned(stages, args))
+
+
+def tuned(stages, args):
+    """The stages, of which the last trains the parts of --tune alone, or the updates of --lora; and --set's wishes.
+
+    LoRA begins with updates of zero, so that its rate is at least LLaVA's 2e-4. To freeze what is frozen is no mistake.
+    """
+    last, flags = stages[-1], vars(args)
+    parts = flags.get("tune") or ["lora"] * bool(flags.get("lora"))
+    if not parts or any(one.startswith(f"{last.name}.tune=") for one in args.set):
+        return stages, None, (), args.set
+    before, highest = last.learning_rates, max(last.learning_rates.values())
+    rates = {part: before.get(part, max(highest, LORA_RATE) if part == "lora" else highest) for part in parts}
+    frozen = {f"{last.name}.learning_rates.{part}=none" for part in before.keys() - rates.keys()}
+    stages = (*stages[:-1], dataclasses.replace(last, learning_rates=rates))
+    return stages, None, (), [one for one in args.set if one not in frozen]
 
 
 def count_epochs(recipe, stages, args, sources):

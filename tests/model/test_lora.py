@@ -188,7 +188,8 @@ def test_resumed_bit_for_bit(tuned, tmp_path):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--lora", "0"], "0 lies outside of 1"), (["--lora", "two"], "--lora"), (["--lora", "2:x"], "--lora"),
     (["--lora", "2:0", "--set", "align.learning_rates.lora=1"], "alpha 0.0"),
-    (["--lora", "2"], "no stage trains the part 'lora'; try --set align.learning_rates.lora=1e-3"),
+    (["--lora", "2", "--tune", "bridge"], "no stage trains the part 'lora'; try --set"),
+    (["--lora", "2", "--tune", "brigde,lora"], "Did you mean 'bridge'"),
     (["--set", "align.learning_rates.lora=1"], "'lora', which this model does not have; give it one with --lora RANK"),
     (["--set", "align.learning_rates.cross_attention=1"], "'cross_attention', which this model does not have"),
 ])  # fmt: skip
