@@ -14,14 +14,11 @@ from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.easy_vqa import EasyVQA
 from nanovlm.data.feed import Course
 from nanovlm.data.scene_questions import Scenes, SceneTexts
-from nanovlm.data.templates import NANO
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
-from nanovlm.generation.sampler import Decoding
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.recipes import nano_tests
-from nanovlm.recipes.recipe import Recipe
-from nanovlm.training.stages import Stage
+from nanovlm.recipes.recipe import Decoding, Recipe, Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 
@@ -155,7 +152,6 @@ RECIPE = Recipe(
     stages=stages,
     sources=sources(),
     tokenizer=tokenizer,
-    template=NANO,
     decodings={
         "default": Decoding(max_new_tokens=40),
         "describe": Decoding(max_new_tokens=60),

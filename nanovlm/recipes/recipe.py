@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from nanovlm.data.images import CLIP, Preprocessing
-from nanovlm.data.templates import Template
+from nanovlm.data.templates import NANO, Template
 from nanovlm.data.tokenizer import Tokenizer
+from nanovlm.generation.sampler import Decoding
+from nanovlm.training.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class Recipe:
     name: str
     sizes: tuple[str, ...]              # what --size may name; the first is the default
     build: Callable                     # (size, vocab_size) -> vlm.VLM
-    stages: Callable                    # (size, smoke) -> tuple of Stage
-    template: Template
+    stages: Callable[[str, bool], tuple[Stage, ...]]  # (size, smoke)
     tokenizer: Callable                 # () -> data.tokenizer.Tokenizer of a run from nothing
+    template: Template = NANO
     load_tokenizer: Callable = lambda folder: Tokenizer(Path(folder) / "tokenizer.json")  # (folder of a model) -> Tokenizer
     contrastive: Callable | None = None  # (size, model) -> contrastive.ContrastiveModel around model.vision
     sources: dict[str, Callable] = field(default_factory=dict)  # name in the stages' mixtures -> (seed) -> source
-    decodings: dict[str, Any] = field(default_factory=dict)  # preset name -> sampler.Decoding
+    decodings: dict[str, Decoding] = field(default_factory=dict)  # by the preset's name
     forms: dict[str, Any] = field(default_factory=dict)  # preset name -> chat.Form, how benchmarks ask
     evaluate: Callable = lambda run, stage: {}  # -> {measure: share}, quick, before and after every stage
     measures: Callable = lambda stage: ()  # -> names of what evaluate finds, those that the stage's summary may name

@@ -20,7 +20,6 @@ from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.processes import Processes, Run
 from nanovlm.training.progress import say
 from nanovlm.training.stages import all_parts, choose, override, text_side
-from nanovlm.vit import check_image_size
 
 NOT_ASKED = ("image_size", "architecture", "recipe_sha256", "published")  # keys of config.json that no flag repeats
 SAME = ("recipe", "seed", "smoke", "init", "data", "images", "datasets")  # flags that a resumed run must repeat
@@ -92,7 +91,7 @@ def check_stages(recipe, stages, model, contrastive):
             if name is not None and name not in measured:
                 raise ValueError(f"the summary of stage {stage.name!r} names {name!r}, which is not measured (Recipe.measures)."
                                  f"{nearest(name, measured)}")
-        check_image_size(stage.image_size, model.vision.config.patch_size)
+        dataclasses.replace(model.vision.config, image_size=stage.image_size)  # which refuses what it cannot cut into patches
         parts, context_length = model.parts(), model.decoder.config.context_length
         if stage.objective == "contrastive":
             if contrastive is None:

@@ -25,7 +25,6 @@ from nanovlm.evaluation.items import coco_picture
 from nanovlm.evaluation.items import picture as picture_path
 from nanovlm.names import nearest
 from nanovlm.vlit import adaption, annotations, self_instruct
-from nanovlm.vlit.descriptions import FORMS
 from nanovlm.vlit.generators import add_generator_flags, drawing, open_generator
 from nanovlm.vlit.parsing import Unparsed, parse
 from nanovlm.vlit.replies import GeneratorError, Replies, Request, ask, digest
@@ -58,7 +57,7 @@ def add_flags(parser):
     add("--method", choices=("both", "adapt", "self-instruct"), default="both", help="of the two")
     add("--plans", type=words, default=plans, metavar="NAME,…", help=f"of {', '.join(plans)} (default: all)")
     add("--lines", type=numbers, metavar="1,3,…", help="of the nine requirements of the prompt, for every plan")
-    add("--description", choices=FORMS, default="sentences", help="how annotations become text (default: sentences)")
+    add("--description", choices=self_instruct.FORMS, default="sentences", help="how annotations become text (default: sentences)")
     add("--regions", type=int, default=1, help="marked regions of each picture at most")
     add("--answers", choices=("short", "sentences"), default="short", help="short ones ask for one, or are written out")
     add("--more-instructions", action="store_true", help="lengthen the instruction pools through the meta prompt")
