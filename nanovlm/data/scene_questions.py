@@ -4,6 +4,7 @@ Every question has exactly one right, short answer by construction: what is ambi
 is not asked. Training never names a held-out colour-shape pair, not even to say that it is absent.
 """
 
+import math
 import re
 
 import numpy as np
@@ -75,22 +76,17 @@ def all_names(scene):
 
 def _names(thing, scene):
     """The words that point at this object and no other, of two: shape alone; colour and shape."""
-    names = ((thing.shape, scene.all("shape")), (thing.pair, scene.all("pair")))
-    return [name for name, said in names if said.count(name) == 1]
+    return [getattr(thing, kind) for kind in ("shape", "pair") if scene.all(kind).count(getattr(thing, kind)) == 1]
 
 
-def _color(scene, rng, pairs):
-    thing = pick(rng, scene.objects)
-    if scene.all("shape").count(thing.shape) > 1:
-        return None
-    return pick(rng, ("what color is the {}?", "what is the color of the {}?")).format(thing.shape), thing.color
+def _attribute(asked, named, forms):
+    """Questions for one attribute of the only object that another attribute names."""
+    def make(scene, rng, pairs):
+        thing = pick(rng, scene.objects)
+        name = getattr(thing, named)
+        return None if scene.all(named).count(name) > 1 else (pick(rng, forms).format(name), getattr(thing, asked))
 
-
-def _shape(scene, rng, pairs):
-    thing = pick(rng, scene.objects)
-    if scene.all("color").count(thing.color) > 1:
-        return None
-    return pick(rng, ("what shape is the {} object?", "what is the {} shape?")).format(thing.color), thing.shape
+    return make
 
 
 def _count(scene, rng, pairs):
@@ -109,20 +105,14 @@ def _count(scene, rng, pairs):
 def _existence(scene, rng, pairs):
     """Yes and no equally often; most of the absent pairs share colour or shape with an object that is there."""
     form, thing, present = rng.random(), pick(rng, scene.objects), rng.random() < 0.5
-    if form < 0.4:
-        kind, known = ("color", COLORS) if form < 0.2 else ("shape", SHAPES)
-        there = scene.all(kind)
-        words = getattr(thing, kind) if present else pick(rng, [word for word in known if word not in there])
-        words += " object" if kind == "color" else ""
-    elif present:
-        words = thing.pair
-    else:
-        there = scene.all("pair")
-        absent = [pair for pair in pairs if " ".join(pair) not in there]
-        alike = [pair for pair in absent if pair[0] == thing.color or pair[1] == thing.shape]
+    kind, known = ("color", COLORS) if form < 0.2 else ("shape", SHAPES) if form < 0.4 else ("pair", map(" ".join, pairs))
+    words, absent = getattr(thing, kind), [word for word in known if word not in scene.all(kind)]
+    if not present:
+        alike = [pair for pair in absent if {*pair.split()} & {thing.color, thing.shape}] if 0.4 <= form < 0.8 else ()
         if not absent:
             return None
-        words = " ".join(pick(rng, alike if alike and form < 0.8 else absent))
+        words = pick(rng, alike or absent)
+    words += " object" if kind == "color" else ""
     return f"is there {with_article(words)}?", "yes" if present else "no"
 
 
@@ -159,12 +149,12 @@ def _size(scene, rng, pairs):
     return (f"is the {pick(rng, names)} big or small?", thing.size) if names else None
 
 
-def _reading(scene, rng, pairs):
-    return (pick(rng, READING_PROMPTS), scene.string) if scene.string else None
-
-
-QUESTIONS = {"color": _color, "shape": _shape, "count": _count, "existence": _existence, "place": _place,
-             "relation": _relation, "size": _size, "reading": _reading}
+QUESTIONS = {
+    "color": _attribute("color", "shape", ("what color is the {}?", "what is the color of the {}?")),
+    "shape": _attribute("shape", "color", ("what shape is the {} object?", "what is the {} shape?")),
+    "count": _count, "existence": _existence, "place": _place, "relation": _relation, "size": _size,
+    "reading": lambda scene, rng, pairs: (pick(rng, READING_PROMPTS), scene.string) if scene.string else None,
+}  # fmt: skip
 CAPTIONS = {
     "caption": lambda scene, rng, pairs: (pick(rng, CAPTION_PROMPTS), caption(scene)),
     "short_caption": lambda scene, rng, pairs: (pick(rng, SHORT_CAPTION_PROMPTS), caption_words(scene)),
@@ -205,19 +195,14 @@ def ask(scene, rng, number, weights, pairs=TRAIN_PAIRS):
 
 
 def check_source(split, splits, weights, known, seed, length, **ranges):
-    """Raise ValueError for a split or type that does not exist, or a number that no source of scenes can have.
-
-    ranges: {name: (value, smallest, largest or None)}.
-    """
-    if split not in splits:
-        raise ValueError(f"unknown split {split!r}.{nearest(split, splits)}")
-    for name, weight in weights.items():
-        if name not in known:
-            raise ValueError(f"unknown type {name!r}.{nearest(name, known)}")
-        ranges[f"the weight of {name!r}"] = weight, 0, None
-    for name, (value, low, high) in (ranges | {"seed": (seed, 0, None), "length": (length, 1, None)}).items():
-        if value < low or (high is not None and value > high):
-            raise ValueError(f"{name} is {value}; it must be from {low}{'' if high is None else f' to {high}'}")
+    """Raise ValueError for a split or type that does not exist, or a number out of its range (value, least, most)."""
+    for what, value, names in (("split", split, splits), *(("type", name, known) for name in weights)):
+        if value not in names:
+            raise ValueError(f"unknown {what} {value!r}.{nearest(value, names)}")
+    ranges |= {"seed": (seed, 0, math.inf), "length": (length, 1, math.inf)}
+    for name, (value, low, high) in (ranges | {f"the weight of {n!r}": (w, 0, math.inf) for n, w in weights.items()}).items():
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
 
 
 # The source of drawn scenes.
@@ -253,7 +238,7 @@ class Scenes:
             kind, string_share, weights = "questions", 1.0, {"reading": 1.0}
         weights = dict.fromkeys(TYPES, 1.0) if weights is None else weights
         check_source(split, SPLITS, weights, TYPES, seed, length, string_share=(string_share, 0, 1),
-                     questions_per_picture=(questions_per_picture, 1, None))
+                     questions_per_picture=(questions_per_picture, 1, math.inf))
         self.name, self.split, self.kind, self.seed, self.length = f"scenes_{split}", split, kind, seed, length
         self.max_objects, self.min_objects = max_objects, min_objects
         self.string_share, self.canvas = string_share, canvas
@@ -279,8 +264,8 @@ class Scenes:
         scene, picture, asked = self._draw(n)
         conversations = tuple((Turn("user", (0, question)), Turn("assistant", (answer,)))
                               for _, question, answer in asked)
-        centres = all_names(scene) if self.kind == "names" else ()
-        regions = tuple((x / self.canvas, y / self.canvas) for _, x, y in centres)
+        named = all_names(scene) if self.kind == "names" else ()
+        regions = tuple((x / self.canvas, y / self.canvas) for _, x, y in named)
         return Record(picture.key, (picture,), conversations, tuple(kind for kind, _, _ in asked), regions=regions)
 
     def _draw(self, n):
@@ -390,8 +375,8 @@ class SceneTexts:
         Raises: ValueError for a name that does not exist or a number out of range.
         """
         weights = dict.fromkeys(TEXT_TYPES, 1.0) if weights is None else weights
-        check_source(split, ("train", "new"), weights, TEXT_TYPES, seed, length, max_objects=(max_objects, 1, None),
-                     questions_per_text=(questions_per_text, 1, None), string_share=(string_share, 0, 1))
+        check_source(split, ("train", "new"), weights, TEXT_TYPES, seed, length, max_objects=(max_objects, 1, math.inf),
+                     questions_per_text=(questions_per_text, 1, math.inf), string_share=(string_share, 0, 1))
         unused = NOT_HELD_OUT if split == "new" else ()
         self.weights = {name: weight for name, weight in weights.items() if weight > 0 and name not in unused}
         if not self.weights:
