@@ -13,13 +13,12 @@ IMAGE = [-1] * 4
 DECODING = Decoding(max_new_tokens=6, eos_ids=(5, 22))
 
 
-@pytest.fixture(params=["adaptive", "learned positions"])
+@pytest.fixture(params=["adaptive", "learned positions", "distances"])
 def model(request):
     if request.param == "adaptive":
         return random_vlm()
-    return vision_language_model(
-        DecoderConfig(23, 16, 4, 4, 24, 40, (LayerOptions(),) * 2, norm="layer", rotary_width=0, position_offset=2)
-    )
+    where = dict(position_offset=2) if request.param == "learned positions" else dict(alibi=(0.9, 0.4, 0.2, 0.1))
+    return vision_language_model(DecoderConfig(23, 16, 4, 4, 24, 40, (LayerOptions(),) * 2, norm="layer", rotary_width=0, **where))
 
 
 def cases():

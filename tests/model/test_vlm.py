@@ -25,6 +25,8 @@ OPTIONS = {
                 head_bias=True, parallel=True, rotary_width=2),
     "opt": dict(norm="layer", ffn="plain", activation="relu", qkv_bias="qkv", output_bias=True, ffn_bias=True,
                 tied_head=True, rotary_width=0, position_offset=2),
+    "mpt": dict(norm="layer_no_bias", ffn="plain", activation="gelu", tied_head=True, rotary_width=0, qk_norm=True, qkv_clip=2.0,
+                alibi=(0.9, 0.4, 0.2, 0.1)),
 }  # fmt: skip
 
 

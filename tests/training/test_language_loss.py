@@ -218,6 +218,7 @@ FAMILIES = {
     "adaptive": dict(layers=(LayerOptions(modality_adaptive=True),) * 2),
     "phi": dict(norm="layer", ffn="plain", activation="gelu_tanh", parallel=True, rotary_width=2),
     "opt": dict(norm="layer", ffn="plain", activation="relu", tied_head=True, rotary_width=0, position_offset=2),
+    "mpt": dict(norm="layer_no_bias", ffn="plain", activation="gelu", tied_head=True, rotary_width=0, alibi=(0.9, 0.4, 0.2, 0.1)),
 }
 
 
