@@ -74,6 +74,13 @@ def test_full_size():
     assert all(layer.cross_attention is not None for layer in model.decoder.layers)  # Table 8: every layer
 
 
+@pytest.mark.parametrize("kind, size", [("opt", "full"), ("mosaic_gpt", "mpt1b"), ("mpt", "mpt7b")])
+def test_what_a_config_leaves_out_is_as_released(kind, size):
+    with torch.device("meta"):
+        found, whole = (open_flamingo.build(one) for one in ({"llm": {"model_type": kind}}, open_flamingo.CONFIGS[size]))
+    assert found.decoder.config == whole.decoder.config and found.media_token == whole.media_token and found.vision is None
+
+
 def test_other_language_models_are_refused_by_name():
     with pytest.raises(ValueError, match="'gpt_neox'.*mosaic_gpt"):
         open_flamingo.build({"llm": {"model_type": "gpt_neox"}})
