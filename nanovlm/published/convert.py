@@ -2,7 +2,8 @@
 
     python -m nanovlm.recipes convert --family lynx finetune_lynx.pt --vision eva_vit_g.pth --language vicuna/ OUT
     python -m nanovlm.recipes convert --family lynx --vision eva_vit_g.pth --language vicuna/ OUT   a start to train
-    python -m nanovlm.recipes convert --to published out/llava OUT
+    python -m nanovlm.recipes convert BASE ADAPTER OUT              an adapter of PEFT's or LLaVA's is added to its base
+    python -m nanovlm.recipes convert --to published out/llava OUT  or --to adapter, for what --lora learned alone
 
 Towers and language models fill their parts first; SOURCE, which holds what was trained, is laid over them. What no
 file holds is an error beside a SOURCE, and initialised from a seed without one. .pt and .bin files are read with

@@ -460,8 +460,8 @@ def find_file(folder):
 def refuse_adapter(folder):
     """Raise WeightsError for the folder of a LoRA adapter, which is no model."""
     if (folder / "adapter_config.json").exists():
-        raise WeightsError(f"{folder} is a LoRA adapter without its base model; merge it first, with PEFT's "
-                           "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(...)")
+        raise WeightsError(f"{folder} is a LoRA adapter, which is read with its base model alone: `python -m nanovlm.recipes "
+                           f"convert BASE {folder} OUT` adds it (so does PEFT's merge_and_unload)")
 
 
 def read_index(index):
