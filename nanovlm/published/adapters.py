@@ -40,7 +40,7 @@ class Adapter:
         for key, value in PLAIN.items():
             if self.config.get(key) not in (value, None):
                 raise WeightsError(f"{folder / CONFIG}: {key} is {self.config[key]!r}; only {value!r} is read")
-        self.file = open_checkpoint(next((folder / name for name in FILES if (folder / name).exists()), folder / FILES[0]))
+        self.file = open_checkpoint(next(filter(Path.exists, map(folder.joinpath, FILES)), folder / FILES[0]))
         self.updates = {}  # name of a weight in the base -> {"A", "B": name in the file}
         for name, found in ((name, UPDATE.fullmatch(name)) for name in self.file.headers):
             if found:
@@ -60,8 +60,9 @@ class Adapter:
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def add_to(self, state, table):
-        """Add the updates to {our name: Tensor}, in place, one weight at a time: number of weights. Raises: WeightsError."""
-        shapes = {name: (self.file.shapes[sides["B"]][0], self.file.shapes[sides["A"]][1]) for name, sides in self.updates.items()}
+        """Add the updates to {our name: Tensor}, in place, weight by weight: their number. Raises: WeightsError."""
+        held = self.file.headers
+        shapes = {name: (len(held[sides["B"]]), held[sides["A"]].shape[1]) for name, sides in self.updates.items()}
         found = plan(table, shapes, {name: tuple(tensor.shape) for name, tensor in state.items()})
         found.check(str(self.folder), partly=True)
         read = dict(self.file.read([one for sides in self.updates.values() for one in sides.values()]))
@@ -86,16 +87,16 @@ def base_of(adapter):
     except FileNotFoundError as error:
         base, name = Path(name), str(error)
     if not base.exists():
-        raise WeightsError(f"{adapter} is a LoRA adapter (rank {config.get('r')}, of {config.get('target_modules')}) and no model; its "
-                           f"base is not here: {name}. `python -m nanovlm.recipes convert BASE {adapter} OUT` adds it to its base, "
-                           "--vision TOWER --language BASE in place of BASE where the base is the language model")
+        raise WeightsError(f"{adapter} is a LoRA adapter (rank {config.get('r')}, of {config.get('target_modules')}) and "
+                           f"no model; its base is not here: {name}. `python -m nanovlm.recipes convert BASE {adapter} "
+                           "OUT` adds it to its base; where that is a language model, --vision TOWER --language BASE")
     return base
 
 
 def write_adapter(folder, out, config, published, sizes, memory):
     """Write the updates of a folder that `train.py --lora` wrote, and what trained beside them, in PEFT's layout.
 
-    Args: config: of the run. published, sizes: of its layout. memory: {prefix in files: prefix in transformers' memory}.
+    Args: config: of the run. published, sizes: of its layout. memory: {prefix in files: in transformers' memory}.
     Returns: list of lines to print. Raises: WeightsError for what PEFT's layout has no place for.
     """
     checkpoint, table, tensors = open_checkpoint(folder), published.layout(sizes), {}
@@ -110,8 +111,8 @@ def write_adapter(folder, out, config, published, sizes, memory):
     for name, tensor in checkpoint.read(updates):
         weight = known[UPDATED.sub(".weight", name)]
         if len(entries[weight].parts) > 1:
-            raise WeightsError(f"{folder}: {weight} is several of our matrices in one, whose updates have no place in PEFT's "
-                               "layout; write the merged model, --to published")
+            raise WeightsError(f"{folder}: {weight} is several of our matrices in one, whose updates have no place in "
+                               "PEFT's layout; write the merged model, --to published")
         tensors[f"{PREFIX}{in_memory(weight).removesuffix('.weight')}.lora_{name[-1].upper()}.weight"] = tensor
     targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[1] for name in tensors})
     parts = {part for stage in config["stages"].values() for part in stage["learning_rates"]} - {"lora"}
@@ -125,4 +126,5 @@ def write_adapter(folder, out, config, published, sizes, memory):
     with new_folder(out) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / FILES[0])
         (temporary / CONFIG).write_text(json.dumps(told, indent=2))
-    return [f"written: {out} (PEFT's layout, {len(updates) // 2} updates of rank {told['r']}, {len(whole)} tensors whole)"]
+    size = f"{len(updates) // 2} updates of rank {told['r']}, {len(whole)} tensors whole"
+    return [f"written: {out} (PEFT's layout, {size})"]

@@ -23,7 +23,7 @@ from nanovlm.published.adapters import write_adapter
 from nanovlm.published.hub import find
 from nanovlm.published.language import complete, read_json, with_vocabulary
 from nanovlm.published.load import KNOWN, MODEL_TYPES, family_of, find_family, open_trained, read_config, with_weights
-from nanovlm.published.parts import put_together, size_of, with_sizes_of, with_tokenizer
+from nanovlm.published.parts import kept, put_together, size_of, with_sizes_of, with_tokenizer
 from nanovlm.published.processor import side
 from nanovlm.published.vision import vision_of
 from nanovlm.published.weights import OURS, count, open_checkpoint, shapes_of, write_checkpoint
@@ -51,7 +51,8 @@ def convert(args, families, recipes):
     held, config = with_tokenizer(recipe, config, [*filter(None, [places.get("language")]), *paths])
     wanted = vars(torch)[args.dtype] if args.dtype else None
     model, lines, rest = put_together(published, config, places, paths, args.image_size, args.seed, wanted)
-    state, shapes, told = model.state_dict(), shapes_of(model), "no tokenizer found: put the model's tokenizer files into OUT before it is asked anything"
+    state, shapes = model.state_dict(), shapes_of(model)
+    told = "no tokenizer found: put the model's tokenizer files into OUT before it is asked anything"
     with new_folder(out) as folder:
         if held and held[0] in paths:
             copy_beside(held[0], folder)
@@ -118,10 +119,10 @@ def export(source, out, args, families, recipes):
     with new_folder(out) as temporary:
         names = write_checkpoint(temporary, published.layout(sizes), model.state_dict(), int(args.max_shard_gb * 1e9))
         (temporary / "config.json").write_text(json.dumps(sizes, indent=2))
-        beside = copy_beside(folder, temporary)
+        copy_beside(folder, temporary)
         fit_processor(temporary, vision_of(model))
     return [f"written: {out} ({published.family}, {len(names)} files, {dtype}, published layout)",
-            f"copied: {', '.join(beside) or 'no tokenizer files'}"]
+            f"copied: {', '.join(path.name for path in kept(folder)) or 'no tokenizer files'}"]
 
 
 def export_adapter(source, out, args, families, recipes):
@@ -130,16 +131,15 @@ def export_adapter(source, out, args, families, recipes):
     published = getattr(recipes.get(str(config.get("recipe"))), "published", None)
     if published is None or "lora" not in config:
         raise ValueError(f"{source} is no folder of a published model that train.py --lora wrote")
-    sizes, told = config.get("published") or published.configs[config["size"]], KNOWN["families"].get(published.family, {})
-    return write_adapter(source, out, config, published, sizes, told.get("memory", {}))
+    sizes = config.get("published") or published.configs[config["size"]]
+    memory = KNOWN["families"].get(published.family, {}).get("memory", {})
+    return write_adapter(source, out, config, published, sizes, memory)
 
 
 def copy_beside(folder, out):
-    """Copy what stands beside a model's weights: tokenizer, processor, chat template, settings of generation; the names."""
-    beside = [name for name in KNOWN["beside"] if (folder / name).exists()]
-    for name in beside:
-        shutil.copyfile(folder / name, out / name)
-    return beside
+    """Copy what stands beside a model's weights: tokenizer, processor, chat template, settings of generation."""
+    for path in kept(folder):
+        shutil.copyfile(path, out / path.name)
 
 
 def fit_processor(folder, tower):

@@ -104,7 +104,7 @@ def open_published(folder, config, published, recipe, dtype, device, image_size=
 
 
 def as_told(folder, recipe, published):
-    """How a model is asked and shown pictures, by its folder where transformers reads it, else by its recipe.
+    """How a model is asked and shown pictures, by its folder where transformers reads one, else by its recipe.
 
     Returns: (Template, {"image_fit", "tiles", "preprocessing" and "differs" of its Assistant}).
     """
@@ -112,7 +112,7 @@ def as_told(folder, recipe, published):
     shown = {"image_fit": last.image_fit, "tiles": last.tiles, "preprocessing": recipe.preprocessing} if recipe else {
         "image_fit": "crop", "tiles": None, "preprocessing": CLIP}
     template = recipe.template if recipe else None
-    if published is None:
+    if published is None or folder is None:
         return template, shown
     theirs = "header" in KNOWN["families"].get(published.family, {})  # else the authors' own code prepares pictures
     shown, notes = pictures_of(folder, shown, not theirs)

@@ -1,4 +1,4 @@
-"""A model put together from files: tower, language model and bridge fill their parts, what was trained is laid over them.
+"""A model put together from files: tower, language model and bridge fill their parts, what was trained lies over them.
 
 `convert` writes such a model into a folder; `train.py --init vision=... language=... [bridge=...] [trained=...]` starts
 from it at once.
@@ -33,7 +33,8 @@ from nanovlm.training.progress import say
 PARTS = ("vision", "language", "bridge")
 WORDS = ("decoder.embedding.weight", "decoder.lm_head.weight", "decoder.lm_head.bias")
 BRANCH = re.compile(r"\.(text|vision)\.")  # in the decoder: a modality-adaptive copy of what language models have once
-TOWER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
+TOWER_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size",
+               "image_size")
 
 
 class Source(NamedTuple):
@@ -70,13 +71,14 @@ def find_sources(places, paths, model, published, config, image_size=None):
         best("vision", tables, "vision.", same, ("vision.positions",))
     if "bridge" in places:
         checkpoint = open_checkpoint(places["bridge"])
-        found = plan(table, checkpoint.shapes, {name: shape for name, shape in ours.items() if name.startswith("bridge.")})
-        if found.missing:
+        found = plan(table, checkpoint.shapes, {name: one for name, one in ours.items() if name.startswith("bridge.")})
+        if not found.consumed:
             raise WeightsError(f"{checkpoint.where} holds no {', '.join(grouped(found.missing))}")
         found.skipped, found.unexpected = dict.fromkeys(found.unexpected, "no tensor of the bridge"), []
         sources.append(Source(checkpoint, found, same))
-    for checkpoint in [one for path in paths for one in (Adapter(path).beside if is_adapter(path) else [open_checkpoint(path)])]:
-        resizable = ("vision.positions", "positions") if image_size else ()
+    opened = [Adapter(path).beside if is_adapter(path) else [open_checkpoint(path)] for path in paths]
+    resizable = ("vision.positions", "positions") if image_size else ()
+    for checkpoint in sum(opened, []):
         sources.append(Source(checkpoint, plan(table, checkpoint.shapes, ours, resizable), same))
     for source in sources:
         source.found.check(source.checkpoint.where, partly=True)
@@ -87,9 +89,9 @@ def put_together(published, config, places, paths, image_size=None, seed=0, dtyp
     """A model of these files.
 
     Args:
-      published: Published. config: dict, its sizes. places: {part of PARTS: Path}. paths: list of Path, of what was trained.
+      published: Published. config: dict, its sizes. places: {part of PARTS: Path}. paths: list of Path, what was trained.
       image_size: pixels, to which the position table is resized; None = as the sizes say.
-      seed: of what no file holds, which is an error beside `paths`. dtype: None = that of the files. device: of the weights.
+      seed: of what no file holds, which is an error beside `paths`. dtype: None = the files'. device: of the weights.
     Returns: (model, list of lines to print, names of the tensors that come from the seed).
     Raises: WeightsError naming all that does not fit or is missing.
     """
@@ -106,7 +108,8 @@ def put_together(published, config, places, paths, image_size=None, seed=0, dtyp
             "vision=PLACE language=PLACE"]))
     kinds = {source.checkpoint.headers[name].dtype for source in sources for name in source.found.consumed}
     dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
-    check_memory(count(ours.values()) * dtype.itemsize, device, f"the {count(ours.values()):,} parameters of this {published.family}")
+    number = count(ours.values())
+    check_memory(number * dtype.itemsize, device, f"the {number:,} parameters of this {published.family}")
     state, lines = initialised(published, config, image_size, seed, dtype, device, rest) if rest else {}, []
     for checkpoint, found, names in sources:
         tensors = read_weights(found, checkpoint, dtype, device)
@@ -123,7 +126,7 @@ def put_together(published, config, places, paths, image_size=None, seed=0, dtyp
 
 
 def initialised(published, config, image_size, seed, dtype, device, names):
-    """These tensors of a new model, from the seed: {name: Tensor}; the others are let go before anything else is read."""
+    """These tensors of a new model, from the seed: {name: Tensor}; the others are let go before anything is read."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -147,7 +150,7 @@ def with_sizes_of(config, places):
 
 
 def size_of(configs, places, default):
-    """The first size of a recipe whose language model is that of `places`, but for its number of words: str; else `default`."""
+    """The first size of a recipe whose language model is that of `places`, but for its words: str; else `default`."""
     beside = config_beside(places.get("language"))
 
     def fits(config):
@@ -164,8 +167,7 @@ def config_beside(path):
 
 
 def with_tokenizer(recipe, config, places):
-    """(Path, tokenizer) of the first place that has one, or None; and the config with the id that it gives the token of a
-    picture, if the model has one."""
+    """(Path, tokenizer) of the first place that has one, or None; and the config with its id of a picture's token."""
     for place in filter(Path.is_dir, places):
         try:
             tokenizer = load_tokenizer(place, added=added_tokens(recipe))
@@ -181,7 +183,7 @@ def with_tokenizer(recipe, config, places):
 
 
 class Start(NamedTuple):
-    """What --init names, opened: the model and how it is asked; config: its published sizes; files: to keep beside it."""
+    """What --init names, opened: the model and how it is asked, its published sizes, and the files to keep beside it."""
 
     assistant: Assistant
     config: dict
@@ -193,8 +195,8 @@ def start(recipe, init, size, seed):
     """A Recipe with the sizes, pictures, tokenizer and weights of what --init names.
 
     Args:
-      recipe: recipes.recipe.Recipe of a published model. init: list of str, one model's folder or name, as published or as
-        train.py or `convert` wrote it; or PART=PLACE each, and PLACE or trained=PLACE of what was trained on top of them.
+      recipe: recipes.recipe.Recipe of a published model. init: list of str, one model's folder or name, as published
+        or as train.py or `convert` wrote it; or PART=PLACE each, and [trained=]PLACE of what was trained on top.
       size: of the recipe, where parts do not say theirs; None = its first. seed: of what no file holds.
     Raises: ValueError or OSError, in words for the user.
     """
@@ -231,8 +233,8 @@ def start(recipe, init, size, seed):
 
     return dataclasses.replace(
         recipe, build=lambda size, vocab_size: rebuild(made_of)[0], tokenizer=lambda: assistant.tokenizer, stages=stages,
-        template=assistant.template, preprocessing=assistant.preprocessing, load=lambda: opened("cpu").assistant.model.train(),
-        source=found.config, files=found.files, finished=found.whole)
+        template=assistant.template, preprocessing=assistant.preprocessing,
+        load=lambda: opened("cpu").assistant.model.train(), source=found.config, files=found.files, finished=found.whole)
 
 
 def open_whole(recipe, folder, config, device):
@@ -243,8 +245,9 @@ def open_whole(recipe, folder, config, device):
         return Start(assistant, config.get("published", {}), kept(folder), "published" in config)
     kind = config.get("family", MODEL_TYPES.get(str(config.get("model_type"))))
     if kind != family:
-        raise ValueError(f"{folder} holds a model of the family {kind or config.get('model_type')}, and recipe {recipe.name!r} "
-                         f"trains {family}; name its recipe, or give it as a part: --init language={folder}")
+        raise ValueError(f"{folder} holds a model of the family {kind or config.get('model_type')}, and recipe "
+                         f"{recipe.name!r} trains {family}; name its recipe, or give it as a part: "
+                         f"--init language={folder}")
     assistant = open_published(folder, config, recipe.published, recipe, torch.float32, device)
     if "family" in config:
         return Start(assistant, config["config"], kept(folder))
@@ -281,9 +284,9 @@ def open_parts(recipe, published, places, paths, size, seed, dtype, device):
         raise ValueError("none of these holds a tokenizer; give language=FOLDER_OR_NAME")
     config = config if homes else with_vocabulary(config, held[1].vocab_size)
     model, lines, _ = put_together(published, config, places, paths, None, seed, dtype, device)
-    template, shown = as_told(homes[0] if homes else Path(), recipe, published)
-    files = kept(homes[0]) if homes else ()
-    return Start(ready(model, held[1], recipe, template, tuple(lines), PADDED_ROWS, **shown), config, files, bool(files))
+    template, shown = as_told(homes[0] if homes else None, recipe, published)
+    assistant = ready(model, held[1], recipe, template, tuple(lines), PADDED_ROWS, **shown)
+    return Start(assistant, config, kept(homes[0]) if homes else (), bool(homes))
 
 
 def open_adapter(folder, families, recipes, dtype, device):

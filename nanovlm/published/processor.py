@@ -18,7 +18,7 @@ SIGNS = (  # words of a chat template -> ours; the first that fits
 
 
 def side(size):
-    """Pixels of a size as processors write it: a number, {"shortest_edge": S} or {"height": S, "width": S}; None: no square."""
+    """Pixels of a size as processors write it: a number, {"shortest_edge": S} or {"height", "width"}; None: no square."""
     if isinstance(size, dict):
         return size.get("shortest_edge") or (size.get("height") if size.get("height") == size.get("width") else None)
     return size
@@ -42,7 +42,7 @@ def pictures_of(folder, shown, ours):
     told, notes, before = told_pictures(folder), [], shown["preprocessing"]
     if not told:
         return shown, notes
-    size, crop = side(told.get("size")), side(told.get("crop_size")) if told.get("do_center_crop", True) else None
+    size, crop = side(told.get("size")), told.get("do_center_crop", True) and side(told.get("crop_size"))
     stretched = isinstance(told.get("size"), dict) and "shortest_edge" not in told["size"]
     fit = "pad" if told.get("do_pad") and not stretched else "crop" if crop or not stretched else "stretch"
     if ours and fit != shown["image_fit"]:
@@ -58,9 +58,10 @@ def pictures_of(folder, shown, ours):
     values |= {"resample": told.get("resample", before.resample), "zoom": size / crop if size and crop else 1.0}
     tiles = shown["tiles"]
     if "max_image_size" in told:
-        tiles = told["size"]["longest_edge"] / told["max_image_size"]["longest_edge"] if told.get("do_image_splitting") else 0
+        tiles = told["size"]["longest_edge"] / told["max_image_size"]["longest_edge"]
+        tiles = tiles if told.get("do_image_splitting") else 0
     elif not told.get("do_resize", True):
-        notes.append(f"the processor of {folder} leaves pictures their size; here each becomes one square, fitted by {fit!r}")
+        notes.append(f"the processor of {folder} leaves pictures their size; here each becomes a square, by {fit!r}")
     return {"image_fit": fit, "tiles": tiles, "preprocessing": dataclasses.replace(before, **values)}, notes
 
 

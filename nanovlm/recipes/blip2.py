@@ -19,7 +19,7 @@ from nanovlm.decoder import Decoder
 from nanovlm.generation.sampler import Decoding
 from nanovlm.published.language import OPT, complete, expect, opt_config
 from nanovlm.published.vision import EVA, eva_config
-from nanovlm.published.weights import Reshaped, Unread, prefixed
+from nanovlm.published.weights import Alias, Reshaped, Unread, prefixed
 from nanovlm.qformer import QFormer
 from nanovlm.recipes.papers import Expected, published_recipe, shrinking, stage, tiny_language, tiny_vision
 from nanovlm.vit import ViT
@@ -91,6 +91,12 @@ QFORMER = (
     ("qformer.encoder.layer.{i}.output_query.LayerNorm.{p}", "layers.{i}.ffn_norm.{p}"),
     Unread("qformer.embeddings.position_ids", "0, 1, 2 ..."),
     ("language_projection.{p}", "project.{p}"),
+    # LAVIS, which adds a half that reads text
+    *(Alias(f"Qformer.bert.encoder.layer.{{i}}.{kind}.self.{{rest}}", f"qformer.encoder.layer.{{i}}.{kind}.attention.{{rest}}")
+      for kind in ("attention", "crossattention")),
+    Alias("Qformer.bert.embeddings.LayerNorm.{p}", "qformer.layernorm.{p}"),
+    Alias("Qformer.bert.{rest}", "qformer.{rest}"),
+    Alias("opt_proj.{p}", "language_projection.{p}"),
 )
 
 

@@ -253,8 +253,9 @@ def make_run(recipe, args, out, processes=Processes()):
 
 
 def least_memory(parts, stages):
-    """Bytes that the hungriest stage takes before its first record: weights, gradients, AdamW's two averages, in float32."""
-    trained = max(sum(one.numel() for group in optimizer.groups(parts, stage) for one in group["params"]) for stage in stages)
+    """Bytes that the hungriest stage takes before its first record: weights, gradients, AdamW's averages, in float32."""
+    groups = [optimizer.groups(parts, stage) for stage in stages]
+    trained = max(sum(one.numel() for group in found for one in group["params"]) for found in groups)
     return 4 * (sum(one.numel() for held in parts.values() for one in held.values()) + 3 * trained)
 
 

@@ -14,6 +14,7 @@ from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.generation.sampler import Decoding
 from nanovlm.published import language as languages
 from nanovlm.published import vision as towers
+from nanovlm.published.parts import start
 from nanovlm.published.weights import to_published, write_checkpoint
 from tests.published_folders import folder_with, make_folder
 from tests.random_models import randomise
@@ -122,3 +123,32 @@ def test_what_does_not_fit_into_memory_is_refused_with_numbers(data, tmp_path, m
         recipes.load(folder)
     half = recipes.load(folder, dtype=torch.bfloat16)  # half the bytes
     assert half.model.decoder.embedding.weight.dtype == torch.bfloat16
+
+
+def test_blip2s_first_stage_in_lavis_names(data, tmp_path, capsys):
+    """A Q-Former with the text half and the heads that serve the first stage, and no projection yet."""
+    model = separate(tmp_path, "blip2")
+    table, tensors = recipes.blip2.LAYOUT(recipes.blip2.CONFIGS["tiny"]), {}
+    for name, tensor in to_published(table, model.state_dict()).items():
+        if name.startswith(("qformer.", "query_tokens")):
+            name = name.replace("qformer.layernorm", "Qformer.bert.embeddings.LayerNorm").replace("qformer.", "Qformer.bert.")
+            tensors[name.replace("attention.attention.", "attention.self.")] = tensor
+    tensors |= {"Qformer.bert.encoder.layer.0.intermediate.dense.weight": torch.ones(3, 3), "Qformer.cls.predictions.bias": torch.ones(3),
+                "Qformer.bert.embeddings.word_embeddings.weight": torch.ones(3, 3), "visual_encoder.cls_token": torch.ones(1, 1, 3),
+                "vision_proj.weight": torch.ones(3, 3), "itm_head.bias": torch.ones(2), "temp": torch.ones(1)}
+    torch.save({"model": tensors}, tmp_path / "blip2_pretrained.pth")
+    parts = [f"vision={tmp_path / 'tower'}", f"language={tmp_path / 'words'}", f"bridge={tmp_path / 'blip2_pretrained.pth'}"]
+    found = start(recipes.RECIPES["blip2"], parts, "tiny", 0).load().state_dict()
+    fresh = {name for name, tensor in model.state_dict().items() if not torch.equal(found[name], tensor)}
+    assert fresh == {"bridge.project.weight", "bridge.project.bias"}
+    assert "initialised from seed 0: bridge, 2 tensors" in capsys.readouterr().out
+
+
+def test_parts_take_nothing_from_the_folder_where_one_stands(tmp_path, monkeypatch, capsys):
+    separate(tmp_path, "llava")
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.9, 0.9, 0.9], "size": {"height": 9, "width": 9}}')
+    monkeypatch.chdir(tmp_path)
+    recipe = recipes.RECIPES["llava"]
+    found = start(recipe, ["vision=tower", "language=words"], None, 0)
+    assert (found.preprocessing, found.template, found.files, found.finished) == (recipe.preprocessing, recipe.template, (), False)
+    assert [stage.image_fit for stage in found.stages("full", False)] == [stage.image_fit for stage in recipe.stages("full", False)]
