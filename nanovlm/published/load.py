@@ -7,7 +7,6 @@ import torch
 
 from nanovlm import lora
 from nanovlm.architecture import rebuild
-from nanovlm.data.images import CLIP
 from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
 from nanovlm.generation.chat import Assistant
 from nanovlm.names import nearest
@@ -110,7 +109,7 @@ def as_told(folder, recipe, published):
     """
     last = recipe.stages(recipe.sizes[0], False)[-1] if recipe else None
     shown = {"image_fit": last.image_fit, "tiles": last.tiles, "preprocessing": recipe.preprocessing} if recipe else {
-        "image_fit": "crop", "tiles": None, "preprocessing": CLIP}
+        name: getattr(Assistant, name) for name in ("image_fit", "tiles", "preprocessing")}
     template = recipe.template if recipe else None
     if published is None or folder is None:
         return template, shown

@@ -19,9 +19,8 @@ from nanovlm.published.adapters import Adapter, base_of, is_adapter
 from nanovlm.published.hub import find
 from nanovlm.published.language import LANGUAGE_MODELS, read_json, with_vocabulary
 from nanovlm.published.load import (
-    KNOWN, MODEL_TYPES, added_tokens, as_told, family_of, load_tokenizer, open_published, open_trained, ready,
+    KNOWN, MODEL_TYPES, PADDED_ROWS, added_tokens, as_told, family_of, load_tokenizer, open_published, open_trained, ready,
 )
-from nanovlm.published.tokenizers import PADDED_ROWS
 from nanovlm.published.vision import (
     BEHIND, BLIP2_REST, CLIP, EVA, OPEN_CLIP, OPEN_CLIP_PAIR, OTHER_SIDE, eva_original, part_of_pair, resize, vision_of,
 )
