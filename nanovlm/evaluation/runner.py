@@ -46,8 +46,7 @@ def run(args, loaded, judge=None):
         items = [item if item.media else replace(item, media=(Path(args.unrelated_image),)) for item in items]
     settings = {
         "task": name, "model": Path(args.model).name, "data": str(args.data), "split": args.split,
-        "prompt": task.prompt, "preset": preset, "decoding": asdict(decoding),
-        "describe_first": args.describe_first,
+        "prompt": task.prompt, "preset": preset, "decoding": asdict(decoding), "describe_first": args.describe_first,
         "shots": sorted({item.id for several in shots.values() for item in several}), "num_frames": args.num_frames,
         "seed": args.seed, "unrelated_image": args.unrelated_image,
     }  # fmt: skip
