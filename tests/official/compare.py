@@ -166,7 +166,7 @@ def seen_patches(vision, tiles, mask):
     patch, side = vision.config.patch_size, math.isqrt(len(vision.positions))
     real = F.max_pool2d(mask.float(), patch) > 0  # F rows columns
     edges = torch.arange(1 / side, 1, 1 / side)
-    rows, columns = (torch.bucketize((torch.arange(side) / count[:, None]).clamp(max=1 - 1e-6), edges, right=True)
+    rows, columns = (torch.bucketize((torch.arange(side) * (1 / count[:, None])).clamp(max=1 - 1e-6), edges, right=True)
                      for count in (real[:, :, 0].sum(1), real[:, 0].sum(1)))
     places = (rows[:, :, None] * side + columns[:, None]) * real
     x = vision.patch_embedding(tiles).flatten(2).transpose(1, 2) + vision.positions[places.flatten(1)]
