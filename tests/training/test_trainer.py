@@ -245,7 +245,7 @@ def test_a_recipe_without_a_contrastive_model(tmp_path, whole):
     run = train(make(tmp_path / "run", recipe, without=["tower"]))
     assert not (run.out / "text_tower.safetensors").exists() and "text_tower" not in run.parts()
     assert "text_tower" in whole.parts() and len(losses(run.out)) == 6
-    assert make(tmp_path / "again", recipe, without=["tower"], init=str(whole.out)).contrastive is None
+    assert make(tmp_path / "again", recipe, without=["tower"], init=[str(whole.out)]).contrastive is None
     with pytest.raises(ValueError, match="'tower' is contrastive, but the recipe has no contrastive model"):
         make(tmp_path / "other", recipe)
 
