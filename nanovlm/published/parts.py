@@ -22,7 +22,8 @@ from nanovlm.published.load import (
     KNOWN, MODEL_TYPES, PADDED_ROWS, added_tokens, as_told, family_of, load_tokenizer, open_published, open_trained, ready,
 )
 from nanovlm.published.vision import (
-    BEHIND, BLIP2_REST, CLIP, EVA, OPEN_CLIP, OPEN_CLIP_PAIR, OTHER_SIDE, eva_original, part_of_pair, resize, vision_of,
+    BEHIND, BLIP2_REST, CLIP, EVA, OPEN_CLIP, OPEN_CLIP_PAIR, OTHER_SIDE, TRAINED_HERE, eva_original, part_of_pair, resize,
+    vision_of,
 )
 from nanovlm.published.weights import (
     Checkpoint, Plan, WeightsError, by_part, count, grouped, open_checkpoint, plan, prefixed, read_weights, shapes_of,
@@ -65,7 +66,7 @@ def find_sources(places, paths, model, published, config, image_size=None):
         best("language", [one.layout({}) for one in LANGUAGE_MODELS.values()], "decoder.", plain, WORDS)
     if "vision" in places:
         original = eva_original(vision_of(model).config.num_layers)
-        tables = (*CLIP, *OTHER_SIDE), (*EVA, *BLIP2_REST), original, OPEN_CLIP, OPEN_CLIP_PAIR
+        tables = (*CLIP, *OTHER_SIDE), (*EVA, *BLIP2_REST), original, OPEN_CLIP, OPEN_CLIP_PAIR, TRAINED_HERE
         tables = [(*one, *BEHIND) for one in tables]
         best("vision", tables, "vision.", same, ("vision.positions",))
     if "bridge" in places:

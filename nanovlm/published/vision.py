@@ -93,6 +93,8 @@ OPEN_CLIP_PAIR = (  # the same in a file that holds the text tower as well
         "transformer.{rest}", "positional_embedding", "token_embedding.weight", "ln_final.{p}", "text_projection",
         "logit_scale")),
 )
+TRAINED_HERE = (("vision.{rest}", "{rest}"), *(  # a folder of train.py
+    Unread(f"{part}.{{rest}}", "serves the model that the tower was trained in") for part in ("bridge", "decoder")))
 
 # What a file may hold beside its tower
 OTHER_SIDE = tuple(Unread(name, "serves the pair with a text tower") for name in (

@@ -39,11 +39,16 @@ def projector(width):
     return PixelShuffleProjector(width, width, merge=1, positions=True)
 
 
+def tower(size):
+    """The vision tower: vit.ViT."""
+    width, num_layers = SIZES[size]
+    return ViT(ViTConfig(64, 8, width, num_layers, width // HEAD_WIDTH, 4 * width, conv_stem=True, class_token=False))
+
+
 def build(size, vocab_size, bridge=projector):
     """The vision-language model: vlm.VLM. bridge: width -> the bridge between vision and language of this width."""
     width, num_layers = SIZES[size]
     heads = width // HEAD_WIDTH
-    vision = ViT(ViTConfig(64, 8, width, num_layers, heads, 4 * width, conv_stem=True, class_token=False))
     layers = (LayerOptions(adapter_width=32, modality_adaptive=True),) * num_layers
     decoder = Decoder(
         DecoderConfig(
@@ -52,7 +57,7 @@ def build(size, vocab_size, bridge=projector):
             qkv_bias="qkv",  # as Qwen2: looking one word back, whatever the words, needs a constant
         )
     )  # fmt: skip
-    return VLM(vision, bridge(width), decoder)
+    return VLM(tower(size), bridge(width), decoder)
 
 
 def contrastive(size, model):

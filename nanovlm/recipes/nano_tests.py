@@ -57,9 +57,9 @@ def measures(stage):
     return tuple(NAMES) if {"bridge", "adapters"} & stage.learning_rates.keys() else ("text_only",)
 
 
-def evaluate(run, stage):
-    """Quick held-out shares before and after a stage: {measure: share}."""
-    number = SMOKE_PICTURES if run.args.smoke else QUICK_PICTURES
+def evaluate(run, stage, pictures=QUICK_PICTURES):
+    """Quick held-out shares before and after a stage: {measure: share}. pictures: of each test."""
+    number = SMOKE_PICTURES if run.args.smoke else pictures
     if stage.objective == "contrastive":
         captions = EasyVQA("test", kind="captions")
         records = [captions.record(n) for n in range(number * 4)]

@@ -6,10 +6,10 @@ from nanovlm.published.language import with_vocabulary
 from nanovlm.published.load import added_tokens, load_tokenizer
 from nanovlm.published.parts import start
 from nanovlm.published.weights import Fused, Published
-from nanovlm.recipes.recipe import Expected, Recipe
+from nanovlm.recipes.recipe import Decoding, Expected, Recipe
 from nanovlm.training.stages import Stage
 
-__all__ = ["CLIP_LARGE", "LLAMA_7B", "RESAMPLER", "Expected", "features", "published_recipe", "shrinking", "stage",
+__all__ = ["CLIP_LARGE", "LLAMA_7B", "RESAMPLER", "Decoding", "Expected", "features", "published_recipe", "shrinking", "stage",
            "tiny_language", "tiny_vision"]
 
 CLIP_LARGE = {

@@ -52,7 +52,7 @@ def reading():
 
 def holds_out(run, name):
     """Whether records of a source are held out: of files, not of what a recipe draws."""
-    return run.recipe.published or name == DATA
+    return run.recipe.published and name not in run.recipe.sources or name == DATA
 
 
 def place_of(record):

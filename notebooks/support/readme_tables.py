@@ -83,7 +83,7 @@ def recipe_block(names):
         steps = f"{stage.steps:,} × {stage.batch_size}"
         rows.append([stage.name, OBJECTIVES[stage.objective], stage.image_size if sees else "", steps, trained])
     with torch.device("meta"):  # sizes only, no weights
-        parts = recipe.build(recipe.sizes[0], recipe.tokenizer().vocab_size).parts()
+        parts = recipe.build(recipe.sizes[0], 0 if recipe.published else recipe.tokenizer().vocab_size).parts()
     sizes = {part.replace("_", " "): sum(p.numel() for p in parameters.values()) for part, parameters in parts.items()}
     listed = ", ".join(f"{part} {size:,}" for part, size in sizes.items() if size)
     return [*table(["stage", "learns", "pixels", "steps × examples", "what trains"], rows), "",

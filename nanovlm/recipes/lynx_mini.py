@@ -1,0 +1,110 @@
+"""lynx_mini: Lynx's way with a real language model: it already talks, stays frozen, and learns to see.
+
+  vision   nano's tower, trained and frozen: 64 pixels, 8 x 8 patches                             Sec. 2.1
+  bridge   squares of 2 x 2 patches, then an MLP: 16 image tokens
+  decoder  SmolLM2-135M-Instruct, frozen, with an adapter of width 64 after layers 0, 2, ... 28   Sec. 2.1
+  rows     the 16 image tokens, then the chat as SmolLM2 was taught it                            Table 13
+  stages   align on captions and single things, then instruct                                     Table 8
+  prompts  each question in one of six wordings, and tested in ten others                         Sec. 2.3
+
+Lynx, arXiv:2307.02469. Start from `--init language=FOLDER`; nano's tower comes along, or `vision=FOLDER` names another.
+Differs from the paper:
+- an MLP in place of the resampler: 64 patches that know their places need no latents to gather them;
+- no stage raises the resolution or trains the tower, which is taken as nano ends with it;
+- nothing is lower-cased: the language model shall go on answering what it was taught.
+Rates and steps are first guesses, and its numbers are not measured yet.
+"""
+
+import dataclasses
+import functools
+
+from nanovlm.data.scene_questions import Scenes
+from nanovlm.data.templates import CHATML_SMOLLM2
+from nanovlm.data.wordings import diversified, reworded
+from nanovlm.decoder import Decoder, LayerOptions
+from nanovlm.projector import PixelShuffleProjector
+from nanovlm.published.language import llama_config
+from nanovlm.recipes import folder_of, nano, nano_tests
+from nanovlm.recipes.papers import Decoding, Expected, published_recipe, shrinking, stage, tiny_language
+from nanovlm.vlm import VLM
+
+SMOLLM2_135M = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+CONFIGS = {
+    "full": {"vision": {"size": "full"}, "llm": SMOLLM2_135M, "adapter_width": 64, "adapter_freq": 2},
+    "tiny": {"vision": {"size": "tiny"}, "llm": tiny_language(layers=3), "adapter_width": 8, "adapter_freq": 2},
+}
+
+
+def build(config):
+    """lynx_mini: vlm.VLM. config: dict with the size of nano's tower, the language model's config.json, and its adapters'."""
+    vision, llm = nano.tower(config["vision"]["size"]), llama_config(config["llm"])
+    adapter, every = LayerOptions(adapter_width=config["adapter_width"]), config["adapter_freq"]
+    layers = tuple(LayerOptions() if i % every else adapter for i in range(len(llm.layers)))
+    bridge = PixelShuffleProjector(vision.config.width, llm.width, merge=2, positions=True)
+    return VLM(vision, bridge, Decoder(dataclasses.replace(llm, layers=layers)))
+
+
+def LAYOUT(config):
+    """Nobody has published one: our own names."""
+    return (("{rest}", "{rest}"),)
+
+
+KINDS = nano.QUESTIONS | {"reading": 0.5}  # 16 image tokens are few to read from
+DRAWN = dict(string_share=0.2, questions_per_picture=4)
+SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name, make in {
+    "scenes_both": lambda seed: Scenes(seed=seed + 3, **DRAWN, **nano.BOTH),
+    "scenes": lambda seed: Scenes(seed=seed + 5, **DRAWN, weights=KINDS),
+    "easy_vqa": lambda seed: nano.EasyVQA(seed=seed + 1, questions_per_picture=4),
+}.items()}
+ALIGNED = {"bridge": 1e-3, "adapters": 1e-3}
+TOLD = dict(warmup_steps=20, max_tokens=192)
+STAGES = (
+    stage("align", ALIGNED, {"scenes_both": 7, "easy_vqa": 3}, 100, 8, **TOLD,
+          summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}"),
+    stage("instruct", ALIGNED, {"scenes": 6, "easy_vqa": 4}, 500, 8, **TOLD,
+          summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}"),
+)
+REWORDED = ("easy_vqa_test", "scenes_new")  # nano's tests that are taken a second time
+
+
+def ask_in_other_words(assistant, number):
+    """Tests of `number` pictures each in the held-out wordings, of any model: {test: {"all" or kind: share that is right}}."""
+    tests, seed = nano_tests.held_out_tests(number, number), nano_tests.SEED
+    return {name: nano_tests.shares(nano_tests.ask(
+        assistant, [reworded(record, "held_out", (seed, n)) for n, record in enumerate(tests[name])])) for name in REWORDED}
+
+
+def finish(run):
+    """nano's results, and beside them those in held-out wordings."""
+    number = nano_tests.SMOKE_PICTURES if run.args.smoke else nano_tests.NUM_SCENES
+    return nano_tests.finish(run) | {"held_out_wordings": ask_in_other_words(nano_tests.assistant(run), number)}
+
+
+def report(run, results):
+    """nano's report with a line more for each test in held-out wordings."""
+    found = results["held_out_wordings"].items()
+    return [*nano_tests.report(run, results), *(f"{nano_tests.NAMES[name]}, in held-out wordings: {one['all']:.1%}" for name, one in found)]
+
+
+def start(recipe, init, size, seed):
+    """The recipe from what stands after --init; beside a language model alone, the tower is that of the nano that comes along."""
+    if [one.partition("=")[0] for one in init] == ["language"]:
+        init = [*init, f"vision={folder_of('nano')}"]
+    return PARTS.open_init(recipe, init, size, seed)
+
+
+PARTS = published_recipe(
+    "lynx_mini", build, LAYOUT, CONFIGS, stages=shrinking(STAGES, {64: 64}), sources=SOURCES,
+    template=dataclasses.replace(CHATML_SMOLLM2, image_place="row"),
+    decodings={"default": Decoding(max_new_tokens=40), "describe": Decoding(max_new_tokens=60)},
+    evaluate=functools.partial(nano_tests.evaluate, pictures=10), measures=nano_tests.measures, exam=nano_tests.exam,
+    finish=finish, report=report, remark=nano.RECIPE.remark,
+    expected=dict.fromkeys(("align", "instruct"), Expected(45, num_gpus=1)),
+    weights=("language=HuggingFaceTB/SmolLM2-135M-Instruct  SmolLM2-135M",
+             "vision=nano  comes along, and is taken unless another is named (not fetched by name)"),
+)  # fmt: skip
+RECIPE = dataclasses.replace(PARTS, open_init=start)

@@ -1,0 +1,111 @@
+"""lynx_mini: a frozen language model and a frozen tower, between which a bridge and adapters learn."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from nanovlm import recipes
+from nanovlm.data.batching import build_batch
+from nanovlm.data.records import Turn
+from nanovlm.data.templates import CHATML_SMOLLM2, prompt, write
+from nanovlm.data.tokenizer import train_tokenizer
+from nanovlm.generation.sampler import Decoding
+from nanovlm.published.language import LLAMA
+from nanovlm.published.tokenizers import load_tokenizer
+from nanovlm.published.weights import write_checkpoint
+from nanovlm.recipes import RECIPES, lynx_mini, nano
+from nanovlm.training.checkpoint import replace_tensors
+from nanovlm.training.stages import freeze
+from tests.random_models import randomise
+
+RECIPE = RECIPES["lynx_mini"]
+WORDS = ["user what color is the star? red", "assistant how many objects are there? 1 yes no"] * 9
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of a tiny language model as published and of a tiny nano as train.py wrote it, and the model of both."""
+    folder, config = tmp_path_factory.mktemp("parts"), lynx_mini.CONFIGS["tiny"]
+    torch.manual_seed(3)
+    model = randomise(lynx_mini.build(config))
+    (folder / "words").mkdir()
+    words = {name: tensor for name, tensor in model.decoder.state_dict().items() if ".adapter." not in name}
+    write_checkpoint(folder / "words", LLAMA, words)
+    (folder / "words" / "config.json").write_text(json.dumps(config["llm"] | {"model_type": "llama"}))
+    tokenizer = train_tokenizer(WORDS, 300).backend
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "words" / "tokenizer.json"))
+    (folder / "nano").mkdir()
+    whole = nano.build("tiny", 300).state_dict() | {f"vision.{name}": tensor for name, tensor in model.vision.state_dict().items()}
+    replace_tensors(folder / "nano" / "model.safetensors", whole)
+    (folder / "nano" / "config.json").write_text(json.dumps({"recipe": "nano", "size": "tiny", "image_size": 64}))
+    return folder, model
+
+
+def run(parts, out, *more, code=0):
+    init = [f"language={parts[0] / 'words'}", f"vision={parts[0] / 'nano'}"]
+    arguments = ["lynx_mini", "--size", "tiny", "--smoke", "--threads", "1", "--device", "cpu", "--out", str(out), "--init", *init, *more]
+    assert train.main(arguments) == code
+
+
+def test_sizes_of_the_real_one():
+    with torch.device("meta"):
+        model = RECIPE.build("full", 0)
+    number = {part: sum(p.numel() for p in held.values()) for part, held in model.parts().items() if held}
+    assert number["embedding"] + number["language_model"] == 134_515_008  # SmolLM2-135M's
+    adapter = 2 * 576 + 2 * 576 * 64 + 64 + 576 + 1  # norm, down, up, scale
+    assert number["adapters"] == 15 * adapter and [bool(one.adapter_width) for one in model.decoder.config.layers] == [True, False] * 15
+    assert number["bridge"] == 4 * 128 * 576 + 576 + 576**2 + 576 + 576 and model.num_image_tokens(64) == 16
+    with torch.device("meta"):
+        assert number["vision"] == sum(p.numel() for p in nano.build("full", 512).vision.parameters())
+
+
+def test_words_alone_are_written_as_the_language_model_was_taught(parts):
+    tokenizer, asked = load_tokenizer(parts[0] / "words"), [Turn("user", ("What is it?",))]
+    alone = write(prompt(asked, RECIPE.template), tokenizer, []).ids
+    assert alone == write(prompt(asked, CHATML_SMOLLM2), tokenizer, []).ids
+    assert write(prompt([Turn("user", (0, "What is it?"))], RECIPE.template), tokenizer, [16]).ids == [-1] * 16 + alone
+
+
+def test_no_gradient_where_nothing_trains(parts):
+    """The tower's features need no graph, and no frozen weight gets a gradient."""
+    model, stage = lynx_mini.build(lynx_mini.CONFIGS["tiny"]), RECIPE.stages("tiny", True)[-1]
+    tokenizer, source = load_tokenizer(parts[0] / "words"), RECIPE.sources["scenes"](0)
+    freeze(model, None, stage)
+    batch = build_batch([source.record(n) for n in range(2)], RECIPE.template, tokenizer, model.num_image_tokens, 64, "crop", 256)
+    assert not model.vision(batch.pixels).requires_grad and model.encode(batch.pixels, batch.frames)[0].requires_grad
+    loss, _ = model.loss(batch)
+    loss.backward()
+    for part, held in model.parts().items():
+        for name, parameter in held.items():
+            assert (parameter.grad is not None) == (part in ("bridge", "adapters")), name
+            assert parameter.grad is None or parameter.grad.abs().sum() > 0, name
+
+
+def test_all_stages_from_parts_resumed_and_asked(parts, tmp_path):
+    """Stopped and resumed it ends as if in one go; what is frozen is what the files held; the folder opens and answers."""
+    folder, model = parts
+    run(parts, tmp_path / "whole")
+    run(parts, tmp_path / "cut", "--max-minutes", "0.00001", code=0)
+    run(parts, tmp_path / "cut", "--resume")
+    found, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert found.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in found.items())
+    frozen = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("vision.")}
+    frozen |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.") and ".adapter." not in name}
+    assert all(torch.equal(found[name], tensor) for name, tensor in frozen.items())
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["held_out_wordings"].keys() == {"easy_vqa_test", "scenes_new"} <= results.keys()
+    assert (tmp_path / "whole" / "samples.png").exists()
+    loaded = recipes.load(tmp_path / "whole")
+    assert loaded.template.image_place == "row" and loaded.image_size == 64
+    assert isinstance(loaded.ask("Which hue?", [Image.new("RGB", (64, 64), "red")], Decoding(max_new_tokens=3)), str)
+
+
+def test_beside_a_language_model_the_tower_that_comes_along_is_taken(parts, monkeypatch):
+    monkeypatch.setattr(lynx_mini, "folder_of", lambda name: parts[0] / name)
+    made = RECIPE.open_init(RECIPE, [f"language={parts[0] / 'words'}"], "tiny", 0).load()
+    assert all(torch.equal(tensor, made.vision.state_dict()[name]) for name, tensor in parts[1].vision.state_dict().items())
