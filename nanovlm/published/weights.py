@@ -322,7 +322,9 @@ def likely_cause(found):
         return (f"the files hold no {' and no '.join(sorted(absent))}; put them together with "
                 "`python -m nanovlm.recipes convert ... --vision PATH --language PATH`")
     if len(found.missing) > len(found.consumed) and (found.unexpected or not found.consumed):
-        return "a checkpoint of another family; name the right one with --family, or see what it is with inspect"
+        prefix = os.path.commonprefix(found.unexpected).rpartition(".")[0]
+        wrapped = f"names inside of {prefix!r}, which is no wrapper that is known, or " if prefix else ""
+        return f"{wrapped}a checkpoint of another family; name the right one with --family, or see what it is with inspect"
     if found.unexpected:
         return "config.json does not belong to these weights (a larger model, more parts?), or tensors were renamed"
     if found.missing:
@@ -441,9 +443,9 @@ def open_checkpoint(path):
         files |= dict.fromkeys(held, file)
     wrapper = WRAPPER.match(os.path.commonprefix([*headers]))[0]
     headers, files = ({name.removeprefix(wrapper): one for name, one in old.items()} for old in (headers, files))
-    beside = found == path / SINGLE and (path / INDEX).exists()
-    notes = (f"{path} holds {SINGLE} and {INDEX}: the single file is read, the index and its shards are not",)
-    return Checkpoint(str(path), headers, files, wrapper, notes * beside)
+    beside = [name for name in (SINGLE, INDEX, *PICKLED) if found.parent == path and found != path / name and (path / name).exists()]
+    notes = (f"{path} holds {', '.join([found.name, *beside])}: the first is read, the others are not",)
+    return Checkpoint(str(path), headers, files, wrapper, notes * bool(beside))
 
 
 def find_file(folder):

@@ -101,6 +101,7 @@ def test_what_is_computed_or_unused_is_counted(ours):
         (lambda t: t.update(zeros=torch.ones(5)), [r"zeros is \[5\], expected \[6\]"]),
         (lambda t: t.update({"x.Wqkv": t.pop("words")}), ["before January 2024"]),
         (lambda t: (t.clear(), t.update(gate=torch.ones(1))), ["another family"]),
+        (lambda t: [t.update({f"llm.{name}": t.pop(name)}) for name in list(t)], ["'llm'", "another family"]),
         (lambda t: t.update(words=torch.ones(8, 2)), [r"words is \[8, 2\]"]),
     ],
 )
@@ -253,6 +254,14 @@ def test_a_single_file_goes_before_an_index(tmp_path):
         if shard is not None:
             shard.unlink()
         assert equal(load(tmp_path).state_dict(), new) and "index" in open_checkpoint(tmp_path).notes[0]
+
+
+def test_what_stands_beside_the_weights_that_are_read_is_named(tmp_path):
+    new = Stack().state_dict()
+    save_file(to_published(STACK, new), tmp_path / "model.safetensors")
+    assert not open_checkpoint(tmp_path).notes
+    torch.save(to_published(STACK, Stack().state_dict()), tmp_path / "pytorch_model.bin")
+    assert equal(load(tmp_path).state_dict(), new) and "pytorch_model.bin" in open_checkpoint(tmp_path).notes[0]
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod.", "model.", "module.model."])
