@@ -32,7 +32,7 @@ QUESTIONS = {  # hard ones more often: a count or a relation needs several thing
     "color": 0.9, "shape": 0.9, "count": 2.2, "existence": 1.0, "place": 1.0, "relation": 2.6, "size": 0.6, "reading": 2.7,
 }  # fmt: skip
 ATTRIBUTES = {"color": 1.0, "shape": 1.0, "size": 0.7, "place": 1.0}  # one thing looked up, one answer: what is learned first
-LOOKUPS = ATTRIBUTES | {"existence": 0.5, "reading": 3.0}
+LOOKUPS = ATTRIBUTES | {"existence": 0.5, "reading": 1.5}
 FEW = dict(min_objects=2, max_objects=3)
 BOTH = dict(kind="both", weights=ATTRIBUTES | {"caption": 1.0, "short_caption": 1.0}, **FEW)
 
@@ -75,7 +75,7 @@ def sources():
         "scenes_small": lambda seed: Scenes(seed=seed + 2, questions_per_picture=4, canvas=48, **BOTH),
         "scenes_both": lambda seed: Scenes(seed=seed + 3, questions_per_picture=5, **BOTH),
         "scenes_few": lambda seed: Scenes(
-            seed=seed + 4, questions_per_picture=8, string_share=0.4, canvas=48, weights=LOOKUPS, **FEW
+            seed=seed + 4, questions_per_picture=8, string_share=0.3, canvas=48, weights=LOOKUPS, **FEW
         ),
         "scenes": lambda seed: Scenes(  # a picture costs as much as ten questions about it
             seed=seed + 5, max_objects=4, questions_per_picture=12, string_share=0.5, weights=QUESTIONS
@@ -98,7 +98,7 @@ def rates(rate, *parts, **others):
 
 def stages(size, smoke):
     """The six stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
-    steps = dict(tower=260, language=280, align=60, look=130, resolution=40, instruct=380)
+    steps = dict(tower=260, language=270, align=60, look=210, resolution=30, instruct=345)
     common = dict(optimizer="muon", warmup_steps=20, precision="auto", max_tokens=128)
     if smoke:
         steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
@@ -121,7 +121,7 @@ def stages(size, smoke):
         ),
         Stage(
             "look", "language", rates(2e-3, *connectors, *words),
-            {"scenes_few": 6.5, "scenes_small": 1, "easy_vqa": 2.6, "easy_vqa_denials": 0.5, "texts": 1.6, "easy_vqa_texts": 0.8},
+            {"scenes_few": 8, "scenes_small": 1, "easy_vqa": 2.4, "easy_vqa_denials": 0.4, "texts": 1.6, "easy_vqa_texts": 0.6},
             steps["look"], batch_size=48, image_size=48, schedule="constant",
             summary="look: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
         ),
@@ -132,7 +132,7 @@ def stages(size, smoke):
         ),
         Stage(
             "instruct", "language", rates(2e-3, *connectors, *words, vision=3e-4),
-            {"scenes": 7.5, "scenes_both": 1, "easy_vqa": 2.2, "easy_vqa_denials": 0.4, "texts": 1.4, "easy_vqa_texts": 0.5},
+            {"scenes": 7.2, "scenes_both": 1, "easy_vqa": 2.5, "easy_vqa_denials": 0.4, "texts": 1.4, "easy_vqa_texts": 0.5},
             steps["instruct"], batch_size=36, decay_share=0.7,
             summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}, reading {scenes_reading}", **common,
         ),
