@@ -160,7 +160,7 @@ def make_run(folder, *arguments, **changed):
     settings = start.settle(wishes, start.choose_size(recipe, wishes.size), stages, None, {})
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(settings | {"image_size": 64}))
-    measures = {"color": 0.25, "shape": 0.5, "text_only": 0.125, "scenes_new": 0.5, "easy_vqa_test": 0.5, "scenes_reading": 0.0}
+    measures = {"color": 0.25, "shape": 0.5, "described": 0.125, "scenes_new": 0.5, "easy_vqa_test": 0.5, "scenes_reading": 0.0}
     log = [{"stage": "tower", "step": 1, "loss": 1.0}]
     for stage in stages:
         log.append({"stage": stage.name, "step": 0, "when": "before", "measures": measures})

@@ -23,29 +23,6 @@ from torch.utils.data import DataLoader
 from nanovlm.files import JsonLines
 
 
-class Course:
-    """One source after another: the first `lengths[0]` records from the first, and so on; the last has no end.
-
-    Args:
-      sources: list of sources, easy ones first. lengths: list of int, one fewer.
-    """
-
-    def __init__(self, sources, lengths):
-        assert len(lengths) == len(sources) - 1
-        self.name, self.sources, self.lengths = sources[-1].name, sources, lengths
-
-    def __len__(self):
-        return sum(self.lengths) + len(self.sources[-1])
-
-    def record(self, n):
-        """Record n of the whole course."""
-        for source, length in zip(self.sources, self.lengths):
-            if n < length:
-                return source.record(n)
-            n -= length
-        return self.sources[-1].record(n)
-
-
 class Mixture:
     """Several sources read together, each in an exact share.
 

@@ -346,9 +346,16 @@ def _word_of_phrase(rng):
     return f"what is the {end} word of: {phrase}", words[0 if end == "first" else -1], phrase
 
 
+def _repeat(rng):
+    """Words in any order, to be said again: what teaches to look for what came before."""
+    words = [pick(rng, (*PHRASE_WORDS, *SHAPES, *LETTERS)) for _ in range(3 + int(6 * rng.random()))]
+    phrase = " ".join(words)
+    return f"repeat: {phrase}", phrase, phrase
+
+
 # Each: rng -> (question, answer, text that decides whether it is held out; None = trained as a whole, never "new").
 FACTS = {"described_relation": _described_relation, "opposite": _opposite, "addition": _addition, "spelling": _spelling,
-         "next_letter": _next_letter, "word_of_phrase": _word_of_phrase}
+         "next_letter": _next_letter, "word_of_phrase": _word_of_phrase, "repeat": _repeat}
 DESCRIPTIONS = {  # how a scene is told, and what can then be asked about it
     "described": (caption, CAPTION_QUESTIONS),
     "listed": (caption_words, {name: 1.0 for name in ("color", "shape", "count", "existence", "reading")}),

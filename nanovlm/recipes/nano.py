@@ -1,10 +1,14 @@
 """nano: a vision-language model of a million parameters that two CPU cores teach from nothing in minutes.
 
 The papers' whole chain in miniature. Two stages make what they take ready-made, a vision tower (a tiny CLIP) and a
-language model; three more are Lynx's: align the two at a low resolution, raise the resolution, instruct.
+language model; three more are Lynx's: align the two at a low resolution, raise the resolution, instruct. Before the
+resolution rises, one more learns to look up one thing among several: asked everything at once, that comes far later.
+What is a matter of words alone, such as "is there not a red shape?", the language model learns from texts, where a step
+costs a third: a picture then only has to take the place of its description.
 
   vision   ViT with a convolutional stem, 64 pixels, 8 x 8 patches             Sec. 2.1 of each paper
            its tower stage matches every object's patch with its names         RegionCLIP, arXiv:2112.09106
+           its first stages see pictures of 48 pixels, whose objects are as large, at half the cost
   bridge   MLP on every patch: 64 image tokens                                 LLaVA-Phi, Sec. 3.1
   decoder  LLaMA's layer with Lynx's adapters and mPLUG-Owl2's split norms, keys and values
   data     easy-VQA (5,000 pictures, questions by others) and drawn scenes
@@ -12,7 +16,6 @@ language model; three more are Lynx's: align the two at a low resolution, raise 
 
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.easy_vqa import EasyVQA
-from nanovlm.data.feed import Course
 from nanovlm.data.scene_questions import Scenes, SceneTexts
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
@@ -29,9 +32,9 @@ QUESTIONS = {  # hard ones more often: a count or a relation needs several thing
     "color": 0.9, "shape": 0.9, "count": 2.2, "existence": 1.0, "place": 1.0, "relation": 2.6, "size": 0.6, "reading": 2.7,
 }  # fmt: skip
 ATTRIBUTES = {"color": 1.0, "shape": 1.0, "size": 0.7, "place": 1.0}  # one thing looked up, one answer: what is learned first
-CAPTIONS = {"caption": 1.0, "short_caption": 1.0}
+LOOKUPS = ATTRIBUTES | {"existence": 0.5, "reading": 1.5}
 FEW = dict(min_objects=2, max_objects=3)
-BOTH = dict(kind="both", weights=ATTRIBUTES | CAPTIONS, **FEW)
+BOTH = dict(kind="both", weights=ATTRIBUTES | {"caption": 1.0, "short_caption": 1.0}, **FEW)
 
 
 def projector(width):
@@ -70,28 +73,26 @@ def contrastive(size, model):
 def sources():
     """Name in a mixture -> (seed) -> data source."""
     return {
-        "scenes_names": lambda seed: Scenes(kind="names", seed=seed, string_share=0.4),
+        "scenes_names": lambda seed: Scenes(kind="names", seed=seed, string_share=0.5, canvas=48),
         "easy_vqa_names": lambda seed: EasyVQA(kind="names", seed=seed),
         "easy_vqa_texts": lambda seed: EasyVQA(kind="texts", seed=seed, questions_per_picture=4),
-        "texts_single": lambda seed: SceneTexts(seed=seed + 1, max_objects=1, weights=TEXTS, questions_per_text=4),
-        "texts": lambda seed: SceneTexts(seed=seed, max_objects=3, weights=TEXTS, questions_per_text=6),
+        "texts": lambda seed: SceneTexts(seed=seed, max_objects=4, string_share=0.5, weights=TEXTS, questions_per_text=10),
         "scenes_small": lambda seed: Scenes(seed=seed + 2, questions_per_picture=4, canvas=48, **BOTH),
         "scenes_both": lambda seed: Scenes(seed=seed + 3, questions_per_picture=5, **BOTH),
-        "scenes": lambda seed: Course(  # all at once, and looking up one thing among several is learned far later
-            [
-                Scenes(seed=seed + 4, questions_per_picture=6, string_share=0.4, weights=ATTRIBUTES | {"reading": 3.0}, **FEW),
-                Scenes(seed=seed + 5, max_objects=4, questions_per_picture=6, string_share=0.4, weights=QUESTIONS),
-            ],
-            [6000],
+        "scenes_few": lambda seed: Scenes(
+            seed=seed + 4, questions_per_picture=8, string_share=0.3, canvas=48, weights=LOOKUPS, **FEW
         ),
-        "easy_vqa": lambda seed: EasyVQA(seed=seed + 1, questions_per_picture=6),
+        "scenes": lambda seed: Scenes(  # a picture costs as much as ten questions about it
+            seed=seed + 5, max_objects=4, questions_per_picture=12, string_share=0.5, weights=QUESTIONS
+        ),
+        "easy_vqa": lambda seed: EasyVQA(seed=seed + 1),
         "easy_vqa_denials": lambda seed: EasyVQA(kind="denials", seed=seed + 2),
     }
 
 
 TEXTS = {
-    "described": 3, "listed": 3, "described_relation": 2, "opposite": 0.1, "addition": 0.3, "spelling": 0.4, "next_letter": 0.1,
-    "word_of_phrase": 0.3, "plain_caption": 0.4,
+    "described": 2.5, "listed": 5, "described_relation": 3, "repeat": 2, "opposite": 0.1, "addition": 0.3, "spelling": 0.7,
+    "next_letter": 0.1, "word_of_phrase": 0.5, "plain_caption": 0.3,
 }  # fmt: skip
 
 
@@ -101,39 +102,43 @@ def rates(rate, *parts, **others):
 
 
 def stages(size, smoke):
-    """The five stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
-    steps = dict(tower=300, language=150, align=50, resolution=50, instruct=650)
+    """The six stages; `smoke`: a dozen steps of each, which proves the machinery and teaches nothing."""
+    steps = dict(tower=260, language=270, align=60, look=210, resolution=30, instruct=345)
     common = dict(optimizer="muon", warmup_steps=20, precision="auto", max_tokens=128)
     if smoke:
         steps, common = dict.fromkeys(steps, 12), common | dict(warmup_steps=2)
+    connectors, words = ("bridge", "adapters", "vision_branch"), ("embedding", "language_model")
     return (
         Stage(
-            "tower", "contrastive", rates(2e-3, "vision", "text_tower"),
-            {"scenes_names": 8, "easy_vqa_names": 2},
-            steps["tower"], batch_size=64,
+            "tower", "contrastive", rates(2e-3, "vision", "text_tower"), {"scenes_names": 7, "easy_vqa_names": 3},
+            steps["tower"], batch_size=64, image_size=48, decay_share=0.5,
             summary="tower: of the easy-VQA test, shapes told apart {shape}, colours {color}", **common,
         ),
         Stage(
-            "language", "language", rates(1e-3, "language_model", embedding=4e-3),
-            {"easy_vqa_texts": 3, "texts_single": 1.5, "texts": 2}, steps["language"], batch_size=32,
-            summary="language: questions about texts {text_only}", **common,
+            "language", "language", rates(2e-3, "language_model", embedding=4e-3),
+            {"easy_vqa_texts": 4, "texts": 8}, steps["language"], batch_size=64, image_size=48, packing=True,
+            summary="language: questions about described scenes {described}", **common,
         ),
         Stage(
-            "align", "language", rates(2e-3, "bridge", "adapters", "vision_branch"),
-            {"scenes_small": 7, "easy_vqa": 3},
+            "align", "language", rates(2e-3, *connectors), {"scenes_small": 7, "easy_vqa": 3},
             steps["align"], batch_size=32, image_size=48, copy_vision_branch=True,
             summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
         ),
         Stage(
-            "resolution", "language", rates(2e-3, "bridge", "adapters", "vision_branch", vision=2e-4),
-            {"scenes_both": 8, "easy_vqa": 2}, steps["resolution"], batch_size=32,
+            "look", "language", rates(2e-3, *connectors, *words),
+            {"scenes_few": 8, "scenes_small": 1, "easy_vqa": 2.4, "easy_vqa_denials": 0.4, "texts": 1.6, "easy_vqa_texts": 0.6},
+            steps["look"], batch_size=48, image_size=48, schedule="constant",
+            summary="look: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
+        ),
+        Stage(
+            "resolution", "language", rates(2e-3, *connectors, vision=2e-4), {"scenes_both": 8, "easy_vqa": 2},
+            steps["resolution"], batch_size=32,
             summary="resolution: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **common,
         ),
         Stage(
-            "instruct", "language",
-            rates(2e-3, "bridge", "embedding", "language_model", "adapters", "vision_branch", vision=3e-4),
-            {"scenes": 6.5, "scenes_both": 1.2, "easy_vqa": 3, "easy_vqa_denials": 0.6, "texts": 0.5}, steps["instruct"],
-            batch_size=48, decay_share=0.5,
+            "instruct", "language", rates(2e-3, *connectors, *words, vision=3e-4),
+            {"scenes": 7.2, "scenes_both": 1, "easy_vqa": 2.5, "easy_vqa_denials": 0.4, "texts": 1.4, "easy_vqa_texts": 0.5},
+            steps["instruct"], batch_size=36, decay_share=0.7,
             summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}, reading {scenes_reading}", **common,
         ),
     )  # fmt: skip

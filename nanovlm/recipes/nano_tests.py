@@ -41,6 +41,7 @@ NAMES = {
     "scenes_unseen_pairs": "scenes, unseen colour-shape pairs",
     "scenes_reading": "scenes, reading unseen strings",
     "text_only": "text only",
+    "described": "text only, a described scene",
 }
 BLANK = "blank_easy_vqa"
 BY_KIND = ("easy_vqa_test", "scenes_new", "scenes_unseen_pairs")  # tests whose question types the table shows
@@ -54,7 +55,7 @@ def measures(stage):
     """Names of what `evaluate` finds around a stage: tuple of str."""
     if stage.objective == "contrastive":
         return "shape", "color"
-    return tuple(NAMES) if {"bridge", "adapters"} & stage.learning_rates.keys() else ("text_only",)
+    return tuple(NAMES) if {"bridge", "adapters"} & stage.learning_rates.keys() else ("described",)
 
 
 def evaluate(run, stage, pictures=QUICK_PICTURES):
@@ -172,7 +173,9 @@ def wilson(right, total):
 def sources():
     """Where each test comes from: {name: (held-out source, training source of such questions)}."""
     looking = {kind: 1.0 for kind in QUESTIONS if kind != "reading"}
-    answered = {kind: 1.0 for kind in TEXT_TYPES if kind != "plain_caption"}  # a caption alone asks nothing
+    answered = {kind: 1.0 for kind in TEXT_TYPES if kind not in ("plain_caption", "repeat")}
+    told = dict.fromkeys(("described", "listed", "described_relation"), 1.0)
+    texts = lambda weights: tuple(SceneTexts(split, seed=SEED, weights=weights) for split in ("new", "train"))
     seen = Scenes("train", seed=SEED, weights=looking)
     strings = Scenes("train", seed=SEED, weights={"reading": 1.0}, string_share=1.0)
     return {
@@ -180,7 +183,8 @@ def sources():
         "scenes_new": (Scenes("new", seed=SEED, weights=looking), seen),
         "scenes_unseen_pairs": (Scenes("unseen_pairs", seed=SEED, weights=looking), seen),
         "scenes_reading": (Scenes("reading", seed=SEED), strings),
-        "text_only": (SceneTexts("new", seed=SEED, weights=answered), SceneTexts("train", seed=SEED, weights=answered)),
+        "text_only": texts(answered),
+        "described": texts(told),
     }
 
 

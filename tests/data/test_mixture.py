@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nanovlm.data.feed import Course, Mixture
+from nanovlm.data.feed import Mixture
 
 
 class Counter:
@@ -86,11 +86,3 @@ def test_bad_states(state, message):
     with pytest.raises(ValueError, match=message):
         mixture.resume(state)
     assert mixture.drawn == {"a": 0, "b": 0}
-
-
-def test_a_course_reads_one_source_after_another():
-    course = Course([Counter("easy"), Counter("fair"), Counter("hard")], [2, 3])
-    expected = [("easy", 0), ("easy", 1), ("fair", 0), ("fair", 1), ("fair", 2), ("hard", 0), ("hard", 1)]
-    assert [course.record(n) for n in range(7)] == expected
-    assert course.name == "hard" and len(course) == 2 + 3 + 5
-    assert Course([Counter("only")], []).record(9) == ("only", 9)

@@ -392,6 +392,8 @@ def solve_text(kind, text):
     if kind == "word_of_phrase":
         end, phrase = re.fullmatch(r"what is the (first|last) word of: ([a-z ]+)", text).groups()
         return phrase, phrase.split()[0 if end == "first" else -1]
+    if kind == "repeat":
+        return (phrase := re.fullmatch(r"repeat: ([A-Za-z ]+)", text)[1]), phrase
     sentence, question = text.split(". ")
     if kind != "described_relation":
         about, answer = solve(question, scene_of(sentence))
@@ -433,7 +435,7 @@ def test_held_out_pairs_and_strings_never_occur(made):
 
 
 def test_the_new_split_shares_no_sum_spelling_or_phrase_with_training(made):
-    for kind in ("addition", "spelling", "word_of_phrase", "described_relation"):
+    for kind in ("addition", "spelling", "word_of_phrase", "repeat", "described_relation"):
         trained, new = ({solve_text(*pair)[0] for pair in ((k, t[0]) for k, t in made[split] if k == kind)}
                         for split in ("train", "new"))
         assert trained and new and not trained & new
@@ -485,7 +487,7 @@ def test_options_and_determinism():
     assert 0.23 < with_text / 400 < 0.4
     assert {turn.role for turn in plain.record(0).conversations[0]} == {"assistant"}
     first = SceneTexts(weights={"addition": 1}), SceneTexts("new", weights={"addition": 1})
-    assert len(FACTS) == 6 and first[0].record(1) != first[1].record(1)
+    assert len(FACTS) == 7 and first[0].record(1) != first[1].record(1)
 
 
 def test_several_questions_about_a_text_follow_each_other():

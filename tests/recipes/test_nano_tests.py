@@ -154,7 +154,8 @@ def test_wilson_by_hand():
 def test_held_out_tests_hold_what_training_never_shows():
     tests = nano_tests.held_out_tests(num_pictures=3, num_scenes=12)
     assert {name: len(found) for name, found in tests.items()} == {
-        "easy_vqa_test": 3, "scenes_new": 12, "scenes_unseen_pairs": 12, "scenes_reading": 12, "text_only": 12
+        "easy_vqa_test": 3, "scenes_new": 12, "scenes_unseen_pairs": 12, "scenes_reading": 12, "text_only": 12,
+        "described": 12,
     }  # fmt: skip
     assert list(tests) == list(nano_tests.NAMES)
     looking = {"color", "shape", "count", "existence", "place", "relation", "size"}
@@ -163,6 +164,7 @@ def test_held_out_tests_hold_what_training_never_shows():
     words = [turn.text for record in tests["scenes_new"] for turns in record.conversations for turn in turns]
     assert not any(" ".join(pair) in text for text in words for pair in HELD_OUT)
     assert all(not record.visuals and len(record.conversations[0]) == 2 for record in tests["text_only"])
+    assert all(record.kinds[0].startswith(("described_", "listed_")) for record in tests["described"])
     assert all(record.id.startswith("easy_vqa_test/") for record in tests["easy_vqa_test"])
     assert nano_tests.held_out_tests(1, 1)["scenes_new"][0].id == tests["scenes_new"][0].id
     assert tests["scenes_new"][0].id.startswith("scenes_new/1000/")

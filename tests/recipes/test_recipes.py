@@ -43,16 +43,17 @@ def test_nano_has_about_a_million_parameters():
 
 def test_nano_chains_the_stages_of_the_papers():
     stages = nano.stages("full", False)
-    assert [stage.name for stage in stages] == ["tower", "language", "align", "resolution", "instruct"]
+    assert [stage.name for stage in stages] == ["tower", "language", "align", "look", "resolution", "instruct"]
     trained = {stage.name: set(stage.learning_rates) for stage in stages}
     assert trained["tower"] == {"vision", "text_tower"}
     assert trained["language"] == {"embedding", "language_model"}
     assert trained["align"] == {"bridge", "adapters", "vision_branch"}  # both towers frozen
     assert trained["resolution"] == {"vision", "bridge", "adapters", "vision_branch"}
-    assert {"bridge", "adapters", "vision_branch"} <= trained["instruct"]
+    assert trained["look"] == trained["align"] | trained["language"]
+    assert trained["instruct"] == trained["look"] | {"vision"}
     assert all(set(stage.mixture) <= set(RECIPES["nano"].sources) for stage in stages)
     sizes = {stage.name: stage.image_size for stage in stages}
-    assert sizes["align"] < sizes["resolution"] == sizes["instruct"]
+    assert sizes["tower"] == sizes["align"] == sizes["look"] < sizes["resolution"] == sizes["instruct"]
 
 
 @pytest.mark.slow
@@ -82,7 +83,7 @@ def test_smoke_run_leaves_everything(smoke):
     assert {"model.safetensors", "config.json", "tokenizer.json", "log.jsonl", "results.json"} <= names
     assert {"curves.png", "samples.png"} <= names
     results = json.loads((out / "results.json").read_text())
-    for key in ("easy_vqa_test", "scenes_new", "scenes_unseen_pairs", "scenes_reading", "blank_easy_vqa"):
+    for key in ("easy_vqa_test", "scenes_new", "scenes_unseen_pairs", "scenes_reading", "described", "blank_easy_vqa"):
         assert 0 <= results[key] <= 1
     assert results["parameters"] > 0 and results["seconds"] > 0
     losses = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
