@@ -51,7 +51,7 @@ torch.manual_seed(SEED);
 # %%
 BESIDE = [
     (r"$\tilde H = LN_V(\phi(H, M, V)) + LN_T(\phi(H, M, T))$ (4)", DecoderLayer.forward, "self.norm_1"),
-    (r"$H^Q = \tilde H\, W^Q$ (5): shared", DecoderAttention.forward, "q = self.q(x)"),
+    (r"$H^Q = \tilde H\, W^Q$ (5): shared", DecoderAttention.forward, "self.q(x)"),
     (r"$H^K = \phi(\tilde H, M, V) W^{K_V} + \phi(\tilde H, M, T) W^{K_T}$ (6)", DecoderAttention.keys_and_values, "split(self.k"),
     (r"$H^V = \phi(\tilde H, M, V) W^{V_V} + \phi(\tilde H, M, T) W^{V_T}$ (7)", DecoderAttention.keys_and_values, "split(self.v"),
     (r"$C = \mathrm{softmax}(H^Q {H^K}^\top / \sqrt{d})\, H^V$ (8)", DecoderAttention.forward, "seen = attention("),

@@ -69,6 +69,17 @@ def test_nano_comes_along_unless_a_folder_is_called_so(tmp_path, monkeypatch, ca
     assert train.make_parser().parse(["--init", "nano"]).init == ["nano"]
 
 
+def test_the_weights_that_come_along_are_those_of_the_published_numbers():
+    """On a part of each test; two standard deviations are what so few questions may differ by."""
+    folder = recipes.COME_ALONG["nano"]
+    seed, loaded = json.loads((folder / "config.json").read_text())["seed"], recipes.load(folder)
+    runs = json.loads((TESTS.parent / "notebooks" / "results" / "nano.json").read_text())["runs"]
+    (published,) = (run["results"] for run in runs if run["seed"] == seed)
+    for name, records in nano.nano_tests.held_out_tests(30, 40).items():
+        answers = nano.nano_tests.ask(loaded, records)
+        assert abs(nano.nano_tests.shares(answers)["all"] - published[name]) < len(answers) ** -0.5, name
+
+
 def test_the_text_tower_of_an_earlier_version_is_found():
     """Its config.json lacks the architecture, so the recipe builds it."""
     assert "architecture" not in json.loads((FOLDERS / "nano" / "config.json").read_text())

@@ -64,7 +64,7 @@ def test_every_row_of_every_source_fits_and_trains():
     model = nano.build("tiny", tokenizer.vocab_size)
     for name, make in RECIPES["nano"].sources.items():
         records = [make(0).record(n) for n in range(20)]
-        batch = build_batch(records, nano.NANO, tokenizer, model.num_image_tokens, 64, "crop", max_tokens=128)
+        batch = build_batch(records, nano.RECIPE.template, tokenizer, model.num_image_tokens, 64, "crop", max_tokens=128)
         assert batch.ids.shape[1] <= 128, name
         per_picture = int((batch.ids == IMAGE_TOKEN).sum()) / max(len(batch.owner), 1)
         assert per_picture == (model.num_image_tokens(64) if len(batch.owner) else 0), name
