@@ -291,7 +291,7 @@ def test_what_is_printed(collected):
     lines = filled("printed:b_c")
     assert lines[2] == "```text" and lines[-3] == "```"
     assert lines[3].startswith("language: ") and "12.5% → 12.5%" in lines[3] and "align: " in lines[4]
-    assert lines[9].split() == ["easy-VQA,", "official", "test", "9,673", "6.2%", "40.0", "-", "60.0%", "60.0%"]
+    assert lines[10].split() == ["easy-VQA,", "official", "test", "9,673", "6.2%", "40.0", "-", "60.0%", "60.0%"]
     assert lines[-4] == "1,234,567 parameters, 100 seconds" and not any(line.startswith(" ") for line in lines)
 
 
