@@ -15,7 +15,7 @@ from nanovlm.generation.answer import make_prompt
 from nanovlm.generation.sampler import Decoding, generate
 
 FOLDER = os.environ.get("NANOVLM_SMOLLM2", "")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FOLDER, reason=__doc__.split("\n\n")[1].strip())]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FOLDER, reason="absent optional data: " + __doc__.split("\n\n")[1].strip())]
 QUESTIONS = (
     "What is the capital of France?", "Name three fruits.", "Which hue does the sky have at noon?", "What is 7 + 5?",
     "Write one sentence about owls.", "Who wrote Hamlet?", "Translate \"good morning\" into French.", "Is a whale a fish?",
