@@ -106,6 +106,17 @@ def check_stages(recipe, stages, model, contrastive):
             raise ValueError(f"stage {stage.name!r}: max_tokens is {stage.max_tokens}, but the context is {context_length}")
 
 
+def check_bridge(model):
+    """Raise ValueError if the bridge cannot read the tower's features, or makes something else than it says, of a blank picture."""
+    weight = next(model.bridge.parameters(), torch.zeros(0))
+    shape = 1, model.vision.num_tokens(model.vision.image_size), model.vision.config.width
+    try:
+        with torch.no_grad():
+            model.encode_features(torch.zeros(shape, dtype=weight.dtype, device=weight.device), torch.ones(1, dtype=torch.long))
+    except RuntimeError as error:
+        raise ValueError(f"the bridge {type(model.bridge).__name__} cannot read features of shape {shape}: {error}") from error
+
+
 def settle_precision(stages, device, saved):
     """Put a type in the place of precision="auto"; what a run began with (saved: its config.json, or None) stays."""
     chosen, before = training_precision(facts_of(device)), saved["stages"] if saved else {}
@@ -237,6 +248,7 @@ def make_run(recipe, args, out, processes=Processes()):
     if not skeleton or processes.main:
         model, contrastive = build(None if checkpoint.complete(out) else args.init)
     check_stages(recipe, stages, model, contrastive)
+    check_bridge(model)
     recipe_digest = digest(args.recipe) if args.recipe.endswith(".py") else None
     made_of = {"architecture": architecture(model, contrastive), "recipe_sha256": recipe_digest, "published": recipe.source}
     config = settings | {name: value for name, value in made_of.items() if value}

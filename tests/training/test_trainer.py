@@ -240,6 +240,19 @@ def test_torchs_random_state_is_resumed(tmp_path, monkeypatch):
     assert found == [([1], gpu)]
 
 
+@pytest.mark.parametrize("made", [lambda patches: patches[:, ::2], lambda patches: patches @ torch.ones(3, 3)])
+def test_a_bridge_that_does_not_fit_is_refused_before_the_run(tmp_path, made):
+    def build(size, vocab_size):
+        model = RECIPE.build(size, vocab_size)
+        forward = model.bridge.forward
+        model.bridge.forward = lambda patches, num_frames: made(forward(patches, num_frames))
+        return model
+
+    with pytest.raises(ValueError, match="the bridge MLPProjector"):
+        make(tmp_path / "run", hooked(build=build))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_recipe_without_a_contrastive_model(tmp_path, whole):
     recipe = hooked(contrastive=None)
     run = train(make(tmp_path / "run", recipe, without=["tower"]))
