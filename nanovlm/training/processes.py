@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -58,8 +59,10 @@ class Processes:
         self.main = rank == 0  # the one that prints, logs, evaluates and writes what exists once
         self.group = self.patient = self.saving = None
         if mode != "none":  # saving stands apart: a thread talks over it
-            waits = (datetime.timedelta(seconds=timeout), PATIENCE, PATIENCE)
-            self.group, self.patient, self.saving = (dist.new_group(backend="gloo", timeout=wait) for wait in waits)
+            wait = datetime.timedelta(seconds=timeout)
+            self.group, self.patient, self.saving = (dist.new_group(backend="gloo", timeout=wait) for _ in range(3))
+            for group in (self.patient, self.saving):  # only now: one that is gone before they meet is not waited for
+                _set_pg_timeout(PATIENCE, group)
 
     def __str__(self):
         return f"process {self.rank} of {self.size}"
