@@ -101,7 +101,7 @@ def test_a_lynx_answers_by_every_preset_of_table_9(files, language, tmp_path, ca
     assert out.startswith("(description: ")
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"hello\n/image {files[0]}\nwhat?\n/video {files[1]}\nand this?\n/exit\n"))
     _, err = run(capsys, folder, "--max-new-tokens", "2", "--num-beams", "2", "--timing")
-    assert "(2 encoded)" in err, "pictures come at any turn, and each is encoded once"
+    assert "(2 encoded in " in err, "pictures come at any turn, and each is encoded once"
 
 
 @pytest.mark.parametrize("template", ["", CHATML_TEXT])
