@@ -101,6 +101,8 @@ def poisoned(every):
         model = RECIPE.build(size, vocab_size)
 
         def spoil(module, inputs, output):
+            if not torch.is_grad_enabled():  # the blank picture before the run
+                return output
             calls.append(output)
             return output * float("nan") if every(len(calls)) else output
 
