@@ -145,20 +145,20 @@ def prepare(parser, args, processes):
         parser.error(str(error))
 
 
-def compare(parser, args):
-    """Train two recipes and print what differs: exit code."""
+def main(arguments):
+    """Run the command line: exit code."""
+    parser = make_parser()
+    args, going_on = parser.parse(arguments), f"To go on:\n  {resume_command(arguments)}"
+    if not args.against:
+        return train(parser, args, going_on)
     try:
-        return against.compare(args, main)
+        return against.compare(args, lambda run: train(parser, run, going_on))
     except (ValueError, OSError, CheckpointError) as error:
         parser.error(str(error))
 
 
-def main(arguments):
-    """Run the command line; returns the exit code."""
-    parser = make_parser()
-    args, going_on = parser.parse(arguments), f"To go on:\n  {resume_command(arguments)}"
-    if args.against:
-        return compare(parser, args)
+def train(parser, args, going_on):
+    """One run: exit code. going_on: what is said, with the command, of a run that can be continued."""
     with StopRequests() as stop:
         processes = meet(parser, args)
         try:

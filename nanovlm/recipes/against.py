@@ -11,13 +11,14 @@ effect that four experiments of five would have found is (t(97.5%) + t(80%)) s /
 import json
 import math
 import statistics
+from argparse import Namespace
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from nanovlm.recipes import find, folder_of
 from nanovlm.training import checkpoint
-from nanovlm.training.start import build_models, choose_size, choose_stages
+from nanovlm.training.start import build_models, choose_size
 
 SEEDS = (0, 1, 2)
 STEPS = 100  # of the last stage: about a minute of nano on two cores
@@ -57,29 +58,32 @@ def compare(args, train):
     """Train both recipes with every seed, and print the differences.
 
     Args:
-      args: the values of train.py's flags. train: function(list of flags), train.py's own main.
+      args: the values of train.py's flags, of which each run takes all but stages, start, seed and folder; a setting counts for
+        the recipe whose last stage it names. train: function(argparse.Namespace of one run) -> exit code.
     Returns: exit code, that of the first run that did not end well. Raises: ValueError, OSError.
     """
     names, recipes = (args.recipe, args.against), (find(args.recipe), find(args.against))
     init = Path(args.init[0]) if args.init else folder_of("nano")
     if not (init / "model.safetensors").exists():
         raise FileNotFoundError(f"{init} holds no model.safetensors; --init takes the output folder of a finished run")
-    out = args.out or Path("out") / f"{recipes[0].name}_against_{recipes[1].name}"
-    found = []
+    sizes = [choose_size(one, args.size) for one in recipes]
+    last = [one.stages(size, args.smoke)[-1].name for one, size in zip(recipes, sizes)]
+    lost = [one for one in args.set if one.partition(".")[0] not in last]
+    if lost:
+        raise ValueError(f"--set {lost[0]} names no last stage of the two; these are trained: {', '.join(dict.fromkeys(last))}")
+    out, found = args.out or Path("out") / f"{recipes[0].name}_against_{recipes[1].name}", []
     for seed in SEEDS:
-        folders, anew = write_starts(recipes, [choose_size(one, args.size) for one in recipes], seed, init, out)
+        folders, anew = write_starts(recipes, sizes, seed, init, out)
         if anew and seed == SEEDS[0]:
             print(f"{len(anew)} tensors begin anew in both: {', '.join(anew[:4])}{' …' if len(anew) > 4 else ''}")
-        for side, (name, recipe, folder) in zip("ab", zip(names, recipes, folders)):
-            stage = choose_stages(recipe, args)[-1]
-            run, told = out / f"{side}_{seed}", f"{stage.name}.steps="
-            flags = [name, "--stages", stage.name, "--init", str(folder), "--seed", str(seed), "--out", str(run)]
-            flags += ["--set", f"{told}{STEPS}"] if not any(one.startswith(told) for one in args.set) else []
-            flags += [word for one in args.set if one.startswith(f"{stage.name}.") for word in ("--set", one)]
-            flags += ["--threads", str(args.threads)] * bool(args.threads) + ["--smoke"] * args.smoke
-            if not (run / "results.json").exists() and (code := train(flags + ["--resume"] * run.exists())):
+        runs = [out / f"{side}_{seed}" for side in "ab"]
+        for name, stage, folder, run in zip(names, last, folders, runs):
+            settings = [f"{stage}.steps={STEPS}"] * (not args.smoke)  # the last counts
+            settings += [one for one in args.set if one.startswith(f"{stage}.")]
+            own = dict(recipe=name, stages=[stage], init=[str(folder)], seed=seed, out=run, resume=run.exists(), set=settings)
+            if code := train(Namespace(**vars(args) | own)):
                 return code
-        found.append([shares(json.loads((out / f"{side}_{seed}" / "results.json").read_text())) for side in "ab"])
+        found.append([shares(json.loads((run / "results.json").read_text())) for run in runs])
     print("\n".join(table(found, names)))
     return 0
 

@@ -47,9 +47,22 @@ def test_a_recipe_against_itself_differs_in_nothing(start, tmp_path, capsys):
     configs = [json.loads((out / run / "config.json").read_text()) for run in ("a_0", "b_0", "a_2", "b_2")]
     assert [one["seed"] for one in configs] == [0, 0, 2, 2] and {tuple(one["stage_names"]) for one in configs} == {("align",)}
     assert configs[0]["stages"]["align"]["steps"] == 3
-    results = out / "b_1" / "results.json"  # a finished run is not trained again
-    results.write_text(json.dumps(json.loads(results.read_text()) | {"color": 2.0}))
-    assert train.main(flags) == 0 and "color" not in rows(capsys.readouterr().out)
+    before = [(out / run / "log.jsonl").read_text().count('"loss"') for run in ("a_1", "b_1")]
+    assert before == [3, 3] and train.main(flags) == 0  # a finished run is not trained again, and its settings stand
+    assert [(out / run / "log.jsonl").read_text().count('"loss"') for run in ("a_1", "b_1")] == before
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--set", "align.steps=4"])
+    assert stop.value.code == 2
+
+
+def test_a_flag_reaches_every_run_and_a_setting_that_none_would_read_is_refused(start, tmp_path):
+    flags = [TINY, "--against", TINY, "--init", str(start), "--out", str(tmp_path), "--precision", "bfloat16", "--smoke"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--set", "tower.steps=3"])
+    assert stop.value.code == 2 and train.main([*flags, "--set", "align.batch_size=5", "--threads", "1"]) == 0
+    for run in ("a_0", "b_2"):
+        stage = json.loads((tmp_path / run / "config.json").read_text())["stages"]["align"]
+        assert (stage["precision"], stage["batch_size"], stage["steps"]) == ("bfloat16", 5, 6)
 
 
 def test_a_part_that_differs_begins_anew_in_both(start, tmp_path, capsys):
