@@ -5,9 +5,12 @@ import signal
 import time
 
 import pytest
+import torch.distributed as dist
 
 import faults
+import many
 from nanovlm.training.checkpoint import complete
+from nanovlm.training.processes import join
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,29 @@ def test_a_process_that_hangs_is_given_up(tmp_path):
     finally:
         os.kill(started[1].pid, signal.SIGKILL)
         started[1].join(10)
+
+
+def meeting(rank):
+    """Meet with 3 seconds of patience; process 1 is gone before the groups that wait long are there."""
+    new_group, made = dist.new_group, []
+
+    def one_less(**options):
+        made.append(options)
+        if rank == 1 and len(made) == 2:
+            os._exit(1)
+        return new_group(**options)
+
+    dist.new_group = one_less
+    try:
+        join("ddp", "cpu", timeout=3)
+    except ValueError:
+        return "given up"
+
+
+def test_a_process_that_is_gone_while_all_meet_is_given_up():
+    process, here = many.start(2, meeting)[0]
+    assert here.poll(120) and here.recv() == (True, "given up")
+    process.join(10)
 
 
 @pytest.mark.slow
