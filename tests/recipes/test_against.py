@@ -1,9 +1,11 @@
 """Two recipes compared: from one start, with the same seeds, by paired differences."""
 
+import dataclasses
 import json
 import re
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import tiny_recipe
@@ -74,6 +76,19 @@ def test_a_part_that_differs_begins_anew_in_both(start, tmp_path, capsys):
     for name in ours.keys() & theirs.keys() - set(anew):
         assert ours[name].equal(known[name]) and theirs[name].equal(known[name]), name
     assert not any(ours[name].equal(known[name]) for name in ours.keys() & set(anew) if name.endswith("weight"))
+
+
+def test_a_tensor_of_another_shape_begins_anew_in_both(start, tmp_path):
+    def wider(size, vocab_size):
+        model = tiny_recipe.build(size, vocab_size)
+        model.vision.blocks[0].fc_1, model.vision.blocks[0].fc_2 = torch.nn.Linear(16, 30), torch.nn.Linear(30, 16)
+        return model
+
+    recipes = [tiny_recipe.RECIPE, dataclasses.replace(tiny_recipe.RECIPE, build=wider)]
+    folders, anew = against.write_starts(recipes, ["full", "full"], 1, start, tmp_path)
+    assert anew == [f"vision.blocks.0.{name}" for name in ("fc_1.bias", "fc_1.weight", "fc_2.weight")]
+    ours, theirs = (load_file(folder / "model.safetensors")["vision.blocks.0.fc_1.weight"] for folder in folders)
+    assert ours.shape == (24, 16) and theirs.shape == (30, 16)
 
 
 def test_intervals_and_the_smallest_effect():
