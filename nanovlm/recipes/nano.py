@@ -51,7 +51,7 @@ def tower(size):
 def build(size, vocab_size, bridge=projector):
     """The vision-language model: vlm.VLM. bridge: width -> the bridge between vision and language of this width."""
     width, num_layers = SIZES[size]
-    heads = width // HEAD_WIDTH
+    heads, vision = width // HEAD_WIDTH, tower(size)  # the order in which parts are drawn is part of a seed's numbers
     layers = (LayerOptions(adapter_width=32, modality_adaptive=True),) * num_layers
     decoder = Decoder(
         DecoderConfig(
@@ -60,7 +60,7 @@ def build(size, vocab_size, bridge=projector):
             qkv_bias="qkv",  # as Qwen2: looking one word back, whatever the words, needs a constant
         )
     )  # fmt: skip
-    return VLM(tower(size), bridge(width), decoder)
+    return VLM(vision, bridge(width), decoder)
 
 
 def contrastive(size, model):

@@ -71,6 +71,17 @@ def test_every_row_of_every_source_fits_and_trains():
         assert per_picture == (model.num_image_tokens(64) if len(batch.owner) else 0), name
 
 
+def test_a_seed_draws_the_tower_before_the_decoder_before_the_bridge():
+    """Another order would give other numbers than the published ones."""
+    torch.manual_seed(3)
+    model = nano.build("tiny", 300)
+    torch.manual_seed(3)
+    assert all(map(torch.equal, nano.tower("tiny").parameters(), model.vision.parameters()))
+    decoder = type(model.decoder)(model.decoder.config)
+    assert all(map(torch.equal, decoder.parameters(), model.decoder.parameters()))
+    assert all(map(torch.equal, nano.projector(32).parameters(), model.bridge.parameters()))
+
+
 def test_tokenizer_is_the_same_every_time_and_reads_symbols_one_by_one():
     first, second = nano.tokenizer(), nano.tokenizer()
     assert first.backend.to_str() == second.backend.to_str()
