@@ -22,8 +22,8 @@ from nanovlm.files import new_folder
 from nanovlm.published.adapters import write_adapter
 from nanovlm.published.hub import find
 from nanovlm.published.language import complete, read_json, with_vocabulary
-from nanovlm.published.load import KNOWN, MODEL_TYPES, family_of, find_family, open_trained, read_config, with_weights
-from nanovlm.published.parts import kept, put_together, size_of, with_sizes_of, with_tokenizer
+from nanovlm.published.load import KNOWN, family_of, find_family, open_trained, read_config, with_weights
+from nanovlm.published.parts import config_beside, kept, put_together, sizes_of, with_tokenizer
 from nanovlm.published.processor import side
 from nanovlm.published.vision import vision_of
 from nanovlm.published.weights import OURS, count, open_checkpoint, shapes_of, write_checkpoint
@@ -45,10 +45,10 @@ def convert(args, families, recipes):
     if not paths and not (args.vision and args.language):
         raise ValueError("name a checkpoint before OUT, or both --vision and --language")
     places = {part: find(place) for part, place in (("vision", args.vision), ("language", args.language)) if place}
-    family, config = choose_config(args, places, paths, families)
-    published = families[family]
+    published, config = choose_config(args, places, paths, families)
+    family = published.family
     recipe = next((recipe for recipe in recipes.values() if recipe.published is published), None)
-    held, config = with_tokenizer(recipe, config, [*filter(None, [places.get("language")]), *paths])
+    held, config = with_tokenizer(recipe, config, places, paths)
     wanted = vars(torch)[args.dtype] if args.dtype else None
     model, lines, rest = put_together(published, config, places, paths, args.image_size, args.seed, wanted)
     state, shapes = model.state_dict(), shapes_of(model)
@@ -71,24 +71,14 @@ def convert(args, families, recipes):
 
 
 def choose_config(args, places, paths, families):
-    """Family and sizes of the model: (str, dict); --config, then --size, then the source's config.json."""
-    path = next((path / "config.json" for path in paths if (path / "config.json").exists()), None)
-    beside = read_json(path) if path else {}
+    """Family and sizes of the model: (Published, dict); --config, then --size, then the source's config.json."""
+    path, beside = next(((path, config_beside(path)) for path in paths if config_beside(path)), (None, {}))
     if "recipe" in beside or "family" in beside:
-        raise ValueError(f"{path.parent} is in our layout already; --to published writes it back")
+        raise ValueError(f"{path} is in our layout already; --to published writes it back")
     if not args.family and not beside:
         raise ValueError("no config.json says what this is: give --family NAME")
-    family = args.family or family_of(beside, path, families)
-    configs = find_family(family, families).configs
-    if args.config:
-        return family, read_json(Path(args.config))
-    if not args.size and MODEL_TYPES.get(str(beside.get("model_type"))) == family:
-        return family, beside
-    size = args.size or size_of(configs, places, next(iter(configs), "full"))
-    if size not in configs:
-        raise ValueError(f"family {family!r} has no size {size!r}; there are {', '.join(configs) or 'none'}; give "
-                         "--config FILE.json")
-    return family, configs[size] if args.size or size != "full" else with_sizes_of(configs[size], places)
+    published = find_family(args.family or family_of(beside, path, families), families)
+    return published, read_json(Path(args.config)) if args.config else sizes_of(published, places, paths, args.size)[0]
 
 
 def export(source, out, args, families, recipes):

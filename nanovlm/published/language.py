@@ -10,7 +10,7 @@ import json
 from nanovlm.attention import alibi_slopes
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.names import nearest
-from nanovlm.published.weights import Alias, Fused, Published, Unread, prefixed
+from nanovlm.published.weights import Alias, Entry, Published, Unread, prefixed
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
                "relu": "relu", "silu": "silu"}  # transformers' names -> ours
@@ -82,7 +82,7 @@ def mpt_tables(config):
     """The names of an MPT's layer, and of the rest: two tables, which read both kinds and write that of the config."""
     kinds = sorted(MPT_KINDS.items(), key=lambda kind: kind[0] != config.get("model_type", "mpt"))
     layer, rest = [
-        Fused("attn.Wqkv.weight", tuple(f"attention.{part}.weight" for part in "qkv")),  # all q, then all k, then all v
+        Entry("attn.Wqkv.weight", tuple(f"attention.{part}.weight" for part in "qkv")),  # all q, then all k, then all v
         *((f"attn.{part}_ln.weight", f"attention.{part}_norm.weight") for part in "qk"),
         ("attn.out_proj.weight", "attention.o.weight"),
     ], [("transformer.wte.weight", "embedding.weight"), *HEAD]
@@ -102,7 +102,7 @@ def mpt_layout(config):
 def phi_fused(num_heads):
     """Phi-2 as transformers 4.36 wrote it (LLaVA-Phi): q, k and v in one matrix, interleaved head by head."""
     thirds = tuple(f"layers.{{i}}.attention.{name}.{{p}}" for name in "qkv")
-    return (Fused("model.layers.{i}.self_attn.query_key_value.{p}", thirds, num_heads), *PHI_REST)
+    return (Entry("model.layers.{i}.self_attn.query_key_value.{p}", thirds, num_heads), *PHI_REST)
 
 
 KEYS = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings", "width": "hidden_size",
@@ -171,10 +171,11 @@ def activation(config, key, default):
     return ACTIVATIONS[name]
 
 
-def expect(config, key, value, meaning):
-    """Raise ValueError if a config sets `key` to anything but `value`, which alone is built; absent or null is fine."""
-    if config.get(key) not in (None, value):
-        raise ValueError(f"config: {key} is {config[key]!r}: {meaning}; only {value!r} can be built")
+def expect(config, **values):
+    """Raise ValueError if a config sets one of these keys to another value than is built; absent or null is fine."""
+    for key, value in values.items():
+        if config.get(key) not in (None, value):
+            raise ValueError(f"config: {key} is {config[key]!r}; only {value!r} can be built")
 
 
 def rope(config, rotary_share=1.0):
@@ -195,9 +196,6 @@ def decoder_config(config, known, tied_head=False, **options):
     return DecoderConfig(**known, num_kv_heads=num_kv_heads, layers=layers, tied_head=tied_head, **options)
 
 
-LLAMA_7B = {"width": 4096, "num_heads": 32, "num_layers": 32}
-
-
 def llama_config(config):
     """LLaMA, Vicuna, SmolLM2.
 
@@ -206,23 +204,22 @@ def llama_config(config):
     Returns: DecoderConfig.
     Raises: ValueError for what is not built.
     """
-    expect(config, "mlp_bias", False, "biases in the feed-forward")
+    expect(config, mlp_bias=False)
     biased = bool(config.get("attention_bias"))
-    known = sizes(config, vocab_size=32000, ffn_width=11008, context_length=2048, **LLAMA_7B)
-    return gated_config(config, known, qkv_bias="qkv" if biased else "", output_bias=biased)
+    return gated_config(config, 32000, 11008, 2048, qkv_bias="qkv" if biased else "", output_bias=biased)
 
 
 def qwen2_config(config):
     """Qwen2 and Qwen2.5: LLaMA with biases on queries, keys and values. Arguments and errors as `llama_config`."""
-    expect(config, "use_sliding_window", False, "a sliding window")
-    known = sizes(config, vocab_size=151936, ffn_width=22016, context_length=32768, **LLAMA_7B)
-    return gated_config(config, known, qkv_bias="qkv")
+    expect(config, use_sliding_window=False)
+    return gated_config(config, 151936, 22016, 32768, qkv_bias="qkv")
 
 
-def gated_config(config, known, **options):
-    """What LLaMA and Qwen2 have in common; options: their biases."""
-    expect(config, "hidden_act", "silu", "another activation")
-    expect(config, "head_dim", known["width"] // known["num_heads"], "heads of another width than their share")
+def gated_config(config, vocab_size, ffn_width, context_length, **options):
+    """What LLaMA and Qwen2 have in common: their classes' sizes where a config is silent; options: their biases."""
+    known = sizes(config, vocab_size=vocab_size, width=4096, num_heads=32, ffn_width=ffn_width, num_layers=32,
+                  context_length=context_length)
+    expect(config, hidden_act="silu", head_dim=known["width"] // known["num_heads"])
     eps = number(config, "rms_norm_eps", 1e-6)
     return decoder_config(config, known, rope_base=rope(config)[0], norm_eps=eps, **options)
 
@@ -232,7 +229,7 @@ BIASED = {"norm": "layer", "ffn": "plain", "qkv_bias": "qkv", "output_bias": Tru
 
 def phi_config(config):
     """Phi-2: attention and feed-forward side by side behind one norm. Arguments and errors as `llama_config`."""
-    expect(config, "qk_layernorm", False, "norms on queries and keys")
+    expect(config, qk_layernorm=False)
     known = sizes(config, vocab_size=51200, width=2048, num_heads=32, ffn_width=8192, context_length=2048,
                   num_layers=24)
     base, share = rope(config, rotary_share=0.5)
@@ -247,29 +244,25 @@ def opt_config(config):
     """OPT: learned positions, two unused rows in front of them, ReLU. Arguments and errors as `llama_config`."""
     known = sizes(config, KEYS | {"ffn_width": "ffn_dim"}, vocab_size=50272, width=768, num_heads=12, ffn_width=3072,
                   context_length=2048, num_layers=12)
-    expect(config, "do_layer_norm_before", True, "norms behind the residual (OPT-350m)")
-    expect(config, "word_embed_proj_dim", known["width"], "embeddings of another width (OPT-350m)")
-    expect(config, "enable_bias", True, "linear layers without biases")
-    expect(config, "layer_norm_elementwise_affine", True, "norms without weights")
+    expect(config, do_layer_norm_before=True, word_embed_proj_dim=known["width"], enable_bias=True,
+           layer_norm_elementwise_affine=True)  # OPT-350m has neither of the first two
     return decoder_config(
         config, known, tied_head=True, rotary_width=0, position_offset=2, norm_eps=1e-5,
         activation=activation(config, "activation_function", "relu"), **BIASED,
     )
 
 
-MPT_KEYS = KEYS | {"width": "d_model", "num_heads": "n_heads", "num_layers": "n_layers", "context_length": "max_seq_len"}
+MPT_KEYS = {"vocab_size": "vocab_size", "width": "d_model", "num_heads": "n_heads", "num_layers": "n_layers",
+            "context_length": "max_seq_len"}
 
 
 def mpt_config(config):
-    """MPT-7B, and MPT-1B ("mosaic_gpt": its norms on q and k are on by default). Arguments and errors as `llama_config`."""
-    old = config.get("model_type") == "mosaic_gpt"  # keys of the attention stand beside the others, some with "attn_"
-    told = {key.removeprefix("attn_"): value for key, value in config.items()} if old else config.get("attn_config") or {}
-    expect(told, "alibi", True, "positions other than ALiBi")
-    expect(told, "prefix_lm", False, "a prefix that sees itself both ways")
-    expect(told, "softmax_scale", None, "another scale of the scores")
-    expect(config, "logit_scale", None, "a scale of the logits")
-    expect(config, "embedding_fraction", 1.0, "a share of the gradient for the embeddings")
-    expect(config, "no_bias", True, "biases")
+    """MPT-7B, and MPT-1B ("mosaic_gpt": norms on q and k unless it says no). Arguments and errors as `llama_config`."""
+    old, told = config.get("model_type") == "mosaic_gpt", config.get("attn_config") or {}
+    if old:  # keys of the attention stand beside the others, some with "attn_"
+        told = {key.removeprefix("attn_"): value for key, value in config.items()}
+    expect(told, alibi=True, prefix_lm=False, softmax_scale=None)
+    expect(config, logit_scale=None, embedding_fraction=1.0, no_bias=True)
     known = sizes(config, MPT_KEYS, vocab_size=50368, width=2048, num_heads=16, num_layers=24, context_length=2048)
     known["ffn_width"] = known["width"] * number(config, "mlp_ratio" if old else "expansion_ratio", 4)
     slopes = alibi_slopes(known["num_heads"], number(told, "alibi_bias_max", 8), interleaved=not old)

@@ -160,15 +160,33 @@ def size_of(configs, places, default):
     return next((size for size in (default, *configs) if size in configs and fits(configs[size])), default)
 
 
+def sizes_of(published, places, paths, size=None):
+    """A model's sizes: (dict, Path of the published folder among `paths` that states them, None where none does).
+
+    places, paths: as of `put_together`. size: str, of `published`; None = what the files state, else its first.
+    Raises: ValueError for an unknown size.
+    """
+    homes = [path for path in paths if MODEL_TYPES.get(str(config_beside(path).get("model_type"))) == published.family]
+    if homes and not size:
+        return config_beside(homes[0]), homes[0]
+    default = next(iter(published.configs), "full")
+    told = size or size_of(published.configs, places, default)
+    if told not in published.configs:
+        raise ValueError(f"family {published.family!r} has no size {told!r}; there are "
+                         f"{', '.join(published.configs) or 'none'}; give --config FILE.json")
+    config = published.configs[told]
+    return config if size or told != default else with_sizes_of(config, places), None
+
+
 def config_beside(path):
     """The config.json of a folder, or beside a file: dict, empty if there is none."""
     path = path and (path if path.is_dir() else path.parent) / "config.json"
     return read_json(path) if path and path.exists() else {}
 
 
-def with_tokenizer(recipe, config, places):
-    """(Path, tokenizer) of the first place that has one, or None; and the config with its id of a picture's token."""
-    for place in filter(Path.is_dir, places):
+def with_tokenizer(recipe, config, places, paths):
+    """(Path, tokenizer) of the first file that has one, or None; and the config with its id of a picture's token."""
+    for place in (one for one in (places.get("language"), *paths) if one and one.is_dir()):
         try:
             tokenizer = load_tokenizer(place, added=added_tokens(recipe))
         except FileNotFoundError:
@@ -272,21 +290,15 @@ def with_base(places, paths):
 
 def open_parts(recipe, published, places, paths, size, seed, dtype, device):
     """A model put together: Start. recipe: None for a bare language model."""
-    homes = [path for path in paths if MODEL_TYPES.get(str(config_beside(path).get("model_type"))) == published.family]
-    if homes:
-        config = config_beside(homes[0])
-    else:
-        told = size or size_of(published.configs, places, recipe.sizes[0])
-        config = published.configs[told]
-        config = config if size or told != recipe.sizes[0] else with_sizes_of(config, places)
-    held, config = with_tokenizer(recipe, config, [*filter(None, [places.get("language")]), *paths])
+    config, home = sizes_of(published, places, paths, size)
+    held, config = with_tokenizer(recipe, config, places, paths)
     if held is None:
         raise ValueError("none of these holds a tokenizer; give language=FOLDER_OR_NAME")
-    config = config if homes else with_vocabulary(config, held[1].vocab_size)
+    config = config if home else with_vocabulary(config, held[1].vocab_size)
     model, lines, _ = put_together(published, config, places, paths, None, seed, dtype, device)
-    template, shown = as_told(homes[0] if homes else None, recipe, published)
+    template, shown = as_told(home, recipe, published)
     assistant = ready(model, held[1], recipe, template, tuple(lines), PADDED_ROWS, **shown)
-    return Start(assistant, config, kept(homes[0]) if homes else (), bool(homes))
+    return Start(assistant, config, kept(home) if home else (), home is not None)
 
 
 def open_adapter(folder, families, recipes, dtype, device):

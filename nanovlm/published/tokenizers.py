@@ -153,13 +153,10 @@ def _byte_level(folder, config):
     kind = config.get("tokenizer_class", "GPT2Tokenizer")
     if not kind.startswith(("GPT2", "CodeGen")):
         raise ValueError(f"{folder}: a {kind} cannot be made of vocab.json and merges.txt; add its tokenizer.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    lines = lines[1:] if lines[0].startswith("#version") else lines  # "#" is a token too, and may begin a merge
     try:
-        model = models.BPE(read_json(folder / "vocab.json"), [tuple(line.split(" ")) for line in lines if line])
+        backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{folder}: vocab.json and merges.txt do not belong together ({error})") from error
-    backend = tokenizers.Tokenizer(model)
+        raise ValueError(f"{folder}: vocab.json and merges.txt are damaged or of two models ({error})") from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(config.get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()
     return backend

@@ -8,7 +8,7 @@ from torch import nn
 
 from nanovlm import contrastive
 from nanovlm.published.language import activation, expect, number, sizes
-from nanovlm.published.weights import Alias, Fused, Published, Reshaped, Unread, prefixed
+from nanovlm.published.weights import Alias, Entry, Published, Unread, prefixed
 from nanovlm.vit import ViT, ViTConfig
 
 QKV = tuple(f"blocks.{{i}}.attention.{part}" for part in "qkv")
@@ -38,11 +38,11 @@ FUSED_QKV = tuple(f"{part}.weight" for part in QKV)
 # EVA-g inside BLIP-2's file; the third of the bias that belongs to the keys is zero and has no effect on a softmax
 EVA = (
     *prefixed((
-        Reshaped("embeddings.class_embedding", "class_token", unit_axes=(0, 1)),
+        Entry("embeddings.class_embedding", "class_token", unit_axes=(0, 1)),
         ("embeddings.patch_embedding.{p}", "patch_embedding.{p}"),
-        Reshaped("embeddings.position_embedding", "positions", unit_axes=(0,)),
-        Fused("encoder.layers.{i}.self_attn.qkv.weight", FUSED_QKV),
-        Fused("encoder.layers.{i}.self_attn.qkv.bias", (f"{QKV[0]}.bias", None, f"{QKV[2]}.bias")),
+        Entry("embeddings.position_embedding", "positions", unit_axes=(0,)),
+        Entry("encoder.layers.{i}.self_attn.qkv.weight", FUSED_QKV),
+        Entry("encoder.layers.{i}.self_attn.qkv.bias", (f"{QKV[0]}.bias", None, f"{QKV[2]}.bias")),
         ("encoder.layers.{i}.self_attn.projection.{p}", "blocks.{i}.attention.o.{p}"),
         *NORMS_AND_MLP,
         ("post_layernorm.{p}", "post_norm.{p}"),
@@ -57,11 +57,11 @@ def eva_original(num_blocks):
     num_blocks: that the model builds. The public tower's 40th lies behind the features that the papers take.
     """
     return (
-        Reshaped("cls_token", "class_token", unit_axes=(0, 1)),
-        Reshaped("pos_embed", "positions", unit_axes=(0,)),
+        Entry("cls_token", "class_token", unit_axes=(0, 1)),
+        Entry("pos_embed", "positions", unit_axes=(0,)),
         ("patch_embed.proj.{p}", "patch_embedding.{p}"),
         ("blocks.{i}.norm{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
-        Fused("blocks.{i}.attn.qkv.weight", FUSED_QKV),
+        Entry("blocks.{i}.attn.qkv.weight", FUSED_QKV),
         ("blocks.{i}.attn.q_bias", "blocks.{i}.attention.q.bias"),
         ("blocks.{i}.attn.v_bias", "blocks.{i}.attention.v.bias"),
         ("blocks.{i}.attn.proj.{p}", "blocks.{i}.attention.o.{p}"),
@@ -80,7 +80,7 @@ OPEN_CLIP = (  # CLIP's tower as open_clip and OpenAI spell it
     ("conv1.weight", "patch_embedding.weight"),
     ("ln_pre.{p}", "pre_norm.{p}"),
     ("transformer.resblocks.{i}.ln_{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
-    *(Fused(f"transformer.resblocks.{{i}}.attn.in_proj_{p}", tuple(f"{part}.{p}" for part in QKV))
+    *(Entry(f"transformer.resblocks.{{i}}.attn.in_proj_{p}", tuple(f"{part}.{p}" for part in QKV))
       for p in ("weight", "bias")),
     ("transformer.resblocks.{i}.attn.out_proj.{p}", "blocks.{i}.attention.o.{p}"),
     ("transformer.resblocks.{i}.mlp.c_fc.{p}", "blocks.{i}.fc_1.{p}"),
@@ -116,16 +116,16 @@ CLIP_PAIR = (
 )
 SIGLIP_PAIR = (  # of a tower alone, too, whose files hold its attention pooling
     *prefixed(SIGLIP, ours="vision."),
-    Reshaped("vision_model.head.probe", "pool.probe", unit_axes=(0, 1)),
-    *(Fused(f"vision_model.head.attention.in_proj_{p}", tuple(f"pool.{part}.{p}" for part in "qkv"))
+    Entry("vision_model.head.probe", "pool.probe", unit_axes=(0, 1)),
+    *(Entry(f"vision_model.head.attention.in_proj_{p}", tuple(f"pool.{part}.{p}" for part in "qkv"))
       for p in ("weight", "bias")),
     ("vision_model.head.attention.out_proj.{p}", "pool.o.{p}"),
     ("vision_model.head.layernorm.{p}", "pool.norm.{p}"),
     ("vision_model.head.mlp.fc{j}.{p}", "pool.fc_{j}.{p}"),
     *TEXT,
     ("text_model.head.{p}", "project_text.{p}"),
-    Reshaped("logit_scale", "log_scale", unit_axes=(0,)),
-    Reshaped("logit_bias", "bias", unit_axes=(0,)),
+    Entry("logit_scale", "log_scale", unit_axes=(0,)),
+    Entry("logit_bias", "bias", unit_axes=(0,)),
 )
 
 
@@ -163,7 +163,7 @@ def siglip_config(config):
 def eva_config(config):
     """EVA-g as BLIP-2 uses it: biases on queries and values alone. Arguments and errors as `clip_config`."""
     config = part_of_pair(config, "vision")
-    expect(config, "qkv_bias", True, "a tower without biases on queries and values")
+    expect(config, qkv_bias=True)
     defaults = {"image_size": 224, "patch_size": 14, "width": 1408, "num_layers": 39, "num_heads": 16,
                 "mlp_width": 6144}
     return tower_config(config, "gelu", 1e-6, defaults, qkv_bias="qv")

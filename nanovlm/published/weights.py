@@ -3,8 +3,8 @@
 A table is a tuple of entries, the published name on the left, ours on the right, and is read in both directions:
 
     ("model.layers.{i}.self_attn.q_proj.weight", "layers.{i}.attention.q.weight")   the same tensor
-    Fused("h.{i}.qkv.weight", ("h.{i}.q.weight", "h.{i}.k.weight", "h.{i}.v.weight"))  several of ours in one of theirs
-    Reshaped("cls_token", "class_token", unit_axes=(0, 1))                          axes of length one that ours lacks
+    Entry("h.{i}.qkv.weight", ("h.{i}.q.weight", "h.{i}.k.weight", "h.{i}.v.weight"))  several of ours in one of theirs
+    Entry("cls_token", "class_token", unit_axes=(0, 1))                             axes of length one that ours lacks
     ("lm_head.weight", "embedding.weight")                                          a second name, which is only read
     Unread("{rest}.inv_freq", "the rotary angles are computed")                     may be there, has no place in ours
     Alias("vision_tower.{rest}", "vision_tower.vision_model.{rest}")                another spelling of a name
@@ -53,11 +53,17 @@ class WeightsError(ValueError):
 
 
 @dataclass(frozen=True)
-class Same:
-    """The same tensor under two names; a plain pair of names in a table means this."""
+class Entry:
+    """The same numbers under two names; a plain pair of names in a table means this.
+
+    Several of ours have one shape and lie along the first axis of the published tensor; None among them, not in front,
+    stands for zeros that only that tensor holds (EVA's bias of the keys).
+    """
 
     published: str
     ours: str | tuple[str | None, ...]
+    num_heads: int = 1  # of several, interleaved: row = (head * parts + part) * D + d
+    unit_axes: tuple[int, ...] = ()  # ascending axes of the published tensor that ours lacks
 
     @property
     def parts(self):
@@ -66,40 +72,15 @@ class Same:
 
     def join(self, parts):
         """Our tensors -> the published one."""
-        return parts[0]
-
-    def split(self, tensor):
-        """The published tensor -> ours."""
-        return [tensor]
-
-
-@dataclass(frozen=True)
-class Reshaped(Same):
-    """The same numbers, but the published tensor has `unit_axes` of length one that ours lacks."""
-
-    unit_axes: tuple[int, ...] = (0,)  # ascending axes of the published tensor
-
-    def join(self, parts):
-        return reduce(torch.unsqueeze, self.unit_axes, parts[0])
-
-    def split(self, tensor):
-        return [tensor.squeeze(self.unit_axes)]
-
-
-@dataclass(frozen=True)
-class Fused(Same):
-    """Several of our tensors, of one shape, along the first axis of a published one.
-
-    Among our names, not the first, None stands for zeros that only the published tensor holds (EVA's bias of the keys).
-    """
-
-    num_heads: int = 1  # interleaved: row = (head * parts + part) * D + d
-
-    def join(self, parts):
+        if len(parts) == 1:
+            return reduce(torch.unsqueeze, self.unit_axes, parts[0])
         parts = [torch.zeros_like(parts[0]) if part is None else part for part in parts]
         return torch.stack([part.unflatten(0, (self.num_heads, -1)) for part in parts], dim=1).flatten(0, 2)
 
     def split(self, tensor):
+        """The published tensor -> ours."""
+        if len(self.parts) == 1:
+            return [tensor.squeeze(self.unit_axes)]
         return [part.flatten(0, 1) for part in tensor.unflatten(0, (self.num_heads, len(self.parts), -1)).unbind(1)]
 
 
@@ -115,21 +96,19 @@ class Unread:
 class Alias:
     """Another spelling: a name that no entry knows is tried again under `canonical`.
 
-    A file spells all its names one way: where a name already matches `canonical`, or `whole` if that is given, the
-    other spelling is a mistake.
+    A file spells all its names one way: where a name already matches `canonical`, the other spelling is a mistake.
     """
 
     published: str
     canonical: str
-    whole: str = ""
 
 
 WRAPPED = Alias("model.{rest}", "{rest}")  # saved from inside another module; holds for every table
 
 
 def as_entry(entry):
-    """An entry of a table as an object; a pair of names becomes Same."""
-    return Same(*entry) if isinstance(entry, tuple) else entry
+    """An entry of a table as an object, which a pair of names is not."""
+    return Entry(*entry) if isinstance(entry, tuple) else entry
 
 
 def prefixed(table, published="", ours=""):
@@ -138,8 +117,8 @@ def prefixed(table, published="", ours=""):
     for entry in map(as_entry, table):
         changes = {"published": published + entry.published}
         if isinstance(entry, Alias):
-            changes |= {"canonical": published + entry.canonical, "whole": entry.whole and published + entry.whole}
-        elif isinstance(entry, Same):
+            changes["canonical"] = published + entry.canonical
+        elif isinstance(entry, Entry):
             changes["ours"] = tuple(part and ours + part for part in entry.parts)
         moved.append(replace(entry, **changes))
     return tuple(moved)
@@ -260,7 +239,7 @@ def places(table, ours):
     """Every name under which a table can have the model's tensors: {published name: entry, its names written out}."""
     found = {}
     for entry in table:
-        pattern = next(filter(None, entry.parts)) if isinstance(entry, Same) else ""
+        pattern = entry.parts[0] if isinstance(entry, Entry) else ""
         for fields in filter(None, map(expression(pattern).fullmatch, ours)):
             fields = fields.groupdict()
             parts = tuple(part and part.format(**fields) for part in entry.parts)
@@ -283,11 +262,9 @@ def match(table, names, known):
         return known.get(name) or next((one for one in unread if expression(one.published).fullmatch(name)), None)
 
     found = {name: find(name) for name in names}
-    direct = [name for name, entry in found.items() if isinstance(entry, Same)]
-    for alias in table:
-        if not isinstance(alias, Alias):
-            continue
-        if any(expression(alias.whole or alias.canonical).fullmatch(name) for name in direct):
+    direct = [name for name, entry in found.items() if isinstance(entry, Entry)]
+    for alias in (one for one in table if isinstance(one, Alias)):
+        if any(map(expression(alias.canonical).fullmatch, direct)):
             continue  # a file spells all its names one way: this one was renamed by mistake
         for name in [name for name, entry in found.items() if entry is None]:
             spelled = expression(alias.published).fullmatch(name)
@@ -443,15 +420,20 @@ def open_checkpoint(path):
         files |= dict.fromkeys(held, file)
     wrapper = WRAPPER.match(os.path.commonprefix([*headers]))[0]
     headers, files = ({name.removeprefix(wrapper): one for name, one in old.items()} for old in (headers, files))
-    beside = [name for name in (SINGLE, INDEX, *PICKLED) if found.parent == path and found != path / name and (path / name).exists()]
-    notes = (f"{path} holds {', '.join([found.name, *beside])}: the first is read, the others are not",)
-    return Checkpoint(str(path), headers, files, wrapper, notes * bool(beside))
+    unread = [name for name in usual_files(path) if name != found.name]
+    notes = (f"{path} holds {', '.join([found.name, *unread])}: the first is read, the others are not",)
+    return Checkpoint(str(path), headers, files, wrapper, notes * bool(unread))
+
+
+def usual_files(folder):
+    """Which of the usual names of weights a folder holds, the first of which is read: list of str."""
+    return [name for name in (SINGLE, INDEX, *PICKLED) if (folder / name).exists()]
 
 
 def find_file(folder):
     """The file of a folder that holds its weights, or their index: Path. Raises: FileNotFoundError, WeightsError."""
     refuse_adapter(folder)
-    usual = [folder / name for name in (SINGLE, INDEX, *PICKLED) if (folder / name).exists()][:1]
+    usual = [folder / name for name in usual_files(folder)[:1]]
     found = usual or [*folder.glob("*.safetensors")] or [*folder.glob("*.pt"), *folder.glob("*.pth")]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "no weights"

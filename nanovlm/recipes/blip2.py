@@ -19,37 +19,13 @@ from nanovlm.decoder import Decoder
 from nanovlm.generation.sampler import Decoding
 from nanovlm.published.language import OPT, complete, expect, opt_config
 from nanovlm.published.vision import EVA, eva_config
-from nanovlm.published.weights import Alias, Reshaped, Unread, prefixed
+from nanovlm.published.weights import Alias, Entry, Unread, prefixed
 from nanovlm.qformer import QFormer
-from nanovlm.recipes.papers import Expected, published_recipe, shrinking, stage, tiny_language, tiny_vision
+from nanovlm.recipes.papers import SIZES, Expected, published_recipe, shrinking, stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
-FULL = {
-    "vision_config": {
-        "hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16,
-        "image_size": 224, "patch_size": 14,
-    },
-    "qformer_config": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "cross_attention_frequency": 2,
-    },
-    "text_config": {
-        "vocab_size": 50304, "hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-    },
-    "num_query_tokens": 32,
-}  # fmt: skip
-CONFIGS = {
-    "full": FULL,
-    "full_364": FULL | {"vision_config": FULL["vision_config"] | {"image_size": 364}},
-    "tiny": {
-        "vision_config": tiny_vision(28),
-        "qformer_config": {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2},
-        "text_config": tiny_language(48, heads=4, ffn_dim=96),
-        "num_query_tokens": 4,
-    },
-}
+CONFIGS = SIZES["blip2"]
 
 
 def build(config):
@@ -61,12 +37,10 @@ def build(config):
     Returns: vlm.VLM.
     Raises: ValueError for what cannot be built, such as the versions on Flan-T5.
     """
-    config = complete(config, {key: FULL[key] for key in ("vision_config", "qformer_config", "num_query_tokens")})
+    config = complete(config, {key: CONFIGS["full"][key] for key in ("vision_config", "qformer_config", "num_query_tokens")})
     former, text = config["qformer_config"], config.get("text_config", {})
-    expect(text, "model_type", "opt", "another language model")
-    expect(former, "hidden_act", "gelu", "another activation in the Q-Former")
-    expect(former, "use_qformer_text_input", False, "a Q-Former that reads the instruction (InstructBLIP)")
-    expect(former, "layer_norm_eps", 1e-12, "another epsilon in the Q-Former")
+    expect(text, model_type="opt")
+    expect(former, hidden_act="gelu", use_qformer_text_input=False, layer_norm_eps=1e-12)
     vision, llm = eva_config(config["vision_config"]), opt_config(text)
     looks = tuple(i % former["cross_attention_frequency"] == 0 for i in range(former["num_hidden_layers"]))  # 0, 2, 4 ...
     bridge = QFormer(vision.width, llm.width, former["hidden_size"], config["num_query_tokens"],
@@ -82,7 +56,7 @@ ATTENTION = (
     ("output.LayerNorm.{p}", "norm.{p}"),
 )
 QFORMER = (
-    Reshaped("query_tokens", "queries", unit_axes=(0,)),
+    Entry("query_tokens", "queries", unit_axes=(0,)),
     ("qformer.layernorm.{p}", "norm.{p}"),
     *prefixed(ATTENTION, "qformer.encoder.layer.{i}.attention.", "layers.{i}.attention."),
     *prefixed(ATTENTION, "qformer.encoder.layer.{i}.crossattention.", "layers.{i}.cross_attention."),

@@ -22,27 +22,12 @@ from nanovlm.projector import LinearProjector, MLPProjector
 from nanovlm.published.language import LLAMA, expect, llama_config, text_section
 from nanovlm.published.vision import CLIP, clip_config
 from nanovlm.published.weights import Alias, prefixed
-from nanovlm.recipes.papers import (
-    CLIP_LARGE, Expected, features, published_recipe, shrinking, stage, tiny_language, tiny_vision,
-)
+from nanovlm.recipes.papers import SIZES, Expected, features, published_recipe, shrinking, stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
-CLIP_L = CLIP_LARGE | {"image_size": 336}
-TINY = {"vision_config": tiny_vision(28, layers=3, patch_size=14), "text_config": tiny_language(48, heads=4)}
-CONFIGS = {  # a language model's missing sizes are LLaMA-7B's
-    "full": {
-        "vision_config": CLIP_L,
-        "text_config": {"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-    },
-    "linear": {
-        "vision_config": CLIP_L | {"image_size": 224},
-        "text_config": {"vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
-        "mm_projector_type": "linear",
-    },
-    "tiny": TINY,
-    "tiny_linear": TINY | {"mm_projector_type": "linear"},
-}
+CONFIGS = SIZES["llava"]  # a language model's missing sizes are LLaMA-7B's
+CLIP_L = CONFIGS["full"]["vision_config"]
 PROJECTORS = {"linear": LinearProjector, "mlp2x_gelu": MLPProjector}
 
 
@@ -76,8 +61,7 @@ def build(config):
     Raises: ValueError for what cannot be built.
     """
     config = nested(config)
-    expect(config, "projector_hidden_act", "gelu", "another activation in the projector")
-    expect(config, "multimodal_projector_bias", True, "a projector without biases")
+    expect(config, projector_hidden_act="gelu", multimodal_projector_bias=True)
     llm = llama_config(text_section(config))
     tower = features(clip_config(config["vision_config"]), config.get("vision_feature_layer", -2),
                      config.get("vision_feature_select_strategy", "default"))
@@ -95,7 +79,7 @@ HUGGING_FACE = (
     Alias("model.vision_tower.{rest}", "vision_tower.vision_model.{rest}"),
     Alias("model.multi_modal_projector.{rest}", "multi_modal_projector.{rest}"),
     Alias("model.language_model.{rest}", "language_model.model.{rest}"),
-    Alias("lm_head.weight", "language_model.lm_head.weight", whole="language_model.{rest}"),
+    Alias("lm_head.weight", "language_model.lm_head.weight"),
     # the original
     Alias("model.vision_tower.vision_tower.{rest}", "vision_tower.{rest}"),
     Alias("model.mm_projector.0.{p}", "multi_modal_projector.linear_1.{p}"),

@@ -25,22 +25,11 @@ from nanovlm.projector import MLPProjector
 from nanovlm.published.language import complete, expect, phi_config, phi_fused
 from nanovlm.published.vision import CLIP, clip_config
 from nanovlm.published.weights import prefixed
-from nanovlm.recipes.papers import (
-    CLIP_LARGE, Expected, features, published_recipe, shrinking, stage, tiny_language, tiny_vision,
-)
+from nanovlm.recipes.papers import SIZES, Expected, features, published_recipe, shrinking, stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
-CONFIGS = {
-    "full": {
-        "vision": CLIP_LARGE | {"image_size": 336, "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"},
-        "llm": {
-            "vocab_size": 51200, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "max_position_embeddings": 2048, "partial_rotary_factor": 0.4,
-        },
-    },
-    "tiny": {"vision": tiny_vision(56, layers=3), "llm": tiny_language()},
-}  # fmt: skip
+CONFIGS = SIZES["llava_phi"]
 
 
 def sizes(config):
@@ -50,7 +39,7 @@ def sizes(config):
     """
     if "vision_config" in config:
         parts = config["vision_config"]
-        expect(parts.get("mm_projector", {}), "mm_projector_type", "mlp2x_gelu", "another projector")
+        expect(parts.get("mm_projector", {}), mm_projector_type="mlp2x_gelu")
         config = {"vision": parts.get("vision_tower"), "llm": config}
     vision = config.get("vision") or {}
     config = config | {"vision": {"mm_vision_select_layer": vision.get("select_layer")} | vision}

@@ -26,26 +26,13 @@ from nanovlm.data.templates import LYNX
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.generation.sampler import Decoding
 from nanovlm.published.language import LLAMA, complete, llama_config
-from nanovlm.published.weights import Alias, Reshaped, prefixed
-from nanovlm.recipes.papers import LLAMA_7B, RESAMPLER, Expected, published_recipe, shrinking, stage, tiny_language
+from nanovlm.published.weights import Alias, Entry, prefixed
+from nanovlm.recipes.papers import RESAMPLER, SIZES, Expected, published_recipe, shrinking, stage
 from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 
-CONFIGS = {
-    "full": {
-        "vision": {"image_size": 420, "patch_size": 14, "width": 1408, "depth": 39, "heads": 16, "mlp_ratio": 4.3637, "eps": 1e-6},
-        "bridge": {"depth": 3, "num_latents": 32, "heads": 8, "head_width": 64},
-        "llm": LLAMA_7B,
-        "adapter_freq": 2,
-        "num_frames": 5,
-    },
-    "tiny": {
-        "vision": {"image_size": 56, "width": 32, "depth": 2, "heads": 2},
-        "bridge": {"depth": 1, "num_latents": 4, "heads": 2, "head_width": 16},
-        "llm": tiny_language(layers=4),
-    },
-}
+CONFIGS = SIZES["lynx"]
 
 
 def build(config):
@@ -73,8 +60,8 @@ def build(config):
 
 
 VISION = (
-    Reshaped("cls_token", "class_token", unit_axes=(0, 1)),
-    Reshaped("pos_embed", "positions", unit_axes=(0,)),
+    Entry("cls_token", "class_token", unit_axes=(0, 1)),
+    Entry("pos_embed", "positions", unit_axes=(0,)),
     ("patch_embed.proj.{p}", "patch_embedding.{p}"),
     ("blocks.{i}.norm{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
     ("blocks.{i}.attn.q_proj.{p}", "blocks.{i}.attention.q.{p}"),
@@ -96,7 +83,7 @@ def LAYOUT(config):
     return (
         *prefixed(VISION, "vision_encoder.", "vision."),
         *prefixed(RESAMPLER, "bridge.", "bridge."),
-        Reshaped("absolute_frame_pos_embed", "bridge.frame_embedding", unit_axes=(0, 2)),
+        Entry("absolute_frame_pos_embed", "bridge.frame_embedding", unit_axes=(0, 2)),
         *prefixed((*ADAPTERS, *LLAMA), "LLM.", "decoder."),
         Alias("model.{rest}", "{rest}"),  # files that were saved from a wrapper
     )

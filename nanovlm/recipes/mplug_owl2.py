@@ -24,31 +24,12 @@ from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.generation.sampler import Decoding
 from nanovlm.published.language import LLAMA, complete, expect, llama_config
 from nanovlm.published.vision import clip_config
-from nanovlm.published.weights import Fused, Reshaped, Unread, prefixed
-from nanovlm.recipes.papers import (
-    CLIP_LARGE, LLAMA_7B, Expected, published_recipe, shrinking, stage, tiny_language, tiny_vision,
-)
+from nanovlm.published.weights import Entry, Unread, prefixed
+from nanovlm.recipes.papers import SIZES, Expected, published_recipe, shrinking, stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
-CONFIGS = {
-    "full": {
-        "vision": CLIP_LARGE | {"image_size": 448, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-6},
-        "abstractor": {
-            "num_learnable_queries": 64, "hidden_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 16,
-            "intermediate_size": 2816, "layer_norm_eps": 1e-6,
-        },
-        "llm": LLAMA_7B,
-    },
-    "tiny": {
-        "vision": tiny_vision(56),
-        "abstractor": {
-            "num_learnable_queries": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "intermediate_size": 64,
-        },
-        "llm": tiny_language(),
-    },
-}  # fmt: skip
+CONFIGS = SIZES["mplug_owl2"]
 
 
 def sizes(config):
@@ -70,7 +51,7 @@ def build(config):
     """
     config = sizes(config)
     vision, queries, llm = ViT(clip_config(config["vision"])), config["abstractor"], llama_config(config["llm"])
-    expect(queries, "grid_size", vision.config.image_size // vision.config.patch_size, "another grid than the tower's")
+    expect(queries, grid_size=vision.config.image_size // vision.config.patch_size)
     abstractor = Abstractor(
         vision.config.width, llm.width, queries["num_learnable_queries"], queries["num_hidden_layers"],
         queries["num_attention_heads"], queries["intermediate_size"], ffn_norm_eps=queries["layer_norm_eps"],
@@ -83,12 +64,12 @@ def vision_layout(num_heads):
     """The tower's table: CLIP's, rewritten, with q, k and v in one matrix, interleaved head by head."""
     qkv = tuple(f"blocks.{{i}}.attention.{name}.{{p}}" for name in "qkv")
     return (
-        Reshaped("embeddings.cls_token", "class_token", unit_axes=(0, 1)),
-        Reshaped("embeddings.position_embedding", "positions", unit_axes=(0,)),
+        Entry("embeddings.cls_token", "class_token", unit_axes=(0, 1)),
+        Entry("embeddings.position_embedding", "positions", unit_axes=(0,)),
         ("embeddings.patch_embed.weight", "patch_embedding.weight"),
         ("embeddings.pre_layernorm.{p}", "pre_norm.{p}"),
         ("encoder.layers.{i}.input_layernorm.{p}", "blocks.{i}.norm_1.{p}"),
-        Fused("encoder.layers.{i}.self_attn.query_key_value.{p}", qkv, num_heads),
+        Entry("encoder.layers.{i}.self_attn.query_key_value.{p}", qkv, num_heads),
         ("encoder.layers.{i}.self_attn.dense.{p}", "blocks.{i}.attention.o.{p}"),
         ("encoder.layers.{i}.post_attention_layernorm.{p}", "blocks.{i}.norm_2.{p}"),
         ("encoder.layers.{i}.mlp.fc{j}.{p}", "blocks.{i}.fc_{j}.{p}"),
@@ -97,7 +78,7 @@ def vision_layout(num_heads):
 
 
 ABSTRACTOR = (
-    Reshaped("query_embeds", "queries", unit_axes=(0,)),
+    Entry("query_embeds", "queries", unit_axes=(0,)),
     ("encoder.layers.{i}.crossattention.norm1.{p}", "layers.{i}.norm_queries.{p}"),
     ("encoder.layers.{i}.crossattention.normk.{p}", "layers.{i}.norm_patches.{p}"),
     ("encoder.layers.{i}.crossattention.attention.query.{p}", "layers.{i}.q.{p}"),
@@ -108,7 +89,7 @@ ABSTRACTOR = (
     ("encoder.layers.{i}.crossattention.output.mlp.w{j}.{p}", "layers.{i}.w{j}.{p}"),
     ("encoder.layers.{i}.crossattention.output.mlp.ffn_ln.{p}", "layers.{i}.ffn_norm.{p}"),
     ("visual_fc.{p}", "project.{p}"),
-    Reshaped("vit_eos", "end", unit_axes=(0, 1)),
+    Entry("vit_eos", "end", unit_axes=(0, 1)),
     Unread("encoder.layers.{i}.crossattention.attention.q_pos_embed", "sines and cosines of the queries"),
     Unread("encoder.layers.{i}.crossattention.attention.k_pos_embed", "sines and cosines of rows and columns"),
 )

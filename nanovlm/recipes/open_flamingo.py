@@ -26,33 +26,13 @@ from nanovlm.published.language import (
     OPT_LAYER, OPT_REST, complete, expect, mpt_config, mpt_tables, opt_config, with_vocabulary,
 )
 from nanovlm.published.vision import OPEN_CLIP, clip_config
-from nanovlm.published.weights import Fused, prefixed
-from nanovlm.recipes.papers import (
-    CLIP_LARGE, RESAMPLER, Expected, published_recipe, shrinking, stage, tiny_language, tiny_vision,
-)
+from nanovlm.published.weights import Entry, prefixed
+from nanovlm.recipes.papers import RESAMPLER, SIZES, Expected, published_recipe, shrinking, stage
 from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
-VISION = {"vision": CLIP_LARGE | {"image_size": 224}, "vision_width": 1024, "resampler": {"depth": 6, "num_latents": 64}}
-TINY = {"vision": tiny_vision(28, patch_size=14), "vision_width": 32, "resampler": {"depth": 2, "num_latents": 4}}
-CONFIGS = {
-    "full": VISION | {"cross_attn_every_n_layers": 1, "media_token_id": 50266, "llm": {
-        "vocab_size": 50267, "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
-        "max_position_embeddings": 2048,
-    }},
-    "mpt1b": VISION | {"cross_attn_every_n_layers": 1, "media_token_id": 50278, "llm": {
-        "model_type": "mosaic_gpt", "vocab_size": 50280, "d_model": 2048, "n_heads": 16, "n_layers": 24, "max_seq_len": 2048,
-    }},
-    "mpt7b": VISION | {"cross_attn_every_n_layers": 4, "media_token_id": 50278, "llm": {
-        "model_type": "mpt", "vocab_size": 50280, "d_model": 4096, "n_heads": 32, "n_layers": 32, "max_seq_len": 2048,
-    }},
-    "tiny": TINY | {"cross_attn_every_n_layers": 2, "media_token_id": 511,
-                    "llm": tiny_language(48, layers=4, heads=4, ffn_dim=96)},
-    "tiny_mpt": TINY | {"cross_attn_every_n_layers": 2, "media_token_id": 511, "llm": {
-        "model_type": "mosaic_gpt", "vocab_size": 512, "d_model": 48, "n_heads": 4, "n_layers": 4, "max_seq_len": 256,
-    }},
-}  # fmt: skip
+CONFIGS = SIZES["open_flamingo"]
 LANGUAGE = {"opt": ("full", opt_config), "mosaic_gpt": ("mpt1b", mpt_config), "mpt": ("mpt7b", mpt_config)}
 
 
@@ -80,7 +60,7 @@ def build(config):
     vision, width, latents = None, config["vision_width"], config["resampler"]
     if config.get("vision") is not None:
         vision = ViT(dataclasses.replace(clip_config(config["vision"]), post_norm=False, drop_class_token=True))
-        expect(config, "vision_width", vision.config.width, "features of another width than the tower's")
+        expect(config, vision_width=vision.config.width)
     bridge = Resampler(width, width, latents["num_latents"], latents["depth"], num_heads=8, head_width=64,
                        ffn_width=4 * width, attend_to_latents=True)
     llm = read(config["llm"])
@@ -100,7 +80,7 @@ CROSS_ATTENTION = (
     ("attn_gate", "attention_gate"),
     ("attn.norm.{p}", "norm.{p}"),
     ("attn.to_q.weight", "q.weight"),
-    Fused("attn.to_kv.weight", ("k.weight", "v.weight")),  # keys first
+    Entry("attn.to_kv.weight", ("k.weight", "v.weight")),  # keys first
     ("attn.to_out.weight", "o.weight"),
     ("ff_gate", "ffn_gate"),
     ("ff.{j}.{p}", "ffn.{j}.{p}"),

@@ -1,42 +1,32 @@
 """What the recipes of published models share: sizes, stages that shrink to a rehearsal, and the recipe around both."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 from nanovlm.published.language import with_vocabulary
 from nanovlm.published.load import added_tokens, load_tokenizer
 from nanovlm.published.parts import start
-from nanovlm.published.weights import Fused, Published
+from nanovlm.published.weights import Entry, Published
 from nanovlm.recipes.recipe import Decoding, Expected, Recipe
 from nanovlm.training.stages import Stage
 
-__all__ = ["CLIP_LARGE", "LLAMA_7B", "RESAMPLER", "Decoding", "Expected", "features", "published_recipe", "shrinking", "stage",
-           "tiny_language", "tiny_vision"]
+__all__ = ["RESAMPLER", "SIZES", "Decoding", "Expected", "features", "published_recipe", "shrinking", "stage", "tiny_language"]
 
-CLIP_LARGE = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14,
-}  # fmt: skip
-LLAMA_7B = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-}  # fmt: skip
+# recipe -> size -> its config.json; what a published class takes by itself may be left out
+SIZES = json.loads(Path(__file__).with_name("sizes.json").read_text())
 RESAMPLER = (  # Lynx's and OpenFlamingo's
     ("latents", "latents"),
     ("layers.{i}.0.norm_media.{p}", "layers.{i}.norm_patches.{p}"),
     ("layers.{i}.0.norm_latents.{p}", "layers.{i}.norm_latents.{p}"),
     ("layers.{i}.0.to_q.weight", "layers.{i}.q.weight"),
-    Fused("layers.{i}.0.to_kv.weight", ("layers.{i}.k.weight", "layers.{i}.v.weight")),  # keys first
+    Entry("layers.{i}.0.to_kv.weight", ("layers.{i}.k.weight", "layers.{i}.v.weight")),  # keys first
     ("layers.{i}.0.to_out.weight", "layers.{i}.o.weight"),
     ("layers.{i}.1.{j}.{p}", "layers.{i}.ffn.{j}.{p}"),
     ("norm.{p}", "norm.{p}"),
 )
 SMOKE_STEPS, TINY_STEPS = 4, 100  # optimizer steps of a stage in a smoke run, and at the tiny size
 TINY_BATCH = 4  # examples
-
-
-def tiny_vision(image_size, layers=2, **others):
-    """A tower's config.json at the tiny size: dict."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
-    return sizes | {"image_size": image_size} | others
 
 
 def tiny_language(width=32, layers=2, heads=2, **others):

@@ -28,33 +28,11 @@ from nanovlm.projector import PixelShuffleProjector
 from nanovlm.published.language import ANGLES, HEAD, LLAMA_BODY, complete, llama_config, text_section
 from nanovlm.published.vision import SIGLIP, siglip_config
 from nanovlm.published.weights import prefixed
-from nanovlm.recipes.papers import Expected, published_recipe, shrinking, stage, tiny_language, tiny_vision
+from nanovlm.recipes.papers import SIZES, Expected, published_recipe, shrinking, stage
 from nanovlm.vit import ViT
 from nanovlm.vlm import VLM
 
-SMALL = {
-    "vision_config": {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "image_size": 512, "patch_size": 16,
-    },
-    "text_config": {
-        "vocab_size": 49280, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-        "rope_theta": 100000.0,
-    },
-    "scale_factor": 4,  # side of the squares, patches
-}  # fmt: skip
-LARGER = {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
-          "num_key_value_heads": 5}
-CONFIGS = {
-    "256M": SMALL,
-    "500M": SMALL | {"text_config": SMALL["text_config"] | LARGER},
-    "tiny": {
-        "vision_config": tiny_vision(64, patch_size=16),
-        "text_config": tiny_language(36, heads=3, intermediate_size=96, num_key_value_heads=1),
-        "scale_factor": 2,
-    },
-}
+CONFIGS = SIZES["smolvlm"]
 CLASS = {  # what transformers' class takes where a config.json is silent
     "vision_config": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
                       "image_size": 224, "patch_size": 32},

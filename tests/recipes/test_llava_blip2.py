@@ -243,7 +243,7 @@ def test_full_sizes_of_blip2():
         (llava, {"projector_hidden_act": "relu"}, "projector_hidden_act"),
         (blip2, {"text_config": {"model_type": "t5"}}, "model_type is 't5'"),
         (blip2, {"qformer_config": {"layer_norm_eps": 1e-5}}, "layer_norm_eps is 1e-05"),
-        (blip2, {"qformer_config": {"use_qformer_text_input": True}}, "InstructBLIP"),
+        (blip2, {"qformer_config": {"use_qformer_text_input": True}}, "use_qformer_text_input"),
         (blip2, {"vision_config": {"qkv_bias": False}}, "qkv_bias"),
     ],
 )
