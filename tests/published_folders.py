@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
+import train
 from nanovlm import recipes
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder
+from nanovlm.published import language as language_models, vision as towers
 from nanovlm.published.language import LLAMA, llama_config
 from nanovlm.vit import ViT, ViTConfig
-from nanovlm.published.weights import write_checkpoint
-from nanovlm.published.weights import to_published
+from nanovlm.published.weights import to_published, write_checkpoint
 from tests.random_models import randomise
 
 WORDS = ["what is in the picture? a red circle and a blue star, left of a green square.", "user: describe\nbot: yes"] * 9
@@ -78,3 +79,44 @@ def lynx_file(tmp_path, keep=lambda name: True):
 def make_folder(path):
     path.mkdir()
     return path
+
+
+PARTS = {  # family -> tables of its tower and language model, the latter's model_type
+    "lynx": ("eva_original", "LLAMA", "llama"), "mplug_owl2": ("CLIP", "LLAMA", "llama"), "llava_phi": ("CLIP", "PHI", "phi"),
+    "llava": ("CLIP", "LLAMA", "llama"), "blip2": ("EVA", "OPT", "opt"), "open_flamingo": ("CLIP", "OPT", "opt"),
+    "smolvlm": ("SIGLIP", "LLAMA", "llama"),
+}  # fmt: skip
+
+
+def separate(tmp_path, family):
+    """Folders of a tiny model's tower, words (language model) and, in the paper's own layout, all of it; and the model."""
+    published, (tower, layout, kind) = recipes.FAMILIES[family], PARTS[family]
+    config, table = published.configs["tiny"], vars(towers)[tower]
+    model = randomise(published.build(config))
+    table = table(model.vision.config.num_layers) if callable(table) else table
+    write_checkpoint(make_folder(tmp_path / "tower"), table, model.vision.state_dict())
+    if tower == "CLIP":
+        sizes = {"patch_size": 14, "model_type": "clip_vision_model"} | (config.get("vision_config") or config["vision"])
+        (tmp_path / "tower" / "config.json").write_text(json.dumps(sizes))
+    words = {name.replace(".text.", "."): tensor for name, tensor in model.decoder.state_dict().items()
+             if not any(grafted in name for grafted in (".vision.", ".adapter.", ".cross_attention."))}
+    write_checkpoint(make_folder(tmp_path / "words"), vars(language_models)[layout], words)
+    sizes = config.get("text_config") or config["llm"]
+    (tmp_path / "words" / "config.json").write_text(json.dumps(sizes | {"model_type": kind}))
+    train_tokenizer(["Which color? red green USER: ASSISTANT: Question: Answer:"] * 9, 300).save(tmp_path / "words" / "tokenizer.json")
+    write_checkpoint(make_folder(tmp_path / "all"), published.layout(config), model.state_dict())
+    return model
+
+
+def tune(name, data, out, *more):
+    """Exit code of train.py for a few steps of a recipe's last stage on a file of write_talks."""
+    return train.main([name, "--stages", "instruct", "--data", str(data), "--images", str(data.parent), "--smoke",
+                       "--device", "cpu", "--threads", "1", "--out", str(out), *map(str, more)])
+
+
+def write_talks(folder, *pictures, question="what is in the picture?", answer="a red circle"):
+    """A LLaVA-style file of eight records about these pictures in turn, which lie beside it or elsewhere: Path."""
+    talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    items = [{"id": f"{n}", "image": str(pictures[n % len(pictures)]), "conversations": talk} for n in range(8)]
+    (folder / "my.json").write_text(json.dumps(items))
+    return folder / "my.json"

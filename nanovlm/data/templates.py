@@ -108,9 +108,10 @@ CHATML_QWEN = replace(
 )
 
 
-# SmolVLM-Instruct: marks tell where a tile stands; its processor's grid has 6 rows and columns at most.
+# SmolVLM-Instruct: marks tell where a tile stands; there are those of MOST_TILES rows and columns.
+MOST_TILES = 6
 _FAKE, _TILE = "<fake_token_around_image>", "<row_{row}_col_{column}>"
-_TILES = (_TILE.format(row=row, column=column) for row in range(1, 7) for column in range(1, 7))
+_TILES = (_TILE.format(row=n // MOST_TILES + 1, column=n % MOST_TILES + 1) for n in range(MOST_TILES**2))
 SMOLVLM = Template(
     "User: ", "<end_of_utterance>\n", "Assistant:", " ", "<end_of_utterance>", "\n", "<|im_start|>",
     begin_with_bos=False, end_with_eos=False, image_suffix=_FAKE, picture_prefix="User:", image_marks=(_FAKE, "<global-img>"),
@@ -249,11 +250,14 @@ def picture_ids(visual, template, tokenizer, num_image_tokens):
 
     Args:
       visual: records.Visual, cut into tiles (tiles.cut) where they are wanted. num_image_tokens: of all its frames.
-    Raises: ValueError if the tokenizer has no such mark.
+    Raises: ValueError if there is no such mark.
     """
     if not template.image_marks:
         return [IMAGE_TOKEN] * num_image_tokens
     rows, columns = visual.grid or (0, 0)
+    if max(rows, columns) > MOST_TILES:
+        raise ValueError(f"{visual.key}: cut into {rows} x {columns} tiles, but this model has marks for {MOST_TILES} a side "
+                         f"at most; ask for fewer (sample.py --tiles {MOST_TILES}, train.py --set STAGE.tiles={MOST_TILES})")
     before = [("\n" if row and not column else "", [mark.format(row=row + 1, column=column + 1) for mark in template.tile_marks])
               for row in range(rows) for column in range(columns)]
     before += [("\n\n" if rows else "", template.image_marks)] * (len(visual.frames) - len(before))

@@ -13,6 +13,7 @@ it to follow an instruction it was never trained for. Lynx, arXiv:2307.02469, Se
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -92,7 +93,8 @@ def visuals_of(pictures, first=0):
     pictures = () if pictures is None else pictures if isinstance(pictures, (tuple, list)) else [pictures]
     is_clip = [isinstance(one, (tuple, list)) or getattr(one, "ndim", 3) == 4 for one in pictures]
     frames = [tuple(one) if clip else (one,) for one, clip in zip(pictures, is_clip)]
-    return [Visual(f"shown, {number}", several) for number, several in enumerate(frames, first)]
+    names = [f" ({one})" if isinstance(one, str | Path) else "" for one in pictures]
+    return [Visual(f"picture {n}{name}", several) for n, (name, several) in enumerate(zip(names, frames), first + 1)]
 
 
 class Chat:

@@ -68,67 +68,9 @@ def read(path):
     return Golden(found[0], config, *parts)
 
 
-COUNT, STEP, PIXELS = "how many numbers stand at {i}", "from one number to the next", "side of the pictures"
-CLIP = {  # key of the config -> (name, axis of its length, or what else is read off)
-    "image_size": ("embeddings.position_embedding.weight", PIXELS), "num_hidden_layers": ("encoder.layers.{i}.", COUNT),
-    "patch_size": ("embeddings.patch_embedding.weight", -1), "hidden_size": ("embeddings.patch_embedding.weight", 0),
-    "intermediate_size": ("encoder.layers.0.mlp.fc1.weight", 0),
-}  # fmt: skip
-LLM = {
-    "vocab_size": ("embed_tokens.weight", 0), "hidden_size": ("embed_tokens.weight", 1), "num_hidden_layers": ("layers.{i}.", COUNT),
-}  # fmt: skip
-LLAMA = LLM | {"intermediate_size": ("layers.0.mlp.gate_proj.weight", 0)}
-SIZES = {  # family -> part of the config -> (beginning of the names, their table)
-    "lynx": {
-        "vision": ("vision_encoder.", {
-            "image_size": ("pos_embed", PIXELS), "patch_size": ("patch_embed.proj.weight", -1),
-            "width": ("patch_embed.proj.weight", 0), "depth": ("blocks.{i}.", COUNT), "mlp_width": ("blocks.0.mlp.fc1.weight", 0),
-        }),
-        "bridge": ("bridge.", {
-            "depth": ("layers.{i}.", COUNT), "num_latents": ("latents", 0), "ffn_width": ("layers.0.1.1.weight", 0),
-        }),
-        "llm": ("LLM.model.", LLAMA),
-        "": ("", {
-            "adapter_freq": ("LLM.model.layers.{i}.output_adapter.", STEP), "num_frames": ("absolute_frame_pos_embed", 1),
-            "adapter_width": ("LLM.model.layers.0.output_adapter.adapter_down.weight", 0),
-        }),
-    },
-    "mplug_owl2": {
-        "vision": ("model.vision_model.", CLIP | {
-            "image_size": ("embeddings.position_embedding", PIXELS),
-            "patch_size": ("embeddings.patch_embed.weight", -1), "hidden_size": ("embeddings.patch_embed.weight", 0),
-        }),
-        "abstractor": ("model.visual_abstractor.", {
-            "num_learnable_queries": ("query_embeds", 1), "hidden_size": ("query_embeds", 2),
-            "num_hidden_layers": ("encoder.layers.{i}.", COUNT),
-            "intermediate_size": ("encoder.layers.0.crossattention.output.mlp.w1.weight", 0),
-        }),
-        "llm": ("model.", LLAMA),
-    },
-    "llava_phi": {
-        "vision": ("model.vision_tower.vision_model.", CLIP),
-        "llm": ("model.", LLM | {"intermediate_size": ("layers.0.mlp.fc1.weight", 0)}),
-    },
-    "smolvlm": {"vision_config": ("model.vision_model.", CLIP), "text_config": ("model.text_model.", LLAMA)},
-    "open_flamingo": {
-        "resampler": ("perceiver.", {"depth": ("layers.{i}.", COUNT), "num_latents": ("latents", 0)}),
-        "llm": ("lang_encoder.model.decoder.", LLM | {"ffn_dim": ("layers.0.decoder_layer.fc1.weight", 0)}),
-        "": ("", {
-            "vision_width": ("perceiver.latents", 1),
-            "cross_attn_every_n_layers": ("lang_encoder.model.decoder.layers.{i}.gated_cross_attn_layer.", STEP),
-        }),
-    },
-    "open_flamingo on mpt": {
-        "resampler": ("perceiver.", {"depth": ("layers.{i}.", COUNT), "num_latents": ("latents", 0)}),
-        "llm": ("lang_encoder.transformer.", {
-            "vocab_size": ("wte.weight", 0), "d_model": ("wte.weight", 1), "n_layers": ("blocks.{i}.decoder_layer.", COUNT),
-        }),
-        "": ("", {
-            "vision_width": ("perceiver.latents", 1),
-            "cross_attn_every_n_layers": ("lang_encoder.transformer.blocks.{i}.gated_cross_attn_layer.", STEP),
-        }),
-    },
-}  # fmt: skip
+# family -> part of the config -> (beginning of the names, {key: (name, axis of its length, or what else is read off)}):
+# "count", how many numbers stand at {i}; "step", from one number to the next; "pixels", the side of the pictures
+SIZES = json.loads(Path(__file__).with_name("golden_sizes.json").read_text())
 
 
 def settled(golden, config):
@@ -162,13 +104,13 @@ def measured(shapes, name, what, told):
     """A size: int, None where the tensor is absent, which is for the layout to report."""
     head = re.escape(name).replace(r"\{i\}", r"(\d+)")
     numbers = sorted({int(found[1]) for other in shapes if "{i}" in name and (found := re.match(head, other))})
-    if what == COUNT:
+    if what == "count":
         return len(numbers) or None
-    if what == STEP:
+    if what == "step":
         return numbers[1] - numbers[0] if len(numbers) > 1 else numbers[0] + 1 if numbers and numbers[0] else 10**6
-    if name not in shapes or what == PIXELS and not isinstance(patch := patch_of(shapes, name), int):
+    if name not in shapes or what == "pixels" and not isinstance(patch := patch_of(shapes, name), int):
         return None
-    return math.isqrt(shapes[name][-2] - 1) * patch if what == PIXELS else shapes[name][what]
+    return math.isqrt(shapes[name][-2] - 1) * patch if what == "pixels" else shapes[name][what]
 
 
 def patch_of(shapes, positions):

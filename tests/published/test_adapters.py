@@ -9,13 +9,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nanovlm
-import train
 from nanovlm import recipes
 from nanovlm.published import vision as towers
 from nanovlm.published.weights import to_published, write_checkpoint
 from nanovlm.recipes.__main__ import main
 from nanovlm.recipes.llava import CONFIGS, LAYOUT
-from tests.published_folders import folder_with, language, make_folder  # noqa: F401
+from tests.published_folders import folder_with, language, make_folder, tune, write_talks  # noqa: F401
 from tests.random_models import randomise
 
 NAME = "model.layers.{}.self_attn.{}_proj"
@@ -104,20 +103,17 @@ def test_llavas_adapter_with_its_projector(language, tmp_path):
 
 @pytest.fixture
 def source(tmp_path):
-    """A published LLaVA's folder, its model, and flags that tune it on two records."""
+    """A published LLaVA's folder, its model, and data to tune it on."""
     model = randomise(recipes.llava.build(CONFIGS["tiny"]))
     folder = folder_with(tmp_path / "source", CONFIGS["tiny"] | {"model_type": "llava"}, LAYOUT(CONFIGS["tiny"]), model.state_dict())
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a red circle"}]
-    (tmp_path / "my.json").write_text(json.dumps([{"id": f"{n}", "image": "red.png", "conversations": talk} for n in range(8)]))
-    return folder, model, ["llava", "--init", str(folder), "--data", str(tmp_path / "my.json"), "--images", str(tmp_path), "--smoke",
-                           "--device", "cpu", "--threads", "1", "--out", str(tmp_path / "out")]
+    return folder, model, write_talks(tmp_path, "red.png")
 
 
 @pytest.mark.parametrize(("flags", "parts"), [(["--lora", "2"], set()), (["--lora", "2:8", "--tune", "bridge,lora"], {"bridge"})])
 def test_lora_moves_alone_or_with_the_bridge_and_is_saved_by_itself(flags, parts, source, tmp_path, capsys):
-    folder, model, arguments = source
-    assert train.main([*arguments, *flags]) == 0, capsys.readouterr().err
+    folder, model, data = source
+    assert tune("llava", data, tmp_path / "out", "--init", folder, *flags) == 0, capsys.readouterr().err
     found, before = load_file(tmp_path / "out" / "model.safetensors"), model.state_dict()
     updates = {name: tensor for name, tensor in found.items() if ".lora_" in name}
     assert len(updates) == 2 * 7 * 2 and all(tensor.abs().max() > 1e-5 for tensor in updates.values())
@@ -142,8 +138,8 @@ def test_lora_moves_alone_or_with_the_bridge_and_is_saved_by_itself(flags, parts
 def test_the_adapter_has_the_names_of_transformers_modules(source, tmp_path, capsys):
     """What PEFT would look for in the model that transformers makes of the base."""
     transformers = pytest.importorskip("transformers")
-    folder, model, arguments = source
-    assert train.main([*arguments, "--lora", "2", "--tune", "bridge,lora"]) == 0, capsys.readouterr().err
+    flags = ["--init", source[0], "--lora", "2", "--tune", "bridge,lora"]
+    assert tune("llava", source[2], tmp_path / "out", *flags) == 0, capsys.readouterr().err
     for to in ("adapter", "published"):
         assert main(["convert", "--to", to, str(tmp_path / "out"), str(tmp_path / to)]) == 0
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "published")
@@ -161,12 +157,11 @@ def test_the_adapter_has_the_names_of_transformers_modules(source, tmp_path, cap
 
 
 def test_an_adapter_is_a_start_and_only_published_models_have_one(source, tmp_path, capsys):
-    folder, model, arguments = source
-    assert train.main([*arguments, "--lora", "2"]) == 0, capsys.readouterr().err
+    folder, _, data = source
+    assert tune("llava", data, tmp_path / "out", "--init", folder, "--lora", "2") == 0, capsys.readouterr().err
     assert main(["convert", "--to", "adapter", str(tmp_path / "out"), str(tmp_path / "adapter")]) == 0
-    again = [str(tmp_path / "adapter") if one == str(folder) else one for one in arguments]
-    again[again.index(str(tmp_path / "out"))] = str(tmp_path / "more")
-    assert train.main([*again, "--tune", "bridge"]) == 0, capsys.readouterr().err
+    more = ["--init", tmp_path / "adapter", "--tune", "bridge"]
+    assert tune("llava", data, tmp_path / "more", *more) == 0, capsys.readouterr().err
     merged, found = recipes.load(tmp_path / "out").model.state_dict(), load_file(tmp_path / "more" / "model.safetensors")
     assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in merged.items() if not name.startswith("bridge."))
     assert not torch.equal(found["bridge.linear.weight"], merged["bridge.linear.weight"])

@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from nanovlm import lora, recipes
-from nanovlm.published import language as layouts, vision as vision_layouts
+from nanovlm.published import vision as vision_layouts
 from nanovlm.published.language import LLAMA
 from nanovlm.recipes.__main__ import main
 from nanovlm.vit import ViT, ViTConfig, resize_positions
 from nanovlm.published.weights import OURS, to_published, write_checkpoint
-from tests.published_folders import LLAMA_SIZES, eva, folder_with, language, lynx_file, make_folder  # noqa: F401
+from tests.published_folders import (  # noqa: F401
+    LLAMA_SIZES, PARTS, eva, folder_with, language, lynx_file, make_folder, separate,
+)
 from tests.random_models import randomise
 
 
@@ -126,30 +128,13 @@ def test_nothing_is_overwritten(tmp_path, language, capsys):
     assert "already exists" in capsys.readouterr().err and [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
-TOWERS = {"lynx": "eva_original", "mplug_owl2": "CLIP", "llava_phi": "CLIP", "llava": "CLIP", "blip2": "EVA",
-          "open_flamingo": "CLIP", "smolvlm": "SIGLIP"}  # fmt: skip
-LANGUAGES = {"llava_phi": "PHI", "blip2": "OPT", "open_flamingo": "OPT"}
-
-
-@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("family", PARTS)
 def test_every_family_starts_from_its_towers(tmp_path, family):
-    published = recipes.FAMILIES[family]
-    config = published.configs["tiny"]
-    model = randomise(published.build(config))
-    table = vars(vision_layouts)[TOWERS[family]]
-    table = table(model.vision.config.num_layers) if callable(table) else table
-    state = model.vision.state_dict()
-    write_checkpoint(make_folder(tmp_path / "tower"), table, state)
-    words = {}
-    for name, tensor in model.decoder.state_dict().items():
-        if ".vision." not in name and ".adapter." not in name and ".cross_attention." not in name:
-            words[name.replace(".text.", ".")] = tensor
-    write_checkpoint(make_folder(tmp_path / "language"), vars(layouts)[LANGUAGES.get(family, "LLAMA")], words, 50_000)
-    out = tmp_path / "start"
+    model, out = separate(tmp_path, family).state_dict(), tmp_path / "start"
     assert main(["convert", "--family", family, "--size", "tiny", "--vision", str(tmp_path / "tower"),
-                 "--language", str(tmp_path / "language"), str(out)]) == 0
+                 "--language", str(tmp_path / "words"), str(out)]) == 0
     found = load_file(out / "model.safetensors")
-    fresh = {name for name in found if not torch.equal(found[name], model.state_dict()[name])}
+    fresh = {name for name in found if not torch.equal(found[name], model[name])}
     assert set(json.loads((out / "config.json").read_text())["initialised"]) >= {
         name for name in fresh if not (".vision." in name and name.startswith("decoder."))
     }

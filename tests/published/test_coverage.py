@@ -117,7 +117,6 @@ def test_nonsense_configs_end_without_a_traceback(tmp_path, capsys, config):
 
 def test_unknown_commands_get_a_suggestion(capsys):
     assert main(["inspekt"]) == 2 and "Did you mean 'inspect'" in capsys.readouterr().err
-    assert main(["coverage", "x.json"]) == 2 and "inspect MANIFEST.json" in capsys.readouterr().err
     assert main(["--help"]) == 0 and "convert" in capsys.readouterr().out
 
 

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 import nanovlm
-import train
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.generation.chat import Chat
 from nanovlm.generation.sampler import Decoding
 from nanovlm.recipes.__main__ import main
 from parity import perturb
+from tests.published_folders import tune, write_talks
 
 transformers = pytest.importorskip("transformers")
 S, QUESTION = 28, "what is in the picture?"
@@ -122,13 +122,9 @@ def test_asked_tuned_exported_and_loaded(source, through, tmp_path, capsys):
     if through == "convert":
         assert main(["convert", str(folder), str(out)]) == 0
     else:
-        talk = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "a red circle"}]
-        items = [{"id": f"{n}", "image": "photo.png", "conversations": talk} for n in range(4)]
-        (tmp_path / "my.json").write_text(json.dumps(items))
         flags = ["--lora", "4", "--set", "instruct.learning_rates.lora=1e-3"] if through == "lora" else []
-        assert train.main([name, "--init", str(folder), "--data", str(tmp_path / "my.json"), "--images", str(photo.parent), "--stages",
-                           "instruct", "--smoke", "--device", "cpu", "--threads", "1", "--out", str(out), *flags,
-                           "--set", "instruct.learning_rates.bridge=1e-3"]) == 0, capsys.readouterr().err
+        assert tune(name, write_talks(tmp_path, photo), out, "--init", folder, *flags,
+                    "--set", "instruct.learning_rates.bridge=1e-3") == 0, capsys.readouterr().err
     flags = ["--dtype", "bfloat16"] if through == "bfloat16" else []
     assert main(["convert", "--to", "published", str(out), str(exported), *flags]) == 0
     kept, wanted = values(exported), values(folder)
@@ -143,11 +139,8 @@ def test_asked_tuned_exported_and_loaded(source, through, tmp_path, capsys):
 def test_another_picture_size_goes_into_sizes_and_processor(source, tmp_path, capsys):
     """As BLIP-2 is tuned at 364 pixels."""
     name, folder, photo = source
-    talk = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "a red circle"}]
-    (tmp_path / "my.json").write_text(json.dumps([{"id": f"{n}", "image": "photo.png", "conversations": talk} for n in range(4)]))
-    assert train.main([name, "--init", str(folder), "--data", str(tmp_path / "my.json"), "--images", str(photo.parent), "--stages",
-                       "instruct", "--smoke", "--device", "cpu", "--threads", "1", "--out", str(tmp_path / "out"),
-                       "--set", "instruct.image_size=42"]) == 0, capsys.readouterr().err
+    data = write_talks(tmp_path, photo)
+    assert tune(name, data, tmp_path / "out", "--init", folder, "--set", "instruct.image_size=42") == 0, capsys.readouterr().err
     assert main(["convert", "--to", "published", str(tmp_path / "out"), str(tmp_path / "exported")]) == 0
     same_answer(name, tmp_path / "exported", photo, nanovlm.load(tmp_path / "out"))
     assert nanovlm.load(tmp_path / "exported").image_size == 42

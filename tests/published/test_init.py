@@ -1,6 +1,5 @@
 """`train.py --init`: from separate towers, and from a whole model as it is published; what cannot be is said beforehand."""
 
-import json
 import shutil
 
 import pytest
@@ -8,69 +7,34 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import train
 from nanovlm import machine, recipes
-from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.generation.sampler import Decoding
-from nanovlm.published import language as languages
-from nanovlm.published import vision as towers
 from nanovlm.published.parts import start
-from nanovlm.published.weights import to_published, write_checkpoint
-from tests.published_folders import folder_with, make_folder
-from tests.random_models import randomise
+from nanovlm.published.weights import to_published
+from tests.published_folders import folder_with, separate, tune, write_talks
 
-TOWERS = {"lynx": "eva_original", "mplug_owl2": "CLIP", "llava_phi": "CLIP", "blip2": "EVA", "llava": "CLIP"}
 FOUR = Decoding(max_new_tokens=4)
-LANGUAGES = {"llava_phi": ("PHI", "phi"), "blip2": ("OPT", "opt")}
 
 
 @pytest.fixture
 def data(tmp_path):
     """A LLaVA-style file about two pictures."""
-    items = []
     for color in ("red", "green"):
         Image.new("RGB", (40, 30), color).save(tmp_path / f"{color}.png")
-        talk = [{"from": "human", "value": "<image>\nWhich color?"}, {"from": "gpt", "value": color}]
-        items += [{"id": f"{color}{n}", "image": f"{color}.png", "conversations": talk} for n in range(4)]
-    (tmp_path / "data.json").write_text(json.dumps(items))
-    return tmp_path / "data.json"
-
-
-def separate(tmp_path, family):
-    """Folders of a tiny model's tower, language model and, in the paper's own layout, everything; and the model."""
-    published = recipes.FAMILIES[family]
-    config = published.configs["tiny"]
-    model = randomise(published.build(config))
-    table = vars(towers)[TOWERS[family]]
-    table = table(model.vision.config.num_layers) if callable(table) else table
-    write_checkpoint(make_folder(tmp_path / "tower"), table, model.vision.state_dict())
-    if TOWERS[family] == "CLIP":
-        sizes = config.get("vision_config") or config["vision"]
-        (tmp_path / "tower" / "config.json").write_text(json.dumps({"patch_size": 14, "model_type": "clip_vision_model"} | sizes))
-    layout, kind = LANGUAGES.get(family, ("LLAMA", "llama"))
-    words = {name.replace(".text.", "."): tensor for name, tensor in model.decoder.state_dict().items()
-             if ".vision." not in name and ".adapter." not in name}
-    write_checkpoint(make_folder(tmp_path / "words"), vars(languages)[layout], words)
-    sizes = config.get("text_config") or config["llm"]
-    (tmp_path / "words" / "config.json").write_text(json.dumps(sizes | {"model_type": kind}))
-    train_tokenizer(["Which color? red green USER: ASSISTANT: Question: Answer:"] * 9, 300).save(tmp_path / "words" / "tokenizer.json")
-    write_checkpoint(make_folder(tmp_path / "all"), published.layout(config), model.state_dict())
-    return model
+    return write_talks(tmp_path, "red.png", "green.png")
 
 
 def run(name, data, tmp_path, *more, code=0):
     """train.py for a few steps on the CPU."""
-    arguments = [name, "--stages", "instruct", "--data", str(data), "--images", str(data.parent), "--smoke", "--device", "cpu",
-                 "--threads", "1", "--out", str(tmp_path / "out"), *map(str, more)]
     if code:
         with pytest.raises(SystemExit) as left:
-            train.main(arguments)
+            tune(name, data, tmp_path / "out", *more)
         assert left.value.code == code
     else:
-        assert train.main(arguments) == 0
+        assert tune(name, data, tmp_path / "out", *more) == 0
 
 
-@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("family", ["lynx", "mplug_owl2", "llava_phi", "blip2", "llava"])
 def test_from_parts(family, data, tmp_path, capsys):
     """Every part begins as its own file has it; after training what is frozen is still that, and the folder opens."""
     model = separate(tmp_path, family)

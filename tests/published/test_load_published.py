@@ -12,7 +12,7 @@ from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder
 from nanovlm.published.language import LLAMA, llama_config
 from nanovlm.vit import resize_positions
-from tests.published_folders import LLAMA_SIZES, WORDS, folder_with, language  # noqa: F401
+from tests.published_folders import LLAMA_SIZES, folder_with, language  # noqa: F401
 from tests.random_models import randomise
 
 

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import train
 from nanovlm import recipes
 from nanovlm.architecture import architecture
 from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
@@ -25,6 +24,7 @@ from nanovlm.published.weights import plan, prefixed, shapes_of, to_ours, to_pub
 from nanovlm.recipes import open_flamingo
 from nanovlm.recipes.__main__ import main
 from parity import CLOSE, perturb
+from tests.published_folders import tune, write_talks
 
 
 def test_where_the_cross_attention_stands():
@@ -154,14 +154,10 @@ def test_the_three_published_files_become_one_model(tmp_path, wrap):
 def test_training_starts_from_the_three_files(tmp_path, size):
     """With the size named, or told by the language model's own config.json; what is frozen is what the files hold."""
     state, _, (vision, language, file) = three_files(tmp_path)
-    items = [{"id": str(n), "image": "a.png", "conversations": [
-        {"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}]} for n in range(8)]  # fmt: skip
-    (tmp_path / "data.json").write_text(json.dumps(items))
     Image.new("RGB", (28, 28), "red").save(tmp_path / "a.png")
-    assert train.main([
-        "open_flamingo", *size, "--init", f"vision={vision}", f"language={language}", f"trained={file}", "--data",
-        str(tmp_path / "data.json"), "--smoke", "--set", "instruct.image_size=28", "--threads", "1", "--out", str(tmp_path / "out"),
-    ]) == 0  # fmt: skip
+    init = ["--init", f"vision={vision}", f"language={language}", f"trained={file}"]
+    data = write_talks(tmp_path, "a.png")
+    assert tune("open_flamingo", data, tmp_path / "out", *size, *init, "--set", "instruct.image_size=28") == 0
     found = load_file(tmp_path / "out" / "model.safetensors")
     moved = {name for name in found if not torch.equal(found[name], state[name])}
     assert found.keys() == state.keys() and moved

@@ -19,6 +19,7 @@ from nanovlm.generation.chat import Chat
 from nanovlm.generation.sampler import Decoding
 from nanovlm.recipes.__main__ import main
 from parity import perturb
+from tests.published_folders import write_talks
 
 TEMPLATE = json.loads((Path(__file__).parents[1] / "golden/smolvlm_processor_cases.json").read_text())["template"]
 S, QUESTION = 32, "What is in this image?"
@@ -113,14 +114,15 @@ def test_sample_says_what_tiles_cost(folder, photos, capsys):
         sample.main([str(folder), QUESTION, "--tiles", "-1"])
 
 
+def test_more_tiles_than_there_are_marks_for_are_refused_with_the_picture_and_the_number(folder, photos):
+    with pytest.raises(ValueError, match=r"picture 1 .*tall.png.: cut into 7 x 3 tiles.*--tiles 6"):
+        dataclasses.replace(nanovlm.load(folder), tiles=7).ask(QUESTION, [photos[1]])
+
+
 def test_tuned_and_exported_it_loads_there(folder, photos, tmp_path, capsys):
-    talk = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "blue"}]
-    items = [{"id": f"{n}", "image": photos[n % 2].name, "conversations": talk} for n in range(4)]
-    (tmp_path / "my.json").write_text(json.dumps(items))
     out, back = tmp_path / "out", tmp_path / "back"
     flags = ["--stages", "instruct", "--set", "instruct.batch_size=2", "--epochs", "2", "--threads", "1", "--device", "cpu"]
-    assert train.main(["smolvlm", "--init", str(folder), "--data", str(tmp_path / "my.json"), "--images", str(photos[0].parent),
-                       *flags, "--out", str(out)]) == 0
+    assert train.main(["smolvlm", "--init", str(folder), "--data", str(write_talks(tmp_path, *photos)), "--out", str(out), *flags]) == 0
     assert main(["convert", "--to", "published", str(out), str(back)]) == 0
     capsys.readouterr()
     tuned, theirs = nanovlm.load(out), theirs_of(back)

@@ -1,4 +1,4 @@
-"""LLaVA and BLIP-2: equal to transformers in values, gradients and generated tokens; published layouts in and out."""
+"""LLaVA, BLIP-2 and SmolVLM: equal to transformers in values, gradients and generated tokens; layouts in and out."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -6,22 +6,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 
 from nanovlm.generation.sampler import Decoding, generate
 from nanovlm.published.weights import to_ours, to_published
-from nanovlm.recipes import blip2, llava
-from nanovlm.vlm import IMAGE_TOKEN
+from nanovlm.recipes import RECIPES, blip2, find, llava, smolvlm
 from parity import CLOSE, perturb
 from published_models import as_published, make_batch, real_logits, same_gradients, there_and_back
 
-VOCABULARY, IMAGE = 330, 320
+VOCABULARY, IMAGE, PAD = 330, 320, 1
 VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14,
           "image_size": 42}  # fmt: skip
 LLAVA = {
     "vision_config": VISION | {"model_type": "clip_vision_model"},
     "text_config": {
-        "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 6,
-        "num_key_value_heads": 6, "max_position_embeddings": 128, "rms_norm_eps": 1e-3, "model_type": "llama", "pad_token_id": 1,
+        "vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 128, "rms_norm_eps": 1e-3,
+        "model_type": "llama", "pad_token_id": PAD,
     },
     "image_token_index": IMAGE,
 }  # fmt: skip
@@ -29,17 +30,26 @@ LINEAR = LLAVA | {"mm_projector_type": "linear"}
 BLIP2 = {
     "vision_config": VISION | {"num_hidden_layers": 2},
     "qformer_config": {
-        "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 3, "num_attention_heads": 3, "encoder_hidden_size": 32,
-        "vocab_size": 20, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 3, "num_attention_heads": 3,
+        "encoder_hidden_size": 32, "vocab_size": 20, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     },
     "text_config": {
         "model_type": "opt", "vocab_size": VOCABULARY, "hidden_size": 36, "ffn_dim": 56, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "word_embed_proj_dim": 36, "max_position_embeddings": 64, "pad_token_id": 1, "dropout": 0.0,
-        "bos_token_id": 2, "eos_token_id": 2,
+        "num_attention_heads": 4, "word_embed_proj_dim": 36, "max_position_embeddings": 64, "pad_token_id": PAD,
+        "dropout": 0.0, "bos_token_id": 2, "eos_token_id": 2,
     },
     "num_query_tokens": 5,
     "image_token_index": IMAGE,
 }  # fmt: skip
+SMOLVLM = {
+    "vision_config": VISION | {"patch_size": 8, "image_size": 48},
+    "text_config": LLAVA["text_config"] | {
+        "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+    "image_token_id": IMAGE, "scale_factor": 3,
+}  # fmt: skip
+FAMILIES = {"Llava": (llava, LLAVA), "Blip2": (blip2, BLIP2), "Idefics3": (smolvlm, SMOLVLM), "SmolVLM": (smolvlm, SMOLVLM)}
 
 
 def ours(recipe, config, published=None):
@@ -51,50 +61,55 @@ def ours(recipe, config, published=None):
     return model
 
 
-def make_pair(recipe, config, name, folder):
-    """A recipe with transformers' model, what its save_pretrained writes, and ours with these weights."""
+def make_pair(name, folder):
+    """A recipe with transformers' model, how it reads one of our batches, what its save_pretrained writes, and ours."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{name}ForConditionalGeneration")(getattr(transformers, f"{name}Config")(**config))
-    perturb(theirs)
+    recipe, config = FAMILIES[name]
+    theirs = perturb(getattr(transformers, f"{name}ForConditionalGeneration")(getattr(transformers, f"{name}Config")(**config)))
     for place, parameter in theirs.named_parameters():
         if place.endswith("qkv.bias"):
             parameter.data[32:64] = 0  # as published: the keys of EVA have no bias
     theirs.save_pretrained(folder)
     saved = load_file(folder / "model.safetensors")
 
-    def run(batch, **options):
-        return theirs(**as_published(batch, IMAGE), pixel_values=batch.pixels, **options).logits
+    def inputs(batch):
+        pixels = batch.pixels
+        if recipe is smolvlm:  # by rows; the others' tiles are zeros
+            frames = batch.frames.new_zeros(len(batch.ids)).index_add(0, batch.owner, batch.frames)
+            pixels = pad_sequence(pixels.split(frames.tolist()), True)
+        return as_published(batch, IMAGE) | {"pixel_values": pixels}
 
-    return SimpleNamespace(theirs=theirs, saved=saved, run=run, recipe=recipe, config=config,
+    return SimpleNamespace(theirs=theirs, saved=saved, inputs=inputs, recipe=recipe, config=config,
                            ours=lambda: ours(recipe, config, saved))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    return make_pair(request.param, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")
 def for_llava(tmp_path_factory):
-    return make_pair(llava, LLAVA, "Llava", tmp_path_factory.mktemp("llava"))
+    return make_pair("Llava", tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
 def for_blip2(tmp_path_factory):
-    return make_pair(blip2, BLIP2, "Blip2", tmp_path_factory.mktemp("blip2"))
+    return make_pair("Blip2", tmp_path_factory.mktemp("blip2"))
 
 
-@pytest.fixture(params=["llava", "blip2"])
-def pair(request):
-    return request.getfixturevalue(f"for_{request.param}")
-
-
-def rows(size=42):
-    """One image, none, three of which the last two touch, one in front; odd lengths."""
+def rows(recipe, size=None):
+    """One image, none, three of which the last two touch, one in front; odd lengths. SmolVLM's are of one to five tiles."""
     torch.manual_seed(0)
-    a, b, c, d, e = torch.randn(5, 1, 3, size, size)
+    counts, size = ((1, 5, 3, 1, 1), 48) if recipe is smolvlm else ((1,) * 5, size or 42)
+    a, b, c, d, e = (torch.randn(n, 3, size, size) for n in counts)
     words = torch.randint(4, 79, (30,)).tolist()
     return [[2, *words[:4], a, *words[4:9]], [2, *words[9:20]], [2, b, *words[20:23], c, d, 5], [e, 7]]
 
 
 def compare(pair, model, batch, **options):
-    expected = pair.run(batch, **options)
+    expected = pair.theirs(**pair.inputs(batch), **options).logits
     for row, found in enumerate(real_logits(model, batch)):
         torch.testing.assert_close(found, expected[row][batch.segments[row] >= 0], **CLOSE)
 
@@ -102,14 +117,14 @@ def compare(pair, model, batch, **options):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits(pair, side):
     model = pair.ours()
-    compare(pair, model, make_batch(model, rows(), side, 1))
+    compare(pair, model, make_batch(model, rows(pair.recipe), side, PAD))
 
 
 def test_a_larger_picture_with_a_resized_position_table(for_blip2):
     """As BLIP-2 at 364 pixels comes from 224."""
     model = for_blip2.ours()
     model.vision.resize(70)
-    compare(for_blip2, model, make_batch(model, rows(70), "left", 1), interpolate_pos_encoding=True)
+    compare(for_blip2, model, make_batch(model, rows(blip2, 70), "left", PAD), interpolate_pos_encoding=True)
 
 
 def test_vision_features_and_image_tokens_of_blip2(for_blip2):
@@ -117,8 +132,17 @@ def test_vision_features_and_image_tokens_of_blip2(for_blip2):
     expected = for_blip2.theirs.get_image_features(pixels)
     torch.testing.assert_close(model.vision(pixels), expected.last_hidden_state, **CLOSE)
     found = torch.stack(model.encode(pixels, torch.ones(2, dtype=torch.long)))
-    assert found.shape == (2, 5, 36)
     torch.testing.assert_close(found, expected.pooler_output, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["Idefics3", "SmolVLM"])
+def test_vision_features_and_image_tokens_of_smolvlm(name, tmp_path):
+    pair = make_pair(name, tmp_path)
+    model, pixels = pair.ours(), torch.randn(4, 3, 48, 48)
+    features = pair.theirs.model.vision_model(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(model.vision(pixels), features, **CLOSE)
+    found = torch.cat(model.encode(pixels, torch.tensor([1, 3])))
+    torch.testing.assert_close(found, pair.theirs.model.connector(features).flatten(0, 1), **CLOSE)
 
 
 @pytest.mark.parametrize("layer,features", [(-2, "default"), (-1, "full"), (1, "default"), (-3, "full")])
@@ -131,39 +155,36 @@ def test_image_tokens_of_llava_from_any_layer_with_and_without_the_class_token(f
     torch.testing.assert_close(torch.stack(found), torch.stack(list(expected.pooler_output)), **CLOSE)
 
 
-def test_gradients(pair, tmp_path):
-    """Of every parameter, and of the pixels."""
+def test_loss_and_gradients(pair, tmp_path):
+    """Of every parameter, and of the pixels. Their loss is a mean; image tokens are not trained."""
     model = pair.ours()
-    batch = make_batch(model, rows(), "left", 1)
-    target = torch.randn(*batch.ids.shape, VOCABULARY) * (batch.segments >= 0)[..., None]
-    gradients = []
-    for run in (model, pair.run):
+    batch, gradients = make_batch(model, rows(pair.recipe), "right", PAD), []
+    for run in (lambda batch: torch.div(*model.loss(batch)), lambda batch: pair.theirs(**pair.inputs(batch), labels=batch.labels).loss):
         batch = dataclasses.replace(batch, pixels=batch.pixels.detach().clone().requires_grad_())
-        (run(batch) * target).sum().backward()
-        gradients.append(batch.pixels.grad)
-    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+        loss = run(batch)
+        loss.backward()
+        gradients.append((loss, batch.pixels.grad))
+    torch.testing.assert_close(*gradients, **CLOSE)
     behind_the_features = ("vision.blocks.2.", "vision.post_norm.") if pair.recipe is llava else ()
     same_gradients(model, pair.theirs, pair.recipe.LAYOUT(pair.config), tmp_path, behind_the_features)
 
 
 def test_greedy_generation(pair):
     """transformers' BLIP-2 wants one picture a row."""
-    model, given = pair.ours(), rows() if pair.recipe is llava else rows()[::3]
+    model, given = pair.ours(), rows(pair.recipe)[:: 3 if pair.recipe is blip2 else 1]
     pictures = [[item for item in row if torch.is_tensor(item)] for row in given]
-    batch = make_batch(model, given, "left", 1)
+    batch = make_batch(model, given, "left", PAD)
     prompts = [ids[segments >= 0].tolist() for ids, segments in zip(batch.ids, batch.segments)]
-    assert sum(prompts, []).count(IMAGE_TOKEN) == model.num_image_tokens(42) * len(batch.pixels)
-    expected = pair.theirs.generate(**as_published(batch, IMAGE), pixel_values=batch.pixels, max_new_tokens=12,
-                                    do_sample=False, eos_token_id=None, pad_token_id=1)
+    expected = pair.theirs.generate(**pair.inputs(batch), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=PAD)
     found = generate(model, prompts, Decoding(max_new_tokens=12), pictures)
-    assert found == expected[:, -12:].tolist()
-    assert len({tuple(answer) for answer in found}) > 1
+    assert found == expected[:, -12:].tolist() and len({tuple(answer) for answer in found}) > 1
 
 
 def test_a_folder_of_transformers(pair, tmp_path):
     """Sharded in, converted to ours and back: bit-identical."""
     loaded, back = there_and_back(pair.theirs, tmp_path)
-    assert (loaded.image_size, loaded.image_fit) == (42, "pad" if pair.recipe is llava else "stretch")
+    shown = {llava: (42, "pad", None), blip2: (42, "stretch", None), smolvlm: (48, "stretch", 4)}[pair.recipe]
+    assert (loaded.image_size, loaded.image_fit, loaded.tiles) == shown
     reference = pair.ours().state_dict()
     assert all(torch.equal(tensor, reference[name]) for name, tensor in loaded.model.state_dict().items())
     assert all(torch.equal(tensor, pair.theirs.state_dict()[name]) for name, tensor in back.state_dict().items())
@@ -225,14 +246,36 @@ def test_the_original_config_means_the_same():
 
 
 def test_full_sizes_of_blip2():
-    """The published numbers are those of the paper's towers; 364 pixels change the position table alone."""
+    """364 pixels change the position table alone; totals: test_recipe_table.py."""
     with torch.device("meta"):
         model, larger = blip2.build(blip2.CONFIGS["full"]), blip2.build(blip2.CONFIGS["full_364"])
-    zeros = 39 * 1408  # in every file, in place of the keys' bias
-    assert sum(p.numel() for p in model.parameters()) + zeros == 3_744_761_856
     assert model.vision.positions.shape == (257, 1408) and larger.vision.positions.shape == (26 * 26 + 1, 1408)
     assert model.num_image_tokens(224) == larger.num_image_tokens(364) == 32
     assert [layer.cross_attention is not None for layer in model.bridge.layers] == [True, False] * 6
+
+
+def test_what_a_config_leaves_out_is_as_their_classes_have_it():
+    """The public 500M-Video file does not say how many layers the tower has."""
+    transformers = pytest.importorskip("transformers")
+    theirs, text = transformers.Idefics3Config(), {"vocab_size": 99, "hidden_size": 64, "num_attention_heads": 8}
+    with torch.device("meta"):
+        model = smolvlm.build({"vision_config": {"image_size": 256}, "text_config": text | {"num_hidden_layers": 2}})
+    tower, named = model.vision.config, theirs.vision_config
+    assert (tower.width, tower.num_layers, tower.num_heads, tower.mlp_width, tower.patch_size) == (
+        named.hidden_size, named.num_hidden_layers, named.num_attention_heads, named.intermediate_size, named.patch_size)
+    assert model.bridge.merge == theirs.scale_factor and model.decoder.lm_head is not None
+
+
+def test_full_sizes_of_smolvlm():
+    """17 squares of 64 tokens are a picture of 4 x 4 tiles; totals: test_coverage.py and test_recipe_table.py."""
+    with torch.device("meta"):
+        model = smolvlm.build(smolvlm.CONFIGS["256M"])
+    assert model.num_image_tokens(512) == 64 and model.num_image_tokens(512, 17) == 1088
+    assert model.decoder.config.rope_base == 1e5 and model.decoder.config.norm_eps == 1e-5
+
+
+def test_the_former_name_of_smolvlm_finds_it():
+    assert find("small") is RECIPES["small"] is RECIPES["smolvlm"] and "small" not in list(RECIPES)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +288,7 @@ def test_full_sizes_of_blip2():
         (blip2, {"qformer_config": {"layer_norm_eps": 1e-5}}, "layer_norm_eps is 1e-05"),
         (blip2, {"qformer_config": {"use_qformer_text_input": True}}, "use_qformer_text_input"),
         (blip2, {"vision_config": {"qkv_bias": False}}, "qkv_bias"),
+        (smolvlm, SMOLVLM | {"scale_factor": 4}, "36 patches"),
     ],
 )
 def test_what_cannot_be_built_is_said(recipe, change, words):
