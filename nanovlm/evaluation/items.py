@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanovlm.data import images, json_files
-from nanovlm.files import listing
+from nanovlm.files import listing, replace_text
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,20 @@ class Reading:
             bare = lambda one: Path(folder, one.name) if isinstance(one, Path) else one
             self.items = [replace(item, media=tuple(map(bare, item.media))) for item in self.items]
         return self
+
+
+def short_names(paths):
+    """The ends of some paths, as long as it takes to tell them apart: list of str. Raises: ValueError for one twice."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"the same twice among {', '.join(map(str, paths))}")
+
+
+def write_json(path, value):
+    """Write a JSON value that people read."""
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_text(path):

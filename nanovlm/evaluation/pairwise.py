@@ -14,20 +14,16 @@ Elo is therefore averaged over shuffles. A game is (model, other model, outcome 
 
 import csv
 import itertools
-import json
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy
 
-from nanovlm.evaluation.protocols import ask_judge, fill
+from nanovlm.evaluation.items import short_names, write_json
+from nanovlm.evaluation.protocols import PROMPTS, ask_judge, fill
 from nanovlm.files import JsonLines
 
-WHICH = (  # our wording
-    "Question: QUESTION\n\nAnswer A: ANSWER_A\n\nAnswer B: ANSWER_B\n\n"
-    "Which of the two answers is better? Answer with A, B or tie."
-)
 SHUFFLES, DRAWS, PAIRED_DRAWS = 100, 100, 2000
 START, K, SCALE = 1000.0, 32.0, 400.0  # points
 
@@ -49,10 +45,7 @@ def read_answers(folders):
         raise ValueError(f"{len(found)} set of answers; a ranking needs two at least")
     if not set.intersection(*map(set, found.values())):
         raise ValueError(f"{', '.join(map(str, found))} have no question in common")
-    depth = 1
-    while len({path.parent.parts[-depth:] for path in found}) < len(found):
-        depth += 1
-    return {"/".join(path.parent.parts[-depth:]): answers for path, answers in found.items()}
+    return dict(zip(short_names([path.parent for path in found]), found.values()))
 
 
 def rank(folders, judge, judgements, out, batch_size=16, seed=0):
@@ -66,7 +59,7 @@ def rank(folders, judge, judgements, out, batch_size=16, seed=0):
         for item in answers[one].keys() & answers[other].keys():
             first, second = answers[one][item], answers[other][item]
             words = {"QUESTION": first["question"], "ANSWER_A": first["prediction"], "ANSWER_B": second["prediction"]}
-            asked[f"{item}|{one}|{other}"] = fill(WHICH, words)
+            asked[f"{item}|{one}|{other}"] = fill("\n".join(PROMPTS["which"]), words)
     told = ask_judge(dict(sorted(asked.items())), judge, judgements, out, batch_size)
     games, unread = [], 0
     for item, one, other in sorted((id.rsplit("|", 2) for id in asked), key="|".join):
@@ -80,8 +73,7 @@ def rank(folders, judge, judgements, out, batch_size=16, seed=0):
         waiting = len(asked.keys() - told)
         return [f"no pair has two readable judgements; {waiting} prompts wait in {out / 'judge_prompts.jsonl'}"]
     models = ranking(games, seed)
-    report = {"games": len(games), "unread": unread, "seed": seed, "models": models}
-    (out / "ranking.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out / "ranking.json", {"games": len(games), "unread": unread, "seed": seed, "models": models})
     lines = [f"{'model':<32}{'Bradley-Terry (95%)':>28}{'Elo (95%)':>24}{'wins':>8}{'games':>7}"]
     for model, one in models.items():
         names = "bradley-terry", "elo"

@@ -106,9 +106,8 @@ def chosen(item, place, **more):
 
 def judged(item, text, task):
     """Free words, and what a judge is asked about them: "" where there is no true answer (OwlEval)."""
-    form = {"score": WITH_SCORE, "share": GRADED}.get(task.way, IMPLIES) if item.answers else ""
     words = {"QUESTION": item.question, "PREDICTION": text, "GROUND_TRUTH": " or ".join(item.answers)}
-    return None, {"judge_prompt": fill(form, words)}
+    return None, {"judge_prompt": fill("\n".join(PROMPTS[task.way]), words) if item.answers else ""}
 
 
 def rotated(items):
@@ -243,28 +242,10 @@ def parse_science_qa(text, options):
 
 # Free answers judged by a language model: any function from a list of prompts to the list of its answers.
 #
-# Open-VQA asks whether an answer implies the true one (Lynx, arXiv:2307.02469, Sec. 3.1); video question answering with
-# a score asks for yes or no and a mark (Video-ChatGPT, arXiv:2306.05424).
+# "implies" is Open-VQA's question, word for word (Lynx, arXiv:2307.02469, Sec. 3.1). "score" asks for yes or no and a mark
+# (Video-ChatGPT, arXiv:2306.05424), "share" for a grade (MM-Vet, arXiv:2308.02490, Sec. 3.3), both in our wording.
 
-
-IMPLIES = (  # word for word as printed in the paper
-    'Given the question "QUESTION", does the answer "PREDICTION" imply the answer "GROUND_TRUTH"? '
-    "Answer with Yes or No."
-)
-WITH_SCORE = (  # our wording of Video-ChatGPT's request
-    'Question: "QUESTION"\nCorrect answer: "GROUND_TRUTH"\nPredicted answer: "PREDICTION"\n'
-    "Does the predicted answer mean the same as the correct answer? "
-    "Answer with yes or no, then with an integer score from 0 (nothing agrees) to 5 (everything agrees)."
-)
-GRADED = (  # MM-Vet's task (arXiv:2308.02490, Sec. 3.3) with our wording and examples
-    "Grade the prediction of a model against the ground truth by a number from 0.0 (wrong) to 1.0 (right) in steps of "
-    "0.1. <AND> in the ground truth joins what must all be said, <OR> joins what is right by itself.\n\n"
-    "Question: What are the roots?\nGround truth: -1 <AND> -5\nPrediction: x = 3\nGrade: 0.0\n\n"
-    "Question: What are the roots?\nGround truth: -1 <AND> -5\nPrediction: x = -1\nGrade: 0.5\n\n"
-    "Question: Which animal is it?\nGround truth: a lion cub <OR> a young lion\nPrediction: A young lion.\n"
-    "Grade: 1.0\n\n"
-    "Question: QUESTION\nGround truth: GROUND_TRUTH\nPrediction: PREDICTION\nGrade:"
-)
+PROMPTS = json.loads(Path(__file__).with_name("prompts.json").read_text())  # lists of lines
 
 
 def ask_judge(asked, judge, judgements, out, batch_size):
@@ -294,9 +275,13 @@ def ask_judge(asked, judge, judgements, out, batch_size):
 def judgement(text, way):
     """What a judge's words mean: {"verdict": bool or None = unreadable, "mark": number or None, "score": 0 to 1}."""
     if way == "share":
-        share = parse_share(text)
+        numbers = map(float, re.findall(r"(?<![\d.])\d+(?:\.\d+)?", text))
+        share = next((number for number in numbers if number <= 1), None)
         return {"verdict": None if share is None else share == 1, "mark": share, "score": share or 0.0}
-    verdict, mark = parse_score(text) if way == "score" else (parse_verdict(text), None)
+    verdict, mark = parse_verdict(text), None
+    if way == "score":  # yes or no anywhere, so that GPT's dictionaries are read. The paper says 1 to 5, its script 0 to 5
+        said = re.search(r"\b(yes|no)\b", text.lower())
+        verdict, mark = said and said[1] == "yes", whole_number(text, 0, 5)
     return {"verdict": verdict, "mark": mark, "score": float(verdict is True)}
 
 
@@ -305,17 +290,7 @@ def parse_verdict(text):
     return {"yes": True, "no": False}.get(parse_strict(text))
 
 
-def parse_score(text):
-    """(verdict as in `parse_verdict`, mark int or None): yes or no anywhere, and the first whole number from 0 to 5.
-
-    So plain words are read, and GPT's dictionaries. The paper says 1 to 5, its script 0 to 5.
-    """
-    verdict = re.search(r"\b(yes|no)\b", text.lower())
-    marks = re.findall(r"(?<![\d.])0*[0-5](?![\d]|\.\d)", text)
-    return (verdict[1] == "yes" if verdict else None), (int(marks[0]) if marks else None)
-
-
-def parse_share(text):
-    """The first number from 0 to 1 in the judge's words: float or None."""
-    numbers = map(float, re.findall(r"(?<![\d.])\d+(?:\.\d+)?", text))
-    return next((number for number in numbers if number <= 1), None)
+def whole_number(text, least, most):
+    """The first whole number of a text from `least` to `most`: int, or None."""
+    numbers = map(int, re.findall(r"(?<![\d.])\d+(?!\d|\.\d)", text))
+    return next((number for number in numbers if least <= number <= most), None)

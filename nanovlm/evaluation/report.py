@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from nanovlm.data import images
 from nanovlm.evaluation import yes_no
 from nanovlm.evaluation.captions import caption_scores
-from nanovlm.evaluation.items import Encoded
+from nanovlm.evaluation.items import Encoded, write_json
 from nanovlm.evaluation.protocols import LETTERS
 from nanovlm.recipes.nano_tests import Answer, sample_sheet, wilson
 
@@ -34,7 +34,7 @@ def write(folder, settings, task, predictions, reading, items):
         "classes": [dict(zip(("class", "answers", "share", "interval"), row)) for row in rows],
         "mean score": mean(predictions),
     }  # fmt: skip
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "report.json", report)
     name = f"{settings['task']}, {settings['model']}: {len(predictions)} answers, seed {settings['seed']}"
     lines = [name, "", *table(scores, rows)]
     if missing:

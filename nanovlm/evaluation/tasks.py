@@ -52,7 +52,7 @@ lettered = partial(Task, protocols.choice, prompt=LETTER, way="letter", parse=pa
 yes_no = partial(Task, protocols.yes_no)
 captioned = partial(Task, protocols.caption, readers.captions, DESCRIBE, report.captions, CAPTION_PRESETS)
 pope = partial(yes_no, readers.pope, SHORT, report.pope, submission=report.pope_submission)
-judged = partial(Task, protocols.judged, prompt=PLAIN, summarise=report.judged)
+judged = partial(Task, protocols.judged, prompt=PLAIN, way="implies", summarise=report.judged)
 
 TASKS = {
     "vqav2": vqa(readers.vqa, SHORT),

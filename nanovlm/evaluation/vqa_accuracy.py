@@ -8,7 +8,9 @@ by tens of points on some sets, so it is a variant here and not the default.
 """
 
 import functools
+import json
 import re
+from pathlib import Path
 
 VARIANTS = {
     "always": "normalise always, leave one annotator out by place (as TextVQA's own code does)",
@@ -25,26 +27,7 @@ PERIOD = re.compile(r"\.(?!\d)")  # the official expression means to spare "1." 
 STRIPPED_PERIODS = 32  # its count argument receives re.UNICODE by accident
 
 # Words that people write without their apostrophes. The official table, its slips included ("somebody'd" loses one).
-CONTRACTED = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
-    "isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've "
-    "shouldn't "
-    "somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's "
-    "they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's "
-    "where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"
-).split()
-TWICE = (  # either of the two apostrophes may be missing
-    "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've "
-    "there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've"
-).split()
-CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED}
-for _word in TWICE:
-    _first, _second, _third = _word.split("'")
-    CONTRACTIONS |= {f"{_first}{_second}'{_third}": _word, f"{_first}'{_second}{_third}": _word}
-CONTRACTIONS |= {
-    "somebody'd": "somebodyd", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at", "'ow'sat": "'ow's'at",
-    "yall'd've": "y'all'd've", "y'alld've": "y'all'd've", "y'all'dve": "y'all'd've",
-}  # fmt: skip
+CONTRACTIONS = json.loads(Path(__file__).with_name("contractions.json").read_text())
 
 
 def tidy(text):

@@ -9,9 +9,9 @@ single words).
 import random
 import re
 
-from nanovlm.vlit.descriptions import SEVERAL, counts, named_region, question
 from nanovlm.vlit.replies import PROMPTS, digest, prompt
 from nanovlm.vlit.samples import make_item
+from nanovlm.vlit.self_instruct import SEVERAL, counts, named_region, question
 from nanovlm.vlit.template import Rounds
 from nanovlm.vlit.words import plural
 
@@ -53,7 +53,7 @@ def responses(picture):
         if number != SEVERAL:
             found.append(("count", plural(name), str(number), [one.id for one in objects if one.value == name]))
     for one in objects:
-        told = [note for note in picture.of_kind("attribute") if note.of == one.id]
+        told = picture.attributes(one)
         if told and counts(objects)[one.value] == 1:
             found.append(("attribute", one.value, ", ".join(note.value for note in told), [note.id for note in told]))
     if texts:
@@ -63,7 +63,7 @@ def responses(picture):
 
 def region_response(picture, region):
     """What is in a marked box, as `responses` has it."""
-    ids = [region.id, *(note.id for note in picture.of_kind("attribute") if note.of == region.id)]
+    ids = [note.id for note in (region, *picture.attributes(region))]
     return "region", "", named_region(picture, region), ids
 
 

@@ -13,13 +13,14 @@ Which is which is found out from their keys. A record that cannot be read is a p
 nothing but itself.
 """
 
+import dataclasses
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanovlm.data.convert import commonest
-from nanovlm.data.json_files import elements, field as value_of, records, text_field
+from nanovlm.data.json_files import elements, field, records, text_field
 
 VOTES = 0.5  # share of the workers above which an object has an attribute, as in the authors' demo
 EITHER = re.compile(r"^[\w' -]+\bor\b[\w' -]+$", re.IGNORECASE)  # "yes or no" answers nothing
@@ -57,14 +58,17 @@ class Picture:
     file_name: str = ""
     width: int = 0
     height: int = 0
-    annotations: list = field(default_factory=list)
+    annotations: list = dataclasses.field(default_factory=list)
 
     def of_kind(self, kind):
         """Its annotations of a kind: list of Annotation."""
         return [one for one in self.annotations if one.kind == kind]
 
+    def attributes(self, thing):
+        """What is noted about one of its objects: list of Annotation."""
+        return [one for one in self.of_kind("attribute") if one.of == thing.id]
 
-@dataclass
+
 class Collection:
     """What came out of the files.
 
@@ -74,13 +78,9 @@ class Collection:
     categories or attributes; patches: of COCO Attributes -> id of an instance.
     """
 
-    pictures: dict = field(default_factory=dict)
-    problems: list = field(default_factory=list)
-    skipped: Counter = field(default_factory=Counter)
-    objects: dict = field(default_factory=dict)
-    questions: dict = field(default_factory=dict)
-    names: dict = field(default_factory=dict)
-    patches: dict = field(default_factory=dict)
+    def __init__(self):
+        self.pictures, self.problems, self.skipped = {}, [], Counter()
+        self.objects, self.questions, self.names, self.patches = {}, {}, {}, {}
 
     def picture(self, id, file_name="", width=0, height=0):
         """The picture of an id, made if there is none yet; what is known about it is added up."""
@@ -115,9 +115,10 @@ def add_section(found, path, key, add):
             try:
                 if isinstance(one.value, ValueError):
                     raise one.value
-                add(found, one.value, one.key, one.where)
+                add(found, one.value, one.key)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                found.problems.append(f"{one.where}: {str(error).removeprefix(f'{one.where}: ')}")
+                words = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
+                found.problems.append(f"{one.where}: {words.removeprefix(f'{one.where}: ')}")
     except ValueError as error:  # the file breaks off: what stood before is kept
         found.problems += [str(error)] * (str(error) not in found.problems)  # once for all its sections
 
@@ -170,49 +171,48 @@ def middle(box):
     return (left + right) / 2, (top + bottom) / 2
 
 
-def id_of(one, name, where):
-    """A field that holds an id: int or str."""
-    return value_of(one, name, (int, str), where)
+def id_of(one, name):
+    """A field that holds an id: str."""
+    return str(field(one, name, (int, str)))
 
 
-# Readers: function (Collection, record, its key, where)
+# Readers: function (Collection, record, its key)
 
 
-def add_image(found, one, key, where):
+def add_image(found, one, key):
     """A picture of COCO's, with its sides in pixels where they are told."""
-    size = (value_of({side: 0} | one, side, int, where) for side in ("width", "height"))
-    found.picture(id_of(one, "id", where), text_field(one, "file_name", where), *size)
+    sides = (field({side: 0} | one, side, int) for side in ("width", "height"))
+    found.picture(id_of(one, "id"), text_field(one, "file_name"), *sides)
 
 
-def add_caption(found, one, key, where):
+def add_caption(found, one, key):
     """A caption of COCO's."""
-    note = Annotation(f"caption/{id_of(one, 'id', where)}", "caption", text_field(one, "caption", where))
-    found.picture(id_of(one, "image_id", where)).annotations.append(note)
+    note = Annotation(f"caption/{id_of(one, 'id')}", "caption", text_field(one, "caption"))
+    found.picture(id_of(one, "image_id")).annotations.append(note)
 
 
-def add_name(found, one, key, where):
+def add_name(found, one, key):
     """A category of COCO's, or an attribute of COCO Attributes."""
-    found.names[value_of(one, "id", int, where)] = text_field(one, "name", where)
+    found.names[one["id"]] = text_field(one, "name")
 
 
-def add_instance(found, one, key, where):
+def add_instance(found, one, key):
     """A box of COCO's with its category, as an object of the picture."""
-    id, picture = id_of(one, "id", where), found.picture(id_of(one, "image_id", where))
-    category = value_of(one, "category_id", int, where)
+    id, picture, category = id_of(one, "id"), found.picture(id_of(one, "image_id")), one["category_id"]
     if category not in found.names:
         raise ValueError(f"category_id {category} is none of the file's {len(found.names)} categories")
-    box, is_crowd = share_box(value_of(one, "bbox", list, where), picture), bool(one.get("iscrowd", 0))
+    box, is_crowd = share_box(one["bbox"], picture), bool(one.get("iscrowd", 0))
     note = Annotation(f"object/{id}", "object", found.names[category], box=box, is_crowd=is_crowd)
     picture.annotations.append(note)
-    found.objects[str(id)] = picture, note
+    found.objects[id] = picture, note
 
 
-def add_patch(found, id, key, where):
+def add_patch(found, id, key):
     """Which object a patch of COCO Attributes shows."""
     found.patches[key] = str(id)
 
 
-def add_votes(found, votes, key, where):
+def add_votes(found, votes, key):
     """votes: the share of workers who see each attribute, in order of their ids."""
     names = [found.names[id] for id in sorted(found.names)]
     if not isinstance(votes, list) or len(votes) != len(names):
@@ -225,45 +225,44 @@ def add_votes(found, votes, key, where):
                             for name, share in zip(names, votes) if share > VOTES]  # fmt: skip
 
 
-def add_text(found, one, key, where):
+def add_text(found, one, key):
     """A legible text of COCO-Text with its box; others are counted as skipped."""
     characters = one.get("utf8_string", "").strip()
     if one.get("legibility", "legible") != "legible" or not characters:
         found.skipped["illegible texts"] += 1
         return
-    picture = found.picture(id_of(one, "image_id", where))
-    box = share_box(value_of(one, "bbox", list, where), picture)
-    picture.annotations.append(Annotation(f"ocr/{one.get('id', key)}", "ocr", characters, box=box))
+    picture = found.picture(id_of(one, "image_id"))
+    note = Annotation(f"ocr/{one.get('id', key)}", "ocr", characters, box=share_box(one["bbox"], picture))
+    picture.annotations.append(note)
 
 
-def add_question(found, one, key, where):
+def add_question(found, one, key):
     """A question of VQA, which waits for its answer."""
-    asked = id_of(one, "image_id", where), text_field(one, "question", where)
-    found.questions[str(id_of(one, "question_id", where))] = asked
+    found.questions[id_of(one, "question_id")] = id_of(one, "image_id"), text_field(one, "question")
 
 
-def add_answer(found, one, key, where):
+def add_answer(found, one, key):
     """The answer agreed on, or the commonest of the annotators'."""
-    id = str(id_of(one, "question_id", where))
+    id = id_of(one, "question_id")
     answers = [answer if isinstance(answer, str) else answer["answer"] for answer in one.get("answers", ())]
-    answer = one.get("multiple_choice_answer") or commonest(answers)
+    answer = (one.get("multiple_choice_answer") or commonest(answers)).strip()
     if id not in found.questions:
         raise ValueError(f"question_id {id} is a question in none of the files")
     image, question = found.questions.pop(id)
-    if EITHER.match(answer) or not answer.strip():
+    if EITHER.match(answer) or not answer:
         found.skipped["answers that leave it open"] += 1
     else:
-        found.picture(image).annotations.append(Annotation(f"vqa/{id}", "vqa", answer.strip(), question))
+        found.picture(image).annotations.append(Annotation(f"vqa/{id}", "vqa", answer, question))
 
 
-def add_described(found, one, key, where):
+def add_described(found, one, key):
     """{id, image, captions, instances: [{category, bbox in shares}]}."""
-    id, file_name = one["id"], text_field(one, "image", where)
-    notes = [Annotation(f"caption/{id}/{n}", "caption", text_field({"caption": words}, "caption", where))
+    id = one["id"]
+    notes = [Annotation(f"caption/{id}/{n}", "caption", text_field({"caption": words}, "caption"))
              for n, words in enumerate(one["captions"])]  # fmt: skip
-    notes += [Annotation(f"object/{id}/{n}", "object", text_field(box, "category", where), box=checked_box(box["bbox"]))
+    notes += [Annotation(f"object/{id}/{n}", "object", text_field(box, "category"), box=checked_box(box["bbox"]))
               for n, box in enumerate(one["instances"])]  # fmt: skip
-    found.picture(id, file_name).annotations += notes
+    found.picture(id, text_field(one, "image")).annotations += notes
 
 
 READERS = {  # form -> (what the first of its records has, {key of a section: reader}, the records last), in this order

@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanovlm.attention import Visible
-from nanovlm.vit import Block
 from nanovlm.vlit.words import tokens
 
 BUCKETS, WIDTH = 1 << 14, 256  # of the hashed grams; of the projection
@@ -30,7 +28,6 @@ ROUNDING = 1e-6  # of a cosine; it must not part a point from its copy
 TEMPERATURE, DROPOUT = 0.05, 0.1  # the paper's
 ROWS, CHANNELS, LONGEST = 4096, 64, 48  # rows of the embedding; channels; words of a sentence, the rest is cut
 STEPS, BATCH, RATE = 60, 64, 1e-3  # optimizer steps, sentences, Adam's
-
 
 
 def sklearn_module(name):
@@ -43,7 +40,7 @@ def sklearn_module(name):
 
 def pairs_of(words):
     """Pairs of neighbouring words: list of str."""
-    return [f"{one} {other}" for one, other in zip(words, words[1:])]
+    return list(map(" ".join, zip(words, words[1:])))
 
 
 def grams(text):
@@ -62,11 +59,10 @@ def tfidf_vectors(texts):
 
 
 def word_ids(texts):
-    """int[B, T], right padded with 0, and int[B] lengths; a text without words is one word of its own."""
+    """int[B, T], right padded with 0; a text without words is one word of its own."""
     words = [(tokens(text) or [repr(text)])[:LONGEST] for text in texts]
     rows = [[1 + zlib.crc32(word.encode("utf-8", "replace")) % (ROWS - 1) for word in row] for row in words]
-    padded = nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
-    return padded, torch.tensor(list(map(len, rows)))
+    return nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
 
 
 class SentenceEncoder(nn.Module):
@@ -86,18 +82,16 @@ class SentenceEncoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(ROWS, CHANNELS)
         self.positions = nn.Parameter(torch.randn(LONGEST, CHANNELS) * 0.02)
-        self.block = Block(CHANNELS, 4, 2 * CHANNELS)
+        self.block = nn.TransformerEncoderLayer(CHANNELS, 4, 2 * CHANNELS, DROPOUT, batch_first=True, norm_first=True)
         self.dropout = nn.Dropout(DROPOUT)
         self.project = nn.Linear(CHANNELS, CHANNELS)
 
-    def forward(self, ids, lengths):
-        """int[B, T], int[B] -> float[B, W] of length 1."""
-        inside = torch.arange(ids.shape[1]) < lengths[:, None]  # B T
+    def forward(self, ids):
+        """int[B, T] -> float[B, W] of length 1."""
+        inside = ids > 0  # B T
         x = self.dropout(self.embedding(ids) + self.positions[: ids.shape[1]])
-        visible = Visible(torch.zeros_like(ids), lengths[:, None].expand_as(ids))  # all words, no padding
-        x = self.dropout(self.block(x, visible, "sdpa"))
-        mean = (x * inside[..., None]).sum(1) / lengths[:, None]
-        return F.normalize(self.project(self.dropout(mean)), dim=-1)
+        x = self.block(x, src_key_padding_mask=~inside) * inside[..., None]
+        return F.normalize(self.project(x.sum(1) / inside.sum(1, keepdim=True)), dim=-1)
 
 
 def simcse_loss(first, second):
@@ -114,9 +108,9 @@ def train_encoder(texts, seed=0, steps=STEPS):
         optimizer = torch.optim.Adam(model.parameters(), RATE)
         for _ in range(steps if len(different) > 1 else 0):
             chosen = torch.randperm(len(different))[:BATCH].tolist()
-            ids, lengths = word_ids([different[place] for place in chosen])
+            ids = word_ids([different[place] for place in chosen])
             optimizer.zero_grad()
-            simcse_loss(model(ids, lengths), model(ids, lengths)).backward()
+            simcse_loss(model(ids), model(ids)).backward()
             optimizer.step()
     return model.eval()
 
@@ -125,7 +119,7 @@ def simcse_vectors(texts):
     """Vectors by an encoder trained on the texts themselves: list of N str -> float32[N, CHANNELS] of length 1."""
     model = train_encoder(texts)
     with torch.no_grad():
-        found = [model(*word_ids(texts[begin : begin + 256])) for begin in range(0, len(texts), 256)]
+        found = [model(word_ids(texts[begin : begin + 256])) for begin in range(0, len(texts), 256)]
     return torch.cat(found).numpy()
 
 

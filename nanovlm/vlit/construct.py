@@ -21,13 +21,12 @@ from tqdm import tqdm
 
 from nanovlm import files
 from nanovlm.data.images import ImageError, load, opened
-from nanovlm.evaluation.items import coco_picture
-from nanovlm.evaluation.items import picture as picture_path
+from nanovlm.evaluation.items import coco_picture, picture as picture_path, write_json
 from nanovlm.names import nearest
 from nanovlm.vlit import adaption, annotations, self_instruct
 from nanovlm.vlit.generators import add_generator_flags, drawing, open_generator
 from nanovlm.vlit.parsing import Unparsed, parse
-from nanovlm.vlit.replies import GeneratorError, Replies, Request, ask, digest
+from nanovlm.vlit.replies import GeneratorError, Recorded, digest
 from nanovlm.vlit.samples import defects, make_item, remarks, sample
 
 UNUSABLE = ("turns", "placeholders")  # defects with which a sample cannot be trained on; others become flags
@@ -84,13 +83,13 @@ def run(args):
         raise ValueError(f"no picture has an annotation in {', '.join(args.annotations)} and can be read{first}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    work = Work(args, generator, draw, Replies(out / "replies.jsonl"), failed)
+    work = Work(args, plans, draw, Recorded(generator, out / "replies.jsonl"), pictures, failed)
     try:
-        files.replace(out / "samples.jsonl", lambda path: work.write(path, pictures, plans))
+        files.replace(out / "samples.jsonl", work.write)
     except GeneratorError as error:
-        told = f"{len(work.replies)} answers are in {out / 'replies.jsonl'}, the same command goes on behind them"
+        told = f"{len(work.recorded.replies.places)} answers are in {out / 'replies.jsonl'}, the same command goes on behind them"
         raise GeneratorError(f"{error}; {told}") from error
-    return work.report(out, pictures, collection.skipped)
+    return work.report(out, collection.skipped)
 
 
 # Pictures and the boxes on them
@@ -152,40 +151,22 @@ def marked(picture, box):
 class Work:
     """One run: asks, parses, checks and counts.
 
-    failures: (kind, words) in order, keys of a dict, since some are met twice. counts: Counter of samples by (type,
-    plan). notes: Counter of what the parser, the linter and the generator had to say.
+    shown: list of (Picture, views). A view is (image as it stands in the file, path or "" if none is looked at, marked
+    Annotation or None): the picture as it is, then with each of some boxes. failures: list of (kind, words). counts:
+    Counter of samples by (type, plan). notes: Counter of what the parser and the linter had to say.
     """
 
-    def __init__(self, args, generator, draw, replies, failed):
-        self.args, self.generator, self.draw, self.replies = args, generator, draw, replies
-        self.failures, self.counts, self.notes = dict.fromkeys(failed), Counter(), Counter()
+    def __init__(self, args, plans, draw, recorded, pictures, failures):
+        self.args, self.plans, self.draw, self.recorded, self.failures = args, plans, draw, recorded, failures
+        self.counts, self.notes = Counter(), Counter()
+        self.shown = [(picture, self.views(picture, path)) for picture, path in pictures]
 
-    def write(self, path, pictures, plans):
-        """Make, check and write every sample. pictures: as of `find_pictures`."""
-        with open(path, "w", encoding="utf-8") as file:
-            for method, make in (("adapt", self.adapted), ("self-instruct", self.conversations)):
-                for item in make(pictures, plans) if self.args.method in (method, "both") else ():
-                    if self.check(item):
-                        file.write(json.dumps(item, ensure_ascii=False) + "\n")
-
-    def ask(self, requests, draw, total=None):
-        """Requests with their texts: iterator of (Request, list of str); what is refused becomes a failure."""
-        counts = Counter()
-        for request, texts in ask(requests, self.generator, draw, self.replies, counts, total):
-            if isinstance(texts, Exception):
-                self.failures["refused", f"{request.id}: {texts}"] = None
-            else:
-                yield request, texts
-        self.notes.update({f"requests {name}": number for name, number in counts.items()})
-
-    def views(self, picture, path, number):
-        """A picture as it is, then with each of at most `number` boxes, drawn into marked/.
-
-        Returns: list of (image as it stands in the file, path or "" if none is looked at, marked Annotation or None).
-        """
+    def views(self, picture, path):
+        """The views of a picture; its boxes are drawn into marked/."""
         image, drawn = os.path.relpath(path, self.args.out) if path else picture.file_name or f"{picture.id}.jpg", []
+        wanted = self.args.method != "self-instruct" or any(plan.granularity == "region" for plan in self.plans)
         try:
-            for region in regions(picture, number, self.args.seed):
+            for region in regions(picture, self.args.regions * wanted, self.args.seed):
                 name = f"marked/{picture.id}_{region.id.replace('/', '_')}.png"
                 place = Path(self.args.out, name)
                 if path and not place.exists():
@@ -193,79 +174,91 @@ class Work:
                     files.replace(place, lambda part, box=region.box: marked(path, box).save(part, format="PNG"))
                 drawn.append((name, str(place) if path else "", region))
         except (ValueError, OSError) as error:
-            self.failures["unreadable picture", str(error)], drawn = None, []
+            self.failures.append(("unreadable picture", str(error)))
+            drawn = []
         return [(image, path, None), *drawn]
 
-    def adaptions(self, pictures):
+    def write(self, path):
+        """Make, check and write every sample."""
+        with open(path, "w", encoding="utf-8") as file:
+            for method, make in (("adapt", self.adapted), ("self-instruct", self.conversations)):
+                for item in make() if self.args.method in (method, "both") else ():
+                    if self.check(item):
+                        file.write(json.dumps(item, ensure_ascii=False) + "\n")
+
+    def ask(self, requests, draw, total=None):
+        """(request, list of str) for each request, (Chat, id, …); what is refused becomes a failure."""
+        for request, texts in self.recorded.stream(requests, draw, total):
+            if isinstance(texts, Exception):
+                self.failures.append(("refused", f"{request[1]}: {texts}"))
+            else:
+                yield request, texts
+
+    def adaptions(self):
         """(sample id, adaption.responses' tuple, image) of everything that can be adapted."""
-        for picture, path in pictures:
-            (image, *_), *drawn = self.views(picture, path, self.args.regions)
+        for picture, ((image, *_), *drawn) in self.shown:
             for place, told in enumerate(adaption.responses(picture)):
                 yield f"{picture.id}/AA/{told[0]}/{place}", told, image
             for image, _, region in drawn:
                 yield f"{picture.id}/AA/region/{region.id}", adaption.region_response(picture, region), image
 
-    def adapted(self, pictures, plans):
+    def adapted(self):
         """Annotation adaption of every picture: iterator of items."""
         once, pools, written = replace(self.draw, n=1), adaption.POOLS, {}
         if self.args.more_instructions:
-            requests = [Request(f"instructions/{kind}", adaption.meta_chat(kind), kind) for kind in pools]
-            told = ((one.what, "".join(texts)) for one, texts in self.ask(requests, once))
-            new = {kind: adaption.more_instructions(kind, text) for kind, text in told}
+            told = self.ask(((adaption.meta_chat(kind), kind) for kind in pools), once)
+            new = {kind: adaption.more_instructions(kind, "".join(texts)) for (_, kind), texts in told}
             self.notes["instructions added"] = sum(map(len, new.values()))
             pools = {kind: seeds + new.get(kind, []) for kind, seeds in pools.items()}
         if self.args.answers == "sentences":
-            short = (one for one in self.adaptions(pictures) if one[1][0] in adaption.SHORT_KINDS)
-            requests = (Request(id, adaption.sentence_chat(*told)) for id, told, _ in short)
-            written = {one.id: "".join(texts).strip() for one, texts in self.ask(requests, once)}
-        for id, told, image in tqdm(self.adaptions(pictures), desc="adapting", unit="sample", disable=None):
+            short = ((adaption.sentence_chat(*told), id) for id, told, _ in self.adaptions()
+                     if told[0] in adaption.SHORT_KINDS)  # fmt: skip
+            written = {id: "".join(texts).strip() for (_, id), texts in self.ask(short, once)}
+        for id, told, image in tqdm(self.adaptions(), desc="adapting", unit="sample", disable=None):
             yield adaption.adapt(*told, id, image, pools, self.args.seed, written.get(id) or None)
 
-    def requests(self, pictures, plans):
-        """The request for every plan about every picture or marked region: iterator of Request."""
+    def requests(self):
+        """(Chat, id, image) for every plan about every picture or marked region."""
         args = self.args
-        number = args.regions * any(plan.granularity == "region" for plan in plans)
-        for picture, path in pictures:
-            views = self.views(picture, path, number)
-            for plan in plans:
-                for image, seen, region in views[1:] if plan.granularity == "region" else views[:1]:
+        for picture, (whole, *drawn) in self.shown:
+            for plan in self.plans:
+                for image, seen, region in drawn if plan.granularity == "region" else [whole]:
                     chat = self_instruct.chat(picture, plan, region, args.description, args.lines, args.seed, seen)
-                    place = f"/{region.id}" if region else ""
-                    yield Request(f"{picture.id}/SI/{plan.name}{place}", chat, image)
+                    yield chat, f"{picture.id}/SI/{plan.name}{f'/{region.id}' if region else ''}", image
 
-    def conversations(self, pictures, plans):
+    def conversations(self):
         """Self-instruct: iterator of items."""
-        total = len(pictures) * len(plans)  # about
-        for request, texts in self.ask(self.requests(pictures, plans), self.draw, total):
+        total = len(self.shown) * len(self.plans)  # about
+        for request, texts in self.ask(self.requests(), self.draw, total):
             for index, text in enumerate(texts):
                 if text in texts[:index]:
                     self.notes["answers drawn twice"] += 1
-                elif item := self.conversation(request, index, text):
+                elif item := self.conversation(*request, index, text):
                     yield item
 
-    def conversation(self, request, index, text):
+    def conversation(self, chat, id, image, index, text):
         """One drawn answer as an item, or None if no conversation is found in it."""
-        (plan, picture, region), id = request.chat.material, f"{request.id}/{index}"
+        (plan, picture, region), id = chat.material, f"{id}/{index}"
         try:
             parsed = parse(text)
         except Unparsed as error:
-            self.failures[f"unparsed: {error.reason}", f"{id}: {text[:200]!r}"] = None
+            self.failures.append((f"unparsed: {error.reason}", f"{id}: {text[:200]!r}"))
             return None
         self.notes.update(f"parsed although {note}" for note in parsed.notes)
         origin = {
-            "generator": self.generator.name, "plan": plan.name, "prompt_sha": request.chat.sha, "seed": self.draw.seed,
+            "generator": self.recorded.name, "plan": plan.name, "prompt_sha": chat.sha, "seed": self.draw.seed,
             "temperature": self.draw.temperature, "index": index, "annotation_ids": [one.id for one in picture.annotations],
             "region": region and list(region.box),
         }  # fmt: skip
         texts = [words for _, words in parsed.turns]
-        return make_item(id, request.what, texts, plan.task, "SI", plan.granularity, origin)
+        return make_item(id, image, texts, plan.task, "SI", plan.granularity, origin)
 
     def check(self, item):
         """Flag what an item breaks. Returns: whether it can be trained on; if not, that is a failure."""
         one = sample(item)
         broken = defects(one)
         if unusable := [f"{rule}: {words}" for rule, words in broken if rule in UNUSABLE]:
-            self.failures["unusable", f"{one.id}: {'; '.join(unusable)}"] = None
+            self.failures.append(("unusable", f"{one.id}: {'; '.join(unusable)}"))
             return False
         softer = remarks(one) if item["type"] == "SI" else []
         if flags := list(dict.fromkeys(rule for rule, _ in broken + softer)):
@@ -274,20 +267,21 @@ class Work:
         self.counts[item["type"], one.plan] += 1
         return True
 
-    def report(self, out, pictures, skipped):
+    def report(self, out, skipped):
         """Write failures.jsonl and report.json: list of str, what to print."""
         lines = [json.dumps({"kind": kind, "what": words}, ensure_ascii=False) for kind, words in self.failures]
         files.replace_text(out / "failures.jsonl", "".join(f"{line}\n" for line in lines))
+        asked = {f"requests {name}": number for name, number in self.recorded.counts.items()}
         counts = {
-            "annotations": Counter(one.kind for picture, _ in pictures for one in picture.annotations),
+            "annotations": Counter(one.kind for picture, _ in self.shown for one in picture.annotations),
             "samples": {f"{method} {plan}": number for (method, plan), number in sorted(self.counts.items())},
-            "failures": Counter(kind for kind, _ in self.failures), "notes": self.notes, "skipped": skipped,
-            "usage": dict(getattr(self.generator, "usage", {})),
+            "failures": Counter(kind for kind, _ in self.failures), "notes": self.notes | asked, "skipped": skipped,
+            "usage": dict(getattr(self.recorded.generator, "usage", {})),
         }  # fmt: skip
-        report = {"pictures": len(pictures)} | counts | {"settings": vars(self.args)}
-        files.replace_text(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        told = [f"{kind}: {words}" for kind, words in self.failures][:SHOWN]
+        report = {"pictures": len(self.shown)} | counts | {"settings": vars(self.args)}
+        write_json(out / "report.json", report)
+        told = [f"{kind}: {words}" for kind, words in self.failures[:SHOWN]]
         told += [f"… and {len(lines) - SHOWN} more in {out / 'failures.jsonl'}"] if len(lines) > SHOWN else []
         told += [f"{name}: " + ", ".join(f"{key} {number}" for key, number in counted.items())
                  for name, counted in counts.items() if counted]  # fmt: skip
-        return [*told, f"{self.counts.total()} samples of {len(pictures)} pictures in {out / 'samples.jsonl'}"]
+        return [*told, f"{self.counts.total()} samples of {len(self.shown)} pictures in {out / 'samples.jsonl'}"]

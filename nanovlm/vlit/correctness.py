@@ -99,11 +99,10 @@ def facts_of(pictures):
         names |= COCO  # its annotators looked for all 80
     found = {}
     for picture in pictures:
-        noted, objects = {}, picture.of_kind("object")
-        for one in picture.of_kind("attribute"):
-            noted.setdefault(one.of, set()).update(tokens(one.value))
-        things = [Thing(one.value.lower(), frozenset(tokens(one.value)) | noted.get(one.id, set()), one.box)
-                  for one in objects if not one.is_crowd]  # fmt: skip
+        things, objects = [], picture.of_kind("object")
+        for one in (one for one in objects if not one.is_crowd):
+            words = tokens(" ".join(note.value for note in (one, *picture.attributes(one))))
+            things.append(Thing(one.value.lower(), frozenset(words), one.box))
         crowds = frozenset(one.value.lower() for one in objects if one.is_crowd)
         found |= dict.fromkeys(keys_of(picture), Facts(tuple(things), names, crowds))
     return found

@@ -11,29 +11,34 @@ dropped.jsonl (every other record with its reasons, unreadable ones as they stoo
 which the same command goes on after an interruption.
 """
 
+import hashlib
 import itertools
 import json
 import os
 import random
 import sys
 import zlib
+from array import array
 from collections import Counter
 from pathlib import Path
 
 import numpy
-from tqdm import tqdm
 
 from nanovlm import files
 from nanovlm.data import json_files
+from nanovlm.evaluation.items import write_json
 from nanovlm.vlit import quality, tagging
 from nanovlm.vlit.correctness import known, verify
-from nanovlm.vlit.duplicates import Index
 from nanovlm.vlit.indicators import judge_pairs, measure, pictures_of, proxy
 from nanovlm.vlit.matching import BATCH
 from nanovlm.vlit.samples import MISSING, Unreadable, defects, read, text_of
 from nanovlm.vlit.words import tokens
 
 ORDER = ("unreadable", "defect", "duplicate", "wrong", "mismatch", "task cap", "response cap")
+HASHES, BAND = 32, 4  # hash functions; rows of a band: pairs above a Jaccard of (4/32)^(1/4) = 0.6 mostly meet in one
+PRIME = (1 << 31) - 1
+_rng = numpy.random.default_rng(0)
+FACTORS, OFFSETS = (_rng.integers(1, PRIME, HASHES, dtype=numpy.uint64) for _ in range(2))
 
 
 def add_flags(parser):
@@ -79,7 +84,7 @@ def run(args):
         told.append(f"{'indicator':<12}{'before':>10}{'after':>10}")
         told += [f"{key:<12}{quality.number(value)}{quality.number(report['after'][key])}"
                  for key, value in report["before"].items()]  # fmt: skip
-    quality.write_json(out / "report.json", report)
+    write_json(out / "report.json", report)
     if not counts["kept"]:
         sys.exit("\n".join([*told, f"no record is kept; the first is {reasons[0][0]}; all in {out / 'dropped.jsonl'}"]))
     return [*told, f"written to {out}: kept.jsonl, dropped.jsonl, report.json"]
@@ -93,46 +98,42 @@ def score(path, root, args, settings, helpers):
     index = Index(None if args.exact_only else args.near)
     written = files.JsonLines(Path(args.out) / "scores.jsonl", made_of)
     rows, sound = list(written), []
-    waiting = itertools.islice(tqdm(read(path), desc="score", unit="record", disable=None), len(rows), None)
+    waiting = itertools.islice(read(path, "score"), len(rows), None)
     while batch := [sample for _, sample in itertools.islice(waiting, BATCH)]:
         new = score_batch(batch, root, settings, helpers)
         written.add(*new)
         rows += new
-    again = tqdm(read(path), desc="duplicates", unit="record", disable=None)
-    for number, (row, (_, sample)) in enumerate(zip(rows, again)):
-        if "defects" not in row and not isinstance(sample, Unreadable):  # what goes anyway is no original
+    for number, (row, (_, sample)) in enumerate(zip(rows, read(path, "duplicates"))):
+        if not row["reasons"]:  # what goes anyway is no original
             index.add(sample)
             sound.append(number)
     for later, (first, why) in index.duplicates().items():
-        rows[sound[later]]["duplicate"] = f"{why} of record {sound[first] + 1}"
+        rows[sound[later]]["reasons"].append(f"duplicate: {why} of record {sound[first] + 1}")
     return rows
 
 
 def score_batch(batch, root, settings, helpers):
-    """The scores of some samples: list of dict."""
+    """The scores of some samples: list of dict. reasons: why it goes, as far as the sample alone decides."""
     rows, sound = [], []
     for sample in batch:
-        if isinstance(sample, Unreadable):
-            rows.append({"unreadable": str(sample)})
+        broken = [f"{rule}: {words}" for rule, words in defects(sample, root)]
+        row = {"reasons": broken if isinstance(sample, Unreadable) else [f"defect: {words}" for words in broken]}
+        rows.append(row)
+        if broken:
             continue
-        pairs = sample.pairs
-        row = {
+        pairs, facts = sample.pairs, known(sample, helpers.facts or {})
+        sound.append((row, sample))
+        row |= {
             "task": tagging.task_of(sample, pairs[0][0], settings.task_field) if pairs else "",
             "said": zlib.crc32(" ".join(tokens(" ".join(sample.responses))).encode()),
             "complexity": max((proxy(asked, len(pairs)) for asked, _ in pairs), default=0.0),
-        }
-        rows.append(row)
-        if broken := defects(sample, root):
-            row["defects"] = [f"{rule}: {words}" for rule, words in broken]
-            continue
-        sound.append((row, sample))
-        if facts := known(sample, helpers.facts or {}):
-            row["verdicts"] = [verify(*pair, facts) for pair in pairs]
+            "verdicts": [verify(*pair, facts) for pair in pairs] if facts else [], "votes": [],
+        }  # fmt: skip
     if helpers.judge:
         pairs = [(row, (sample, *pair)) for row, sample in sound for pair in sample.pairs]
         votes = judge_pairs([pair for _, pair in pairs], helpers, root, settings)
         for (row, _), vote in zip(pairs, votes):
-            row.setdefault("votes", []).extend(vote[:1] if vote else [])
+            row["votes"] += vote[:1] if vote else []
     seen = [(row, sample) for row, sample in sound if sample.images and sample.pairs]
     if helpers.encoder and seen:
         texts = [" ".join(answer for _, answer in sample.pairs) for _, sample in seen]
@@ -147,9 +148,7 @@ def decide(scores, args):
     reasons, degrees = [], [row["matching"] for row in scores if "matching" in row]
     least = numpy.percentile(degrees, args.matching_percentile) if degrees else None
     for row in scores:
-        why = [f"unreadable: {row['unreadable']}"] if "unreadable" in row else []
-        why += [f"defect: {words}" for words in row.get("defects", ())]
-        why += [f"duplicate: {row['duplicate']}"] if "duplicate" in row else []
+        why = list(row["reasons"])
         for by, key in (("rule", "verdicts"), ("the judge's majority", "votes")):
             rounds = enumerate(row.get(key, ()), start=1)
             why += [f"wrong: round {place}, by {by}" for place, right in rounds if right is False]
@@ -158,23 +157,17 @@ def decide(scores, args):
             why.append(f"mismatch: matching degree {row['matching']:.2f} below {least:.2f}, {percentile}")
         reasons.append(why)
     for limit, key, name in ((args.per_task, "task", "task cap"), (args.per_response, "said", "response cap")):
-        if limit is not None:
-            _cap(reasons, scores, limit, key, name, args)
+        lots, groups = random.Random(f"{args.seed}/{name}"), {}
+        for row, why in zip(scores, reasons) if limit is not None else ():
+            if not why:
+                spared = args.keep_complex is not None and row["complexity"] >= args.keep_complex
+                groups.setdefault(row[key], []).append((not spared, lots.random(), why))
+        for group, members in groups.items():
+            told = f"task {group!r}" if key == "task" else "this response"
+            for capped, _, why in sorted(members, key=lambda member: member[:2])[limit:]:
+                if capped:
+                    why.append(f"{name}: {len(members)} samples of {told}, {limit} are kept")
     return reasons
-
-
-def _cap(reasons, scores, limit, key, name, args):
-    """Give all but `limit` of the records left in each group a reason, by lot; the --keep-complex ones stay."""
-    lots, groups = random.Random(f"{args.seed}/{name}"), {}
-    for row, why in zip(scores, reasons):
-        if not why:
-            spared = args.keep_complex is not None and row["complexity"] >= args.keep_complex
-            groups.setdefault(row[key], []).append((not spared, lots.random(), why))
-    for group, members in groups.items():
-        told = f"task {group!r}" if key == "task" else "this response"
-        for capped, _, why in sorted(members, key=lambda member: member[:2])[limit:]:
-            if capped:
-                why.append(f"{name}: {len(members)} samples of {told}, {limit} are kept")
 
 
 def write(path, out, reasons):
@@ -183,23 +176,77 @@ def write(path, out, reasons):
     Raises: ValueError if the file has changed meanwhile; nothing is replaced then.
     """
 
-    def lines(kept):
-        for element, why in itertools.zip_longest(json_files.records(path), reasons):
-            if element is None or why is None:
-                raise ValueError(f"{path} has changed while it was filtered: no longer {len(reasons)} records")
-            record = element.value
-            if why:
-                told = {"text": text_of(path, element)} if isinstance(record, ValueError) else {"record": record}
-                record = {"where": element.where, "reasons": why} | told
-            if kept != bool(why):
-                yield json.dumps(record, ensure_ascii=False) + "\n"
+    def save(kept_path, dropped_path):
+        with open(kept_path, "w", encoding="utf-8") as kept, open(dropped_path, "w", encoding="utf-8") as dropped:
+            for element, why in itertools.zip_longest(json_files.records(path), reasons):
+                if element is None or why is None:
+                    raise ValueError(f"{path} has changed while it was filtered: no longer {len(reasons)} records")
+                record = element.value
+                if why:
+                    told = {"text": text_of(path, element)} if isinstance(record, ValueError) else {"record": record}
+                    record = {"where": element.where, "reasons": why} | told
+                (dropped if why else kept).write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def save(temporary, kept):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(lines(kept))
-
-    for name, kept in (("kept", True), ("dropped", False)):
-        files.replace(out / f"{name}.jsonl", lambda temporary, kept=kept: save(temporary, kept))
+    kept, dropped = (out / f"{name}.jsonl" for name in ("kept", "dropped"))
+    files.replace(kept, lambda one: files.replace(dropped, lambda other: save(one, other)))
     counts = Counter(why[0].partition(":")[0] if why else "kept" for why in reasons)
     dropped = {why: counts[why] for why in ORDER if counts[why]}
     return {"records": len(reasons), "kept": counts["kept"], "dropped": dropped}
+
+
+# Samples that say the same, exactly or nearly, in a million of them
+#
+# Near: the share of common word triples (Jaccard) of two texts, estimated by MinHash: of many hash functions, how often
+# both texts have the same least hash (Broder, SEQUENCES 1997). Only texts that agree in a whole band of hashes are
+# compared (banding: Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, Sec. 3.4). Memory: 136 bytes a sample.
+
+
+def digest(text):
+    """int of 64 bits."""
+    return int.from_bytes(hashlib.blake2s(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+
+
+def signature(words):
+    """MinHash of the word triples of a text: uint32[HASHES]. words: list of str."""
+    triples = {" ".join(words[place : place + 3]) for place in range(max(1, len(words) - 2))}
+    hashes = numpy.array([digest(triple) % PRIME for triple in triples], dtype=numpy.uint64)
+    return ((hashes[:, None] * FACTORS + OFFSETS) % PRIME).min(0).astype(numpy.uint32)
+
+
+class Index:
+    """All samples offered to it. near: least estimated Jaccard of two that count as one; None = exact ones only."""
+
+    def __init__(self, near=0.9):
+        if near is not None and not 0 < near <= 1:
+            raise ValueError(f"near duplicates share between 0 and 1 of their word triples, not {near}")
+        self.near, self.exact, self.pictures, self.signatures = near, array("Q"), array("Q"), array("I")
+
+    def add(self, sample):
+        """Note a sample: its pictures and all that is said. Near duplicates show the same pictures."""
+        pictures = "|".join(sample.images)
+        said = [(role, tokens(text)) for role, text in sample.turns]
+        self.exact.append(digest(f"{pictures} {said}"))
+        if self.near is not None:
+            self.pictures.append(digest(pictures))
+            self.signatures.frombytes(signature(sum((words for _, words in said), [])).tobytes())
+
+    def duplicates(self):
+        """{number of a sample: (number of the earliest one that it repeats, "exact duplicate" or "near duplicate")}."""
+        exact, pictures, table = map(numpy.asarray, (self.exact, self.pictures, self.signatures))
+        found = {later: (first, "exact duplicate") for first, later in _groups(exact)}
+        table = table.reshape(-1, HASHES)
+        for band in range(0, HASHES if self.near else 0, BAND):
+            keys = pictures.copy()
+            for column in table[:, band : band + BAND].T:
+                keys = keys * numpy.uint64(0x9E3779B97F4A7C15) + column  # wraps around, as hashes may
+            for first, later in _groups(keys):
+                same = pictures[first] == pictures[later] and (table[first] == table[later]).mean() >= self.near
+                if later not in found and same:
+                    found[later] = (found.get(first, (first,))[0], "near duplicate")
+        return found
+
+
+def _groups(keys):
+    """(first, later) of every member but the first of each group of equal keys, as int."""
+    _, places, group = numpy.unique(keys, return_index=True, return_inverse=True)
+    return ((first, later) for later, first in enumerate(places[group].tolist()) if first < later)

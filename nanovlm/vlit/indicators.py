@@ -19,6 +19,7 @@ Differs from the paper:
   grounding precision needs no model: of the things that a response names, the share that annotators saw in the picture.
 """
 
+import itertools
 import math
 import random
 import re
@@ -32,7 +33,7 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
-from nanovlm.evaluation.protocols import parse_verdict
+from nanovlm.evaluation.protocols import parse_verdict, whole_number
 from nanovlm.recipes.nano_tests import wilson
 from nanovlm.vlit import tagging
 from nanovlm.vlit.clustering import cooccurrence, dbscan, distinct_2, ego_splitting, sklearn_module
@@ -41,7 +42,7 @@ from nanovlm.vlit.correctness import known, verify
 from nanovlm.vlit.matching import BATCH
 from nanovlm.vlit.replies import prompt
 from nanovlm.vlit.samples import Unreadable, defects, picture, read
-from nanovlm.vlit.words import COLORS, LEXICON, RELATIONS, content, named, number, tokens
+from nanovlm.vlit.words import COLORS, LEXICON, RELATIONS, content, load_table, named, number, tokens
 
 PROPOSED = 200  # instructions from which a language model proposes task labels
 FLAGS = {  # of Settings: whole numbers from 1 on
@@ -59,7 +60,7 @@ MARKED = re.compile(r"\b(?:boxed|circled|marked|highlighted|outlined)\b", re.IGN
 RELATION = re.compile(rf"\b(?:{'|'.join(sorted(RELATIONS, key=len, reverse=True))})\b")
 REASONING = re.compile(r"\b(?:why|how|explain|reason|compare|infer|imply|suggest|might|[cw]ould|if|because|purpose)\b")
 CLAUSE = re.compile(r"[,;:]|\b(?:and|or|but|while|which|that|because|if|when|who|where)\b")
-NUMBER = re.compile(r"(?<![\d.])\d+(?![\d]|\.\d)")
+HOW = load_table("indicators.json")  # in words, for the report
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Settings:
 class Helpers:
     """What measuring needs beside the data set, as far as there is any.
 
-    facts: as of correctness.facts_of. encoder: matching.Encoder. judge: replies.Judge.
+    facts: as of correctness.facts_of. encoder: matching.Encoder. judge: replies.Recorded.
     embed: list of N str -> float32[N, D] of length 1. lexicon: names of things.
     describe: function Sample -> str, for a judge that sees no pictures.
     """
@@ -166,46 +167,15 @@ class Reservoir:
             self.kept[place] = one
 
 
-class Mean:
-    """A running mean with its 95% interval (Welford, Technometrics 4 (1962)); mean: None before the first value."""
-
-    def __init__(self, values=()):
-        self.count, self.mean, self.squares = 0, None, 0.0
-        for value in values:
-            self.add(value)
-
-    def add(self, value):
-        self.count += 1
-        before = self.mean or 0.0
-        self.mean = before + (value - before) / self.count
-        self.squares += (value - before) * (value - self.mean)
-
-    def interval(self):
-        """(low, high), or None for fewer than two values."""
-        if self.count < 2:
-            return None
-        reach = 1.96 * (self.squares / (self.count - 1) / self.count) ** 0.5
-        return self.mean - reach, self.mean + reach
-
-
 def count_records(path):
     """How many samples of a file can be read: int."""
-    stream = tqdm(read(path), desc=f"count {path}", unit="record", disable=None)
-    return sum(not isinstance(value, Unreadable) for _, value in stream)
+    return sum(not isinstance(value, Unreadable) for _, value in read(path, "count"))
 
 
 def chosen(stream, total, size, seed):
-    """A random choice of `size` out of `total` samples, in their order; what cannot be read passes through.
-
-    Source: selection sampling, Knuth, The Art of Computer Programming 2, Sec. 3.4.2, algorithm S.
-    """
-    rng, left, wanted = random.Random(seed), total, size
-    for where, value in stream:
-        readable = not isinstance(value, Unreadable)
-        if not readable or rng.random() * left < wanted:
-            wanted -= readable
-            yield where, value
-        left -= readable
+    """A random choice of `size` out of `total` samples, in their order; what cannot be read passes through."""
+    drawn, number = set(random.Random(seed).sample(range(total), size)), itertools.count()
+    return ((where, one) for where, one in stream if isinstance(one, Unreadable) or next(number) in drawn)
 
 
 class Survey:
@@ -215,35 +185,35 @@ class Survey:
     tasks: {task: pairs}. labels: the same, and by_task: {task: some of its instructions}; by a judge if there is one.
     defects: {rule: samples that break it}. problems: (where, words) of the first NAMED unreadable or defective samples.
     pairs: list of (Sample, instruction, response), responses: Reservoir of str, both drawn at random.
-    words: Counter of response lengths, in words. elements, proxies: Mean. seconds: {key of an indicator: float}.
+    words: {words of a response: responses}. elements, proxies: {value: instructions}, of which there are few different.
+    seconds: {key of an indicator: float}.
     """
 
     def __init__(self, path, settings=Settings(), root=None, helpers=Helpers()):
         self.settings, self.root, self.helpers, seed = settings, root, helpers, settings.seed
         self.records = self.unreadable = self.defective = 0
-        self.tasks, self.defects, self.words, self.seconds = (Counter() for _ in range(4))
-        self.elements, self.proxies, self.problems, drawn = Mean(), Mean(), [], {}
+        self.tasks, self.defects, self.words, self.elements, self.proxies, self.seconds = (Counter() for _ in range(6))
         self.responses, pairs = Reservoir(settings.responses * settings.draws, seed), Reservoir(settings.kept, seed)
-        stream = read(path)
+        self.problems, drawn = [], {}
+        stream = read(path, "read")
         if settings.size is not None:
             total = count_records(path)
             if total < settings.size:
                 raise ValueError(f"{path} holds {total} readable samples; {settings.size} were asked for")
             stream = chosen(stream, total, settings.size, seed)
-        for where, sample in tqdm(stream, desc=f"read {path}", unit="record", total=settings.size, disable=None):
+        for where, sample in stream:
+            broken = defects(sample, root, decode=False)
+            self.problems += [(where, f"{rule}: {words}") for rule, words in broken][: NAMED - len(self.problems)]
             if isinstance(sample, Unreadable):
                 self.unreadable += 1
-                self.note(where, [("unreadable", str(sample))])
                 continue
-            broken = defects(sample, root, decode=False)
-            self.note(where, broken)
             self.records += 1
             self.defective += bool(broken)
             self.defects.update({rule for rule, _ in broken})
             for instruction, response in sample.pairs:
                 task = self.timed("T", tagging.task_of, sample, instruction, settings.task_field)
-                self.elements.add(self.timed("O/G", elements, instruction, helpers.lexicon))
-                self.proxies.add(self.timed("IC", proxy, instruction, len(sample.pairs)))
+                self.elements[self.timed("O/G", elements, instruction, helpers.lexicon)] += 1
+                self.proxies[self.timed("IC", proxy, instruction, len(sample.pairs))] += 1
                 self.tasks[task] += 1
                 if len(self.tasks) > MOST_TASKS:
                     raise ValueError(f"more than {MOST_TASKS} different tasks, the last {task!r}; leave out --task-field")
@@ -259,9 +229,6 @@ class Survey:
             raise ValueError(f"{path}: no instruction with a response in {self.records} readable samples{first}")
         self.pairs, self.labels, self.by_task = pairs.kept, self.tasks, {task: one.kept for task, one in drawn.items()}
 
-    def note(self, where, broken):
-        self.problems += [(where, f"{rule}: {words}") for rule, words in broken][: NAMED - len(self.problems)]
-
     def timed(self, key, function, *args):
         """Call a function on the account of an indicator."""
         start = time.perf_counter()
@@ -273,24 +240,29 @@ class Survey:
 # The indicators: function Survey -> Indicator
 
 
-def mean_of(key, name, how, told, beside={}):
-    """The Indicator that is a Mean."""
-    return Indicator(key, name, told.mean, how, told.count, told.interval(), beside)
+def mean_of(key, name, how, values, beside={}):
+    """The Indicator that is a mean, with its interval. values: some, or {value: how often}."""
+    counts = Counter(values)
+    number = counts.total()
+    if not number:
+        return Indicator(key, name, None, how, beside=beside)
+    mean = sum(value * count for value, count in counts.items()) / number
+    squares = sum(count * (value - mean) ** 2 for value, count in counts.items())
+    reach = 1.96 * (squares / (number - 1) / number) ** 0.5 if number > 1 else math.nan
+    return Indicator(key, name, mean, how, number, (mean - reach, mean + reach) if number > 1 else None, beside)
 
 
 def matching_degree(found):
     """MD: how near picture and response lie by an encoder of both."""
     encoder, scores = found.helpers.encoder, []
     if encoder is None:
-        return Indicator("MD", "MD", None, "not measured: no --encoder FOLDER of a CLIP or of a model trained here")
+        return Indicator("MD", "MD", None, HOW["MD absent"])
     told = [(pictures_of(sample, found.root), response) for sample, _, response in found.pairs]
     seen = [pair for pair in told if all(pair)]
     for begin in tqdm(range(0, len(seen), BATCH), desc="matching degree", unit="batch", disable=None):
         scores += encoder.match(*map(list, zip(*seen[begin : begin + BATCH])))
-    how = ("mean of 100 · cosine of picture and response; longer responses by sentences, averaged; of several pictures "
-           "the closest")  # fmt: skip
     missing = sum(pictures is None for pictures, _ in told)
-    return mean_of("MD", encoder.name, how, Mean(scores), {"pictures missing": missing})
+    return mean_of("MD", encoder.name, HOW["MD"], scores, {"pictures missing": missing})
 
 
 def pictures_of(sample, root):
@@ -305,11 +277,11 @@ def grounding(found):
     """Share of the names in a response that the picture's annotations hold; None without annotations."""
     if not found.helpers.facts:
         return None
-    shares = [grounding_precision(response, facts) for sample, _, response in found.pairs
-              if (facts := known(sample, found.helpers.facts))]  # fmt: skip
-    how = "percent of the annotated names in a response that its picture's annotations hold; no matching degree"
-    told = Mean(100 * share for share in shares if share is not None)
-    return mean_of("grounding", "grounding precision", how, told, {"pairs that name nothing known": shares.count(None)})
+    told = [(response, known(sample, found.helpers.facts)) for sample, _, response in found.pairs]
+    shares = [grounding_precision(response, facts) for response, facts in told if facts]
+    values = [100 * share for share in shares if share is not None]
+    beside = {"pairs that name nothing known": shares.count(None)}
+    return mean_of("grounding", "grounding precision", HOW["grounding"], values, beside)
 
 
 def grounding_precision(response, facts):
@@ -321,20 +293,18 @@ def grounding_precision(response, facts):
 
 def correctness(found):
     """C: share of right answers, by the votes of a judge, or without one by rules where annotations decide."""
-    judge, settings, facts = found.helpers.judge, found.settings, found.helpers.facts or {}
+    judge, facts, how = found.helpers.judge, found.helpers.facts or {}, HOW["C"]
     if not judge and not facts:
-        return Indicator("C", "correctness", None, "not measured: neither --annotations nor --judge")
+        return Indicator("C", "correctness", None, HOW["C absent"])
     told = [(question, answer, known(sample, facts)) for sample, question, answer in found.pairs]
     decided = [verdict for *pair, one in told if one and (verdict := verify(*pair, one)) is not None]
-    how = "percent right of the pairs that rules can decide from annotations; coverage: their share of all pairs"
     beside = {"coverage": len(decided) / len(told)}
     if judge:
         ruled = {"by rule": 100 * sum(decided) / len(decided), "coverage of rules": beside["coverage"]} if decided else {}
-        votes = judge_pairs(found.pairs, found.helpers, found.root, settings)
+        votes = judge_pairs(found.pairs, found.helpers, found.root, found.settings)
         missing, votes = votes.count(None), [vote for vote in votes if vote]
         decided = [right for right, _, _ in votes if right is not None]
-        how = (f"percent of pairs that {judge.name} finds right: majority of {settings.votes} answers drawn at "
-               f"temperature {settings.temperature}; of a random sample")  # fmt: skip
+        how = HOW["C judged"].format(judge=judge.name, **vars(found.settings))
         beside = {
             "pictures missing": missing, "agreement": sum(share for _, share, _ in votes) / max(1, len(votes)),
             "undecided": len(votes) - len(decided), "unreadable votes": sum(number for _, _, number in votes),
@@ -380,100 +350,66 @@ def _judged(pair, helpers, root):
 def task_diversity(found):
     """T: how many different tasks the pairs belong to."""
     judge, settings = found.helpers.judge, found.settings
-    if settings.task_field:
-        how = "the samples' own field `task`, else rules"
-    elif judge is None:
-        how = f"rules over {len(tagging.TASKS)} task names (tagging.py)"
-    else:
+    by = HOW["T field"] if settings.task_field else HOW["T rules"].format(number=len(tagging.TASKS))
+    if judge and not settings.task_field:
         asked = [instruction for _, instruction, _ in found.pairs]
-        tags = tagging.propose(judge, asked[:PROPOSED], settings.seed)
-        assigned = tagging.assign(judge, asked, tags, settings.seed)
+        labels = tagging.propose(judge, asked[:PROPOSED], settings.seed)
+        assigned = tagging.assign(judge, asked, labels, settings.seed)
         found.labels, found.by_task = tagging.covering(assigned), {}
         for instruction, task in zip(asked, assigned):
             drawn = found.by_task.setdefault(task if task in found.labels else tagging.OTHER, [])
             drawn += [instruction] if len(drawn) < settings.instructions else []
-        how = (
-            f"TagGPT: {judge.name} proposed {len(tags)} labels for {min(PROPOSED, len(asked))} instructions and "
-            f"assigned them to {len(asked)}; kept with a share of {tagging.COVERAGE:.0%}, names alike by "
-            f"{tagging.SIMILAR} merged"
-        )
-    how, beside = f"number of tasks, by {how}; {tagging.OTHER!r} is none", {"other": found.labels.get(tagging.OTHER, 0)}
-    value = float(len(found.labels.keys() - {tagging.OTHER}))
-    return Indicator("T", "task diversity", value, how, sum(found.labels.values()), beside=beside)
+        by = HOW["T judged"].format(
+            judge=judge.name, labels=len(labels), proposed=min(PROPOSED, len(asked)), number=len(asked),
+            coverage=tagging.COVERAGE, similar=tagging.SIMILAR,
+        )  # fmt: skip
+    value, other = float(len(found.labels.keys() - {tagging.OTHER})), {"other": found.labels.get(tagging.OTHER, 0)}
+    return Indicator("T", "task diversity", value, HOW["T"].format(by=by), sum(found.labels.values()), beside=other)
 
 
 def balance(found):
     """B: how unequal the tasks' shares are."""
-    told = tagging.balance(found.labels)
-    how = "variance of the tasks' shares of all pairs, in percent squared (the review prints no unit)"
-    return Indicator("B", "balance", told.pop("variance"), how, sum(found.labels.values()), beside=told, better="lower")
-
-
-def instruction_clusters(by_task, settings=Settings()):
-    """Instruction diversity of {task: list of str}.
-
-    Returns: (mean over tasks of the clusters of at least settings.smallest personas, mean of all clusters, {task:
-      clusters that count}).
-    """
-    large, literal = {}, []
-    for task, texts in by_task.items():
-        sizes = list(map(len, ego_splitting(cooccurrence(map(content, texts)))))
-        large[task] = sum(size >= settings.smallest for size in sizes)
-        literal.append(len(sizes))
-    return sum(large.values()) / len(large), sum(literal) / len(large), large
+    told, number = tagging.balance(found.labels), sum(found.labels.values())
+    return Indicator("B", "balance", told.pop("variance"), HOW["B"], number, beside=told, better="lower")
 
 
 def instruction_diversity(found):
-    """How many clusters the instructions of each task fall into."""
-    settings = found.settings
-    value, literal, large = instruction_clusters(found.by_task, settings)
-    how = (
-        f"Ego-Splitting over the words of at most {settings.instructions} instructions of each task, joined by an "
-        f"instruction in common; clusters of {settings.smallest} or more personas, mean over "
-        "tasks. literal: all clusters, which grow with the sample"
-    )
-    measured = sum(map(len, found.by_task.values()))
-    return Indicator("I", "instruction diversity", value, how, measured, beside={"literal": literal} | large)
-
-
-def response_clusters(draws, settings=Settings(), embed=tfidf_vectors):
-    """Response diversity of some draws, lists of str of equal length: means over them.
-
-    Returns: {"value", "literal": logs, None for no cluster, "clusters", "literal clusters", "noise": share of the
-      literal form, "vendi", "distinct-2"}.
-    """
-    rows = []
-    for texts in draws:
-        points = embed(texts)
-        labels, literal = (dbscan(points, settings.eps, least)
-                           for least in (settings.min_samples, settings.literal_min_samples))  # fmt: skip
-        rows.append((labels.max() + 1, literal.max() + 1, (literal == -1).mean(), vendi(points), distinct_2(texts)))
-    names = ("clusters", "literal clusters", "noise", "vendi", "distinct-2")
-    means = dict(zip(names, numpy.mean(rows, axis=0).tolist()))
-    value, literal = (math.log(means[name]) if means[name] else None for name in names[:2])
-    return {"value": value, "literal": literal} | means
+    """I: how many clusters of some size the instructions of each task fall into. beside: "literal", {task: clusters}."""
+    settings, large, literal = found.settings, {}, []
+    for task, texts in found.by_task.items():
+        sizes = list(map(len, ego_splitting(cooccurrence(map(content, texts)))))
+        large[task] = sum(size >= settings.smallest for size in sizes)
+        literal.append(len(sizes))
+    measured, beside = sum(map(len, found.by_task.values())), {"literal": sum(literal) / len(large)} | large
+    how = HOW["I"].format(**vars(settings))
+    return Indicator("I", "instruction diversity", sum(large.values()) / len(large), how, measured, beside=beside)
 
 
 def response_diversity(found):
-    """R: how many clusters random draws of responses fall into, as a logarithm."""
-    settings, embed, texts = found.settings, found.helpers.embed, list(found.responses.kept)
+    """R: how many clusters random draws of responses fall into, as a logarithm; None for no cluster.
+
+    beside: means over the draws of "clusters", "literal clusters", "noise" (share of the literal form), "vendi" and
+    "distinct-2"; "literal": the logarithm of the literal clusters.
+    """
+    settings, embed, texts, rows = found.settings, found.helpers.embed, list(found.responses.kept), []
     found.responses.rng.shuffle(texts)
     size = min(settings.responses, len(texts))
-    draws = [texts[begin : begin + size] for begin in range(0, len(texts) - size + 1, size)]
-    told = response_clusters(draws, settings, embed)
-    how = (
-        f"natural log of DBSCAN's clusters, eps {settings.eps} in 1 - cosine, min_samples {settings.min_samples}, "
-        f"vectors by {embed.__name__}; mean of {len(draws)} draws of {size}. literal: min_samples "
-        f"{settings.literal_min_samples}, noise = its share of answers in no cluster"
-    )
-    return Indicator("R", "response diversity", told.pop("value"), how, size * len(draws), beside=told)
+    for begin in range(0, len(texts) - size + 1, size):
+        draw = texts[begin : begin + size]
+        points = embed(draw)
+        labels, literal = (dbscan(points, settings.eps, least)
+                           for least in (settings.min_samples, settings.literal_min_samples))  # fmt: skip
+        rows.append((labels.max() + 1, literal.max() + 1, (literal == -1).mean(), vendi(points), distinct_2(draw)))
+    names = ("clusters", "literal clusters", "noise", "vendi", "distinct-2")
+    means = dict(zip(names, numpy.mean(rows, axis=0).tolist()))
+    value, literal = (math.log(means[name]) if means[name] else None for name in names[:2])
+    how = HOW["R"].format(vectors=embed.__name__, number=len(rows), **vars(settings) | {"size": size})
+    return Indicator("R", "response diversity", value, how, size * len(rows), beside={"literal": literal} | means)
 
 
 def elements_lexical(found):
     """O/G: things, colours, numbers and relations in an instruction, by word lists."""
-    how = (f"mean over instructions of different names of things (of a lexicon of {len(found.helpers.lexicon)}), "
-           "colours, numbers, spatial relations and marked regions; not the review's dependency parse")  # fmt: skip
-    return mean_of("O/G", "elements_lexical", how, found.elements)
+    return mean_of("O/G", "elements_lexical", HOW["O/G"].format(number=len(found.helpers.lexicon)), found.elements)
 
 
 def elements(instruction, lexicon=LEXICON):
@@ -484,29 +420,21 @@ def elements(instruction, lexicon=LEXICON):
     return sum(map(len, different)) + (len(BOX.findall(instruction)) or bool(MARKED.search(instruction)))
 
 
+def complexity(found):
+    """IC: how hard the instructions are, by a judge's marks; without one, by what can be counted."""
+    judge = found.helpers.judge
+    counted = mean_of("IC", "instruction complexity (proxy)", HOW["IC"], found.proxies)
+    if judge is None:
+        return counted
+    chats = [prompt("mark", instruction=asked, response=answer) for _, asked, answer in found.pairs]
+    replies = judge.ask(chats, 1, 0.0, 8, found.settings.seed)
+    marks = [whole_number(" ".join(several), 1, 10) for several in replies]
+    beside, given = {"unreadable marks": marks.count(None), "proxy": counted.value}, [mark for mark in marks if mark]
+    return mean_of("IC", "instruction complexity", HOW["IC judged"].format(judge=judge.name), given, beside)
+
+
 def proxy(instruction, turns=1):
     """A stand-in for a mark of complexity, from 1 to 10: float. turns: of the user in the whole conversation."""
     text = instruction.lower()
     told = len(tokens(text)) / 10 + len(CLAUSE.findall(text)) / 2 + 1.5 * len(REASONING.findall(text)) + (turns - 1) / 2
     return min(10.0, 1 + told)
-
-
-def parse_mark(reply):
-    """The first whole number from 1 to 10 in a reply: int, or None."""
-    return next((mark for mark in map(int, NUMBER.findall(reply)) if 1 <= mark <= 10), None)
-
-
-def complexity(found):
-    """How hard the instructions are, by a judge's marks; without one, by what can be counted."""
-    judge, proxies = found.helpers.judge, found.proxies
-    if judge is None:
-        how = (
-            "declared proxy from 1 to 10, no judgement: words / 10 + clauses / 2 + 1.5 · reasoning words + further "
-            "turns / 2, from 1 on; with a --generator a language model gives marks"
-        )
-        return mean_of("IC", "instruction complexity (proxy)", how, proxies)
-    chats = [prompt("mark", instruction=asked, response=answer) for _, asked, answer in found.pairs]
-    marks = [parse_mark(" ".join(several)) for several in judge.ask(chats, 1, 0.0, 8, found.settings.seed)]
-    how = f"mean mark from 1 to 10 by {judge.name}, after three marked examples"
-    beside = {"unreadable marks": marks.count(None), "proxy": proxies.mean}
-    return mean_of("IC", "instruction complexity", how, Mean(mark for mark in marks if mark is not None), beside)

@@ -9,7 +9,6 @@ How each is computed stands in the report and in indicators.py. Other forms than
 with which the same command goes on after an interruption.
 """
 
-import json
 import resource
 import time
 from dataclasses import asdict, fields, replace
@@ -19,18 +18,18 @@ import numpy
 from matplotlib.figure import Figure
 
 from nanovlm import files
+from nanovlm.evaluation.items import short_names, write_json
 from nanovlm.vlit import annotations
 from nanovlm.vlit.clustering import simcse_vectors, tfidf_vectors
 from nanovlm.vlit.correctness import facts_of, keys_of, known
-from nanovlm.vlit.descriptions import sentences
 from nanovlm.vlit.generators import add_generator_flags, open_generator
 from nanovlm.vlit.indicators import FLAGS, Helpers, Settings, count_records, measure
 from nanovlm.vlit.matching import load_encoder
-from nanovlm.vlit.replies import Judge, Replies
+from nanovlm.vlit.replies import Recorded
+from nanovlm.vlit.self_instruct import sentences
 from nanovlm.vlit.words import LEXICON, load_table
 
 EMBEDDINGS = {"tfidf": tfidf_vectors, "simcse": simcse_vectors}
-HEAD = f"{'indicator':<34}{'value':>10}{'95% interval':>20}{'on':>10}{'seconds':>9}{'tokens':>9}"
 SHOWN = 5  # problems named on the screen
 ARROWS = {"higher": "↑", "lower": "↓"}
 REVIEW = load_table("table_4.json")  # its own values; its columns R and O/G are legible for two data sets only
@@ -71,7 +70,7 @@ def helpers_of(args, out):
         lexicon = frozenset(filter(None, map(str.strip, lines)))
     out.mkdir(parents=True, exist_ok=True)
     if args.generator != "template":
-        judge = Judge(open_generator(args), Replies(out / "replies.jsonl"))
+        judge = Recorded(open_generator(args), out / "replies.jsonl")
     facts = facts_of(pictures) if args.annotations else None
     encoder = load_encoder(args.encoder, args.recipe) if args.encoder else None
     return Helpers(facts, encoder, judge, EMBEDDINGS[args.embedding], lexicon, lambda sample: known(sample, told) or "")
@@ -102,7 +101,7 @@ def number(value, width=10, digits=3):
 
 def table(indicators):
     """The indicators in words: list of str, a line for each, and for what was not measured why not."""
-    lines = [HEAD]
+    lines = [f"{'indicator':<34}{'value':>10}{'95% interval':>20}{'on':>10}{'seconds':>9}{'tokens':>9}"]
     for one in indicators:
         reach = "{:.2f} to {:.2f}".format(*one.interval) if one.interval else ""
         lines.append(f"{one.key + ' ' + ARROWS[one.better]:<13}{one.name:<21.21}{number(one.value)}{reach:>20}"
@@ -155,11 +154,6 @@ def save(folder, name, report, told, figure):
     return [*told, f"written to {folder}: {name}.json, {name}.txt, {name}.png"]
 
 
-def write_json(path, value):
-    """A JSON value that people read."""
-    files.replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
 def plot(indicators, found, settings):
     """Shares of tasks, clusters of instructions of each, and lengths of responses: Figure."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -203,12 +197,11 @@ def compare(args):
     paths, out = list(map(Path, args.files)), Path(args.out)
     if len(paths) < 2:
         raise ValueError(f"one file, {paths[0]}; give two or more to compare, or use `quality`")
-    names, size = labels(paths), args.size or min(map(count_records, paths))
+    names, size = short_names([path.with_suffix("") for path in paths]), args.size or min(map(count_records, paths))
     settings, helpers = settings_of(args, size), helpers_of(args, out)
     # a set of long conversations has more responses in as many samples
     settings = replace(settings, responses=min(settings.responses, size))
-    roots = [Path(args.images or path.parent) for path in paths]
-    found = {name: measure(path, settings, root, helpers)[0] for name, path, root in zip(names, paths, roots)}
+    found = {name: measure(path, settings, Path(args.images or path.parent), helpers)[0] for name, path in zip(names, paths)}
     title = f"{size} samples of each, seed {args.seed}"
     told = [f"{len(paths)} data sets, {title}", "", *comparison(found), "", *notes(found[names[0]])]
     report = {"size": size, "settings": asdict(settings), "files": dict(zip(names, args.files)),
@@ -216,15 +209,6 @@ def compare(args):
     figure = plot_comparison(found)
     figure.suptitle(title, fontsize=10)
     return save(out, "compare", report, told, figure)
-
-
-def labels(paths):
-    """A short name for each file, all different: its stem, or as much of its path as tells them apart; list of str."""
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.with_suffix("").parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError(f"the same file twice among {', '.join(map(str, paths))}")
 
 
 def comparison(found):
@@ -250,14 +234,11 @@ def plot_comparison(found):
     shown = [bars for bars in zip(*found.values()) if any(one.value is not None for one in bars)]
     rows = -(-len(shown) // 4)
     figure = Figure(figsize=(12.4, 0.9 + 2.6 * rows), layout="constrained")
-    grid = figure.subplots(rows, 4, squeeze=False).flatten()
-    for axes, bars in zip(grid, shown):
-        values = [one.value or 0.0 for one in bars]
+    for place, bars in enumerate(shown, start=1):
+        axes, values = figure.add_subplot(rows, 4, place), [one.value or 0.0 for one in bars]
         edges = numpy.array([one.interval or (value, value) for one, value in zip(bars, values)])
         axes.bar(list(found), values, yerr=abs(edges.T - values), color=[f"C{n}" for n in range(len(bars))], capsize=3)
         axes.tick_params(axis="x", labelrotation=20, labelsize=8)
         axes.set_title(f"{bars[0].key}: {bars[0].name}", fontsize=9)
         axes.set_ylabel(f"{bars[0].better} is better", fontsize=8)
-    for axes in grid[len(shown) :]:
-        axes.set_visible(False)
     return figure

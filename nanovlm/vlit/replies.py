@@ -65,15 +65,6 @@ class Drawing:
     stop: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Request:
-    """id: str, unique within a run. chat: Chat. what: whatever its maker needs to use the answer."""
-
-    id: str
-    chat: Chat
-    what: object = None
-
-
 def prompt(name, image="", **words):
     """A Chat of one message: one of PROMPTS with some words filled in."""
     return Chat((("user", "\n".join(PROMPTS[name]).format(**words)),), image)
@@ -82,11 +73,6 @@ def prompt(name, image="", **words):
 def digest(value):
     """A name for any JSON value: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def key_of(chat, generator, drawing):
-    """The name of an answer: str. generator: has a name."""
-    return digest([generator.name, chat.sha, *astuple(drawing)])
 
 
 class Replies:
@@ -101,9 +87,6 @@ class Replies:
             if not isinstance(answer, dict) or not {"key", "chat", "replies"} <= answer.keys():
                 raise ValueError(f"{path}, line {number}: no recorded answer; remove the line")
             self.places[answer[field]] = start
-
-    def __len__(self):
-        return len(self.places)
 
     def get(self, name):
         """The recorded texts of a key: list of str; none if there is no answer."""
@@ -133,56 +116,56 @@ class Replay:
         return found
 
 
-class Judge:
+class Recorded:
     """A generator whose answers are written down: nothing is asked or paid for twice.
 
-    Attributes: tokens: words and signs read and written, a stand-in for tokens, whatever the tokenizer.
+    Attributes: counts: Counter of chats "asked", "recorded" before and "refused". tokens: words and signs read and
+      written by `ask`, a stand-in for tokens, whatever the tokenizer.
     """
 
-    def __init__(self, generator, replies):
-        self.generator, self.replies, self.tokens = generator, replies, 0
+    def __init__(self, generator, path):
+        self.generator, self.replies, self.counts, self.tokens = generator, Replies(path), Counter(), 0
         self.name, self.accepts_images = generator.name, generator.accepts_images
 
     def ask(self, chats, n, temperature, max_tokens, seed, stop=()):
         """Texts for each Chat: list of lists of n str; a chat that was refused has none."""
-        requests, drawing = (Request("", chat) for chat in chats), Drawing(n, temperature, max_tokens, seed, stop)
-        answers = ask(requests, self.generator, drawing, self.replies, Counter(), len(chats))
+        answers = self.stream(zip(chats), Drawing(n, temperature, max_tokens, seed, stop), len(chats))
         found = [answer if isinstance(answer, list) else [] for _, answer in answers]
         texts = [text for chat in chats for _, text in chat.messages] + sum(found, [])
         self.tokens += sum(len(TOKEN.findall(text)) for text in texts)
         return found
 
+    def stream(self, requests, drawing, total=None):
+        """Answer requests, tuples of a Chat and whatever their maker needs, from the file or by the generator.
 
-def ask(requests, generator, drawing, replies, counts, total=None):
-    """Answer every Request, from the file or by the generator, whose answers are written there.
+        Args: total: of the requests, for the bar.
+        Returns: iterator of (request, its texts, or the exception that says why there are none), in the same order.
+        Raises: GeneratorError where the generator cannot go on; what was answered until then is in the file.
+        """
+        known, requests, generator = set(), iter(requests), self.generator
 
-    Args: counts: Counter that receives "asked", "recorded" and "refused". total: of the requests, for the bar.
-    Returns: iterator of (Request, its texts, or the exception that says why there are none), in the same order.
-    Raises: GeneratorError where the generator cannot go on; what was answered until then is in the file.
-    """
-    known, requests = set(), iter(requests)
+        def new_of(batch):
+            keys = [digest([generator.name, chat.sha, *astuple(drawing)]) for chat, *_ in batch]
+            new = {key: chat for key, (chat, *_) in zip(keys, batch) if key not in self.replies.places and key not in known}
+            known.update(new)  # two of the same words are asked once
+            return batch, keys, new
 
-    def new_of(batch):
-        keys = [key_of(request.chat, generator, drawing) for request in batch]
-        new = {key: one for key, one in zip(keys, batch) if key not in replies.places and key not in known}
-        known.update(new)  # two of the same words are asked once
-        return batch, keys, new
+        def answers(item):
+            *_, new = item
+            return dict(zip(new, _answers(list(new.values()), generator, drawing)))
 
-    def answers(item):
-        *_, new = item
-        return dict(zip(new, _answers([request.chat for request in new.values()], generator, drawing)))
-
-    batches = map(new_of, iter(lambda: list(itertools.islice(requests, generator.batch_size)), []))
-    with tqdm(desc=f"asking {generator.name}", total=total, unit="request", disable=None) as bar:
-        for (batch, keys, new), found in in_parallel(answers, batches, generator.workers):
-            for key, answer in found.items():
-                if isinstance(answer, list):
-                    replies.add(key, new[key].chat, generator, answer)
-            for key, request in zip(keys, batch):
-                answer = found.pop(key, None)
-                counts["recorded" if answer is None else "asked" if isinstance(answer, list) else "refused"] += 1
-                yield request, replies.get(key) if answer is None else answer
-            bar.update(len(batch))
+        batches = map(new_of, iter(lambda: list(itertools.islice(requests, generator.batch_size)), []))
+        with tqdm(desc=f"asking {generator.name}", total=total, unit="request", disable=None) as bar:
+            for (batch, keys, new), found in in_parallel(answers, batches, generator.workers):
+                for key, answer in found.items():
+                    if isinstance(answer, list):
+                        self.replies.add(key, new[key], generator, answer)
+                for key, request in zip(keys, batch):
+                    answer = found.pop(key, None)
+                    kind = "recorded" if answer is None else "asked" if isinstance(answer, list) else "refused"
+                    self.counts[kind] += 1
+                    yield request, self.replies.get(key) if answer is None else answer
+                bar.update(len(batch))
 
 
 def _answers(chats, generator, drawing):

@@ -98,16 +98,17 @@ def sample(item, where="item"):
     return Sample(str(id), images, turns, task, granularity, origin.get("plan", ""))
 
 
-def read(path):
+def read(path, doing=None):
     """Samples of a file.
 
     Args:
       path: .json or .jsonl; whether it holds a list, JSON lines or objects behind one another is found out by looking.
+      doing: what a progress bar says; None = no bar.
     Returns: iterator of (where, Sample), or (where, Unreadable) for what cannot be read; where names file and line.
     Raises: FileNotFoundError; ValueError if it holds no record at all, or as a whole is of another form.
     """
     found = False
-    for element in json_files.records(path):
+    for element in tqdm(json_files.records(path), desc=f"{doing} {path}", unit="record", disable=None if doing else True):
         found, value = True, element.value
         key = next((key for key in CONTAINERS if key in value), None) if isinstance(value, dict) else None
         if key and "conversations" not in value and isinstance(value[key], (dict, list)):
@@ -118,8 +119,7 @@ def read(path):
                 raise value
             value = sample(value, element.where)
         except ValueError as error:
-            why = str(error).removeprefix(f"{element.where}: ").removeprefix(f"{element.where}, ")
-            value = Unreadable(why)
+            value = Unreadable(str(error).removeprefix(element.where).lstrip(":, "))
         yield element.where, value
     if not found:
         raise ValueError(f"{path} holds no record; a list or lines of objects were expected")
@@ -154,8 +154,11 @@ def defects(sample, root=None, decode=True):
     """What makes a sample bad to train on, such as talk about the text that its writer saw instead of the picture.
 
     root: folder where its image paths start; None = pictures are not looked at. decode: they are opened as well.
-    Returns: list of (rule, words) str; rule is "turns", "placeholders", "source", "format" or "image".
+    Returns: list of (rule, words) str; rule is "turns", "placeholders", "source", "format" or "image", or the only one,
+      "unreadable".
     """
+    if isinstance(sample, Unreadable):
+        return [("unreadable", str(sample))]
     found = []
     try:
         check_order([role for role, _ in sample.turns if role != "system"])
@@ -215,12 +218,9 @@ def lint(args):
     """
     root = Path(args.file).parent if args.images is None else Path(args.images)
     counts, shown, total, broken = Counter(), [], 0, 0
-    for where, one in tqdm(read(args.file), desc="lint", unit="sample", disable=None):
-        total += 1
-        if isinstance(one, Unreadable):
-            found = [("unreadable", str(one))]
-        else:
-            found = defects(one, root)
+    for where, one in read(args.file, "lint"):
+        found, total = defects(one, root), total + 1
+        if not isinstance(one, Unreadable):
             counts.update(rule for rule, _ in remarks(one))
         broken += bool(found)
         counts.update({rule for rule, _ in found})

@@ -6,23 +6,96 @@ two of ten examples drawn at random ("about 10 generated samples through manual 
 and behind it the key points once more ("redundantly", Sec. 4.2.2). The examples (examples.json) are described pictures
 that we imagined, each with a conversation that shows what the plans it serves ask for.
 
+A picture is described in one of two forms: `sentences`, the review's template (Appendix A.2.2, as in its printed example),
+and `boxes`, LLaVA's captions and boxes with their coordinates (arXiv:2304.08485, Sec. 3). Kinds that it lacks drop out.
+
 Differs from the paper: it prints the prompt for regions only; what a plan without a region says instead, the extra line
 of several rounds, the examples and the key points are ours.
 """
 
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 from nanovlm.vlit.annotations import Annotation, Picture
-from nanovlm.vlit.descriptions import FORMS
 from nanovlm.vlit.replies import PROMPTS, Chat, digest
-from nanovlm.vlit.words import load_table
+from nanovlm.vlit.words import GROUP_OF, load_table, one_of
 
 _prompts = PROMPTS["self-instruct"]
 REQUIREMENTS = {int(place): words for place, words in _prompts["requirements"].items()}
 REMINDERS = {int(place): words for place, words in _prompts["reminders"].items()}  # of some requirements
 NUM_EXAMPLES = 2
+SEVERAL = "several"  # of a crowd, whose members nobody counted
+
+
+# Annotations as text, so that a language model that sees no picture can write about it
+
+
+def sentences(picture, region=None):
+    """The review's description: one paragraph. region: the Annotation that is circled by a square box, or None."""
+    captions, objects, pairs, texts = (picture.of_kind(kind) for kind in ("caption", "object", "vqa", "ocr"))
+    groups = [f"{number} {GROUP_OF[name] + '_' if name in GROUP_OF else ''}{name}" for name, number in counts(objects).items()]
+    attributes = [described(picture, one) for one in objects if picture.attributes(one)]
+    asked = [f"'Q: {question(one)} A: {stopped(one.value)}'" for one in pairs]
+    parts = (
+        ("This is a picture which can be described as {}", " ".join(stopped(one.value) for one in captions)),
+        ("The image contains {}.", ", ".join(groups)),
+        ("The following attributes can be seen: {}.", ", ".join(attributes)),
+        ("The image also contains a number of question and answer pairs: {}.", ", ".join(asked)),
+        ("The following characters can be recognized in the image: {}.", ", ".join(one.value for one in texts)),
+        ("The object circled by a square box is {}.", "" if region is None else named_region(picture, region)),
+    )
+    return " ".join(sentence.format(words) for sentence, words in parts if words)
+
+
+def boxes(picture, region=None):
+    """LLaVA's captions, empty line, "category: [left, top, right, bottom]" in shares; then what it lacks: str."""
+    def placed(words, box):
+        return f"{words}: {[round(side, 3) for side in box]}"
+
+    things = [placed(described(picture, one), one.box) for one in picture.of_kind("object")]
+    things += [placed(f'text "{one.value}"', one.box) for one in picture.of_kind("ocr")]
+    pairs = [f"Question: {question(one)} Answer: {one.value}" for one in picture.of_kind("vqa")]
+    marked = [placed(f"circled by a square box: {named_region(picture, region)}", region.box)] if region else []
+    blocks = ([one.value for one in picture.of_kind("caption")], things, pairs, marked)
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+FORMS = {"sentences": sentences, "boxes": boxes}
+
+
+def counts(objects):
+    """How many there are of each category: dict name -> int or SEVERAL, in order of appearance."""
+    return dict(Counter(one.value for one in objects)) | {one.value: SEVERAL for one in objects if one.is_crowd}
+
+
+def named_region(picture, region):
+    """What is in the box: "a tie that is striped", or "the text 'STOP'": str."""
+    if region.kind == "ocr":
+        return f"the text '{region.value}'"
+    names = " and ".join(note.value for note in picture.attributes(region))
+    return one_of(region.value) + (f" that is {names}" if names else "")
+
+
+def question(annotation):
+    """A question with the mark that some lack (as Lynx adds it, Table 13): str."""
+    words = annotation.question.strip()
+    return words if words.endswith(("?", ".")) else words + "?"
+
+
+def described(picture, thing):
+    """An object with its attributes: "person (smiling, standing)"."""
+    names = ", ".join(note.value for note in picture.attributes(thing))
+    return thing.value + (f" ({names})" if names else "")
+
+
+def stopped(words):
+    """Words with a full stop, unless they end a sentence already."""
+    return words if words.endswith((".", "?", "!")) else words + "."
+
+
+# What is asked about it
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ and the whole pipeline runs on it without one. The seed and the number of the dr
 import random
 
 from nanovlm.vlit.annotations import middle
-from nanovlm.vlit.descriptions import SEVERAL, counts, named_region, question, stopped
 from nanovlm.vlit.replies import PROMPTS, Refused, digest
-from nanovlm.vlit.self_instruct import written
+from nanovlm.vlit.self_instruct import SEVERAL, counts, named_region, question, stopped, written
 from nanovlm.vlit.words import ALWAYS_SEVERAL, GROUP_OF, NUMBERS, OTHER_NAMES, USES, counted, one_of, plural
 
 ASKED = PROMPTS["template"]  # kind of question -> several ways to ask it
@@ -108,8 +107,7 @@ class Rounds:
 
     def attributes(self):
         """What single objects are like."""
-        notes = self.picture.of_kind("attribute")
-        told = [(one.value, " and ".join(note.value for note in notes if note.of == one.id)) for one in self.single]
+        told = [(one.value, " and ".join(note.value for note in self.picture.attributes(one))) for one in self.single]
         return [(f"What is the {name} like?", f"It is {words}.") for name, words in told if words]
 
     def characters(self):

@@ -299,7 +299,7 @@ def test_a_judge_of_pairs_is_read_by_its_first_word():
     assert [pairwise.parse_which(text) for text in ("A", "b.", "Answer B", "Tie", "Both", "")] == [1.0, 0.0, 0.0, 0.5, None, None]
     assert [pairwise.parse_which(text) for text in ("A tie.", "Answer: B", "a")] == [0.5, 0.0, 1.0]
     words = {"QUESTION": "q", "ANSWER_A": "ANSWER_B", "ANSWER_B": "y"}
-    assert "Answer A: ANSWER_B\n" in protocols.fill(pairwise.WHICH, words)
+    assert "Answer A: ANSWER_B\n" in protocols.fill("\n".join(protocols.PROMPTS["which"]), words)
 
 
 def test_what_a_shot_says():

@@ -192,8 +192,9 @@ def test_science_qa_answers(text, letter):
 
 def test_verdicts():
     assert [protocols.parse_verdict(text) for text in ("Yes.", '"No", it', "Well yes", "", "yesterday")] == [True, False, None, None, None]
-    assert protocols.parse_score("{'pred': 'no', 'score': 3}") == (False, 3)
-    assert protocols.parse_score("Yes, 4.5 of 9") == (True, None) and protocols.parse_score("maybe 5") == (None, 5)
+    marks = {"{'pred': 'no', 'score': 3}": (False, 3), "Yes, 4.5 of 9": (True, None), "maybe 5": (None, 5)}
+    for text, (verdict, mark) in marks.items():
+        assert protocols.judgement(text, "score") == {"verdict": verdict, "mark": mark, "score": float(verdict is True)}
 
 
 def test_a_winner_wins_in_both_orders():
@@ -304,4 +305,5 @@ def test_choices_of_every_kind_of_decoder(name):
     [("0.5", 0.5), ("Grade: 1.0", 1.0), ("1", 1.0), ("I say 7, so 0.7", 0.7), ("0", 0.0), ("-", None), ("2.5 of 5", None), ("12", None)],
 )
 def test_a_grade_is_the_first_number_between_0_and_1(text, share):
-    assert protocols.parse_share(text) == share
+    verdict = None if share is None else share == 1
+    assert protocols.judgement(text, "share") == {"verdict": verdict, "mark": share, "score": share or 0.0}

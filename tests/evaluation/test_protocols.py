@@ -127,7 +127,7 @@ def test_answers_are_put_to_a_judge_once(tmp_path):
 
     for _ in range(2):
         assert protocols.ask_judge({"1": one["judge_prompt"]}, judge, "", tmp_path, 16) == {"1": "Yes."} and len(asked) == 1
-    done = [one | {"judgement": "Yes."} | protocols.judgement("Yes.", ""), other]
+    done = [one | {"judgement": "Yes."} | protocols.judgement("Yes.", "implies"), other]
     assert report.judged(done) == {"all": 1.0, "Others": 1.0, "unparsed": 0, "judged": 1}
     marked = run("video_qa_score", items[:1], "a")[0] | {"judgement": ""} | protocols.judgement("{'pred': 'no', 'score': 2}", "score")
     assert (marked["score"], marked["mark"], report.judged([marked])["mean mark"]) == (0.0, 2, 2)

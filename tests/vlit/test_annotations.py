@@ -84,7 +84,7 @@ def test_llavas_lines_hold_captions_and_boxes():
     [
         ({"category_id": 9}, "category_id 9 is none of the file's 1 categories"),
         ({"bbox": [0, 0]}, "bbox must be left, top, width and height"),
-        ({"bbox": "0 0 1 1"}, "'bbox' must be a list"),
+        ({"bbox": "0 0 1 1"}, "bbox must be left, top, width and height in pixels, found"),
         ({"image_id": 8}, "size of picture 8 is not stated"),
         ({"image_id": None}, "'image_id' must be a"),
     ],

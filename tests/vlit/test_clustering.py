@@ -7,13 +7,14 @@ import os
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import networkx
 import numpy
 import pytest
 
 from nanovlm.vlit.clustering import WIDTH, cooccurrence, dbscan, distinct_2, ego_splitting, tfidf_vectors, vendi
-from nanovlm.vlit.indicators import Settings, instruction_clusters, measure, response_clusters
+from nanovlm.vlit.indicators import Helpers, Reservoir, Settings, instruction_diversity, measure, response_diversity
 from nanovlm.vlit.words import content
 
 SHARED = os.environ.get("NANOVLM_SHARED")
@@ -89,22 +90,30 @@ def test_distinct_2_by_hand():
     assert distinct_2(["yes", ""]) == 0
 
 
+def diversity(texts):
+    """The response diversity of one draw of texts: (value, what stands beside it)."""
+    responses = Reservoir(len(texts), 0)
+    responses.kept = texts
+    found = response_diversity(SimpleNamespace(settings=Settings(), helpers=Helpers(), responses=responses))
+    return found.value, found.beside
+
+
 def test_good_answers_are_noise_to_the_literal_form():
     rng, words = random.Random(0), [f"word{n}" for n in range(4000)]
-    good = response_clusters([[" ".join(rng.sample(words, 20)) for _ in range(60)]])
-    bad = response_clusters([["yes", "no"] * 30])
-    two = pytest.approx(math.log(2))
-    assert (good["value"], good["literal"], good["noise"]) == (pytest.approx(math.log(60)), None, 1)
-    assert (bad["value"], bad["literal"], bad["noise"]) == (two, two, 0)
+    value, good = diversity([" ".join(rng.sample(words, 20)) for _ in range(60)])
+    assert (value, good["literal"], good["noise"]) == (pytest.approx(math.log(60)), None, 1)
+    value, bad = diversity(["yes", "no"] * 30)
+    assert (value, bad["literal"], bad["noise"]) == (pytest.approx(math.log(2)), pytest.approx(math.log(2)), 0)
     assert good["vendi"] > 20 * bad["vendi"] and bad["vendi"] == pytest.approx(2, abs=0.01)
 
 
 def test_instruction_clusters_are_a_mean_over_tasks():
     one = ["paint cat dog pet fur tail", "bank cat money loan cash vault"]  # two large clusters, "cat" in both
-    other = ["red"]
-    found = instruction_clusters({"a": one, "b": other})
-    assert found == (1, 1.5, {"a": 2, "b": 0})
-    assert instruction_clusters({"a": one}, Settings(smallest=7))[0] == 0
+    for by_task, smallest, value, beside in (
+        ({"a": one, "b": ["red"]}, 5, 1, {"literal": 1.5, "a": 2, "b": 0}), ({"a": one}, 7, 0, {"literal": 2, "a": 0}),
+    ):  # fmt: skip
+        found = instruction_diversity(SimpleNamespace(settings=Settings(smallest=smallest), by_task=by_task))
+        assert (found.value, found.beside) == (value, beside)
 
 
 @real_data
@@ -123,5 +132,5 @@ def test_on_real_questions_only_our_form_forgets_the_sample_size():
 def test_on_real_answers_the_literal_form_finds_nothing():
     path = Path(SHARED, "data", "llava_eval", "playground", "coco2014_val_qa_eval", "qa90_gpt4_answer.jsonl")
     answers = [json.loads(line)["text"] for line in path.read_text().split("\n") if line][:80]
-    found = response_clusters([answers])
+    _, found = diversity(answers)
     assert (found["literal clusters"], found["clusters"]) == (0, 80) and found["vendi"] > 50

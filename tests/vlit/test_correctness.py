@@ -22,7 +22,7 @@ from nanovlm.vlit import annotations
 from nanovlm.vlit.correctness import Facts, Thing, facts_of, known, verify
 from nanovlm.vlit.indicators import Helpers, Settings, grounding_precision, judge_pairs
 from nanovlm.vlit.matching import BEGIN, END, load_encoder, own_encoder
-from nanovlm.vlit.replies import Judge, Replies
+from nanovlm.vlit.replies import Recorded
 from nanovlm.vlit.samples import sample
 
 TINY = Path(__file__).parents[1] / "tiny_recipe.py"
@@ -129,7 +129,7 @@ def test_real_counts_against_cocos_boxes():
 def test_votes(tmp_path):
     replies = iter([["Yes", "yes.", "No"], ["Yes", "No", "hm"], ["?", "", "maybe"], ["No!", "no", "No"]])
     says = Says(lambda chat, n: next(replies))
-    helpers = Helpers(judge=Judge(says, Replies(tmp_path / "replies.jsonl")), describe=lambda sample: "a red car")
+    helpers = Helpers(judge=Recorded(says, tmp_path / "replies.jsonl"), describe=lambda sample: "a red car")
     assert judge_pairs([(about("a.png"), "q", answer) for answer in "abcd"], helpers, ".", Settings(votes=3)) == [
         (True, pytest.approx(2 / 3), 0), (None, 0.5, 1), (None, 0.0, 3), (False, 1.0, 0),
     ]  # fmt: skip

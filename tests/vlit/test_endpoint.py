@@ -6,7 +6,7 @@ import pytest
 from loopback import completion, serving
 from PIL import Image
 
-from nanovlm.vlit.endpoint import OpenAICompatible
+from nanovlm.vlit.generators import OpenAICompatible
 from nanovlm.vlit.replies import Chat, GeneratorError, Refused
 
 HELLO = Chat((("system", "be brief"), ("user", "hello")))
@@ -16,7 +16,7 @@ SOON = {"retry-after-ms": "1"}
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setattr("nanovlm.vlit.endpoint.RETRIES", 3)
+    monkeypatch.setattr("nanovlm.vlit.generators.RETRIES", 3)
 
 
 def endpoint(server, **options):
@@ -66,7 +66,7 @@ def test_what_does_not_pass_is_refused_or_stops_the_run(answer, error, words, re
 
 
 def test_a_server_that_is_not_there(monkeypatch):
-    monkeypatch.setattr("nanovlm.vlit.endpoint.RETRIES", 0)
+    monkeypatch.setattr("nanovlm.vlit.generators.RETRIES", 0)
     for url in ("http://localhost:1", "localhost:1"):
         with pytest.raises(GeneratorError, match="APIConnectionError"):
             OpenAICompatible("m", url).generate([HELLO])
@@ -74,8 +74,8 @@ def test_a_server_that_is_not_there(monkeypatch):
 
 def test_the_rate_of_requests_is_held(monkeypatch):
     waits = []
-    monkeypatch.setattr("nanovlm.vlit.endpoint.time.sleep", waits.append)
-    monkeypatch.setattr("nanovlm.vlit.endpoint.time.monotonic", lambda: 100.0)
+    monkeypatch.setattr("nanovlm.vlit.generators.time.sleep", waits.append)
+    monkeypatch.setattr("nanovlm.vlit.generators.time.monotonic", lambda: 100.0)
     with serving(lambda body, number: completion("a")) as server:
         endpoint(server, per_minute=30).generate([HELLO] * 3)
     assert waits == [0, 2, 4]

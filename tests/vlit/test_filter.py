@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from vlit_data import Says, item, lines, notes, vlit, write_lines
 
-from nanovlm.vlit import filtering, quality
-from nanovlm.vlit.duplicates import Index, signature
+from nanovlm.evaluation.items import short_names
+from nanovlm.vlit import filtering
+from nanovlm.vlit.filtering import Index, signature
 from nanovlm.vlit.samples import sample
 
 
@@ -227,5 +228,5 @@ def test_compare_is_at_equal_size(folder, capsys):
     assert text in capsys.readouterr().out and "30.7" in text and "as printed" in text
     assert Image.open(out / "compare.png").width > 600
     vlit("compare", few, few, "--out", out, code=2)
-    assert "same file twice" in capsys.readouterr().err
-    assert quality.labels([folder / "a" / "x.json", folder / "b" / "x.jsonl"]) == ["a/x", "b/x"]
+    assert "the same twice" in capsys.readouterr().err
+    assert short_names([folder / "a" / "x", folder / "b" / "x"]) == ["a/x", "b/x"]

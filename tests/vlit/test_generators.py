@@ -16,7 +16,7 @@ from nanovlm.vlit.annotations import Picture, read
 from nanovlm.vlit.construct import regions
 from nanovlm.vlit.generators import Local
 from nanovlm.vlit.parsing import parse
-from nanovlm.vlit.replies import Chat, Drawing, GeneratorError, Refused, Replay, Replies, Request, ask, in_parallel
+from nanovlm.vlit.replies import Chat, Drawing, GeneratorError, Recorded, Refused, Replay, Replies, in_parallel
 from nanovlm.vlit.self_instruct import PLANS, chat
 from nanovlm.vlit.template import Template
 from nanovlm.vlm import VLM
@@ -177,9 +177,9 @@ class Scripted:
 
 def put(words, generator, path, **drawing):
     """(Counter of what happened, list of answers) of requests of one letter each, written to a file."""
-    counts, requests = Counter(), (Request(f"id {word}", Chat((("user", word),))) for word in words)
-    answers = ask(requests, generator, Drawing(**{"n": 1} | drawing), Replies(path), counts)
-    return counts, [answer if isinstance(answer, list) else f"{request.id}: {answer}" for request, answer in answers]
+    recorded, requests = Recorded(generator, path), ((Chat((("user", word),)), f"id {word}") for word in words)
+    answers = list(recorded.stream(requests, Drawing(**{"n": 1} | drawing)))
+    return recorded.counts, [answer if isinstance(answer, list) else f"{id}: {answer}" for (_, id), answer in answers]
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (2, 1), (1, 3), (2, 2)])
@@ -204,7 +204,7 @@ def test_a_failure_stops_the_run_and_keeps_what_was_answered(tmp_path, workers):
     path, words = tmp_path / "replies.jsonl", "abcdefghijklmnop"
     with pytest.raises(GeneratorError, match="down"):
         put(words, Scripted(fails="d", workers=workers), path)
-    answered = len(Replies(path))
+    answered = len(Replies(path).places)
     assert 3 <= answered < 15
     assert put(words, Scripted(workers=workers), path)[0] == {"recorded": answered, "asked": 16 - answered}
 
@@ -222,9 +222,9 @@ def test_a_line_that_a_kill_cut_off_is_removed_and_others_are_named(tmp_path):
     put("ab", Scripted(), path)
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"key": "x", "chat"')
-    assert len(Replies(path)) == 2
+    assert len(Replies(path).places) == 2
     put("c", Scripted(), path)
-    assert len(Replies(path)) == 3 and path.read_bytes().startswith(whole)
+    assert len(Replies(path).places) == 3 and path.read_bytes().startswith(whole)
     path.write_bytes(b'{"key": 1}\n' + whole)
     with pytest.raises(ValueError, match="replies.jsonl, line 1: no recorded answer"):
         Replies(path)

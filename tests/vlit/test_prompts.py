@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from vlit_data import PHOTOS
 
-from nanovlm.vlit import descriptions
 from nanovlm.vlit.annotations import Annotation, Picture, read
 from nanovlm.vlit.parsing import parse
 from nanovlm.vlit.samples import Sample, defects, remarks
-from nanovlm.vlit.self_instruct import EXAMPLES, PLANS, REQUIREMENTS, chat, system_prompt, written
+from nanovlm.vlit.self_instruct import EXAMPLES, PLANS, REQUIREMENTS, boxes, chat, sentences, system_prompt, written
 
 SHARED = Path(os.environ.get("NANOVLM_SHARED", "absent"))
 BOX = (0.1, 0.2, 0.5, 0.6)
@@ -36,7 +35,7 @@ def test_the_reviews_own_example_of_a_description():
     asked = [("IS there flowers on the table?", "no"), ("How many bottles are on the table?", "2")]
     annotations = notes("caption", *captions) + notes("object", *objects) + notes("ocr", "BARDOLING")
     annotations += [Annotation(f"vqa/{n}", "vqa", answer, question) for n, (question, answer) in enumerate(asked)]
-    assert descriptions.sentences(Picture("1", annotations=annotations)) == (
+    assert sentences(Picture("1", annotations=annotations)) == (
         "This is a picture which can be described as Two women preparing food in a kitchen, one at the sink and one at "
         "the table. A set table with silverware, glasses and a bottle of wine. The image contains 2 kitchen_bottle, 1 "
         "furniture_dining table, 2 person_person, 5 kitchen_cup, 1 food_banana. The image also contains a number of "
@@ -47,33 +46,33 @@ def test_the_reviews_own_example_of_a_description():
 
 def test_empty_kinds_drop_out_and_regions_are_named(photos):
     rocket, astronaut, coffee = photos["4"], photos["1"], photos["3"]
-    assert "image contains" not in descriptions.sentences(rocket) and descriptions.sentences(Picture("0")) == ""
+    assert "image contains" not in sentences(rocket) and sentences(Picture("0")) == ""
     for picture, kind, place, words in (
         (astronaut, "object", 0, "a person that is smiling."), (coffee, "object", 1, "a spoon that is shiny."),
         (astronaut, "ocr", 0, "the text 'COLLINS'."),
     ):  # fmt: skip
-        told = descriptions.sentences(picture, picture.of_kind(kind)[place])
+        told = sentences(picture, picture.of_kind(kind)[place])
         assert told.endswith(f"circled by a square box is {words}")
-    assert "person (smiling)" in descriptions.sentences(astronaut)
+    assert "person (smiling)" in sentences(astronaut)
 
 
 def test_llavas_description_has_captions_and_boxes():
     annotations = notes("caption", "A man with a tie.", "A tie.") + notes("object", "tie", "person")
     picture = Picture("1", annotations=annotations)
     expected = "A man with a tie.\nA tie.\n\ntie: [0.1, 0.2, 0.5, 0.6]\nperson: [0.1, 0.2, 0.5, 0.6]"
-    assert descriptions.boxes(picture) == expected
+    assert boxes(picture) == expected
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="LLaVA's prompt files are not copied here")
 def test_llavas_own_prompt_file_comes_out():
     text = (SHARED / "data/llava_eval/playground/prompts/complex_reasoning/000_caps.txt").read_text()
-    captions, boxes = text.strip().split("\n\n")
+    captions, lines = text.strip().split("\n\n")
     annotations = notes("caption", *captions.split("\n"))
-    for line in boxes.split("\n"):
+    for line in lines.split("\n"):
         name, numbers = line.split(": ")
         box = tuple(float(number) for number in numbers.strip("[]").split(", "))
         annotations.append(Annotation(f"object/{len(annotations)}", "object", name, box=box))
-    assert descriptions.boxes(Picture("1", annotations=annotations)) == text.strip()
+    assert boxes(Picture("1", annotations=annotations)) == text.strip()
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the review is not copied here")

@@ -13,10 +13,11 @@ from PIL import Image
 from vlit_data import Says, item, notes, vlit, write_lines
 
 from nanovlm.data import json_files
+from nanovlm.evaluation.protocols import whole_number
 from nanovlm.vlit import indicators
 from nanovlm.vlit.clustering import SentenceEncoder, simcse_loss, simcse_vectors, train_encoder, word_ids
-from nanovlm.vlit.indicators import Helpers, Mean, Reservoir, Settings, Survey, chosen, elements, measure, parse_mark, proxy
-from nanovlm.vlit.replies import Judge, Replies
+from nanovlm.vlit.indicators import Helpers, Reservoir, Settings, Survey, chosen, elements, mean_of, measure, proxy
+from nanovlm.vlit.replies import Recorded
 from nanovlm.vlit.samples import Unreadable
 from nanovlm.vlit.tagging import OTHER, TASKS, assign, balance, covering, propose, tag
 
@@ -81,7 +82,7 @@ def test_a_judge_votes_marks_and_names_tasks(folder):
     says, settings = Says(reply), Settings(votes=3)
 
     def run():
-        judge = Judge(says, Replies(folder / "replies.jsonl"))
+        judge = Recorded(says, folder / "replies.jsonl")
         return measured(folder / "data.jsonl", settings, folder, Helpers(judge=judge))
 
     found = run()
@@ -98,7 +99,7 @@ def test_a_judge_votes_marks_and_names_tasks(folder):
 def test_what_a_judge_is_told_and_shown(folder, sees):
     says = Says(reply)
     says.accepts_images = sees
-    helpers = Helpers(judge=Judge(says, Replies(folder / "replies.jsonl")), describe=lambda sample: f"told of {sample.id}")
+    helpers = Helpers(judge=Recorded(says, folder / "replies.jsonl"), describe=lambda sample: f"told of {sample.id}")
     found = measured(folder / "data.jsonl", Settings(votes=1), folder, helpers)
     chats = [chat for chat in says.asked if "Is the answer right" in chat.messages[-1][1]]
     assert all(("told of" in chat.messages[-1][1]) != sees for chat in chats)
@@ -160,13 +161,13 @@ def test_balance_by_hand():
 
 
 def test_labels_of_a_language_model(tmp_path):
-    judge = Judge(Says(reply), Replies(tmp_path / "replies.jsonl"))
+    judge = Recorded(Says(reply), tmp_path / "replies.jsonl")
     tags = propose(judge, [f"instruction {n}" for n in range(45)])
     assert tags == ["counting", "asking why"]  # numbers and bullets gone, equal names merged
     assert assign(judge, ["how many?", "why?"], tags) == ["counting", OTHER]
     assert covering(["a"] * 98 + ["b", OTHER]) == {"a": 98, OTHER: 2}
     with pytest.raises(ValueError, match="named no task"):
-        propose(Judge(Says(lambda chat, n: []), Replies(tmp_path / "none.jsonl")), ["one"])
+        propose(Recorded(Says(lambda chat, n: []), tmp_path / "none.jsonl"), ["one"])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_semantic_elements(instruction, number):
 
 def test_marks_and_proxy():
     marks = {"7": 7, "Mark: 10/10": 10, "0, then 3": 3, "3.5 or 4": 4, "many": None, "11": None}
-    assert {text: parse_mark(text) for text in marks} == marks
+    assert {text: whole_number(text, 1, 10) for text in marks} == marks
     hard = proxy("Why might they stand there, and what would you compare if it rained?")
     assert 1 <= proxy("What color is it?") < hard <= 10 == proxy("why " * 50)
     assert proxy("Why?", turns=5) > proxy("Why?")
@@ -207,11 +208,13 @@ def test_samples_are_drawn_evenly():
     assert counts.total() == 3000 and all(100 < counts[n] < 200 for n in range(21) if n != 2)  # 150 expected, sd 10.6
 
 
-def test_running_means():
-    numbers = numpy.random.default_rng(0).normal(1e6, 3, 50)
-    values, reach = Mean(numbers.tolist()), 1.96 * numbers.std(ddof=1) / math.sqrt(50)
-    assert (*values.interval(), values.mean) == pytest.approx((numbers.mean() - reach, numbers.mean() + reach, numbers.mean()))
-    assert Mean().interval() is None
+def test_means_and_their_intervals():
+    numbers = numpy.random.default_rng(0).normal(1e6, 3, 50).tolist() * 2
+    mean, reach = numpy.mean(numbers), 1.96 * numpy.std(numbers, ddof=1) / 10
+    for values in (numbers, Counter(numbers)):
+        found = mean_of("key", "name", "how", values)
+        assert (found.value, *found.interval, found.measured) == pytest.approx((mean, mean - reach, mean + reach, 100))
+    assert mean_of("key", "name", "how", []).value is mean_of("key", "name", "how", [1.0]).interval is None
 
 
 def many(path, number):
@@ -253,8 +256,8 @@ def test_simcse_learns_and_ignores_padding():
     points = simcse_vectors([*texts[:3], texts[0], ""])
     assert torch.equal(state, torch.get_rng_state())
     with torch.no_grad():
-        alone, among = model(*word_ids(["a dog"])), model(*word_ids(["a dog", "a much longer text than the other one"]))
-        losses = [simcse_loss(one.train()(*word_ids(texts)), one(*word_ids(texts))).item() for one in (fresh, model)]
+        alone, among = model(word_ids(["a dog"])), model(word_ids(["a dog", "a much longer text than the other one"]))
+        losses = [simcse_loss(one.train()(word_ids(texts)), one(word_ids(texts))).item() for one in (fresh, model)]
     assert torch.allclose(alone[0], among[0], atol=1e-5) and losses[1] < losses[0] / 2
     assert numpy.allclose(points[0], points[3], atol=1e-5)
     assert numpy.allclose(numpy.linalg.norm(points, axis=1), 1, atol=1e-5)
