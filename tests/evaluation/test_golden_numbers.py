@@ -20,7 +20,7 @@ from nanovlm.evaluation.vqa_accuracy import VARIANTS, vqa_accuracy
 
 HERE = Path(__file__).parents[1] / "golden" / "evaluation"
 SHARED = Path(os.environ.get("NANOVLM_SHARED", "nowhere")) / "data"
-GOLDEN = json.loads((HERE / "GOLDEN.json").read_text())
+GOLDEN, PRINTED = (json.loads((HERE / f"{name}.json").read_text()) for name in ("GOLDEN", "printed_tables"))
 NAMES = {"Bleu_1": "BLEU-1", "Bleu_2": "BLEU-2", "Bleu_3": "BLEU-3", "Bleu_4": "BLEU-4", "ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr"}
 JAVA = "METEOR and SPICE are Java programs with word nets; not rewritten"
 UNCHECKED = {  # pattern of names -> why
@@ -141,26 +141,6 @@ def pope_always_yes():
     return found
 
 
-TABLE_10 = {  # arXiv:2307.02469: BLIP-2, InstructBLIP, LLaMA-Adapter V2, mPLUG-Owl, MiniGPT-4, LLaVA, Lynx
-    "existence": (160.00, 185.00, 120.00, 120.00, 115.00, 50.00, 195.00),
-    "count": (135.00, 143.33, 50.00, 50.00, 123.33, 50.00, 151.67),
-    "position": (73.33, 66.67, 48.33, 50.00, 81.67, 50.00, 90.00),
-    "color": (148.33, 153.33, 75.00, 55.00, 110.00, 55.00, 170.00),
-    "posters": (141.84, 123.81, 99.66, 136.05, 55.78, 50.00, 124.83),
-    "celebrity": (105.59, 101.18, 86.18, 100.29, 65.29, 48.82, 118.24),
-    "scene": (145.25, 153.00, 148.50, 135.50, 95.75, 50.00, 164.50),
-    "landmark": (138.00, 79.75, 150.25, 159.25, 69.00, 50.00, 162.00),
-    "artwork": (136.50, 134.25, 69.75, 96.25, 55.75, 49.00, 119.50),
-    "OCR": (110.00, 72.50, 125.00, 65.00, 95.00, 50.00, 77.50),
-    "commonsense_reasoning": (110.00, 129.29, 81.43, 78.57, 72.14, 57.14, 110.71),
-    "numerical_calculation": (40.00, 40.00, 62.50, 60.00, 55.00, 50.00, 17.50),
-    "text_translation": (65.00, 65.00, 50.00, 80.00, 55.00, 57.50, 42.50),
-    "code_reasoning": (75.00, 57.50, 55.00, 57.50, 110.00, 50.00, 45.00),
-}
-SUMS = {
-    "perception": (1293.84, 1212.82, 972.67, 967.35, 866.58, 502.82, 1373.23),
-    "cognition": (290.00, 291.79, 248.93, 276.07, 292.14, 214.64, 215.71),
-}
 SHORT = {"commonsense_reasoning": "commonsense", "numerical_calculation": "numerical"}
 
 
@@ -177,13 +157,13 @@ def mme_table():
     """All 98 scores of the table are possible; answers made for them give them and the sums again."""
     items = yes_no.PERCEPTION | yes_no.COGNITION
     for model in range(7):
-        answers = {task: mme_answers(scores[model], items[task]) for task, scores in TABLE_10.items()}
+        answers = {task: mme_answers(scores[model], items[task]) for task, scores in PRINTED["mme"].items()}
         scores = yes_no.mme_scores(answers)
-        for task, printed in TABLE_10.items():
+        for task, printed in PRINTED["mme"].items():
             whole = printed[model] * items[task] / 100  # right answers and twice the wholly right pictures
             assert abs(whole - round(whole)) <= 0.005 * items[task] / 100 + 1e-9, (task, model)
             assert scores[f"{task} score"] == pytest.approx(printed[model], abs=0.005001)
-        for name, printed in SUMS.items():
+        for name, printed in PRINTED["mme sums"].items():
             assert scores[name] == pytest.approx(printed[model], abs=0.0105)
     found = {f"items/{SHORT.get(task, task)}": len(several) for task, several in answers.items()}
     return found | {"Lynx_perception": scores["perception"], "Lynx_cognition": scores["cognition"]}
@@ -222,26 +202,10 @@ def easy_vqa():
     }  # fmt: skip
 
 
-TABLE_3 = {  # the review of VLIT data: SEED-Bench of LLaVA, BLIP-2, OpenFlamingo; overall and nine abilities
-    "LLaVA": """28.0 25.3 28.3 33.9 24.3 25.8 27.6 10.0 10.3 18.2
-                27.3 25.7 25.3 33.9 22.7 22.4 22.4 20.0 10.3 8.6
-                25.5 25.7 27.0 30.7 22.7 23.6 25.2 10.0 13.8 21.5""",
-    "MIMIC-IT": """26.3 24.4 25.4 30.7 24.3 23.1 25.7 10.0 14.8 21.5
-                   26.5 24.1 24.4 31.2 20.1 21.7 21.8 20.0 13.8 9.1
-                   25.8 23.9 24.4 33.9 22.7 24.0 24.6 20.0 10.8 20.4""",
-    "ours_recomputed": """28.3 25.0 27.0 35.0 24.3 25.8 26.3 10.0 17.2 45.5
-                          27.5 26.3 26.5 33.9 25.2 23.6 23.7 20.0 13.8 9.1
-                          28.1 28.2 26.0 33.9 21.4 25.5 22.4 20.0 17.2 27.3""",
-    "quality_controlled": """28.7 26.3 29.1 36.1 26.5 26.4 26.3 20.0 18.3 47.1
-                             28.4 27.7 27.0 35.0 25.2 25.8 25.7 20.0 19.4 17.5
-                             29.1 30.5 29.6 37.9 26.5 27.5 24.6 20.0 20.6 30.7""",
-}
-
-
 def agreement():
     found = {}
-    for name, text in TABLE_3.items():
-        table = list(zip(*([float(number) for number in line.split()] for line in text.splitlines())))  # columns are subjects
+    for name, rows in PRINTED["seed_bench"].items():
+        table = list(zip(*rows))  # columns are subjects
         found |= {f"{name}/0": icc(table, "ICC(3,1)"), f"{name}/1": icc(table, "ICC(3,k)")}
     return found
 

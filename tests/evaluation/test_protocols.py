@@ -261,33 +261,50 @@ def test_finding_files(tmp_path):
         find(tmp_path / "nowhere", "*")
 
 
-def test_vqa_format(tmp_path):
-    questions = [{"question_id": 7, "image_id": 42, "question": "what?"}, {"question_id": 8, "image_id": "x1", "question": "who?"}]
-    answers = [{"answer": "cat"}] * 10
-    write(tmp_path / "q_questions.json", {"questions": [*questions, {"question_id": 9, "image_id": 1, "question": "?"}]})
-    write(tmp_path / "q_annotations.json", {"annotations": [{"question_id": n, "answers": answers, "answer_type": "other"} for n in (7, 8)]})
+TRAPS = (  # reader, its files, the problem that one of their records is
+    ("vqa", {"q_questions.json": {"questions": [{"question_id": 9, "image_id": 1, "question": "?"}]},
+             "q_annotations.json": {"annotations": [{"question_id": 7}]}}, "question 0: question 9 has no annotation"),
+    ("captions", {"captions_val.json": {"images": [{"id": 2, "file_name": "b.jpg"}]}}, "picture 0: picture 2 has no caption"),
+    ("pope", {"coco_pope_x.json": '{"label": "maybe", "image": "a"}'}, "label 'maybe' is neither yes nor no"),
+    ("mme", {"color/b.txt": "blue? no\n"}, "b.txt, line 1: no question, tabulator"),
+    ("open_vqa", {"o.jsonl": '{"index": 1, "question": "q", "image": "i", "answer": "no list"}'}, "answer 'no list' is no list"),
+    ("seed_bench", {"SEED-Bench.json": {"questions": [{"question_id": "2"}]}}, "question 0: lacks 'data_id'"),
+    ("science_qa", {"problems.json": {}, "pid_splits.json": {"test": ["7"]}}, "problem 7: lacks '7'"),
+    ("mmlu", {"test/law_test.csv": "broken,1,2,3,4,E\n"}, "record 1: answer 'E' is none of the letters"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("reader, files, problem", TRAPS, ids=[name for name, *_ in TRAPS])
+def test_a_broken_record_is_a_problem(tmp_path, reader, files, problem):
+    for name, content in files.items():
+        write(tmp_path / name, content)
+    (found,) = getattr(readers, reader)(tmp_path, tmp_path, "").problems
+    assert problem in found
+
+
+def test_what_else_published_files_hold(tmp_path):
+    questions = [{"question_id": n, "image_id": id, "question": "what?"} for n, id in enumerate((42, "x1"))]
+    write(tmp_path / "q_questions.json", {"questions": questions})
     (tmp_path / "x1.jpg").touch()
-    reading = readers.vqa(tmp_path, tmp_path, "")
-    seven, eight = reading.items
-    assert seven.missing == [tmp_path / "COCO_val2014_000000000042.jpg"] and eight.missing == [] and seven.kind == "other"
-    assert reading.problems == ["question 2: question 9 has no annotation"] and len(seven.answers) == 10
-    (tmp_path / "q_annotations.json").unlink()
-    assert len(readers.vqa(tmp_path, tmp_path, "").items) == 3  # a test split has none
-
-
-def test_files_of_short_answers_and_captions(tmp_path):
-    write(tmp_path / "TextVQA_0.5.1_val.json", {"data": [{"question_id": 1, "image_id": "i", "question": "q", "answers": ["a"]}]})
-    write(tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [{"image_id": "i", "ocr_tokens": ["dog", "7"]}]})
-    (item,) = readers.text_vqa(tmp_path, tmp_path, "val").items
+    seven, eight = readers.vqa(tmp_path, tmp_path, "").items  # a test split has no annotations
+    assert seven.missing == [tmp_path / "COCO_val2014_000000000042.jpg"] and eight.missing == []
+    item = Item("1", "q", extra={"ocr": "dog, 7"})
     assert protocols.put(item, TASKS["textvqa_ocr"]).question.split("\n")[1] == "Reference OCR token: dog, 7"
-    write(tmp_path / "m" / "test_qa.json", [{"id": 3, "question": "q", "answer": "a", "video_id": 12}])
-    (tmp_path / "video12.mp4").touch()
-    assert readers.video_qa(tmp_path / "m", tmp_path, "").items[0].missing == []
-    coco = {"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}], "annotations": [{"image_id": 1, "caption": "c"}]}
-    reading = readers.captions(write(tmp_path / "captions_val.json", coco), tmp_path, "")
-    assert reading.items[0].answers == ("c",) and reading.problems == ["picture 1: picture 2 has no caption"]
     images = [{"filename": "a.jpg", "imgid": n, "split": s, "sentences": [{"raw": "x"}]} for n, s in enumerate(("train", "test"))]
     assert len(readers.captions(write(tmp_path / "dataset_f.json", {"images": images}), tmp_path, "").items) == 1
+    one = "image_url,instruction_category,instruction,output_human_annotated\nhttp://x/c.png,k,do,done\n"
+    assert readers.visit_bench(write(tmp_path / "one.csv", one), tmp_path, "").items[0].media[0].name == "c.png"
+    head, image = "index\tquestion\thint\tA\tB\tanswer\timage\n", "x" * 80
+    table = f"{head}4\tq\tnan\tw\tx\tB\t{image}\n1000004\tq\tsee\tx\tw\tA\t4\n"
+    first, second = readers.mmbench(write(tmp_path / "m.tsv", table), tmp_path, "").items
+    assert second.media == (Encoded(image),)  # the picture of the question that it names
+    one = {"question": "q", "choices": ["a"], "answer": 0, "hint": "h"}
+    (other,) = readers.science_qa(write(tmp_path / "problems.json", {"6": one}), tmp_path, "").items
+    assert [item.extra["hint"] for item in (first, second, other)] == ["", "see\n", "Context: h\n"]
+    one = {"question_id": "1", "question": "q", "answer": "C", "data_id": "i", "data_type": "video", "question_type_id": 2}
+    one |= {f"choice_{letter}": letter for letter in "abcd"}
+    reading = readers.seed_bench(write(tmp_path / "SEED-Bench.json", {"questions": [one, one]}), tmp_path, "")
+    assert reading.items[0].is_clip and "twice" in reading.problems[0]
 
 
 def test_pope_and_open_vqa_as_published(tmp_path):
@@ -299,52 +316,6 @@ def test_pope_and_open_vqa_as_published(tmp_path):
     assert report.pope(predictions)["mean f1"] == pytest.approx(2 / 3)
     images, videos = readers.open_vqa(GOLDEN / "open_vqa", tmp_path, ""), readers.open_vqa_video(GOLDEN / "open_vqa", tmp_path, "")
     assert (len(images.items), len(videos.items)) == (302, 148) and videos.items[0].is_clip and not images.problems + videos.problems
-    broken = write(tmp_path / "o.jsonl", '{"index": 1, "question": "q", "image": "i", "answer": "no list"}')
-    assert "is no list" in readers.open_vqa(broken, tmp_path, "").problems[0]
-
-
-def test_mme_folders(tmp_path):
-    write(tmp_path / "count" / "questions_answers_YN" / "a.txt", "two?\tYes\r\nthree?\tNo\n")
-    write(tmp_path / "color" / "b.txt", "red?\tyes\nblue? no\n")
-    Path(tmp_path / "count" / "images").mkdir()
-    (tmp_path / "count" / "images" / "a.jpg").touch()
-    reading = readers.mme(tmp_path, tmp_path, "")
-    assert [(item.kind, item.group, item.answers) for item in reading.items][1:] == [
-        ("count", "count/a", ("yes",)), ("count", "count/a", ("no",))
-    ]  # fmt: skip
-    assert reading.items[1].missing == [] and len(reading.items[0].missing) == 1
-    assert len(reading.problems) == 1 and "b.txt, line 2" in reading.problems[0]
-
-
-def test_choice_files(tmp_path):
-    one = {"question_id": "1", "question": "q", "answer": "C", "data_id": "i", "data_type": "video", "question_type_id": 2}
-    one |= {f"choice_{letter}": letter for letter in "abcd"}
-    seed = write(tmp_path / "SEED-Bench.json", {"questions": [one, one, {"question_id": "2"}], "question_type": {"Scene": 2}})
-    reading = readers.seed_bench(seed, tmp_path, "")
-    assert (reading.items[0].answers, reading.items[0].kind, reading.items[0].is_clip) == ((2,), "Scene", True)
-    assert "twice" in reading.problems[0] and len(reading.problems) == 2
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(file, "BMP")
-    text = base64.b64encode(file.getvalue()).decode()
-    head = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\n"
-    rows = f"4\tq\tnan\tw\tx\t\tnan\tB\tk\t{text}\n1000004\tq\tsee\tw\tx\ty\tz\tD\tk\t4\n"
-    first, second = readers.mmbench(write(tmp_path / "m.tsv", head + rows), tmp_path, "").items
-    assert (first.options, first.answers, first.extra["hint"], second.extra["hint"]) == (("w", "x"), (1,), "", "see\n")
-    assert second.media[0].open().size == (8, 8)  # the picture of the question that it names
-    assert (first.id, first.group, second.id, second.group) == ("4#0", "4", "4#1", "4")  # rows of one question are its rotations
-    problems = {"5": {"question": "q", "choices": ["a", "b"], "answer": 1, "image": None, "hint": "", "subject": "s", "grade": "grade2"},
-                "6": {"question": "q", "choices": ["a"], "answer": 0, "image": "image.png", "hint": "h"}}
-    write(tmp_path / "s" / "problems.json", problems)
-    write(tmp_path / "s" / "pid_splits.json", {"test": ["5", "6", "7"]})
-    reading = readers.science_qa(tmp_path / "s", tmp_path, "")
-    assert [item.media for item in reading.items][0] == () and reading.items[1].extra["hint"] == "Context: h\n"
-    assert reading.problems == ["problem 7: lacks '7'"]
-    write(tmp_path / "test" / "anatomy_test.csv", '"a, b?",1,2,3,4,D\nbroken,1,2,3,4,E\n')
-    reading = readers.mmlu(tmp_path, tmp_path, "")
-    assert (reading.items[0].question, reading.items[0].kind, reading.items[0].answers) == ("a, b?", "anatomy", (3,))
-    assert "record 2" in reading.problems[0]
-    arc = {"id": "a", "question": {"stem": "q", "choices": [{"text": t, "label": n} for n, t in zip("123", "xyz")]}, "answerKey": "2"}
-    assert readers.arc(write(tmp_path / "ARC-Test.jsonl", json.dumps(arc)), tmp_path, "").items[0].answers == (1,)
 
 
 def test_a_file_that_holds_the_rotations_is_not_rotated_again(tmp_path):
@@ -359,19 +330,6 @@ def test_a_file_that_holds_the_rotations_is_not_rotated_again(tmp_path):
     assert [one["id"] for one in predictions] == ["7#0", "7#1", "7#2", "7#3", "8#0", "8#1"]
     assert report.circular(predictions) == {"all": 0.5, "single": 4 / 6, "kind": 0.5, "unparsed": 0.0}
     assert report.mmbench(predictions)["submission.tsv"].count("\n") == 3  # head and the unturned questions
-
-
-def test_judged_files(tmp_path):
-    vet = {"v1_0": {"imagename": "a.png", "question": "q", "answer": "x<OR>y", "capability": ["ocr", "math"]}}
-    assert readers.mm_vet(write(tmp_path / "mm-vet.json", vet), tmp_path, "").items[0].kind == "math+ocr"
-    owl = write(tmp_path / "owl.jsonl", '{"image": "1.jpg", "question_id": 3, "question": "q", "category": ["a", "b"]}')
-    (item,) = readers.owl_eval(owl, tmp_path, "").items
-    assert (item.answers, item.kind, TASKS["owleval"].border) == ((), "a+b", 8)
-    table = 'images,instruction,instruction_category,reference_output\n"[""http://x/a.png"", ""http://x/b.png""]",do,k,done\n'
-    (item,) = readers.visit_bench(write(tmp_path / "visit.csv", table), tmp_path, "").items
-    assert [path.name for path in item.media] == ["a.png", "b.png"] and item.answers == ("done",)
-    one = "image_url,instruction_category,instruction,output_human_annotated\nhttp://x/c.png,k,do,done\n"
-    assert readers.visit_bench(write(tmp_path / "one.csv", one), tmp_path, "").items[0].media[0].name == "c.png"
 
 
 def test_sources_become_items():

@@ -1,6 +1,5 @@
 """Ego-Splitting, DBSCAN and the Vendi score against slow definitions, small cases by hand, and real texts."""
 
-import gzip
 import json
 import math
 import os
@@ -15,10 +14,8 @@ import pytest
 
 from nanovlm.vlit.clustering import WIDTH, cooccurrence, dbscan, distinct_2, ego_splitting, tfidf_vectors, vendi
 from nanovlm.vlit.indicators import Helpers, Reservoir, Settings, instruction_diversity, measure, response_diversity
-from nanovlm.vlit.words import content
 
 SHARED = os.environ.get("NANOVLM_SHARED")
-real_data = pytest.mark.skipif(not SHARED, reason="the real texts are in the folder that NANOVLM_SHARED names")
 
 
 def naive_ego_splitting(graph):
@@ -116,19 +113,7 @@ def test_instruction_clusters_are_a_mean_over_tasks():
         assert (found.value, found.beside) == (value, beside)
 
 
-@real_data
-def test_on_real_questions_only_our_form_forgets_the_sample_size():
-    path = Path(SHARED, "data", "vqa_10answers", "textvqa_val_questions_vqa_format.json.gz")
-    questions = [one["question"] for one in json.loads(gzip.decompress(path.read_bytes()))["questions"]]
-    random.Random(0).shuffle(questions)
-    clusters = [ego_splitting(cooccurrence(map(content, questions[:number]))) for number in (500, 5000)]
-    literal = [len(found) for found in clusters]
-    ours = [sum(len(one) >= 5 for one in found) for found in clusters]
-    assert literal[1] > 3 * literal[0]
-    assert ours[1] < 2 * ours[0] and 5 <= ours[0] <= 25
-
-
-@real_data
+@pytest.mark.skipif(not SHARED, reason="the real texts are in the folder that NANOVLM_SHARED names")
 def test_on_real_answers_the_literal_form_finds_nothing():
     path = Path(SHARED, "data", "llava_eval", "playground", "coco2014_val_qa_eval", "qa90_gpt4_answer.jsonl")
     answers = [json.loads(line)["text"] for line in path.read_text().split("\n") if line][:80]

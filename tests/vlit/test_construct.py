@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -258,28 +254,3 @@ def test_an_endpoint_that_fails_leaves_a_run_that_goes_on(tmp_path, capsys):
     replay = ["--generator", "replay", "--replies", out / "replies.jsonl", "--method", "self-instruct"]
     again = construct(tmp_path / "again", *replay)
     assert [item["conversations"] for item in again] == [item["conversations"] for item in whole]
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_moment_goes_on(tmp_path):
-    """The server kills its client with SIGKILL at the first and at the tenth request; the last start finishes."""
-    moments, running = [0, 9], []
-
-    def reply(body, number):
-        if number in moments:
-            os.kill(running[-1].pid, signal.SIGKILL)
-        return answered(body, number)
-
-    flags = (*ENDPOINT, "both", "--workers", "2", "--base-url")
-    with serving(answered) as server:
-        whole = construct(tmp_path / "whole", *flags, server.url)
-        needed = len(server.bodies)
-    with serving(reply) as server:
-        command = [sys.executable, "-m", "nanovlm.vlit", "construct", "--annotations", *PHOTOS, "--images",
-                   str(GOLDEN / "photos"), "--out", str(tmp_path / "out"), *flags, server.url]  # fmt: skip
-        for _ in (*moments, "finishes"):
-            running.append(subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=-1, stdout=-1))
-            running[-1].communicate(timeout=600)
-        assert [one.returncode for one in running] == [-signal.SIGKILL] * len(moments) + [0]
-        assert needed <= len(server.bodies) <= needed + 2 * len(moments)  # what was under way is asked again, no more
-    assert lines(tmp_path / "out/samples.jsonl") == whole

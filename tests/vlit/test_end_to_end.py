@@ -1,6 +1,5 @@
 """From photographs and annotations to a trained stage: construct, quality, filter, train.py, each by its command."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -34,32 +33,18 @@ def test_photographs_and_annotations_become_a_trained_stage(tmp_path, capsys):
     samples = lines(made / "samples.jsonl")
     assert len(samples) > 250 and {item["image"].split("/")[0] for item in samples} == {"..", "marked"}
 
-    wrong = [spoiled(samples, "2/SI/global/0", "How many cats are there?", "There are seven cats."),
-             spoiled(samples, "3/SI/global/0", "What stands there?", "According to the caption, a cup.")]  # fmt: skip
     with open(made / "samples.jsonl", "a") as file:
-        file.writelines([json.dumps(wrong[0]) + "\n", '{"id": "broken", \n', json.dumps(wrong[1]) + "\n"])
-
+        file.write('{"id": "broken", \n')
     vlit("quality", made / "samples.jsonl", "--annotations", *ANNOTATIONS, "--out", tmp_path / "quality")
-    told = capsys.readouterr().out
-    assert f"{len(samples) + 2} samples" in told and "1 records unreadable, 1 samples with defects" in told
-
+    assert f"{len(samples)} samples" in capsys.readouterr().out
     flags = ("--annotations", *ANNOTATIONS, "--without-report", "--exact-only")
     vlit("filter", made / "samples.jsonl", "--out", kept, *flags)
     good = lines(kept / "kept.jsonl")
     reasons = [one["reasons"][0].split(":")[0] for one in lines(kept / "dropped.jsonl")]
-    assert sorted(reason for reason in reasons if reason != "duplicate") == ["defect", "unreadable", "wrong"]
-    assert len(good) + len(reasons) == len(samples) + 3
-    assert not {one["id"] for one in wrong} & {one["id"] for one in good}
+    assert set(reasons) == {"duplicate", "unreadable"} and len(good) + len(reasons) == len(samples) + 1
 
     arguments = (TESTS / "vlit_recipe.py", "--data", kept / "kept.jsonl", "--images", made, "--out", out, "--threads", 1)
     assert train.main(list(map(str, arguments))) == 0
     losses = [entry["loss"] for entry in lines(out / "log.jsonl") if "loss" in entry]
     assert len(losses) == 40 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert (out / "model.safetensors").is_file()
-
-
-def spoiled(samples, id, asked, answer):
-    """A sample with another conversation."""
-    item = next(item for item in samples if item["id"] == id)
-    said = [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": answer}]
-    return item | {"id": f"{id}/spoiled", "conversations": said}

@@ -1,12 +1,7 @@
 """filter, compare and duplicates: nothing is lost, every reason is right, a kill costs nothing."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import pytest
@@ -164,25 +159,6 @@ def test_a_file_that_changes_meanwhile_replaces_nothing(folder, monkeypatch, cap
     monkeypatch.setattr(filtering, "decide", lambda scores, args: real(scores[:-1], args))
     assert filtered(folder, code=2) == first
     assert "has changed" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on(folder):
-    rng = random.Random(0)
-    answers = [f"{rng.choice(('Two', 'Five'))} {rng.random()}" for _ in range(3000)]
-    records = [about(n, "How many dogs are there?", answer) for n, answer in enumerate(answers)]
-    expected = filtered(folder, "--exact-only", records=records, out="whole")
-    command = [sys.executable, "-m", "nanovlm.vlit", "filter", folder / "many.jsonl", "--annotations",
-               folder / "notes.jsonl", "--out", folder / "killed", "--exact-only", "--without-report"]  # fmt: skip
-    scores = folder / "killed" / "scores.jsonl"
-    for size in (2_000, 60_000):
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and (not scores.exists() or scores.stat().st_size < size):
-            time.sleep(0.01)
-        os.kill(run.pid, signal.SIGKILL) if run.poll() is None else None
-        run.wait()
-        assert not (folder / "killed" / "kept.jsonl").exists()
-    assert filtered(folder, "--exact-only", records=records, out="killed") == expected
 
 
 def test_before_and_after_stand_in_the_report(folder):

@@ -1,26 +1,29 @@
 """The four generators behind one interface, and the putting of requests to them."""
 
 import re
+import sys
 import threading
 from collections import Counter
 
 import pytest
 import tiny_recipe
 import torch
+from loopback import completion, serving
 from PIL import Image
 from vlit_data import GOLDEN, PHOTOS, lines
 
 from nanovlm.data.templates import NANO
 from nanovlm.generation.chat import Assistant
+from nanovlm.vlit import generators
 from nanovlm.vlit.annotations import Picture, read
 from nanovlm.vlit.construct import regions
-from nanovlm.vlit.generators import Local
+from nanovlm.vlit.generators import Local, OpenAICompatible
 from nanovlm.vlit.parsing import parse
 from nanovlm.vlit.replies import Chat, Drawing, GeneratorError, Recorded, Refused, Replay, Replies, in_parallel
 from nanovlm.vlit.self_instruct import PLANS, chat
 from nanovlm.vlit.template import Template
-from nanovlm.vlm import VLM
 from nanovlm.vlit.words import NUMBERS, singular
+from nanovlm.vlm import VLM
 
 HELLO = Chat((("system", "be brief"), ("user", "hello")))
 
@@ -34,70 +37,47 @@ def pictures():
 
 
 def conversations(pictures, plan):
-    """(picture, marked region, turns) of three drafts for each picture that has what the plan needs."""
+    """(picture, marked region, list of (question, answer)) of three drafts for each picture that has what the plan needs."""
     for picture in pictures:
         for region in regions(picture, 1, 0) if plan.granularity == "region" else [None]:
             try:
                 (texts,) = Template().generate([chat(picture, plan, region)], n=3)
             except Refused:
                 continue
-            yield from ((picture, region, parse(text).turns) for text in texts)
+            for turns in (parse(text).turns for text in texts):
+                yield picture, region, [(asked, answer) for (_, asked), (_, answer) in zip(turns[::2], turns[1::2])]
 
 
-def objects(picture):
-    return Counter(one.value for one in picture.of_kind("object"))
-
-
-def answers(pictures, plan, pattern):
-    """(picture, match) of the plan's answers."""
-    for picture, _, turns in conversations(pictures, PLANS[plan]):
-        yield from ((picture, found) for _, answer in turns[1::2] if (found := re.fullmatch(pattern, answer)))
-
-
-def test_numbers_that_the_template_tells_are_those_of_the_boxes(pictures):
-    checked = 0
-    for picture, found in answers(pictures, "negative", r"(?:No, there|There) (?:is|are) (\w+) ([\w ]+)\."):
-        name, number = singular(found[2]), NUMBERS.get(found[1], found[1])
-        if name in objects(picture) and str(number).isdigit():
-            assert objects(picture)[name] == int(number), found[0]
-            checked += 1
-    assert checked > 40
-
-
-def test_what_the_template_denies_is_not_there(pictures):
-    denied = list(answers(pictures, "negative", r"No, there is no ([\w ]+) in the picture\."))
-    assert len(denied) > 40
-    for picture, found in denied:
-        told = " ".join(one.value.lower() for one in picture.annotations)
-        assert found[1] not in objects(picture) and found[1] not in told
-
-
-def test_sides_that_the_template_tells_follow_from_the_boxes(pictures):
-    told = 0
-    for picture, _, turns in conversations(pictures, PLANS["multi-round"]):
+def test_what_the_template_tells_and_denies_follows_from_the_annotations(pictures):
+    told = Counter()
+    for picture, _, rounds in conversations(pictures, PLANS["negative"]):
+        objects = Counter(one.value for one in picture.of_kind("object"))
+        for _, answer in rounds:
+            if found := re.fullmatch(r"No, there is no ([\w ]+) in the picture\.", answer):
+                told["denied"] += 1
+                assert found[1] not in " ".join([*objects, *(one.value.lower() for one in picture.annotations)])
+            elif found := re.fullmatch(r"(?:No, there|There) (?:is|are) (\w+) ([\w ]+)\.", answer):
+                name, number = singular(found[2]), NUMBERS.get(found[1], found[1])
+                if name in objects and str(number).isdigit():
+                    told["counted"] += 1
+                    assert objects[name] == int(number), answer
+    for picture, _, rounds in conversations(pictures, PLANS["multi-round"]):
+        assert len({asked for asked, _ in rounds}) == len(rounds) >= PLANS["multi-round"].rounds
         centre = {one.value: (one.box[0] + one.box[2]) / 2 for one in picture.of_kind("object")}
-        for (_, asked), (_, answer) in zip(turns[::2], turns[1::2]):
+        for asked, answer in rounds:
             if found := re.fullmatch(r"Is the (.+) to the (left|right) of the (.+)\?", asked):
-                told += 1
+                told["sides"] += 1
                 is_left = centre[found[1]] < centre[found[3]]
                 assert answer.startswith("Yes" if is_left == (found[2] == "left") else "No"), (asked, answer)
-    assert told > 10
+    assert told["denied"] > 40 and told["counted"] > 40 and told["sides"] > 10
+    for _, region, ((_, first), *_) in conversations(pictures, PLANS["region"]):
+        assert region.value in first and "box" in first
 
 
-def test_plans_of_the_template(pictures):
-    for _, _, turns in conversations(pictures, PLANS["multi-round"]):
-        assert len({asked for role, asked in turns if role == "user"}) == len(turns) // 2 >= PLANS["multi-round"].rounds
-    for _, region, turns in conversations(pictures, PLANS["region"]):
-        assert region.value in turns[1][1] and "box" in turns[1][1]
-
-
-def test_the_template_is_deterministic_and_its_drafts_differ(pictures):
+def test_the_template_is_deterministic_its_drafts_differ_and_it_refuses_what_it_knows_nothing_of(pictures):
     asked = chat(pictures[0], PLANS["global"])
     first, again, other = (Template().generate([asked], n=5, seed=seed)[0] for seed in (3, 3, 4))
     assert first == again != other and len(set(first)) > 1
-
-
-def test_the_template_refuses_what_it_has_no_annotation_for():
     for asked, words in ((chat(Picture("1"), PLANS["global"]), "no annotation"), (HELLO, "needs a language model")):
         with pytest.raises(Refused, match=words):
             Template().generate([asked])
@@ -117,14 +97,16 @@ def local():
     return local_of(tiny_recipe.build)
 
 
-def test_a_local_text_depends_on_its_chat_seed_and_draft_alone(local):
+def test_a_local_text_depends_on_its_chat_seed_and_draft_alone_and_ends_at_stop_words(local):
     chats, how = [Chat((("user", word),)) for word in ("red", "green", "blue")], {"temperature": 1.0, "max_tokens": 6}
     together = local.generate(chats, n=2, seed=1, **how)
     assert together == [local.generate([one], n=2, seed=1, **how)[0] for one in chats]
     assert together != local.generate(chats, n=2, seed=2, **how)
     assert list(map(len, together)) == [2] * 3 and len({text for texts in together for text in texts}) > 3
-    ((first, second),) = local.generate([HELLO], n=2, temperature=0.0, max_tokens=6)
-    assert first == second  # greedy
+    ((whole, second),) = local.generate([HELLO], n=2, temperature=0.0, max_tokens=12)
+    assert whole == second  # greedy
+    stop = whole[len(whole) // 2]
+    assert local.generate([HELLO], max_tokens=12, stop=(stop,)) == [[whole[: whole.index(stop)].strip()]]
 
 
 def test_the_local_model_looks_at_the_picture_and_hears_the_system(local, tmp_path):
@@ -147,10 +129,90 @@ def test_a_bare_language_model_speaks_and_sees_nothing():
         local_of(lambda *sizes: torch.nn.Linear(1, 1))
 
 
-def test_stopping_words_end_a_local_text(local):
-    ((whole,),) = local.generate([HELLO], max_tokens=12)
-    stop = whole[len(whole) // 2]
-    assert local.generate([HELLO], max_tokens=12, stop=(stop,)) == [[whole[: whole.index(stop)].strip()]]
+# An endpoint, held against a server on this machine
+
+
+SOON = {"retry-after-ms": "1"}
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """The endpoint of a server; its key comes from the environment."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setattr(generators, "RETRIES", 3)
+    return lambda server, **options: OpenAICompatible("m", server.url, **options)
+
+
+def test_an_endpoint_is_asked_in_the_known_form(endpoint, tmp_path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    with serving(lambda body, number: completion("a", "b")) as server:
+        found = endpoint(server).generate([HELLO], n=2, temperature=0.8, max_tokens=9, seed=5, stop=("X",))
+        for sees in (True, False):
+            endpoint(server, send_images=sees).generate([Chat(HELLO.messages, str(tmp_path / "a.png"))])
+    assert found == [["a", "b"]]
+    assert server.bodies[0] == {
+        "model": "m", "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}],
+        "temperature": 0.8, "max_tokens": 9, "n": 2, "seed": 5, "stop": ["X"],
+    }  # fmt: skip
+    assert server.headers["path"] == "/v1/chat/completions" and server.headers["authorization"] == "Bearer secret"
+    (words, image), bare = (body["messages"][1]["content"] for body in server.bodies[1:])
+    assert words == {"type": "text", "text": "hello"} and bare == "hello"
+    assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+
+
+def test_servers_that_give_one_answer_at_a_time_are_asked_again_with_other_seeds(endpoint):
+    with serving(lambda body, number: completion(f"text {body['seed']}")) as server:
+        assert endpoint(server).generate([HELLO], n=3) == [["text 0", "text 1", "text 2"]]
+    assert [body["n"] for body in server.bodies] == [3, 2, 1]
+
+
+def test_what_passes_is_tried_again_and_counted(endpoint):
+    troubles = [(status, SOON, b"slow down") for status in (429, 503, 408)]
+    with serving(lambda body, number: troubles[number] if number < len(troubles) else completion("a")) as server:
+        generator = endpoint(server)
+        assert generator.generate([HELLO]) == [["a"]]
+    assert generator.usage == {"requests": 4, "retries": 3, "prompt_tokens": 7, "completion_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words", "requests"),
+    [
+        ((400, {}, b"context too long"), Refused, "HTTP 400: context too long", 1),
+        (completion(), Refused, "without a choice", 1),
+        ((401, {}, b"wrong key"), GeneratorError, "HTTP 401: wrong key", 1),
+        ((500, SOON, b"broken"), GeneratorError, "HTTP 500: broken", 4),
+        ((200, {}, b"<html>"), GeneratorError, "no chat completion", 1),
+        ((200, {"Content-Type": "application/json"}, b'{"error": 1}'), GeneratorError, "no chat completion", 1),
+    ],
+)
+def test_what_does_not_pass_is_refused_or_stops_the_run(endpoint, answer, error, words, requests):
+    with serving(lambda body, number: answer) as server, pytest.raises(error, match=words) as caught:
+        endpoint(server).generate([HELLO])
+    assert len(server.bodies) == requests and "secret" not in str(caught.value)
+
+
+def test_the_rate_of_requests_is_held(endpoint, monkeypatch):
+    waits = []
+    monkeypatch.setattr(generators.time, "sleep", waits.append)
+    monkeypatch.setattr(generators.time, "monotonic", lambda: 100.0)
+    with serving(lambda body, number: completion("a")) as server:
+        endpoint(server, per_minute=30).generate([HELLO] * 3)
+    assert waits == [0, 2, 4]
+
+
+def test_address_and_key_come_from_the_environment_and_what_is_missing_is_named(endpoint, monkeypatch):
+    with serving(lambda body, number: completion("a")) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/")
+        assert OpenAICompatible("m").generate([HELLO]) == [["a"]]
+        monkeypatch.delenv("OPENAI_API_KEY")
+        OpenAICompatible("m").generate([HELLO])
+        assert "authorization" not in server.headers
+    monkeypatch.setattr(generators, "RETRIES", 0)
+    with pytest.raises(GeneratorError, match="APIConnectionError"):
+        OpenAICompatible("m", "http://localhost:1").generate([HELLO])
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match="pip install openai"):
+        OpenAICompatible("m", "http://localhost")
 
 
 # Recorded answers, and asking
@@ -185,18 +247,14 @@ def put(words, generator, path, **drawing):
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (2, 1), (1, 3), (2, 2)])
 def test_every_request_is_asked_once_and_refusals_are_named(tmp_path, batch_size, workers):
     path, again = tmp_path / "replies.jsonl", Scripted(refuses="c")
-    counts, answers = put("abcdea", Scripted("c", batch_size=batch_size, workers=workers), path, n=2)
-    assert counts == {"asked": 4, "refused": 1, "recorded": 1}
-    assert answers == ["id c: not c" if word == "c" else [f"{word} 0", f"{word} 1"] for word in "abcdea"]
+    counts, answers = put("aabcdea", Scripted("c", batch_size=batch_size, workers=workers), path, n=2)
+    assert counts == {"asked": 4, "refused": 1, "recorded": 2}
+    assert answers == ["id c: not c" if word == "c" else [f"{word} 0", f"{word} 1"] for word in "aabcdea"]
     assert put("abcde", again, path, n=2)[0]["recorded"] == 4 and again.calls == [["c"]]
     assert put("a", again, path, n=3)[0]["asked"] == 1  # another drawing is another answer
-
-
-def test_the_same_words_are_asked_once_even_within_a_batch(tmp_path):
-    generator = Scripted(batch_size=3)
-    counts, answers = put("aabab", generator, tmp_path / "replies.jsonl")
-    assert generator.calls == [["a", "b"]] and counts == {"asked": 2, "recorded": 3}
-    assert answers == [[f"{word} 0"] for word in "aabab"]
+    path.write_bytes(b'{"key": 1}\n' + path.read_bytes())
+    with pytest.raises(ValueError, match="replies.jsonl, line 1: no recorded answer"):
+        Replies(path)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -215,19 +273,6 @@ def test_no_more_is_taken_than_the_threads_can_hold():
     running = in_parallel(lambda number: release.wait(10) and number, items, 3)
     release.set()
     assert next(running)[0] == 0 and len(taken) <= 4
-
-
-def test_a_line_that_a_kill_cut_off_is_removed_and_others_are_named(tmp_path):
-    path = tmp_path / "replies.jsonl"
-    put("ab", Scripted(), path)
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"key": "x", "chat"')
-    assert len(Replies(path).places) == 2
-    put("c", Scripted(), path)
-    assert len(Replies(path).places) == 3 and path.read_bytes().startswith(whole)
-    path.write_bytes(b'{"key": 1}\n' + whole)
-    with pytest.raises(ValueError, match="replies.jsonl, line 1: no recorded answer"):
-        Replies(path)
 
 
 def test_recorded_answers_are_replayed_whoever_gave_them(tmp_path):

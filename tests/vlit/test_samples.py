@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 from vlit_data import item, lines, vlit, write_lines
 
-from nanovlm.data.__main__ import main as data_main
-from nanovlm.vlit.indicators import Survey, measure
+from nanovlm.vlit.indicators import Survey
 from nanovlm.vlit.samples import IMAGE, Sample, Unreadable, defects, read, remarks, sample
 
 SHARED = Path(os.environ.get("NANOVLM_SHARED", "absent"))
@@ -41,12 +40,10 @@ def test_all_forms_give_the_same_samples(tmp_path, name):
     "line, why",
     (
         ('{"id": 1, "id": 2, "conversations": []}', "'id' stands twice"),
-        ('{"id": 1, "conversations": [{"from": "gpt", "value": "a", "value": "b"}]}', "'value' stands twice"),
         ('{"id": 1, "conversations": [{"from": "human"', "malformed JSON"),
         ('{"id": 1, "text": "q"}', "'conversations' is missing"),
         ('{"id": 1, "conversations": [{"from": "robot", "value": "a"}]}', "unknown speaker 'robot'"),
         ('{"id": 1, "conversations": [{"from": "gpt", "value": null}]}', "'value' must be a str"),
-        ('{"id": 1, "conversations": [{"from": "gpt", "value": "\\ud83d"}]}', "not text"),
         ('{"id": 1, "image": [3], "conversations": []}', "must be a path"),
         ('{"id": 1, "task": 3, "conversations": []}', "'task' must be a str"),
     ),
@@ -57,13 +54,6 @@ def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path, line, why):
     assert [first, last] == [sample(ITEMS[0]), sample(ITEMS[2])]
     assert isinstance(error, Unreadable) and why in str(error)
     assert where == f"{path}, line 2" and str(path) not in str(error)
-
-
-def test_bytes_that_are_no_text_cost_one_record(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"id": 1, "x": "\xff\xfe"}\n' + json.dumps(ITEMS[0]).encode())
-    (where, error), (_, whole) = read(path)
-    assert where.endswith("line 1") and "utf-8" in str(error) and whole == sample(ITEMS[0])
 
 
 @pytest.mark.parametrize(
@@ -153,24 +143,6 @@ def test_what_is_not_is_dropped_by_name(folder, name):
         assert found.defective == 1 and found.defects == {rule: 1} and "data.jsonl, line 1" in found.problems[0][0]
     assert kept == [whole] and [one["record"] for one in dropped] == [record]
     assert any(why.startswith(f"defect: {rule}") for why in dropped[0]["reasons"]) and "line 1" in dropped[0]["where"]
-
-
-def test_unreadable_records_are_counted_and_named(folder):
-    broken = ['{"id": 7, "id": 8, "conversations": []}', '{"id": 9, "conversations"']
-    good = [item(n, f"What is {n}?", "A number.") for n in range(3)]
-    found, kept, dropped = look(folder, good[0], broken[0], good[1], broken[1], good[2])
-    assert (found.records, found.unreadable) == (3, 2) and kept == good
-    for wheres in ([where for where, _ in found.problems], [one["where"] for one in dropped]):
-        assert [where.rpartition(", ")[2] for where in wheres] == ["line 2", "line 4"]
-    assert [one["text"] for one in dropped] == broken
-
-
-def test_what_convert_makes_can_be_measured(folder):
-    made = [{"instruction": "What is it?", "inputs": "", "outputs": "Red.", "image_base64_str": [png()]}]
-    data_main(["convert", "m3it", str(write_lines(folder / "m3it.jsonl", made)), str(folder / "ours.jsonl")])
-    measured, found = measure(folder / "ours.jsonl", root=folder / "ours_images")
-    assert found.num_pairs == 1 and found.defective == 0
-    assert next(one for one in measured if one.key == "T").value == 1
 
 
 # The words of a sample
