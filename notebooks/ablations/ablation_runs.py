@@ -9,7 +9,6 @@ A run that was stopped goes on from its last checkpoint when the same command is
 """
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import importlib.util
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from nanovlm.training import checkpoint
+from ablations import ablation_table
 from ablations.ablation_recipe import RECIPE
 from support import provenance
 from nanovlm.training.start import build_models, choose_stages
@@ -112,17 +112,12 @@ def ensure(folder, arguments, train):
 def start_of(name, seed, out, smoke, train):
     """(folder, results) of a start, trained with what comes before it if it is not there."""
     stage, flags, before = STARTS[name]
-    arguments, begun, init = ["--size", BUILT, "--stages", stage, *flags, *smoke_flag(smoke)], "", []
+    arguments, begun, init = ["--size", BUILT, "--stages", stage, *flags, *["--smoke"] * smoke], "", []
     if before is not None:
         first, _ = start_of(before, seed, out, smoke, train)
         begun, init = first.parent.name, ["--init", str(first)]
     folder = out / "starts" / named(name, arguments, begun) / str(seed)
     return folder, ensure(folder, [*arguments, "--seed", str(seed), *init], train)
-
-
-def smoke_flag(smoke):
-    """["--smoke"] or []."""
-    return ["--smoke"] if smoke else []
 
 
 def graft(start, size, seed, folder):
@@ -150,7 +145,7 @@ def graft(start, size, seed, folder):
 
 def flags_of(variant, smoke=False):
     """The flags of train.py that make a variant: list of str."""
-    return ["--size", variant.size, "--stages", "align,instruct", *variant.flags, *smoke_flag(smoke)]
+    return ["--size", variant.size, "--stages", "align,instruct", *variant.flags, *["--smoke"] * smoke]
 
 
 def run_variant(variant, seed, out, smoke, train):
@@ -171,15 +166,7 @@ def write_table(path, ablation, rows, command):
     rows: list of {"variant", "seed", measure: number, "trained": str}.
     """
     note = "; ".join([command, *dict.fromkeys(row[TRAINED] for row in rows)])
-    names = ["variant", "seed", *ablation.columns, "parameters", "cpu_seconds"]
-    text = io.StringIO()
-    text.write(f"# {note}\n")
-    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: round(row[name], 4) if isinstance(row[name], float) else row[name] for name in names})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+    ablation_table.write(path, note, ["variant", "seed", *ablation.columns, "parameters", "cpu_seconds"], rows)
 
 
 def run(ablations, seeds, out, tables, smoke=False, train=train):

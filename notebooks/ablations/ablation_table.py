@@ -1,7 +1,7 @@
-"""What the lessons' ablations share: answers examined, and results as a CSV file, a row per run under a line that says how they came about."""
+"""What the ablations share: answers examined, and results as CSV, a row per run under a line that says how they came about."""
 
 import csv
-import os
+import io
 import platform
 import time
 from dataclasses import asdict, fields
@@ -9,21 +9,22 @@ from datetime import date
 
 import torch
 
+from nanovlm.files import replace_text
 from nanovlm.vlm import IGNORE
 
 BOOLEANS = {"True": True, "False": False}
 
 
-def write(results, path, note):
-    """Write a list of equal dataclasses under a note; the file is replaced whole or not at all."""
-    partial = path.with_suffix(".tmp")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        file.write(f"# {note}\n")
-        writer = csv.DictWriter(file, [field.name for field in fields(results[0])], lineterminator="\n")
-        writer.writeheader()
-        for result in results:
-            writer.writerow({name: round(v, 4) if isinstance(v, float) else v for name, v in asdict(result).items()})
-    os.replace(partial, path)
+def write(path, note, names, rows):
+    """Write the named values of dictionaries under a note; the file is replaced whole or not at all."""
+    text = io.StringIO()
+    text.write(f"# {note}\n")
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: round(row[name], 4) if isinstance(row[name], float) else row[name] for name in names})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, text.getvalue())
 
 
 def read(path, kind):
@@ -49,9 +50,8 @@ def collect(results, path):
     torch.set_num_threads(1)
     found = []
     for result in results:
-        found.append(result)
+        found.append(asdict(result))
         print(result, flush=True)
-    write(found, path, (
-        f"python notebooks/ablations/{path.stem}.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
-        f"{time.process_time():.0f} CPU-seconds, seeds 0 to 2"
-    ))  # fmt: skip
+        note = (f"python notebooks/ablations/{path.stem}.py, {date.today()}, torch {torch.__version__}, one core "
+                f"({platform.machine()}), {time.process_time():.0f} CPU-seconds, seeds 0 to {result.seed}")
+        write(path, note, [field.name for field in fields(result)], found)

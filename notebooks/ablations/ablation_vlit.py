@@ -8,25 +8,19 @@ disk with its pictures and annotations and goes through the same commands as rea
     python notebooks/ablations/ablation_vlit.py        writes notebooks/ablations/ablation_vlit.csv and notebooks/ablations/ablation_vlit.png
 """
 
-import csv
 import functools
 import json
 import os
-import platform
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, fields
-from datetime import date
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-from ablations import ablation_04
-from ablations.ablation_table import write
+from ablations import ablation_04, ablation_table
 from ablations.agreement import pearson
 import numpy
-import torch
 from ablations.ablation_04 import (
     IMAGE_SIZE, KINDS, ONE_OBJECT, Arm, blind, examine, exam_records, make_model, make_tokenizer, records, rows, train,
 )  # fmt: skip
@@ -276,21 +270,10 @@ def plot(results, path, note):
 
 def read(path=CSV_PATH):
     """(note, list of Result) of a written table."""
-    with open(path, encoding="utf-8", newline="") as file:
-        note = file.readline().removeprefix("# ").strip()
-        rows_read = list(csv.DictReader(file))
-    return note, [Result(**{field.name: field.type(row[field.name]) for field in fields(Result)}) for row in rows_read]
+    return ablation_table.read(path, Result)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = []
-    for result in run((0, 1, 2), Settings()):
-        results.append(result)
-        print(result, flush=True)
-        note = (
-            f"python notebooks/ablations/ablation_vlit.py, {date.today()}, torch {torch.__version__}, one core ({platform.machine()}), "
-            f"{time.process_time():.0f} CPU-seconds, seeds 0 to {result.seed}"
-        )
-        write(results, CSV_PATH, note)
+    ablation_table.collect(run((0, 1, 2), Settings()), CSV_PATH)
+    note, results = read()
     plot(results, PNG_PATH, note)

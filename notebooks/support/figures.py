@@ -5,7 +5,6 @@
 
 import io
 import json
-import os
 import sys
 import textwrap
 from pathlib import Path
@@ -16,6 +15,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from nanovlm.data import images
+from nanovlm.files import replace
 from nanovlm.recipes.nano_tests import exact_match, exam_records, INK, new_page, said, show, write
 
 PICTURE = Path(__file__).resolve().parent.parent / "figures" / "answers_over_time.png"
@@ -39,9 +39,7 @@ def draw(folder, path):
     page = io.BytesIO()
     answers_over_time(asked, moments, page, f"nano while it trains, asked about pictures it never trains on (seed {seed})")
     small = Image.open(page).convert("RGB").quantize(128, dither=Image.Dither.NONE)  # half the size, the same to the eye
-    partial = path.with_suffix(".tmp")
-    small.save(partial, "png", optimize=True)
-    os.replace(partial, path)
+    replace(path, lambda temporary: small.save(temporary, "png", optimize=True))
 
 
 def exam_moments(path, most=MOMENTS):

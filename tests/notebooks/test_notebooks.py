@@ -475,7 +475,8 @@ def test_a_table_says_how_it_came_about_and_is_complete(one, tmp_path):
     assert [result.seed for result in results] == [seed for seed in (0, 1, 2) for _ in one.ARMS]
     for arm, result in zip(one.ARMS * 3, results):
         assert result.arm == arm.name if one is ablation else vars(arm).items() <= vars(result).items()
-    ablation_table.write(results, tmp_path / "table.csv", note)
+    rows = [*map(vars, results)]
+    ablation_table.write(tmp_path / "table.csv", note, [*rows[0]], rows)
     assert one.read(tmp_path / "table.csv") == (note, results) and len([*tmp_path.iterdir()]) == 1
 
 

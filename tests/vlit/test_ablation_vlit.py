@@ -59,7 +59,7 @@ def test_one_small_run_of_everything(tmp_path):
     assert all(one.samples == 40 and (one.C == 100) == (one.name != "50% wrong") for one in results)
     after = study.start(settings)[0].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)  # every run starts from the same model
-    study.write(results, tmp_path / "table.csv", "how it came about")
+    study.ablation_table.write(tmp_path / "table.csv", "how it came about", [*vars(results[0])], map(vars, results))
     note, again = study.read(tmp_path / "table.csv")
     assert note == "how it came about" and [one.name for one in again] == [one.name for one in results]
     assert again[0].accuracy == pytest.approx(results[0].accuracy, abs=1e-4)
