@@ -23,7 +23,7 @@ from parity import close
 VARIANTS = {(name, one.name): one for name, ablation in ABLATIONS.items() for one in ablation.variants}
 
 
-def test_every_variant_is_a_command_that_train_accepts():
+def test_every_variant_is_a_command_that_train_accepts_and_measures_exist():
     parser = ablation_runs.command_line().make_parser()
     for variant in dict.fromkeys(VARIANTS.values()):
         wishes = parser.parse([RECIPE.name, "--size", variant.size, "--stages", "align,instruct", *variant.flags])
@@ -33,9 +33,6 @@ def test_every_variant_is_a_command_that_train_accepts():
             add_lora(model, stages, wishes.lora)
         check_stages(RECIPE, stages, model, contrastive)
         assert set(stages[-1].mixture) <= RECIPE.sources.keys() and variant.start in ablation_runs.STARTS
-
-
-def test_variants_differ_within_an_ablation_and_measures_exist():
     for ablation in ABLATIONS.values():
         folders = {ablation_runs.named(one.start, ablation_runs.flags_of(one)) for one in ablation.variants}
         assert len(folders) == len(ablation.variants)
