@@ -11,11 +11,9 @@ from nanovlm import lora, recipes
 from nanovlm.published import vision as vision_layouts
 from nanovlm.published.language import LLAMA
 from nanovlm.recipes.__main__ import main
-from nanovlm.vit import ViT, ViTConfig, resize_positions
+from nanovlm.vit import resize_positions
 from nanovlm.published.weights import OURS, to_published, write_checkpoint
-from tests.published_folders import (  # noqa: F401
-    LLAMA_SIZES, PARTS, eva, folder_with, language, lynx_file, make_folder, separate,
-)
+from tests.published_folders import PARTS, eva, folder_with, language, lynx_file, make_folder, separate  # noqa: F401
 from tests.random_models import randomise
 
 
@@ -40,27 +38,6 @@ def test_a_start_from_separate_towers(tmp_path, language, eva, capsys):
     loaded = recipes.load(out)
     assert loaded.image_size == 56 and loaded.tokenizer.vocab_size == 320 and "only fill up" in loaded.notes[0]
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())
-
-
-def test_the_modality_adaptive_copies_start_equal(tmp_path, language):
-    tower = randomise(ViT(ViTConfig(56, 14, 32, 2, 2, 64, pre_norm=True, patch_bias=False)))
-    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "patch_size": 14, "image_size": 56, "model_type": "clip_vision_model"}
-    clip = folder_with(tmp_path / "clip", config, vision_layouts.CLIP, tower.state_dict())
-    sizes = recipes.mplug_owl2.CONFIGS["tiny"]
-    sizes = sizes | {"llm": LLAMA_SIZES}
-    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
-    out = tmp_path / "start"
-    assert main(["convert", "--family", "mplug_owl2", "--config", str(tmp_path / "sizes.json"), "--vision", str(clip),
-                 "--language", str(language[0]), str(out)]) == 0
-    state, decoder = load_file(out / "model.safetensors"), language[1].state_dict()
-    for name in ("layers.3.attention.k", "layers.0.attention.v", "layers.1.norm_1", "layers.2.norm_2"):
-        text, vision = (state[f"decoder.{name}.{branch}.weight"] for branch in ("text", "vision"))
-        assert torch.equal(text, vision) and torch.equal(text, decoder[f"{name}.weight"])
-    assert torch.equal(state["decoder.layers.3.attention.q.weight"], decoder["layers.3.attention.q.weight"])
-    assert all(torch.equal(state[f"vision.{name}"], tensor) for name, tensor in tower.state_dict().items())
-    rest = json.loads((out / "config.json").read_text())["initialised"]
-    assert all(name.startswith("bridge.") for name in rest)
 
 
 def test_a_released_pt_file_becomes_a_folder_and_returns(tmp_path, language):
@@ -140,6 +117,8 @@ def test_every_family_starts_from_its_towers(tmp_path, family):
     }
     assert all(name.startswith(("bridge.", "decoder.layers.")) for name in fresh)
     assert not any(".attention.q." in name and "adapter" not in name for name in fresh if name.startswith("decoder."))
+    assert all(torch.equal(found[name], found[name.replace(".vision.", ".text.")])  # modality-adaptive copies start equal
+               for name in found if name.startswith("decoder.") and ".vision." in name)
 
 
 def test_the_original_llava_has_no_tower(tmp_path):

@@ -64,24 +64,13 @@ SPOILS = {
 
 
 @pytest.mark.parametrize("spoil", SPOILS)
-@pytest.mark.parametrize("name", ["smollm2-135m", "siglip-base-patch16-224-vision", "clip-vit-large-patch14-full"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "siglip-base-patch16-224-vision", "clip-vit-large-patch14-full", "lynx"])
 def test_every_kind_of_tensor_is_watched(tmp_path, capsys, name, spoil):
-    for tensor in list(one_of_each(MANIFESTS[name]))[::6]:
+    for tensor in list(one_of_each(MANIFESTS[name]))[:: 6 if name != "lynx" else 24]:
         tensors = dict(MANIFESTS[name]["tensors"])
         SPOILS[spoil](tensors, tensor)
         code, printed = run(tmp_path, MANIFESTS[name] | {"tensors": tensors}, capsys)
-        digits = re.sub(r"\d+", "@", tensor)
-        assert code == 1 and "Traceback" not in printed and re.escape(digits.split("@")[-1]).replace("\\", "") in printed
-
-
-@pytest.mark.parametrize("name", ["lynx", "llava-phi", "blip2-opt-2.7b"])
-def test_a_single_fault_in_a_large_model_is_found(tmp_path, capsys, name):
-    for number, spoil in enumerate(SPOILS.values()):
-        tensors = dict(MANIFESTS[name]["tensors"])
-        tensor = list(tensors)[97 * number + 13]
-        spoil(tensors, tensor)
-        code, printed = run(tmp_path, MANIFESTS[name] | {"tensors": tensors}, capsys)
-        assert code == 1 and "likely cause" in printed
+        assert code == 1 and "likely cause" in printed and re.sub(r"\d+", "@", tensor).split("@")[-1] in printed
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -194,6 +193,9 @@ def test_no_file_in_a_folder_is_run(hostile, tmp_path, capsys):
         recipes.load(hostile)
     with pytest.raises(ValueError, match="recipe"):
         load_encoder(hostile)
+    assert sample.main([str(hostile), "hi", "--device", "cpu"]) == 2 and "--recipe" in capsys.readouterr().err
+    assert sample.main([str(hostile), "hi", "--device", "cpu", "--recipe", str(TINY)]) == 2  # it brings no presets
+    assert "unknown preset" in capsys.readouterr().err
     assert recipes_command.main(["convert", "--to", "published", str(hostile), str(tmp_path / "published")]) == 1
     assert recipes_command.main(["inspect", str(hostile)]) == 0 and "train.py" in capsys.readouterr().out
     assert recipes.load(hostile, recipe=TINY).model.decoder.config.width == 16
@@ -205,19 +207,6 @@ def test_no_file_in_a_folder_is_run(hostile, tmp_path, capsys):
             train.main([*arguments, str(hostile), *more, "--resume"])
         with pytest.raises(SystemExit):
             train.main(["--out", str(hostile), *more, "--resume"])
-
-
-def test_sample_runs_no_file_in_a_folder(trained, tmp_path):
-    out = tmp_path / "m"
-    shutil.copytree(trained[0], out)
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"recipe": "m/r.py"}))
-    (out / "r.py").write_text(HOSTILE)
-    command = [sys.executable, str(TESTS.parent / "sample.py"), "m", "hi", "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "--recipe r.py" in done.stderr and not (out / "RAN").exists()
-    done = subprocess.run([*command, "--recipe", str(TINY)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert "unknown preset" in done.stderr and not (out / "RAN").exists()  # the tiny recipe brings none
 
 
 def test_consolidate_keeps_the_architecture(trained, tmp_path):

@@ -13,13 +13,16 @@ from nanovlm.data.batching import pixels_of
 from nanovlm.data.easy_vqa import COLORS, EasyVQA, SHAPES
 from nanovlm.data.images import SIGLIP
 from nanovlm.data.records import Record, Turn, Visual
+from nanovlm.data.scene_questions import Scenes
 from nanovlm.data.scenes import HELD_OUT
 from nanovlm.data.templates import NANO, prompt, write
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.generation.chat import Assistant
 from nanovlm.generation.sampler import Decoding, generate
 from nanovlm.recipes import nano_tests
-from nanovlm.recipes.nano_tests import Answer, ask, exact_match, exam_lines, pick_samples, sample_sheet, shares, wilson
+from nanovlm.recipes.nano_tests import (
+    Answer, ask, exact_match, exam_lines, majority_baseline, pick_samples, sample_sheet, shares, wilson,
+)
 
 WORDS = ["user: what color is this? bot: red green blue circle star how many shapes are there? 1 2 yes no"]
 TOKENIZER = train_tokenizer(WORDS, 300)
@@ -282,6 +285,34 @@ def test_zero_shot_by_hand():
     assert torch.equal(model.pixels, pixels_of(pictures, 8, "crop"))
     nano_tests.zero_shot(model, asked, TOKENIZER, 8, "crop", SIGLIP)
     assert torch.equal(model.pixels, pixels_of(pictures, 8, "crop", SIGLIP))
+
+
+# what can be scored without looking
+
+
+def answered(*asked):
+    return [Record("r", (), ((Turn("user", (question,)), Turn("assistant", (answer,))),), (kind,))
+            for kind, question, answer in asked]
+
+
+def test_majority_baseline():
+    by_question = [("k", "q1", "a")] * 3 + [("k", "q2", "b")] * 3 + [("k", "q2", "a")]
+    assert majority_baseline(answered(*by_question)) == {"k": 6 / 7}
+    by_type = [("k", f"q{n}", "yes" if n < 6 else "no") for n in range(10)]
+    assert majority_baseline(answered(*by_type, ("other", "q", "x"))) == {"k": 0.6, "other": 1.0}
+    training = answered(("k", "q1", "b"), ("k", "q1", "b"), ("k", "q2", "a"))
+    assert majority_baseline(answered(("k", "q1", "b"), ("k", "q2", "b"), ("k", "q3", "a")), training) == {"k": 2 / 3}
+    asked = answered(("k", "q1", "b"), ("k", "q2", "a"), ("k", "q3", "b"), ("k", "q3", "b"))
+    assert majority_baseline(asked, training) == {"k": 1.0}
+
+
+def test_no_blind_model_scores_much_on_new_pictures():
+    new, training = ([Scenes(split).record(n) for n in range(600)] for split in ("new", "train"))
+    limits = {"color": 0.25, "shape": 0.3, "count": 0.55, "existence": 0.58, "place": 0.25, "relation": 0.45,
+              "size": 0.58, "reading": 0.03}
+    for shares in (majority_baseline(new, training), majority_baseline(new)):
+        assert set(shares) == set(limits)
+        assert all(shares[kind] < limit for kind, limit in limits.items()), shares
 
 
 # the sheet
