@@ -87,9 +87,9 @@ def base_of(adapter):
     except FileNotFoundError as error:
         base, name = Path(name), str(error)
     if not base.exists():
-        raise WeightsError(f"{adapter} is a LoRA adapter (rank {config.get('r')}, of {config.get('target_modules')}) and "
-                           f"no model; its base is not here: {name}. `python -m nanovlm.recipes convert BASE {adapter} "
-                           "OUT` adds it to its base; where that is a language model, --vision TOWER --language BASE")
+        raise WeightsError(f"{adapter} is a LoRA adapter (rank {config.get('r')}, of {config.get('target_modules')}) "
+                           f"and no model; its base is not here: {name}. `python -m nanovlm.recipes convert BASE "
+                           f"{adapter} OUT` adds it; to a language model, --vision TOWER --language BASE {adapter} OUT")
     return base
 
 

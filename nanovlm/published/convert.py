@@ -30,11 +30,9 @@ from nanovlm.published.weights import OURS, count, open_checkpoint, shapes_of, w
 
 
 def convert(args, families, recipes):
-    """Run `convert`.
+    """Run `convert` with the values of its flags: list of lines to print.
 
-    Args:
-      args: the values of the command's flags. families: {family: Published}. recipes: {name: Recipe}.
-    Returns: list of lines to print.
+    families: {family: Published}. recipes: {name: Recipe}.
     Raises: ValueError or OSError, in words for the user; OUT then does not exist.
     """
     paths, out = [find(path) for path in args.paths[:-1]], Path(args.paths[-1])
@@ -82,13 +80,9 @@ def choose_config(args, places, paths, families):
 
 
 def export(source, out, args, families, recipes):
-    """Write a folder in the layout of its paper's weights, with LoRA merged, for other programs to load.
+    """Write a folder in the layout of its paper's weights, with LoRA merged, for other programs to load; as `convert`.
 
-    Args:
-      source: Path of a folder that train.py or `convert` wrote, or of a published one (.bin becomes safetensors).
-      out: Path that does not exist yet. args, families, recipes: as for `convert`.
-    Returns: list of lines to print.
-    Raises: ValueError or OSError, in words for the user.
+    source: Path of a folder that train.py or `convert` wrote, or of a published one (.bin becomes safetensors).
     """
     checkpoint = open_checkpoint(source)
     folder = source if source.is_dir() else source.parent
@@ -116,7 +110,7 @@ def export(source, out, args, families, recipes):
 
 
 def export_adapter(source, out, args, families, recipes):
-    """Write what `train.py --lora` has learned, without its base. Arguments, return value and errors as of `export`."""
+    """Write what `train.py --lora` has learned, without its base; as `export`."""
     config = read_config(source)
     published = getattr(recipes.get(str(config.get("recipe"))), "published", None)
     if published is None or "lora" not in config:
@@ -148,7 +142,8 @@ def fit_processor(folder, tower):
 def published_config(family, sizes, tower, dtype):
     """config.json of a published folder: the sizes, what transformers wants to know, and the present picture size."""
     config = complete(copy.deepcopy(sizes), KNOWN["families"][family].get("header", {"model_type": family}))
-    config = {key: value for key, value in config.items() if key != "image_token_index" or "image_token_id" not in config}
+    if "image_token_id" in config:
+        config.pop("image_token_index", None)  # transformers 4's name
     owl = config.get("visual_config", {}).get("visual_model")
     for part in (config.get("vision_config"), config.get("vision"), owl):
         if part and tower:

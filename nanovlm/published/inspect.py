@@ -4,8 +4,8 @@
     python -m nanovlm.recipes inspect MANIFEST.json      names and shapes alone; status 1 if they do not fit
 
 Only headers are read. The family stands in config.json, or is told by names that no other family has; without
-config.json the sizes are those of the published model of that family which fits best. A manifest is a JSON object with `family`,
-`config` and `tensors` {name: shape}; `computed_or_extra_tensors` may list what some files carry beside them.
+config.json the sizes are those of the published model of that family which fits best. A manifest is a JSON object with
+`family`, `config` and `tensors` {name: shape}; `computed_or_extra_tensors` may list what some files carry beside them.
 """
 
 import re
@@ -28,12 +28,10 @@ def recognise(names):
 
 
 def inspect(path, family, families, recipes):
-    """Describe a checkpoint, or check a manifest.
+    """Describe a checkpoint, or check a manifest: list of lines to print.
 
-    Args:
-      path: str or Path of a safetensors, .pt or .bin file, of a folder, or of a manifest; or a model's name, see hub.py.
-      family: str or None = find out. families: {family: Published}. recipes: {name: Recipe}.
-    Returns: list of lines to print.
+    path: str or Path of a safetensors, .pt or .bin file, a folder, or a manifest; or a model's name, see hub.py.
+    family: str or None = find out. families: {family: Published}. recipes: {name: Recipe}.
     Raises: ValueError or OSError, in words for the user; WeightsError for a manifest that does not fit its model.
     """
     path = find(path)
@@ -55,7 +53,8 @@ def inspect(path, family, families, recipes):
 
     def fitted(config):
         model, layout = published.on_meta(config)
-        return config, model, plan(OURS if ours else layout, shapes, shapes_of(model), ("vision.positions", "positions"))
+        table, resizable = OURS if ours else layout, ("vision.positions", "positions")
+        return config, model, plan(table, shapes, shapes_of(model), resizable)
 
     sizes, model, found = min(map(fitted, choices), key=lambda one: len(one[2].unexpected) + len(one[2].misshaped))
     lines += [f"  sizes    {'; '.join(told_sizes(sizes)) or 'the defaults of its class'}", *held(model, found)]
@@ -109,12 +108,9 @@ def check_manifest(path, families):
                 for name, entry in found.consumed.items())
     held_numbers = count(shapes[name] for name in found.consumed.keys() - found.skipped)
     note = f" ({zeros:,} of them zeros, which only the file holds)" if zeros else ""
-    lines = [f"{content.get('name', path.stem)}: family {published.family}, {len(shapes):,} tensors",
-             *held(model, found), f"  parameters of the file  {held_numbers:15,}",
-             f"  parameters of the model {count(ours.values()) + zeros:15,}{note}"]
-    if content.get("total_params") not in (None, held_numbers):
-        lines.append(f"  note     the manifest states total_params {content['total_params']}")
-    return lines
+    return [f"{content.get('name', path.stem)}: family {published.family}, {len(shapes):,} tensors",
+            *held(model, found), f"  parameters of the file  {held_numbers:15,}",
+            f"  parameters of the model {count(ours.values()) + zeros:15,}{note}"]
 
 
 def told_sizes(config, where=""):

@@ -133,10 +133,7 @@ def complete(config, defaults):
 
 
 def number(config, key, default):
-    """A number of a config, above 0, whole if the default is; the default when the key is absent or null.
-
-    Raises: ValueError for anything else.
-    """
+    """A number above 0, whole if the default is, which counts where the key is absent or null. Raises: ValueError."""
     value = default if config.get(key) is None else config[key]
     kind = int if isinstance(default, int) else (int, float)
     if not isinstance(value, kind) or isinstance(value, bool) or value <= 0:
@@ -197,20 +194,14 @@ def decoder_config(config, known, tied_head=False, **options):
 
 
 def llama_config(config):
-    """LLaMA, Vicuna, SmolLM2.
-
-    Args:
-      config: dict of a config.json, or its text_config.
-    Returns: DecoderConfig.
-    Raises: ValueError for what is not built.
-    """
+    """LLaMA, Vicuna, SmolLM2: DecoderConfig of a config.json. Raises: ValueError for what is not built."""
     expect(config, mlp_bias=False)
     biased = bool(config.get("attention_bias"))
     return gated_config(config, 32000, 11008, 2048, qkv_bias="qkv" if biased else "", output_bias=biased)
 
 
 def qwen2_config(config):
-    """Qwen2 and Qwen2.5: LLaMA with biases on queries, keys and values. Arguments and errors as `llama_config`."""
+    """Qwen2 and Qwen2.5: LLaMA with biases on queries, keys and values; as `llama_config`."""
     expect(config, use_sliding_window=False)
     return gated_config(config, 151936, 22016, 32768, qkv_bias="qkv")
 
@@ -228,7 +219,7 @@ BIASED = {"norm": "layer", "ffn": "plain", "qkv_bias": "qkv", "output_bias": Tru
 
 
 def phi_config(config):
-    """Phi-2: attention and feed-forward side by side behind one norm. Arguments and errors as `llama_config`."""
+    """Phi-2: attention and feed-forward side by side behind one norm; as `llama_config`."""
     expect(config, qk_layernorm=False)
     known = sizes(config, vocab_size=51200, width=2048, num_heads=32, ffn_width=8192, context_length=2048,
                   num_layers=24)
@@ -241,7 +232,7 @@ def phi_config(config):
 
 
 def opt_config(config):
-    """OPT: learned positions, two unused rows in front of them, ReLU. Arguments and errors as `llama_config`."""
+    """OPT: learned positions, two unused rows in front of them, ReLU; as `llama_config`."""
     known = sizes(config, KEYS | {"ffn_width": "ffn_dim"}, vocab_size=50272, width=768, num_heads=12, ffn_width=3072,
                   context_length=2048, num_layers=12)
     expect(config, do_layer_norm_before=True, word_embed_proj_dim=known["width"], enable_bias=True,
@@ -257,7 +248,7 @@ MPT_KEYS = {"vocab_size": "vocab_size", "width": "d_model", "num_heads": "n_head
 
 
 def mpt_config(config):
-    """MPT-7B, and MPT-1B ("mosaic_gpt": norms on q and k unless it says no). Arguments and errors as `llama_config`."""
+    """MPT-7B, and MPT-1B ("mosaic_gpt": norms on q and k unless it says no); as `llama_config`."""
     old, told = config.get("model_type") == "mosaic_gpt", config.get("attn_config") or {}
     if old:  # keys of the attention stand beside the others, some with "attn_"
         told = {key.removeprefix("attn_"): value for key, value in config.items()}

@@ -37,12 +37,7 @@ def read_config(folder):
 
 
 def family_of(config, where, families):
-    """The family that a config.json belongs to: str.
-
-    Args:
-      config: dict. where: str, for messages. families: the known ones.
-    Raises: ValueError with the nearest known name.
-    """
+    """The family of a config.json, which stands at `where`: str. Raises: ValueError with the nearest known name."""
     if "family" in config:
         return find_family(config["family"], families).family
     kind = str(config.get("model_type"))
@@ -90,10 +85,7 @@ def open_trained(folder, config, recipe, dtype, device):
 
 
 def open_published(folder, config, published, recipe, dtype, device, image_size=None):
-    """A published folder, or one that `convert` wrote: chat.Assistant; see `recipes.load`.
-
-    published: Published. recipe: Recipe of that family, None for a bare tower or language model.
-    """
+    """A published folder, or one that `convert` wrote: chat.Assistant. recipe: None for a tower or a language model."""
     checkpoint = open_checkpoint(folder)
     model, found = with_weights(published, config, checkpoint, dtype, device, image_size)
     notes = [f"{name}: {has[-2]} rows resized to {wants[-2]}" for name, (has, wants) in found.resized.items()]

@@ -19,11 +19,12 @@ from nanovlm.published.adapters import Adapter, base_of, is_adapter
 from nanovlm.published.hub import find
 from nanovlm.published.language import LANGUAGE_MODELS, read_json, with_vocabulary
 from nanovlm.published.load import (
-    KNOWN, MODEL_TYPES, PADDED_ROWS, added_tokens, as_told, family_of, load_tokenizer, open_published, open_trained, ready,
+    KNOWN, MODEL_TYPES, PADDED_ROWS, added_tokens, as_told, family_of, load_tokenizer, open_published, open_trained,
+    ready,
 )
 from nanovlm.published.vision import (
-    BEHIND, BLIP2_REST, CLIP, EVA, OPEN_CLIP, OPEN_CLIP_PAIR, OTHER_SIDE, TRAINED_HERE, eva_original, part_of_pair, resize,
-    vision_of,
+    BEHIND, BLIP2_REST, CLIP, EVA, OPEN_CLIP, OPEN_CLIP_PAIR, OTHER_SIDE, TRAINED_HERE, eva_original, part_of_pair,
+    resize, vision_of,
 )
 from nanovlm.published.weights import (
     Checkpoint, Plan, WeightsError, by_part, count, grouped, open_checkpoint, plan, prefixed, read_weights, shapes_of,
@@ -46,10 +47,7 @@ class Source(NamedTuple):
 
 
 def find_sources(places, paths, model, published, config, image_size=None):
-    """Everything that will be read, in order: list of Source; arguments as of `put_together`.
-
-    Raises: WeightsError for what has no place.
-    """
+    """Everything that will be read, in order: list of Source. Raises: WeightsError for what has no place."""
     ours, sources, table = shapes_of(model), [], published.layout(config)
 
     def best(part, tables, prefix, names, resizable):
@@ -86,13 +84,11 @@ def find_sources(places, paths, model, published, config, image_size=None):
 
 
 def put_together(published, config, places, paths, image_size=None, seed=0, dtype=None, device="cpu"):
-    """A model of these files.
+    """A model of these files: (model, list of lines to print, names of the tensors that come from the seed).
 
-    Args:
-      published: Published. config: dict, its sizes. places: {part of PARTS: Path}. paths: list of Path, what was trained.
-      image_size: pixels, to which the position table is resized; None = as the sizes say.
-      seed: of what no file holds, which is an error beside `paths`. dtype: None = the files'. device: of the weights.
-    Returns: (model, list of lines to print, names of the tensors that come from the seed).
+    config: dict, its sizes. places: {part of PARTS: Path}. paths: list of Path, what was trained.
+    image_size: pixels, to which the position table is resized; None = as the sizes say.
+    seed: of what no file holds, which is an error beside `paths`. dtype: None = the files'.
     Raises: WeightsError naming all that does not fit or is missing.
     """
     model, _ = published.on_meta(config)
@@ -104,8 +100,8 @@ def put_together(published, config, places, paths, image_size=None, seed=0, dtyp
         parts = [f"  {part}: {len(names)} tensors, from {names[0]}" for part, names in by_part(model, rest).items()]
         raise WeightsError("\n".join([
             f"no file holds {len(rest)} of the model's {len(ours)} tensors:", *parts, f"  {published.contents}",
-            "  name the tower's and the language model's own: convert --vision PATH --language PATH, or train.py --init "
-            "vision=PLACE language=PLACE"]))
+            "  name the tower's and the language model's own: convert --vision PATH --language PATH, or train.py "
+            "--init vision=PLACE language=PLACE"]))
     kinds = {source.checkpoint.headers[name].dtype for source in sources for name in source.found.consumed}
     dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     number = count(ours.values())
@@ -201,7 +197,7 @@ def with_tokenizer(recipe, config, places, paths):
 
 
 class Start(NamedTuple):
-    """What --init names, opened: the model and how it is asked, its published sizes, and the files to keep beside it."""
+    """What --init names, opened: the model and how it is asked, its published sizes, the files to keep beside it."""
 
     assistant: Assistant
     config: dict
@@ -210,12 +206,10 @@ class Start(NamedTuple):
 
 
 def start(recipe, init, size, seed):
-    """A Recipe with the sizes, pictures, tokenizer and weights of what --init names.
+    """A published model's Recipe with the sizes, pictures, tokenizer and weights of what --init names.
 
-    Args:
-      recipe: recipes.recipe.Recipe of a published model. init: list of str, one model's folder or name, as published
-        or as train.py or `convert` wrote it; or PART=PLACE each, and [trained=]PLACE of what was trained on top.
-      size: of the recipe, where parts do not say theirs; None = its first. seed: of what no file holds.
+    init: list of str, one model's folder or name, as published or as train.py or `convert` wrote it; or PART=PLACE
+      each, and [trained=]PLACE of what was trained on top. size: where parts do not say theirs.
     Raises: ValueError or OSError, in words for the user.
     """
     places, paths = {}, []
@@ -250,9 +244,9 @@ def start(recipe, init, size, seed):
                                          tiles=stage.tiles and assistant.tiles) for stage in recipe.stages(*of))
 
     return dataclasses.replace(
-        recipe, build=lambda size, vocab_size: rebuild(made_of)[0], tokenizer=lambda: assistant.tokenizer, stages=stages,
-        template=assistant.template, preprocessing=assistant.preprocessing,
-        load=lambda: opened("cpu").assistant.model.train(), source=found.config, files=found.files, finished=found.whole)
+        recipe, build=lambda size, vocab_size: rebuild(made_of)[0], tokenizer=lambda: assistant.tokenizer,
+        stages=stages, template=assistant.template, preprocessing=assistant.preprocessing, source=found.config,
+        files=found.files, finished=found.whole, load=lambda: opened("cpu").assistant.model.train())
 
 
 def open_whole(recipe, folder, config, device):

@@ -12,13 +12,14 @@ from nanovlm.published.language import read_json
 
 TEXT = Template("", "", "", "", turn_prefix="\n")  # of a language model that nobody taught to answer
 SIGNS = (  # words of a chat template -> ours; the first that fits
-    (("<end_of_utterance>",), SMOLVLM), (("named SmolLM",), CHATML_SMOLLM2), (("You are Qwen",), CHATML_QWEN), (("<|im_start|>",), CHATML),
-    (("A chat between a curious", "ASSISTANT:"), VICUNA), (("ASSISTANT:",), LLAVA), (("Instruct: ", "Output:"), PHI),
+    (("<end_of_utterance>",), SMOLVLM), (("named SmolLM",), CHATML_SMOLLM2), (("You are Qwen",), CHATML_QWEN),
+    (("<|im_start|>",), CHATML), (("A chat between a curious", "ASSISTANT:"), VICUNA), (("ASSISTANT:",), LLAVA),
+    (("Instruct: ", "Output:"), PHI),
 )
 
 
 def side(size):
-    """Pixels of a size as processors write it: a number, {"shortest_edge": S} or {"height", "width"}; None: no square."""
+    """Pixels of a size as processors write it: a number, {"shortest_edge": S} or {"height", "width"}; else None."""
     if isinstance(size, dict):
         return size.get("shortest_edge") or (size.get("height") if size.get("height") == size.get("width") else None)
     return size
@@ -35,9 +36,8 @@ def told_pictures(folder):
 def pictures_of(folder, shown, ours):
     """How a folder's pictures are read: ({"image_fit", "tiles", "preprocessing"} of an Assistant, list of notes).
 
-    Args:
-      shown: the same of the recipe, of which stays what the folder does not tell.
-      ours: bool, whether the recipe's fit is kept on purpose: its authors' code prepares pictures before their processor.
+    shown: the same of the recipe, of which stays what the folder does not tell.
+    ours: bool, whether the recipe's fit is kept on purpose: its authors' code prepares pictures before their processor.
     """
     told, notes, before = told_pictures(folder), [], shown["preprocessing"]
     if not told:
@@ -46,8 +46,8 @@ def pictures_of(folder, shown, ours):
     stretched = isinstance(told.get("size"), dict) and "shortest_edge" not in told["size"]
     fit = "pad" if told.get("do_pad") and not stretched else "crop" if crop or not stretched else "stretch"
     if ours and fit != shown["image_fit"]:
-        notes.append(f"pictures are fitted by {shown['image_fit']!r}, as the authors' code does; the processor of {folder} "
-                     f"alone says {fit!r}")
+        notes.append(f"pictures are fitted by {shown['image_fit']!r}, as the authors' code does; the processor of "
+                     f"{folder} alone says {fit!r}")
         fit = shown["image_fit"]
     named = {"mean": ("image_mean", 0.0), "std": ("image_std", 1.0)}
     values = {field: tuple(told.get(key) or vars(before)[field]) if told.get("do_normalize", True) else (plain,) * 3

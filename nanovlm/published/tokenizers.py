@@ -54,11 +54,8 @@ class PublishedTokenizer(Tokenizer):
     def encode(self, text, continues=False):
         """list[int], never a special id.
 
-        Args:
-          text: str.
-          continues: whether text stands before it in the row; otherwise SentencePiece's tokenizers, after a special
-            token too, begin it with a blank.
-        Raises: UnicodeEncodeError (a ValueError) for half a surrogate pair, which is no character.
+        continues: whether text stands before it in the row; otherwise SentencePiece's tokenizers, after a special token
+          too, begin it with a blank. Raises: UnicodeEncodeError (a ValueError) for half a surrogate pair.
         """
         return list(self._encode(text, continues))
 
@@ -88,12 +85,9 @@ class PublishedTokenizer(Tokenizer):
 
 
 def load_tokenizer(folder, added=()):
-    """The tokenizer of a published model.
+    """The tokenizer in a published model's folder: PublishedTokenizer.
 
-    Args:
-      folder: path of the folder with the tokenizer's files.
-      added: special tokens that a model adds to its language model's tokenizer, appended in this order where absent.
-    Returns: PublishedTokenizer.
+    added: special tokens that a model adds to its language model's tokenizer, appended in this order where absent.
     Raises: FileNotFoundError if none of the known files is there; ValueError naming the file that is damaged or
       contradicts another, or if no end token can be found; ImportError if a `.model` is there without its package.
     """

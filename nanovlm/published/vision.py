@@ -52,10 +52,7 @@ EVA = (
 
 
 def eva_original(num_blocks):
-    """EVA-g as its authors' .pt file spells it (eva_vit_g.pth, EVA01_g_psz14.pt): tuple of entries.
-
-    num_blocks: that the model builds. The public tower's 40th lies behind the features that the papers take.
-    """
+    """EVA-g as its authors spell it (eva_vit_g.pth, EVA01_g_psz14.pt); the papers take nothing behind block 39."""
     return (
         Entry("cls_token", "class_token", unit_axes=(0, 1)),
         Entry("pos_embed", "positions", unit_axes=(0,)),
@@ -144,24 +141,18 @@ def tower_config(config, named, eps, defaults=VIT_B_16, **options):
 
 
 def clip_config(config):
-    """CLIP's vision tower.
-
-    Args:
-      config: dict of a config.json (dual, or the tower's own), or its vision_config.
-    Returns: ViTConfig.
-    Raises: ValueError for what is not built.
-    """
+    """CLIP's vision tower: ViTConfig of a config.json, dual or its own, or of its vision_config. Raises: ValueError."""
     defaults = VIT_B_16 | {"patch_size": 32}
     return tower_config(part_of_pair(config, "vision"), "quick_gelu", 1e-5, defaults, pre_norm=True, patch_bias=False)
 
 
 def siglip_config(config):
-    """SigLIP's vision tower: no class token. Arguments and errors as `clip_config`."""
+    """SigLIP's vision tower: no class token; as `clip_config`."""
     return tower_config(part_of_pair(config, "vision"), "gelu_pytorch_tanh", 1e-6, class_token=False)
 
 
 def eva_config(config):
-    """EVA-g as BLIP-2 uses it: biases on queries and values alone. Arguments and errors as `clip_config`."""
+    """EVA-g as BLIP-2 uses it: biases on queries and values alone; as `clip_config`."""
     config = part_of_pair(config, "vision")
     expect(config, qkv_bias=True)
     defaults = {"image_size": 224, "patch_size": 14, "width": 1408, "num_layers": 39, "num_heads": 16,
@@ -175,13 +166,7 @@ def is_pair(config):
 
 
 def clip_pair(config):
-    """CLIP, both towers.
-
-    Args:
-      config: dict of a dual config.json, or a manifest's with "vision" and "text".
-    Returns: contrastive.CLIP.
-    Raises: ValueError for what is not built.
-    """
+    """CLIP, both towers, of a dual config.json, or a manifest's with "vision" and "text": contrastive.CLIP."""
     vision, text = clip_config(config), part_of_pair(config, "text")
     known = sizes(text, vocab_size=49408, width=512, num_layers=12, num_heads=8, mlp_width=2048, context_length=77)
     eps = number(text, "layer_norm_eps", 1e-5)
@@ -191,7 +176,7 @@ def clip_pair(config):
 
 
 def siglip_pair(config):
-    """SigLIP, both towers. Arguments and errors as `clip_pair`; returns contrastive.SigLIP."""
+    """SigLIP, both towers, as `clip_pair`: contrastive.SigLIP."""
     vision, text = siglip_config(config), part_of_pair(config, "text")
     known = sizes(text, vocab_size=32000, width=768, num_layers=12, num_heads=12, mlp_width=3072, context_length=64)
     tower = contrastive.BidirectionalTextTower(

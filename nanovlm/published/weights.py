@@ -201,12 +201,9 @@ class Plan:
 
 
 def plan(table, found, ours, resizable=()):
-    """Decide what happens to every tensor.
+    """What happens to every tensor: Plan.
 
-    Args:
-      table: tuple of entries. found: {published name: shape}. ours: {our name: shape}.
-      resizable: our names of tables that may have another number of rows.
-    Returns: Plan.
+    found: {published name: shape}. ours: {our name: shape}. resizable: our names of tables that may have other rows.
     """
     table, result = [as_entry(entry) for entry in (*table, WRAPPED)], Plan()
     known, filled = places(table, ours), set()
@@ -301,7 +298,7 @@ def likely_cause(found):
     if len(found.missing) > len(found.consumed) and (found.unexpected or not found.consumed):
         prefix = os.path.commonprefix(found.unexpected).rpartition(".")[0]
         wrapped = f"names inside of {prefix!r}, which is no wrapper that is known, or " if prefix else ""
-        return f"{wrapped}a checkpoint of another family; name the right one with --family, or see what it is with inspect"
+        return f"{wrapped}a checkpoint of another family; name the right one with --family, inspect tells which"
     if found.unexpected:
         return "config.json does not belong to these weights (a larger model, more parts?), or tensors were renamed"
     if found.missing:
@@ -314,12 +311,8 @@ def likely_cause(found):
 
 
 def to_ours(table, tensors, ours, where="the checkpoint"):
-    """Rename published tensors.
+    """Rename published tensors: {our name: Tensor}, every one in `ours`, which is {our name: Tensor or shape}.
 
-    Args:
-      table: tuple of entries. tensors: {published name: Tensor}. where: str, named in errors.
-      ours: {our name: Tensor or shape}, what the model needs.
-    Returns: {our name: Tensor}, every one that the model needs.
     Raises: WeightsError naming what is missing, unexpected, mis-shaped, or there twice with different values.
     """
     shapes = {name: tuple(getattr(value, "shape", value)) for name, value in ours.items()}
@@ -347,11 +340,8 @@ def renamed(found, tensors, where, change=lambda piece: piece):
 
 
 def to_published(table, state):
-    """Rename our tensors back: the inverse of `to_ours`, without what is computed, unused or tied.
+    """Rename our tensors back, a state_dict(): {published name: Tensor}, without what is computed, unused or tied.
 
-    Args:
-      table: tuple of entries. state: {our name: Tensor}, a state_dict().
-    Returns: {published name: Tensor}.
     Raises: WeightsError naming the tensors for which the layout has no place.
     """
     known = places(map(as_entry, table), state)
@@ -401,12 +391,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path):
-    """Open a published checkpoint, or one of ours.
+    """Open a published checkpoint, or one of ours: Checkpoint, its names without the prefix of a wrapper around all.
 
-    Args:
-      path: str or Path, a file (.safetensors; .bin and .pt with weights_only=True) or a folder that holds one, or shards
-        with an index. Where a folder holds both, the single file is read, as transformers does.
-    Returns: Checkpoint, its names without the prefix of a wrapper that every one of them has.
+    path: str or Path, a file (.safetensors; .bin and .pt with weights_only=True) or a folder that holds one, or shards
+      with an index. Where a folder holds both, the single file is read, as transformers does.
     Raises: FileNotFoundError for a missing file or shard; WeightsError naming a damaged one.
     """
     path, headers, files = Path(path), {}, {}
@@ -444,8 +432,8 @@ def find_file(folder):
 def refuse_adapter(folder):
     """Raise WeightsError for the folder of a LoRA adapter, which is no model."""
     if (folder / "adapter_config.json").exists():
-        raise WeightsError(f"{folder} is a LoRA adapter, which is read with its base model alone: `python -m nanovlm.recipes "
-                           f"convert BASE {folder} OUT` adds it (so does PEFT's merge_and_unload)")
+        raise WeightsError(f"{folder} is a LoRA adapter, which is read with its base model alone: `python -m "
+                           f"nanovlm.recipes convert BASE {folder} OUT` adds it (so does PEFT's merge_and_unload)")
 
 
 def read_index(index):
@@ -482,20 +470,17 @@ def opened(path):
     for key in ("model", "state_dict", "model_state_dict", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    items = content.items() if isinstance(content, dict) else ()
-    tensors = {name: value for name, value in items if isinstance(value, torch.Tensor)}
+    content = content if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise WeightsError(f"{path} holds no tensors by name")
     return tensors
 
 
 def write_checkpoint(folder, table, state, max_shard_bytes=5_000_000_000):
-    """Write weights in a published layout: one file, or shards with an index.
+    """Write {our name: Tensor} in a published layout (OURS keeps the names) into a new folder: list of file names.
 
-    Args:
-      folder: Path that exists, a new one (`files.new_folder`). table: tuple of entries (OURS keeps the names).
-      state: {our name: Tensor}. max_shard_bytes: int; a single larger tensor gets a shard of its own.
-    Returns: list of file names.
+    One file, or shards with an index; a tensor larger than max_shard_bytes gets a shard of its own.
     Raises: WeightsError if the layout has no place for a tensor, or the disk none for the file.
     """
     tensors = to_published(table, {name: tensor.detach().cpu() for name, tensor in state.items()})
@@ -517,14 +502,10 @@ def read_weights(found, checkpoint, dtype, device):
 
 
 def load_weights(model, table, checkpoint, dtype=torch.float32, device="cpu", resizable=()):
-    """Fill a model, which may stand on the meta device: everything fits or nothing is loaded.
+    """Replace a model's parameters, which may stand on the meta device: Plan; everything fits or nothing is loaded.
 
     The files are read tensor by tensor, straight to type and device, with the memory of one shard beside the model's.
-
-    Args:
-      model: nn.Module; its parameters are replaced. table: tuple of entries. checkpoint: Checkpoint.
-      resizable: our names of position tables, stretched if the file's have another number of rows.
-    Returns: Plan.
+    resizable: our names of position tables, stretched if the file's have another number of rows.
     Raises: WeightsError naming everything that does not fit.
     """
     found = plan(table, checkpoint.shapes, shapes_of(model), resizable)

@@ -7,10 +7,11 @@ from pathlib import Path
 from nanovlm.names import nearest
 from nanovlm.recipes.recipe import from_file
 
-NAMES = ("nano", "nano_resampler", "lynx_mini", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo", "smolvlm")
+NAMES = ("nano", "nano_resampler", "lynx_mini", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo",
+         "smolvlm")
 ALIASES = {"small": "smolvlm"}  # former names
 COME_ALONG = {"nano": Path(__file__).with_name("nano_weights")}  # name -> folder of a trained model
-OPENING = ("FAMILIES", "load", "load_by_flags", "model_flags", "recipe_of")  # names of opening.py, which reads every published layout
+OPENING = ("FAMILIES", "load", "load_by_flags", "model_flags", "recipe_of")  # of opening.py, which reads every layout
 
 
 class Recipes(Mapping):

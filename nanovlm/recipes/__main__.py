@@ -32,7 +32,7 @@ def parser(command):
         one.add_argument("path", metavar="FILE_OR_FOLDER")
         one.add_argument("--family", help="what it is, where its files do not say so")
     if command == "convert":
-        one.add_argument("paths", nargs="+", metavar="PATH", help="checkpoints to read, if any, and the folder to write")
+        one.add_argument("paths", nargs="+", metavar="PATH", help="checkpoints to read, if any, and a folder to write")
         one.add_argument("--family", help="what it is, where its config.json does not say so or is wrong")
         one.add_argument("--to", choices=("ours", "published", "adapter"), default="ours",
                          help="layout to write (default: ours); adapter: what --lora learned alone, as PEFT has it")

@@ -2,8 +2,8 @@
 
     python train.py my_recipe.py --against nano       three seeds, a hundred steps of each one's last stage
 
-They begin with a trained model's tensors (--init; nano's, which come along) where both have the same ones, and a part in
-which they differ begins anew in both. With d the differences of a measure over n seeds, s their deviation and t
+They begin with a trained model's tensors (--init; nano's, which come along) where both have the same ones, and a part
+in which they differ begins anew in both. With d the differences of a measure over n seeds, s their deviation and t
 Student's quantiles of n - 1 degrees of freedom, the interval is mean(d) +- t(97.5%) s / sqrt(n), and the smallest
 effect that four experiments of five would have found is (t(97.5%) + t(80%)) s / sqrt(n).
 """
@@ -55,12 +55,10 @@ def write_starts(recipes, sizes, seed, init, out):
 
 
 def compare(args, train):
-    """Train both recipes with every seed, and print the differences.
+    """Train both recipes with every seed, and print the differences: the exit code. Raises: ValueError, OSError.
 
-    Args:
-      args: the values of train.py's flags, of which each run takes all but stages, start, seed and folder; a setting counts for
-        the recipe whose last stage it names. train: function(argparse.Namespace of one run) -> exit code.
-    Returns: exit code, that of the first run that did not end well. Raises: ValueError, OSError.
+    args: the values of train.py's flags, of which each run takes all but stages, start, seed and folder; a setting
+      counts for the recipe whose last stage it names. train: function(argparse.Namespace of one run) -> exit code.
     """
     names, recipes = (args.recipe, args.against), (find(args.recipe), find(args.against))
     init = Path(args.init[0]) if args.init else folder_of("nano")
@@ -70,7 +68,7 @@ def compare(args, train):
     last = [one.stages(size, args.smoke)[-1].name for one, size in zip(recipes, sizes)]
     lost = [one for one in args.set if one.partition(".")[0] not in last]
     if lost:
-        raise ValueError(f"--set {lost[0]} names no last stage of the two; these are trained: {', '.join(dict.fromkeys(last))}")
+        raise ValueError(f"--set {lost[0]} names no last stage of the two; trained: {', '.join(dict.fromkeys(last))}")
     out, found = args.out or Path("out") / f"{recipes[0].name}_against_{recipes[1].name}", []
     for seed in SEEDS:
         folders, anew = write_starts(recipes, sizes, seed, init, out)
@@ -80,8 +78,8 @@ def compare(args, train):
         for name, stage, folder, run in zip(names, last, folders, runs):
             settings = [f"{stage}.steps={STEPS}"] * (not args.smoke)  # the last counts
             settings += [one for one in args.set if one.startswith(f"{stage}.")]
-            own = dict(recipe=name, stages=[stage], init=[str(folder)], seed=seed, out=run, resume=run.exists(), set=settings)
-            if code := train(Namespace(**vars(args) | own)):
+            own = dict(recipe=name, stages=[stage], init=[str(folder)], seed=seed, out=run, resume=run.exists())
+            if code := train(Namespace(**vars(args) | own | {"set": settings})):
                 return code
         found.append([shares(json.loads((run / "results.json").read_text())) for run in runs])
     print("\n".join(table(found, names)))
@@ -90,7 +88,8 @@ def compare(args, train):
 
 def table(found, names):
     """The comparison as lines. found: for every seed the shares of both. names: of the recipes."""
-    lines = ["", f"{'measure':<44}{names[0][-16:]:>18}{names[1][-16:]:>18}{'difference':>12}{'95% interval':>20}{'could see':>11}"]
+    ours, theirs = (name[-16:] for name in names)
+    lines = ["", f"{'measure':<44}{ours:>18}{theirs:>18}{'difference':>12}{'95% interval':>20}{'could see':>11}"]
     for measure in found[0][0]:
         pairs = [(ours[measure], theirs[measure]) for ours, theirs in found if measure in ours and measure in theirs]
         if len(pairs) < len(found):
@@ -101,4 +100,5 @@ def table(found, names):
         interval = f"{100 * (mean - T_975 * error):+.1f} to {100 * (mean + T_975 * error):+.1f}"
         lines.append(f"{measure:<44}{ours:>18.1%}{theirs:>18.1%}{100 * mean:>+12.1f}{interval:>20}"
                      f"{100 * (T_975 + T_80) * error:>11.1f}")
-    return [*lines, "", f"percentage points over seeds {', '.join(map(str, SEEDS))}; an interval that holds 0 shows no difference"]
+    seeds = ", ".join(map(str, SEEDS))
+    return [*lines, "", f"percentage points over seeds {seeds}; an interval that holds 0 shows no difference"]

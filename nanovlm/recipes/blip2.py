@@ -29,20 +29,19 @@ CONFIGS = SIZES["blip2"]
 
 
 def build(config):
-    """BLIP-2 on OPT.
+    """BLIP-2 on OPT, of Hugging Face's config.json: vlm.VLM.
 
-    Args:
-      config: dict, Hugging Face's config.json; what it leaves out is as transformers' classes have it: tower and
-        Q-Former of blip2-opt-2.7b, but OPT-125m.
-    Returns: vlm.VLM.
-    Raises: ValueError for what cannot be built, such as the versions on Flan-T5.
+    What it leaves out is as transformers' classes have it: tower and Q-Former of blip2-opt-2.7b, but OPT-125m. Raises:
+    ValueError for what cannot be built, such as the versions on Flan-T5.
     """
-    config = complete(config, {key: CONFIGS["full"][key] for key in ("vision_config", "qformer_config", "num_query_tokens")})
+    full = CONFIGS["full"]
+    config = complete(config, {key: full[key] for key in ("vision_config", "qformer_config", "num_query_tokens")})
     former, text = config["qformer_config"], config.get("text_config", {})
     expect(text, model_type="opt")
     expect(former, hidden_act="gelu", use_qformer_text_input=False, layer_norm_eps=1e-12)
     vision, llm = eva_config(config["vision_config"]), opt_config(text)
-    looks = tuple(i % former["cross_attention_frequency"] == 0 for i in range(former["num_hidden_layers"]))  # 0, 2, 4 ...
+    every = former["cross_attention_frequency"]
+    looks = tuple(i % every == 0 for i in range(former["num_hidden_layers"]))  # 0, 2, 4 ...
     bridge = QFormer(vision.width, llm.width, former["hidden_size"], config["num_query_tokens"],
                      former["num_attention_heads"], former["intermediate_size"], looks)
     return VLM(ViT(vision), bridge, Decoder(llm))
@@ -66,8 +65,8 @@ QFORMER = (
     Unread("qformer.embeddings.position_ids", "0, 1, 2 ..."),
     ("language_projection.{p}", "project.{p}"),
     # LAVIS, which adds a half that reads text
-    *(Alias(f"Qformer.bert.encoder.layer.{{i}}.{kind}.self.{{rest}}", f"qformer.encoder.layer.{{i}}.{kind}.attention.{{rest}}")
-      for kind in ("attention", "crossattention")),
+    *(Alias(f"Qformer.bert.encoder.layer.{{i}}.{kind}.self.{{rest}}",
+            f"qformer.encoder.layer.{{i}}.{kind}.attention.{{rest}}") for kind in ("attention", "crossattention")),
     Alias("Qformer.bert.embeddings.LayerNorm.{p}", "qformer.layernorm.{p}"),
     Alias("Qformer.bert.{rest}", "qformer.{rest}"),
     Alias("opt_proj.{p}", "language_projection.{p}"),
@@ -76,7 +75,8 @@ QFORMER = (
 
 def LAYOUT(config):
     """Published names on the left, ours on the right: the layout of blip2-opt-2.7b and its siblings on OPT."""
-    return (*prefixed(EVA, "", "vision."), *prefixed(QFORMER, "", "bridge."), *prefixed(OPT, "language_model.", "decoder."))
+    words = prefixed(OPT, "language_model.", "decoder.")
+    return (*prefixed(EVA, "", "vision."), *prefixed(QFORMER, "", "bridge."), *words)
 
 
 SETTINGS = dict(image_fit="stretch", augmentation="crop_flip", weight_decay=0.05, schedule="cosine", clip=None)

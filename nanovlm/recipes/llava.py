@@ -32,10 +32,7 @@ PROJECTORS = {"linear": LinearProjector, "mlp2x_gelu": MLPProjector}
 
 
 def nested(config):
-    """Either form of config.json, Hugging Face's or the original's, which is Vicuna's with `mm_...` added, as the first.
-
-    Raises: ValueError for a projector that no recipe has.
-    """
+    """Either form of config.json as Hugging Face's; the original's is Vicuna's with `mm_...` added."""
     if "vision_config" not in config and {"mm_hidden_size", "mm_vision_tower"} & config.keys():
         tower = str(config.get("mm_vision_tower", "openai/clip-vit-large-patch14"))
         config = {
@@ -52,13 +49,10 @@ def nested(config):
 
 
 def build(config):
-    """LLaVA or LLaVA-1.5.
+    """LLaVA or LLaVA-1.5, of Hugging Face's config.json or the original's: vlm.VLM.
 
-    Args:
-      config: dict, Hugging Face's config.json of a LLaVA or the original's; in the first, `mm_projector_type` "linear"
-        asks for one layer. What it leaves out is LLaVA-1.5-7B's.
-    Returns: vlm.VLM.
-    Raises: ValueError for what cannot be built.
+    In the first, `mm_projector_type` "linear" asks for one layer; what it leaves out is LLaVA-1.5-7B's. Raises:
+    ValueError for what cannot be built.
     """
     config = nested(config)
     expect(config, projector_hidden_act="gelu", multimodal_projector_bias=True)
@@ -107,10 +101,11 @@ def epoch(name, learning_rate, parts, source, examples, batch_size, **others):
     """One epoch of a data set: AdamW at a cosine after 3% of warm-up, as in all of LLaVA's scripts."""
     steps = math.ceil(examples / batch_size)
     return stage(name, dict.fromkeys(parts, learning_rate), {source: 1.0}, steps, batch_size, betas=(0.9, 0.999),
-                 schedule="cosine", warmup_steps=math.ceil(0.03 * steps), start_lr_factor=0.0, max_tokens=2048, **others)
+                 schedule="cosine", warmup_steps=math.ceil(0.03 * steps), start_lr_factor=0.0, max_tokens=2048,
+                 **others)
 
 
-CAPTIONS, LLAVA_INSTRUCT, MIX = ("llava_pretrain_558k", 558_128), ("llava_instruct_158k", 158_000), ("llava_mix_665k", 665_298)
+CAPTIONS, MIX = ("llava_pretrain_558k", 558_128), ("llava_mix_665k", 665_298)
 BRIDGE, BOTH = ("bridge",), ("bridge", "embedding", "language_model", "lm_head")
 STAGES = {
     "full": (
@@ -119,7 +114,8 @@ STAGES = {
     ),
     "linear": (
         epoch("align", 2e-3, BRIDGE, *CAPTIONS, 128, image_size=224),
-        epoch("instruct", 2e-5, BOTH, *LLAVA_INSTRUCT, 64, image_size=224),  # Table 6: 4 examples, twice, on 8 GPUs
+        # Table 6: 4 examples, twice, on 8 GPUs
+        epoch("instruct", 2e-5, BOTH, "llava_instruct_158k", 158_000, 64, image_size=224),
     ),
 }
 
@@ -136,10 +132,10 @@ DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
 }
 
 RECIPE = published_recipe(
-    "llava", build, LAYOUT, CONFIGS, stages=stages, template=LLAVA, decodings=DECODINGS, stage_templates={"align": PLAIN},
-    expected={"align": Expected(20), "instruct": Expected(300)},
+    "llava", build, LAYOUT, CONFIGS, stages=stages, template=LLAVA, decodings=DECODINGS,
+    stage_templates={"align": PLAIN}, expected={"align": Expected(20), "instruct": Expected(300)},
     weights=(
-        "vision=openai/clip-vit-large-patch14-336  CLIP ViT-L/14, 336 pixels (\"linear\": openai/clip-vit-large-patch14)",
-        "language=lmsys/vicuna-7b-v1.5  Vicuna-7B v1.5 (\"linear\": lmsys/vicuna-7b-v1.1)",
+        "vision=openai/clip-vit-large-patch14-336  CLIP ViT-L/14, 336 pixels (linear: openai/clip-vit-large-patch14)",
+        "language=lmsys/vicuna-7b-v1.5  Vicuna-7B v1.5 (linear: lmsys/vicuna-7b-v1.1)",
     ),
 )  # fmt: skip

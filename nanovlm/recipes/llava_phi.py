@@ -47,12 +47,9 @@ def sizes(config):
 
 
 def build(config):
-    """LLaVA-Phi.
+    """LLaVA-Phi of a dict with vision and llm, or of the released config.json: vlm.VLM.
 
-    Args:
-      config: dict with vision and llm, or the released config.json; what it leaves out of `vision` is as released.
-    Returns: vlm.VLM.
-    Raises: ValueError for sizes that do not go together.
+    What it leaves out of `vision` is as released. Raises: ValueError for sizes that do not go together.
     """
     config = sizes(config)
     vision, llm = config["vision"], phi_config(config["llm"])
@@ -72,7 +69,8 @@ def LAYOUT(config):
 
 WORDS = ("embedding", "language_model", "lm_head")
 # Sec. 3.2: betas and eps; no decay and no clipping as in the code
-SETTINGS = dict(betas=(0.9, 0.98), eps=1e-7, weight_decay=0.0, clip=None, start_lr_factor=0.0, max_tokens=2048, image_size=336)
+SETTINGS = dict(betas=(0.9, 0.98), eps=1e-7, weight_decay=0.0, clip=None, start_lr_factor=0.0, max_tokens=2048,
+                image_size=336)
 STAGES = (
     # Sec. 3.2: two epochs (of about 80,000 dialogues), 3e-5, linear; optional there too. The batch size is not stated
     stage("tune_phi", dict.fromkeys(WORDS, 3e-5), {"ShareGPT": 1.0}, 1_250, 128, schedule="linear", **SETTINGS),

@@ -36,13 +36,10 @@ CONFIGS = SIZES["lynx"]
 
 
 def build(config):
-    """Lynx.
+    """Lynx: vlm.VLM. Raises: ValueError for sizes that do not go together.
 
-    Args:
-      config: dict with vision, bridge, llm (Vicuna's own config.json), adapter_freq, num_frames and, unless the
-        adapters are half as wide as the model, adapter_width; what it leaves out is as released.
-    Returns: vlm.VLM.
-    Raises: ValueError for sizes that do not go together.
+    config: dict with vision, bridge, llm (Vicuna's own config.json), adapter_freq, num_frames and, unless the adapters
+      are half as wide as the model, adapter_width; what it leaves out is as released.
     """
     config = complete(config, CONFIGS["full"])
     eva, bridge, llm = config["vision"], config["bridge"], llama_config(config["llm"])
@@ -100,7 +97,8 @@ def mixture(column, *without):
 
 def sharp(*names):
     """Shares of data sets that join when pictures grow: as many a record as VQAv2's, which stays. {dataset: share}."""
-    thousands = {data["name"]: float(data["size"].rstrip("K")) for data in DATASETS if data["name"] in (*names, "VQAv2")}
+    sizes = {data["name"]: data["size"] for data in DATASETS}
+    thousands = {name: float(sizes[name].rstrip("K")) for name in (*names, "VQAv2")}
     rate = mixture("pretrain_percent")["VQAv2"] / thousands["VQAv2"]
     return {name: round(rate * thousands[name], 3) for name in names}
 
@@ -115,7 +113,7 @@ STAGES = (
     # Sec. 2.2: 224 pixels, batch 1536; steps, warm-up and rate of Table 8, shares of Table 12
     stage("align", dict.fromkeys(ALIGNED, 1e-4), mixture("pretrain_percent"), 100_000, 1536, warmup_steps=5_000,
           image_size=224, **TABLE_8),
-    # Sec. 2.2 leaves out the "large-scale noise image-text pairs" and adds "table reading and OCR", but gives no shares:
+    # Sec. 2.2 leaves out the "large-scale noise image-text pairs" and adds "table reading and OCR", without shares:
     # ours are the first stage's, and for what Table 12 has of these two kinds in its last column alone, see `sharp`
     stage("resolution", dict.fromkeys((*ALIGNED, "vision"), 1e-5),
           mixture("pretrain_percent", "image-text pair") | sharp("WebSRC", "TextVQA", "STVQA"), 10_000, 448,
@@ -144,10 +142,10 @@ DECODINGS = {
     "released": table_9(64, 5, 0.9, 3, -2.0, 2, True),  # the repository's own default, which no table of the paper uses
 }  # fmt: skip
 
-# How Lynx asks: at least three prompts for each task, one of which is drawn for every record (Sec. 2.3). GPT-4 continued
-# them on "Here are some instructions that define a visual-language task. Continue to write 15 instructions with the same
-# meaning: 1) PROMPT1; 2) PROMPT2; 3) PROMPT3;". Published is one prompt of each data set: it comes first in each pool. The
-# others are ours; `python -m nanovlm.vlit` asks a language model for more.
+# How Lynx asks: at least three prompts for each task, one of which is drawn for every record (Sec. 2.3). GPT-4
+# continued them on "Here are some instructions that define a visual-language task. Continue to write 15 instructions
+# with the same meaning: 1) PROMPT1; 2) PROMPT2; 3) PROMPT3;". Published is one prompt of each data set: it comes first
+# in each pool. The others are ours; `python -m nanovlm.vlit` asks a language model for more.
 AS_THEY_ARE = ("[QUESTION]", "[INSTRUCTION]", "[DIALOG]")  # the data set's own words
 SLOT = re.compile(r"\[[A-Z]+\](?: Options: \[OPTIONS\])?")  # a file writes a question and its options as one text
 
@@ -157,14 +155,15 @@ def ask(data):
     pool = next(pool for pool in POOLS if pool[0] == data["prompt"])
     if data["kind"].startswith("video"):
         pool = [prompt.replace("the image", "the video") for prompt in pool]
-    return tuple(SLOT.sub(lambda place: "{question?}" if place[0] == "[QUESTION]" else "{question}", prompt) for prompt in pool)
+    mark = lambda place: "{question?}" if place[0] == "[QUESTION]" else "{question}"
+    return tuple(SLOT.sub(mark, prompt) for prompt in pool)
 
 
 PROMPTS = {data["name"]: ask(data) for data in DATASETS if data["prompt"] not in AS_THEY_ARE}
 
 CONTENTS = (
-    "the released files probably hold bridge.*, the adapters and absolute_frame_pos_embed alone; EVA's tower and Vicuna-7B "
-    "v1.1 come from their own files"
+    "the released files probably hold bridge.*, the adapters and absolute_frame_pos_embed alone; EVA's tower and "
+    "Vicuna-7B v1.1 come from their own files"
 )
 RECIPE = published_recipe(
     "lynx", build, LAYOUT, CONFIGS, CONTENTS, stages=shrinking(STAGES, {224: 28, 420: 56}), template=LYNX,

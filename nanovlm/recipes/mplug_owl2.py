@@ -33,7 +33,7 @@ CONFIGS = SIZES["mplug_owl2"]
 
 
 def sizes(config):
-    """A config in one form, with vision, abstractor and llm, completed as released; its config.json lays out the last."""
+    """A config in one form, with vision, abstractor and llm, completed as released; the file lays out the last."""
     if "visual_config" in config:
         visual = config["visual_config"]
         config = {"llm": config, "vision": visual.get("visual_model"), "abstractor": visual.get("visual_abstractor")}
@@ -42,12 +42,9 @@ def sizes(config):
 
 
 def build(config):
-    """mPLUG-Owl2.
+    """mPLUG-Owl2 of a dict with vision, abstractor and llm, or of the released config.json: vlm.VLM.
 
-    Args:
-      config: dict with vision, abstractor and llm, or the released config.json; what it leaves out is as released.
-    Returns: vlm.VLM.
-    Raises: ValueError for sizes that do not go together.
+    What it leaves out is as released. Raises: ValueError for sizes that do not go together.
     """
     config = sizes(config)
     vision, queries, llm = ViT(clip_config(config["vision"])), config["abstractor"], llama_config(config["llm"])
@@ -117,11 +114,12 @@ SETTINGS = dict(  # Sec. 4.1
     image_fit="squash",  # as its evaluation scripts do
 )  # fmt: skip
 STAGES = (
-    # Sec. 4.1: 348 million pairs, augmented as BLIP-2's; the paper names the sets without their shares, and two decays come
-    # from the authors' tracker
+    # Sec. 4.1: 348 million pairs, augmented as BLIP-2's; the paper names the sets without their shares, and two decays
+    # come from the authors' tracker
     stage("align", dict.fromkeys(("vision", "bridge", "vision_branch"), 1e-4),
-          dict.fromkeys(("CC3M", "CC12M", "COCO", "LAION-en", "COYO", "DataComp"), 1.0), 42_500, 8192, warmup_steps=1_000,
-          weight_decay=0.05, image_size=224, max_tokens=256, copy_vision_branch=True, augmentation="crop_flip", **SETTINGS),
+          dict.fromkeys(("CC3M", "CC12M", "COCO", "LAION-en", "COYO", "DataComp"), 1.0), 42_500, 8192,
+          warmup_steps=1_000, weight_decay=0.05, image_size=224, max_tokens=256, copy_vision_branch=True,
+          augmentation="crop_flip", **SETTINGS),
     # Sec. 4.1: one epoch; the 1.23 million examples are not stated, the warm-up is the fine-tuning script's 3%
     stage("instruct",
           dict.fromkeys(("vision", "bridge", "embedding", "language_model", "vision_branch", "lm_head"), 2e-5),
@@ -139,7 +137,7 @@ DECODINGS = {
 }
 
 RECIPE = published_recipe(
-    "mplug_owl2", build, LAYOUT, CONFIGS, "the released files hold the whole model; the abstractor's position tables are computed",
+    "mplug_owl2", build, LAYOUT, CONFIGS, "the released files hold the whole model; position tables are computed",
     stages=shrinking(STAGES, {224: 28, 448: 56}), template=MPLUG_OWL2, decodings=DECODINGS,
     expected={"align": Expected(25, num_gpus=64), "instruct": Expected(250, num_gpus=64)},  # the paper states no time
     weights=("vision=openai/clip-vit-large-patch14  CLIP ViT-L/14, 224 pixels",

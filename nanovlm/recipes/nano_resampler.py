@@ -13,7 +13,8 @@ from nanovlm.resampler import Resampler
 def resampler(width):
     """The bridge: 64 latents look at all patches (Lynx, arXiv:2307.02469, Sec. 2.1)."""
     heads = width // nano.HEAD_WIDTH
-    return Resampler(width, width, num_latents=64, num_layers=1, num_heads=heads, head_width=nano.HEAD_WIDTH, ffn_width=4 * width)
+    return Resampler(width, width, num_latents=64, num_layers=1, num_heads=heads, head_width=nano.HEAD_WIDTH,
+                     ffn_width=4 * width)
 
 
 def build(size, vocab_size):

@@ -2,8 +2,9 @@
 
   vision   CLIP ViT-L/14, 224 pixels: the patches as they leave the last block, without CLIP's last norm, 256 features
   bridge   resampler of 6 layers whose latents also attend to one another; 64 tokens that keep the tower's width
-  decoder  MPT-1B ("mpt1b") or MPT-7B ("mpt7b"), as published: 50280 words, <|endofchunk|>, <image> and an unused row added;
-           OPT-1.3B ("full"), as the review's text has it; gated cross-attention before every n-th layer (1; 4 in "mpt7b")
+  decoder  MPT-1B ("mpt1b") or MPT-7B ("mpt7b"), as published: 50280 words, <|endofchunk|>, <image> and an unused row
+           added; OPT-1.3B ("full"), as the review's text has it; gated cross-attention before every n-th layer (1; in
+           "mpt7b" 4)
   rows     <image> is one word of the row; the text behind it sees that picture and no other
   layout   the resampler under `perceiver.`, each layer with its cross-attention, and both listed once more
 
@@ -45,14 +46,11 @@ def kind_of(config):
 
 
 def build(config):
-    """OpenFlamingo on OPT or MPT.
+    """OpenFlamingo on OPT or MPT: vlm.VLM. Raises: ValueError for what cannot be built.
 
-    Args:
-      config: dict with vision (CLIP's config.json; absent: no tower is built, and the model starts from features of
-        vision_width channels), resampler, cross_attn_every_n_layers, media_token_id and llm (the
-        language model's config.json, OPT's if it names no model_type). What it leaves out is as released.
-    Returns: vlm.VLM; its vision is None without a tower.
-    Raises: ValueError for what cannot be built.
+    config: dict with vision (CLIP's config.json; absent: no tower, the model starts from features of vision_width
+      channels), resampler, cross_attn_every_n_layers, media_token_id and llm (the language model's config.json, OPT's
+      if it names no model_type). What it leaves out is as released.
     """
     size, read = LANGUAGE[kind_of(config)]
     defaults = {key: value for key, value in CONFIGS[size].items() if key != "vision"}
@@ -71,7 +69,7 @@ def build(config):
 
 
 def build_for_tokenizer(size, vocab_size):
-    """OpenFlamingo of a size: vlm.VLM; the tokenizer's last two of `vocab_size` words are <|endofchunk|> and <image>."""
+    """OpenFlamingo of a size: vlm.VLM; the last two of `vocab_size` words are <|endofchunk|> and <image>."""
     config = with_vocabulary(CONFIGS[size], vocab_size)
     return build(config | {"media_token_id": vocab_size - 1} if vocab_size else config)
 
@@ -107,8 +105,9 @@ def LAYOUT(config):
 EXAMPLES, EPOCHS, GPUS = 158_000, 6, 8
 STAGES = (
     stage(  # the loss multiplier of 0.2 scales all gradients alike, which AdamW does not notice; embeddings are frozen
-        "instruct", dict.fromkeys(("bridge", "cross_attention"), 1e-4), {"vlit_158k": 1.0}, EXAMPLES * EPOCHS // GPUS, GPUS,
-        warmup_steps=1_000, schedule="constant", start_lr_factor=0.0, image_size=224, betas=(0.9, 0.999), weight_decay=0.1,
+        "instruct", dict.fromkeys(("bridge", "cross_attention"), 1e-4), {"vlit_158k": 1.0}, EXAMPLES * EPOCHS // GPUS,
+        GPUS, warmup_steps=1_000, schedule="constant", start_lr_factor=0.0, image_size=224, betas=(0.9, 0.999),
+        weight_decay=0.1,
     ),
 )
 
@@ -123,8 +122,8 @@ FORMS = {  # of its evaluation script; without shots two examples stand in front
     "vqa": Form(OPEN_FLAMINGO_VQA, "{question}", ("Question", "Answer", "Short", ", "), text_shots=2),
 }
 
-CONTENTS = ("released files hold the resampler, the cross-attention and MPT's words; CLIP's tower and the language model come "
-            "from their own files")
+CONTENTS = ("released files hold the resampler, the cross-attention and MPT's words; CLIP's tower and the language "
+            "model come from their own files")
 RECIPE = published_recipe(
     "open_flamingo", build, LAYOUT, CONFIGS, CONTENTS, build=build_for_tokenizer, stages=shrinking(STAGES, {224: 28}),
     template=OPEN_FLAMINGO, decodings=DECODINGS, forms=FORMS, expected={"instruct": Expected(150)},

@@ -19,19 +19,17 @@ FAMILIES = BARE | {family: recipe.published for family, recipe in OF_FAMILY.item
 
 
 def recipe_of(folder, config, recipe=None):
-    """The Recipe of a folder that train.py wrote. What the folder itself names is never run.
+    """The Recipe of a folder that train.py wrote, of its config.json. What the folder itself names is never run.
 
-    Args:
-      folder: Path. config: dict of its config.json.
-      recipe: str or Path of the file it was trained from; not needed for a recipe of this package.
+    recipe: str or Path of the file it was trained from; not needed for a recipe of this package.
     Raises: ValueError if a file is needed; FileNotFoundError.
     """
     name = str(config["recipe"])
     if not name.endswith(".py"):
         return smolvlm.FORMER if name == "small" else find(name)
     if recipe is None:
-        raise ValueError(f"{folder} was trained from a recipe file, which is run only if you name it yourself: --recipe "
-                         f"{Path(name).name}, or recipe= in Python (it was {name})")
+        raise ValueError(f"{folder} was trained from a recipe file, which is run only if you name it yourself: "
+                         f"--recipe {Path(name).name}, or recipe= in Python (it was {name})")
     if digest(recipe) != config.get("recipe_sha256", digest(recipe)):
         print(f"({recipe} has changed since {folder} was trained from it)", file=sys.stderr)
     return from_file(recipe)
@@ -41,9 +39,9 @@ def load(folder, dtype=torch.float32, device="cpu", image_size=None, recipe=None
     """Open a model.
 
     Args:
-      folder: str or Path, the output folder of train.py or of `convert`, a published model's, or a LoRA adapter's whose base
-        is found; or a name, where no folder is called so: "nano", which comes along, or `owner/name[@revision]`, which is
-        fetched.
+      folder: str or Path, the output folder of train.py or of `convert`, a published model's, or a LoRA adapter's whose
+        base is found; or a name, where no folder is called so: "nano", which comes along, or `owner/name[@revision]`,
+        which is fetched.
       dtype: of the weights. device: where they go.
       image_size: pixels, of a published model: another size than its own; the position table is resized.
       recipe: str or Path of the recipe file that a folder was trained from; other folders need none.

@@ -11,7 +11,8 @@ from nanovlm.published.weights import Entry, Published
 from nanovlm.recipes.recipe import Decoding, Expected, Recipe
 from nanovlm.training.stages import Stage
 
-__all__ = ["RESAMPLER", "SIZES", "Decoding", "Expected", "features", "published_recipe", "shrinking", "stage", "tiny_language"]
+__all__ = ["RESAMPLER", "SIZES", "Decoding", "Expected", "features", "published_recipe", "shrinking", "stage",
+           "tiny_language"]
 
 # recipe -> size -> its config.json; what a published class takes by itself may be left out
 SIZES = json.loads(Path(__file__).with_name("sizes.json").read_text())
@@ -30,16 +31,17 @@ TINY_BATCH = 4  # examples
 
 
 def tiny_language(width=32, layers=2, heads=2, **others):
-    """A language model's config.json at the tiny size, but for the width of its feed-forward if `others` names it: dict."""
+    """A language model's config.json at the tiny size, but for the feed-forward's width if `others` names it: dict."""
     sizes = {"vocab_size": 512, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     return sizes | {"max_position_embeddings": 256} | (others or {"intermediate_size": 2 * width})
 
 
 def features(tower, layer, kind):
-    """A ViTConfig that gives what LLaVA's config.json names: the output of a layer, -1 is the last, and which tokens."""
+    """A ViTConfig that gives what LLaVA's config.json names: a layer's output, -1 is the last, and which tokens."""
     without_class = {"default": True, "patch": True, "full": False, "cls_patch": False}
     if kind not in without_class or not isinstance(layer, int):
-        raise ValueError(f"config: {kind!r} of layer {layer!r}; of one layer, like -2, {' or '.join(without_class)} can be built")
+        known = " or ".join(without_class)
+        raise ValueError(f"config: {kind!r} of layer {layer!r}; of one layer, like -2, {known} can be built")
     layer = layer if layer >= 0 else tower.num_layers + 1 + layer
     return dataclasses.replace(tower, feature_layer=layer, drop_class_token=without_class[kind])
 
@@ -50,10 +52,9 @@ def stage(name, learning_rates, mixture, steps, batch_size, **others):
 
 
 def shrinking(stages, tiny_images):
-    """A paper's stages as they stand, or shrunk to what a laptop rehearses; parts, rates and mixtures are never touched.
+    """A paper's stages as they stand, or shrunk to what a laptop rehearses: function(size, smoke) -> tuple of Stage.
 
-    Args: stages: tuple of Stage. tiny_images: {pixels in the paper: pixels at a tiny size}.
-    Returns: function(size, smoke) -> tuple of Stage; smoke: a few steps of a few examples.
+    Parts, rates and mixtures are never touched. tiny_images: {pixels in the paper: pixels at a tiny size}.
     """
 
     def at_size(size, smoke):
@@ -71,10 +72,7 @@ def shrinking(stages, tiny_images):
 
 
 def published_recipe(family, build, layout, configs, contents="", /, **fields):
-    """The recipe of a published model; its runs are judged by their losses alone.
-
-    Args: family to contents: of Published. fields: of Recipe, at least stages, template and decodings.
-    """
+    """A published model's recipe, whose runs are judged by their losses alone; fields: at least stages and template."""
     published = Published(family, build, layout, configs, contents)
 
     def no_tokenizer():

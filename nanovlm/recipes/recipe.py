@@ -42,7 +42,7 @@ class Recipe:
     stages: Callable[[str, bool], tuple[Stage, ...]]  # (size, smoke)
     tokenizer: Callable                 # () -> data.tokenizer.Tokenizer of a run from nothing
     template: Template = NANO
-    load_tokenizer: Callable = lambda folder: Tokenizer(Path(folder) / "tokenizer.json")  # (folder of a model) -> Tokenizer
+    load_tokenizer: Callable = lambda folder: Tokenizer(Path(folder) / "tokenizer.json")  # (folder) -> Tokenizer
     contrastive: Callable | None = None  # (size, model) -> contrastive.ContrastiveModel around model.vision
     sources: dict[str, Callable] = field(default_factory=dict)  # name in the stages' mixtures -> (seed) -> source
     decodings: dict[str, Decoding] = field(default_factory=dict)  # by the preset's name
@@ -66,8 +66,8 @@ class Recipe:
     load: Callable | None = None        # () -> vlm.VLM with the weights after --init
     source: dict[str, Any] = field(default_factory=dict)  # config.json of the published model after --init
     finished: bool = False              # whether that model needs only the last stage, on data of one's own
-    files: tuple[Path, ...] = ()        # of that model, which the run's folder keeps: tokenizer, processor, chat template
-    weights: tuple[str, ...] = ()       # what to start from: `PART=NAME  what it is`, where NAME is for published/hub.py or not fetched
+    files: tuple[Path, ...] = ()        # of that model, kept in the run's folder: tokenizer, processor, chat template
+    weights: tuple[str, ...] = ()       # to start from: `PART=NAME  what it is`, NAME as published/hub.py finds it
 
     def expects(self, stage):
         """What is known or assumed of a Stage's examples: Expected."""
@@ -81,16 +81,14 @@ class Recipe:
 
 @functools.cache
 def papers_datasets():
-    """The papers' data sets: {name: {"page": where it lived, "examples": as its paper counts them}}, for people to read."""
+    """The papers' data sets, for people to read: {name: {"page": where it lived, "examples": as its paper counts}}."""
     return json.loads(Path(__file__).with_name("datasets.json").read_text())
 
 
 def from_file(path):
-    """Run a Python file, in whose folder it may find others to import, and take its recipe.
+    """Run a Python file, in whose folder it may find others to import, and take its RECIPE: Recipe.
 
-    Args:
-      path: str or Path of a file that defines RECIPE; one that the user has named, never one that a model's folder names.
-    Returns: Recipe.
+    path: one that the user has named, never one that a model's folder names.
     Raises: FileNotFoundError; ValueError if the file defines no RECIPE.
     """
     specification = importlib.util.spec_from_file_location("recipe_from_file", path)

@@ -8,11 +8,11 @@
   layout     HuggingFaceTB/SmolVLM-256M-Instruct's: 256,484,928 parameters        500M-Instruct's: 507,482,304
 
 SmolVLM, arXiv:2504.05299; its layout is Idefics3's, arXiv:2408.12637. Why it is made so:
-- 4 x 4 patches behind one another are 12288 channels, from which the linear map picks 576; nothing is averaged. A language
-  model of width 576 would spend nearly all its time on 1024 image tokens;
+- 4 x 4 patches behind one another are 12288 channels, from which the linear map picks 576; nothing is averaged. A
+  language model of width 576 would spend nearly all its time on 1024 image tokens;
 - tower (86 million parameters) and language model (135) are of one size; the context of 8192 holds several pictures;
-- memory: 256 million parameters take 16 bytes each with gradient, float32 copy and AdamW, 3.8 GiB; a row of 17 tiles keeps
-  about as much again (`train.py smolvlm --print`).
+- memory: 256 million parameters take 16 bytes each with gradient, float32 copy and AdamW, 3.8 GiB; a row of 17 tiles
+  keeps about as much again (`train.py smolvlm --print`).
 Differs from the paper: the stages take LLaVA-1.5's data, batches and steps, for a beginning that can be compared. Their
 rates are higher, as small models want them: a guess, not tried at this size here.
 """
@@ -34,19 +34,16 @@ from nanovlm.vlm import VLM
 
 CONFIGS = SIZES["smolvlm"]
 CLASS = {  # what transformers' class takes where a config.json is silent
-    "vision_config": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
-                      "image_size": 224, "patch_size": 32},
+    "vision_config": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12,
+                      "num_attention_heads": 16, "image_size": 224, "patch_size": 32},
     "scale_factor": 2,
 }  # fmt: skip
 
 
 def build(config):
-    """SmolVLM.
+    """SmolVLM of an Idefics3's or SmolVLM's config.json: vlm.VLM.
 
-    Args:
-      config: dict, the config.json of an Idefics3 or SmolVLM; what it leaves out is as transformers' classes have it.
-    Returns: vlm.VLM.
-    Raises: ValueError for patches that do not divide into squares, or for what cannot be built.
+    What it leaves out is as transformers' classes have it. Raises: ValueError where patches do not divide into squares.
     """
     config = complete(config, CLASS)
     vision, llm = ViT(siglip_config(config["vision_config"])), llama_config(text_section(config))
@@ -73,8 +70,8 @@ STAGES = (
           micro_batch_size=16, tiles=0, **SETTINGS),
     stage(  # the tower has the most to lose, the bridge the most to learn
         "instruct", {"vision": 2e-5, "bridge": 5e-4, "embedding": 1e-4, "language_model": 1e-4, "lm_head": 1e-4},
-        {"llava_mix_665k": 1.0}, INSTRUCT, 128, warmup_steps=INSTRUCT // 33, max_tokens=2048, micro_batch_size=1, tiles=4,
-        **SETTINGS,
+        {"llava_mix_665k": 1.0}, INSTRUCT, 128, warmup_steps=INSTRUCT // 33, max_tokens=2048, micro_batch_size=1,
+        tiles=4, **SETTINGS,
     ),
 )
 DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
@@ -87,7 +84,7 @@ RECIPE = published_recipe(
     preprocessing=images.SIGLIP,  # pixels between -1 and 1
     expected={"align": Expected(20, num_gpus=1), "instruct": Expected(300, num_gpus=1)},
     weights=("vision=google/siglip-base-patch16-512  SigLIP-B/16, 512 pixels",
-             "language=HuggingFaceTB/SmolLM2-135M-Instruct  SmolLM2-135M (\"500M\": HuggingFaceTB/SmolLM2-360M-Instruct)"),
+             "language=HuggingFaceTB/SmolLM2-135M-Instruct  SmolLM2-135M (500M: HuggingFaceTB/SmolLM2-360M-Instruct)"),
 )  # fmt: skip
 # of folders that were trained when it was called small
 FORMER = dataclasses.replace(RECIPE, template=CHATML, stage_templates={"align": PLAIN})

@@ -17,8 +17,8 @@ from nanovlm.training.cost import decode
 
 GIB = 2**30  # bytes
 FROZEN = 2  # bytes of a parameter in bfloat16
-# Weight and gradient in bfloat16, then in float32 a master weight and AdamW's two moments: ZeRO, arXiv:1910.02054, Sec. 3.1.
-# Weight, gradient and moments all in float32, as this trainer keeps them, are as many.
+# Weight and gradient in bfloat16, then in float32 a master weight and AdamW's two moments: ZeRO, arXiv:1910.02054,
+# Sec. 3.1. Weight, gradient and moments all in float32, as this trainer keeps them, are as many.
 TRAINED = 2 + 2 + 4 + 4 + 4  # bytes of a parameter
 VOCABULARY = 512  # tokens, of a recipe that trains its own tokenizer
 
@@ -32,7 +32,7 @@ class Row:
     vision_tokens: int  # features of one picture as the bridge receives them
     image_tokens: int  # what the bridge makes of them
     parameters: dict[str, int]  # part -> parameters; parts that the model lacks are left out
-    trained: dict[str, dict[str, int]]  # stage -> part -> parameters that it trains; the text tower stands beside the model
+    trained: dict[str, dict[str, int]]  # stage -> part -> parameters that it trains, also in the text tower beside it
     encode_flops: int  # vision tower and bridge, one picture
     language_flops: int  # decoder over what stands in the row for that picture, without the output head
 
@@ -52,8 +52,7 @@ class Row:
 
 
 def count_flops(layers, function):
-    """Operations of one call, by torch's counter: int. Of layers with parameters of the same shapes, each float[..., W] ->
-    float[..., W], only the first runs, and counts for all."""
+    """Operations of one call, by torch's counter: int; of layers of equal shapes one runs and counts for all."""
     known, repeated = {}, 0
 
     def once(layer, run):
@@ -87,7 +86,7 @@ def encode_flops(model):
 
 
 def language_flops(model, num_image_tokens):
-    """Operations of the decoder for the N image tokens of one picture: int; with cross-attention, for its one media token."""
+    """Operations of the decoder for the N image tokens of a picture: int; with cross-attention, for its media token."""
     tokens = torch.empty(1, num_image_tokens, model.bridge.output_width, device="meta")
     return count_flops(model.decoder.layers, lambda: decode(model, tokens, int(model.media_token is not None)))
 
@@ -108,8 +107,9 @@ def row(recipe, size):
     image_tokens = model.bridge.num_image_tokens(vision_tokens)
     trained = {stage.name: {part: number for part, number in known.items() if part in stage.learning_rates}
                for stage in recipe.stages(size, False)}
-    return Row(recipe.name if size == recipe.sizes[0] else f"{recipe.name} {size}", model.vision.image_size, vision_tokens,
-               image_tokens, parameters, trained, encode_flops(model), language_flops(model, image_tokens))
+    name = recipe.name if size == recipe.sizes[0] else f"{recipe.name} {size}"
+    return Row(name, model.vision.image_size, vision_tokens, image_tokens, parameters, trained, encode_flops(model),
+               language_flops(model, image_tokens))
 
 
 def rows():
@@ -131,26 +131,23 @@ def gib(number):
 
 
 def tables(counted):
-    """What is printed, as data for any kind of table.
-
-    Args:
-      counted: list of Row.
-    Returns: list of (title, list of headings, list of lists of str), the models first, then parts, then stages.
-    """
+    """Models, parts and stages for any kind of table: list of (title, list of headings, list of lists of str)."""
     models = [
         [one.name, f"{one.image_size}", f"{one.vision_tokens:,}", f"{one.image_tokens:,}", f"{one.total:,}",
          short(one.encode_flops), short(one.language_flops), gib(FROZEN * one.total)]
         for one in counted
     ]  # fmt: skip
     parts = list(dict.fromkeys(part for one in counted for part in one.parameters))
-    shares = [[one.name, *(short(one.parameters[part]) if part in one.parameters else "" for part in parts)] for one in counted]
+    shares = [[one.name, *(short(one.parameters[part]) if part in one.parameters else "" for part in parts)]
+              for one in counted]
     stages = [[one.name, stage, ", ".join(trained), short(sum(trained.values())), gib(one.train_bytes(stage))]
               for one in counted for stage, trained in one.trained.items()]  # fmt: skip
     return [
-        ("The models", ["model", "pixels", "vision tokens", "image tokens", "parameters", "FLOPs per image: tower, bridge",
-                        "language model", "GiB to load (bfloat16)"], models),
+        ("The models", ["model", "pixels", "vision tokens", "image tokens", "parameters",
+                        "FLOPs per image: tower, bridge", "language model", "GiB to load (bfloat16)"], models),
         ("Parameters by part", ["model", *(part.replace("_", " ") for part in parts)], shares),
-        ("What each stage trains", ["model", "stage", "parts", "parameters", "GiB to train, without activations"], stages),
+        ("What each stage trains", ["model", "stage", "parts", "parameters", "GiB to train, without activations"],
+         stages),
     ]  # fmt: skip
 
 
@@ -158,11 +155,9 @@ def lines(title, headings, cells):
     """One table of `tables` for a terminal: list of str, numbers flush right."""
     widths = [max(map(len, column)) for column in zip(headings, *cells)]
     words = [any(cell[:1].isalpha() for cell in column) for column in zip(*cells)]
-    laid = [
-        "  ".join(cell.ljust(width) if word else cell.rjust(width) for cell, width, word in zip(line, widths, words)).rstrip()
-        for line in [headings, *cells]
-    ]
-    return [title, "", *laid, ""]
+    laid = [[cell.ljust(width) if word else cell.rjust(width) for cell, width, word in zip(line, widths, words)]
+            for line in [headings, *cells]]
+    return [title, "", *("  ".join(line).rstrip() for line in laid), ""]
 
 
 def main():
