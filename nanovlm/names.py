@@ -12,6 +12,12 @@ def nearest(name, known):
     return f" Known: {', '.join(map(repr, known))}."
 
 
+def check_known(what, name, known):
+    """Raise ValueError, "{what} 'name'." with the nearest known one, unless the name is known."""
+    if name not in known:
+        raise ValueError(f"{what} {name!r}.{nearest(name, known)}")
+
+
 def arguments(names):
     """What a constructor was called with, from `locals()` at its start: {name: value}, for config.json."""
     return {name: value for name, value in names.items() if name not in ("self", "__class__")}

@@ -29,11 +29,6 @@ class Report:
     truncated_rows: int = 0  # cut to max_tokens
     truncated_tokens: int = 0  # lost by that
 
-    def add(self, other):
-        """Count in what another Report has counted."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
 
 def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit, max_tokens, report=None,
                 preprocessing=images.CLIP, pack=False, num_tiles=None):
@@ -58,8 +53,8 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
     """
     rows, pictures, visuals = [], [], {}  # per conversation: its row, and where its pictures stand among the visuals
     for record in records:
-        record = in_tiles(record, image_size, num_tiles)
-        for where, row in record.rows or rows_of(record, template, tokenizer, num_image_tokens, image_size):
+        record = written(record, template, tokenizer, num_image_tokens, image_size, num_tiles)
+        for where, row in record.rows:
             rows.append(cut(row, max_tokens, report, where))
             seen = [record.visuals[image[0]] for image in rows[-1].images]
             pictures.append([visuals.setdefault(visual.key, (len(visuals), visual))[0] for visual in seen])
@@ -74,24 +69,18 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
                  shown=shown, owner=owner)
 
 
-def rows_of(record, template, tokenizer, num_image_tokens, image_size):
-    """The conversations of a record as rows: list of (where, templates.Row). Args and errors: as `build_batch`."""
-    pictures, rows = [], []
-    for visual in record.visuals:
-        count = num_image_tokens(image_size, len(visual.frames))
-        pictures.append(templates.picture_ids(visual, template, tokenizer, count))
-    for number, conversation in enumerate(record.conversations):
-        where = f"record {record.id!r}, conversation {number}"
-        for part in templates.rounds(conversation, template):
-            rows.append((where, templates.write(templates.segments(part, template), tokenizer, pictures)))
-    return rows
-
-
-def in_tiles(record, image_size, num_tiles):
-    """The record, its pictures cut into tiles where `num_tiles` is not None; args as of tiles.cut."""
-    if num_tiles is None or record.rows:  # written rows know their pictures
+def written(record, template, tokenizer, num_image_tokens, image_size, num_tiles):
+    """The record with its pictures in tiles and its rows, unless it has them: Record. Args and errors: as `build_batch`."""
+    if record.rows:
         return record
-    return replace(record, visuals=tuple(tiles.cut(visual, image_size, num_tiles) for visual in record.visuals))
+    visuals, rows = tuple(tiles.cut(visual, image_size, num_tiles) for visual in record.visuals), []
+    pictures = [templates.picture_ids(visual, template, tokenizer, num_image_tokens(image_size, len(visual.frames)))
+                for visual in visuals]
+    for number, conversation in enumerate(record.conversations):
+        for part in templates.rounds(conversation, template):
+            row = templates.write(templates.segments(part, template), tokenizer, pictures)
+            rows.append((f"record {record.id!r}, conversation {number}", row))
+    return replace(record, visuals=visuals, rows=tuple(rows))
 
 
 def cut(row, max_tokens, report, where):
@@ -106,7 +95,9 @@ def cut(row, max_tokens, report, where):
     if not kept.num_trained:
         raise ValueError(f"{where} has no trained token within max_tokens {max_tokens}; raise it, or add a reply")
     if report is not None:
-        report.add(Report(1, int(lost > 0), lost))
+        report.rows += 1
+        report.truncated_rows += lost > 0
+        report.truncated_tokens += lost
     return kept
 
 
@@ -231,8 +222,8 @@ class Preparation:
     """What one stage does with a record before it can be batched.
 
     image_size, fit, preprocessing: as in images.to_pixels.
-    template, tokenizer, num_image_tokens, max_tokens, num_tiles: as in `build_batch`. Without a template (a contrastive stage)
-      only the pictures are made ready, and every record must be one picture with captions.
+    template, tokenizer, num_image_tokens, max_tokens, num_tiles: as in `build_batch`. Without a template (a contrastive
+      stage) only the pictures are made ready, and every record must be one picture with captions.
     """
 
     image_size: int
@@ -246,15 +237,13 @@ class Preparation:
 
     def __call__(self, record):
         """The record with pictures fitted and rows written. Raises: ValueError or OSError, naming record or file."""
-        rows = ()
         if self.template is None:
-            captions_of(record)  # before its picture is changed
+            captions_of(record)  # for its errors, before its picture is changed
         else:
-            record = in_tiles(record, self.image_size, self.num_tiles)
-            rows = tuple(rows_of(record, self.template, self.tokenizer, self.num_image_tokens, self.image_size))
-            for where, row in rows:
+            record = written(record, self.template, self.tokenizer, self.num_image_tokens, self.image_size, self.num_tiles)
+            for where, row in record.rows:
                 cut(row, self.max_tokens, Report(), where)  # for its errors; the batch counts what is cut
-        return replace(record, visuals=tuple(map(self._fit, record.visuals)), rows=rows)
+        return replace(record, visuals=tuple(map(self._fit, record.visuals)))
 
     def _fit(self, visual):
         if visual.view is None and all(isinstance(frame, Image.Image) for frame in visual.frames):

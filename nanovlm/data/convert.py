@@ -35,7 +35,7 @@ from nanovlm.data.records import ROLES, files_in, record_of, spoken, with_system
 from nanovlm.data.tar_shards import write_shards
 from nanovlm.data.video import PICTURES, Clip
 from nanovlm.files import listing, new_folder, replace
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 SPEAKERS = {"user": "human", "assistant": "gpt"}  # role -> who speaks it in LLaVA's files
 FILMS = ("DC_", "TVC_", "E4D_")  # of MIMIC-IT: the sets whose pictures are frames of one video
@@ -368,8 +368,7 @@ def convert(args):
     Raises: ValueError or FileNotFoundError for flags or files that cannot be used, or if no item can be made of them.
     """
     out, shards = args.out, args.shards
-    if args.format not in FORMATS:
-        raise ValueError(f"unknown format {args.format!r}.{nearest(args.format, FORMATS)}")
+    check_known("unknown format", args.format, FORMATS)
     if shards is None and out.suffix != ".jsonl":
         raise ValueError(f"{out}: the name of an output ends with .jsonl; with --shards N it is a folder")
     if not args.source.exists():

@@ -19,10 +19,9 @@ from nanovlm.data.json_files import field, open_bytes, parse, read_at, records
 from nanovlm.data.records import Changed, Turn, drawn, permutation, record_of
 from nanovlm.data.tar_shards import TarShards
 from nanovlm.data.video import FRAMES, Clip
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 KEYS = {"reader": str, "path": str, "images": str, "prompts": list, "num_frames": int, "sampling": str}
-VIDEO_KEYS = ("num_frames", "sampling")
 QUESTION, MARKED = "{question}", "{question?}"  # the user's words; with a question mark
 DATA = "data"  # name of the source that --data makes
 LISTED = 20  # missing files, or items that cannot be used, named one by one in an error
@@ -100,6 +99,9 @@ class LlavaJson:
             return str(self.folder / (Path(name).name if self.bare_names else name))
 
         return record_of(item, where, self.clip, locate)
+
+
+READERS = {"llava": LlavaJson, "shards": TarShards}
 
 
 def files_of(frames):
@@ -191,18 +193,15 @@ def listed_sources(path, seed=0, prompts=None):
 def open_source(name, entry, folder, seed):
     """The source of an entry of a datasets file (see README.md) whose paths start at a folder. Raises: ValueError."""
     for key in ("reader", "path", *(entry if isinstance(entry, dict) else ())):
-        if key not in KEYS:
-            raise ValueError(f"unknown key {key!r}.{nearest(key, KEYS)}")
+        check_known("unknown key", key, KEYS)
         field(entry, key, KEYS[key], "the entry")
-    videos = {key: entry[key] for key in VIDEO_KEYS if key in entry}
-    images = folder / entry["images"] if "images" in entry else None
-    if entry["reader"] == "llava":
-        return LlavaJson(folder / entry["path"], images, name, seed, **videos)
-    if entry["reader"] != "shards":
-        raise ValueError(f"unknown reader {entry['reader']!r}.{nearest(entry['reader'], ('llava', 'shards'))}")
-    if images is not None:
-        raise ValueError(f"images {images}: shards hold their images; leave it out")
-    return TarShards(folder / entry["path"], name, seed, **videos)
+    check_known("unknown reader", entry["reader"], READERS)
+    options = {key: entry[key] for key in ("num_frames", "sampling") if key in entry}
+    if "images" in entry:
+        if entry["reader"] == "shards":
+            raise ValueError(f"images {entry['images']}: shards hold their images; leave it out")
+        options["image_folder"] = folder / entry["images"]
+    return READERS[entry["reader"]](folder / entry["path"], name=name, seed=seed, **options)
 
 
 def command_line_sources(data=None, images=None, datasets=None, seed=0, prompts=None):

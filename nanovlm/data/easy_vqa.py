@@ -10,7 +10,7 @@ from PIL import Image
 from nanovlm.data.records import Record, Turn, Visual, permutation
 from nanovlm.data.scene_questions import NAME_PROMPT, SHORT_CAPTION_PROMPTS
 from nanovlm.data.scenes import pick
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 COLORS = ("red", "green", "blue", "yellow", "gray", "teal", "black", "brown")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -88,26 +88,26 @@ class EasyVQA:
         Raises: ValueError for a name that does not exist; ImportError or FileNotFoundError, with what to install,
           if the package or its data is missing.
         """
-        kinds = ("questions", "denials", "captions", "names", "texts")
-        for name, value, known in (("split", split, ("train", "test")), ("kind", kind, kinds)):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}.{nearest(value, known)}")
+        check_known("unknown split", split, ("train", "test"))
+        check_known("unknown kind", kind, ("questions", "denials", "captions", "names", "texts"))
         self.name = f"easy_vqa_{split}"
         self.kind, self.seed, self.questions_per_picture = kind, seed, questions_per_picture
         (questions, answers, image_ids), self.paths = _load(split)
         self.asked = {image_id: [] for image_id in sorted(self.paths)}  # image id -> its (question, answer)
         for question, answer, image_id in zip(questions, answers, image_ids):
             self.asked[image_id].append((question, answer))
-        if kind == "denials":
-            for image_id, asked in self.asked.items():
+        self.captions, self.num_incomplete = {}, 0
+        for image_id, asked in self.asked.items():
+            if kind == "denials":
                 denials = [one for one in asked if is_denial(one[0])]
-                self.asked[image_id] = denials if any(answer == "no" for _, answer in denials) else []
-        told = kind in ("captions", "names", "texts")
-        revealed = {image_id: reveal(asked) for image_id, asked in self.asked.items()} if told else {}
-        self.captions = {image_id: caption_of(*words) for image_id, words in revealed.items()}
-        incomplete = {image_id for image_id, words in revealed.items() if None in words}  # captions that lack one
-        self.num_incomplete, left_out = len(incomplete), incomplete if kind == "texts" else ()
-        self.image_ids = [image_id for image_id, asked in self.asked.items() if asked and image_id not in left_out]
+                self.asked[image_id] = denials if "no" in {answer for _, answer in denials} else []
+            elif kind != "questions":
+                words = reveal(asked)
+                self.captions[image_id] = caption_of(*words)
+                self.num_incomplete += None in words
+                if kind == "texts" and None in words:
+                    self.asked[image_id] = []
+        self.image_ids = [image_id for image_id, asked in self.asked.items() if asked]
         self.pixels = {}  # image id -> uint8[64, 64, 3], filled as pictures are first asked for
 
     def __len__(self):
@@ -130,9 +130,11 @@ class EasyVQA:
             if self.questions_per_picture is not None and self.questions_per_picture < len(asked):
                 asked = [asked[i] for i in rng.permutation(len(asked))[: self.questions_per_picture]]
             kinds = tuple(kind_of(answer) for _, answer in asked)
-        name, pictures, regions, shown = f"{self.name}/{image_id}", (), (), f"{self.captions.get(image_id)}. "
-        if self.kind != "texts":
-            pictures, shown = (Visual(name, (self._picture(image_id),)),), 0
+        name, pictures, regions, shown = f"{self.name}/{image_id}", (), (), 0
+        if self.kind == "texts":
+            shown = f"{self.captions[image_id]}. "
+        else:
+            pictures = (Visual(name, (self._picture(image_id),)),)
         if self.kind == "names":
             regions = (centre_of(self.pixels[image_id]),) * len(asked)
         turns = tuple((Turn("user", (shown, question)), Turn("assistant", (answer,))) for question, answer in asked)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from nanovlm.data.json_files import field
 from nanovlm.data.video import Clip
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 ROLES = {"human": "user", "user": "user"} | dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant")
 SHOWN = ("image", "image_url")  # types of the parts of a message that are pictures
@@ -53,8 +53,13 @@ class Turn:
 
     @property
     def text(self):
-        """The words alone, without the visual inputs: str."""
+        """The words alone: str."""
         return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def visuals(self):
+        """The visual inputs alone, by number: list of int."""
+        return [part for part in self.parts if not isinstance(part, str)]
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,9 @@ class Record:
         if not self.conversations or {len(self.kinds), len(self.regions)} - {0, len(self.conversations)}:
             raise ValueError(f"record {self.id!r} has {len(self.conversations)} conversations, {len(self.kinds)} kinds "
                              f"and {len(self.regions)} regions; each conversation has one, or none has")
-        for part in (part for turns in self.conversations for turn in turns for part in turn.parts):
-            if not isinstance(part, str) and not 0 <= part < len(self.visuals):
-                raise ValueError(f"record {self.id!r} mentions visual input {part}; it has {len(self.visuals)}")
+        named = [visual for turns in self.conversations for turn in turns for visual in turn.visuals]
+        if not {*named} <= {*range(len(self.visuals))}:
+            raise ValueError(f"record {self.id!r} mentions visual inputs {named}; it has {len(self.visuals)}")
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,11 @@ class Changed:
         return self.change(self.source, n)
 
 
-def check_order(roles, last="assistant"):
-    """Raise ValueError unless user and assistant take turns and `last` ends; one assistant turn alone is fine."""
+def check_order(roles, last="assistant", where=""):
+    """Raise ValueError, behind `where`, unless user and assistant take turns and `last` ends; one assistant turn is fine."""
     alternate = all(one != other for one, other in zip(roles, roles[1:]))
     if not roles or not alternate or roles[-1] != last or (len(roles) > 1 and roles[0] != "user"):
-        raise ValueError(f"the turns are by {', '.join(roles) or 'nobody'}; user and assistant must alternate, "
+        raise ValueError(f"{where}the turns are by {', '.join(roles) or 'nobody'}; user and assistant must alternate, "
                          f"from the user to the {last}")
 
 
@@ -143,6 +148,7 @@ def record_of(item, where, clip, locate):
     field(item, "id", (str, int), where)
     where = f"{where} (id {item['id']!r})"
     said = with_system(spoken(item, where))
+
     def find(name):
         if name.startswith("data:"):
             raise ValueError(f"{where}: a picture in base64 ({name[:30]}…); write it to a file, and name that")
@@ -154,26 +160,23 @@ def record_of(item, where, clip, locate):
         sources = [find(one) if isinstance(one, str) else tuple(map(find, one)) for one in found]
         shown["<video>"] = [Visual(str(source), replace(clip, source=source)) for source in sources]
     waiting = {placeholder: iter(visuals) for placeholder, visuals in shown.items()}
-    said = in_front(said, {placeholder: len(visuals) for placeholder, visuals in shown.items()})
+    said = in_front(said, {name: len(visuals) for name, visuals in shown.items()})
     turns, visuals, asked = [], [], Counter()
     for place, (speaker, words) in enumerate(said, start=1):
         here = f"{where}, turn {place}"
         role = role_of(speaker, words, ROLES, here)
         if not words.strip():
             raise ValueError(f"{here}: the {role} says nothing; remove the item or give the turn its text")
-        parts = []  # what the assistant writes is text, whatever it looks like
-        for piece in re.split(f"({'|'.join(shown)})", words) if role == "user" else [words]:
-            if role == "user" and piece in shown:
-                asked[piece] += 1
-                parts.append(len(visuals))
-                visuals.append(next(waiting[piece], None))
-            elif piece:
-                parts.append(piece)
+        parts = [words]  # what the assistant writes is text, whatever it looks like
+        if role == "user":
+            parts = [piece for piece in re.split(f"({'|'.join(shown)})", words) if piece]
+            for n, piece in enumerate(parts):
+                if piece in shown:
+                    asked[piece] += 1
+                    parts[n] = len(visuals)
+                    visuals.append(next(waiting[piece], None))
         turns.append(Turn(role, tuple(parts)))
-    try:
-        check_order([turn.role for turn in turns])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    check_order([turn.role for turn in turns], where=f"{where}: ")
     for placeholder, given in shown.items():
         if asked[placeholder] != len(given):
             kind = placeholder.strip("<>")
@@ -189,10 +192,7 @@ def is_empty(value):
 
 
 def files_in(item, name, where):
-    """What an item lists under "image" or "video": list of file names, of a video perhaps of lists of its frames.
-
-    Raises: ValueError for what is no path.
-    """
+    """What an item lists under "image" or "video": list of file names, of a video perhaps of lists of its frames."""
     value = next((item[key] for key in (name, f"{name}s") if not is_empty(item.get(key))), None)
     if value is None and name == "image":  # OpenAI's and Qwen's messages name it where it is shown
         contents = [turn.get("content") for turn in item.get("messages", item.get("conversations"))]
@@ -252,8 +252,7 @@ def in_front(said, shown):
 
 def role_of(speaker, words, roles, where):
     """The role of a speaker, {speaker: role}, who says words. Raises: ValueError."""
-    if speaker not in roles:
-        raise ValueError(f"{where}: unknown speaker {speaker!r}.{nearest(speaker, roles)}")
+    check_known(f"{where}: unknown speaker", speaker, roles)
     try:
         words.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character

@@ -4,8 +4,9 @@ Every question has exactly one right, short answer by construction: what is ambi
 is not asked. Training never names a held-out colour-shape pair, not even to say that it is absent.
 """
 
-import math
+import itertools
 import re
+from string import ascii_uppercase as LETTERS
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from nanovlm.data.scenes import (
     ALPHABET, COLORS, HELD_OUT, in_held_out_fifth, MIN_CANVAS, pick, place_object, place_string, render,
     sample_scene, sample_string, Scene, SHAPES, SIZES, SPLITS, symbol_centres, TRAIN_PAIRS,
 )
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 REGION_MARGIN = 2.0  # pixels an object's centre keeps from the borders of its ninth of the picture
 RELATION_MARGIN = 4.0  # pixels between two centres before one is called left of or above the other
@@ -182,6 +183,7 @@ def ask(scene, rng, number, weights, pairs=TRAIN_PAIRS):
       pairs: colour-shape pairs that may be named although absent.
     Returns: list of (type, question, answer).
     """
+    assert number >= 1, number
     found = {}
     for _ in range(6 * number):
         kind = pick_weighted(rng, weights)
@@ -194,15 +196,18 @@ def ask(scene, rng, number, weights, pairs=TRAIN_PAIRS):
     return list(found.values())
 
 
-def check_source(split, splits, weights, known, seed, length, **ranges):
-    """Raise ValueError for a split or type that does not exist, or a number out of its range (value, least, most)."""
-    for what, value, names in (("split", split, splits), *(("type", name, known) for name in weights)):
-        if value not in names:
-            raise ValueError(f"unknown {what} {value!r}.{nearest(value, names)}")
-    ranges |= {"seed": (seed, 0, math.inf), "length": (length, 1, math.inf)}
-    for name, (value, low, high) in (ranges | {f"the weight of {n!r}": (w, 0, math.inf) for n, w in weights.items()}).items():
-        if not low <= value <= high:
-            raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
+def chosen(weights, known, wanted):
+    """{type: weight} of those wanted whose weight is above 0; weights: a source's, None = all equally often.
+
+    Raises: ValueError for a type that is not known, or if none is left.
+    """
+    weights = dict.fromkeys(known, 1.0) if weights is None else weights
+    for name in weights:
+        check_known("unknown type", name, known)
+    left = {name: weights[name] for name in wanted if weights.get(name, 0) > 0}
+    if not left:
+        raise ValueError(f"none of the types {[*wanted]} has a weight above 0")
+    return left
 
 
 # The source of drawn scenes.
@@ -230,24 +235,17 @@ class Scenes:
           canvas: width and height, pixels. Objects keep their size in pixels.
           weights: {type: weight}, types as in TYPES; one left out is never used. None = all equally often.
           length: records per epoch; record(n) goes on beyond it with new pictures.
-        Raises: ValueError for a name that does not exist or a number out of range.
+        Raises: ValueError for a name that does not exist, or no type with a weight above 0.
         """
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind {kind!r}.{nearest(kind, KINDS)}")
+        check_known("unknown split", split, SPLITS)
+        check_known("unknown kind", kind, KINDS)
         if split == "reading":
             kind, string_share, weights = "questions", 1.0, {"reading": 1.0}
-        weights = dict.fromkeys(TYPES, 1.0) if weights is None else weights
-        check_source(split, SPLITS, weights, TYPES, seed, length, string_share=(string_share, 0, 1),
-                     questions_per_picture=(questions_per_picture, 1, math.inf))
         self.name, self.split, self.kind, self.seed, self.length = f"scenes_{split}", split, kind, seed, length
         self.max_objects, self.min_objects = max_objects, min_objects
         self.string_share, self.canvas = string_share, canvas
-        self.wanted = []  # (how many, {type: weight}) for captions, questions or both
-        for users, number, types in (("captions", 1, CAPTIONS), ("questions", questions_per_picture, QUESTIONS)):
-            if kind in (users, "both"):
-                self.wanted.append((number, {name: weights[name] for name in types if weights.get(name)}))
-                if not self.wanted[-1][1]:
-                    raise ValueError(f"kind is {kind!r} but none of {', '.join(types)} has a weight above 0")
+        wanted = ("captions", 1, CAPTIONS), ("questions", questions_per_picture, QUESTIONS)
+        self.wanted = [(number, chosen(weights, TYPES, types)) for users, number, types in wanted if kind in (users, "both")]
         # all that the pictures depend on, so that the same ones have the same key whatever is asked about them
         self.key = f"{self.name}/{seed}/{canvas}/{min_objects}-{max_objects}/{string_share}"
         self.pairs = HELD_OUT if split == "unseen_pairs" else TRAIN_PAIRS
@@ -262,11 +260,12 @@ class Scenes:
     def record(self, n):
         """Record n, n >= 0: one picture, each conversation one question about it and its answer."""
         scene, picture, asked = self._draw(n)
+        kinds, questions, answers = zip(*asked)
         conversations = tuple((Turn("user", (0, question)), Turn("assistant", (answer,)))
-                              for _, question, answer in asked)
+                              for question, answer in zip(questions, answers))
         named = all_names(scene) if self.kind == "names" else ()
         regions = tuple((x / self.canvas, y / self.canvas) for _, x, y in named)
-        return Record(picture.key, (picture,), conversations, tuple(kind for kind, _, _ in asked), regions=regions)
+        return Record(picture.key, (picture,), conversations, kinds, regions=regions)
 
     def _draw(self, n):
         """(Scene, Visual, list of (type, question, answer)) of record n."""
@@ -292,7 +291,6 @@ class Scenes:
 OPPOSITES = (("left", "right"), ("above", "below"), ("big", "small"), ("top", "bottom"), ("yes", "no"),
              ("hot", "cold"), ("light", "dark"), ("up", "down"), ("day", "night"), ("old", "new"))
 PHRASE_WORDS = tuple(word for pair in OPPOSITES for word in pair)
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 STREAM = 100  # added to the split's number, so that pictures of the same seed draw other random numbers
 CAPTION_QUESTIONS = {name: 1.0 for name in QUESTIONS if name != "relation"}  # a caption does not tell all relations
 
@@ -379,15 +377,11 @@ class SceneTexts:
             "described" and "listed" give records of the kinds "described_color", "listed_count", …
           length: records per epoch; record(n) goes on beyond it with new texts.
           questions_per_text: exchanges about a described scene at most, one after the other in one conversation.
-        Raises: ValueError for a name that does not exist or a number out of range.
+        Raises: ValueError for a name that does not exist, or no type with a weight above 0.
         """
-        weights = dict.fromkeys(TEXT_TYPES, 1.0) if weights is None else weights
-        check_source(split, ("train", "new"), weights, TEXT_TYPES, seed, length, max_objects=(max_objects, 1, math.inf),
-                     questions_per_text=(questions_per_text, 1, math.inf), string_share=(string_share, 0, 1))
+        check_known("unknown split", split, ("train", "new"))
         unused = NOT_HELD_OUT if split == "new" else ()
-        self.weights = {name: weight for name, weight in weights.items() if weight > 0 and name not in unused}
-        if not self.weights:
-            raise ValueError(f"no type of the split {split!r} has a weight above 0; known: {', '.join(TEXT_TYPES)}")
+        self.weights = chosen(weights, TEXT_TYPES, [name for name in weights or TEXT_TYPES if name not in unused])
         self.name, self.split, self.seed, self.length = f"scene_texts_{split}", split, seed, length
         self.max_objects, self.string_share, self.questions_per_text = max_objects, string_share, questions_per_text
 
@@ -396,40 +390,34 @@ class SceneTexts:
 
     def record(self, n):
         """Record n, n >= 0: a question and its answer, or for "plain_caption" an assistant turn alone."""
-        rng = np.random.default_rng((self.seed, STREAM + (self.split == "new"), n))
-        kind, made = pick_weighted(rng, self.weights), None
-        while made is None:
-            made = self._make(rng, kind)
-        kind, exchanges = made
-        spoken = (pair for exchange in exchanges for pair in zip(("user", "assistant"), exchange))
-        turns = tuple(Turn(role, (words,)) for role, words in spoken if words)
+        new = self.split == "new"
+        rng = np.random.default_rng((self.seed, STREAM + new, n))
+        drawn, said, key = pick_weighted(rng, self.weights), [], None
+        while not said or key is not None and in_held_out_fifth(key) != new:
+            kind, said, key = self._make(rng, drawn)
+        turns = tuple(Turn(role, (words,)) for role, words in zip(itertools.cycle(("user", "assistant")), said) if words)
         return Record(f"{self.name}/{self.seed}/{n}", (), (turns,), (kind,))
 
     def _make(self, rng, kind):
-        """(kind, exchanges of a question or None and its answer); None if there is none or it is of the other split."""
+        """(kind; questions and answers in turn, perhaps none; the text that decides whether they are held out)."""
         if kind in FACTS:
             question, answer, key = FACTS[kind](rng)
-            exchanges = [(question, answer)]
-        else:
-            with_string = rng.random() < self.string_share
-            scene = sample_scene(rng, self.max_objects, self.split, with_string)
-            if kind in DESCRIPTIONS:
-                tell, questions = DESCRIPTIONS[kind]
-                key, asked = tell(scene), ask(scene, rng, self.questions_per_text, questions)
-                if not asked:
-                    return None
-                exchanges = [(question, answer) for _, question, answer in asked]
-                exchanges[0] = f"{key}. {exchanges[0][0]}", exchanges[0][1]
-                kind = f"{kind}_{asked[0][0]}"
-            else:
-                key = pick(rng, (caption(scene), caption_words(scene), _related(rng)[-1]))
-                exchanges = [(None, key)]
-        return (kind, exchanges) if key is None or in_held_out_fifth(key) == (self.split == "new") else None
+            return kind, [question, answer], key
+        with_string = rng.random() < self.string_share
+        scene = sample_scene(rng, self.max_objects, self.split, with_string)
+        if kind == "plain_caption":
+            key = pick(rng, (caption(scene), caption_words(scene), _related(rng)[-1]))
+            return kind, [None, key], key
+        tell, questions = DESCRIPTIONS[kind]
+        key, asked = tell(scene), ask(scene, rng, self.questions_per_text, questions)
+        said = [words for _, *exchange in asked for words in exchange]
+        return (f"{kind}_{asked[0][0]}", [f"{key}. {said[0]}", *said[1:]], key) if asked else (kind, [], key)
 
 
 # A scene from a user's words: "red circle left of a big blue star, text A7K".
 
 FILLERS = ("a", "an", "the", "is", "to")
+KNOWN = {"size": SIZES, "color": COLORS, "shape": SHAPES}
 WORDS = (*COLORS, *SHAPES, *SIZES, *RELATIONS, *FILLERS, "and", "text", "reading")
 SEPARATOR = re.compile(rf"\s*(\b(?:{'|'.join(RELATIONS)}|and)\b|[,/])\s*")
 STRING = re.compile(r"\b(?:text|reading)\b\s*(\"[^\"]*\"|\w*)", re.IGNORECASE)
@@ -451,15 +439,25 @@ def parse_scene(text, rng, canvas=64):
     Raises: ValueError for an unknown word (with the nearest known one), an incomplete object or relation, a string that
       is not two or three symbols of ALPHABET, no object at all, or if no room was found.
     """
-    if canvas < MIN_CANVAS:
-        raise ValueError(f"a canvas of {canvas} px is too small; use {MIN_CANVAS} px or more")
     strings = [string.strip('"').upper() for string in STRING.findall(text)]
-    described = _read_objects(STRING.sub("", text).lower())
     if len(strings) > 1:
         raise ValueError(f"a picture holds one string, found {len(strings)}: {', '.join(strings)}")
     string = strings[0] if strings else None
     if strings and not (2 <= len(string) <= 3 and set(string) <= set(ALPHABET)):
         raise ValueError(f"the text {string!r} cannot be drawn; write two or three of the symbols {ALPHABET}")
+    described, before = [], None  # (relation to the object before or None, {"size", "color", "shape"})
+    pieces = [None, *SEPARATOR.split(STRING.sub("", text).lower())]
+    for separator, phrase in zip(pieces[::2], pieces[1::2]):
+        thing, relation = _read_object(phrase), separator if separator in RELATIONS else None
+        if relation and not (thing and before):
+            raise ValueError(f"{relation!r} needs an object on both sides: 'red circle {relation} blue star'")
+        if thing:
+            described.append((relation, thing))
+        before = thing
+    if not described:
+        raise ValueError("no object is described; write for example 'red circle left of blue star'")
+    if canvas < MIN_CANVAS:
+        raise ValueError(f"a canvas of {canvas} px is too small; use {MIN_CANVAS} px or more")
     for attempt in range(ATTEMPTS):
         sizes = tuple(SIZES) if attempt < ATTEMPTS // 2 else ("small",)  # where none is said
         box = place_string(rng, string, canvas) if strings else None
@@ -470,48 +468,29 @@ def parse_scene(text, rng, canvas=64):
                      "or small ones")
 
 
-def _read_objects(text):
-    """List of (relation to the object before or None, size or None, color, shape)."""
-    described, before = [], None
-    pieces = [None, *SEPARATOR.split(text)]
-    for separator, phrase in zip(pieces[::2], pieces[1::2]):
-        thing = _read_object(phrase)
-        relation = separator if separator in RELATIONS else None
-        if relation and not (thing and before):
-            raise ValueError(f"{relation!r} needs an object on both sides: 'red circle {relation} blue star'")
-        if thing:
-            described.append((relation, *thing))
-        before = thing
-    if not described:
-        raise ValueError("no object is described; write for example 'red circle left of blue star'")
-    return described
-
-
 def _read_object(phrase):
-    """(size or None, color, shape), or None if the phrase is empty."""
+    """{"size" if it is said, "color", "shape"}; empty if the phrase is."""
     words = [word for word in phrase.split() if word not in FILLERS]
     for word in words:
-        if word not in WORDS:
-            raise ValueError(f"unknown word {word!r}.{nearest(word, WORDS)}")
-    if not words:
-        return None
-    sizes, colors, shapes = ([word for word in words if word in known] for known in (SIZES, COLORS, SHAPES))
-    if (len(sizes) > 1, len(colors), len(shapes), len(sizes) + 2) != (False, 1, 1, len(words)):
+        check_known("unknown word", word, WORDS)
+    found = {kind: word for word in words for kind, known in KNOWN.items() if word in known}
+    if words and (len(found) < len(words) or not {"color", "shape"} <= found.keys()):
         raise ValueError(f"{' '.join(words)!r} is not one object; write a color ({', '.join(COLORS)}) and a shape "
                          f"({', '.join(SHAPES)}), small or big before them, and 'and' or ',' between objects")
-    return sizes[0] if sizes else None, colors[0], shapes[0]
+    return found
 
 
 def _pose(rng, described, sizes, box, canvas):
     """The objects at places that fulfil every relation, or None if there was none for one of them."""
     objects = []
-    for relation, size, color, shape in described:
+    for relation, thing in described:
         for _ in range(PLACES):
-            thing = place_object(rng, color, shape, size or pick(rng, sizes), objects, box, canvas)
-            if thing is None:
+            size = thing.get("size") or pick(rng, sizes)
+            placed = place_object(rng, thing["color"], thing["shape"], size, objects, box, canvas)
+            if placed is None:
                 return None
-            if relation is None or offset(objects[-1], relation, thing) >= RELATION_DISTANCE:
-                objects.append(thing)
+            if relation is None or offset(objects[-1], relation, placed) >= RELATION_DISTANCE:
+                objects.append(placed)
                 break
         else:
             return None

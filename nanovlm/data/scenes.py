@@ -18,15 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Red, green, blue, yellow and teal are also easy-VQA's words, and mean the same colours there.
 COLORS = {
-    "red": (222, 30, 38),
-    "green": (50, 160, 45),
-    "blue": (40, 75, 225),
-    "yellow": (242, 214, 20),
-    "purple": (135, 45, 175),
-    "orange": (248, 132, 18),
-    "teal": (0, 165, 165),
-    "pink": (250, 130, 200),
-}
+    "red": (222, 30, 38), "green": (50, 160, 45), "blue": (40, 75, 225), "yellow": (242, 214, 20),
+    "purple": (135, 45, 175), "orange": (248, 132, 18), "teal": (0, 165, 165), "pink": (250, 130, 200),
+}  # fmt: skip
 SHAPES = ("circle", "triangle", "square", "star", "cross", "ring")
 SIZES = {"small": (6.6, 7.6), "big": (10.6, 12.0)}  # range of the radius, pixels, on any canvas
 # One colour and one shape each, and none is a pair that easy-VQA shows (its shapes: circle, rectangle, triangle).
@@ -111,10 +105,8 @@ def _glyph(symbol):
 
 def place_string(rng, string, canvas):
     """A random box at least a pixel inside the picture: (left, top, right, bottom), pixels."""
-    width = sum(_glyph(symbol).width + SYMBOL_GAP for symbol in string) - SYMBOL_GAP
-    height = _glyph(string[0]).height
-    left = 1 + int(rng.random() * (canvas - width - 1))
-    top = 1 + int(rng.random() * (canvas - height - 1))
+    width, height = sum(_glyph(symbol).width + SYMBOL_GAP for symbol in string) - SYMBOL_GAP, _glyph(string[0]).height
+    left, top = (1 + int(rng.random() * (canvas - side - 1)) for side in (width, height))
     return left, top, left + width, top + height
 
 
@@ -132,12 +124,11 @@ def symbol_centres(scene):
 
 def _free(x, y, radius, objects, box):
     """Whether a disc keeps GAP pixels away from every object and from the string."""
-    if any(math.hypot(x - other.x, y - other.y) < radius + other.radius + GAP for other in objects):
-        return False
-    if box is None:
-        return True
-    left, top, right, bottom = box
-    return math.hypot(x - min(max(x, left), right), y - min(max(y, top), bottom)) >= radius + GAP
+    things = [(other.x, other.y, other.radius) for other in objects]
+    if box:
+        left, top, right, bottom = box
+        things.append((min(max(x, left), right), min(max(y, top), bottom), 0))  # its nearest point
+    return all(math.hypot(x - a, y - b) >= radius + other + GAP for a, b, other in things)
 
 
 def place_object(rng, color, shape, size, objects, box, canvas):
@@ -146,8 +137,7 @@ def place_object(rng, color, shape, size, objects, box, canvas):
     radius = low + rng.random() * (high - low)
     margin = radius + GAP
     for _ in range(TRIES):
-        x = margin + rng.random() * (canvas - 2 * margin)
-        y = margin + rng.random() * (canvas - 2 * margin)
+        x, y = (margin + rng.random() * (canvas - 2 * margin) for _ in range(2))
         if _free(x, y, radius, objects, box):
             return SceneObject(color, shape, size, x, y, radius)
     return None
@@ -156,11 +146,11 @@ def place_object(rng, color, shape, size, objects, box, canvas):
 def _sample_pair(rng, pairs, objects):
     """A colour and a shape; now and then one repeats the last object's, so that counts above 1 are common."""
     pair = pick(rng, pairs)
-    repeat, last = rng.random(), objects[-1] if objects else None
-    if not last or repeat >= 0.3:
-        return pair
-    repeated = (last.color, pair[1]) if repeat < 0.15 else (pair[0], last.shape)
-    return repeated if repeated in pairs else pair  # what is repeated may be a pair of the other kind
+    repeat = rng.random()
+    if objects and repeat < 0.3:
+        repeated = (objects[-1].color, pair[1]) if repeat < 0.15 else (pair[0], objects[-1].shape)
+        pair = repeated if repeated in pairs else pair  # what is repeated may be a pair of the other kind
+    return pair
 
 
 def sample_scene(rng, max_objects, split, with_string, min_objects=1, canvas=64):
@@ -201,16 +191,12 @@ def _turned(angle):
 
 
 _ARM = math.asin(0.3)  # half the width of a cross's arm, as an angle
-# Corners in the unit disc, clockwise.
-_POLYGONS = {
+_CORNERS = _turned(-_ARM), _turned(_ARM), complex(0.3, -0.3)  # of one of its arms
+_POLYGONS = {  # corners in the unit disc, clockwise
     "triangle": [_turned(math.tau * i / 3) for i in range(3)],
     "square": [_turned(math.tau * (i + 0.5) / 4) for i in range(4)],
     "star": [_turned(math.tau * i / 10) * (0.42 if i % 2 else 1) for i in range(10)],
-    "cross": [
-        corner * 1j**quarter
-        for quarter in range(4)
-        for corner in (_turned(-_ARM), _turned(_ARM), complex(0.3, -0.3))
-    ],
+    "cross": [corner * 1j**quarter for quarter in range(4) for corner in _CORNERS],
 }
 _RING_HOLE = 0.55  # radius of the hole, of the ring's
 _MAX_TILT = 0.2  # radians
@@ -218,8 +204,7 @@ _MAX_TILT = 0.2  # radians
 
 def _mask(thing, tilt):
     """The shape as an L image with smooth edges, and the pixel where its corner belongs."""
-    left = math.floor(thing.x - thing.radius)
-    top = math.floor(thing.y - thing.radius)
+    left, top = (math.floor(centre - thing.radius) for centre in (thing.x, thing.y))
     side = math.ceil(2 * thing.radius) + 1
     radius = thing.radius * OVERSAMPLING
     x, y = (thing.x - left) * OVERSAMPLING, (thing.y - top) * OVERSAMPLING
@@ -230,10 +215,9 @@ def _mask(thing, tilt):
         corners = [point * turn for point in _POLYGONS[thing.shape]]
         draw.polygon([(x + corner.real, y + corner.imag) for corner in corners], fill=255)
     else:
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+        draw.circle((x, y), radius, fill=255)
     if thing.shape == "ring":
-        hole = radius * _RING_HOLE
-        draw.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)
+        draw.circle((x, y), radius * _RING_HOLE, fill=0)
     return mask.reduce(OVERSAMPLING), (left, top)
 
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from nanovlm.data.records import check_order
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
-
-IMAGE_PLACES = ("row", "chunk", "turn", "inline")
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,11 @@ class Template:
     rounds: bool = False  # every reply is a row of its own: earlier ones are context, neither trained nor ended by EOS
 
     def __post_init__(self):
-        if self.image_place not in IMAGE_PLACES:
-            raise ValueError(f"unknown image_place {self.image_place!r}.{nearest(self.image_place, IMAGE_PLACES)}")
+        check_known("unknown image_place", self.image_place, ("row", "chunk", "turn", "inline"))
 
 
-SYSTEM = (  # LLaVA's wording; Vicuna itself says "human" for "user"
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-)
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+          "and polite answers to the user's questions. ")  # LLaVA's wording; Vicuna itself says "human" for "user"
 
 # Lynx's form, arXiv:2307.02469: image tokens first, then BOS and text. Only questions are lower-cased: answers may
 # spell capitals.
@@ -99,14 +94,9 @@ CHATML = Template(
     "<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n", "", "<|im_end|>", "\n",
     begin_with_bos=False, end_with_eos=False, image_place="turn", specials=("<|im_start|>", "<|im_end|>"),
 )  # fmt: skip
-_CHATML_SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
-CHATML_SMOLLM2 = replace(
-    CHATML, system=_CHATML_SYSTEM.format("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
-)
-CHATML_QWEN = replace(
-    CHATML, system=_CHATML_SYSTEM.format("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
-)
-
+CHATML_SMOLLM2, CHATML_QWEN = (replace(CHATML, system=f"<|im_start|>system\n{system}<|im_end|>\n") for system in (
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."))
 
 # SmolVLM-Instruct: marks tell where a tile stands; there are those of MOST_TILES rows and columns.
 MOST_TILES = 6
@@ -114,8 +104,8 @@ _FAKE, _TILE = "<fake_token_around_image>", "<row_{row}_col_{column}>"
 _TILES = (_TILE.format(row=n // MOST_TILES + 1, column=n % MOST_TILES + 1) for n in range(MOST_TILES**2))
 SMOLVLM = Template(
     "User: ", "<end_of_utterance>\n", "Assistant:", " ", "<end_of_utterance>", "\n", "<|im_start|>",
-    begin_with_bos=False, end_with_eos=False, image_suffix=_FAKE, picture_prefix="User:", image_marks=(_FAKE, "<global-img>"),
-    tile_marks=(_FAKE, _TILE),
+    begin_with_bos=False, end_with_eos=False, image_suffix=_FAKE, picture_prefix="User:",
+    image_marks=(_FAKE, "<global-img>"), tile_marks=(_FAKE, _TILE),
     specials=("<|im_start|>", "<global-img>", *_TILES, _FAKE, "<image>", "<end_of_utterance>"),
 )  # fmt: skip
 
@@ -167,15 +157,10 @@ def segments(conversation, template, last="assistant"):
     return joined
 
 
-def visuals_of(turn):
-    """The visual inputs of a turn, by number: list of int."""
-    return [part for part in turn.parts if not isinstance(part, str)]
-
-
 def _pieces(conversation, template):
     """The segments of a conversation; texts may be empty, and several behind one another."""
     if template.image_place == "row":
-        yield from _shown([visual for turn in conversation for visual in visuals_of(turn)], template)
+        yield from _shown([visual for turn in conversation for visual in turn.visuals], template)
     if template.begin_with_bos:
         yield Segment(special="bos")
     if conversation[0].role == "user":
@@ -184,7 +169,7 @@ def _pieces(conversation, template):
         if turn.role == "user":
             yield from _written(template.turn_prefix if place else "", template)
             if template.image_place == "chunk":
-                yield from _shown(visuals_of(turn), template)
+                yield from _shown(turn.visuals, template)
             begins = template.picture_prefix is not None and not isinstance(turn.parts[0], str)
             yield from _written(template.picture_prefix if begins else template.user_prefix, template)
             yield from _spoken(turn, template)
@@ -214,17 +199,17 @@ def _shown(visuals, template, suffix_last=True):
 
 def _spoken(turn, template, trained=False):
     """What is said in a turn, with the visual inputs that stand in it."""
-    parts, visuals = turn.parts, visuals_of(turn)
+    parts, visuals = turn.parts, turn.visuals
     if visuals and template.image_place != "inline":
         words = (part.strip() for part in parts if isinstance(part, str))  # the gap an image leaves closes
-        parts = (" ".join(word for word in words if word),)
+        parts = (" ".join(filter(None, words)),)
         if template.image_place == "turn":  # no newline before no words
             yield from _shown(visuals, template, suffix_last=parts[0] or template.without_questions)
     for part in parts:
-        part = part.strip("\n") if visuals and isinstance(part, str) else part  # LLaVA's files break the line at a picture
         if not isinstance(part, str):
             yield from _shown([part], template)
         elif not (template.without_questions and turn.role == "user"):
+            part = part.strip("\n") if visuals else part  # LLaVA's files break the line at a picture
             yield Segment(part.lower() if turn.role in template.lower_case else part, trained)
 
 
@@ -254,16 +239,17 @@ def picture_ids(visual, template, tokenizer, num_image_tokens):
     """
     if not template.image_marks:
         return [IMAGE_TOKEN] * num_image_tokens
-    rows, columns = visual.grid or (0, 0)
+    (rows, columns), ids = visual.grid or (0, 0), []
     if max(rows, columns) > MOST_TILES:
         raise ValueError(f"{visual.key}: cut into {rows} x {columns} tiles, but this model has marks for {MOST_TILES} a side "
                          f"at most; ask for fewer (sample.py --tiles {MOST_TILES}, train.py --set STAGE.tiles={MOST_TILES})")
-    before = [("\n" if row and not column else "", [mark.format(row=row + 1, column=column + 1) for mark in template.tile_marks])
-              for row in range(rows) for column in range(columns)]
-    before += [("\n\n" if rows else "", template.image_marks)] * (len(visual.frames) - len(before))
-    tokens, ids = [IMAGE_TOKEN] * (num_image_tokens // len(before)), []
-    for newlines, marks in before:
-        ids += [*tokenizer.encode(newlines), *map(tokenizer.special_id, marks), *tokens]
+    for frame in range(len(visual.frames)):
+        newlines, marks, (row, column) = "\n\n" if rows else "", template.image_marks, divmod(frame, columns or 1)
+        if row < rows:
+            newlines = "\n" if row and not column else ""
+            marks = [mark.format(row=row + 1, column=column + 1) for mark in template.tile_marks]
+        ids += [*tokenizer.encode(newlines), *map(tokenizer.special_id, marks)]
+        ids += [IMAGE_TOKEN] * (num_image_tokens // len(visual.frames))
     return ids
 
 
@@ -279,20 +265,19 @@ def write(segments, tokenizer, num_image_tokens):
     """
     row, after_text = Row(), False
     for text, trained, visual, special in segments:
-        is_text = visual is None and special is None
-        if is_text:
-            ids = tokenizer.encode(text, continues=after_text)
-        elif special == "bos":
+        if special == "bos":
             ids = [tokenizer.bos] if tokenizer.add_bos else []
         elif special:
             ids = [tokenizer.eos if special == "eos" else tokenizer.special_id(special)]
+        elif visual is None:
+            ids = tokenizer.encode(text, continues=after_text)
         else:
             shown = num_image_tokens[visual]
             ids = [IMAGE_TOKEN] * shown if isinstance(shown, int) else shown
         if visual is not None:
             places = [place for place, id in enumerate(ids, len(row.ids)) if special or id == IMAGE_TOKEN]
             row.images.append((visual, places[0], places[-1] + 1))
-        after_text = is_text
+        after_text = visual is None and special is None
         row.ids += ids
         row.labels += ids if trained else [IGNORE] * len(ids)
     return row

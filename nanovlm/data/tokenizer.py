@@ -15,7 +15,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SPECIAL = (BOS, EOS, PAD)
@@ -72,8 +72,7 @@ class Tokenizer:
     def special_id(self, token):
         """int: the id of a special token by its name. Raises: ValueError if there is none of that name."""
         ids = {special.content: id for id, special in self.backend.get_added_tokens_decoder().items()}
-        if token not in ids:
-            raise ValueError(f"the tokenizer has no special token {token!r}.{nearest(token, ids)}")
+        check_known("the tokenizer has no special token", token, ids)
         return ids[token]
 
     def stream(self):

@@ -12,10 +12,9 @@ import numpy
 
 from nanovlm.data import images
 from nanovlm.files import listing
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 FRAMES = 5  # of a video in a data set, unless told otherwise; as in Lynx
-SAMPLINGS = ("uniform", "random")
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")  # what a folder of frames may hold
 MAX_FRAMES = 100_000  # of one clip; a film of an hour has about 100,000
 MAX_ANIMATION_PIXELS = 500_000_000  # of all frames of an animation, since each is drawn over the one before it
@@ -39,8 +38,7 @@ class Clip:
     seed: tuple[int, ...] = ()
 
     def __post_init__(self):
-        if self.sampling not in SAMPLINGS:
-            raise ValueError(f"unknown sampling {self.sampling!r}.{nearest(self.sampling, SAMPLINGS)}")
+        check_known("unknown sampling", self.sampling, ("uniform", "random"))
         if self.num_frames < 1:
             raise ValueError(f"num_frames is {self.num_frames}; at least 1 is needed")
 

@@ -25,7 +25,7 @@ from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.generation.answer import DESCRIBE, PromptTooLong, check_speaks, make_prompt, reply, stream
 from nanovlm.generation.prefill import Workspace
 from nanovlm.generation.sampler import Decoding
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class Assistant:
 
     def preset(self, name):
         """One of the decodings. Raises: ValueError with the nearest known name."""
-        if name not in self.decodings:
-            raise ValueError(f"unknown preset {name!r}.{nearest(name, self.decodings)}")
+        check_known("unknown preset", name, self.decodings)
         return self.decodings[name]
 
     def ask(self, question, images=(), decoding=None, seed=0):
@@ -149,7 +148,7 @@ class Chat:
                     prompt = make_prompt(self.assistant, turns, shown, decoding.max_new_tokens, pixels)
                 break
             except PromptTooLong:
-                place = next((i for i in range(0, len(turns) - 1, 2) if not has_picture(turns[i])), None)
+                place = next((i for i in range(0, len(turns) - 1, 2) if not turns[i].visuals), None)
                 if place is None:
                     raise
                 turns = turns[:place] + turns[place + 2 :]
@@ -173,8 +172,3 @@ class Chat:
         Returns: (description str, iterator of str as of `stream`). Raises: as `stream`.
         """
         return self.ask(describe, images, decoding), self.stream(question)
-
-
-def has_picture(turn):
-    """Whether a visual input stands in a turn."""
-    return any(not isinstance(part, str) for part in turn.parts)

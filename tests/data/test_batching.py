@@ -47,30 +47,23 @@ RECORDS = [
 
 
 def test_every_conversation_is_a_row_and_padding_stands_on_the_right(tokenizer):
-    batch = batch_of(RECORDS, tokenizer)
-    counts = {"one": [2], "two": [], "three": [12, 2]}
+    batch, counts = batch_of(RECORDS, tokenizer), {"one": [2], "two": [], "three": [12, 2]}
     rows = [write(segments(c, NANO), tokenizer, counts[r.id]) for r in RECORDS for c in r.conversations]
-    lengths = [len(row.ids) for row in rows]
-    assert batch.ids.shape == (5, max(lengths))
-    for b, (row, length) in enumerate(zip(rows, lengths)):
-        pad = max(lengths) - length
-        assert batch.ids[b].tolist() == row.ids + [tokenizer.pad] * pad
-        assert batch.labels[b].tolist() == row.labels + [IGNORE] * pad
-        assert batch.segments[b].tolist() == [0] * length + [-1] * pad
-        assert batch.positions[b].tolist() == list(range(length)) + [0] * pad
-    for values in (batch.ids, batch.labels, batch.segments, batch.positions, batch.frames, batch.shown, batch.owner):
-        assert values.dtype == torch.int64
+    longest = max(len(row.ids) for row in rows)
+    for name, padding, written in (
+        ("ids", tokenizer.pad, [row.ids for row in rows]), ("labels", IGNORE, [row.labels for row in rows]),
+        ("segments", -1, [[0] * len(row.ids) for row in rows]), ("positions", 0, [[*range(len(row.ids))] for row in rows]),
+    ):
+        assert vars(batch)[name].tolist() == [row + [padding] * (longest - len(row)) for row in written], name
+    assert all(values.dtype == torch.int64 for name, values in vars(batch).items() if name != "pixels")
 
 
 def test_a_picture_in_many_rows_is_encoded_once(tokenizer):
     batch = batch_of(RECORDS, tokenizer)
     assert batch.frames.tolist() == [1, 2]  # shade 10, and the clip; shade 10 again is not a third
-    assert batch.shown.tolist() == [0, 0, 1, 0, 0]
-    assert batch.owner.tolist() == [0, 1, 3, 3, 4]
-    assert batch.pixels.shape == (3, 3, 8, 8)
-    for frame, shade in enumerate((10, 20, 21)):
-        expected = images.to_pixels(Image.new("RGB", (8, 8), (shade, 0, 0)), 8)
-        assert torch.equal(batch.pixels[frame], expected)
+    assert batch.shown.tolist() == [0, 0, 1, 0, 0] and batch.owner.tolist() == [0, 1, 3, 3, 4]
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (10, 20, 21)]
+    assert torch.equal(batch.pixels, torch.stack([images.to_pixels(frame, 8) for frame in frames]))
 
 
 def test_appearances_follow_the_row_not_the_record(tokenizer):
@@ -82,11 +75,9 @@ def test_appearances_follow_the_row_not_the_record(tokenizer):
 
 def test_text_only_batches_have_no_pixels(tokenizer):
     unused = Record("r", (picture(1),), (talk("hi", "hello"),))  # a picture that no turn mentions is not encoded
-    for records in ([RECORDS[1]], [unused]):
-        batch = batch_of(records, tokenizer)
-        assert batch.pixels is None
-        assert batch.frames.shape == batch.shown.shape == batch.owner.shape == (0,)
-        assert batch.frames.dtype == batch.shown.dtype == torch.int64
+    for record in (RECORDS[1], unused):
+        batch = batch_of([record], tokenizer)
+        assert batch.pixels is None and batch.frames.shape == batch.shown.shape == batch.owner.shape == (0,)
 
 
 def test_rounds_are_rows(tokenizer):
@@ -101,9 +92,8 @@ def test_rounds_are_rows(tokenizer):
 def test_cuts_are_on_the_right_and_counted(tokenizer):
     record = Record("r", (picture(1),), (talk("q", "ABCDEF", 0), talk("q", "A", 0)))
     whole, report = batch_of([record], tokenizer), Report()
-    cut = batch_of([record], tokenizer, max_tokens=whole.ids.shape[1] - 4, report=report)
-    length = cut.ids.shape[1]
-    assert length == whole.ids.shape[1] - 4
+    length = whole.ids.shape[1] - 4
+    cut = batch_of([record], tokenizer, max_tokens=length, report=report)
     assert torch.equal(cut.ids[0], whole.ids[0, :length]) and torch.equal(cut.labels[0], whole.labels[0, :length])
     assert report == Report(rows=2, truncated_rows=1, truncated_tokens=4)
     batch_of([record], tokenizer, report=report)

@@ -280,21 +280,18 @@ def test_shards(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "index.json").read_text()) == json.loads(before)
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["lava", "in.json", "out.jsonl"], "unknown format 'lava'. Did you mean 'llava'?"),
-        (["llava", "none.json", "out.jsonl"], "none.json: no such file or folder"),
-        (["llava", "in.json", "out.json"], "the name of an output ends with .jsonl"),
-        (["llava", "in.json", "there.jsonl"], "there.jsonl is there already"),
-        (["mimic-it", "in.json", "out.jsonl"], "MIMIC-IT's pictures stand in a second file"),
-        (["mimic-it", "in.json", "out.jsonl", "--images", "LA.parquet"], "not the .parquet"),
-        (["vqa", "in.json", "out.jsonl"], "VQA's answers stand in a second file"),
-        (["llava", "in.json", "out.jsonl"], "no item could be made of it as llava"),
-        (["minigpt4", "in.json", "out.jsonl"], "in.json: one key 'annotations' was expected"),
-        (["folder", "in.json", "out.jsonl"], "in.json: no such folder of pictures"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [
+    (["lava", "in.json", "out.jsonl"], "unknown format 'lava'. Did you mean 'llava'?"),
+    (["llava", "none.json", "out.jsonl"], "none.json: no such file or folder"),
+    (["llava", "in.json", "out.json"], "the name of an output ends with .jsonl"),
+    (["llava", "in.json", "there.jsonl"], "there.jsonl is there already"),
+    (["mimic-it", "in.json", "out.jsonl"], "MIMIC-IT's pictures stand in a second file"),
+    (["mimic-it", "in.json", "out.jsonl", "--images", "LA.parquet"], "not the .parquet"),
+    (["vqa", "in.json", "out.jsonl"], "VQA's answers stand in a second file"),
+    (["llava", "in.json", "out.jsonl"], "no item could be made of it as llava"),
+    (["minigpt4", "in.json", "out.jsonl"], "in.json: one key 'annotations' was expected"),
+    (["folder", "in.json", "out.jsonl"], "in.json: no such folder of pictures"),
+])
 def test_what_cannot_be_converted(flags, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "in.json", [{"id": 1, "conversations": []}])

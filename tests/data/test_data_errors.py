@@ -32,48 +32,33 @@ def read(tmp_path):
 HUMAN, GPT = ("human", "q"), ("gpt", "a")
 
 
-@pytest.mark.parametrize(
-    "item, message",
-    [
-        ("words", r"item 2: an object with id was expected, found str"),
-        ({"conversations": turns(HUMAN, GPT)}, r"item 2: field 'id' is missing; found 'conversations'"),
-        ({"id": None, "conversations": turns(HUMAN, GPT)}, r"item 2: field 'id' must be a str or int, found None"),
-        ({"id": "x", "conversations": {}}, r"item 2 .*: field 'conversations' must be a list, found \{\}"),
-        ({"id": "x", "conversations": []}, r"item 2 \(id 'x'\): the turns are by nobody"),
-        ({"id": 5, "conversations": ["q"]}, r"item 2 \(id 5\), turn 1: an object with role or from was expected, found str"),
-        ({"id": "x", "conversations": [{"value": "q"}]}, r"turn 1: field 'role' or 'from' is missing; found 'value'"),
-        ({"id": "x", "conversations": [{"from": "human"}]}, r"turn 1: field 'content' or 'value' is missing; found 'from'"),
-        ({"id": "x", "conversations": turns(HUMAN, ("gpt", 3))}, r"turn 2: field 'value' must be a str or list, found 3"),
-        ({"id": "x", "conversations": turns(HUMAN, ("gtp", "a"))}, r"turn 2: unknown speaker 'gtp'. Did you mean"),
-        ({"id": "x", "conversations": turns(HUMAN, GPT, ("system", "s"), HUMAN, GPT)}, r"turn 3: unknown speaker 'system'"),
-        ({"id": "x", "conversations": turns(HUMAN, ("gpt", " \n"))}, r"turn 2: the assistant says nothing"),
-        ({"id": "x", "conversations": turns(HUMAN, ("gpt", "a\ud83d"))}, r"turn 2: not text: .* position 1: surr"),
-        ({"id": "x", "conversations": turns(HUMAN, HUMAN, GPT)}, r"item 2 \(id 'x'\): the turns are by user, user, assistant"),
-        ({**GOOD, "kind": 3}, r"item 2 \(id 'good'\): field 'kind' must be a str, found 3"),
-        ({**GOOD, "image": "https://a.org/a.png"}, r"item 2 .*this machine, found 'https://a.org/a.png'"),
-        ({**GOOD, "image": f"data:image/png;base64,{'A' * 5000}"}, r"item 2 .*in base64 \(data:image/png;base64,A{8}…\)"),
-        ({**GOOD, "image": 3}, r"item 2 \(id 'good'\): field 'image' must be a path .*, found 3"),
-        ({**GOOD, "image": ["a.png", ""]}, r"field 'image' must be a path .*, found ''"),
-    ],
-)
+@pytest.mark.parametrize("item, message", [
+    ("words", r"item 2: an object with id was expected, found str"),
+    ({"conversations": turns(HUMAN, GPT)}, r"item 2: field 'id' is missing; found 'conversations'"),
+    ({"id": None, "conversations": turns(HUMAN, GPT)}, r"item 2: field 'id' must be a str or int, found None"),
+    ({"id": "x", "conversations": {}}, r"item 2 .*: field 'conversations' must be a list, found \{\}"),
+    ({"id": "x", "conversations": []}, r"item 2 \(id 'x'\): the turns are by nobody"),
+    ({"id": 5, "conversations": ["q"]}, r"item 2 \(id 5\), turn 1: an object with role or from was expected, found str"),
+    ({"id": "x", "conversations": [{"value": "q"}]}, r"item 2 .*turn 1: field 'role' or 'from' is missing"),
+    ({"id": "x", "conversations": [{"from": "human"}]}, r"item 2 .*turn 1: field 'content' or 'value' is missing"),
+    ({"id": "x", "conversations": turns(HUMAN, ("gpt", 3))}, r"item 2 .*turn 2: field 'value' must be a str or list"),
+    ({"id": "x", "conversations": turns(HUMAN, ("gtp", "a"))}, r"item 2 .*turn 2: unknown speaker 'gtp'. Did you mean"),
+    ({"id": "x", "conversations": turns(HUMAN, GPT, ("system", "s"), HUMAN, GPT)}, r"item 2 .*unknown speaker 'system'"),
+    ({"id": "x", "conversations": turns(HUMAN, ("gpt", " \n"))}, r"item 2 .*turn 2: the assistant says nothing"),
+    ({"id": "x", "conversations": turns(HUMAN, ("gpt", "a\ud83d"))}, r"item 2 .*turn 2: not text: .* position 1: surr"),
+    ({"id": "x", "conversations": turns(HUMAN, HUMAN, GPT)}, r"item 2 \(id 'x'\): the turns are by user, user, assistant"),
+    ({**GOOD, "kind": 3}, r"item 2 \(id 'good'\): field 'kind' must be a str, found 3"),
+    ({**GOOD, "image": "https://a.org/a.png"}, r"item 2 .*this machine, found 'https://a.org/a.png'"),
+    ({**GOOD, "image": f"data:image/png;base64,{'A' * 5000}"}, r"item 2 .*in base64 \(data:image/png;base64,A{8}…\)"),
+    ({**GOOD, "image": 3}, r"item 2 \(id 'good'\): field 'image' must be a path .*, found 3"),
+    ({**GOOD, "image": ["a.png", ""]}, r"item 2 .*field 'image' must be a path .*, found ''"),
+    *(({"id": "x", "image": image, "conversations": turns(("human", question), GPT)},
+       rf"item 2 \(id 'x'\): {placeholders} placeholder\(s\) <image> .* but {images} image\(s\)")
+      for image, question, placeholders, images in (
+          ("a.png", "<image> or <image>?", 2, 1), (["a.png", "b.png"], "<image>", 1, 2), (None, "what is <image>?", 1, 0))),
+])
 def test_malformed_items(read, item, message):
-    with pytest.raises(ValueError, match=r"some.json, line 1, " + message if message.startswith("item") else message):
-        read(item)
-
-
-@pytest.mark.parametrize(
-    "image, question, placeholders, images",
-    [
-        ("a.png", "<image> or <image>?", 2, 1),
-        (["a.png", "b.png"], "<image>", 1, 2),
-        (None, "what is <image>?", 1, 0),
-        ([], "<image>", 1, 0),
-    ],
-)
-def test_placeholders_and_images_must_be_as_many(read, image, question, placeholders, images):
-    item = {"id": "x", "image": image, "conversations": turns(("human", question), GPT)}
-    message = rf"some.json, line 1, item 2 \(id 'x'\): {placeholders} placeholder\(s\) <image> .* but {images} image\(s\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"some.json, line 1, {message}"):
         read(item)
 
 
@@ -86,25 +71,19 @@ def test_missing_images_are_listed_all_at_once(read, tmp_path):
     assert str(caught.value).splitlines() == [
         f"{tmp_path / 'some.json'}: 2 of 4 images are missing:", f"  {tmp_path / 'c.png'}", f"  {tmp_path / 'd.png'}",
     ]  # fmt: skip
-    for number in (20, 25):
-        with pytest.raises(FileNotFoundError) as caught:
-            read(wants(*(f"{n}.png" for n in range(number))))
-        assert str(caught.value).count(".png") == 20 and ("and 5 more" in str(caught.value)) == (number > 20)
+    with pytest.raises(FileNotFoundError) as caught:
+        read(wants(*(f"{n}.png" for n in range(25))))
+    assert str(caught.value).count(".png") == 20 and "and 5 more" in str(caught.value)
 
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.json: no such file"):
         LlavaJson(tmp_path / "none.json")
-    for name, content, message in (
-        ("a.json", b"{}", "a.json, line 1: field 'id' is missing; found nothing"),
-        ("a.json", b"[]", "a.json: holds no item"),
-        ("a.jsonl", b"\n", "a.jsonl: holds no item"),
-        ("a.json", b'["\xff"]', "a.json, line 1, item 1: .*can't decode"),
-        ("a.json", b"\x1f\x8b", "a.json: packed by gzip; unpack it"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            LlavaJson(tmp_path / name)
+    for content, message in ((b"{}", ", line 1: field 'id' is missing"), (b"[]", ": holds no item"), (b"\n", ": holds no item"),
+                             (b'["\xff"]', ", line 1, item 1: .*can't decode"), (b"\x1f\x8b", ": packed by gzip")):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(ValueError, match=f"a.json{message}"):
+            LlavaJson(tmp_path / "a.json")
 
 
 def test_all_unusable_items_are_named_with_the_command_that_leaves_them_out(read):
@@ -149,8 +128,6 @@ def test_what_the_system_says_first_stands_in_front_of_the_first_question(read, 
 def test_an_empty_cell_of_a_table_is_no_picture(read, empty):
     source = read({**GOOD, "image": empty, "video": empty})
     assert len(source) == 2 and not source.record(0).visuals
-    with pytest.raises(ValueError, match=r"1 placeholder\(s\) <image>"):
-        read({"id": "x", "image": empty, "conversations": turns(("human", "<image>"), GPT)})
 
 
 @pytest.mark.parametrize("names, there, missing", [

@@ -44,10 +44,8 @@ def test_listed_sources(folder):
         assert [source.record(n).id for n in range(20)] == [plain.record(n).id for n in range(20)]
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("[", r"sets.json: malformed JSON: .* column 2"),
+@pytest.mark.parametrize("content, message", [
+    ("[", r"sets.json: malformed JSON: .* column 2"),
         ("[]", r"sets.json: an object of name -> .* was expected"),
         ("{}", r"sets.json: an object of name -> .* at least one"),
         ({"x": "words.json"}, r"sets.json, dataset 'x': .*an object with reader was expected, found str"),

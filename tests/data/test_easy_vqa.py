@@ -40,18 +40,17 @@ def test_one_epoch_holds_the_official_split_exactly_once(split, pictures, questi
     assert len(seen) == pictures and asked.total() == questions and asked == Counter(zip(*official))
 
 
-def test_pictures_are_the_files_and_are_kept(test_split):
-    paths = package.get_test_image_paths()
+def test_pictures_are_the_files_and_are_kept():
+    source = EasyVQA("test")
+    paths = dict(source.paths)
+    source.record(0)
     for n in range(5):
-        picture = test_split.record(n).visuals[0]
-        with Image.open(paths[int(picture.key.split("/")[1])]) as image:
-            assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(picture.frames[0]))
-        assert picture.frames[0].mode == "RGB" and picture.frames[0].size == (64, 64)
-    (picture,) = test_split.record(0).visuals
-    image_id = int(picture.key.split("/")[1])
-    assert test_split.pixels[image_id].dtype == np.uint8
-    test_split.paths[image_id] = "gone"  # the file is not opened again
-    assert test_split.record(0).visuals[0].frames[0].tobytes() == picture.frames[0].tobytes()
+        picture = source.record(n).visuals[0]
+        image_id = int(picture.key.split("/")[1])
+        source.paths[image_id] = "gone"  # the file is not opened again
+        (again,) = source.record(n).visuals[0].frames
+        with Image.open(paths[image_id]) as image:
+            assert image.convert("RGB").tobytes() == again.tobytes() == picture.frames[0].tobytes()
 
 
 def test_epochs_are_permutations_of_seed_and_epoch(test_split):
@@ -68,28 +67,22 @@ def test_a_sample_of_questions_changes_with_the_epoch(test_split):
     changed = 0
     for n in range(60):
         one, everything = sampled.record(n), test_split.record(n).conversations
-        assert len(one.conversations) == len(one.kinds) == min(3, len(everything))
-        assert one.conversations == again.record(n).conversations and one.kinds == again.record(n).kinds
-        assert len(set(one.conversations) & set(everything)) == len(one.conversations)
+        assert len(set(one.conversations) & set(everything)) == len(one.conversations) == min(3, len(everything))
+        assert (one.conversations, one.kinds) == (again.record(n).conversations, again.record(n).kinds)
         later = next(r for r in map(sampled.record, range(1000, 2000)) if r.id == one.id) if n < 4 else one
         changed += later.conversations != one.conversations
     assert changed >= 3
     assert EasyVQA("test", questions_per_picture=1000).record(0).conversations == test_split.record(0).conversations
-    assert len(EasyVQA("test", questions_per_picture=1).record(0).conversations) == 1
 
 
 @pytest.mark.parametrize("asked, revealed", [
     ([("what color is the circle?", "blue")], ("blue", "circle")),
     ([("what is the color of the shape?", "teal")], ("teal", None)),
-    ([("what is the gray shape?", "triangle")], ("gray", "triangle")),
-    ([("is there a red shape?", "yes")], ("red", None)),
     ([("is there not a red shape?", "no")], ("red", None)),
-    ([("is no circle present?", "no")], (None, "circle")),
     ([("does the image not contain a brown shape?", "no"), ("is a triangle present?", "yes")], ("brown", "triangle")),
     ([("is there a circle?", "no"), ("is there not a triangle in the image?", "yes")], (None, "rectangle")),
     ([(f"is a {color} shape present?", "no") for color in COLORS if color != "black"], ("black", None)),
     ([(f"is a {color} shape present?", "no") for color in COLORS[2:]], (None, None)),
-    ([], (None, None)),
 ])
 def test_reveal_reads_questions_denials_and_exclusions(asked, revealed):
     assert reveal(asked) == revealed
@@ -98,19 +91,16 @@ def test_reveal_reads_questions_denials_and_exclusions(asked, revealed):
 def test_captions_say_what_is_known():
     assert [caption_of(*known) for known in (("blue", "circle"), ("blue", None), (None, "circle"), (None, None))] == [
         "blue circle", "blue shape", "circle", "shape"]
-    assert [kind_of(answer) for answer in ("yes", "no", "teal", "circle")] == ["yes_no", "yes_no", "color", "shape"]
 
 
 def test_names_are_the_caption_and_its_words():
     source, captions = EasyVQA(kind="names"), EasyVQA(kind="captions")
-    complete = set()
-    for n in range(len(source)):
+    for n in range(300):
         names, caption = source.record(n), captions.record(n).conversations[0][-1].text
         said = [conversation[-1].text for conversation in names.conversations]
         known = [word for word in caption.split() if word != "shape"]
-        complete.add(len(known))
-        assert said == ([caption, *known] if len(known) == 2 else known or ["shape"]) and names.kinds == ("name",) * len(said)
-    assert 2 in complete
+        assert said == ([caption, *known] if len(known) == 2 else known or ["shape"])
+        assert names.kinds == ("name",) * len(said)
 
 
 @pytest.mark.slow
@@ -144,37 +134,32 @@ def test_captions_are_true_of_the_pictures(split, complete):
                 assert (np.abs(pixels - RGB[word]).max(1) < 60).sum() > 8, record.id
     assert set(words) == {*COLORS, *SHAPES, "shape"}
     assert set(prompts) == set(SHORT_CAPTION_PROMPTS) and min(prompts.values()) > 60
-    assert source.record(3).conversations == EasyVQA(split, "captions").record(3).conversations
 
 
 def test_texts_ask_the_same_questions_about_a_caption_that_tells_both():
-    split, complete = "test", 1000 - 112
-    source, questions = EasyVQA(split, "texts"), EasyVQA(split)
-    assert len(source) == complete and source.num_incomplete == len(questions) - complete
+    source, questions = EasyVQA("test", "texts"), EasyVQA("test")
+    assert source.num_incomplete == 112 == len(questions) - len(source)
     for n in range(100):
         record = source.record(n)
         asked = questions.asked[int(record.id.split("/")[1])]
         color, shape = reveal(asked)
-        assert record.visuals == () and record.id.startswith(f"easy_vqa_{split}/")
+        assert record.visuals == () and record.id.startswith("easy_vqa_test/")
         assert [(user.parts, assistant.text) for user, assistant in record.conversations] == [
             ((f"{color} {shape}. ", question), answer) for question, answer in asked]
         assert record.kinds == tuple(kind_of(answer) for _, answer in asked)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"split": "tset"}, "unknown split 'tset'. Did you mean 'test'"),
-    ({"kind": "caption"}, "unknown kind 'caption'. Did you mean 'captions'"),
-])
-def test_wrong_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        EasyVQA(**options)
+def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match="unknown split 'tset'. Did you mean 'test'"):
+        EasyVQA("tset")
+    with pytest.raises(ValueError, match="unknown kind 'caption'. Did you mean 'captions'"):
+        EasyVQA(kind="caption")
 
 
 def test_a_missing_package_or_its_data_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr("easy_vqa.easy_vqa.BASE_PATH", str(tmp_path))
-    for split in ("train", "test"):
-        with pytest.raises(FileNotFoundError, match="pip install --force-rein"):
-            EasyVQA(split)
+    with pytest.raises(FileNotFoundError, match="pip install --force-rein"):
+        EasyVQA()
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(ImportError, match="pip install --force-rein"):
         EasyVQA()

@@ -1,4 +1,4 @@
-"""The feed of a stage: which records come when, whoever reads them and wherever it is interrupted."""
+"""The feed of a stage: exact shares, which records come when, whoever reads them and wherever it is interrupted."""
 
 import json
 import os
@@ -13,15 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from nanovlm.data.batching import Report, build_batch
-from nanovlm.data.feed import DamageReport, Feed, Mixture
-from nanovlm.data.batching import Preparation
 from nanovlm.data.augment import View
+from nanovlm.data.batching import Preparation, Report, build_batch
+from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.templates import LYNX, NANO
 from nanovlm.data.tokenizer import train_tokenizer
 
 BAD = {("pictures", 5), ("pictures", 6), ("words", 3)}
+
+
+def words(record):
+    return sum(len(turn.text) for turn in record.conversations[0])
 
 
 class Source:
@@ -41,12 +44,46 @@ class Source:
         return Record(f"{self.name}-{n}", visuals, ((asked, Turn("assistant", ("yes",))),))
 
 
+NAMES = {name: None for name in "abc"}  # sources of which none is read
+
+
+def draw(mixture, number):
+    return [mixture.draw() for _ in range(number)]
+
+
+def test_shares_are_exact_at_every_moment():
+    weights = {"a": 0.7, "b": 0.2, "c": 0.1}
+    mixture, drawn = Mixture(NAMES, weights), dict.fromkeys("abc", 0)
+    for n in range(1, 301):
+        name, place = mixture.draw()
+        assert place == drawn[name]  # every source is read in its own order, nothing left out
+        drawn[name] += 1
+        assert all(abs(drawn[source] - n * weight) < 1 for source, weight in weights.items())
+
+
+@pytest.mark.parametrize("weights, drawn", [
+    ({"a": 3, "b": 1}, "aabaaaba"), ({"a": 3e-7, "b": 1e-7}, "aabaaaba"), ({"c": 2}, "cccccccc"),
+    ({"b": 1, "a": 1}, "babababa"),  # ties go to the one named first
+    ({"a": 0.1, "b": 0.2, "c": 0.3}, "cbacbccb"),  # 0.1 + 0.2 is not 0.3 in floating point; as written it is
+])
+def test_weights_are_relative_and_exact(weights, drawn):
+    assert "".join(name for name, _ in draw(Mixture(NAMES, weights), 8)) == drawn
+
+
+def test_a_mixture_resumes_from_any_moment_and_through_sorted_json():
+    weights = {"c": 0.5, "a": 0.3, "b": 0.2}
+    whole = draw(Mixture(NAMES, weights), 40)
+    for cut in (0, 1, 7, 23):
+        first, second = Mixture(NAMES, weights), Mixture(NAMES, weights)
+        draw(first, cut)
+        second.resume(json.loads(json.dumps(first.drawn, sort_keys=True)))
+        assert draw(second, 40 - cut) == whole[cut:]
+    with pytest.raises(ValueError, match=r"reads \['a', 'c'\], not \['a', 'b', 'c'\]"):
+        first.resume({"a": 1, "c": 1})
+
+
 def same(record):
     return record
-
-
-def words(record):
-    return sum(len(turn.text) for turn in record.conversations[0])
 
 
 def make(group=1, bad=(), steps=11, batch_size=6, prepare=same, **options):

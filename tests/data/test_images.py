@@ -42,6 +42,7 @@ PALETTE.putpalette([255, 0, 0, 0, 0, 255])
     (PALETTE, [1], {}, [RED, (0, 0, 255)]),
     (PALETTE, [1], {"transparency": 1}, [RED, WHITE]),
     (Image.new("RGB", (2, 1), RED), [(0, 0, 7)], {"transparency": (0, 0, 7)}, [RED, WHITE]),
+    (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), [], {"format": "TIFF"}, [RED]),
 ])
 def test_every_mode_lies_over_white(tmp_path, image, pixels, options, expected):
     for x, pixel in enumerate(pixels, start=1):
@@ -65,11 +66,6 @@ def test_sixteen_bits_in_a_wider_file(tmp_path):
             images.load(tmp_path / "b.tif")
 
 
-def test_cmyk(tmp_path):
-    image = saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "a.jpg", quality=100)
-    assert all(abs(a - b) < 12 for pixel in colors(image) for a, b in zip(pixel, RED))
-
-
 @pytest.mark.parametrize("ending", ["gif", "webp", "png"])
 def test_an_animation_gives_its_first_frame(tmp_path, ending):
     frames = [Image.new("RGB", (8, 8), color) for color in (RED, (0, 0, 255), (0, 255, 0))]
@@ -81,14 +77,12 @@ def test_an_animation_gives_its_first_frame(tmp_path, ending):
 @pytest.mark.parametrize("orientation, expected", [(1, (0, 0)), (3, (2, 1)), (6, (1, 0)), (8, (0, 2)), (2, (2, 0))])
 def test_exif_rotation_is_applied(tmp_path, orientation, expected):
     """A dark corner at the top left of the stored pixels ends where a viewer shows it."""
-    image = Image.new("RGB", (3, 2), WHITE)
-    image.putpixel((0, 0), (0, 0, 0))
-    exif = Image.Exif()
+    image, exif = Image.new("RGB", (3, 2), WHITE), Image.Exif()
+    image.putpixel((0, 0), BLACK)
     exif[0x0112] = orientation
     loaded = saved(image, tmp_path / "a.png", exif=exif)
     assert loaded.size == ((3, 2) if orientation < 5 else (2, 3))
-    places = [(x, y) for x in range(loaded.width) for y in range(loaded.height)]
-    assert [place for place in places if loaded.getpixel(place) == (0, 0, 0)] == [expected]
+    assert loaded.getpixel(expected) == BLACK and colors(loaded).count(BLACK) == 1
 
 
 @pytest.mark.parametrize("name, content", [
@@ -105,13 +99,6 @@ def test_what_stands_beside_the_pixels_does_not_decide_whether_a_picture_is_read
     assert colors(images.load(tmp_path / "a.png")) == colors(image)
     image.save(tmp_path / "a.webp", lossless=True, exif=b"Exif\0\0no TIFF")
     assert colors(images.load(tmp_path / "a.webp")) == colors(image)
-
-
-def test_a_rotation_written_in_a_png_is_read(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    noise(4, 3).save(tmp_path / "a.png", exif=exif)
-    assert images.load(tmp_path / "a.png").tobytes() == noise(4, 3).transpose(Image.Transpose.ROTATE_270).tobytes()
 
 
 @pytest.mark.parametrize("form", ["JPEG", "MPO"])  # phones write the second: a JPEG with further pictures behind it
@@ -150,26 +137,23 @@ def test_files_that_are_no_picture(tmp_path, name, content, message):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL remarks on what it finds
-def test_damaged_bytes_give_a_picture_or_a_named_error(tmp_path):
-    """Whatever is broken inside, nothing but the named error comes out."""
-    rng = numpy.random.default_rng(0)
-    for ending in ("png", "jpg", "gif", "webp", "tif", "bmp", "ppm"):
-        path = tmp_path / f"a.{ending}"
-        noise(24, 24).save(path)
-        whole = numpy.frombuffer(path.read_bytes(), dtype=numpy.uint8)
-        for share in (0.03, 0.3, 0.6, 0.9):
-            path.write_bytes(whole[: int(len(whole) * share)].tobytes())
-            with pytest.raises(images.ImageError, match=f"a.{ending}: the image is damaged or cut short"):
-                images.load(path)
-        for _ in range(60):
-            broken = whole.copy()
-            places = rng.integers(0, min(len(broken), 120), 4)
-            broken[places] = rng.integers(0, 256, 4)
-            path.write_bytes(broken.tobytes())
-            try:
-                assert images.load(path).mode == "RGB"
-            except images.ImageError as error:
-                assert f"a.{ending}" in str(error)
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "webp", "tif", "bmp", "ppm"])
+def test_damaged_bytes_give_a_picture_or_a_named_error(tmp_path, ending):
+    rng, path = numpy.random.default_rng(0), tmp_path / f"a.{ending}"
+    noise(24, 24).save(path)
+    whole = numpy.frombuffer(path.read_bytes(), dtype=numpy.uint8)
+    for share in (0.03, 0.3, 0.6, 0.9):
+        path.write_bytes(whole[: int(len(whole) * share)].tobytes())
+        with pytest.raises(images.ImageError, match=f"a.{ending}: the image is damaged or cut short"):
+            images.load(path)
+    for _ in range(60):
+        broken = whole.copy()
+        broken[rng.integers(0, min(len(broken), 120), 4)] = rng.integers(0, 256, 4)
+        path.write_bytes(broken.tobytes())
+        try:
+            assert images.load(path).mode == "RGB"
+        except images.ImageError as error:
+            assert f"a.{ending}" in str(error)
 
 
 def png_of(path, side):
@@ -207,10 +191,7 @@ def test_crop_is_resize_then_centre_crop(size):
     width, height = (side * length // min(size) for length in size)
     left, top = (width - side) // 2, (height - side) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    expected = numpy.asarray(resized.crop((left, top, left + side, top + side)), dtype=int)
-    found = numpy.asarray(images.to_square(image, side, "crop"), dtype=int)
-    assert found.shape == (8, 8, 3)
-    assert (found == expected).all()
+    assert colors(images.to_square(image, side, "crop")) == colors(resized.crop((left, top, left + side, top + side)))
 
 
 def test_pad_keeps_all_of_the_picture_in_the_middle_of_the_mean_colour():
@@ -271,8 +252,6 @@ def test_pixels_are_normalised_channels_first():
     image.putpixel((1, 0), WHITE)
     pixels = images.to_pixels(image, 2)
     assert pixels.shape == (3, 2, 2) and pixels.dtype == torch.float32
-    mean, std = torch.tensor(images.MEAN), torch.tensor(images.STD)
+    mean, std = torch.tensor((0.48145466, 0.4578275, 0.40821073)), torch.tensor((0.26862954, 0.26130258, 0.27577711))
     torch.testing.assert_close(pixels[:, 0, 0], (torch.tensor([0.0, 1.0, 0.2]) - mean) / std)
     torch.testing.assert_close(pixels[:, 0, 1], (1 - mean) / std)  # row 0, column 1
-    assert images.MEAN == (0.48145466, 0.4578275, 0.40821073)
-    assert images.STD == (0.26862954, 0.26130258, 0.27577711)

@@ -77,18 +77,12 @@ def test_a_broken_line_does_not_hide_those_behind_it(tmp_path):
         assert isinstance(found[place], ValueError) and re.search(f"some.jsonl, {fact}", str(found[place]))
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ('[{"a": 1},\n {"a": }]', "line 2, byte 18: malformed JSON"),
-        ('[{"a": 1},\n', "line 2, byte 11: malformed JSON"),
-        ('[{"a": 1}', "line 1, byte 9: malformed JSON"),
-        ('[1,\n2] [3]', "line 2, byte 7: malformed JSON"),
-        ('[1,\n{"b": {"a": 1, "a": 1}}]', "line 2, item 2: key 'a' stands twice"),
-        ('{\n"a": 1,\n"b": [2\n}', "line 4, byte 18: malformed JSON"),
-        ('[\n"\xff"]', "line 2, item 1: malformed JSON"),
-    ],
-)
+@pytest.mark.parametrize("content, message", [
+    ('[{"a": 1},\n {"a": }]', "line 2, byte 18: malformed JSON"), ('[{"a": 1},\n', "line 2, byte 11: malformed JSON"),
+    ('[{"a": 1}', "line 1, byte 9: malformed JSON"), ('[1,\n2] [3]', "line 2, byte 7: malformed JSON"),
+    ('[1,\n{"b": {"a": 1, "a": 1}}]', "line 2, item 2: key 'a' stands twice"),
+    ('{\n"a": 1,\n"b": [2\n}', "line 4, byte 18: malformed JSON"), ('[\n"\xff"]', "line 2, item 1: malformed JSON"),
+])
 def test_malformed_files_are_named_with_the_line(content, message, chunk, tmp_path):
     path = tmp_path / "some.json"
     path.write_bytes(content.encode("latin-1"))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nanovlm.data.scene_questions import (
-    CAPTIONS, CAPTION_PROMPTS, FACTS, NAME_PROMPT, QUESTIONS, READING_PROMPTS, REGIONS, SHORT_CAPTION_PROMPTS, TEXT_TYPES, TYPES,
-    Scenes, SceneTexts, ask, offset, parse_scene, pick_weighted,
+    CAPTIONS, CAPTION_PROMPTS, NAME_PROMPT, QUESTIONS, READING_PROMPTS, REGIONS, SHORT_CAPTION_PROMPTS, TEXT_TYPES, TYPES,
+    Scenes, SceneTexts, ask, parse_scene,
 )
 from nanovlm.data.scenes import ALPHABET, COLORS, HELD_OUT, SHAPES, Scene, SceneObject, in_held_out_fifth, sample_scene
 
@@ -162,30 +162,18 @@ def test_yes_and_no_and_the_other_answers_are_balanced(drawn):
 
 
 def test_questions_are_asked_in_every_form(drawn):
-    forms = Counter()
-    for _, asked in drawn["train"]:
-        for kind, question, _ in asked:
-            form = re.sub(rf"\b({'|'.join(COLORS)})\b", "C", question.replace(" an ", " a "))
-            form = re.sub(rf"\b({'|'.join(SHAPES)})(s|es)?\b", "S", form)
-            forms[kind, form] += 1
-    totals = Counter()
-    for (kind, _), count in forms.items():
-        totals[kind] += count
+    forms, totals = Counter(), Counter()
+    for kind, question, _ in (one for _, asked in drawn["train"] for one in asked):
+        form = re.sub(rf"\b({'|'.join(COLORS)})\b", "C", question.replace(" an ", " a "))
+        forms[kind, re.sub(rf"\b({'|'.join(SHAPES)})(s|es)?\b", "S", form)] += 1
+        totals[kind] += 1
     shares = {(kind, form): count / totals[kind] for (kind, form), count in forms.items()}
-    assert sum(kind == "relation" for kind, _ in forms) == 8 and sum(kind == "count" for kind, _ in forms) == 3
-    for form in ("is there a S?", "is there a C object?"):
-        assert 0.12 < shares["existence", form] < 0.28
-    by_thing = [shares["count", f"how many {words} are there?"] for words in ("C objects", "S")]
-    assert 0.2 < shares["count", "how many objects are there?"] < 0.37 and abs(by_thing[0] - by_thing[1]) < 0.08
-    for kind, prompts in (("caption", CAPTION_PROMPTS), ("short_caption", SHORT_CAPTION_PROMPTS),
-                          ("reading", READING_PROMPTS)):
-        assert min(shares[kind, prompt] for prompt in prompts) > 0.6 / len(prompts)
-    for one, other in (("what color is the S?", "what is the color of the S?"),
-                       ("what shape is the C object?", "what is the C shape?")):
-        kind = "color" if "color" in one else "shape"
-        assert 0.4 < shares[kind, one] < 0.6 and shares[kind, one] + shares[kind, other] == pytest.approx(1)
-    for kind, question in (("place", "where is the {}?"), ("size", "is the {} big or small?")):
-        assert min(shares[kind, question.format("S")], shares[kind, question.format("C S")]) > 0.3
+    assert Counter(kind for kind, _ in forms) == {
+        "color": 2, "shape": 2, "count": 3, "existence": 3, "place": 2, "relation": 8, "size": 2, "reading": 3,
+        "caption": 4, "short_caption": 3}
+    for kind, most in (("color", 0.6), ("shape", 0.6), ("place", 0.7), ("size", 0.7), ("count", 0.45), ("existence", 0.7),
+                       ("reading", 0.45), ("caption", 0.4), ("short_caption", 0.45)):
+        assert max(share for (one, _), share in shares.items() if one == kind) < most, kind
 
 
 def test_absent_pairs_share_color_or_shape_with_what_is_there_more_often_than_chance():
@@ -213,11 +201,6 @@ def test_margins_are_used_up_and_no_more():
     assert 2 <= min(regions) < 2.1 and 4 <= min(relations) < 4.3
 
 
-def test_offset_has_the_sign_of_the_words():
-    one, other = SceneObject("red", "ring", "big", 10.0, 40.0, 9.0), SceneObject("red", "star", "big", 30.0, 45.0, 9.0)
-    assert [offset(one, name, other) for name in ("left of", "right of", "above", "below")] == [20, -20, 5, -5]
-
-
 def test_questions_differ_and_a_text_is_read_once(drawn):
     numbers = Counter()
     for _, asked in drawn["train"]:
@@ -229,9 +212,6 @@ def test_questions_differ_and_a_text_is_read_once(drawn):
 
 
 def test_types_are_asked_as_often_as_weighted():
-    rng = np.random.default_rng(0)
-    drawn = Counter(pick_weighted(rng, {"a": 1.0, "b": 2.0, "c": 1.0}) for _ in range(4000))
-    assert drawn["b"] / 4000 == pytest.approx(0.5, abs=0.03) and drawn["a"] / 4000 == pytest.approx(0.25, abs=0.03)
     source = Scenes(weights={"color": 3, "size": 1, "count": 0}, questions_per_picture=1)
     kinds = Counter(source.record(n).kinds[0] for n in range(500))
     assert set(kinds) == {"color", "size"} and 0.6 < kinds["color"] / 500 < 0.8
@@ -250,42 +230,35 @@ def test_a_record_depends_on_seed_and_number_alone():
     for split in ("train", "new", "unseen_pairs", "reading"):
         one, other = Scenes(split, "both", seed=3, length=5), Scenes(split, "both", seed=3, length=5)
         backwards = [content(other, n) for n in reversed(range(8))]
-        assert [content(one, n) for n in range(8)] == backwards[::-1]
+        assert [content(one, n) for n in range(8)] == backwards[::-1] and len(one) == 5
         assert len({pixels for _, pixels, _, _ in backwards}) == 8  # goes on beyond its length with new pictures
-        assert content(Scenes(split, "both", seed=4), 0)[:2] != content(one, 0)[:2] and len(one) == 5
-    assert content(Scenes("new"), 0)[1] != content(Scenes("train"), 0)[1]
+        assert content(Scenes(split, "both", seed=4), 0)[:2] != content(one, 0)[:2]
     asked_otherwise = content(Scenes("train", "captions", seed=3), 0)
     assert asked_otherwise[:2] == content(Scenes("train", "questions", seed=3), 0)[:2]  # same key, same picture
     changes = {"seed": 1, "canvas": 48, "max_objects": 3, "min_objects": 2, "string_share": 0.1, "split": "new"}
     keys = {content(Scenes(**{option: value}), 1)[0] for option, value in changes.items()}
-    assert len(keys | {content(Scenes(), 1)[0]}) == 7 and Scenes("unseen_pairs").name == "scenes_unseen_pairs"
+    assert len(keys | {content(Scenes(), 1)[0]}) == 7
 
 
 def test_names_say_all_of_a_picture():
-    source = Scenes(kind="names", seed=3, string_share=0.5)
-    with_string = 0
+    source, with_string = Scenes(kind="names", seed=3, string_share=0.5), 0
     for n in range(40):
         scene, record = source.scene(n), source.record(n)
         said = [conversation[-1].text for conversation in record.conversations]
-        expected, places = set(), {}
+        expected, places, third = set(), {}, scene.canvas / 3
         for thing in scene.objects:
-            third = scene.canvas / 3
-            place = REGIONS[int(thing.y // third)][int(thing.x // third)]
             expected |= {f"{thing.color} {thing.shape}", thing.shape, thing.color, f"{thing.size} {thing.shape}"}
-            expected.add(f"{thing.shape} at the {place}")
-            places[f"{thing.color} {thing.shape}", thing.x / 64, thing.y / 64] = 5
+            expected.add(f"{thing.shape} at the {REGIONS[int(thing.y // third)][int(thing.x // third)]}")
+            places.setdefault(f"{thing.color} {thing.shape}", []).append((thing.x / 64, thing.y / 64))
         if scene.string:
             with_string += 1
             ranked = [f"{rank} {symbol}" for rank, symbol in zip(("first", "second", "third"), scene.string)]
             expected |= {*scene.string, *ranked}
             left, top, right, bottom = (side / 64 for side in scene.string_box)
-            regions = [region for name, region in zip(said, record.regions) if name in ranked]
-            assert all(left < x < right and y == pytest.approx((top + bottom) / 2) for x, y in regions)
-            assert [x for x, _ in regions] == sorted(x for x, _ in regions)
-        assert set(said) == expected and len(record.regions) == len(said)
-        assert all((name, x, y) in places for name, (x, y) in zip(said, record.regions) if name.count(" ") == 1
-                   and name.split()[0] in COLORS)
-        assert record.kinds == ("name",) * len(said)
+            xs = [x for name, (x, y) in zip(said, record.regions) if name in ranked and y == pytest.approx((top + bottom) / 2)]
+            assert len(xs) == len(ranked) and left < xs[0] and xs == sorted(xs) and xs[-1] < right
+        assert set(said) == expected and record.kinds == ("name",) * len(said) == ("name",) * len(record.regions)
+        assert all(region in places[name] for name, region in zip(said, record.regions) if name in places)
         assert all(conversation[0].parts == (0, NAME_PROMPT) for conversation in record.conversations)
     assert with_string > 5
 
@@ -299,9 +272,6 @@ def test_options_shape_the_pictures_and_the_kinds():
     shares = [sum(bool(Scenes(string_share=share).scene(n).string) for n in range(400)) / 400 for share in (0, 0.3)]
     assert shares[0] == 0 and 0.24 < shares[1] < 0.36
     assert all(len(Scenes(questions_per_picture=2).record(n).kinds) == 2 for n in range(20))
-    assert {Scenes("train", "captions", weights={"short_caption": 1}).record(n).kinds for n in range(9)} == {
-        ("short_caption",)}
-    assert not any("caption" in kind for n in range(50) for kind in Scenes().record(n).kinds)
 
 
 def test_a_picture_without_the_wanted_question_is_replaced():
@@ -313,32 +283,17 @@ def test_a_picture_without_the_wanted_question_is_replaced():
         Scenes(weights={"relation": 1.0}, max_objects=1).record(0)
 
 
-@pytest.mark.parametrize("source", [Scenes, SceneTexts])
-@pytest.mark.parametrize("options, message", [
-    ({"split": "trian"}, "unknown split 'trian'. Did you mean 'train'"),
-    ({"weights": {"red": 1}}, "unknown type 'red'"),
-    ({"string_share": 1.1}, "string_share is 1.1"),
-    ({"string_share": -0.1}, "string_share is -0.1"),
-    ({"seed": -1}, "seed is -1"),
-    ({"length": 0}, "length is 0"),
+@pytest.mark.parametrize("source, options, message", [
+    (Scenes, {"split": "trian"}, "unknown split 'trian'. Did you mean 'train'"),
+    (SceneTexts, {"split": "reading"}, "unknown split 'reading'"),
+    (Scenes, {"kind": "question"}, "unknown kind 'question'. Did you mean 'questions'"),
+    (Scenes, {"weights": {"red": 1}}, "unknown type 'red'"),
+    (SceneTexts, {"weights": {"red": 1}}, "unknown type 'red'"),
+    (Scenes, {"weights": {"color": -1}}, "none of the types .'color', 'shape'"),
+    (Scenes, {"kind": "both", "weights": {"color": 1}}, "none of the types .'caption', 'short_caption'"),
+    (SceneTexts, {"split": "new", "weights": {"opposite": 1}}, "a weight above 0"),
 ])
 def test_wrong_options_are_refused(source, options, message):
-    with pytest.raises(ValueError, match=message):
-        source(**options)
-    assert len(source()) == 10_000 and len(source(length=1, string_share=1)) == len(source(length=1, string_share=0)) == 1
-
-
-@pytest.mark.parametrize("source, options, message", [
-    (Scenes, {"kind": "question"}, "unknown kind 'question'. Did you mean 'questions'"),
-    (Scenes, {"weights": {"color": -1}}, "the weight of 'color' is -1"),
-    (Scenes, {"weights": {"caption": 1}}, "none of color, shape"),
-    (Scenes, {"kind": "both", "weights": {"color": 1}}, "none of caption, short_caption"),
-    (Scenes, {"questions_per_picture": 0}, "questions_per_picture is 0"),
-    (SceneTexts, {"questions_per_text": 0}, "questions_per_text is 0"),
-    (SceneTexts, {"split": "new", "weights": {"opposite": 1}}, "no type of the split 'new' has a weight above 0"),
-    (SceneTexts, {"max_objects": 0}, "max_objects is 0"),
-])
-def test_options_of_one_source_that_are_refused(source, options, message):
     with pytest.raises(ValueError, match=message):
         source(**options)
 
@@ -434,60 +389,43 @@ def test_held_out_pairs_and_strings_never_occur(made):
             assert not in_held_out_fifth(word)
 
 
-def test_the_new_split_shares_no_sum_spelling_or_phrase_with_training(made):
-    for kind in ("addition", "spelling", "word_of_phrase", "repeat", "described_relation"):
-        trained, new = ({solve_text(*pair)[0] for pair in ((k, t[0]) for k, t in made[split] if k == kind)}
-                        for split in ("train", "new"))
-        assert trained and new and not trained & new
-    sums = {split: {solve_text(k, t[0])[0] for k, t in made[split] if k == "addition"} for split in made}
-    assert 53 <= len(sums["train"] | sums["new"]) <= 55 and 5 <= len(sums["new"]) <= 20
-
-
 def test_all_facts_occur_evenly(made):
-    train = made["train"]
-    assert len({t[0] for k, t in train if k == "opposite"}) == 20
-    assert {t[0][-2] for k, t in train if k == "next_letter"} == set("ABCDEFGHIJKLMNOPQRSTUVWXY")
-    assert {len(t[0].split(": ")[1].split()) for k, t in train if k == "word_of_phrase"} == {2, 3, 4}
-    for kind, half in (("word_of_phrase", "first word"), ("described_relation", ". what")):
-        some = [half in t[0] for k, t in train if k == kind]
-        assert 0.4 < sum(some) / len(some) < 0.6
-    related = [t for k, t in train if k == "described_relation"]
-    answers = Counter(t[1] for t in related if ". is" in t[0])
-    assert 0.38 < answers["yes"] / answers.total() < 0.62
-    # either object is asked for, and either comes first
-    turned = [t[1] in t[0].split(" is ")[0] for t in related if ". what" in t[0]]
-    assert 0.38 < sum(turned) / len(turned) < 0.62
-    opposites = Counter(t[1] in ("right", "below", "small", "bottom", "no", "cold", "dark", "down", "night", "new")
-                        for k, t in train if k == "opposite")
-    assert 0.38 < opposites[True] / opposites.total() < 0.62
-    forms = Counter("at the" in t[0] and "long" or " is " in t[0] and "related" or "short"
-                    for k, t in train if k == "plain_caption")
-    assert min(forms["long"], forms["related"], forms["short"]) > 0.25 * forms.total()
-    objects = Counter(len(OBJECT.findall(t[0])) for k, t in train if k == "described_size")
-    assert set(objects) == {1, 2, 3, 4}
-    listed = {k.removeprefix("listed_") for k, _ in train if k.startswith("listed")}
-    assert listed == {"color", "shape", "count", "existence", "reading"}
-    described = {k.removeprefix("described_") for k, _ in train if k.startswith("described")}
-    assert described == {*listed, "place", "size", "relation"}
+    said = {}
+    for kind, turns in made["train"]:
+        said.setdefault(kind, []).append((turns[0], turns[-1]))
+    assert len({text for text, _ in said["opposite"]}) == 20 and len({text[-2] for text, _ in said["next_letter"]}) == 25
+    assert {len(text.split(": ")[1].split()) for text, _ in said["word_of_phrase"]} == {2, 3, 4}
+    assert {len(OBJECT.findall(text)) for text, _ in said["described_size"]} == {1, 2, 3, 4}
+    related, plain = said["described_relation"], [text for text, _ in said["plain_caption"]]
+    halves = {
+        "the first word": ["first word" in text for text, _ in said["word_of_phrase"]],
+        "open": [". what" in text for text, _ in related],
+        "yes": [answer == "yes" for text, answer in related if ". is" in text],
+        "the first object": [answer in text.split(" is ")[0] for text, answer in related if ". what" in text],
+        "turned": [answer in ("right", "below", "small", "bottom", "no", "cold", "dark", "down", "night", "new")
+                   for _, answer in said["opposite"]],
+    }
+    assert all(0.38 < np.mean(half) < 0.62 for half in halves.values()), halves
+    assert min(np.mean(["at the" in text for text in plain]), np.mean([" is " in text for text in plain])) > 0.25
+    assert np.mean(["at the" in text or " is " in text for text in plain]) < 0.75
+    listed = {"color", "shape", "count", "existence", "reading"}
+    assert {kind.removeprefix("listed_") for kind in said if kind.startswith("listed")} == listed
+    assert {kind.removeprefix("described_") for kind in said if kind.startswith("described")} == {
+        *listed, "place", "size", "relation"}
 
 
 def test_options_and_determinism():
     one, other = SceneTexts(seed=5, length=7), SceneTexts(seed=5)
     assert [one.record(n) for n in range(40)] == [other.record(n) for n in reversed(range(40))][::-1]
-    assert one.record(0) != SceneTexts(seed=6).record(0) and len(one) == 7 and one.name == "scene_texts_train"
+    assert one.record(0) != SceneTexts(seed=6).record(0) and len(one) == 7
     assert len({one.record(n).id for n in range(10)} | {SceneTexts("new", seed=5).record(0).id}) == 11
     assert {SceneTexts(weights={"addition": 1, "spelling": 0}).record(n).kinds for n in range(20)} == {("addition",)}
-    described = [SceneTexts(weights={"described": 1}, max_objects=2, string_share=1).record(n) for n in range(60)]
-    texts = [record.conversations[0][0].text for record in described]
+    described = SceneTexts(weights={"described": 1}, max_objects=2, string_share=1)
+    texts = [described.record(n).conversations[0][0].text for n in range(60)]
     assert all('text "' in text for text in texts) and {len(OBJECT.findall(text)) for text in texts} == {1, 2}
     plain = SceneTexts(weights={"plain_caption": 1}, string_share=0)
     assert not any("text" in plain.record(n).conversations[0][0].text for n in range(60))
-    with_text = sum('text "' in SceneTexts(weights={"described": 1}).record(n).conversations[0][0].text
-                    for n in range(400))
-    assert 0.23 < with_text / 400 < 0.4
     assert {turn.role for turn in plain.record(0).conversations[0]} == {"assistant"}
-    first = SceneTexts(weights={"addition": 1}), SceneTexts("new", weights={"addition": 1})
-    assert len(FACTS) == 7 and first[0].record(1) != first[1].record(1)
 
 
 def test_several_questions_about_a_text_follow_each_other():
@@ -513,16 +451,13 @@ def test_poses_what_is_said():
         scene = parse_scene('A Red circle is left of the big blue STAR above small pink cross / teal ring, text "a7k"',
                             np.random.default_rng(n))
         red, blue, pink, teal = scene.objects
-        words = [(thing.color, thing.shape) for thing in scene.objects]
-        assert words == [("red", "circle"), ("blue", "star"), ("pink", "cross"), ("teal", "ring")]
+        assert [thing.pair for thing in scene.objects] == ["red circle", "blue star", "pink cross", "teal ring"]
         assert blue.size == "big" and pink.size == "small" and scene.string == "A7K" and scene.canvas == 64
         assert blue.x - red.x >= 6 and pink.y - blue.y >= 6
         for one, other in itertools.combinations(scene.objects, 2):
             assert math.dist((one.x, one.y), (other.x, other.y)) >= one.radius + other.radius + 1.5
         left, top, right, bottom = scene.string_box
-        for thing in scene.objects:
-            apart = max(left - thing.x, thing.x - right, top - thing.y, thing.y - bottom)
-            assert apart >= 0.7 * thing.radius and 0 < left < right < 64 and 0 < top < bottom < 64
+        assert 0 < left < right < 64 and 0 < top < bottom < 64
     assert {parse_scene("red circle", np.random.default_rng(n)).objects[0].size for n in range(20)} == {"small", "big"}
 
 
@@ -533,47 +468,32 @@ def test_relates_an_object_to_the_one_before():
             "small red circle right of small blue ring below small teal star and small green ring",
             np.random.default_rng(n), 96,
         ).objects
-        assert one.x - two.x >= 6 and two.y - three.y >= 6
         distances += [one.x - two.x, two.y - three.y]
-    assert min(distances) < 7
+    assert 6 <= min(distances) < 7
     row = parse_scene("red ring left of blue ring left of teal ring left of pink ring left of red cross",
                       np.random.default_rng(0))
-    assert [thing.color for thing in sorted(row.objects, key=lambda thing: thing.x)] == [
-        "red", "blue", "teal", "pink", "red"]
+    assert [thing.color for thing in row.from_left] == ["red", "blue", "teal", "pink", "red"]
     assert row.string is None and row.string_box is None
 
 
 @pytest.mark.parametrize("text, message", [
     ("red circel", "unknown word 'circel'. Did you mean 'circle'"),
     ("red circle left blue star", "unknown word 'left'. Did you mean 'left of'"),
-    ("red", "'red' is not one object"),
-    ("circle", "'circle' is not one object"),
-    ("red blue circle", "is not one object"),
-    ("red circle ring", "is not one object"),
-    ("small big red circle", "is not one object"),
-    ("red circle text A7K above", "needs an object on both sides"),
-    ("above red circle", "needs an object on both sides"),
-    ("red circle, above blue ring", "needs an object on both sides"),
-    ("red circle and and", None),
-    ("", "no object is described"),
-    ("text A7K", "no object is described"),
-    ("red circle text A", "the text 'A' cannot be drawn"),
-    ("red circle text ACEF", "the text 'ACEF' cannot be drawn"),
-    ("red circle reading A0K", "the text 'A0K' cannot be drawn"),
-    ("red circle text", "the text '' cannot be drawn"),
+    *((text, "is not one object") for text in ("red", "circle", "red blue circle", "red circle ring", "small big red circle")),
+    *((text, "needs an object on both sides") for text in ("red circle text A7K above", "above red circle", "red circle, above blue ring")),
+    ("", "no object is described"), ("text A7K", "no object is described"),
+    ("red circle text A", "the text 'A' cannot be drawn"), ("red circle text ACEF", "the text 'ACEF' cannot be drawn"),
+    ("red circle reading A0K", "the text 'A0K' cannot be drawn"), ("red circle text", "the text '' cannot be drawn"),
     ("red circle text AC text AE", "holds one string, found 2: AC, AE"),
     (" and ".join(["big red circle"] * 12), "found no room on 64 x 64 px for the 12 objects"),
 ])
 def test_says_what_is_wrong(text, message):
-    if message is None:
-        assert len(parse_scene(text, np.random.default_rng(0)).objects) == 1
-        return
     with pytest.raises(ValueError) as error:
         parse_scene(text, np.random.default_rng(0))
     assert message in str(error.value)
 
 
-def test_refuses_a_tiny_canvas():
-    assert parse_scene("red circle", np.random.default_rng(0), 40).canvas == 40
+def test_the_smallest_canvas_and_words_that_say_nothing():
+    assert parse_scene("red circle and and", np.random.default_rng(0), 40).canvas == 40
     with pytest.raises(ValueError, match="39 px is too small"):
         parse_scene("red circle", np.random.default_rng(0), 39)

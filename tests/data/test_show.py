@@ -30,22 +30,18 @@ def talk(*parts, answer="a Cat"):
 
 
 def test_marks_without_colour(tokenizer):
-    lines = paint(batch_of(tokenizer, NANO, talk(0, "what?", 1), talk("hi", answer="漢 </s>")), tokenizer, color=False)
-    assert lines[1] == "<image x10><s>user: what?↵bot:[ a Cat</s>]"
-    assert lines[3] == "<s>user: hi↵bot:[ 漢 </s></s>]"
-    assert len(lines) == 4
+    talks = talk(0, "what?", 1), talk("hi", answer="漢 </s>"), talk("\x1b[31m\t")  # which must not reach the terminal
+    assert paint(batch_of(tokenizer, NANO, *talks), tokenizer, color=False)[1::2] == [
+        "<image x10><s>user: what?↵bot:[ a Cat</s>]", "<s>user: hi↵bot:[ 漢 </s></s>]", r"<s>user: \x1b[31m\t↵bot:[ a Cat</s>]"]
 
 
 def test_sizes_of_the_rows(tokenizer):
     batch = batch_of(tokenizer, NANO, talk(1, "what is this?", 0), talk("hi"), talk(0, "what?"))
-    lines = paint(batch, tokenizer, color=False)
-    reply = len(tokenizer.encode(" a Cat")) + 1
-    lengths = [10, 0, 5]
-    for b, question in enumerate(("what is this?", "hi", "what?")):
-        lengths[b] += 1 + len(tokenizer.encode(f"user: {question}\nbot:")) + reply
-    for b, pictures in enumerate(([0, 1], [], [1])):
-        padding = lengths[0] - lengths[b]
-        assert lines[2 * b] == f"row {b}: {lengths[b]} tokens, {reply} trained, {padding} padding, pictures {pictures}"
+    heads, reply = paint(batch, tokenizer, color=False)[::2], len(tokenizer.encode(" a Cat")) + 1
+    lengths = [size + 1 + len(tokenizer.encode(f"user: {question}\nbot:")) + reply
+               for size, question in ((10, "what is this?"), (0, "hi"), (5, "what?"))]
+    assert heads == [f"row {b}: {length} tokens, {reply} trained, {lengths[0] - length} padding, pictures {pictures}"
+                     for b, (length, pictures) in enumerate(zip(lengths, ([0, 1], [], [1])))]
 
 
 def test_colours(tokenizer):
@@ -54,11 +50,6 @@ def test_colours(tokenizer):
         f"{GREY}<s>user: is {PLAIN}{BLUE}<image x5>{PLAIN}{GREY} it?↵bot:{PLAIN}{GREEN} a Cat</s>{PLAIN}"
     )
     assert (GREEN, GREY, BLUE, PLAIN) == ("\x1b[32m", "\x1b[90m", "\x1b[34m", "\x1b[0m")
-
-
-def test_control_characters_do_not_reach_the_terminal(tokenizer):
-    lines = paint(batch_of(tokenizer, NANO, talk("\x1b[31m\t")), tokenizer, color=False)
-    assert lines[1] == r"<s>user: \x1b[31m\t↵bot:[ a Cat</s>]"
 
 
 def test_legend_and_colour_only_on_a_terminal_that_wants_it():
@@ -112,17 +103,13 @@ def test_the_recipes_own_data_by_seed(command, capsys):
     assert "stage instruct: 1 records" in shown[0] and "cut to" not in shown[0] and "(scenes)" in shown[0]
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["shw"], "unknown command 'shw'. Did you mean 'show'"),
-        (["show", "--recipe", "nan"], "there is no recipe 'nan'. Did you mean 'nano'"),
-        (["show", "-n", "0"], "-n 0: at least one record"),
-        (["show", "--stage", "instrct"], "there is no stage 'instrct'. Did you mean 'instruct'"),
-        (["show", "--stage", "tower"], "stage 'tower' compares pictures with captions"),
-        (["show", "--data", "nowhere.json"], "nowhere.json: no such file"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [
+    (["shw"], "unknown command 'shw'. Did you mean 'show'"), (["show", "-n", "0"], "-n 0: at least one record"),
+    (["show", "--recipe", "nan"], "there is no recipe 'nan'. Did you mean 'nano'"),
+    (["show", "--stage", "instrct"], "there is no stage 'instrct'. Did you mean 'instruct'"),
+    (["show", "--stage", "tower"], "stage 'tower' compares pictures with captions"),
+    (["show", "--data", "nowhere.json"], "nowhere.json: no such file"),
+])
 def test_unusable_flags(flags, message, capsys):
     with pytest.raises(SystemExit) as caught:
         main(flags)

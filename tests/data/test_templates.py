@@ -11,22 +11,16 @@ from nanovlm.data.templates import NANO, PHI, Row, Segment, Template, VICUNA, en
 from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. "
-)
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+          "and polite answers to the user's questions. ")
 NAMES = ("NANO", "LYNX", "VICUNA", "LLAVA", "MPLUG_OWL2", "LLAVA_PHI", "PHI", "PLAIN", "BLIP2", "BLIP2_CAPTION",
          "OPEN_FLAMINGO", "OPEN_FLAMINGO_VQA", "CHATML", "CHATML_SMOLLM2", "CHATML_QWEN")  # fmt: skip
 TEMPLATES = {name: getattr(templates, name) for name in NAMES}
 ADDED = ("<image>", "<|endofchunk|>", "<|im_start|>", "<|im_end|>")  # special tokens of the published tokenizers
 COUNTS = (3, 1, 4)  # image tokens of the visual inputs 0, 1, 2
 
-CHAT = (
-    Turn("user", ("What is\n", 0, "\n here?")),
-    Turn("assistant", ("A Cat",)),
-    Turn("user", (1, "\nAnd this?")),
-    Turn("assistant", ("No",)),
-)
+CHAT = (Turn("user", ("What is\n", 0, "\n here?")), Turn("assistant", ("A Cat",)),
+        Turn("user", (1, "\nAnd this?")), Turn("assistant", ("No",)))
 
 
 @pytest.fixture(scope="module")
@@ -48,57 +42,36 @@ def shown(rendered):
     return text
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("NANO", "<0><1><s>user: what is here?\nbot:[ A Cat][</s>]\nuser: and this?\nbot:[ No][</s>]"),
-        ("LYNX", "<0><1><s>user: what is here?\nbot: a cat\nuser: and this?\nbot:[ no][</s>]"),
-        (
-            "VICUNA",
-            f"<s>{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]",
-        ),
-        ("LLAVA", "<s>USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"),
-        ("MPLUG_OWL2", "<s>USER: <0>What is here? ASSISTANT:[ A Cat][</s>]USER: <1>And this? ASSISTANT:[ No][</s>]"),
-        (
-            "LLAVA_PHI",
-            f"{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]",
-        ),
-        ("PHI", "Instruct: <0>\nWhat is here?\nOutput:[ A Cat][</s>]Instruct: <1>\nAnd this?\nOutput:[ No][</s>]"),
-        ("PLAIN", "<s><0>[A Cat\n]<1>[No\n]"),
-        ("BLIP2", "<0><1><s>Question: What is here? Answer:[ A Cat\n]Question: And this? Answer:[ No\n]"),
-        ("BLIP2_CAPTION", "<0><1><s>[A Cat\nNo\n]"),
-        (
-            "OPEN_FLAMINGO",
-            "<s><0>=<image>What is here?[A Cat][{<|endofchunk|>}]<1>=<image>And this?[No][{<|endofchunk|>}]",
-        ),
-        (
-            "OPEN_FLAMINGO_VQA",
-            "<s><0>=<image>Question:What is here? Short answer:[A Cat][{<|endofchunk|>}]"
-            "\n<1>=<image>Question:And this? Short answer:[No][{<|endofchunk|>}]",
-        ),
-        (
-            "CHATML",
-            "{<|im_start|>}user\n<0>What is here?{<|im_end|>}\n{<|im_start|>}assistant\n[A Cat][{<|im_end|>}]\n"
-            "{<|im_start|>}user\n<1>And this?{<|im_end|>}\n{<|im_start|>}assistant\n[No][{<|im_end|>}]",
-        ),
-    ],
-)
+USER, BOT, END = "{<|im_start|>}user\n", "{<|im_start|>}assistant\n", "{<|im_end|>}"
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("NANO", "<0><1><s>user: what is here?\nbot:[ A Cat][</s>]\nuser: and this?\nbot:[ No][</s>]"),
+    ("LYNX", "<0><1><s>user: what is here?\nbot: a cat\nuser: and this?\nbot:[ no][</s>]"),
+    ("VICUNA", f"<s>{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"),
+    ("LLAVA", "<s>USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"),
+    ("MPLUG_OWL2", "<s>USER: <0>What is here? ASSISTANT:[ A Cat][</s>]USER: <1>And this? ASSISTANT:[ No][</s>]"),
+    ("LLAVA_PHI", f"{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"),
+    ("PHI", "Instruct: <0>\nWhat is here?\nOutput:[ A Cat][</s>]Instruct: <1>\nAnd this?\nOutput:[ No][</s>]"),
+    ("PLAIN", "<s><0>[A Cat\n]<1>[No\n]"),
+    ("BLIP2", "<0><1><s>Question: What is here? Answer:[ A Cat\n]Question: And this? Answer:[ No\n]"),
+    ("BLIP2_CAPTION", "<0><1><s>[A Cat\nNo\n]"),
+    ("OPEN_FLAMINGO", "<s><0>=<image>What is here?[A Cat][{<|endofchunk|>}]<1>=<image>And this?[No][{<|endofchunk|>}]"),
+    ("OPEN_FLAMINGO_VQA", "<s><0>=<image>Question:What is here? Short answer:[A Cat][{<|endofchunk|>}]"
+                          "\n<1>=<image>Question:And this? Short answer:[No][{<|endofchunk|>}]"),
+    ("CHATML", f"{USER}<0>What is here?{END}\n{BOT}[A Cat][{END}]\n{USER}<1>And this?{END}\n{BOT}[No][{END}]"),
+])
 def test_the_forms_of_the_papers(name, expected):
     assert shown(segments(CHAT, TEMPLATES[name])) == expected
 
 
-@pytest.mark.parametrize(
-    "name, system",
-    [
-        ("CHATML_SMOLLM2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
-        ("CHATML_QWEN", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    ],
-)
+@pytest.mark.parametrize("name, system", [
+    ("CHATML_SMOLLM2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    ("CHATML_QWEN", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+])
 def test_system_turns_of_chatml(name, system):
-    assert shown(prompt((Turn("user", ("Hi",)),), TEMPLATES[name])) == (
-        f"{{<|im_start|>}}system\n{system}{{<|im_end|>}}\n"
-        "{<|im_start|>}user\nHi{<|im_end|>}\n{<|im_start|>}assistant\n"
-    )
+    said = shown(prompt((Turn("user", ("Hi",)),), TEMPLATES[name]))
+    assert said == f"{{<|im_start|>}}system\n{system}{END}\n{USER}Hi{END}\n{BOT}"
 
 
 def test_a_turn_that_only_shows_a_picture():
@@ -132,7 +105,9 @@ def test_special_tokens_and_media_tokens_are_single_ids(tokenizer):
     assert row.ids.count(tokenizer.special_id("<|im_end|>")) == 1 and row.ids.count(tokenizer.special_id("<|im_start|>")) == 2
 
 
-def test_special_tokens_that_the_tokenizer_lacks():
+def test_names_that_nobody_knows():
+    with pytest.raises(ValueError, match="unknown image_place 'rows'. Did you mean 'row'"):
+        Template(image_place="rows")
     plain = train_tokenizer(["a"], 259)
     with pytest.raises(ValueError, match="no special token '<|im_start|>'.* Known: '</s>', '<pad>', '<s>'"):
         write(prompt((Turn("user", ("Hi",)),), TEMPLATES["CHATML"]), plain, ())
@@ -157,10 +132,8 @@ def test_a_text_behind_a_picture_or_special_token_begins_anew():
     )
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [("NANO", "<s>[Once upon][</s>]"), ("PLAIN", "<s>[Once upon\n]"), ("LYNX", "<s>[once upon][</s>]")],
-)
+@pytest.mark.parametrize("name, expected", [
+    ("NANO", "<s>[Once upon][</s>]"), ("PLAIN", "<s>[Once upon\n]"), ("LYNX", "<s>[once upon][</s>]")])
 def test_one_reply_alone_is_plain_text(name, expected):
     assert shown(segments((Turn("assistant", ("Once upon",)),), TEMPLATES[name])) == expected
 
@@ -243,19 +216,10 @@ def test_prompt_and_reply_are_the_training_row(tokenizer, name):
             row = write(segments(chat[:stop], template), tokenizer, COUNTS)
             if template is templates.BLIP2_CAPTION and stop > 2:
                 continue  # captions behind one another are one text
-            assert asked.ids + reply == row.ids
-            assert asked.labels + reply == row.labels
-            assert asked.images == row.images
-            media = tokenizer.special_id("<image>")
+            assert (asked.ids + reply, asked.labels + reply, asked.images) == (row.ids, row.labels, row.images)
+            media = tokenizer.special_id("<image>") if template.media_token else IMAGE_TOKEN
             for visual, start, end in row.images:
-                expected = [media] if template.media_token else [IMAGE_TOKEN] * COUNTS[visual]
-                assert row.ids[start:end] == expected
-            placed = row.ids.count(media if template.media_token else IMAGE_TOKEN)
-            assert placed == sum(end - start for _, start, end in row.images)
+                assert row.ids[start:end] == [media] * (1 if template.media_token else COUNTS[visual])
+            assert row.ids.count(media) == sum(end - start for _, start, end in row.images)
             order = [part for turn in chat[:stop] for part in turn.parts if not isinstance(part, str)]
             assert [visual for visual, _, _ in row.images] == order
-
-
-def test_unknown_names():
-    with pytest.raises(ValueError, match="unknown image_place 'rows'. Did you mean 'row'"):
-        Template(image_place="rows")

@@ -67,47 +67,30 @@ def test_stream_gives_each_word_as_soon_as_it_is_there(tokenizer):
     assert [stream.push(id) for id in tokenizer.encode("red A")] == pieces(tokenizer, "red A")
     first, second = tokenizer.encode("é")
     assert (stream.push(first), stream.push(second), stream.push(tokenizer.eos)) == ("", "é", "")
-
-
-def test_stream_that_ends_within_a_character(tokenizer):
-    stream = tokenizer.stream()
-    ids = tokenizer.encode("漢")
-    assert [stream.push(id) for id in ids[:2]] == ["", ""]
-    assert stream.finish() == "\ufffd"
-    assert stream.finish() == ""
+    assert [stream.push(id) for id in tokenizer.encode("漢")[:2]] == ["", ""]
+    assert (stream.finish(), stream.finish()) == ("\ufffd", ""), "it ended within a character"
 
 
 def test_training_is_reproducible_and_keeps_to_the_size(tokenizer):
     assert train_tokenizer(TEXTS, 320).backend.to_str() == tokenizer.backend.to_str()
     assert tokenizer.vocab_size == len(tokenizer.backend.get_vocab()) <= 320
-    assert train_tokenizer(TEXTS, 265).vocab_size == 265
-    assert train_tokenizer(TEXTS, 259).vocab_size == 259
+    assert [train_tokenizer(TEXTS, size).vocab_size for size in (265, 259)] == [265, 259]
     with pytest.raises(ValueError, match="vocab_size 258 has no room .* at least 259"):
         train_tokenizer(TEXTS, 258)
 
 
-def test_saved_and_loaded(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = Tokenizer(tmp_path / "tokenizer.json")
-    for text in ("user: what\nbot:", "</s>", "é AB"):
-        assert loaded.encode(text) == tokenizer.encode(text)
-    assert (loaded.bos, loaded.eos, loaded.pad) == (tokenizer.bos, tokenizer.eos, tokenizer.pad)
-
-
-def test_padding_and_truncation_inside_a_file_are_ignored(tokenizer, tmp_path):
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+def test_what_a_file_does_by_itself_is_ignored(tokenizer, tmp_path):
+    """Padding, truncation, special tokens around every text."""
+    tokenizer.save(tmp_path / "odd.json")
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "odd.json"))
     backend.enable_truncation(2)
     backend.enable_padding(length=8)
-    backend.save(str(tmp_path / "odd.json"))
-    assert Tokenizer(tmp_path / "odd.json").encode("red A 1") == tokenizer.encode("red A 1")
-    assert len(Tokenizer(str(tmp_path / "odd.json")).encode("A")) == 1
-
-
-def test_a_file_that_adds_special_tokens_by_itself(tokenizer):
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     special = [("<s>", 0), ("</s>", 1)]
     backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=special)
-    assert Tokenizer(backend).encode("red") == tokenizer.encode("red")
+    backend.save(str(tmp_path / "odd.json"))
+    loaded = Tokenizer(tmp_path / "odd.json")
+    assert all(loaded.encode(text) == tokenizer.encode(text) for text in ("red A 1", "A", "user: what\nbot:", "</s>", "é AB"))
+    assert (loaded.bos, loaded.eos, loaded.pad) == (tokenizer.bos, tokenizer.eos, tokenizer.pad)
 
 
 def test_half_a_surrogate_pair_is_no_text(tokenizer):

@@ -1,7 +1,7 @@
 """Video: every form gives the same frames, chosen over the whole clip, and every broken file a clear error."""
 
-import collections
 import contextlib
+import itertools
 import json
 import sys
 
@@ -70,20 +70,16 @@ def test_uniform_places(total, wanted, expected):
     assert video.uniform_places(total, wanted) == expected
 
 
-def test_random_places_are_one_per_segment():
+@pytest.mark.parametrize("total, wanted", [(5, 5), (13, 5), (100, 7), (8, 1), (9, 8)])
+def test_random_places_are_one_per_segment(total, wanted):
     """Segments differ by one frame at most, and which are longer is random: seen over many draws."""
     rng = numpy.random.default_rng(0)
-    for total, wanted in ((5, 5), (13, 5), (100, 7), (8, 1), (9, 8)):
-        seen = [collections.Counter() for _ in range(wanted)]
-        for _ in range(1500):
-            places = video.random_places(total, wanted, rng)
-            assert places == sorted(set(places)) and len(places) == wanted
-            for counter, place in zip(seen, places):
-                counter[place] += 1
-        for number, counter in enumerate(seen):  # segment i begins between floor and ceiling of the shares before it
-            first = number * (total // wanted) + max(0, total % wanted - (wanted - number))
-            last = (number + 1) * (total // wanted) + min(total % wanted, number + 1) - 1
-            assert set(counter) == set(range(first, last + 1)), (total, wanted, number)
+    draws = [video.random_places(total, wanted, rng) for _ in range(1500)]
+    assert all(places == sorted(set(places)) and len(places) == wanted for places in draws)
+    for number, seen in enumerate(zip(*draws)):  # segment i begins between floor and ceiling of the shares before it
+        first = number * (total // wanted) + max(0, total % wanted - (wanted - number))
+        last = (number + 1) * (total // wanted) + min(total % wanted, number + 1) - 1
+        assert set(seen) == set(range(first, last + 1)), number
 
 
 def test_folders_are_sorted_by_number(tmp_path):
@@ -108,21 +104,16 @@ def test_clips_that_cannot_be_used(tmp_path, monkeypatch, clips):
     ):
         with pytest.raises((images.ImageError, FileNotFoundError, ValueError), match=message):
             load(clip, **{"num_frames": 2} | arguments)
-    for limit in (48, 47):
-        monkeypatch.setattr(images, "MAX_PIXELS", limit)
-        for clip in (tmp_path / "a.gif", tmp_path / "frames"):
-            with contextlib.nullcontext() if limit == 48 else pytest.raises(images.ImageError, match="limit of 47"):
+    for module, name, most, used, refusal in (
+        (images, "MAX_PIXELS", 48, [tmp_path / "a.gif", tmp_path / "frames"], "limit of 47"),
+        (video, "MAX_ANIMATION_PIXELS", 576, [tmp_path / "a.webp"], "a.webp: its 12 frames are 576 pixels, .* limit of 575"),
+        (video, "MAX_FRAMES", 12, clips, "it has 12 frames; from 1 to 11 are expected"),
+    ):
+        for clip, limit in itertools.product(used, (most, most - 1)):
+            monkeypatch.setattr(module, name, limit)
+            with contextlib.nullcontext() if limit == most else pytest.raises(images.ImageError, match=refusal):
                 assert len(load(clip, 2)) == 2
-    monkeypatch.undo()
-    monkeypatch.setattr(video, "MAX_ANIMATION_PIXELS", 12 * 48)
-    assert len(load(tmp_path / "a.webp", 2)) == 2
-    monkeypatch.setattr(video, "MAX_ANIMATION_PIXELS", 12 * 48 - 1)
-    with pytest.raises(images.ImageError, match="a.webp: its 12 frames are 576 pixels, more than the limit of 575"):
-        load(tmp_path / "a.webp", 2)
-    monkeypatch.setattr(video, "MAX_FRAMES", 11)
-    for clip in clips:
-        with pytest.raises(images.ImageError, match="it has 12 frames; from 1 to 11 are expected"):
-            load(clip, 2)
+        monkeypatch.undo()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL remarks on what it finds
@@ -214,13 +205,14 @@ def test_images_and_videos_keep_their_places(tmp_path, clips):
 
 def test_random_frames_are_drawn_anew_at_every_showing(tmp_path, clips):
     item = {"id": 1, "video": "frames", "conversations": talk("<video>what?")}
-    make = lambda seed: source(tmp_path, item, num_frames=4, sampling="random", seed=seed)
-    showings = [shades(make(0).record(n).visuals[0].frames) for n in range(6)]
-    assert len({tuple(frames) for frames in showings}) > 3
-    assert showings == [shades(make(0).record(n).visuals[0].frames) for n in range(6)]
-    assert showings != [shades(make(1).record(n).visuals[0].frames) for n in range(6)]
-    keys = [make(0).record(n).visuals[0].key for n in (0, 0, 1)]
-    assert keys[0] == keys[1] != keys[2], "in one batch they are two clips"
+
+    def showings(seed):
+        drawn = source(tmp_path, item, num_frames=4, sampling="random", seed=seed)
+        return [(visual.key, tuple(shades(visual.frames))) for n in range(6) for visual in drawn.record(n).visuals]
+
+    keys, frames = zip(*showings(0))
+    assert len(set(keys)) == 6 and len(set(frames)) > 3, "in one batch they are several clips"
+    assert showings(0) == showings(0) and frames != list(zip(*showings(1)))[1]
     assert source(tmp_path, item).record(0) == source(tmp_path, item).record(7)
 
 

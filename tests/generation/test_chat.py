@@ -71,26 +71,19 @@ def test_history_grows_by_whole_exchanges(model, tokenizer, script):
     generator = object()
     chat = Chat(Assistant(model, tokenizer, NANO, 8), Decoding(max_new_tokens=6, eos_ids=(3,)), generator)
     assert chat.answer is None
-    assert chat.ask("What is it?", [RED]) == "a red circle"
-    assert chat.ask("Color?") == "blue"
-    assert chat.ask("And this?", [BLUE]) == "no"
-    assert [turn.role for turn in chat.turns] == ["user", "assistant"] * 3
-    assert chat.turns[:2] == [Turn("user", (0, "What is it?")), Turn("assistant", ("a red circle",))]
-    assert chat.turns[4] == Turn("user", (1, "And this?"))
-    end = [tokenizer.eos]
-    text = [
-        "user: what is it?\nbot:", " a red circle", "\nuser: color?\nbot:", " blue", "\nuser: and this?\nbot:"
-    ]  # fmt: skip
+    for question, shown, want in (("What is it?", [RED], "a red circle"), ("Color?", [], "blue"), ("And this?", [BLUE], "no")):
+        assert chat.ask(question, shown) == want
+    said = [(0, "What is it?"), ("a red circle",), ("Color?",), ("blue",), (1, "And this?"), ("no",)]
+    assert chat.turns == [Turn(role, parts) for role, parts in zip(["user", "assistant"] * 3, said)] and chat.forgotten == 0
+    text = ["user: what is it?\nbot:", " a red circle", "\nuser: color?\nbot:", " blue", "\nuser: and this?\nbot:"]
     q1, a1, q2, a2, q3 = map(tokenizer.encode, text)
-    head = [tokenizer.bos, *q1]
-    assert calls[0][0] == [*IMAGE, *head]
-    assert calls[1][0] == [*IMAGE, *head, *a1, *end, *q2]
-    assert calls[2][0] == [*IMAGE, *IMAGE, *head, *a1, *end, *q2, *a2, *end, *q3]
+    head, end = [tokenizer.bos, *q1], [tokenizer.eos]
+    assert [call[0] for call in calls] == [
+        [*IMAGE, *head], [*IMAGE, *head, *a1, *end, *q2], [*IMAGE, *IMAGE, *head, *a1, *end, *q2, *a2, *end, *q3]]
     first, second = calls[2][2]
     assert first is calls[0][2][0] is calls[1][2][0], "a picture is made into pixels once"
     assert first[0, 0].mean() > 1 and second[0, 2].mean() > 1
     assert all(call[1].eos_ids == (3,) and call[3] is generator for call in calls)
-    assert chat.forgotten == 0
     chat.reset()
     assert chat.turns == [] and chat.visuals == [] and not chat.pixels and chat.answer is None
 
@@ -172,22 +165,17 @@ def test_bad_questions_and_pictures(model, tokenizer, tmp_path):
         chat.ask("what?", [tmp_path / "nothing.png"])
 
 
-def test_text_streams_as_it_is_made_without_the_gap_before_it(model, tokenizer, script):
+def test_text_streams_as_it_is_made_without_the_gap_before_it(model, tokenizer, script, monkeypatch):
     answers, _ = script
     answers += [" red circle is", "red", " ", "", "  two", "né"]
     chat = chat_with(model, tokenizer)
     ids = tokenizer.encode(" red circle is")
     pieces = list(chat.stream("a"))
     assert 1 < len(pieces) <= len(ids) and "".join(pieces) == "red circle is" and "" not in pieces
-    for want in ("red", "", "", "two", "né"):
-        assert chat.ask("a") == want
-    assert chat.turns[-1].text == "né"
-
-
-def test_a_character_that_the_answer_breaks_off_is_given_last(model, tokenizer, monkeypatch):
-    ids = tokenizer.encode("né")[:-1]
+    assert [chat.ask("a") for _ in range(5)] == ["red", "", "", "two", "né"] and chat.turns[-1].text == "né"
+    ids = tokenizer.encode("né")[:-1]  # which ends within a character
     monkeypatch.setattr(sampler, "stream", lambda *args: iter(ids))
-    assert "".join(chat_with(model, tokenizer).ask("a")) == tokenizer.decode(ids) and "n" in tokenizer.decode(ids)
+    assert chat.ask("a") == tokenizer.decode(ids) and "n" in tokenizer.decode(ids)
 
 
 def test_describe_first_answers_in_the_history_of_its_own_description(model, tokenizer, script):

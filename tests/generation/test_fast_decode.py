@@ -1,6 +1,7 @@
 """Fast steps: the readable decoder's scores and tokens, from the same memory."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -20,28 +21,17 @@ from tiny import vision_language_model
 
 END = 7
 PLAIN = DecoderConfig(23, 16, 4, 2, 24, 40, (LayerOptions(),) * 2)
-CONFIGS = {
-    "LLaMA": PLAIN,
-    "tied head, qkv bias": dataclasses.replace(PLAIN, tied_head=True, qkv_bias="qkv", num_kv_heads=1),
-    "Phi": dataclasses.replace(
-        PLAIN, num_kv_heads=4, norm="layer", ffn="plain", activation="gelu_tanh", qkv_bias="qkv", output_bias=True,
-        ffn_bias=True, head_bias=True, parallel=True, rotary_width=2,
-    ),
-    "OPT": dataclasses.replace(
-        PLAIN, num_kv_heads=4, norm="layer", ffn="plain", activation="relu", qkv_bias="qkv", output_bias=True,
-        ffn_bias=True, rotary_width=0, position_offset=2,
-    ),
-    "MPT": dataclasses.replace(
-        PLAIN, num_kv_heads=4, norm="layer_no_bias", ffn="plain", activation="gelu", tied_head=True, rotary_width=0,
-        alibi=(0.5, 0.3, 0.2, 0.1), qkv_clip=0.6,
-    ),
-    "MPT-1B, shared keys": dataclasses.replace(
-        PLAIN, norm="layer_no_bias", ffn="plain", activation="gelu", rotary_width=0, alibi=(1.5, 0.3, 0.2, 0.1), qk_norm=True,
-    ),
-    "adapters, own keys for images": dataclasses.replace(
-        PLAIN, layers=(LayerOptions(4, modality_adaptive=True), LayerOptions(modality_adaptive=True))
-    ),
-}  # fmt: skip
+BIASED = dict(num_kv_heads=4, norm="layer", ffn="plain", qkv_bias="qkv", output_bias=True, ffn_bias=True)
+MPT = dict(norm="layer_no_bias", ffn="plain", activation="gelu", rotary_width=0)
+CONFIGS = {name: dataclasses.replace(PLAIN, **changes) for name, changes in {
+    "LLaMA": {},
+    "tied head, qkv bias": dict(tied_head=True, qkv_bias="qkv", num_kv_heads=1),
+    "Phi": BIASED | dict(activation="gelu_tanh", head_bias=True, parallel=True, rotary_width=2),
+    "OPT": BIASED | dict(activation="relu", rotary_width=0, position_offset=2),
+    "MPT": MPT | dict(num_kv_heads=4, tied_head=True, alibi=(0.5, 0.3, 0.2, 0.1), qkv_clip=0.6),
+    "MPT-1B, shared keys": MPT | dict(alibi=(1.5, 0.3, 0.2, 0.1), qk_norm=True),
+    "adapters, own keys for images": dict(layers=(LayerOptions(4, modality_adaptive=True), LayerOptions(modality_adaptive=True))),
+}.items()}
 IMAGE = [-1] * 4
 PROMPTS = [[*IMAGE, 2, 3, 4], [5], [6, *IMAGE, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
 DECODINGS = {
@@ -103,13 +93,10 @@ def test_a_product_does_not_depend_on_the_order_in_memory(size):
         x, residual = torch.randn(num_rows, size[0]), torch.randn(num_rows, size[1])
         want = torch.stack([(row[:, None] * weight).sum(0) for row in x])
         before = residual.clone()
-        for stored in (weight, weight.t().contiguous().t()):
-            for b in (None, bias):
-                got = fast_decode.product(x, stored, b)
-                torch.testing.assert_close(got, want if b is None else want + bias, atol=1e-5, rtol=1e-5)
-                assert got.is_contiguous()
-                got = fast_decode.product(x, stored, b, residual)
-                torch.testing.assert_close(got, residual + want if b is None else residual + want + bias, atol=1e-5, rtol=1e-5)
+        for stored, b, r in itertools.product((weight, weight.t().contiguous().t()), (None, bias), (None, residual)):
+            got = fast_decode.product(x, stored, b, r)
+            torch.testing.assert_close(got, want + (0 if b is None else b) + (0 if r is None else r), atol=1e-5, rtol=1e-5)
+            assert got.is_contiguous()
         assert torch.equal(residual, before), "the hidden states are read, not written"
 
 

@@ -29,17 +29,14 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_scores_once
     assert torch.equal(repetition_penalty(scores, tokens, 2.0), want)
 
 
-@pytest.mark.parametrize(
-    "size, allowed",
-    [
-        (1, [[0, 4, 5], [0, 1, 2, 3]]),  # every id of the row is forbidden
-        (2, [[0, 1, 2, 4, 5], [0, 1, 2, 3]]),  # 2 was followed by 3; 5 by 5 and by 4
-        (3, [[0, 1, 2, 4, 5], [0, 1, 2, 3, 4, 5]]),  # 1 2 was followed by 3; 4 5 by nothing
-        (4, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]),
-        (6, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]),
-        (7, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]),  # the rows are shorter than that
-    ],
-)
+@pytest.mark.parametrize("size, allowed", [
+    (1, [[0, 4, 5], [0, 1, 2, 3]]),  # every id of the row is forbidden
+    (2, [[0, 1, 2, 4, 5], [0, 1, 2, 3]]),  # 2 was followed by 3; 5 by 5 and by 4
+    (3, [[0, 1, 2, 4, 5], [0, 1, 2, 3, 4, 5]]),  # 1 2 was followed by 3; 4 5 by nothing
+    (4, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]),
+    (6, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]),
+    (7, [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]),  # the rows are shorter than that
+])
 def test_no_repeat_ngram(size, allowed):
     tokens = torch.tensor([[1, 2, 3, 3, 1, 2], [-2, -1, 5, 5, 4, 5]])
     assert kept(no_repeat_ngram(torch.zeros(2, 6), tokens, size)) == allowed

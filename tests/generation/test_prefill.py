@@ -71,16 +71,13 @@ def test_scores_cache_and_answers_are_those_of_whole_rows(model, number):
     assert generate(model, prompts, DECODING, inputs) == want
 
 
-@pytest.mark.parametrize(
-    "prompts, shown",
-    [
-        ([[*IMAGE, 3], [*IMAGE, 3]], [[0], [1]]),  # other pictures
-        ([[1, *IMAGE, 3], [2, *IMAGE, 3]], [[0], [0]]),  # other words before it
-        ([[3, 4, 5], [3, 4, 6]], [[], []]),  # words alone
-        ([[*IMAGE, 3]], [[0]]),
-        ([[*IMAGE, 3], [*IMAGE, *range(1, 20)]], [[0], [0]]),  # too little is saved
-    ],
-)
+@pytest.mark.parametrize("prompts, shown", [
+    ([[*IMAGE, 3], [*IMAGE, 3]], [[0], [1]]),  # other pictures
+    ([[1, *IMAGE, 3], [2, *IMAGE, 3]], [[0], [0]]),  # other words before it
+    ([[3, 4, 5], [3, 4, 6]], [[], []]),  # words alone
+    ([[*IMAGE, 3]], [[0]]),
+    ([[*IMAGE, 3], [*IMAGE, *range(1, 20)]], [[0], [0]]),  # too little is saved
+])
 def test_nothing_is_shared_where_nothing_is_saved(prompts, shown):
     flat = [picture for one in shown for picture in one]
     groups, start = prefill.plan_beginnings(prompts, list(torch.randn(2, 4, 16)), flat)

@@ -129,12 +129,9 @@ def test_a_row_depends_neither_on_its_neighbours_nor_on_their_number(model, visu
 
 def test_several_samples_per_prompt_stand_side_by_side(model, visual_inputs):
     decoding = dataclasses.replace(SAMPLE, num_return_sequences=3)
-    rows = generate(model, PROMPTS, decoding, visual_inputs, seeds(12))
-    want = [
-        naive(model, PROMPTS[row // 3], visual_inputs[row // 3], SAMPLE, one) for row, one in enumerate(seeds(12))
-    ]
-    assert rows == want
-    assert generate(model, PROMPTS, decoding, visual_inputs, seeds(12), batch_size=2) == want
+    want = [naive(model, PROMPTS[row // 3], visual_inputs[row // 3], SAMPLE, one) for row, one in enumerate(seeds(12))]
+    for batch_size in (None, 2):
+        assert generate(model, PROMPTS, decoding, visual_inputs, seeds(12), batch_size) == want
 
 
 def test_shared_generator_draws_for_all_rows_at_every_step(llama):
@@ -200,23 +197,18 @@ def test_ended_rows_leave_the_batch(model, visual_inputs, monkeypatch):
         return forward(self, embeddings, *args, **kwargs)
 
     monkeypatch.setattr(type(model.decoder), "forward", watched)
-    for generator in (seeds(4, 30), torch.Generator().manual_seed(0)):
-        sizes.clear()
-        rows = generate(model, PROMPTS, SAMPLE, visual_inputs, generator)
-        lengths = [len(row) for row in rows]
-        steps = min(max(lengths), SAMPLE.max_new_tokens - 1)
-        assert sizes == [packed] + [(sum(length > step for length in lengths), 1) for step in range(steps)]
-        assert len({rows for rows, _ in sizes}) > 1
-    sizes.clear()
-    generate(model, PROMPTS, dataclasses.replace(SAMPLE, max_new_tokens=1), visual_inputs, seeds(4))
-    assert sizes == [packed], "one new token needs the prompts alone"
+    for decoding in (SAMPLE, dataclasses.replace(SAMPLE, max_new_tokens=1)):
+        for generator in (seeds(4, 30), torch.Generator().manual_seed(0)):
+            sizes.clear()
+            lengths = list(map(len, generate(model, PROMPTS, decoding, visual_inputs, generator)))
+            steps = min(max(lengths), decoding.max_new_tokens - 1)
+            assert sizes == [packed] + [(sum(length > step for length in lengths), 1) for step in range(steps)]
+            assert len({rows for rows, _ in sizes}) > 1 or not steps
 
 
-def test_the_last_rows_take_the_places_of_those_that_ended():
-    assert sampler.close_gaps([0, 1, 2]) == [0, 1, 2] and sampler.close_gaps([]) == []
-    assert sampler.close_gaps([1, 2, 3]) == [3, 1, 2]
-    assert sampler.close_gaps([0, 4, 5]) == [0, 5, 4]
-    assert sampler.close_gaps([5]) == [5]
+@pytest.mark.parametrize("going, order", [([0, 1, 2], [0, 1, 2]), ([], []), ([1, 2, 3], [3, 1, 2]), ([0, 4, 5], [0, 5, 4]), ([5], [5])])
+def test_the_last_rows_take_the_places_of_those_that_ended(going, order):
+    assert sampler.close_gaps(going) == order
 
 
 def test_ended_prompts_leave_the_beam_search(llama, monkeypatch):
@@ -228,63 +220,34 @@ def test_ended_prompts_leave_the_beam_search(llama, monkeypatch):
     assert sizes == [6, 4, 4, 4, *[2] * 7]
 
 
-def test_every_picture_is_encoded_once(model, pictures, monkeypatch):
-    seen = []
-    encode = type(model).encode
-    monkeypatch.setattr(
-        type(model), "encode", lambda self, pixels, frames: seen.append(frames.tolist()) or encode(self, pixels, frames)
-    )
-    prompts, a, b, c = [[*IMAGE, 3], [*IMAGE, 4], [*IMAGE, *IMAGE], [5], [*IMAGE, 6]], *pictures
+def test_every_picture_is_encoded_once_and_forgotten_after_its_last_prompt(model, pictures, monkeypatch):
+    seen, kept, encode, prefill_ = [], [], type(model).encode, sampler.prefill
+    monkeypatch.setattr(type(model), "encode", lambda self, pixels, frames: seen.append(frames.tolist()) or encode(self, pixels, frames))
+    monkeypatch.setattr(sampler, "prefill", lambda *args: (prefill_(*args), kept.append(len(args[-1].pictures)))[0])
+    prompts, (a, b, c) = [[*IMAGE, 3], [*IMAGE, 4], [*IMAGE, *IMAGE], [5], [*IMAGE, 6]], pictures
     inputs = [[a], [b], [b, a], [], [c]]
     want = [generate(model, [prompt], DECODINGS["greedy"], [one])[0] for prompt, one in zip(prompts, inputs)]
-    for batch_size, calls in ((None, [[1, 1, 1]]), (2, [[1, 1], [1]]), (1, [[1], [1], [1]])):
-        seen.clear()
+    for batch_size, calls, held in ((None, [[1, 1, 1]], [3]), (2, [[1, 1], [1]], [2, 2, 1]), (1, [[1], [1], [1]], [1, 2, 2, 0, 1])):
+        seen.clear(), kept.clear()
         assert generate(model, prompts, DECODINGS["greedy"], inputs, batch_size=batch_size) == want
-        assert seen == calls
-
-
-def test_pictures_are_forgotten_after_their_last_prompt(model, pictures, monkeypatch):
-    kept = []
-    prefill_ = sampler.prefill
-
-    def watched(*args):
-        rows, workspace = prefill_(*args), args[-1]
-        kept.append(len(workspace.pictures))
-        return rows
-
-    monkeypatch.setattr(sampler, "prefill", watched)
-    prompts = [[*IMAGE, 3]] * 5
-    a, b, c = pictures
-    generate(model, prompts, DECODINGS["greedy"], [[a], [b], [a], [b], [c]], batch_size=1)
-    assert kept == [1, 2, 2, 1, 1]
-
-
-def test_a_clip_is_one_visual_input(model):
-    clip = torch.randn(2, 3, 8, 8)
-    assert len(generate(model, [[*IMAGE, *IMAGE, 3]], DECODINGS["greedy"], [[clip]])) == 1
-    with pytest.raises(ValueError, match="4 ids -1 for its pictures; its 1 visual inputs need 8"):
-        generate(model, [[*IMAGE, 3]], DECODINGS["greedy"], [[clip]])
+        assert seen == calls and kept == held
 
 
 @pytest.mark.parametrize("name", ["greedy", "penalties", "sampling", "min-p"])
 def test_stream_hands_out_the_same_tokens(model, visual_inputs, name):
-    for row, prompt in enumerate(PROMPTS):
-        inputs = visual_inputs[row]
+    for row, (prompt, inputs) in enumerate(zip(PROMPTS, visual_inputs)):
         got = list(stream(model, prompt, DECODINGS[name], inputs, torch.Generator().manual_seed(row)))
         assert got == generate(model, [prompt], DECODINGS[name], [inputs], torch.Generator().manual_seed(row))[0]
-    assert list(stream(model, [5], DECODINGS["greedy"])) == generate(model, [[5]], DECODINGS["greedy"])[0]
 
 
 def test_stream_computes_a_token_only_when_it_is_asked_for(model, monkeypatch):
-    steps = []
-    step = prefill.Rows.step
+    steps, step = [], prefill.Rows.step
     monkeypatch.setattr(prefill.Rows, "step", lambda self, tokens: (steps.append(1), step(self, tokens)))
     tokens = stream(model, [5], Decoding(max_new_tokens=5))
-    next(tokens)
-    assert len(steps) == 0
-    next(tokens)
-    assert len(steps) == 1
-    assert len(list(tokens)) == 3 and len(steps) == 4 and generate(model, [], DECODINGS["greedy"]) == []
+    for number in (0, 1, 2):
+        next(tokens)
+        assert len(steps) == number
+    assert len(list(tokens)) == 2 and len(steps) == 4 and generate(model, [], DECODINGS["greedy"]) == []
 
 
 def test_other_number_formats(visual_inputs):
@@ -303,54 +266,38 @@ def test_new_tokens_up_to_the_last_place_of_the_context(model):
         generate(model, [[3] * 45], decoding)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"prompts": [[3], []]}, "prompt 1 is empty"),
-        ({"prompts": [[3, 23]]}, "prompt 0 holds ids from 3 to 23; known are 0 to 22"),
-        ({"prompts": [[3, -2]]}, "prompt 0 holds ids from -2 to 3"),
-        ({"prompts": [[3, -1]]}, "prompt 0 has 1 ids -1 for its pictures; its 0 visual inputs need 0"),
-        ({"prompts": [[3]], "visual_inputs": [[torch.zeros(1, 3, 8, 8)]]}, "has 0 ids -1 for its pictures; its 1 visual"),
-        ({"prompts": [[3], [4]], "visual_inputs": [[]]}, "2 prompts, but visual inputs for 1"),
-        ({"decoding": Decoding(eos_ids=(3, 23))}, "end token 23 lies outside the vocabulary of 23"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"decoding": SAMPLE, "generator": seeds(2)}, "2 generators for 1 rows"),
-        ({"decoding": dataclasses.replace(SAMPLE, num_return_sequences=2), "generator": seeds(1)}, "1 generators for 2 rows"),
-        ({"decoding": DECODINGS["beam sampling"], "generator": seeds(2)}, "2 generators for 1 rows"),
-    ],
-)
-def test_bad_calls_say_what_is_wrong(model, change, message):
-    arguments = {"prompts": [[3]], "decoding": Decoding()} | change
-    with pytest.raises(ValueError, match=message):
-        generate(model, **arguments)
+CLIP, ONE = torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"decoding": Decoding(num_beams=2)}, "streaming and num_beams=2 contradict"),
-        ({"decoding": dataclasses.replace(SAMPLE, num_return_sequences=2)}, "streaming and num_return_sequences=2 contradict"),
-        ({"prompt": []}, "prompt 0 is empty"),
-        ({"generator": seeds(2)}, "2 generators for 1 rows"),
-    ],
-)
-def test_bad_streams_fail_before_the_first_token(model, change, message):
+@pytest.mark.parametrize("change, message", [
+    ({"prompts": [[3], []]}, "prompt 1 is empty"),
+    ({"prompts": [[3, 23]]}, "prompt 0 holds ids from 3 to 23; known are 0 to 22"),
+    ({"prompts": [[3, -2]]}, "prompt 0 holds ids from -2 to 3"),
+    ({"prompts": [[3, -1]]}, "prompt 0 has 1 ids -1 for its pictures; its 0 visual inputs need 0"),
+    ({"visual_inputs": [[ONE]]}, "has 0 ids -1 for its pictures; its 1 visual inputs need 4"),
+    ({"prompts": [[*IMAGE, 3]], "visual_inputs": [[CLIP]]}, "4 ids -1 for its pictures; its 1 visual inputs need 8"),
+    ({"prompts": [[3], [4]], "visual_inputs": [[]]}, "2 prompts, but visual inputs for 1"),
+    ({"decoding": Decoding(eos_ids=(3, 23))}, "end token 23 lies outside the vocabulary of 23"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"decoding": SAMPLE, "generator": seeds(2)}, "2 generators for 1 rows"),
+    ({"decoding": dataclasses.replace(SAMPLE, num_return_sequences=2), "generator": seeds(1)}, "1 generators for 2 rows"),
+    ({"decoding": DECODINGS["beam sampling"], "generator": seeds(2)}, "2 generators for 1 rows"),
+    ({"prompt": [3], "decoding": Decoding(num_beams=2)}, "streaming and num_beams=2 contradict"),
+    ({"prompt": [3], "decoding": dataclasses.replace(SAMPLE, num_return_sequences=2)}, "streaming and num_return_sequences=2"),
+    ({"prompt": []}, "prompt 0 is empty"),
+    ({"prompt": [3], "generator": seeds(2)}, "2 generators for 1 rows"),
+])
+def test_bad_calls_say_what_is_wrong_before_the_first_token(model, change, message):
+    call, arguments = (stream, {}) if "prompt" in change else (generate, {"prompts": [[3]]})
     with pytest.raises(ValueError, match=message):
-        stream(model, **{"prompt": [3], "decoding": Decoding()} | change)
+        call(model, **arguments | {"decoding": Decoding()} | change)
 
 
 EDGES = [
-    ("max_new_tokens", [1, 5], [0]),
-    ("num_beams", [1, 2], [0]),
-    ("temperature", [0.01, 3.0], [-0.1, -1.0]),
-    ("top_k", [0, 1], [-1]),
-    ("top_p", [0.01, 1.0], [0.0, 1.01]),
-    ("min_p", [0.0, 1.0], [-0.01, 1.01]),
-    ("no_repeat_ngram_size", [0, 2], [-1]),
-    ("repetition_penalty", [0.1, 2.0], [0.0]),
-    ("min_new_tokens", [0, 20], [-1]),
-    ("num_return_sequences", [1], [0]),
-    ("early_stopping", [False, True, "never"], ["always", None, 1]),
+    ("max_new_tokens", [1, 5], [0]), ("num_beams", [1, 2], [0]), ("temperature", [0.01, 3.0], [-0.1, -1.0]),
+    ("top_k", [0, 1], [-1]), ("top_p", [0.01, 1.0], [0.0, 1.01]), ("min_p", [0.0, 1.0], [-0.01, 1.01]),
+    ("no_repeat_ngram_size", [0, 2], [-1]), ("repetition_penalty", [0.1, 2.0], [0.0]), ("min_new_tokens", [0, 20], [-1]),
+    ("num_return_sequences", [1], [0]), ("early_stopping", [False, True, "never"], ["always", None, 1]),
     ("eos_ids", [(), (0,), (3, 4)], [(3, 3), (-1,)]),
 ]
 
@@ -373,7 +320,4 @@ def test_contradictory_options_name_both(options, words):
     with pytest.raises(ValueError, match=words):
         Decoding(**options)
     assert Decoding(num_beams=2, num_return_sequences=2) and Decoding(do_sample=True, num_return_sequences=2)
-
-
-def test_temperature_0_takes_the_most_probable_token():
-    assert Decoding(temperature=0, do_sample=True, top_p=0.9) == Decoding(top_p=0.9)
+    assert Decoding(temperature=0, do_sample=True, top_p=0.9) == Decoding(top_p=0.9), "the most probable token"
