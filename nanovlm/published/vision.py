@@ -51,18 +51,22 @@ EVA = (
 )
 
 
+EVA_AUTHORS = (  # as the authors of EVA spell it, and Lynx after them
+    Entry("cls_token", "class_token", unit_axes=(0, 1)),
+    Entry("pos_embed", "positions", unit_axes=(0,)),
+    ("patch_embed.proj.{p}", "patch_embedding.{p}"),
+    ("blocks.{i}.norm{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
+    ("blocks.{i}.attn.proj.{p}", "blocks.{i}.attention.o.{p}"),
+    ("blocks.{i}.mlp.fc{j}.{p}", "blocks.{i}.fc_{j}.{p}"),
+)
+
+
 def eva_original(num_blocks):
     """EVA-g as its authors spell it (eva_vit_g.pth, EVA01_g_psz14.pt); the papers take nothing behind block 39."""
     return (
-        Entry("cls_token", "class_token", unit_axes=(0, 1)),
-        Entry("pos_embed", "positions", unit_axes=(0,)),
-        ("patch_embed.proj.{p}", "patch_embedding.{p}"),
-        ("blocks.{i}.norm{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
+        *EVA_AUTHORS,
         Entry("blocks.{i}.attn.qkv.weight", FUSED_QKV),
-        ("blocks.{i}.attn.q_bias", "blocks.{i}.attention.q.bias"),
-        ("blocks.{i}.attn.v_bias", "blocks.{i}.attention.v.bias"),
-        ("blocks.{i}.attn.proj.{p}", "blocks.{i}.attention.o.{p}"),
-        ("blocks.{i}.mlp.fc{j}.{p}", "blocks.{i}.fc_{j}.{p}"),
+        *((f"blocks.{{i}}.attn.{part}_bias", f"blocks.{{i}}.attention.{part}.bias") for part in "qv"),
         ("norm.{p}", "post_norm.{p}"),
         Unread(f"blocks.{num_blocks}.{{rest}}", "a block behind the features that are used"),
         *(Unread(name, "serves EVA's own loss")

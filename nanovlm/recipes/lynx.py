@@ -26,6 +26,7 @@ from nanovlm.data.templates import LYNX
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.generation.sampler import Decoding
 from nanovlm.published.language import LLAMA, complete, llama_config
+from nanovlm.published.vision import EVA_AUTHORS
 from nanovlm.published.weights import Alias, Entry, prefixed
 from nanovlm.recipes.papers import RESAMPLER, SIZES, Expected, published_recipe, shrinking, stage
 from nanovlm.resampler import Resampler
@@ -56,16 +57,8 @@ def build(config):
     return VLM(vision, resampler, Decoder(dataclasses.replace(llm, layers=layers)))
 
 
-VISION = (
-    Entry("cls_token", "class_token", unit_axes=(0, 1)),
-    Entry("pos_embed", "positions", unit_axes=(0,)),
-    ("patch_embed.proj.{p}", "patch_embedding.{p}"),
-    ("blocks.{i}.norm{j}.{p}", "blocks.{i}.norm_{j}.{p}"),
-    ("blocks.{i}.attn.q_proj.{p}", "blocks.{i}.attention.q.{p}"),
-    ("blocks.{i}.attn.k_proj.weight", "blocks.{i}.attention.k.weight"),  # the keys have no bias
-    ("blocks.{i}.attn.v_proj.{p}", "blocks.{i}.attention.v.{p}"),
-    ("blocks.{i}.attn.proj.{p}", "blocks.{i}.attention.o.{p}"),
-    ("blocks.{i}.mlp.fc{j}.{p}", "blocks.{i}.fc_{j}.{p}"),
+VISION = (  # the keys have no bias
+    *EVA_AUTHORS, *((f"blocks.{{i}}.attn.{part}_proj.{{p}}", f"blocks.{{i}}.attention.{part}.{{p}}") for part in "qkv"),
 )
 ADAPTERS = (
     ("model.layers.{i}.output_adapter.adapter_norm_before.{p}", "layers.{i}.adapter.norm.{p}"),
