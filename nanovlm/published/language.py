@@ -9,7 +9,7 @@ import json
 
 from nanovlm.attention import alibi_slopes
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 from nanovlm.published.weights import Alias, Entry, Published, Unread, prefixed
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
@@ -163,8 +163,7 @@ def with_vocabulary(config, vocab_size):
 def activation(config, key, default):
     """Our name of an activation that a config names as transformers does. Raises: ValueError for an unknown one."""
     name = config.get(key) or default
-    if name not in ACTIVATIONS:
-        raise ValueError(f"config: {key} is {name!r}, which is not known.{nearest(name, ACTIVATIONS)}")
+    check_known(f"config: {key} is", name, ACTIVATIONS)
     return ACTIVATIONS[name]
 
 

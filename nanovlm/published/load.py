@@ -9,7 +9,7 @@ from nanovlm import lora
 from nanovlm.architecture import rebuild
 from nanovlm.data.tokenizer import Tokenizer, check_vocabulary
 from nanovlm.generation.chat import Assistant
-from nanovlm.names import nearest
+from nanovlm.names import check_known, nearest
 from nanovlm.published.language import LANGUAGE_MODELS, decoder_of, read_json
 from nanovlm.published.processor import pictures_of, template_of
 from nanovlm.published.tokenizers import PADDED_ROWS, load_tokenizer
@@ -51,8 +51,7 @@ def family_of(config, where, families):
 
 def find_family(name, families):
     """The Published of a family. Raises: ValueError with the nearest known name."""
-    if str(name) not in families:
-        raise ValueError(f"unknown family {name!r}.{nearest(name, families)}")
+    check_known("unknown family", str(name), families)
     return families[name]
 
 

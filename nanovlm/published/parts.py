@@ -14,7 +14,7 @@ import torch
 from nanovlm.architecture import architecture, rebuild
 from nanovlm.generation.chat import Assistant
 from nanovlm.machine import check_memory
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 from nanovlm.published.adapters import Adapter, base_of, is_adapter
 from nanovlm.published.hub import find
 from nanovlm.published.language import LANGUAGE_MODELS, read_json, with_vocabulary
@@ -217,9 +217,8 @@ def start(recipe, init, size, seed):
         part, equals, place = one.partition("=")
         if not equals or part == "trained" or Path(one).exists():
             paths.append(find(place if part == "trained" and equals else one))
-        elif part not in PARTS:
-            raise ValueError(f"--init {one}: {part!r} is no part.{nearest(part, (*PARTS, 'trained'))}")
         else:
+            check_known(f"--init {one}: there is no part", part, (*PARTS, "trained"))
             places[part] = find(place)
     absent = [str(place) for place in (*places.values(), *paths) if not place.exists()]
     if absent:

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 from nanovlm.recipes.recipe import from_file
 
 NAMES = ("nano", "nano_resampler", "lynx_mini", "lynx", "mplug_owl2", "llava_phi", "llava", "blip2", "open_flamingo",
@@ -40,8 +40,7 @@ def find(name):
     """
     if name.endswith(".py"):
         return from_file(name)
-    if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}.{nearest(name, RECIPES)}")
+    check_known("there is no recipe", name, RECIPES)
     return RECIPES[name]
 
 

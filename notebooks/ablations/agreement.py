@@ -8,7 +8,7 @@ import math
 
 import numpy
 
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 FORMS = ("ICC(1,1)", "ICC(2,1)", "ICC(3,1)", "ICC(1,k)", "ICC(2,k)", "ICC(3,k)")
 
@@ -22,8 +22,7 @@ def icc(table, form="ICC(3,1)"):
         1: of a single rater; k: of the mean of all k.
     Returns: float, at most 1.
     """
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}.{nearest(form, FORMS)}")
+    check_known("unknown form", form, FORMS)
     table = numpy.asarray(table, dtype=float)
     if table.ndim != 2 or min(table.shape) < 2:
         raise ValueError(f"a table of shape {table.shape}; at least 2 rows of 2 marks are needed")

@@ -77,7 +77,7 @@ def test_every_kind_of_tensor_is_watched(tmp_path, capsys, name, spoil):
     ("spoil", "words"),
     [
         (lambda m: m | {"family": "llame"}, "Did you mean 'llama'"),
-        (lambda m: m | {"family": 3}, "unknown family 3"),
+        (lambda m: m | {"family": 3}, "unknown family '3'"),
         (lambda m: m | {"config": m["config"] | {"hidden_size": 577}}, "multiple"),
         (lambda m: m | {"config": m["config"] | {"num_hidden_layers": 31}}, "missing"),
         (lambda m: m | {"config": m["config"] | {"vocab_size": None}}, "embed_tokens"),
