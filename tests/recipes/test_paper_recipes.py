@@ -301,20 +301,6 @@ def test_a_stage_moves_the_parts_that_it_names_and_no_other(name, stage, data, t
     assert sum("loss" in line for line in losses) == chosen.steps
 
 
-@pytest.mark.slow
-@EVERY
-def test_all_stages_one_after_the_other(name, data, tmp_path, capsys):
-    """The command of the README: the tiny size, every stage, pictures growing between the stages."""
-    first = RECIPES[name].stages("tiny", True)[0]
-    init_folder(tmp_path / "init", data, name, first.image_size)
-    datasets = datasets_file(tmp_path / "datasets.json", data, name)
-    arguments = [name, "--size", "tiny", "--smoke", "--threads", "1", "--datasets", str(datasets), "--device", "cpu"]
-    assert train.main([*arguments, "--init", str(tmp_path / "init"), "--out", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr().out
-    for stage in RECIPES[name].stages("tiny", True):
-        assert f"stage {stage.name}: none of the" in printed
-
-
 @EVERY
 def test_what_the_stages_miss_is_listed_at_once(name, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
