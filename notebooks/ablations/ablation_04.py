@@ -27,12 +27,10 @@ from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import build_batch, contrastive_batch
 from nanovlm.data.scene_questions import Scenes
 from nanovlm.data.templates import NANO
-from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.recipes.nano_tests import majority_baseline
 from nanovlm.resampler import Resampler
-from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
@@ -144,9 +142,7 @@ def records(source, start, number):
 @functools.lru_cache(maxsize=1)
 def make_tokenizer():
     """A tokenizer of the words of captions and questions: the same for all seeds."""
-    made = records(questions("train", 0), 0, 300) + records(captions(0), 0, 300)
-    said = [turn.text for record in made for turns in record.conversations for turn in turns]
-    return train_tokenizer(["user: \nbot:", *(f" {text}" for text in said)], 400)
+    return ablation_table.tokenizer_of(records(questions("train", 0), 0, 300) + records(captions(0), 0, 300))
 
 
 def make_vision(seed):
@@ -213,17 +209,11 @@ def learn_answers(arm, vision, seed, settings):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (arm.frozen and name.startswith("vision.")))
     steps = settings.most_steps if arm.longer else settings.answer_steps
-    shown = learning(seed, settings)
+    shown, size = learning(seed, settings), settings.pictures
     stage = Stage(
-        "answers", "language", rates, {"questions": 1.0}, steps, settings.pictures, optimizer="muon",
-        warmup_steps=min(10, steps - 1),
+        "answers", "language", rates, {"questions": 1.0}, steps, size, optimizer="muon", warmup_steps=min(10, steps - 1),
     )  # fmt: skip
-
-    def loss_of(step):
-        loss, count = language_loss(model, rows(shown[step * settings.pictures : (step + 1) * settings.pictures], model))
-        return loss / count
-
-    train(parts, stage, loss_of)
+    train(parts, stage, lambda step: ablation_table.mean_loss(model, rows(shown[step * size : (step + 1) * size], model)))
     return model
 
 

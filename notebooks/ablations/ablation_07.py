@@ -21,10 +21,8 @@ from ablations.ablation_04 import records
 from nanovlm.data.batching import build_batch
 from nanovlm.data.scene_questions import Scenes, SceneTexts
 from nanovlm.data.templates import NANO
-from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.resampler import Resampler
-from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import IGNORE, VLM
@@ -90,8 +88,7 @@ def sources(seed):
 
 def make_tokenizer(words):
     """A tokenizer of the words that both kinds of questions use."""
-    asked = (turn for record in records(words, 0, 400) for turns in record.conversations for turn in turns)
-    return train_tokenizer(["user: \nbot:", *(" " + turn.text for turn in asked)], 400)
+    return ablation_table.tokenizer_of(records(words, 0, 400))
 
 
 def make_model(tokenizer, seed):
@@ -139,9 +136,8 @@ def train(model, parts, source, tokenizer, settings, steps):
             parameter.requires_grad_(True)
 
     def loss_of(step):
-        batch = rows(records(source, step * settings.batch_size, settings.batch_size), model, tokenizer)
-        loss, count = language_loss(model, batch)
-        return loss / count
+        chosen = records(source, step * settings.batch_size, settings.batch_size)
+        return ablation_table.mean_loss(model, rows(chosen, model, tokenizer))
 
     ablation_04.train(parts, stage, loss_of)
 

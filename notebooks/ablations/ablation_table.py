@@ -9,7 +9,9 @@ from datetime import date
 
 import torch
 
+from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.files import replace_text
+from nanovlm.training.language_loss import language_loss
 from nanovlm.vlm import IGNORE
 
 BOOLEANS = {"True": True, "False": False}
@@ -34,6 +36,18 @@ def read(path, kind):
         rows = list(csv.DictReader(file))
     convert = {field.name: BOOLEANS.__getitem__ if field.type is bool else field.type for field in fields(kind)}
     return note, [kind(**{name: convert[name](row[name]) for name in convert}) for row in rows]
+
+
+def tokenizer_of(records):
+    """A tokenizer of 400 tokens, of the words of records."""
+    said = [turn.text for record in records for turns in record.conversations for turn in turns]
+    return train_tokenizer(["user: \nbot:", *(f" {text}" for text in said)], 400)
+
+
+def mean_loss(model, batch):
+    """Loss in nats per trained token, to be trained on."""
+    loss, count = language_loss(model, batch)
+    return loss / count
 
 
 @torch.no_grad()

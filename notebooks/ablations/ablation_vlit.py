@@ -27,7 +27,6 @@ from ablations.ablation_04 import (
 
 from nanovlm.data.datasets import LlavaJson
 from nanovlm.data.scene_questions import Scenes
-from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage
 from nanovlm.vlit import annotations, filtering
 from nanovlm.vlit.__main__ import Parser
@@ -124,12 +123,7 @@ def tune(model, batch_of, steps, settings, rate):
     rates = dict.fromkeys((part for part in parts if part != "vision"), rate)
     warmup = min(10, steps - 1)
     stage = Stage("tune", "language", rates, {"set": 1.0}, steps, settings.batch, optimizer="muon", warmup_steps=warmup)
-
-    def loss_of(step):
-        loss, count = language_loss(model, rows(batch_of(step), model))
-        return loss / count
-
-    train(parts, stage, loss_of)
+    train(parts, stage, lambda step: ablation_table.mean_loss(model, rows(batch_of(step), model)))
 
 
 def write_set(folder, defects, number, seed):

@@ -19,17 +19,15 @@ from ablations import ablation_04
 import torch
 import torch.nn.functional as F
 from ablations.ablation_04 import KINDS, NUM_HEADS, WIDTH, captions, records, train
-from ablations.ablation_table import shares_right
+from ablations.ablation_table import mean_loss, shares_right, tokenizer_of
 
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.data.batching import build_batch, contrastive_batch
 from nanovlm.data.scene_questions import Scenes, SceneTexts
 from nanovlm.data.templates import NANO
-from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.training.diagnostics import Movement
 from nanovlm.projector import PixelShuffleProjector
-from nanovlm.training.language_loss import language_loss
 from nanovlm.training.stages import Stage, all_parts
 from nanovlm.vlm import IGNORE, VLM
 
@@ -60,8 +58,7 @@ def sources(seed):
 
 def make_tokenizer():
     """A tokenizer of the words of captions and questions: the same for all seeds."""
-    made = [record for source in sources(0).values() for record in records(source, 0, 300)]
-    return train_tokenizer(["user: \nbot:", *(f" {turn.text}" for record in made for turns in record.conversations for turn in turns)], 400)
+    return tokenizer_of(record for source in sources(0).values() for record in records(source, 0, 300))
 
 
 def make_models(tokenizer, seed):
@@ -94,8 +91,7 @@ def train_stage(stage, model, towers, tokenizer, source, start):
         chosen = records(source, start + step * stage.batch_size, stage.batch_size)
         if stage.objective == "contrastive":
             return towers.loss(*contrastive_batch(chosen, tokenizer, stage.image_size, "crop", 24))
-        loss, count = language_loss(model, batch_of(chosen, model, tokenizer, stage.image_size))
-        return loss / count
+        return mean_loss(model, batch_of(chosen, model, tokenizer, stage.image_size))
 
     train(parts, stage, loss_of)
     return dict.fromkeys((part for part in parts if part != "text_tower"), 0.0) | {
