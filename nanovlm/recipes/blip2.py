@@ -103,7 +103,4 @@ RECIPE = published_recipe(
     "blip2", build, LAYOUT, CONFIGS, stages=shrinking(STAGES, {224: 28, 364: 42}), template=BLIP2, decodings=DECODINGS,
     stage_templates={"align": BLIP2_CAPTION},
     expected={"align": Expected(15, num_gpus=16), "instruct": Expected(100)},  # days are stated for FlanT5-XXL alone
-    weights=("vision=eva_vit_g.pth  EVA-CLIP ViT-g, not fetched by name: github.com/salesforce/LAVIS says from where",
-             "bridge=blip2_pretrained.pth  the first stage's Q-Former, not fetched by name: from the same place",
-             "language=facebook/opt-2.7b  OPT-2.7B"),
 )  # fmt: skip

@@ -134,8 +134,4 @@ DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
 RECIPE = published_recipe(
     "llava", build, LAYOUT, CONFIGS, stages=stages, template=LLAVA, decodings=DECODINGS,
     stage_templates={"align": PLAIN}, expected={"align": Expected(20), "instruct": Expected(300)},
-    weights=(
-        "vision=openai/clip-vit-large-patch14-336  CLIP ViT-L/14, 336 pixels (linear: openai/clip-vit-large-patch14)",
-        "language=lmsys/vicuna-7b-v1.5  Vicuna-7B v1.5 (linear: lmsys/vicuna-7b-v1.1)",
-    ),
 )  # fmt: skip

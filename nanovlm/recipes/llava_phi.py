@@ -99,6 +99,4 @@ EXPECTED = {
 RECIPE = published_recipe(
     "llava_phi", build, LAYOUT, CONFIGS, CONTENTS, stages=shrinking(STAGES, {336: 56}), template=LLAVA_PHI,
     decodings=DECODINGS, stage_templates={"align": PLAIN}, expected=EXPECTED,
-    weights=("vision=openai/clip-vit-large-patch14-336  CLIP ViT-L/14, 336 pixels",
-             "language=microsoft/phi-2  Phi-2"),
 )  # fmt: skip

@@ -166,6 +166,4 @@ RECIPE = published_recipe(
         "resolution": Expected(40, num_gpus=32, hours=8, source="Table 8"),
         "instruct": Expected(100, num_gpus=24, hours=16, source="Table 8"),
     },
-    weights=("vision=QuanSun/EVA-CLIP:EVA01_g_psz14.pt  EVA-CLIP ViT-g",
-             "language=lmsys/vicuna-7b-v1.1  Vicuna-7B v1.1"),
 )  # fmt: skip

@@ -140,6 +140,4 @@ RECIPE = published_recipe(
     "mplug_owl2", build, LAYOUT, CONFIGS, "the released files hold the whole model; position tables are computed",
     stages=shrinking(STAGES, {224: 28, 448: 56}), template=MPLUG_OWL2, decodings=DECODINGS,
     expected={"align": Expected(25, num_gpus=64), "instruct": Expected(250, num_gpus=64)},  # the paper states no time
-    weights=("vision=openai/clip-vit-large-patch14  CLIP ViT-L/14, 224 pixels",
-             "language=meta-llama/Llama-2-7b-hf  LLaMA-2-7B, for whom its owner gave access"),
 )  # fmt: skip

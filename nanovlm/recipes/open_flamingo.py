@@ -127,10 +127,4 @@ CONTENTS = ("released files hold the resampler, the cross-attention and MPT's wo
 RECIPE = published_recipe(
     "open_flamingo", build, LAYOUT, CONFIGS, CONTENTS, build=build_for_tokenizer, stages=shrinking(STAGES, {224: 28}),
     template=OPEN_FLAMINGO, decodings=DECODINGS, forms=FORMS, expected={"instruct": Expected(150)},
-    weights=("vision=openai/clip-vit-large-patch14  CLIP ViT-L/14, 224 pixels",
-             "language=facebook/opt-1.3b  OPT-1.3B, for full",
-             "language=anas-awadalla/mpt-1b-redpajama-200b  MPT-1B, for mpt1b",
-             "trained=openflamingo/OpenFlamingo-3B-vitl-mpt1b:checkpoint.pt  what was trained on it",
-             "language=anas-awadalla/mpt-7b  MPT-7B, for mpt7b",
-             "trained=openflamingo/OpenFlamingo-9B-vitl-mpt7b:checkpoint.pt  what was trained on it"),
 )  # fmt: skip

@@ -16,6 +16,7 @@ __all__ = ["RESAMPLER", "SIZES", "Decoding", "Expected", "features", "published_
 
 # recipe -> size -> its config.json; what a published class takes by itself may be left out
 SIZES = json.loads(Path(__file__).with_name("sizes.json").read_text())
+START_FROM = json.loads(Path(__file__).with_name("start_from.json").read_text())  # recipe -> lines, as Recipe.weights
 RESAMPLER = (  # Lynx's and OpenFlamingo's
     ("latents", "latents"),
     ("layers.{i}.0.norm_media.{p}", "layers.{i}.norm_patches.{p}"),
@@ -82,6 +83,7 @@ def published_recipe(family, build, layout, configs, contents="", /, **fields):
     def sized(size, vocab_size):
         return build(with_vocabulary(configs[size], vocab_size))
 
-    recipe = Recipe(family, tuple(configs), tokenizer=no_tokenizer, published=published, **{"build": sized} | fields)
+    fields = {"build": sized, "weights": tuple(START_FROM.get(family, ()))} | fields
+    recipe = Recipe(family, tuple(configs), tokenizer=no_tokenizer, published=published, **fields)
     return dataclasses.replace(recipe, load_tokenizer=lambda folder: load_tokenizer(folder, added_tokens(recipe)),
                                open_init=start)

@@ -83,8 +83,6 @@ RECIPE = published_recipe(
     "smolvlm", build, LAYOUT, CONFIGS, stages=shrinking(STAGES, {512: 64}), template=SMOLVLM, decodings=DECODINGS,
     preprocessing=images.SIGLIP,  # pixels between -1 and 1
     expected={"align": Expected(20, num_gpus=1), "instruct": Expected(300, num_gpus=1)},
-    weights=("vision=google/siglip-base-patch16-512  SigLIP-B/16, 512 pixels",
-             "language=HuggingFaceTB/SmolLM2-135M-Instruct  SmolLM2-135M (500M: HuggingFaceTB/SmolLM2-360M-Instruct)"),
 )  # fmt: skip
 # of folders that were trained when it was called small
 FORMER = dataclasses.replace(RECIPE, template=CHATML, stage_templates={"align": PLAIN})
