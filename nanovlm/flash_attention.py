@@ -1,17 +1,16 @@
 """Attention that never writes its scores to memory: torch's operator, Triton's kernels, and what they compute.
 
-The scores of T queries and S keys are T * S numbers, and writing and reading them costs far more time than computing
-them. So a program takes one tile of queries, walks over tiles of keys, and keeps for each query a running maximum, sum
-and output, rescaled when the maximum grows (the online softmax). Only the output and one number per query leave the
-chip; backward, the scores are computed again. In torch this is `forward_as_written` and `backward_as_written`.
+T * S scores of T queries and S keys take far longer to write and read than to compute. So a program takes one tile of
+queries, walks over tiles of keys, and keeps for each query a running maximum, sum and output, rescaled when the maximum
+grows (the online softmax). Only the output and one number per query leave the chip; backward, the scores are computed
+again. In torch this is `forward_as_written` and `backward_as_written`.
 
 A mask is an interval of keys per query (attention.Visible). Tiles of keys that no query of the tile sees are never
-visited, tiles that all of them see are taken without a mask, and only those between pay for one. dK and dV walk the
-other way, over the queries that see a tile of keys. Nothing is added atomically: equal inputs give equal bits.
+visited, tiles that all of them see need no mask. dK and dV walk the other way, over queries that see a tile of keys.
 ALiBi adds one number per key of a tile, counted from the tile's first query: far from a row's start it stays exact.
 
 FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2. Differs from the paper: intervals instead of "causal"; dQ has a
-kernel of its own, two more products in exchange for determinism; scores in base 2, as GPUs raise 2 to a power.
+kernel of its own, two more products in exchange for equal bits; scores in base 2, as GPUs raise 2 to a power.
 
 B batch, T queries, S keys, H heads, K key/value heads, D head width; in the kernels M queries and N keys of a tile
 """
@@ -28,10 +27,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read by Triton w
 CHECK_INTERVALS = os.environ.get("NANOVLM_CHECK_INTERVALS", "0") == "1"  # debugging: every call reads its intervals
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# how one kernel cuts its work: queries and keys of a tile, warps of a program (32 threads each), tiles on their way
-Tile = namedtuple("Tile", "queries keys warps stages")
-# (compute capability, channels of a head at most) -> forward, dQ, dK and dV; none spills registers
-TILES = {
+Tile = namedtuple("Tile", "queries keys warps stages")  # of a tile; of a program, 32 threads each; tiles on their way
+TILES = {  # (compute capability, channels of a head at most) -> forward, dQ, dK and dV; none spills registers
     (90, 64): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     (90, 96): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     (90, 128): (Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
@@ -44,7 +41,7 @@ EXACT = (Tile(32, 32, 4, 1),) * 3  # float32 does without tensor cores: right, a
 def scores_of(q, k, first, stop, scale, slopes):
     """S = Q K^T * scale, with ALiBi + slope (key - place): float[B, H, T, S], -inf where a query does not see a key."""
     keys = torch.arange(k.shape[2], device=k.device)
-    places = keys[-1:] + torch.arange(1 - q.shape[2], 1, device=k.device)[:, None]  # the last query stands at the last key
+    places = keys[-1:] + torch.arange(1 - q.shape[2], 1, device=k.device)[:, None]  # the last query at the last key
     bias = 0 if slopes is None else slopes[:, None, None] * (keys - places)
     visible = (keys >= first[..., None]) & (keys < stop[..., None])  # B T S
     return (q @ k.transpose(-2, -1) * scale + bias).masked_fill(~visible[:, None], -torch.inf)
@@ -123,25 +120,18 @@ def edges(lo, hi, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def see(acc, total, top, q, k, v, k_stride, v_stride, lo, hi, begin, end, num_keys, scale, slope, origin,
-        D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """The online softmax over keys [begin, end): new acc float[M, D], total float[M], top float[M]."""
-    for start in range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, keys, num_keys, k_stride, D, BLOCK_D, MASKED)
-        v_tile = load_tile(v, keys, num_keys, v_stride, D, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
-        if slope is not None:
-            scores += (slope * (keys - origin))[None, :]
-        if MASKED:
-            scores = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shares = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)  # what was summed so far was measured from the old maximum
-        total = total * shrink + tl.sum(shares, 1)
-        acc = tl.dot(shares.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
-    return acc, total, top
+def score(q, k, v, start, k_stride, v_stride, lo, hi, num_keys, scale, slope, origin, D: tl.constexpr,
+          BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """A tile of keys and of values float[N, D] from `start` on, and the scores float[M, N] of a tile of queries."""
+    keys = start + tl.arange(0, BLOCK_N)
+    k_tile = load_tile(k, keys, num_keys, k_stride, D, BLOCK_D, MASKED)
+    v_tile = load_tile(v, keys, num_keys, v_stride, D, BLOCK_D, MASKED)
+    scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
+    if slope is not None:
+        scores += (slope * (keys - origin))[None, :]
+    if MASKED:
+        scores = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), scores, float("-inf"))
+    return k_tile, v_tile, scores
 
 
 @triton.jit
@@ -155,8 +145,7 @@ def forward_kernel(q, k, v, first, stop, slopes, out, lse, q_strides, k_strides,
     lo, hi = intervals(first + batch * visible_stride, stop + batch * visible_stride, rows, num_queries, num_keys)
     edge = edges(lo, hi, BLOCK_N)
     q_tile = load_tile(head_of(q, q_strides, batch, head), rows, num_queries, q_strides[2], D, BLOCK_D, True)
-    k = head_of(k, k_strides, batch, head // group)
-    v = head_of(v, v_strides, batch, head // group)
+    k, v = head_of(k, k_strides, batch, head // group), head_of(v, v_strides, batch, head // group)
     top = tl.full([BLOCK_M], -1e30, tl.float32)  # not -inf: of a row that sees nothing -inf - -inf would be NaN
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -165,38 +154,23 @@ def forward_kernel(q, k, v, first, stop, slopes, out, lse, q_strides, k_strides,
     if slopes is not None:  # else nothing of ALiBi is compiled
         slope = tl.load(slopes + head) * LOG2_E
     for part in tl.static_range(3):
-        acc, total, top = see(acc, total, top, q_tile, k, v, k_strides[2], v_strides[2], lo, hi, edge[part], edge[part + 1],
-                              num_keys, scale, slope, origin, D, BLOCK_D, BLOCK_N, part != 1)  # fmt: skip
+        for start in range(edge[part], edge[part + 1], BLOCK_N):
+            _, v_tile, scores = score(q_tile, k, v, start, k_strides[2], v_strides[2], lo, hi, num_keys, scale, slope,
+                                      origin, D, BLOCK_D, BLOCK_N, part != 1)  # fmt: skip
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            shares = tl.exp2(scores - new_top[:, None])
+            shrink = tl.exp2(top - new_top)  # what was summed so far was measured from the old maximum
+            total = total * shrink + tl.sum(shares, 1)
+            acc = tl.dot(shares.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
+            top = new_top
     blind = total == 0
     total = tl.where(blind, 1.0, total)
     out = head_of(out, out_strides, batch, head)
     store_tile(out, rows, num_queries, out_strides[2], acc / total[:, None], D, BLOCK_D)
-    # +inf makes 2 ** (score - lse) zero in the backward pass
-    lse += tl.program_id(1) * num_queries + rows
-    row_lse = tl.where(blind, float("inf"), top + tl.log2(total))
+    row_lse = tl.where(blind, float("inf"), top + tl.log2(total))  # inf makes 2 ** (score - lse) zero, backward
     if slope is not None:
         row_lse -= slope * (rows - tile * BLOCK_M)  # from each query's own place, as the tiles of others are others
-    tl.store(lse, row_lse, mask=rows < num_queries)
-
-
-@triton.jit
-def blame_queries(dq, q, do, lse, delta, k, v, k_stride, v_stride, lo, hi, begin, end, num_keys, scale, slope, origin,
-                  D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """dq float[M, D] of a tile of queries, grown by the keys [begin, end)."""
-    for start in range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, keys, num_keys, k_stride, D, BLOCK_D, MASKED)
-        v_tile = load_tile(v, keys, num_keys, v_stride, D, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
-        if slope is not None:
-            scores += (slope * (keys - origin))[None, :]
-        if MASKED:
-            scores = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), scores, float("-inf"))
-        shares = tl.exp2(scores - lse[:, None])
-        d_shares = tl.dot(do, tl.trans(v_tile), input_precision="ieee")
-        d_scores = shares * (d_shares - delta[:, None])  # the derivative of a softmax
-        dq = tl.dot(d_scores.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
-    return dq
+    tl.store(lse + tl.program_id(1) * num_queries + rows, row_lse, mask=rows < num_queries)
 
 
 @triton.jit
@@ -215,54 +189,28 @@ def dq_kernel(q, k, v, first, stop, slopes, out, do, lse, delta, dq, q_strides, 
     tl.store(delta + tl.program_id(1) * num_queries + rows, row_delta, mask=rows < num_queries)
     row_lse = tl.load(lse + tl.program_id(1) * num_queries + rows, mask=rows < num_queries, other=float("inf"))
     q_tile = load_tile(head_of(q, q_strides, batch, head), rows, num_queries, q_strides[2], D, BLOCK_D, True)
-    k = head_of(k, k_strides, batch, head // group)
-    v = head_of(v, v_strides, batch, head // group)
+    k, v = head_of(k, k_strides, batch, head // group), head_of(v, v_strides, batch, head // group)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     base_2, slope, origin = scale * LOG2_E, slopes, tile * BLOCK_M + num_keys - num_queries
     if slopes is not None:
         slope = tl.load(slopes + head) * LOG2_E
         row_lse += slope * (rows - tile * BLOCK_M)
     for part in tl.static_range(3):
-        acc = blame_queries(acc, q_tile, do_tile, row_lse, row_delta, k, v, k_strides[2], v_strides[2], lo, hi,
-                            edge[part], edge[part + 1], num_keys, base_2, slope, origin, D, BLOCK_D, BLOCK_N,
-                            part != 1)  # fmt: skip
+        for start in range(edge[part], edge[part + 1], BLOCK_N):
+            k_tile, v_tile, scores = score(q_tile, k, v, start, k_strides[2], v_strides[2], lo, hi, num_keys, base_2,
+                                           slope, origin, D, BLOCK_D, BLOCK_N, part != 1)  # fmt: skip
+            shares = tl.exp2(scores - row_lse[:, None])
+            d_shares = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+            d_scores = shares * (d_shares - row_delta[:, None])  # the derivative of a softmax
+            acc = tl.dot(d_scores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     store_tile(head_of(dq, dq_strides, batch, head), rows, num_queries, dq_strides[2], acc * scale, D, BLOCK_D)
 
 
 @triton.jit
-def blame_keys(dk, dv, k, v, keys, q, do, lse, delta, first, stop, q_stride, do_stride, begin, end, num_queries,
-               num_keys, scale, slope, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-               MASKED: tl.constexpr):  # fmt: skip
-    """dk, dv float[N, D] of a tile of keys, grown by the queries [begin, end) of one head; scores stand transposed."""
-    for start in range(begin, end, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        q_tile = load_tile(q, rows, num_queries, q_stride, D, BLOCK_D, MASKED)
-        do_tile = load_tile(do, rows, num_queries, do_stride, D, BLOCK_D, MASKED)
-        if MASKED:
-            row_lse = tl.load(lse + rows, mask=rows < num_queries, other=float("inf"))
-            row_delta = tl.load(delta + rows, mask=rows < num_queries, other=0.0)
-        else:
-            row_lse, row_delta = tl.load(lse + rows), tl.load(delta + rows)
-        scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee") * scale  # N M
-        if slope is not None:
-            scores += (slope * (keys - (start + num_keys - num_queries)))[:, None]
-            row_lse += slope * (rows - start)
-        if MASKED:
-            lo = tl.load(first + rows, mask=rows < num_queries, other=0)
-            hi = tl.load(stop + rows, mask=rows < num_queries, other=0)
-            scores = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), scores, float("-inf"))
-        shares = tl.exp2(scores - row_lse[None, :])
-        dv = tl.dot(shares.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
-        d_shares = tl.dot(v, tl.trans(do_tile), input_precision="ieee")
-        d_scores = shares * (d_shares - row_delta[None, :])
-        dk = tl.dot(d_scores.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
 def dkv_kernel(q, k, v, first, stop, slopes, do, lse, delta, seen_by, dk, dv, q_strides, k_strides, v_strides,
-               do_strides, dk_strides, dv_strides, visible_stride, seen_by_stride, num_heads, group, num_queries, num_keys, scale,
-               D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+               do_strides, dk_strides, dv_strides, visible_stride, seen_by_stride, num_heads, group, num_queries,
+               num_keys, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_N: tl.constexpr):  # fmt: skip
     """dk and dv of one tile of keys from the queries of one head; heads that share keys are added up outside."""
     batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
     keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -281,9 +229,28 @@ def dkv_kernel(q, k, v, first, stop, slopes, do, lse, delta, seen_by, dk, dv, q_
     lse += tl.program_id(1) * num_queries
     delta += tl.program_id(1) * num_queries
     for part in tl.static_range(3):
-        dk_acc, dv_acc = blame_keys(dk_acc, dv_acc, k_tile, v_tile, keys, q, do, lse, delta, first, stop, q_strides[2],
-                                    do_strides[2], edge[part], edge[part + 1], num_queries, num_keys, base_2, slope,
-                                    D, BLOCK_D, BLOCK_M, part != 1)  # fmt: skip
+        for start in range(edge[part], edge[part + 1], BLOCK_M):  # scores stand transposed
+            rows = start + tl.arange(0, BLOCK_M)
+            q_tile = load_tile(q, rows, num_queries, q_strides[2], D, BLOCK_D, part != 1)
+            do_tile = load_tile(do, rows, num_queries, do_strides[2], D, BLOCK_D, part != 1)
+            if part != 1:
+                row_lse = tl.load(lse + rows, mask=rows < num_queries, other=float("inf"))
+                row_delta = tl.load(delta + rows, mask=rows < num_queries, other=0.0)
+            else:
+                row_lse, row_delta = tl.load(lse + rows), tl.load(delta + rows)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * base_2  # N M
+            if slope is not None:
+                scores += (slope * (keys - (start + num_keys - num_queries)))[:, None]
+                row_lse += slope * (rows - start)
+            if part != 1:
+                lo = tl.load(first + rows, mask=rows < num_queries, other=0)
+                hi = tl.load(stop + rows, mask=rows < num_queries, other=0)
+                scores = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), scores, float("-inf"))
+            shares = tl.exp2(scores - row_lse[None, :])
+            dv_acc = tl.dot(shares.to(do_tile.dtype), do_tile, dv_acc, input_precision="ieee")
+            d_shares = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+            d_scores = shares * (d_shares - row_delta[None, :])
+            dk_acc = tl.dot(d_scores.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     store_tile(head_of(dk, dk_strides, batch, head), keys, num_keys, dk_strides[2], dk_acc * scale, D, BLOCK_D)
     store_tile(head_of(dv, dv_strides, batch, head), keys, num_keys, dv_strides[2], dv_acc, D, BLOCK_D)
 
@@ -303,7 +270,7 @@ def tiles_for(q):
 
 def launch(kernel, num_tiles, tile, tensors, strided, sizes):
     """Start a kernel, a program for each tile of each head of each row; strided: the tensors that are [B, H, T, D]."""
-    # elements from one row, head and token to the next; 0 where there is but one, as its stride may be anything
+    # from one row, head and token to the next; 0 where there is but one, as its stride may be anything
     strides = [tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in range(3)) for x in strided]
     rows, heads, _, width = strided[0].shape
     fusion = {} if INTERPRETED else dict(enable_fp_fusion=True)  # newer Triton leaves it out unless asked
@@ -324,10 +291,7 @@ def empty(like):
 
 
 def seen_by(first, stop, num_keys, tile):
-    """Intervals int[B or 1, T] turned around, int32[B or 1, key tiles, 4]: begin, full_begin, full_end, end.
-
-    The queries that see any key of a tile are in [begin, end); each in [full_begin, full_end), whole tiles, sees all.
-    """
+    """Intervals int[B or 1, T] turned around: `edges` of the queries that see a tile, int32[B or 1, key tiles, 4]."""
     index = torch.arange(first.shape[1], device=first.device)
     lowest = torch.arange(0, num_keys, tile.keys, device=first.device)[:, None]
     beyond = (lowest + tile.keys).clamp(max=num_keys)
@@ -337,9 +301,8 @@ def seen_by(first, stop, num_keys, tile):
     begin, full_begin = (torch.where(these, index, len(index)).amin(-1) for these in (sees, sees_all))
     end, full_end = (torch.where(these, index + 1, 0).amax(-1) for these in (sees, sees_all))
     without_gap = sees_all.sum(-1) == full_end - full_begin
-    begin = begin // tile.queries * tile.queries
+    begin, full_end = (edge // tile.queries * tile.queries for edge in (begin, full_end))
     full_begin = (full_begin + tile.queries - 1) // tile.queries * tile.queries
-    full_end = full_end // tile.queries * tile.queries
     some_full = without_gap & (full_begin < full_end)
     full_begin, full_end = (torch.where(some_full, edge, begin) for edge in (full_begin, full_end))
     return torch.stack([begin, full_begin, full_end, end], dim=-1).int()
@@ -375,19 +338,17 @@ def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: T
         return dq.zero_(), dk.zero_(), dv.zero_()
     do, q, k, v, out = (readable(x) for x in (do, q, k, v, out))
     first, stop, lse = first.int().contiguous(), stop.int().contiguous(), lse.contiguous()  # 64 bits cost registers
-    (rows, heads, num_queries, width), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
+    (rows, heads, num_queries, width), (num_kv_heads, num_keys), delta = q.shape, k.shape[1:3], torch.empty_like(lse)
     _, q_tile, kv_tile = tiles_for(q)
-    sizes = (heads, heads // num_kv_heads, num_queries, num_keys, scale)
-    visible_stride = num_queries if len(first) > 1 else 0
-    delta = torch.empty_like(lse)
+    stride, sizes = num_queries if len(first) > 1 else 0, (heads, heads // num_kv_heads, num_queries, num_keys, scale)
     tensors = (q, k, v, first, stop, slopes, out, do, lse, delta, dq)
     num_tiles = triton.cdiv(num_queries, q_tile.queries)
-    launch(dq_kernel, num_tiles, q_tile, tensors, (q, k, v, out, do, dq), (visible_stride, *sizes))
+    launch(dq_kernel, num_tiles, q_tile, tensors, (q, k, v, out, do, dq), (stride, *sizes))
     turned = seen_by(first, stop, num_keys, kv_tile)
     if num_kv_heads < heads:  # a sum over the heads within the kernel would need registers that it has not got
         dk, dv = (q.new_empty(rows, num_keys, heads, width, dtype=torch.float32).transpose(1, 2) for _ in range(2))
     tensors = (q, k, v, first, stop, slopes, do, lse, delta, turned, dk, dv)
-    sizes = (visible_stride, turned.stride(0) if len(turned) > 1 else 0, *sizes)
+    sizes = (stride, turned.stride(0) if len(turned) > 1 else 0, *sizes)
     launch(dkv_kernel, turned.shape[1], kv_tile, tensors, (q, k, v, do, dk, dv), sizes)
     if num_kv_heads < heads:
         dk, dv = (empty(k).copy_(x.unflatten(1, (num_kv_heads, -1)).sum(2)) for x in (dk, dv))
@@ -425,9 +386,9 @@ def flash_attention(q, k, v, visible, scale=None):
     Args:
       q: float[B, H, T, D], of 16 or 32 bits; D a multiple of 8, at most 128 (64 and 128 best).
       k, v: float[B, K, S, D], H a multiple of K. What cannot be read in pieces of 16 bytes is copied first.
-      visible: attention.Visible, int[B or 1, T] over the S keys, with ALiBi float32[H] slopes, which get no gradient;
-        any intervals, fastest where they do not descend.
-        They are trusted, as reading them would wait for the GPU; NANOVLM_CHECK_INTERVALS=1 checks them in every call.
+      visible: attention.Visible, any int[B or 1, T] over the S keys, fastest where they do not descend; with ALiBi
+        float32[H] slopes, which get no gradient. Trusted, as reading intervals would wait for the GPU;
+        NANOVLM_CHECK_INTERVALS=1 checks them in every call.
     Returns: float[B, H, T, D]; zeros, with zero gradients, where a query sees nothing. Under autocast its type.
     Raises: ValueError for arguments of wrong shapes, types or devices.
     """
@@ -443,7 +404,7 @@ def flash_attention(q, k, v, visible, scale=None):
 
 def check(q, k, v, visible):
     """Raise ValueError for arguments that the kernels would misread; looks at no numbers."""
-    edges, floats = (visible.first, visible.stop), (torch.float16, torch.bfloat16, torch.float32)
+    edges, slopes = (visible.first, visible.stop), visible.slopes
 
     def demand(right, what):
         if not right:
@@ -453,15 +414,15 @@ def check(q, k, v, visible):
 
     demand(q.ndim == k.ndim == v.ndim == 4, "q, k and v are [rows, heads, tokens, channels]")
     (rows, heads, num_queries, width), (num_kv_heads, num_keys) = q.shape, k.shape[1:3]
-    demand(q.dtype in floats and k.dtype == v.dtype == q.dtype, "q, k and v share one type, of 16 or 32 bits")
+    fits = q.is_floating_point() and q.element_size() in (2, 4) and q.dtype == k.dtype == v.dtype
+    demand(fits, "q, k and v share one type, of 16 or 32 bits")
     demand(all(x.device == q.device for x in (k, v, *edges)), "all are on one device")
     demand(width % 8 == 0 and 8 <= width <= 128, "heads have 8 to 128 channels, a multiple of 8: pad them, pass scale")
     demand(k.shape == v.shape == (rows, num_kv_heads, num_keys, width), "k and v have the rows and channels of q")
     demand(num_kv_heads and heads % num_kv_heads == 0, "query heads are a multiple of key heads")
-    shapes, integers = ((rows, num_queries), (1, num_queries)), (torch.int32, torch.int64)
-    fits = all(x.shape == edges[0].shape and x.shape in shapes and x.dtype in integers for x in edges)
+    fits = edges[0].shape == edges[1].shape and edges[0].shape in ((rows, num_queries), (1, num_queries))
+    fits = fits and all(x.dtype in (torch.int32, torch.int64) for x in edges)
     demand(fits, "first and stop are int32 or int64 [rows or 1, q's tokens]")
-    slopes = visible.slopes
     fits = slopes is None or slopes.shape == (heads,) and slopes.dtype == torch.float32 and slopes.device == q.device
     demand(fits, "slopes are float32, one for each head, beside q")
     furthest = max(num_queries * q.stride(2), num_keys * max(k.stride(2), v.stride(2)))

@@ -32,7 +32,8 @@ from support.lesson import show_source
 
 from nanovlm.attention import causal, causal_rows, reference, sliding_window
 from nanovlm.bench.kernels import BYTES, FLOPS, Case
-from nanovlm.flash_attention import edges, flash_attention, see, seen_by
+from nanovlm.flash_attention import edges, flash_attention, score, seen_by
+from nanovlm.flash_attention import forward_kernel as attention_kernel
 
 SEED = 0
 torch.manual_seed(SEED);
@@ -186,10 +187,11 @@ show_source(edges.fn)
 # multiplied by log₂ e beforehand):
 
 # %%
-show_source(see.fn)
+show_source(score.fn)
+show_source(attention_kernel.fn)
 
 # %% [markdown]
-# `MASKED` is a constant when the kernel is compiled: the sweep exists twice, once with the comparisons and once without.
+# `part` is a constant when the kernel is compiled: the sweep exists three times, and the middle one has no comparisons.
 # Does it give what attention gives? Packed documents, padding that sees nothing, four query heads that share two key
 # heads:
 

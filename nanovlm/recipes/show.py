@@ -25,7 +25,7 @@ def show(args):
     recipe = find(args.recipe)
     stages = None if args.stage is None else [args.stage]
     args = argparse.Namespace(**vars(args), size=None, smoke=False, stages=stages, without=[], allow_missing=False,
-                              precision=None, tests=False)
+                              precision=None, tests=False, tune=None, lora=None)
     stage = choose_stages(recipe, args)[-1]
     if stage.objective == "contrastive":
         raise ValueError(f"stage {stage.name!r} compares pictures with captions; --stage names one that trains tokens")

@@ -7,15 +7,10 @@
                             random.safetensors       torch's random state
                             state.json               stage and step, data cursors, settings that must not change
 
-The folder is written under a temporary name, every file is forced to the disk, then the folder is renamed: a rename
-happens or does not, so a kill or a full disk at any moment leaves the previous checkpoint in place. Of several
-processes the main one writes. With fsdp each writes its own shards of all tensors, and any number of processes reads
-them again:
-
-    OUT/state/step-00001234/shard-00001-model-00001-of-00001.safetensors  of the first process: "model/vision.positions"
-
-These files, and the places of the shards in their headers, are those of torch.distributed.checkpoint's safetensors
-writer. Nothing is ever unpickled.
+The folder is written under a temporary name, every file is forced to the disk, then the folder is renamed: a kill or a
+full disk at any moment leaves the previous checkpoint in place. Of several processes the main one writes. With fsdp
+each writes its own shards of all tensors, shard-00001-model-00001-of-00001.safetensors, by torch.distributed.checkpoint,
+and any number of processes reads them again. Nothing is ever unpickled.
 """
 
 import contextlib
@@ -116,9 +111,8 @@ def consolidate(out):
         raise CheckpointError(f"{out} holds no checkpoint; give the output folder of train.py")
     state, tensors = read_state(folders[-1]), read(folders[-1])
     write_model(out, tensors, state["image_size"])
-    model = tensors["model"].values()
-    size = f"{len(model)} tensors, {sum(tensor.numel() for tensor in model):,} parameters"
-    return [f"{out / 'model.safetensors'}: {size}, of step {state['step']}"]
+    number = sum(tensor.numel() for tensor in tensors["model"].values())
+    return [f"{out / 'model.safetensors'}: {len(tensors['model'])} tensors, {number:,} parameters, of step {state['step']}"]
 
 
 # Writing.
@@ -161,17 +155,19 @@ def begin(out, step, tensors, state, processes=Processes(), keep=1, background=F
             os.rename(old, doomed)
             shutil.rmtree(doomed)
 
+    def write():
+        for name, content in tensors.items():
+            save_tensors(temporary / f"{name}.safetensors", content)
+
     if processes.first(folder.exists() or None):
         return lambda: folder  # the same step of the same run: the same content
     attempt(make_room, processes.main)
     sharded = processes.mode == "fsdp"
     if sharded:
         write = begin_sharded(temporary, tensors, processes)  # from here on its thread talks to the others
-    else:
-        if background and processes.main:
-            tensors = {name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in content.items()}
-                       for name, content in tensors.items()}
-        write = lambda: [save_tensors(temporary / f"{name}.safetensors", content) for name, content in tensors.items()]
+    elif background and processes.main:
+        tensors = {name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in content.items()}
+                   for name, content in tensors.items()}
 
     def rest():
         attempt(write, processes.main or sharded)
@@ -224,9 +220,9 @@ def read(folder, targets=None, processes=Processes()):
     with undamaged(folder):
         if not any(folder.glob("shard-*.safetensors")):
             return {path.stem: safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-        targets = targets or {}
-        flat, result = {}, {kind: {} for kind in targets}
-        for key, data in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        targets, flat, reader = targets or {}, {}, HuggingFaceStorageReader(str(folder))
+        result = {kind: {} for kind in targets}
+        for key, data in reader.read_metadata().state_dict_metadata.items():
             kind, name = key.split("/", 1)
             target = targets.get(kind, {}).get(name)
             sharded = isinstance(target, DTensor) and target.shape == data.size
@@ -234,8 +230,7 @@ def read(folder, targets=None, processes=Processes()):
             result.setdefault(kind, {})[name] = flat[key]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one process is no surprise
-            dcp.load(flat, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=processes.saving,
-                     no_dist=processes.size == 1)
+            dcp.load(flat, storage_reader=reader, process_group=processes.saving, no_dist=processes.size == 1)
         return result
 
 
@@ -265,14 +260,13 @@ def copy_into(targets, tensors, where):
 
 def optimizer_tensors(optimizers):
     """State of torch optimizers: "key/parameter name" -> Tensor. Parameters that never had a gradient have none."""
-    return {f"{key}/{name}": tensor for optimizer, parameter, name in named(optimizers)
-            for key, tensor in optimizer.state.get(parameter, {}).items()}
+    return {f"{key}/{name}": optimizer.state[parameter][key] for optimizer, parameter, name, key in places(optimizers)
+            if parameter in optimizer.state}
 
 
 def optimizer_places(optimizers):
     """Where the state of fresh optimizers belongs: dict "key/parameter name" -> Parameter, all that there can be."""
-    return {f"{key}/{name}": parameter for optimizer, parameter, name in named(optimizers)
-            for key in STATE_KEYS[type(optimizer).__name__]}
+    return {f"{key}/{name}": parameter for _, parameter, name, key in places(optimizers)}
 
 
 def load_optimizer(optimizers, tensors):
@@ -282,15 +276,15 @@ def load_optimizer(optimizers, tensors):
     if expected != tensors.keys():
         raise CheckpointError(f"the optimizer's state does not fit: missing {sorted(expected - tensors.keys())}, "
                               f"left over {sorted(tensors.keys() - expected)}")
-    for optimizer, parameter, name in named(optimizers):
+    for optimizer, parameter, name, key in places(optimizers):
         if name in stateful:
-            optimizer.state[parameter] = {key: shard_of(tensors[f"{key}/{name}"], parameter)
-                                          for key in STATE_KEYS[type(optimizer).__name__]}
+            optimizer.state[parameter][key] = shard_of(tensors[f"{key}/{name}"], parameter)
 
 
-def named(optimizers):
-    """(optimizer, Parameter, its name) of all that optimizers train."""
+def places(optimizers):
+    """(optimizer, Parameter, its name, key of its state) of all that optimizers train."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter, name in zip(group["params"], group["param_names"]):
-                yield optimizer, parameter, name
+                for key in STATE_KEYS[type(optimizer).__name__]:
+                    yield optimizer, parameter, name, key

@@ -6,18 +6,18 @@ Nothing in here changes a weight or draws a random number that training would dr
     bridge            0.8123    12.41%      |g| of the part's gradient; |w - w0| / |w0|, w0 = weights at the beginning
     language_model    frozen     0.00%
 
-A spike is a loss far above the last ones: more than SPIKE times their usual distance from their median. It is written
-down and nothing else; what to do about it (a smaller rate, other data) is for people to decide.
+A spike is a loss far above the last ones: more than SPIKE times their usual distance from their median. It is only
+written down; what to do about it (a smaller rate, other data) is for people to decide.
 """
 
 import contextlib
+import math
 import statistics
 import time
 from collections import deque
 from itertools import zip_longest
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from nanovlm.data.batching import Report
 from nanovlm.generation.answer import make_prompt, reply
@@ -28,6 +28,7 @@ from nanovlm.training import checkpoint
 from nanovlm.training.cost import make_meter, peak_flops
 from nanovlm.training.language_loss import language_loss
 from nanovlm.training.progress import plot_curves, say
+from nanovlm.training.stages import unsharded
 from nanovlm.training.update import held_out_limit, holds_out, make_batch, place_of, reading, total_norm
 
 SAMPLE = 4096  # numbers of a tensor that stand for all, evenly spaced: a copy of all weights would double their memory
@@ -41,8 +42,7 @@ CURVES = 60.0  # seconds between two drawings of curves.png at least, and 100 ti
 
 def sample(tensor):
     """At most SAMPLE evenly spaced numbers of a tensor, sharded or not, as a copy on the CPU: float32[S]."""
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    flat = tensor.detach().reshape(-1)
+    flat = unsharded(tensor).detach().reshape(-1)
     return flat[:: -(-flat.numel() // SAMPLE)].float().cpu().clone()
 
 
@@ -68,11 +68,8 @@ class Movement:
 
 def gradient_norms(parts, stage, factor=1.0):
     """The norm of each part's gradient as it stands, divided by clipping's factor: dict part -> float."""
-    found = {}
-    for part in stage.learning_rates:
-        gradients = [parameter.grad for parameter in parts[part].values() if parameter.grad is not None]
-        found[part] = total_norm(gradients).item() / factor if gradients else 0.0
-    return found
+    gradients = {part: [one.grad for one in parts[part].values() if one.grad is not None] for part in stage.learning_rates}
+    return {part: total_norm(held).item() / factor if held else 0.0 for part, held in gradients.items()}
 
 
 def movement_table(entries, parts):
@@ -80,16 +77,15 @@ def movement_table(entries, parts):
     lines = [f"{'part':<18}{'gradient':>10}{'moved':>10}"]
     for part in parts:
         seen = [entry["parts"][part] for entry in entries if part in entry["parts"]]
-        gradients = sorted(one["gradient"] for one in seen)
-        gradient, moved = (f"{gradients[len(gradients) // 2]:.4f}", seen[-1]["moved"]) if seen else ("frozen", 0)
-        lines.append(f"{part:<18}{gradient:>10}{moved:>10.2%}")
+        gradient = f"{statistics.median_high(one['gradient'] for one in seen):.4f}" if seen else "frozen"
+        lines.append(f"{part:<18}{gradient:>10}{seen[-1]['moved'] if seen else 0:>10.2%}")
     return lines
 
 
 def spike_limit(losses):
-    """What a loss exceeds if it is a spike after these, list of float; None for too few of them."""
+    """What a loss exceeds if it is a spike after these, list of float; infinity for too few of them."""
     if len(losses) < FEWEST:
-        return None
+        return math.inf
     middle = statistics.median(losses)
     return middle + SPIKE * statistics.median(abs(one - middle) for one in losses)
 
@@ -130,10 +126,12 @@ def held_out_answers(run, stage, records, max_new_tokens=32):
     asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in talks]
     prompts = [make_prompt(assistant, turns, one.visuals, max_new_tokens) for turns, one in zip(asked, records)]
     found = reply(assistant, prompts, Decoding(max_new_tokens), workspace=Workspace(share=run.share_prefix))
-    truths = [turns[-1].text for turns in talks]
-    right = sum(said.lower().split() == truth.lower().split() for said, truth in zip(found, truths))
-    return [f"{record.id}: {short(turns[-1].text if turns else '')} -> {short(said)} (right: {short(truth)})"
-            for record, turns, said, truth in zip(records, asked, found, truths)], right
+    lines, right = [], 0
+    for record, turns, said, truth in zip(records, asked, found, [turns[-1].text for turns in talks]):
+        right += said.lower().split() == truth.lower().split()
+        question = turns[-1].text if turns else ""
+        lines.append(f"{record.id}: {short(question)} -> {short(said)} (right: {short(truth)})")
+    return lines, right
 
 
 def short(text):
@@ -148,11 +146,10 @@ class Watch:
     def __init__(self, trainer):
         self.trainer, self.run, self.stage = trainer, trainer.run, trainer.stage
         self.movement = Movement(self.run.parts(), self.stage)
-        device, number = self.run.device, self.run.processes.size
+        device, self.share_of_peak = self.run.device, None  # on a CPU, or of a GPU that is not known
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        self.share_of_peak = None  # on a CPU, or of a GPU that is not known
         if peak and self.stage.objective == "language":
-            self.share_of_peak = make_meter(self.run.model, self.stage, number * peak)
+            self.share_of_peak = make_meter(self.run.model, self.stage, self.run.processes.size * peak)
         self.losses = deque((entry["loss"] for entry in self.entries("loss")), WINDOW)
         self.records = None  # source -> held-out records, found when first asked
         self.next_curves = time.monotonic() + CURVES
@@ -164,14 +161,14 @@ class Watch:
     def step(self, records, loss, tokens, seconds):
         """What the log says of a step beside its numbers: {"utilisation", "spike"}; tokens are those of all processes."""
         found, limit, number = {}, spike_limit(self.losses), self.run.processes.size
-        if self.share_of_peak is not None:
+        if self.share_of_peak:
             pictures = sum(len(visual.frames) for record in records for visual in record.visuals)
             share = self.share_of_peak(number * pictures, number * len(records), tokens, seconds)
             found["utilisation"] = round(share, 4)
-        if limit is not None and loss > limit:
+        if loss > limit:
             found["spike"] = round(limit, 4)
-            step = f"stage {self.stage.name}, step {self.trainer.stage_step}"
-            say(f"{step}: the loss jumped to {loss:.4f}, above {limit:.4f}")
+            where = f"stage {self.stage.name}, step {self.trainer.stage_step}"
+            say(f"{where}: the loss jumped to {loss:.4f}, above {limit:.4f}")
         self.losses.append(loss)
         return found
 
@@ -202,19 +199,20 @@ class Watch:
         if losses:
             self.trainer.note(held_out=losses, answers=answers, right=[right, asked])
             told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-            say("\n  ".join([f"step {self.trainer.step}: held-out loss {told}; {right} of {asked} answers as in the file",
-                             *answers]))
+            told = f"step {self.trainer.step}: held-out loss {told}; {right} of {asked} answers as in the file"
+            say("\n  ".join([told, *answers]))
 
     def held_out_now(self, run):
         """(dict source -> loss, a few answers in words, how many of how many are right) of the model as it is."""
+        stage = self.stage
         if self.records is None:
-            use = lambda record: make_batch(run, self.stage, [record], Report())
-            self.records = {name: held_out(run.sources[name], use) for name in self.stage.mixture if holds_out(run, name)}
+            use = lambda record: make_batch(run, stage, [record], Report())
+            self.records = {name: held_out(run.sources[name], use) for name in stage.mixture if holds_out(run, name)}
             if not any(self.records.values()):
-                say(f"stage {self.stage.name}: no record is held out; chosen by its id, one in 100 is, of five at least one")
-        losses = held_out_losses(run, self.stage, self.records)
+                say(f"stage {stage.name}: no record is held out; chosen by its id, one in 100 is, of five at least one")
+        losses = held_out_losses(run, stage, self.records)
         asked = [record for records in zip_longest(*self.records.values()) for record in records if record][:KEPT]
-        answers, right = held_out_answers(run, self.stage, asked)
+        answers, right = held_out_answers(run, stage, asked)
         return {name: round(loss, 6) for name, loss in losses.items()}, answers[:3], right, len(asked)
 
     def draw(self):
@@ -227,9 +225,10 @@ class Watch:
 
     def table(self):
         """The table of what has moved, and held-out records before and after: list of str, lines."""
-        lines, asked = movement_table(self.entries("parts"), [part for part, held in self.run.parts().items() if held]), []
+        lines = movement_table(self.entries("parts"), [part for part, held in self.run.parts().items() if held])
         if entries := self.entries("held_out"):
             first, last = entries[0], entries[-1]
-            asked = [f"held out of {name}: loss {loss:.4f} → {last['held_out'][name]:.4f}" for name, loss in first["held_out"].items()]
-            asked += ["answers as in the file: {} of {} → {} of {}".format(*first["right"], *last["right"])]
-        return lines + asked
+            for name, loss in first["held_out"].items():
+                lines.append(f"held out of {name}: loss {loss:.4f} → {last['held_out'][name]:.4f}")
+            lines.append("answers as in the file: {} of {} → {} of {}".format(*first["right"], *last["right"]))
+        return lines

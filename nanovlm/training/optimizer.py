@@ -12,9 +12,9 @@ matrix can move, however small the gradient there. Newton-Schulz iterations get 
     X = G / |G|                               all singular values between 0 and 1
     X = a X + b (X X^T) X + c (X X^T)^2 X     five times: each singular value s becomes a s + b s^3 + c s^5
 
-This polynomial is steep at 0 and near 1 elsewhere, so that all but the smallest singular values land between 0.7 and
-1.2. That is no exact U V^T, but a direction need not be exact, and bfloat16 does for it. The learning rate of such a
-step lives on another scale than Adam's, which `Stage.muon_factor` bridges.
+This polynomial is steep at 0 and near 1 elsewhere: all but the smallest singular values land between 0.7 and 1.2. A
+direction need not be more exact, and bfloat16 does for it. The learning rate of such a step lives on another scale than
+Adam's, which `Stage.muon_factor` bridges.
 """
 
 import math
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from nanovlm.machine import DTYPES
 from nanovlm.training.processes import shard_of, threads
+from nanovlm.training.stages import unsharded
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c: Keller Jordan's
 NEWTON_SCHULZ_STEPS = 5
@@ -59,24 +60,17 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One update of every matrix that has a gradient."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, group["lr"], group["momentum"], group["weight_decay"])
-
-    def update(self, parameter, lr, momentum, weight_decay):
-        """One update of one matrix."""
-        state, gradient = self.state[parameter], parameter.grad
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        direction = gradient.lerp(state["momentum_buffer"], momentum)
-        if isinstance(direction, DTensor):
-            direction = shard_of(orthogonalised(direction.full_tensor(), self.dtype), parameter)
-        else:
-            direction = orthogonalised(direction, self.dtype)
-        rows, columns = parameter.shape
-        parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(direction, alpha=-lr * math.sqrt(max(1, rows / columns)))  # a tall matrix's entries are smaller
+            lr, momentum = group["lr"], group["momentum"]
+            for parameter in (one for one in group["params"] if one.grad is not None):
+                state, gradient, (rows, columns) = self.state[parameter], parameter.grad, parameter.shape
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+                direction = unsharded(gradient.lerp(state["momentum_buffer"], momentum))
+                direction = shard_of(orthogonalised(direction, self.dtype), parameter)
+                parameter.mul_(1 - lr * group["weight_decay"])
+                # a tall matrix's entries are smaller
+                parameter.add_(direction, alpha=-lr * math.sqrt(max(1, rows / columns)))
 
 
 def lr_factor(step, stage):
@@ -101,12 +95,12 @@ def depths_from_top(names):
 
     With L blocks: 0 behind the last, L - i in block i, L + 1 before the first (BEiT, arXiv:2106.08254, its code).
     """
-    blocks = {name: match.group(1) for name in names if (match := BLOCK.search(name))}
-    numbers = sorted(set(blocks.values()), key=int, reverse=True)  # the top one first
-    depth, result = len(numbers) + 1 if numbers else 0, {}
-    for name in names:
-        if name in blocks:
-            depth = numbers.index(blocks[name]) + 1
+    blocks = [BLOCK.search(name) for name in names]
+    numbers = sorted({int(block[1]) for block in blocks if block}, reverse=True)  # the top one first
+    depth, result = len(numbers) + bool(numbers), {}
+    for name, block in zip(names, blocks):
+        if block:
+            depth = numbers.index(int(block[1])) + 1
         elif depth <= len(numbers):
             depth = 0
         result[name] = depth
@@ -146,11 +140,9 @@ def groups(parts, stage):
 
 def portions(groups, number):
     """Groups in at most `number` lists of about as many parameters each."""
-    lists, sizes = [[] for _ in range(number)], [0] * number
-    for group in sorted(groups, key=lambda group: -sum(parameter.numel() for parameter in group["params"])):
-        smallest = sizes.index(min(sizes))
-        lists[smallest].append(group)
-        sizes[smallest] += sum(parameter.numel() for parameter in group["params"])
+    lists, size = [[] for _ in range(number)], lambda group: sum(parameter.numel() for parameter in group["params"])
+    for group in sorted(groups, key=size, reverse=True):
+        min(lists, key=lambda found: sum(map(size, found))).append(group)
     return [one for one in lists if one]
 
 
@@ -163,9 +155,8 @@ def build(parts, stage, num_threads=1):
     if any(isinstance(parameter, DTensor) for group in to_muon for parameter in group["params"]):
         num_threads = 1  # what processes say to one another keeps its order
     optimizers = [Muon(one, stage.momentum, DTYPES[stage.precision]) for one in portions(to_muon, num_threads)]
-    if to_adamw:
-        optimizers.append(torch.optim.AdamW(to_adamw, betas=stage.betas, eps=stage.eps, fused=True))
-    return optimizers
+    rest = [torch.optim.AdamW(to_adamw, betas=stage.betas, eps=stage.eps, fused=True)] if to_adamw else []
+    return optimizers + rest
 
 
 def set_lr(optimizers, factor):
@@ -180,8 +171,7 @@ class Together:
 
     def __init__(self, optimizers, device):
         self.all, self.device = optimizers, device
-        self.groups = [group for one in optimizers for group in one.param_groups]
-        self.parameters = [parameter for group in self.groups for parameter in group["params"]]
+        self.parameters = [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
 
     def zero_grad(self):
         """Forget the gradients of the last update."""
@@ -190,17 +180,17 @@ class Together:
 
     def lr(self):
         """The largest learning rate."""
-        return max(group["lr"] for group in self.groups)
+        return max(group["lr"] for one in self.all for group in one.param_groups)
 
     def step(self, factor):
         """Move the weights, at learning rates that are their peaks times a factor."""
         set_lr(self.all, factor)
-        if self.device.type != "cpu":
+        if self.device.type == "cpu":
+            with threads(min(torch.get_num_threads(), len(self.all))) as pool:
+                list(pool.map(lambda one: one.step(), self.all))
+        else:
             for one in self.all:
                 one.step()
-            return
-        with threads(min(torch.get_num_threads(), len(self.all))) as pool:
-            list(pool.map(lambda one: one.step(), self.all))
 
 
 def table(parts, stage):

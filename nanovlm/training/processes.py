@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -38,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanovlm.names import nearest
 from nanovlm.training.language_loss import language_loss
-from nanovlm.training.stages import Stage, all_parts, everything, freeze
+from nanovlm.training.stages import Stage, all_parts, everything, freeze, unsharded
 
 MODES = ("none", "ddp", "fsdp")
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # from torchrun
@@ -68,12 +69,8 @@ class Processes:
         return f"process {self.rank} of {self.size}"
 
     def sum(self, numbers):
-        """Add up a list of numbers over all processes: list of float; of one process, the numbers themselves."""
-        if self.size == 1:
-            return numbers
-        total = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
-        return total.tolist()
+        """Add up a list of numbers over all processes, number by number: list."""
+        return [sum(found) for found in zip(*self.gather(numbers))]
 
     def gather(self, value, group=None):
         """Everybody's value, by rank: list. value: anything that can be pickled."""
@@ -90,9 +87,8 @@ class Processes:
     def agree(self, error, group=None):
         """Raise everywhere if there is an error (an Exception, or None) in any process: its own, or the first one's."""
         found = self.first(_portable(error), group)
-        error = found if error is None else error
-        if error is not None:
-            raise error
+        if error or found:
+            raise error or found
 
     def together(self, function, here=True, group=None):
         """What a function returns, if it runs `here`; if it raises anywhere, it has failed in all processes."""
@@ -147,13 +143,13 @@ def join(mode, device, shards=None, timeout=600.0):
     if size % (shards or size):
         raise ValueError(f"--shards {shards} does not divide the {size} processes into groups")
     rank, local_rank, backend = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "gloo"
+    wait = datetime.timedelta(seconds=timeout)
     if torch.device(device).type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"process {local_rank} of this machine finds only {torch.cuda.device_count()} GPUs; give "
                              "torchrun a smaller --nproc-per-node")
         device, backend = f"cuda:{local_rank}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    wait = datetime.timedelta(seconds=timeout)
     try:
         store, *_ = next(rendezvous("env://", timeout=wait / 2))  # torch tries once more when this time is over
         store.set_timeout(wait)
@@ -172,7 +168,7 @@ def leave(processes):
 
 @contextlib.contextmanager
 def threads(number):
-    """A pool of CPU threads, each computing by itself: the tensors of a small model are too small to be cut."""
+    """A pool of CPU threads, each computing by itself: a small model's tensors are too small to be cut."""
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -207,7 +203,7 @@ class ByThreads(torch.autograd.Function):
         with threads(len(gradients)) as pool:
             found = list(pool.map(work, ctx.outputs, gradients))
         reached = ([one for one in values if one is not None] for values in zip(*found))
-        return None, None, *(functools.reduce(torch.add, values) if values else None for values in reached)
+        return None, None, *(sum(values[1:], values[0]) if values else None for values in reached)
 
 
 def by_threads(function, shares, module):
@@ -248,6 +244,10 @@ class Run:
         """dict part -> dict name -> Parameter."""
         return all_parts(self.model, self.contrastive)
 
+    def models(self):
+        """nn.ModuleList of those that are there."""
+        return nn.ModuleList(one for one in (self.model, self.contrastive) if one is not None)
+
 
 # A stage's loss as the `forward` of one module, the door through which DDP and FSDP2 let a model be trained.
 
@@ -260,10 +260,9 @@ class StageLoss(nn.Module):
         self.model, self.run, self.precision = model, run, stage.precision
 
     def autocast(self):
-        """The context of a forward pass in the stage's precision.
+        """The context of a forward pass in the stage's precision, on a CPU without torch's cache of cast weights.
 
-        Without torch's cache of cast weights on a CPU: all threads share it, and the first to finish its pass empties
-        it. How often a weight is cast, and so how its gradient is rounded, would depend on which thread was faster.
+        All threads share it, and the first to finish empties it: how a gradient is rounded would depend on their speed.
         """
         kind = self.run.device.type
         return torch.autocast(kind, torch.bfloat16, self.precision == "bfloat16", cache_enabled=kind != "cpu")
@@ -298,10 +297,9 @@ class ContrastiveLoss(StageLoss):
             if processes.size > 1:  # the features of all, each caption once
                 captions = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist())]
                 found = processes.gather((captions, right.tolist()))
-                images = Gather.apply(images, [len(rows) for _, rows in found], processes.rank)
-                texts = Gather.apply(texts, [len(own) for own, _ in found], processes.rank)
                 first, right = merge_captions(found)
-                texts = texts[first.to(device)]
+                images = gather_rows(images, [len(rows) for _, rows in found])
+                texts = gather_rows(texts, [len(own) for own, _ in found])[first.to(device)]
             return self.model.match(images, texts, right.to(device)) / processes.size
 
     def embed_images(self, share):
@@ -312,29 +310,14 @@ class ContrastiveLoss(StageLoss):
 
 def stage_loss(run, stage):
     """The loss module of a stage, around the run's model."""
-    if stage.objective == "contrastive":
-        return ContrastiveLoss(run.contrastive, run, stage)
-    return LanguageLoss(run.model, run, stage)
+    contrastive = stage.objective == "contrastive"
+    return ContrastiveLoss(run.contrastive, run, stage) if contrastive else LanguageLoss(run.model, run, stage)
 
 
-class Gather(torch.autograd.Function):
-    """The rows of all processes behind one another; the gradient of a row comes from all of them."""
-
-    @staticmethod
-    def forward(ctx, x, counts, rank):
-        """x float[counts[rank], E], counts: rows of each process -> float[sum of counts, E]."""
-        padded = F.pad(x, (0, 0, 0, max(counts) - len(x)))
-        found = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(found, padded.contiguous())
-        ctx.rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        return torch.cat([rows[:count] for rows, count in zip(found, counts)])
-
-    @staticmethod
-    def backward(ctx, gradient):
-        """Add up what every process's share of the loss says about every row; keep one's own rows."""
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient[ctx.rows], None, None
+def gather_rows(x, counts):
+    """The rows float[n, E] of all processes behind one another; a row's gradient comes from all. counts: n of each process."""
+    found = all_gather(F.pad(x, (0, 0, 0, max(counts) - len(x))))
+    return torch.cat([rows[:count] for rows, count in zip(found, counts)])
 
 
 def merge_captions(found):
@@ -344,20 +327,18 @@ def merge_captions(found):
     Returns: (int64[C], where among all captions each different one stands first; bool[B, C], which a picture has).
     """
     captions = [caption for own, _ in found for caption in own]
-    unique = list(dict.fromkeys(captions))
-    place = torch.tensor([unique.index(caption) for caption in captions])
+    first = torch.tensor([captions.index(caption) for caption in captions])
     right = torch.block_diag(*(torch.tensor(rows, dtype=torch.float32) for _, rows in found))  # pictures x captions
-    merged = torch.zeros(len(right), len(unique)).index_add(1, place, right) > 0
-    return torch.tensor([captions.index(caption) for caption in unique]), merged
+    merged = torch.zeros_like(right).index_add(1, first, right) > 0
+    return first.unique(), merged[:, first.unique()]
 
 
 # What is put around a model, from outside, so that many processes can train it: its own code stays as it was.
 #
-# Per block, as flags ask: torch.compile, and activation checkpointing (what happens inside a block is forgotten, and
-# the backward pass runs it again). Then DDP around the whole, or FSDP2's shards: first around every block, then around
-# the root with all that stands outside of blocks. The bridge belongs to the root: it is called once per length of
-# clips, and these differ from process to process, while every call of a sharded block is one that all processes must
-# make.
+# Per block, as flags ask: torch.compile, and activation checkpointing (the backward pass runs a block again). Then DDP
+# around the whole, or FSDP2's shards: first around every block, then around the root with all that stands outside of
+# blocks. The bridge belongs to the root: it is called once per length of clips, and these differ from process to
+# process, while every call of a sharded block is one that all processes must make.
 #
 # Every stage wraps anew: what is frozen has no gradient to exchange and no state, and a new picture size brings a new
 # position table. With FSDP2 that means new models without memory, which take their shards over from whole ones.
@@ -370,7 +351,7 @@ def lay_out(run, stage):
         with whole(run):
             plain = (run.model, run.contrastive) if run.processes.main else ()
         run.model, run.contrastive = copy.deepcopy(run.skeleton)
-    for model in {run.model, *plain[:1]}:
+    for model in (run.model, *plain[:1]):
         model.vision.resize(stage.image_size)  # first: the position table may become a new parameter
     freeze(run.model, run.contrastive, stage)
     run.loss = stage_loss(run, stage)
@@ -404,8 +385,8 @@ def add_up(state, bucket):
 def shard(run, blocks):
     """FSDP2 around the blocks and the root of a loss on the meta device, which then gets memory for its shards."""
     size, shards = run.processes.size, run.processes.shards
-    shape, names = ((size,), ("shard",)) if shards == size else ((size // shards, shards), ("replicate", "shard"))
-    mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=names)
+    shape = (size,) if shards == size else (size // shards, shards)  # copies, shards of each
+    mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("copy", "shard")[-len(shape):])
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # weights travel as they are; autocast sees to the rest
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -421,10 +402,9 @@ def shard(run, blocks):
 @torch.no_grad()
 def fill(run, plain):
     """Give a run's new models the weights of whole ones, which the main process has."""
-    for one in (run.model, run.contrastive):
-        for module in one.modules() if one is not None else ():
-            if any(one.is_meta for one in module.parameters(recurse=False)):  # this stage's loss does not need it
-                module.to_empty(device=run.device, recurse=False)
+    for module in run.models().modules():
+        if any(one.is_meta for one in module.parameters(recurse=False)):  # this stage's loss does not need it
+            module.to_empty(device=run.device, recurse=False)
     sources = everything(*plain) if plain else {}
     for name, target in everything(run.model, run.contrastive).items():
         source = sources.get(name, torch.empty(target.shape, dtype=target.dtype)).to(run.device).contiguous()
@@ -438,20 +418,18 @@ def whole(run):
     if not isinstance(run.loss, FSDPModule):
         yield
         return
-    sharded = plain = run.model, run.contrastive
-    if run.processes.main:
-        plain = copy.deepcopy(run.skeleton)
-        plain[0].vision.resize(run.model.vision.image_size)
-        for one in plain:
-            if one is not None:
-                one.to_empty(device=run.device)
-    targets = everything(*plain)
-    for name, tensor in everything(*sharded).items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if run.processes.main:
-            targets[name].copy_(tensor)
-    run.model, run.contrastive = plain
+    sharded = run.model, run.contrastive
     try:
+        if run.processes.main:
+            run.model, run.contrastive = copy.deepcopy(run.skeleton)
+            run.model.vision.resize(sharded[0].vision.image_size)
+            for one in run.models():
+                one.to_empty(device=run.device)
+        targets = everything(run.model, run.contrastive)
+        for name, tensor in everything(*sharded).items():
+            tensor = unsharded(tensor)  # one at a time: no other process ever has room for all
+            if run.processes.main:
+                targets[name].copy_(tensor)
         yield
     finally:
         run.model, run.contrastive = sharded

@@ -11,12 +11,7 @@ log.jsonl holds one JSON object a line, each with "stage" and "step":
     {"held_out": {source: loss}, "answers": [line, ...]}      likewise
 where step counts the optimizer steps of the whole run, lr is the largest of all groups, data_seconds those that the
 step waited for its records, and seconds those since the run began. To follow a run elsewhere, give a recipe of your own
-a function that takes one such entry; after an interruption some steps are told again:
-
-    import dataclasses, wandb
-    from nanovlm.recipes import lynx
-    tracker = wandb.init(project="lynx")
-    RECIPE = dataclasses.replace(lynx.RECIPE, log=lambda entry: tracker.log(entry, step=entry["step"]))
+a function `log` that takes one such entry (README.md); after an interruption some steps are told again.
 """
 
 import contextlib
@@ -36,7 +31,7 @@ class Log:
     """The file log.jsonl; path None = another process keeps it. follow: function that is told every entry, or None."""
 
     def __init__(self, path, follow=None):
-        self.lines, self.follow = None if path is None else JsonLines(path), follow
+        self.lines, self.follow = path and JsonLines(path), follow or (lambda entry: None)
 
     def write(self, **entry):
         """Append one entry. Raises: CheckpointError if the file cannot be written: a full disk, a lost folder."""
@@ -47,8 +42,7 @@ class Log:
         except OSError as error:
             found = f"{self.lines.path} cannot be written ({error})"
             raise CheckpointError(f"{found}; make room or give the folder back") from error
-        if self.follow is not None:
-            self.follow(entry)
+        self.follow(entry)
 
     def size(self):
         """Bytes of the file, forced to the disk: what a checkpoint remembers."""
@@ -93,11 +87,10 @@ class Bar:
         numbers += f", {waited:.0%} waiting for data"
         self.bar.set_postfix_str(numbers, refresh=False)
         self.bar.update()
-        every = max(1, self.stage.steps // PLAIN_LINES)
-        if self.bar.disable and (step % every == 0 or step == self.stage.steps):
-            left = (self.stage.steps - step) * (time.monotonic() - self.began) / max(1, step - self.done)
-            left = tqdm.format_interval(left)
-            print(f"{self.stage.name} {step}/{self.stage.steps}: {numbers}, {left} left", flush=True)
+        name, steps = self.stage.name, self.stage.steps
+        if self.bar.disable and (step % max(1, steps // PLAIN_LINES) == 0 or step == steps):
+            left = (steps - step) * (time.monotonic() - self.began) / max(1, step - self.done)
+            print(f"{name} {step}/{steps}: {numbers}, {tqdm.format_interval(left)} left", flush=True)
 
     def close(self):
         """Leave the finished bar standing."""

@@ -39,10 +39,10 @@ CHOICES = {  # field -> what it may be
 }  # fmt: skip
 RANGES = {  # field -> where every number of it lies, ends in round brackets excluded
     "steps": "[1, inf)", "batch_size": "[1, inf)", "micro_batch_size": "[1, inf)", "group": "[1, inf)",
-    "max_tokens": "[2, inf)", "image_size": "[1, inf)", "tiles": "[0, inf)", "learning_rates": "(0, inf)", "mixture": "(0, inf)",
-    "muon_factor": "(0, inf)", "momentum": "[0, 1)", "betas": "[0, 1)", "eps": "(0, inf)", "weight_decay": "[0, inf)",
-    "layer_decay": "(0, 1]", "clip": "(0, inf)", "decay_share": "(0, 1]", "warmup_steps": "[0, inf)",
-    "start_lr_factor": "[0, 1]", "end_lr_factor": "[0, 1]",
+    "max_tokens": "[2, inf)", "image_size": "[1, inf)", "tiles": "[0, inf)", "learning_rates": "(0, inf)",
+    "mixture": "(0, inf)", "muon_factor": "(0, inf)", "momentum": "[0, 1)", "betas": "[0, 1)", "eps": "(0, inf)",
+    "weight_decay": "[0, inf)", "layer_decay": "(0, 1]", "clip": "(0, inf)", "decay_share": "(0, 1]",
+    "warmup_steps": "[0, inf)", "start_lr_factor": "[0, 1]", "end_lr_factor": "[0, 1]",
 }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ class Stage:
     packing: bool = False              # whether a row holds as many conversations as fit into max_tokens
     image_size: int = 64               # pixels, the side of the square that the vision tower sees
     image_fit: str = "crop"            # how a picture becomes square: "crop", "pad", "stretch", "squash"
-    tiles: float | None = None         # squares along a picture's longer side, see tiles.cut; 0 = one; None = as image_fit
+    tiles: float | None = None         # squares along a picture's longer side (tiles.cut); 0 = one; None = as image_fit
     augmentation: str = "none"         # of training pictures: "crop" = a random part, "crop_flip" = mirrored too
     copy_vision_branch: bool = False   # begin by copying the text's norms, keys and values over the images' own
     optimizer: str = "adamw"           # "adamw", or "muon": Muon for matrices inside blocks, AdamW for the rest
@@ -85,43 +85,33 @@ class Stage:
     summary: str = ""                  # sentence printed at the end; "{key}" becomes "43.0% → 98.5%" of that measure
 
     def __post_init__(self):
-        wrong = next(self._problems(), None)
-        if wrong:
-            raise ValueError(f"stage {self.name!r}: {wrong}")
+        def demand(right, what):
+            if not right:
+                raise ValueError(f"stage {self.name!r}: {what}")
 
-    def _problems(self):
-        """What is wrong with the values: str each."""
-        if not self.name or "." in self.name or "=" in self.name:
-            yield "a name is not empty and has no '.' and no '='"
+        demand(self.name and not {".", "="} & set(self.name), "a name is not empty and has no '.' and no '='")
         for field, known in CHOICES.items():
             value = getattr(self, field)
-            if value not in known:
-                yield f"{field} {value!r} is unknown.{nearest(value, known)}"
+            demand(value in known, f"{field} {value!r} is unknown.{nearest(value, known)}")
         for field in ("learning_rates", "layer_decay"):
             for part in getattr(self, field):
-                if part not in PARTS:
-                    yield f"{field} names an unknown part {part!r}.{nearest(part, PARTS)}"
+                demand(part in PARTS, f"{field} names an unknown part {part!r}.{nearest(part, PARTS)}")
+        reached = TRAINABLE[self.objective]
         for part in self.learning_rates:
-            if part not in TRAINABLE[self.objective]:
-                yield (f"the {self.objective} loss does not reach {part!r}; "
-                       f"it can train {', '.join(TRAINABLE[self.objective])}")
+            demand(part in reached, f"the {self.objective} loss does not reach {part!r}, but {', '.join(reached)}")
         for field, interval in RANGES.items():
             value = getattr(self, field)
             numbers = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-            if not all(number is None or lies_in(number, interval) for number in numbers):
-                yield f"{field} is {value}; expected: in {interval}"
-        micro = self.micro_batch_size or self.batch_size
-        if not self.learning_rates:
-            yield "learning_rates names no part, so nothing would train"
-        if not self.mixture:
-            yield "mixture names no data source"
-        if micro > self.batch_size:
-            yield f"micro_batch_size is {micro}; it lies between 1 and batch_size {self.batch_size}"
-        if self.warmup_steps >= self.steps:
-            yield f"warmup_steps is {self.warmup_steps}; it lies between 0 and steps - 1 = {self.steps - 1}"
-        if self.objective == "contrastive" and (micro != self.batch_size or self.group > 1 or self.packing):
-            yield (f"a contrastive loss compares the whole batch of {self.batch_size}, captions of all lengths: leave "
-                   "micro_batch_size, group and packing out")
+            fits = all(number is None or lies_in(number, interval) for number in numbers)
+            demand(fits, f"{field} is {value}; expected: in {interval}")
+        micro, size = self.micro_batch_size or self.batch_size, self.batch_size
+        demand(self.learning_rates, "learning_rates names no part, so nothing would train")
+        demand(self.mixture, "mixture names no data source")
+        demand(micro <= size, f"micro_batch_size is {micro}; it lies between 1 and batch_size {size}")
+        demand(self.warmup_steps < self.steps, f"warmup_steps is {self.warmup_steps}, but steps is {self.steps}")
+        whole = self.objective != "contrastive" or (micro == size and self.group == 1 and not self.packing)
+        demand(whole, f"a contrastive loss compares the whole batch of {size}, captions of all lengths: leave "
+                      "micro_batch_size, group and packing out")  # fmt: skip
 
 
 def lies_in(number, interval):
@@ -140,8 +130,7 @@ def override(stage, settings):
     """
     hints, values = typing.get_type_hints(Stage), dict(vars(stage))
     for field, text in settings.items():
-        name, _, key = field.partition(".")
-        where = f"{stage.name}.{field}"
+        (name, _, key), where = field.partition("."), f"{stage.name}.{field}"
         if field == "tune":
             values["learning_rates"] = tuned(stage.name, values["learning_rates"], text)
         elif name not in hints:
@@ -190,13 +179,14 @@ def choose(stages, names=None, without=(), settings=()):
 
     Raises: ValueError for an unknown stage or field, a value of the wrong type, or when no stage is left.
     """
-    chosen = {stage.name: stage for stage in stages}
+    known = [stage.name for stage in stages]
     for name in [*(names or ()), *without]:
-        if name not in chosen:
-            raise ValueError(f"there is no stage {name!r}.{nearest(name, chosen)}")
-    chosen = {name: stage for name, stage in chosen.items() if (names is None or name in names) and name not in without}
+        if name not in known:
+            raise ValueError(f"there is no stage {name!r}.{nearest(name, known)}")
+    wanted = set(known if names is None else names) - set(without)
+    chosen = {stage.name: stage for stage in stages if stage.name in wanted}
     if not chosen:
-        raise ValueError(f"no stage is left to run of: {', '.join(stage.name for stage in stages)}")
+        raise ValueError(f"no stage is left to run of: {', '.join(known)}")
     changes = {name: {} for name in chosen}
     for setting in settings:
         where, equals, text = setting.partition("=")
@@ -214,16 +204,13 @@ def choose(stages, names=None, without=(), settings=()):
 
 def all_parts(model, contrastive):
     """dict part -> dict name -> Parameter; the ViT, which both models share, stands in it once."""
-    if contrastive is None:
-        return model.parts()
-    return model.parts() | {"text_tower": contrastive.parts()["text_tower"]}
+    return model.parts() | ({} if contrastive is None else {"text_tower": contrastive.parts()["text_tower"]})
 
 
 def text_side(contrastive):
     """State of a contrastive model without its ViT: dict name -> Tensor, the model's own memory; empty for None."""
-    if contrastive is None:
-        return {}
-    return {name: tensor for name, tensor in contrastive.state_dict().items() if not name.startswith("vision.")}
+    held = {} if contrastive is None else contrastive.state_dict()
+    return {name: tensor for name, tensor in held.items() if not name.startswith("vision.")}
 
 
 def everything(model, contrastive):
@@ -247,7 +234,11 @@ def fingerprints(model, contrastive, stage):
     found = {}
     for name, tensor in everything(model, contrastive).items():
         if name not in trained:
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            data = unsharded(tensor).detach().cpu().reshape(-1).view(torch.uint8).numpy()
             found[name] = hashlib.sha256(data).hexdigest()
     return found
+
+
+def unsharded(tensor):
+    """A whole tensor from one that may be sharded; then all processes call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

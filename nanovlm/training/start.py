@@ -1,4 +1,4 @@
-"""From a recipe and train.py's flags to a run that is ready to train: stages, data, tokenizer, models, output folder."""
+"""From a recipe and train.py's flags to a run that is ready to train: stages, data, tokenizer, models, folder."""
 
 import dataclasses
 import json
@@ -37,50 +37,31 @@ def choose_size(recipe, size):
 def choose_stages(recipe, args):
     """The stages to train: tuple of Stage. With --data, the last one reads that file alone; args: train.py's flags."""
     stages = recipe.stages(choose_size(recipe, args.size), args.smoke)
-    alone = [stages[-1].name] if recipe.finished and args.data is not None else None  # what came before, it has behind it
-    stages = choose(stages, args.stages or alone, args.without)
-    if args.precision is not None:
-        stages = tuple(dataclasses.replace(stage, precision=args.precision) for stage in stages)
+    alone = [stages[-1].name] if recipe.finished and args.data is not None else None  # the others, it has behind it
+    *before, last = choose(stages, args.stages or alone, args.without)
+    wishes, parts, highest = args.set, args.tune or ["lora"] * bool(args.lora), max(last.learning_rates.values())
     if args.data is not None:
-        stages = (*stages[:-1], dataclasses.replace(stages[-1], mixture={DATA: 1.0}))
-        if not args.tests:
-            stages = tuple(dataclasses.replace(stage, summary="") for stage in stages)
-    return choose(*tuned(stages, args))
-
-
-def tuned(stages, args):
-    """The stages, of which the last trains the parts of --tune alone, or the updates of --lora; and --set's wishes.
-
-    LoRA begins with updates of zero, so that its rate is at least LLaVA's 2e-4. To freeze what is frozen is no mistake.
-    """
-    last, flags = stages[-1], vars(args)
-    parts = flags.get("tune") or ["lora"] * bool(flags.get("lora"))
-    if not parts or any(one.startswith(f"{last.name}.tune=") for one in args.set):
-        return stages, None, (), args.set
-    before, highest = last.learning_rates, max(last.learning_rates.values())
-    rates = {part: before.get(part, max(highest, LORA_RATE) if part == "lora" else highest) for part in parts}
-    frozen = {f"{last.name}.learning_rates.{part}=none" for part in before.keys() - rates.keys()}
-    stages = (*stages[:-1], dataclasses.replace(last, learning_rates=rates))
-    return stages, None, (), [one for one in args.set if one not in frozen]
+        last = dataclasses.replace(last, mixture={DATA: 1.0})
+    if parts and not any(one.startswith(f"{last.name}.tune=") for one in wishes):
+        # LoRA begins with updates of zero, so that its rate is at least LLaVA's
+        usual = {"lora": max(highest, LORA_RATE)} | last.learning_rates
+        frozen = {f"{last.name}.learning_rates.{part}=none" for part in last.learning_rates.keys() - parts}
+        wishes = [one for one in wishes if one not in frozen]  # to freeze what is frozen is no mistake
+        last = dataclasses.replace(last, learning_rates={part: usual.get(part, highest) for part in parts})
+    same = {} if args.precision is None else {"precision": args.precision}
+    same |= {} if args.data is None or args.tests else {"summary": ""}
+    return choose([dataclasses.replace(stage, **same) for stage in (*before, last)], settings=wishes)
 
 
 def count_epochs(recipe, stages, args, sources):
     """The stages, the last with as many steps as --epochs asks for of --data; of a published model one, if not told."""
     last, told = stages[-1], any(one.startswith(f"{stages[-1].name}.steps=") for one in args.set)
     if args.epochs is not None and (args.data is None or told):
-        raise ValueError(f"--epochs {args.epochs:g} counts how often --data is read; give --data, and no {last.name}.steps")
+        raise ValueError(f"--epochs {args.epochs:g} counts readings of --data; give --data, and no {last.name}.steps")
     if args.data is None or told or args.epochs is None and not recipe.published or args.smoke:
         return stages
     steps = math.ceil((args.epochs or 1) * len(sources[DATA]) / last.batch_size)
     return *stages[:-1], override(last, {"steps": str(steps)})
-
-
-def judged_by_its_data(recipe, args):
-    """The recipe without its own tests, where --data brings records of which some are held out; --tests keeps them."""
-    if args.data is None or args.tests:
-        return recipe
-    usual = {field.name: field.default for field in dataclasses.fields(recipe)}
-    return dataclasses.replace(recipe, **{name: usual[name] for name in ("evaluate", "exam", "finish", "report")})
 
 
 def check_stages(recipe, stages, model, contrastive):
@@ -89,43 +70,44 @@ def check_stages(recipe, stages, model, contrastive):
         measured = recipe.measures(stage)
         for _, name, _, _ in string.Formatter().parse(stage.summary):
             if name is not None and name not in measured:
-                raise ValueError(f"the summary of stage {stage.name!r} names {name!r}, which is not measured (Recipe.measures)."
-                                 f"{nearest(name, measured)}")
-        dataclasses.replace(model.vision.config, image_size=stage.image_size)  # which refuses what it cannot cut into patches
-        parts, context_length = model.parts(), model.decoder.config.context_length
+                raise ValueError(f"the summary of stage {stage.name!r} names {name!r}, which is not measured "
+                                 f"(Recipe.measures).{nearest(name, measured)}")
+        dataclasses.replace(model.vision.config, image_size=stage.image_size)  # refuses what it cannot cut into patches
+        parts, most = model.parts(), model.decoder.config.context_length
         if stage.objective == "contrastive":
             if contrastive is None:
                 raise ValueError(f"stage {stage.name!r} is contrastive, but the recipe has no contrastive model")
-            parts, context_length = contrastive.parts(), contrastive.text.context_length
+            parts, most = contrastive.parts(), contrastive.text.context_length
         optimizer.groups(parts, stage)
         for part in ("cross_attention", "lora"):
             if part in stage.learning_rates and not parts[part]:
                 raise ValueError(f"stage {stage.name!r} names the part {part!r}, which this model does not have"
                                  f"{'; give it one with --lora RANK' if part == 'lora' else ''}")
-        if stage.max_tokens > context_length:
-            raise ValueError(f"stage {stage.name!r}: max_tokens is {stage.max_tokens}, but the context is {context_length}")
+        if stage.max_tokens > most:
+            raise ValueError(f"stage {stage.name!r}: max_tokens is {stage.max_tokens}, but the context is {most}")
 
 
 def check_bridge(model):
-    """Raise ValueError if the bridge cannot read the tower's features, or makes something else than it says, of a blank picture."""
+    """Raise ValueError if the bridge cannot read the tower's features, or makes something else of them than it says."""
     weight = next(model.bridge.parameters(), torch.zeros(0))
     shape = 1, model.vision.num_tokens(model.vision.image_size), model.vision.config.width
     try:
         with torch.no_grad():
-            model.encode_features(torch.zeros(shape, dtype=weight.dtype, device=weight.device), torch.ones(1, dtype=torch.long))
+            model.encode_features(weight.new_zeros(shape), torch.ones(1, dtype=torch.long))
     except RuntimeError as error:
-        raise ValueError(f"the bridge {type(model.bridge).__name__} cannot read features of shape {shape}: {error}") from error
+        kind = type(model.bridge).__name__
+        raise ValueError(f"the bridge {kind} cannot read features of shape {shape}: {error}") from error
 
 
 def settle_precision(stages, device, saved):
     """Put a type in the place of precision="auto"; what a run began with (saved: its config.json, or None) stays."""
-    chosen, before = training_precision(facts_of(device)), saved["stages"] if saved else {}
-    chosen = {stage.name: before.get(stage.name, {}).get("precision", chosen) for stage in stages}
-    stages = tuple(dataclasses.replace(stage, precision=chosen[stage.name]) if stage.precision == "auto" else stage
-                   for stage in stages)  # fmt: skip
-    for line in {slow_line(stage.precision, device) for stage in stages} - {None}:
+    usual, before, settled = training_precision(facts_of(device)), saved["stages"] if saved else {}, []
+    for stage in stages:
+        chosen = before.get(stage.name, {}).get("precision", usual) if stage.precision == "auto" else stage.precision
+        settled.append(dataclasses.replace(stage, precision=chosen))
+    for line in {slow_line(stage.precision, device) for stage in settled} - {None}:
         say(line)
-    return stages
+    return tuple(settled)
 
 
 def settle(args, size, stages, saved, lost):
@@ -138,8 +120,8 @@ def settle(args, size, stages, saved, lost):
         "init": args.init and " ".join(args.init),
         "size": size, "threads": threads, "stage_names": [stage.name for stage in stages],
         "stages": {stage.name: dataclasses.asdict(stage) for stage in stages},
+        **({"lora": args.lora} if args.lora else {}), **({"missing": lost} if lost else {}),
     }  # fmt: skip
-    settings |= {name: value for name, value in (("lora", args.lora), ("missing", lost)) if value}
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be when read back
     if saved:
         begun = {key: value for key, value in saved.items() if key not in NOT_ASKED}
@@ -189,7 +171,7 @@ def load_weights(folder, model, contrastive):
 
 
 def as_after_init(recipe, args):
-    """The recipe, of a published model as its own files after --init say: sizes, pictures, tokenizer. Raises: ValueError."""
+    """The recipe, of a published model as its own files after --init say: sizes, pictures, tokenizer."""
     if not args.init or not recipe.open_init:
         if len(args.init or ()) > 1:
             raise ValueError(f"--init {' '.join(args.init)}: recipe {recipe.name!r} starts from one folder")
@@ -218,7 +200,10 @@ def make_run(recipe, args, out, processes=Processes()):
             raise ValueError(f"stage {stage.name!r}: {processes.size} processes cannot share a batch_size of "
                              f"{stage.batch_size}; start fewer, or --set {stage.name}.batch_size={processes.size}")
     sources, stages, lost = find_sources(recipe, stages, args)
-    recipe, stages = judged_by_its_data(recipe, args), count_epochs(recipe, stages, args, sources)
+    stages = count_epochs(recipe, stages, args, sources)
+    if args.data is not None and not args.tests:  # its own held-out records are the judge
+        usual = {field.name: field.default for field in dataclasses.fields(recipe)}
+        recipe = dataclasses.replace(recipe, **{name: usual[name] for name in ("evaluate", "exam", "finish", "report")})
     saved = processes.by_main(lambda: checkpoint.open_folder(out, args.resume))
     stages, size = settle_precision(stages, args.device, saved), choose_size(recipe, args.size)
     settings, saved = settle(args, size, stages, saved, lost), saved or {}
@@ -249,23 +234,23 @@ def make_run(recipe, args, out, processes=Processes()):
         model, contrastive = build(None if checkpoint.complete(out) else args.init)
     check_stages(recipe, stages, model, contrastive)
     check_bridge(model)
-    recipe_digest = digest(args.recipe) if args.recipe.endswith(".py") else None
-    made_of = {"architecture": architecture(model, contrastive), "recipe_sha256": recipe_digest, "published": recipe.source}
+    sha256 = digest(args.recipe) if args.recipe.endswith(".py") else None
+    made_of = {"architecture": architecture(model, contrastive), "recipe_sha256": sha256, "published": recipe.source}
     config = settings | {name: value for name, value in made_of.items() if value}
     processes.by_main(lambda: begin_folder(out, saved, config, tokenizer, recipe.files))
     if processes.main:
-        changed = saved.get("recipe_sha256", recipe_digest) != recipe_digest
+        changed = saved.get("recipe_sha256", sha256) != sha256
         for line in [f"{args.recipe} has changed since this run began"] * changed + lost_lines(lost):
             say(line)
-    for one in (model, contrastive):
-        if one is not None and not skeleton:
-            one.to(device)
     torch.set_rng_state(processes.by_main(torch.get_rng_state))  # building without memory draws nothing
-    return Run(recipe, args, out, settings, model, contrastive, tokenizer, stages, sources, device, processes, skeleton)
+    run = Run(recipe, args, out, settings, model, contrastive, tokenizer, stages, sources, device, processes, skeleton)
+    if not skeleton:
+        run.models().to(device)
+    return run
 
 
 def least_memory(parts, stages):
-    """Bytes that the hungriest stage takes before its first record: weights, gradients, AdamW's averages, in float32."""
+    """Bytes that the hungriest stage takes before its first record: weights, gradients, AdamW's averages in float32."""
     groups = [optimizer.groups(parts, stage) for stage in stages]
     trained = max(sum(one.numel() for group in found for one in group["params"]) for found in groups)
     return 4 * (sum(one.numel() for held in parts.values() for one in held.values()) + 3 * trained)
@@ -325,21 +310,20 @@ def complaint(recipe, stages, missing, known):
     reading = {name: stage for stage in reversed(stages) for name in stage.mixture}
     if [*missing.values()] == [""] and known:
         (name,) = missing
-        return ValueError(f"stage {reading[name].name!r} reads {name!r}, which neither the recipe nor --datasets provides."
-                          f"{nearest(name, known)}")
-    lines = [f"{len(missing)} data sets are missing (stage, share, examples, page); list them in --datasets FILE.json, see "
-             "nanovlm/data/datasets.py, train on the others with --allow-missing, or leave one out with "
+        return ValueError(f"stage {reading[name].name!r} reads {name!r}, which neither the recipe nor --datasets "
+                          f"provides.{nearest(name, known)}")
+    lines = [f"{len(missing)} data sets are missing (stage, share, examples, page); list them in --datasets FILE.json "
+             "(nanovlm/data/datasets.py), train on the others with --allow-missing, or leave one out with "
              "--set STAGE.mixture.NAME=none:"]
     for name, why in missing.items():
-        place = "no stage"
-        if name in reading:
-            mixture = reading[name].mixture
-            place = f"{reading[name].name} {mixture[name] / sum(mixture.values()):.1%}"
+        place, stage = "no stage", reading.get(name)
+        if stage:
+            place = f"{stage.name} {stage.mixture[name] / sum(stage.mixture.values()):.1%}"
         lines.append(f"  {name:<24}{place:<16} {why or recipe.home(name)}")
     return FileNotFoundError("\n".join(lines))
 
 
 def lost_lines(lost):
     """What is said of missing data at the start of a run: list of str; lost: as `find_sources` returns it."""
-    return [f"stage {stage}: {len(found)} data sets are missing, {sum(found.values()):.1%} of its examples; the shares of the "
-            f"others grow by {1 / (1 - sum(found.values())):.2f}" for stage, found in lost.items()]
+    return [f"stage {stage}: {len(found)} data sets are missing, {sum(found.values()):.1%} of its examples; the shares "
+            f"of the others grow by {1 / (1 - sum(found.values())):.2f}" for stage, found in lost.items()]

@@ -11,7 +11,7 @@ n of a source, torch's own random state), which is in every checkpoint.
 
 import contextlib
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -166,8 +166,7 @@ class Trainer:
                 f"{stage.max_tokens}, {counts['truncated_tokens']:,} tokens lost")
         self.measure("after")
         if self.damage.count:
-            count, path = self.damage.count, self.damage.path
-            say(f"stage {stage.name}: {count:,} damaged records were replaced by the next, see {path}")
+            say(f"stage {stage.name}: {self.damage.count:,} damaged records were replaced by the next, see {self.damage.path}")
         for name, drawn in self.feed.state()["drawn"].items():
             self.starts[name] += drawn
 
@@ -200,13 +199,15 @@ class Trainer:
             "image_size": run.model.vision.image_size, "log_bytes": self.log.size(), "processes": self.processes.size}
         tensors, background = self.tensors() | {"random": random}, run.args.save_in_background
         self.wait()
-        rest = checkpoint.begin(run.out, self.step, tensors, state, self.processes, run.args.keep, background)
-        self.writing = self.writer.submit(rest) if background else rest()
+        self.writing = self.writer.submit(
+            checkpoint.begin(run.out, self.step, tensors, state, self.processes, run.args.keep, background))
+        if not background:
+            self.wait()
 
     def wait(self):
         """Until the checkpoint is written that was begun. Raises: CheckpointError if it could not be."""
         writing, self.writing = self.writing, None
-        if isinstance(writing, Future):
+        if writing is not None:
             writing.result()
 
     def last_checkpoint(self):
@@ -248,8 +249,7 @@ class Trainer:
 
         run = self.run
         with whole(run), torch.no_grad(), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-            models = torch.nn.ModuleList([model for model in (run.model, run.contrastive) if model is not None])
-            models.eval()
+            models = run.models().eval()
             found = self.processes.by_main(answer)
             models.train()
         return found
@@ -262,7 +262,7 @@ class Trainer:
         measures[moment] = found
         self.note(when=moment, measures=found)
         if moment == "after" and stage.summary:
-            say(stage.summary.format(**{key: f"{measures['before'][key]:.1%} → {after:.1%}" for key, after in found.items()}))
+            say(stage.summary.format(**{key: f"{measures['before'][key]:.1%} → {share:.1%}" for key, share in found.items()}))
 
     def exam(self):
         """Ask the exam's questions and print the answers that have changed."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.rnn import pad_sequence
 
 from nanovlm.data.augment import augmented
@@ -26,6 +27,7 @@ from nanovlm.data.datasets import DATA
 from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.records import Changed
 from nanovlm.training.processes import Processes, add_up_scalars, exchange_with, stage_loss
+from nanovlm.training.stages import unsharded
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch, part_of
 
 EVERY = 100  # of files, one record in so many is held out: never trained on, but asked (diagnostics.py)
@@ -62,7 +64,7 @@ def place_of(record):
 
 
 def held_out_limit(source):
-    """Records of a lower `place_of` are held out: one in EVERY, of a small source at least FEW, if it has five times as many."""
+    """Records of a lower `place_of` are held out: one in EVERY; of a small source up to FEW, if it has five times as many."""
     if len(source) >= SMALL:
         return 1.0
     places = []
@@ -73,7 +75,7 @@ def held_out_limit(source):
 
 
 def next_to_train(source, n, limit):
-    """Record n of a source, or the next that is not held out. limit: of `held_out_limit`. Raises: ValueError if there is none."""
+    """Record n of a source, or the next of a `place_of` from limit on. Raises: ValueError if there is none."""
     for place in range(n, n + IN_A_ROW):
         record = source.record(place)
         if place_of(record) >= limit:
@@ -113,7 +115,8 @@ class MicroBatch:
 def make_batch(run, stage, records, report, pack=False):
     """The vlm.Batch of some records in a stage; report: batching.Report."""
     return build_batch(records, run.template_of(stage), run.tokenizer, run.model.num_image_tokens, stage.image_size,
-                       stage.image_fit, stage.max_tokens, report, preprocessing=run.recipe.preprocessing, pack=pack, num_tiles=stage.tiles)
+                       stage.image_fit, stage.max_tokens, report, preprocessing=run.recipe.preprocessing, pack=pack,
+                       num_tiles=stage.tiles)  # fmt: skip
 
 
 def language_batch(run, stage, records, report, num_threads):
@@ -241,7 +244,7 @@ def by_sharding(tensors):
 def total_norm(gradients):
     """The norm of a whole gradient, float[]; each process finds the same."""
     norms = [torch.nn.utils.get_total_norm(group) for group in by_sharding(gradients)]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norms = [unsharded(norm) for norm in norms]
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
@@ -267,15 +270,13 @@ def loss_origin(run, stage, inputs):
     for name, parameter in loss.model.named_parameters():
         if not torch.isfinite(parameter).all():
             return f"a weight is not finite itself: {name}"
-    names = {module: name for name, module in loss.model.named_modules() if name}
+    names = {module: name for name, module in loss.model.named_modules()}
 
     def look(module, inputs, output):
-        if isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
+        if module in names and isinstance(output, torch.Tensor) and not torch.isfinite(output).all():
             found.append(names[module])
 
-    with contextlib.ExitStack() as hooks, torch.no_grad():
-        for module in names:
-            hooks.enter_context(module.register_forward_hook(look))
+    with register_module_forward_hook(look), torch.no_grad():
         loss(*inputs)
     return arose(stage, found[0]) if found else "it arose in the loss itself"
 

@@ -14,7 +14,7 @@ UNNAMED = {"AirCrowdFood", "HAR", "Pascal Sentences", "Pexels 110k", "TimeClassi
 
 def wishes(**values):
     return argparse.Namespace(**{"size": None, "smoke": False, "stages": None, "without": [], "set": [], "precision": None, "data": None, "seed": 0,
-                                 "lora": None, "recompute": False} | values)  # fmt: skip
+                                 "lora": None, "tune": None, "recompute": False} | values)  # fmt: skip
 
 
 def test_every_data_set_of_a_paper_has_a_page_and_a_size():

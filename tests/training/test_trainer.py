@@ -22,7 +22,7 @@ from tiny_recipe import RECIPE, Squares
 WISHES = {"recipe": "tiny", "size": None, "stages": None, "without": [], "set": [], "init": None, "lora": None, "resume": False,
           "data": None, "images": None, "datasets": None, "device": "cpu", "threads": 1, "precision": None, "seed": 0, "max_minutes": None,
           "workers": 0, "max_damaged": 0.01, "allow_missing": False, "smoke": False, "tests": False, "epochs": None,
-          "recompute": False, "compile": False, "keep": 1, "save_in_background": False}
+          "recompute": False, "compile": False, "keep": 1, "save_in_background": False, "tune": None}
 
 
 def make(out, recipe=RECIPE, **wishes):

@@ -217,7 +217,8 @@ def spoil_gradient(run):
 
 
 def spoil_tower(run):
-    run.contrastive.text.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    norm = run.contrastive.text.norm
+    norm.forward = lambda x, forward=norm.forward: forward(x) * float("nan")
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -82,7 +82,7 @@ def test_a_run_logs_and_prints_what_moved_and_a_resumed_one_the_same(tmp_path, c
 def test_a_spike_is_far_above_the_last_losses():
     quiet = [1.0 + 0.1 * (n % 3) for n in range(FEWEST)]  # median 1.1, median distance 0.1
     assert spike_limit(quiet) == pytest.approx(1.1 + SPIKE * 0.1)
-    assert spike_limit(quiet[:-1]) is None, "too few to tell"
+    assert spike_limit(quiet[:-1]) == math.inf, "too few to tell"
 
 
 def test_a_spike_is_logged_and_training_goes_on(tmp_path, monkeypatch, capsys):
