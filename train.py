@@ -14,9 +14,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from nanovlm import recipes
 from nanovlm.machine import DEVICES, check_device, default_device
 from nanovlm.names import nearest
-from nanovlm.recipes import ALIASES, against, find, folder_of
+from nanovlm.recipes import ALIASES, find, folder_of
 from nanovlm.training.checkpoint import CheckpointError, complete
 from nanovlm.training.cost import plan
 from nanovlm.training.processes import join, leave
@@ -152,7 +153,7 @@ def main(arguments):
     if not args.against:
         return train(parser, args, going_on)
     try:
-        return against.compare(args, lambda run: train(parser, run, going_on))
+        return recipes.compare(args, lambda run: train(parser, run, going_on))
     except (ValueError, OSError, CheckpointError) as error:
         parser.error(str(error))
 

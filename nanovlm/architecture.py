@@ -1,19 +1,18 @@
 """What a model is made of, as JSON in config.json, so that a folder opens whatever becomes of its recipe's sizes."""
 
 import dataclasses
+import importlib
 import json
 
-from nanovlm.abstractor import Abstractor
 from nanovlm.contrastive import ContrastiveModel, TextTower
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
-from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
-from nanovlm.qformer import QFormer
-from nanovlm.resampler import Resampler
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 
-KINDS = (LinearProjector, MLPProjector, PixelShuffleProjector, Resampler, Abstractor, QFormer)
-BRIDGES = {kind.__name__: kind for kind in KINDS}
+BRIDGES = {  # class -> its file, imported where a folder names it
+    "LinearProjector": "projector", "MLPProjector": "projector", "PixelShuffleProjector": "projector",
+    "Resampler": "resampler", "Abstractor": "abstractor", "QFormer": "qformer",
+}  # fmt: skip
 # what building from values of the wrong types may raise
 UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)
 
@@ -23,12 +22,14 @@ def architecture(model, contrastive):
 
     Args: model: vlm.VLM. contrastive: contrastive.ContrastiveModel or None.
     """
-    parts = [model.vision, model.bridge, model.decoder, *([contrastive, contrastive.text] if contrastive else [])]
-    if any(type(part) not in (ViT, Decoder, ContrastiveModel, TextTower, *KINDS) for part in parts):
+    kind, parts = type(model.bridge), [model.vision, model.decoder]
+    parts += [contrastive, contrastive.text] if contrastive else []
+    ours = kind.__module__ == f"nanovlm.{BRIDGES.get(kind.__name__)}"
+    if not ours or any(type(part) not in (ViT, Decoder, ContrastiveModel, TextTower) for part in parts):
         return None
     found = {
         "vision": dataclasses.asdict(model.vision.config),
-        "bridge": {"class": type(model.bridge).__name__} | model.bridge.arguments,
+        "bridge": {"class": kind.__name__} | model.bridge.arguments,
         "decoder": dataclasses.asdict(model.decoder.config),
         "media_token": model.media_token,
     }
@@ -45,11 +46,13 @@ def rebuild(found):
     """
     try:
         bridge, decoder = dict(found["bridge"]), dict(found["decoder"])
+        kind = bridge.pop("class")
+        make_bridge = getattr(importlib.import_module(f"nanovlm.{BRIDGES[kind]}"), kind)
         layers = tuple(LayerOptions(**options) for options in decoder.pop("layers"))
         decoder["alibi"] = tuple(decoder.get("alibi", ()))
         vision = ViT(ViTConfig(**found["vision"]))
-        bridge = BRIDGES[bridge.pop("class")](**bridge)
-        model = VLM(vision, bridge, Decoder(DecoderConfig(**decoder, layers=layers)), found["media_token"])
+        decoder = Decoder(DecoderConfig(**decoder, layers=layers))
+        model = VLM(vision, make_bridge(**bridge), decoder, found["media_token"])
         if "text_tower" not in found:
             return model, None
         text = TextTower(**found["text_tower"])

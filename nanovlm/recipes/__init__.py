@@ -11,7 +11,8 @@ NAMES = ("nano", "nano_resampler", "lynx_mini", "lynx", "mplug_owl2", "llava_phi
          "smolvlm")
 ALIASES = {"small": "smolvlm"}  # former names
 COME_ALONG = {"nano": Path(__file__).with_name("nano_weights")}  # name -> folder of a trained model
-OPENING = ("FAMILIES", "load", "load_by_flags", "model_flags", "recipe_of")  # of opening.py, which reads every layout
+OPENING = ("FAMILIES", "load", "load_by_flags", "model_flags", "recipe_of")
+LATE = dict.fromkeys(OPENING, "opening") | {"compare": "against"}  # names of files that training nano does not need
 
 
 class Recipes(Mapping):
@@ -50,6 +51,6 @@ def folder_of(name):
 
 
 def __getattr__(name):
-    if name in OPENING:
-        return getattr(importlib.import_module("nanovlm.recipes.opening"), name)
+    if name in LATE:
+        return getattr(importlib.import_module(f"nanovlm.recipes.{LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

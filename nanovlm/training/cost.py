@@ -2,10 +2,9 @@
 
 The model runs forward and backward on tensors that have shapes and no numbers (torch's "meta" device), with the stage's
 parts frozen. torch counts the operations of its products, a multiplication with its addition as two, and autograd says
-what it would keep for the way back. So a frozen language model behind a bridge that trains costs 2/3 of one that trains,
-and a frozen tower 1/3. The backends of a GPU are taken for granted: fused attention keeps no scores and skips what a
-causal mask hides. The length of a text and the share of a GPU's peak that a run will reach are guesses, named where
-they stand.
+what it would keep for the way back. So a frozen language model behind a bridge that trains costs 2/3 of one that learns
+itself, a frozen tower 1/3. A GPU's backends are taken for granted: fused attention keeps no scores and skips what a
+causal mask hides. The length of a text and the share of a GPU's peak are guesses, named where they stand.
 
 F frames, T tokens, N image tokens, W width
 """
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanovlm.attention import Visible, causal_rows
+from nanovlm.attention import causal_rows, full
 from nanovlm.cross_attention import Media
 from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.data.tiles import most
@@ -38,7 +38,7 @@ SHORT, LONG = 64, 128  # tokens of text in the two examples that tell what any l
 UTILISATION = 0.4  # of a GPU's peak, assumed
 CAPACITY = 80 * GB  # bytes of a GPU, assumed
 PROCESS = 0.4 * GB  # bytes of Python, torch and their libraries on a CPU
-PEAKS = {  # part of a GPU's name -> operations per second in bfloat16 without sparsity (data sheets); the first that fits
+PEAKS = {  # part of a GPU's name -> operations per second in bfloat16, not sparse (data sheets); the first that fits
     "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12,
     "RTX 4090": 165e12, "RTX 3090": 71e12,
@@ -47,7 +47,7 @@ PRODUCTS = (F.linear, F.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.
 
 
 def peak_flops(name):
-    """The most operations per second of a device, by the name that torch gives it: float, or None if it is not known."""
+    """The most operations per second of a device, by torch's name for it: float, or None if it is not known."""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
@@ -104,7 +104,7 @@ class Fused(TorchFunctionMode):
             hidden = (q.shape[2] - 1) * q.shape[2] // 2 if kwargs.get("is_causal") else 0  # pairs that a mask hides
             return FusedAttention.apply(q, k, v, q.shape[0] * q.shape[1] * (q.shape[2] * k.shape[2] - hidden))
         if function in PRODUCTS:
-            args, kwargs = [self.cast(one) for one in args], {name: self.cast(one) for name, one in kwargs.items()}
+            args, kwargs = tree_map(self.cast, (args, kwargs))
         if function is torch.Tensor.index_copy:  # which tokens are which modality's is known on the host
             args = (*args[:2], self.copies.setdefault(id(args[2]), args[2].to(META)), args[3])
         return function(*args, **kwargs)
@@ -119,13 +119,13 @@ class Fused(TorchFunctionMode):
 
 def measure_part(run, inputs, model, stage):
     """Run a function of one tensor (or None) there and back: (what it returned, Cost)."""
-    kept, cost, mode = {}, Cost(), Fused(stage.precision == "bfloat16")  # kept: storage -> a tensor of it
+    kept, mode = [], Fused(stage.precision == "bfloat16")
 
     def storages(tensors):
-        return {one.untyped_storage()._cdata: one for one in tensors}
+        return {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}
 
     def keep(tensor):
-        kept.update(storages([tensor]))
+        kept.append(tensor)
         return tensor
 
     if inputs is not None:
@@ -136,15 +136,10 @@ def measure_part(run, inputs, model, stage):
         output = run(inputs)
         if output.requires_grad:
             output.backward(torch.empty_like(output))
-    cost.flops = float(counter.get_total_flops())
-    shared, weights = storages(mode.copies.values()), storages(model.parameters())
-    for storage, tensor in kept.items():
-        size = tensor.untyped_storage().nbytes()
-        if storage in shared:
-            cost.once += size
-        elif storage not in weights:
-            cost.kept += size
-    return output, cost
+    sizes, shared, weights = storages(kept), storages(mode.copies.values()), storages(model.parameters())
+    once = sum(sizes[one] for one in sizes.keys() & shared.keys())
+    own = sum(sizes[one] for one in sizes.keys() - shared.keys() - weights.keys())
+    return output, Cost(float(counter.get_total_flops()), own, once)
 
 
 def example_cost(model, stage, text_tokens, num_frames=1, recompute=False):
@@ -173,29 +168,27 @@ def example_cost(model, stage, text_tokens, num_frames=1, recompute=False):
 
 
 def pair_cost(contrastive, stage, num_tokens):
-    """Of a picture and a caption of num_tokens in a contrastive stage, without the product of all pairs: part -> Cost."""
+    """Of a picture and a caption in a contrastive stage, but for the product of all pairs: part -> Cost."""
     contrastive.vision.resize(stage.image_size)
     freeze(contrastive, None, stage)
     pixels = torch.empty(1, 3, stage.image_size, stage.image_size, device=META)
     ids, lengths = (torch.empty(*shape, dtype=torch.long, device=META) for shape in ((1, num_tokens), (1,)))
-    return {
-        "vision": measure_part(contrastive.embed_images, pixels, contrastive, stage)[1],
-        "text_tower": measure_part(lambda _: contrastive.embed_texts(ids, lengths), None, contrastive, stage)[1],
-    }
+    embed_texts = lambda _: contrastive.embed_texts(ids, lengths)
+    return {"vision": measure_part(contrastive.embed_images, pixels, contrastive, stage)[1],
+            "text_tower": measure_part(embed_texts, None, contrastive, stage)[1]}
 
 
 def decode(model, image_tokens, text_tokens):
     """A row of image tokens float[1, N, W] (or None), then words, through the decoder: float[1, T, W]."""
-    media, placed = None, 0
+    media, modality = None, None
     x = model.decoder.embedding(torch.empty(1, text_tokens, dtype=torch.long, device=META))
     if image_tokens is not None and model.media_token is not None:
-        visible = causal_rows(1, text_tokens, META)
-        media = Media(image_tokens, Visible(visible.first, visible.stop, "full"))
+        media = Media(image_tokens, full(text_tokens, text_tokens, META))
     elif image_tokens is not None:
-        placed, x = image_tokens.shape[1], torch.cat([image_tokens.to(x.dtype), x], dim=1)
-    modality = (torch.arange(x.shape[1], device="cpu") < placed).long()[None]
+        x = torch.cat([image_tokens.to(x.dtype), x], dim=1)
+        modality = (torch.arange(x.shape[1], device="cpu") < image_tokens.shape[1]).long()[None]
     positions = torch.arange(x.shape[1], device=META)[None]
-    return model.decoder(x, positions, causal_rows(1, x.shape[1], META), modality if placed else None, media=media)
+    return model.decoder(x, positions, causal_rows(1, x.shape[1], META), modality, media=media)
 
 
 def head_cost(model, stage, num_tokens, reached):
@@ -248,11 +241,10 @@ def make_meter(model, stage, peak):
 #   activations  what autograd keeps, per example of a micro-batch
 #   once         2 bytes a weight in bfloat16, as long as the backward pass may ask for it; a few hundred rows of scores
 #
-# With several processes, `ddp` keeps all of this in each of them, and every gradient once more, in the buckets that
-# travel. `fsdp` shares weights, gradients and optimizer out evenly. Gathered again are the root, that is all outside the
-# blocks, with its gradients, and two blocks at a time, the one that computes and the next. Activations are never shared.
-# Left out: the allocator's waste and a few hundred MB of the driver. Gradients and activations are added up, although a
-# backward pass frees the one while it makes the other: with more than one micro-batch both are there at once.
+# With `ddp` each process keeps all of this, and every gradient once more, in the buckets that travel. `fsdp` shares
+# weights, gradients and optimizer out evenly. Gathered again are the root, that is all outside the blocks, with its
+# gradients, and two blocks at a time, the one that computes and the next. Left out: the allocator's waste and a few
+# hundred MB of the driver. Gradients and activations are added up: with several micro-batches both are there at once.
 
 
 @dataclass(frozen=True)
@@ -343,10 +335,11 @@ def cpu_line(expected, stage, model, contrastive, recompute):
     """What training takes in one process on a CPU, with the stage's own micro-batch: str."""
     if stage.precision == "auto":
         stage = dataclasses.replace(stage, precision=training_precision(facts_of("cpu")))
-    costs, examples = stage_costs(expected, stage, model, contrastive, recompute)[0], stage.micro_batch_size or stage.batch_size
+    costs, _ = stage_costs(expected, stage, model, contrastive, recompute)
+    examples = stage.micro_batch_size or stage.batch_size
     needed = PROCESS + stage_memory(all_parts(model, contrastive), stage, costs).total(examples)
-    return (f"        {needed / GB:,.1f} GB in one process on a CPU in {stage.precision}, with micro-batches of {examples} and the "
-            f"{PROCESS / GB:g} GB of Python and torch")
+    return (f"        {needed / GB:,.1f} GB in one process on a CPU in {stage.precision}, with micro-batches of "
+            f"{examples} and the {PROCESS / GB:g} GB of Python and torch")
 
 
 def stage_lines(expected, stage, model, contrastive, recompute):
@@ -365,11 +358,11 @@ def stage_lines(expected, stage, model, contrastive, recompute):
 
 def hours_lines(expected, total):
     """Hours by the count of operations, and by the paper: list of str."""
-    peak, gpus = peak_flops(expected.gpu) * expected.num_gpus, f"{expected.num_gpus} {expected.gpu}"
-    lines = [f"time    {hours(total / (UTILISATION * peak) / 3600)} on {gpus} at {UTILISATION:.0%} of their peak"]
+    gpus, alone = f"{expected.num_gpus} {expected.gpu}", total / peak_flops(expected.gpu) / expected.num_gpus / 3600
+    lines = [f"time    {hours(alone / UTILISATION)} on {gpus} at {UTILISATION:.0%} of their peak"]
     if expected.hours is not None:
-        share = total / (expected.hours * 3600) / peak
-        lines.append(f"        {hours(expected.hours)} on {gpus} by the paper ({expected.source}), {share:.0%} of their peak")
+        source = f"by the paper ({expected.source}), {alone / expected.hours:.0%} of their peak"
+        lines.append(f"        {hours(expected.hours)} on {gpus} {source}")
     return lines
 
 
@@ -397,13 +390,14 @@ def memory_lines(expected, stage, parts, costs):
 
 def file_lines(recipe, stages, data):
     """What must be there before training starts: list of str. data: of --data, or None."""
-    own = {*recipe.sources, DATA} if data is not None else recipe.sources.keys()
-    names, lines = list(dict.fromkeys(name for stage in stages for name in stage.mixture if name not in own)), []
+    own, lines = recipe.sources.keys() | {DATA}, []
+    names = list(dict.fromkeys(name for stage in stages for name in stage.mixture if name not in own))
     if recipe.weights:
         lines += ["weights and tokenizer, after --init:", *(f"  {one}" for one in recipe.weights)]
     if names:
         lines += [f"data, listed in --datasets FILE.json ({len(names)}; examples, page):"]
         lines += [f"  {name:<24}{recipe.home(name)}" for name in names]
-    lines += [] if data is None else [f"data, by --data: {data}"]
+    if data is not None:
+        lines += [f"data, by --data: {data}"]
     lines = lines or ["none: the recipe makes its own data and starts from nothing"]
     return [f"{'' if place else 'files':<8}{line}" for place, line in enumerate(lines)]

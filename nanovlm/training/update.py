@@ -27,7 +27,6 @@ from nanovlm.data.datasets import DATA
 from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.records import Changed
 from nanovlm.training.processes import Processes, add_up_scalars, exchange_with, stage_loss
-from nanovlm.training.stages import unsharded
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch, part_of
 
 EVERY = 100  # of files, one record in so many is held out: never trained on, but asked (diagnostics.py)
@@ -244,7 +243,7 @@ def by_sharding(tensors):
 def total_norm(gradients):
     """The norm of a whole gradient, float[]; each process finds the same."""
     norms = [torch.nn.utils.get_total_norm(group) for group in by_sharding(gradients)]
-    norms = [unsharded(norm) for norm in norms]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 

@@ -118,23 +118,17 @@ def test_backends_equal_the_loop_and_its_gradients(backend, name, num_kv_heads, 
     close(*(torch.autograd.grad((out * weight).sum(), tensors) for out in (found, expected)))
 
 
-def test_reference_scores_in_float32():
-    q, k, v = (torch.randn(1, 2, 6, 8).bfloat16() for _ in range(3))
-    visible = causal_rows(1, 6)
-    out = attention(q, k, v, visible, "reference")
-    assert out.dtype == torch.bfloat16
-    assert torch.equal(out, attention(q.float(), k.float(), v.float(), visible, "reference").bfloat16())
-    assert attention(q, k, v, visible, "sdpa").dtype == torch.bfloat16
-
-
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pattern", ["full", "causal", "packed"])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_sdpa_on_a_cpu_works_in_float32(autocast, pattern):
+@pytest.mark.parametrize("slopes", [None, [0.5, 0.25, 0.1, 0.0]])
+def test_half_precision_is_float32_rounded_once(backend, pattern, slopes):
     q, k, v = (torch.randn(2, heads, 5, 8).bfloat16() for heads in (4, 2, 2))
-    visible = VISIBLE[pattern]() if pattern != "full" else full(5, 5)
-    expected = attention(q.float(), k.float(), v.float(), visible, "sdpa").bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert torch.equal(attention(q, k, v, visible, "sdpa"), expected)
+    visible = full(5, 5) if pattern == "full" else VISIBLE[pattern]()
+    visible = dataclasses.replace(visible, slopes=None if slopes is None else torch.tensor(slopes))
+    expected = attention(q.float(), k.float(), v.float(), visible, backend).bfloat16()
+    for autocast in (False, True)[: 1 + (backend == "sdpa")]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(attention(q, k, v, visible, backend), expected)
 
 
 def test_sdpa_leaves_the_mask_out_where_the_pattern_allows(monkeypatch):
@@ -178,14 +172,6 @@ def test_alibi_counts_distances_exactly_far_from_the_start(backend):
     late = Visible(visible.first + 3960, visible.stop + 3960, slopes=slopes)
     padded = (torch.cat([torch.randn(1, 2, 3960, 8), x], dim=2) for x in (k, v))
     close(attention(q, *padded, late, backend), attention(q, k, v, visible, backend), atol=2e-6, rtol=0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_alibi_in_half_precision(backend):
-    q, k, v = (torch.randn(1, 2, 6, 8).bfloat16() for _ in range(3))
-    visible = dataclasses.replace(causal_rows(1, 6), slopes=torch.tensor([0.5, 0.25]))
-    out = attention(q, k, v, visible, backend)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, attention(q.float(), k.float(), v.float(), visible, backend).bfloat16())
 
 
 def test_rope_is_a_rotation_of_complex_numbers():

@@ -1,4 +1,4 @@
-"""InfoNCE against a double loop, the text tower's view, and a toy matching learned in a few steps."""
+"""InfoNCE and SigLIP's loss against a double loop, what a text tower and a picture's features see."""
 
 import math
 
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from nanovlm.attention import full
 from nanovlm.contrastive import BidirectionalTextTower, CLIP, ContrastiveModel, SigLIP, TextTower, info_nce, sigmoid_loss
-from nanovlm.vit import ViT, ViTConfig
 from parity import close
 from random_models import randomise, small_vit
 
@@ -85,15 +84,14 @@ def test_embeddings():
     close(model.embed_images(pixels), F.normalize(expected, dim=-1))
 
 
+@torch.no_grad()
 def test_loss_finds_equal_captions():
     model = contrastive_model()
     pixels = torch.randn(5, 3, 12, 12)
     ids = torch.tensor([[3, 4, 5, 0], [3, 4, 0, 0], [3, 4, 5, 0], [3, 4, 0, 0], [3, 4, 5, 6]])
     lengths = torch.tensor([3, 2, 3, 3, 4])  # rows 1 and 3: the same ids, but in row 3 the 0 is a word
-    captions = torch.tensor([0, 1, 0, 2, 3])
     images, texts = model.embed_images(pixels), model.embed_texts(ids, lengths)
-    scale = float(model.log_scale.detach().exp())
-    expected = naive_info_nce(images.detach(), texts.detach(), scale, captions[:, None] == captions)
+    expected = naive_info_nce(images, texts, float(model.log_scale.exp()), same(0, 1, 0, 2, 3))
     assert model.loss(pixels, ids, lengths).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -118,25 +116,6 @@ def test_start():
     assert float(fresh.log_scale.detach().exp()) == pytest.approx(1 / 0.07, rel=1e-5)
     fresh = SigLIP(small_vit(class_token=False), tower, 64)
     assert float(fresh.log_scale.detach().exp()) == pytest.approx(10.0) and float(fresh.bias.detach()) == -10.0
-
-
-def test_a_toy_matching_is_learned():
-    vision = ViT(ViTConfig(8, 4, width=16, num_layers=1, num_heads=2, mlp_width=16, class_token=False))
-    text = TextTower(vocab_size=10, width=16, num_layers=1, num_heads=2, mlp_width=16, context_length=4)
-    model = ContrastiveModel(vision, 16, text, 16, joint_width=8)
-    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
-    ids = torch.stack([torch.zeros(6, dtype=torch.long), torch.arange(1, 7)], dim=1)
-    lengths = torch.full((6,), 2)
-    make = lambda: colours[:, :, None, None] + 0.1 * torch.randn(6, 3, 8, 8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    before = model.loss(make(), ids, lengths).item()
-    for _ in range(60):
-        optimizer.zero_grad()
-        model.loss(make(), ids, lengths).backward()
-        optimizer.step()
-    after = model.loss(make(), ids, lengths).item()
-    chosen = (model.embed_images(make()) @ model.embed_texts(ids, lengths).T).argmax(1)
-    assert before > 1.0 and after < 0.1 and chosen.tolist() == list(range(6))
 
 
 def clip():
@@ -238,18 +217,9 @@ def test_towers_meet_behind_the_last_norm(options, message):
             siglip(**options)
 
 
-def test_published_pairs_have_their_parameters():
+@pytest.mark.parametrize("make, width", [(clip, 7), (siglip, 12)])
+def test_masks_are_made_where_the_ids_are(make, width):
     with torch.device("meta"):
-        sizes = dict(image_size=224, patch_size=14, width=1024, num_layers=24, num_heads=16, mlp_width=4096)
-        vision = ViT(ViTConfig(**sizes, pre_norm=True, patch_bias=False, activation="quick_gelu", norm_eps=1e-5))
-        text = TextTower(49408, 768, 12, 12, 3072, 77, activation="quick_gelu", norm_eps=1e-5)
-        model = CLIP(vision, 1024, text, 768, joint_width=768)
-        assert sum(parameter.numel() for parameter in model.parameters()) == 427_616_513
-        sizes = dict(image_size=224, patch_size=16, width=768, num_layers=12, num_heads=12, mlp_width=3072)
-        vision = ViT(ViTConfig(**sizes, class_token=False, activation="gelu_tanh"))
-        text = BidirectionalTextTower(32000, 768, 12, 12, 3072, 64, pad_id=1)
-        model = SigLIP(vision, text, 768)
-        assert sum(parameter.numel() for parameter in model.parameters()) == 203_155_970
-    pixels, ids, lengths = (torch.empty(shape, device="meta") for shape in ((3, 3, 224, 224), (3, 9), (3,)))
-    assert model.embed_images(pixels).shape == (3, 768)
-    assert model.embed_texts(ids.long(), lengths.long()).shape == (3, 768)  # masks are made where the ids are
+        model = make()
+    ids, lengths = torch.zeros(3, 5, dtype=torch.long, device="meta"), torch.ones(3, dtype=torch.long, device="meta")
+    assert model.embed_texts(ids, lengths).shape == (3, width)

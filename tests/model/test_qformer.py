@@ -66,9 +66,6 @@ def test_only_the_listed_layers_look_at_the_picture():
     close(bridge(features, out=out), bridge(features))
     assert len(out["latents"]) == 1 and out["latents"][0].shape == (2, 3, 5, 7)
     close(out["latents"][0].sum(-1), torch.ones(2, 3, 5))
-    out = {}
-    make((True, False, True, True))(features, out=out)
-    assert len(out["latents"]) == 3
     for options, message in ((dict(cross_attention=(False, False)), "no layer looks"), (dict(num_heads=5), "width 12 .* 5 heads")):
         with pytest.raises(ValueError, match=message):
             make(**options)
@@ -82,26 +79,8 @@ def test_each_frame_of_a_clip_is_seen_on_its_own():
     assert found.shape == (2, bridge.num_image_tokens(7, 3), 10) == (2, 15, 10) and bridge.num_image_tokens(900) == 5
 
 
-def test_names_and_start():
+def test_start():
     bridge = QFormer(20, 96, 64, num_queries=32, num_heads=4, ffn_width=128, cross_attention=(True, False))
-    names = {name.rsplit(".", 1)[0] for name in bridge.state_dict() if name.startswith("layers.")}
-    attention = [f"attention.{part}" for part in ("q", "k", "v", "o", "norm")]
-    plain = [*attention, "fc_1", "fc_2", "ffn_norm"]
-    assert names == {f"layers.{i}.{name}" for i in (0, 1) for name in plain} | {f"layers.0.cross_{n}" for n in attention}
-    others = {name for name in bridge.state_dict() if not name.startswith("layers.")}
-    assert others == {"queries", "norm.weight", "norm.bias", "project.weight", "project.bias"}
     assert 0.018 < bridge.queries.std() < 0.022 and 0.018 < bridge.project.weight.std() < 0.022
     assert (bridge.project.bias == 0).all() and (bridge.layers[1].fc_1.bias == 0).all()
     assert 0.018 < bridge.layers[0].cross_attention.k.weight.std() < 0.022
-    assert bridge.layers[0].cross_attention.k.in_features == 20 and bridge.layers[0].attention.k.in_features == 64
-
-
-def test_full_size_is_blip2_s():
-    """The counts of the published Q-Former: 32 queries, six cross-attentions, no text side."""
-    with torch.device("meta"):
-        bridge = QFormer(1408, 2560, 768, num_queries=32, num_heads=12, ffn_width=3072, cross_attention=(True, False) * 6)
-    width, linear = 768, lambda a, b: a * b + b
-    per_layer = 4 * linear(width, width) + 2 * width + linear(width, 3072) + linear(3072, width) + 2 * width
-    looks = 2 * linear(width, width) + 2 * linear(1408, width) + 2 * width
-    expected = 32 * width + 2 * width + 12 * per_layer + 6 * looks + linear(width, 2560)
-    assert sum(parameter.numel() for parameter in bridge.parameters()) == expected
