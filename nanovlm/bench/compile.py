@@ -1,9 +1,9 @@
 """Every shipped kernel, compiled for GPUs that need not be there: `python -m nanovlm.bench compile`.
 
 A kernel can be right and ten times too slow: its tile does not fit the registers, its products are not those of the
-tensor cores, or its rows are read in pieces of two bytes. All of that can be read from the compiled code, without a
-GPU. Each tile in the tables of flash_attention.py and routed_projection.py is compiled for its architecture, as the
-launch would (pointers aligned to 16 bytes), and judged. For another Triton than the installed one:
+tensor cores, or its rows are read in pieces of two bytes. The compiled code tells. Each tile in the tables of
+flash_attention.py and routed_projection.py is compiled for its architecture, as the launch would (pointers aligned to
+16 bytes), and judged. For another Triton than the installed one:
 
     pip install --no-deps --target OTHER triton==3.6.0
     PYTHONPATH=OTHER python -m nanovlm.bench compile
@@ -50,8 +50,7 @@ class Variant:
     @property
     def tile(self):
         """The sizes of its tile, as 128x64."""
-        sizes = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
-        return "x".join(str(self.constants[name]) for name in sizes if name in self.constants)
+        return "x".join(str(self.constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in self.constants)
 
     @property
     def label(self):
@@ -83,9 +82,8 @@ def attention_variants():
     scalars |= dict(scale="fp32", lse="*fp32", delta="*fp32", seen_by="*i32", slopes="*fp32")
     for (architecture, widest), tiles in flash_attention.TILES.items():
         for width in (88,) if widest == 96 else (88, 128) if (architecture, widest) == (80, 128) else (widest,):
-            kinds = {"": (tiles, {"slopes": None}), " alibi": (flash_attention.with_alibi(tiles), {})}
-            kinds = [*kinds.items()][: 2 if width == 128 else 1]
-            for (kind, (chosen, off)), place in itertools.product(kinds, range(3)):
+            kinds = [("", tiles, {"slopes": None}), (" alibi", flash_attention.with_alibi(tiles), {})]
+            for (kind, chosen, off), place in itertools.product(kinds[: 2 if width == 128 else 1], range(3)):
                 name, tile = ("forward", "dq", "dkv")[place], chosen[place]
                 function = getattr(flash_attention, f"{name}_kernel")
                 types = {n: ("i32",) * 3 if n.endswith("strides") else "*bf16" for n in function.arg_names} | scalars
@@ -138,7 +136,7 @@ def compiled(variant):
     with contextlib.redirect_stdout(io.StringIO()) as log, tempfile.NamedTemporaryFile() as file:
         kernel = triton.compile(source, target=GPUTarget("cuda", variant.architecture, 32), options=options)
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        sass = subprocess.run([tools / "cuobjdump", "-sass", file.name], text=True, capture_output=True, check=True).stdout
+        sass = subprocess.check_output([tools / "cuobjdump", "-sass", file.name], text=True)
     return read(log.getvalue(), kernel.asm["ptx"], sass, kernel.metadata.shared)
 
 
@@ -188,7 +186,7 @@ def judge_all(args):
     """The command `bench compile`: a table of all variants; returns the exit code, 1 if a kernel has a fault."""
     import triton
 
-    recorded, lengths, bad = json.loads(RECORDED.read_text()), {}, 0
+    recorded, lengths, bad = json.loads(RECORDED.read_text()), {}, False
     known = recorded.get(triton.__version__, {})
     judged = "recorded" if args.record else "at most 5% more than recorded" if known else "nothing recorded"
     print(f"Triton {triton.__version__}; registers and spilled bytes of a thread, shared bytes of a program, "
@@ -197,12 +195,11 @@ def judge_all(args):
         found = compiled(one)
         longest = None if args.record or one.label not in known else int(known[one.label] * SLACK)
         wrong = faults(one, found, longest)
-        bad += bool(wrong)
-        lengths[one.label] = found.loop
+        bad, lengths[one.label] = bad or bool(wrong), found.loop
         print(ROW.format(one.name, one.architecture, one.constants.get("D", ""), one.tile, one.warps, one.stages,
                          found.registers, found.spilled, found.shared, found.wgmma + found.mma, found.copies, found.loop,
                          "; ".join(wrong) or "good"), flush=True)  # fmt: skip
     if args.record:
         recorded[triton.__version__] = dict(sorted((known | lengths).items()))
         RECORDED.write_text(json.dumps(dict(sorted(recorded.items())), indent=2) + "\n")
-    return int(bad > 0)
+    return int(bad)

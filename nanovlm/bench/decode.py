@@ -100,10 +100,8 @@ def end_tokens(answers):
 def their_generate(model, prompts, decoding):
     """transformers.generate: list of lists of new ids, without end token and what follows it."""
     ids = pad_sequence(list(map(torch.tensor, prompts)), True, padding_side="left").to(model.device)
-    rows = model.generate(
-        ids, attention_mask=(ids > 0).long(), max_new_tokens=decoding.max_new_tokens, do_sample=False,
-        eos_token_id=list(decoding.eos_ids) or None, pad_token_id=0,
-    )[:, ids.shape[1] :].tolist()  # fmt: skip
+    options = dict(max_new_tokens=decoding.max_new_tokens, do_sample=False, eos_token_id=list(decoding.eos_ids) or None)
+    rows = model.generate(ids, attention_mask=(ids > 0).long(), pad_token_id=0, **options)[:, ids.shape[1] :].tolist()
     return [list(itertools.takewhile(lambda token: token not in decoding.eos_ids, row)) for row in rows]
 
 
@@ -128,7 +126,8 @@ def compare(case, rounds, device, dtype):
     if case.rate is not None:
         told.append(f"(required {case.rate:.0f} tokens/s on an H200: {reached(num_tokens / middle, case.rate)})")
     read = sum(p.nbytes for p in model.decoder.parameters()) * max(map(len, answers)) / middle
-    bandwidth = read_bandwidth(device)
+    block = torch.ones(2**27, device=device)  # what one thread, or the GPU, reads at best: a few sums over 512 MB
+    bandwidth = block.nbytes / min(in_turns({"sum": block.sum}, 6, device)["sum"])
     share = f"{read / bandwidth:.0%} of the {bandwidth / 1e9:.1f} GB/s of a plain sum"
     return [*told, f"{same} of {num_tokens} tokens equal; weights read at {read / 1e9:.1f} GB/s, {share}"]
 
@@ -140,8 +139,8 @@ def decode(args):
     print(f"greedy decoding on {where(args.device)}; torch {torch.__version__}; {args.rounds} rounds in turns; {dtype}")
     for name, case in cases.items():
         ends = ", every row ends at another step" if case.rows_end else ""
-        print(f"\n{name}: {case.num_prompts} prompt(s), up to {case.num_new} new tokens each{ends}")
-        print("\n".join(compare(case, args.rounds, args.device, dtype)), flush=True)
+        print(f"\n{name}: {case.num_prompts} prompt(s), up to {case.num_new} new tokens each{ends}",
+              *compare(case, args.rounds, args.device, dtype), sep="\n", flush=True)  # fmt: skip
     return 0
 
 
@@ -195,11 +194,6 @@ def in_turns(runs, rounds, device, between=lambda: None):
             times[name].append(seconds(run, device))
     return times
 
-
-def read_bandwidth(device):
-    """Bytes per second that one thread, or the GPU, reads from memory: the best of a few sums over 512 MB."""
-    block = torch.ones(2**27, device=device)
-    return block.nbytes / min(in_turns({"sum": block.sum}, 6, device)["sum"])
 
 
 def comparison(times, num_tokens, required):

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from nanovlm.bench import decode
 from nanovlm.decoder import Decoder
@@ -24,7 +25,7 @@ from nanovlm.training import optimizer
 from nanovlm.training.cost import GB, example_cost, peak_flops, stage_memory, total_cost
 from nanovlm.training.language_loss import language_loss
 from nanovlm.training.processes import BLOCK, surround
-from nanovlm.training.stages import Stage, freeze
+from nanovlm.training.stages import WORDS, Stage, freeze
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN, Batch
 
 SAME = 1e-4  # how far apart the two sides' losses may be: sums are taken in another order
@@ -32,13 +33,13 @@ LEARNING_RATE = 1e-5  # AdamW turns the last digit of a small gradient into a wh
 REQUIRED = 0.95  # ratio of the medians
 CASES = {"4M": (8, 128), "135M": (2, 64)}  # size of decode.SIZES -> rows, tokens
 SETTLE, MEASURED = 3, 10  # steps on a GPU: before the clock starts, and under it
-DECODER_PARTS = ("embedding", "language_model", "lm_head")
+
 
 
 def make_batch(vocab_size, rows, words, device="cpu", image_tokens=0, image_size=0):
     """Rows of random words, all of them trained, behind a picture where there are image tokens: Batch."""
     ids = torch.randint(1, vocab_size, (rows, words), generator=torch.Generator().manual_seed(2)).to(device)
-    ids = torch.cat([ids.new_full((rows, image_tokens), IMAGE_TOKEN), ids], dim=1)
+    ids = F.pad(ids, (image_tokens, 0), value=IMAGE_TOKEN)
     positions, each = torch.arange(ids.shape[1], device=device).expand_as(ids), torch.arange(rows if image_tokens else 0)
     pixels = torch.randn(rows, 3, image_size, image_size, device=device) if image_tokens else None
     labels = torch.where(ids == IMAGE_TOKEN, IGNORE, ids)
@@ -54,7 +55,7 @@ def sides(size, rows, tokens):
         adamw = torch.optim.AdamW(module.train().parameters(), LEARNING_RATE, (0.9, 0.95), weight_decay=0.0, fused=True)
 
         def step():
-            adamw.zero_grad(set_to_none=True)
+            adamw.zero_grad()
             loss = loss_of()
             loss.backward()
             adamw.step()
@@ -79,8 +80,7 @@ def compare(size, rows, tokens, rounds):
         if abs(one - other) > SAME * abs(one):
             raise RuntimeError(f"step {number}: the loss is {one:.6f} in transformers and {other:.6f} here: "
                                "no speed to compare")  # fmt: skip
-    ours = losses["nanovlm"]
-    told = f"{rounds + 1} losses equal, {ours[0]:.4f} to {ours[-1]:.4f}"
+    told = f"{rounds + 1} losses equal, {losses['nanovlm'][0]:.4f} to {losses['nanovlm'][-1]:.4f}"
     return [*decode.comparison(times, rows * tokens, REQUIRED), told]
 
 
@@ -102,8 +102,7 @@ class Line:
 def slice_of_7b():
     """Four layers as wide as LLaMA-7B's, text alone: (VLM with next to no tower, Stage, rows, text, frames)."""
     config = llama_config(decode.SIZES["7B"] | {"num_hidden_layers": 4, "max_position_embeddings": 2048})
-    rates = dict.fromkeys(DECODER_PARTS, 1e-4)
-    stage = Stage("slice", "language", rates, {"words": 1}, 20, 8, max_tokens=2048, image_size=8)
+    stage = Stage("slice", "language", dict.fromkeys(WORDS, 1e-4), {"words": 1}, 20, 8, max_tokens=2048, image_size=8)
     return decode.around(Decoder(config)), stage, 8, 2048, 0
 
 
@@ -145,7 +144,7 @@ def measure(name, make, required, backend, compiled=False, device="cuda"):
             (loss / count).backward()
             for one in optimizers:
                 one.step()
-                one.zero_grad(set_to_none=True)
+                one.zero_grad()
 
     steps(SETTLE)
     if device == "cuda":

@@ -18,7 +18,6 @@ def tiny(monkeypatch):
     monkeypatch.setitem(decode.SIZES, "tiny", TINY)
     monkeypatch.setitem(decode.CASES["cpu"], "tiny", decode.Case("tiny", 5, 8, 0.0, rows_end=True))
     monkeypatch.setattr(decode, "SPREAD", 0.5)  # so narrow a model needs more not to repeat itself
-    monkeypatch.setattr(decode, "read_bandwidth", lambda device: 1e10)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -41,7 +40,7 @@ def test_report(capsys):
     assert main(["decode", "--case", "tiny", "--rounds", "2"]) == 0
     out = capsys.readouterr().out
     assert "transformers" in out and "tokens equal" in out and "(required 0.0: reached)" in out
-    assert "GB/s, " in out and "of the 10.0 GB/s of a plain sum" in out
+    assert "GB/s, " in out and "GB/s of a plain sum" in out
 
 
 @pytest.mark.parametrize("rate, word", [(1e-3, "reached"), (1e9, "MISSED")])

@@ -74,7 +74,7 @@ def test_what_a_gpu_would_train():
     assert costs["decoder"].flops + costs["head"].flops == pytest.approx(products + attention, rel=1e-6) and frames == 0
     with torch.device("meta"):
         model, stage, *_ = train.GPU_CASES["llava_phi"][0]()
-    assert set(stage.learning_rates) == {"vision", "bridge", *train.DECODER_PARTS} and stage.precision == "auto"
+    assert set(stage.learning_rates) == {"vision", "bridge", *train.WORDS} and stage.precision == "auto"
 
 
 def test_its_batch_trains_the_words_behind_the_picture():

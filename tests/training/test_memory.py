@@ -141,23 +141,23 @@ def test_memory_with_a_large_vocabulary():
 
 def test_what_several_processes_share():
     stage, costs, model = prepared("lynx", "resolution")
-    parts = model.parts()
+    parts, named = model.parts(), dict(model.named_parameters())
     alone, shared = stage_memory(parts, stage, costs), stage_memory(parts, stage, costs, "fsdp", 4)
     assert stage_memory(parts, stage, costs, "ddp", 4) == dataclasses.replace(alone, gathered=alone.gradients)
-    size = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (alone.weights, alone.gradients, alone.optimizer) == (FLOAT32 * size, FLOAT32 * trained, 2 * FLOAT32 * trained)
+
+    def size(names):
+        return FLOAT32 * sum(named[name].numel() for name in names)
+
+    trained = {name for name, p in named.items() if p.requires_grad}
+    assert (alone.weights, alone.gradients, alone.optimizer) == (size(named), size(trained), 2 * size(trained))
     assert (shared.weights, shared.gradients, shared.optimizer) == (alone.weights / 4, alone.gradients / 4, alone.optimizer / 4)
-    blocks = [*model.vision.blocks, *model.decoder.layers]
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    outside = {name: p for name, p in model.named_parameters() if ".blocks." not in name and not name.startswith("decoder.layers.")}
-    trained_outside = sum(p.numel() for name, p in outside.items() if p.requires_grad)
-    assert size == sum(sizes) + sum(p.numel() for p in outside.values()) and "bridge.latents" in outside
-    assert shared.gathered == FLOAT32 * (2 * max(sizes) + size - sum(sizes) + trained_outside)
+    blocks = {name: name.split(".")[:3] for name in named if BLOCK.match(name)}
+    largest = max(size(name for name in blocks if blocks[name] == block) for block in blocks.values())
+    outside = named.keys() - blocks
+    assert shared.gathered == 2 * largest + size(outside) + size(outside & trained) and "bridge.latents" in outside
     assert shared.activations == alone.activations
     muon = stage_memory(parts, dataclasses.replace(stage, optimizer="muon"), costs)
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and optimizer.is_matrix(name, p))
-    assert muon.optimizer == alone.optimizer - FLOAT32 * matrices
+    assert muon.optimizer == alone.optimizer - size(name for name in trained if optimizer.is_matrix(name, named[name]))
 
 
 def test_what_fits():

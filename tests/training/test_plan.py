@@ -31,8 +31,6 @@ def test_every_published_recipe_says_what_its_stages_expect_and_which_weights():
     for recipe in (recipe for recipe in RECIPES.values() if recipe.published):
         assert {stage.name for stage in recipe.stages("full", False)} == recipe.expected.keys(), recipe.name
         assert len(recipe.weights) >= 2 and all(expected.source for expected in recipe.expected.values() if expected.hours)
-    stated = [(e.num_gpus, e.gpu, e.hours) for name in ("lynx", "llava_phi") for e in RECIPES[name].expected.values() if e.hours]
-    assert stated == [(32, "A100", 72), (32, "A100", 8), (24, "A100", 16), (8, "A100", 1.5), (8, "A100", 8)]
 
 
 def test_hours_by_hand():

@@ -30,20 +30,6 @@ def gradients(model, batch):
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_a_blank_picture_reaches_everything_and_changes_nothing(run):
-    stage, words = RECIPE.stages("full", False)[1], [one for one in RECORDS if not one.visuals]
-    (batch,), = update.language_batch(run, stage, words, Report(), 1).inputs
-    run.model.vision.resize(stage.image_size)
-    loss, alone = gradients(run.model, batch)
-    same, blank = gradients(run.model, update.with_blank_picture(batch, run.model, stage.image_size))
-    assert same == pytest.approx(loss, rel=1e-6)
-    assert not any(name.startswith("vision") for name, value in alone.items() if value is not None)
-    for name, value in blank.items():
-        assert value is not None, name
-        wanted = torch.zeros_like(value) if alone[name] is None else alone[name]
-        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-7, msg=name)
-
-
 def test_a_process_without_rows_has_a_loss_of_zero(run):
     empty = update.blank(run, RECIPE.stages("full", False)[0])
     loss, found = gradients(run.model, *empty.inputs[0])
