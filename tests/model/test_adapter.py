@@ -1,22 +1,8 @@
-"""Lynx's bottleneck adapter: its formula, and a start that is near zero but not zero."""
+"""Lynx's bottleneck adapter starts near zero, but not at zero; its formula: tests/official."""
 
 import torch
 
 from nanovlm.adapter import Adapter
-from parity import close
-from random_models import randomise
-
-
-def test_formula():
-    adapter = randomise(Adapter(6, 4), spread=0.5)
-    hidden = torch.randn(2, 5, 6) * 3 + 1
-    centred = hidden - hidden.mean(-1, keepdim=True)
-    normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * adapter.norm.weight + adapter.norm.bias
-    narrow = normed @ adapter.down.weight.T + adapter.down.bias
-    narrow = narrow / (1 + (-narrow).exp())  # SiLU
-    expected = hidden + adapter.scale * (narrow @ adapter.up.weight.T + adapter.up.bias)
-    close(adapter(hidden), expected)
-    assert (adapter(hidden) - hidden).abs().min() > 1e-4  # the update is not lost
 
 
 def test_start():

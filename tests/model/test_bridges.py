@@ -1,10 +1,9 @@
-"""Projector and resampler: formulas, permutations, frames, attention maps, every bridge in a model."""
+"""Projectors by formula, frames, attention maps, every bridge in a model; the resampler's equations: tests/official."""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from nanovlm.abstractor import Abstractor
 from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
@@ -29,37 +28,6 @@ def test_projectors(kind):
         expected = expected @ projector.linear_2.weight.T + projector.linear_2.bias
     close(projector(patches), expected)
     assert projector.output_width == 8 and projector.num_image_tokens(6) == 6 and projector.num_image_tokens(6, 3) == 18
-
-
-def naive_resampler(resampler, patches, latents_too):
-    """One visual input, one latent, one head at a time."""
-    z = resampler.latents
-    norm = lambda layer, x: F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, 1e-5)
-    for layer in resampler.layers:
-        keys, queries = norm(layer.norm_patches, patches), norm(layer.norm_latents, z)
-        if latents_too:
-            keys = torch.cat([keys, queries])
-        q, k, v = queries @ layer.q.weight.T, keys @ layer.k.weight.T, keys @ layer.v.weight.T
-        seen = torch.zeros(len(z), 8)
-        for latent in range(len(z)):
-            for head in (slice(0, 4), slice(4, 8)):
-                shares = torch.softmax(k[:, head] @ q[latent, head] / math.sqrt(4), dim=0)
-                seen[latent, head] = shares @ v[:, head]
-        z = z + seen @ layer.o.weight.T
-        z = z + F.gelu(norm(layer.ffn[0], z) @ layer.ffn[1].weight.T) @ layer.ffn[3].weight.T
-    return norm(resampler.norm, z)
-
-
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("attend_to_latents", [False, True])
-def test_resampler_formula(backend, attend_to_latents):
-    resampler = make(output_width=7 if attend_to_latents else 10, attend_to_latents=attend_to_latents)
-    resampler.backend = backend
-    patches = torch.randn(2, 5, 7)
-    found = resampler(patches)
-    assert found.shape == (2, 3, 7 if attend_to_latents else 10)
-    for m in range(2):
-        close(found[m], naive_resampler(resampler, patches[m], attend_to_latents))
 
 
 def test_frame_embeddings_mark_every_patch_of_their_frame():
@@ -94,13 +62,8 @@ def test_attention_maps(attend_to_latents):
 def test_number_of_image_tokens_and_the_start():
     resampler = Resampler(64, 96, num_latents=32, num_layers=1, num_heads=2, head_width=4, ffn_width=8, max_frames=20)
     assert resampler.num_image_tokens(900) == resampler.num_image_tokens(17, 5) == 32
-    assert resampler.output_width == 96 and not resampler.layers[0].attend_to_latents
-    assert {name for name, _ in resampler.layers[0].named_parameters() if "bias" in name} == {
-        "norm_patches.bias", "norm_latents.bias", "ffn.0.bias"}
-    assert Resampler(7, 10, 3, 1, 2, 4, 11).frame_embedding is None
     assert resampler.latents.shape == (32, 96) and 0.95 < resampler.latents.std() < 1.05
     assert resampler.frame_embedding.shape == (20, 64) and 0.018 < resampler.frame_embedding.std() < 0.022
-    assert len(make(num_layers=4).layers) == 4
 
 
 @pytest.mark.parametrize("num_frames", [1, 2])

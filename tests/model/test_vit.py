@@ -1,4 +1,4 @@
-"""The ViT piece by piece: patches, positions, options, and a whole forward pass written again by hand."""
+"""The ViT piece by piece: patches, positions, options; whole towers against transformers: tests/published."""
 
 import math
 
@@ -16,7 +16,6 @@ from random_models import randomise, small_vit
 def config(**options):
     sizes = dict(image_size=12, patch_size=4, width=12, num_layers=2, num_heads=3, mlp_width=20)
     return ViTConfig(**(sizes | options))
-
 
 
 def test_start():
@@ -40,52 +39,6 @@ def test_start():
 def test_bad_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
-
-
-def naive_vit(vit, pixels, activation, eps):
-    """The whole tower, by hand; options are read off the parameters that exist."""
-    norm = lambda layer, x: F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, eps)
-    x = F.unfold(pixels, 4, stride=4).transpose(1, 2) @ vit.patch_embedding.weight.flatten(1).T
-    if vit.patch_embedding.bias is not None:
-        x = x + vit.patch_embedding.bias
-    if vit.class_token is not None:
-        x = torch.stack([torch.cat([vit.class_token[None], picture]) for picture in x])
-    x = x + vit.positions
-    if isinstance(vit.pre_norm, nn.LayerNorm):
-        x = norm(vit.pre_norm, x)
-    for block in vit.blocks:
-        q, k, v = (getattr(block.attention, name)(norm(block.norm_1, x)) for name in "qkv")
-        heads = []
-        for head in (slice(0, 4), slice(4, 8), slice(8, 12)):
-            shares = torch.softmax(q[..., head] @ k[..., head].transpose(1, 2) / 2, dim=-1)
-            heads.append(shares @ v[..., head])
-        x = x + block.attention.o(torch.cat(heads, dim=-1))
-        x = x + block.fc_2(activation(block.fc_1(norm(block.norm_2, x))))
-    return norm(vit.post_norm, x) if isinstance(vit.post_norm, nn.LayerNorm) else x
-
-
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("options", [
-    dict(), dict(class_token=False, patch_bias=False), dict(pre_norm=True, activation="quick_gelu", norm_eps=1e-2),
-    dict(post_norm=False, qkv_bias="qv", activation="gelu_tanh"), dict(image_size=16),  # more tokens than channels
-])  # fmt: skip
-def test_forward_by_hand(options, backend):
-    vit = small_vit(**options)
-    pixels = torch.randn(2, 3, vit.image_size, vit.image_size)
-    vit.backend = backend
-    biased = [getattr(vit.blocks[0].attention, name).bias is not None for name in "qkv"]
-    assert biased == [name in vit.config.qkv_bias for name in "qkv"]
-    activation = {
-        "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
-        "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-        "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
-    }[vit.config.activation]
-    found = vit(pixels)
-    num_patches = (vit.image_size // 4) ** 2
-    assert found.shape == (2, num_patches + vit.config.class_token, 12)
-    assert vit.num_tokens(vit.image_size) == found.shape[1]
-    close(found, naive_vit(vit, pixels, activation, vit.config.norm_eps))
-
 
 
 def cubic(distance):

@@ -6,13 +6,11 @@ import torch
 from types import SimpleNamespace
 
 from nanovlm.training import processes, update
-from nanovlm.data.batching import Report
 from nanovlm.training.processes import join
 from nanovlm.recipes import RECIPES
 from nanovlm.vlm import Batch
 from nanovlm.training.stages import Stage, freeze
 from test_trainer import make
-from test_update import RECORDS
 from tiny_recipe import RECIPE
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import functools
-import json
 import math
 import zlib
 
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from test_trainer import hooked, log, make, train
 from tiny_recipe import RECIPE, Squares
 
