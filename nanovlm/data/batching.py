@@ -73,7 +73,9 @@ def written(record, template, tokenizer, num_image_tokens, image_size, num_tiles
     """The record with its pictures in tiles and its rows, unless it has them: Record. Args and errors: as `build_batch`."""
     if record.rows:
         return record
-    visuals, rows = tuple(tiles.cut(visual, image_size, num_tiles) for visual in record.visuals), []
+    visuals, rows = record.visuals, []
+    if num_tiles is not None:
+        visuals = tuple(tiles.cut(visual, image_size, num_tiles) for visual in visuals)
     pictures = [templates.picture_ids(visual, template, tokenizer, num_image_tokens(image_size, len(visual.frames)))
                 for visual in visuals]
     for number, conversation in enumerate(record.conversations):
