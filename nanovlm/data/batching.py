@@ -70,7 +70,7 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
 
 
 def written(record, template, tokenizer, num_image_tokens, image_size, num_tiles):
-    """The record with its pictures in tiles and its rows, unless it has them: Record. Args and errors: as `build_batch`."""
+    """The record with its pictures in tiles and its rows, unless it has them. Args and errors: as `build_batch`."""
     if record.rows:
         return record
     visuals, rows = record.visuals, []
@@ -242,7 +242,8 @@ class Preparation:
         if self.template is None:
             captions_of(record)  # for its errors, before its picture is changed
         else:
-            record = written(record, self.template, self.tokenizer, self.num_image_tokens, self.image_size, self.num_tiles)
+            how = self.template, self.tokenizer, self.num_image_tokens, self.image_size, self.num_tiles
+            record = written(record, *how)
             for where, row in record.rows:
                 cut(row, self.max_tokens, Report(), where)  # for its errors; the batch counts what is cut
         return replace(record, visuals=tuple(map(self._fit, record.visuals)))

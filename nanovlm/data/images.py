@@ -70,7 +70,8 @@ def load(source):
         try:
             source = Image.fromarray(source)
         except (TypeError, ValueError) as error:
-            raise ImageError(f"an array {source.dtype}{list(source.shape)} is no picture; expected uint8[H, W, 3]") from error
+            found = f"{source.dtype}{list(source.shape)}"
+            raise ImageError(f"an array {found} is no picture; expected uint8[H, W, 3]") from error
     if isinstance(source, Image.Image):
         return _upright_rgb(source, IN_MEMORY)
     with opened(source) as image:
@@ -80,7 +81,7 @@ def load(source):
 def bare_names(paths, folder):
     """Whether missing pictures are found in a folder by their names without folders: bool; a warning tells if they are.
 
-    Only where that can give no wrong one: no picture lies in a folder of its own, no two share a name, and all are there.
+    Only where that can give no wrong one: no picture lies in a folder of its own, no two share a name, all are there.
     """
     missing = [path for path in paths if not os.path.exists(path)]
     bare = {Path(folder, Path(path).name) for path in paths}
@@ -110,7 +111,7 @@ def opened(source):
         content, source = (source, IN_MEMORY) if isinstance(source, bytes) else (source.read(), source)
         file = io.BytesIO(content)
     elif not isinstance(source, (str, os.PathLike)):
-        raise ImageError(f"a {type(source).__name__} is no picture; expected a path, a PIL image or an array uint8[H, W, 3]")
+        raise ImageError(f"a {type(source).__name__} is no picture; expected a path, a PIL image or uint8[H, W, 3]")
     elif os.path.isdir(source):
         raise ImageError(f"{source}: a folder, not an image")
     elif not os.path.exists(source):
@@ -140,7 +141,7 @@ def opened(source):
 
 
 def bare_png(data):
-    """A PNG's bytes without texts, colour profiles and the like, for which PIL refuses it where they are long or broken."""
+    """A PNG's bytes without texts, colour profiles and the like, long or broken ones of which PIL refuses."""
     kept, place = [PNG], len(PNG)
     while place < len(data):
         stop = place + 12 + int.from_bytes(data[place : place + 4])  # length, name, content, checksum

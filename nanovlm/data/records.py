@@ -114,7 +114,7 @@ class Changed:
 
 
 def check_order(roles, last="assistant", where=""):
-    """Raise ValueError, behind `where`, unless user and assistant take turns and `last` ends; one assistant turn is fine."""
+    """Raise ValueError, behind `where`, unless user and assistant alternate and `last` ends; a lone reply is fine."""
     alternate = all(one != other for one, other in zip(roles, roles[1:]))
     if not roles or not alternate or roles[-1] != last or (len(roles) > 1 and roles[0] != "user"):
         raise ValueError(f"{where}the turns are by {', '.join(roles) or 'nobody'}; user and assistant must alternate, "
@@ -228,7 +228,7 @@ def spoken(item, where):
 
 
 def with_system(said):
-    """What is said, the system's words at the beginning in front of the first question (or they are it): as `spoken`."""
+    """What is said, the system's first words in front of the first question (or they are it): as `spoken`."""
     start = next((place for place, (speaker, _) in enumerate(said) if speaker != "system"), len(said))
     words, rest = [text for _, text in said[:start] if text.strip()], said[start:]
     if words and rest and ROLES.get(rest[0][0]) == "user":

@@ -106,7 +106,8 @@ def _count(scene, rng, pairs):
 def _existence(scene, rng, pairs):
     """Yes and no equally often; most of the absent pairs share colour or shape with an object that is there."""
     form, thing, present = rng.random(), pick(rng, scene.objects), rng.random() < 0.5
-    kind, known = ("color", COLORS) if form < 0.2 else ("shape", SHAPES) if form < 0.4 else ("pair", map(" ".join, pairs))
+    kind = "color" if form < 0.2 else "shape" if form < 0.4 else "pair"
+    known = {"color": COLORS, "shape": SHAPES, "pair": map(" ".join, pairs)}[kind]
     words, absent = getattr(thing, kind), [word for word in known if word not in scene.all(kind)]
     if not present:
         alike = [pair for pair in absent if {*pair.split()} & {thing.color, thing.shape}] if 0.4 <= form < 0.8 else ()
@@ -245,7 +246,8 @@ class Scenes:
         self.max_objects, self.min_objects = max_objects, min_objects
         self.string_share, self.canvas = string_share, canvas
         wanted = ("captions", 1, CAPTIONS), ("questions", questions_per_picture, QUESTIONS)
-        self.wanted = [(number, chosen(weights, TYPES, types)) for users, number, types in wanted if kind in (users, "both")]
+        self.wanted = [(number, chosen(weights, TYPES, types))
+                       for users, number, types in wanted if kind in (users, "both")]
         # all that the pictures depend on, so that the same ones have the same key whatever is asked about them
         self.key = f"{self.name}/{seed}/{canvas}/{min_objects}-{max_objects}/{string_share}"
         self.pairs = HELD_OUT if split == "unseen_pairs" else TRAIN_PAIRS
@@ -395,7 +397,8 @@ class SceneTexts:
         drawn, said, key = pick_weighted(rng, self.weights), [], None
         while not said or key is not None and in_held_out_fifth(key) != new:
             kind, said, key = self._make(rng, drawn)
-        turns = tuple(Turn(role, (words,)) for role, words in zip(itertools.cycle(("user", "assistant")), said) if words)
+        spoken = zip(itertools.cycle(("user", "assistant")), said)
+        turns = tuple(Turn(role, (words,)) for role, words in spoken if words)
         return Record(f"{self.name}/{self.seed}/{n}", (), (turns,), (kind,))
 
     def _make(self, rng, kind):

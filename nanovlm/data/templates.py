@@ -55,8 +55,8 @@ class Template:
         check_known("unknown image_place", self.image_place, ("row", "chunk", "turn", "inline"))
 
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-          "and polite answers to the user's questions. ")  # LLaVA's wording; Vicuna itself says "human" for "user"
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+          "detailed, and polite answers to the user's questions. ")  # LLaVA's; Vicuna itself says "human" for "user"
 
 # Lynx's form, arXiv:2307.02469: image tokens first, then BOS and text. Only questions are lower-cased: answers may
 # spell capitals.
@@ -241,8 +241,10 @@ def picture_ids(visual, template, tokenizer, num_image_tokens):
         return [IMAGE_TOKEN] * num_image_tokens
     (rows, columns), ids = visual.grid or (0, 0), []
     if max(rows, columns) > MOST_TILES:
-        raise ValueError(f"{visual.key}: cut into {rows} x {columns} tiles, but this model has marks for {MOST_TILES} a side "
-                         f"at most; ask for fewer (sample.py --tiles {MOST_TILES}, train.py --set STAGE.tiles={MOST_TILES})")
+        raise ValueError(
+            f"{visual.key}: cut into {rows} x {columns} tiles, but this model has marks for {MOST_TILES} a side at "
+            f"most; ask for fewer (sample.py --tiles {MOST_TILES}, train.py --set STAGE.tiles={MOST_TILES})"
+        )
     for frame in range(len(visual.frames)):
         newlines, marks, (row, column) = "\n\n" if rows else "", template.image_marks, divmod(frame, columns or 1)
         if row < rows:

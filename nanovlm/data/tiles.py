@@ -2,8 +2,8 @@
 
 A tower sees one square, in which the small print of a photograph is lost. So the picture is scaled up or down until its
 longer side has a number of pixels, stretched a little to whole squares, and cut, row by row. The squares stand as the
-frames of one visual input: every tower and bridge takes them. What tells a model where a tile stands are marks in the row,
-which are the template's (templates.Template.tile_marks).
+frames of one visual input: every tower and bridge takes them. Marks in the row tell a model where a tile stands
+(templates.Template.tile_marks).
 
 Idefics3, arXiv:2408.12637, Sec. 2.2; SmolVLM, arXiv:2504.05299. Sizes, filter and rounding are those of transformers'
 Idefics3ImageProcessor on PIL.
@@ -27,14 +27,14 @@ def cut(visual, image_size, num_tiles):
 
     Args:
       visual: records.Visual. image_size: S.
-      num_tiles: of S pixels along the picture's longer side; 0 = one square of the whole; None = the visual input as it is.
+      num_tiles: of S pixels along the picture's longer side; 0 = one square of the whole; None = nothing is changed.
     Returns: records.Visual with frames of S x S, the whole last, and `grid`, (rows, columns) of the tiles or (0, 0).
     Raises: what images.load raises; ValueError for a picture that an augmentation cuts otherwise.
     """
     if num_tiles is None or visual.grid is not None:
         return visual
     if visual.view is not None:
-        raise ValueError(f"{visual.key}: tiles show the whole picture, an augmentation a part of it; leave one of them out")
+        raise ValueError(f"{visual.key}: tiles show the whole picture, an augmentation a part; leave one of them out")
     frames = [images.load(frame) for frame in visual.frames]
     grid, squares = split(frames[0], image_size, round(num_tiles * image_size) if len(frames) == 1 else 0)
     squares += [split(frame, image_size, 0)[1][0] for frame in frames[1:]]

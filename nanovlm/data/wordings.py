@@ -1,4 +1,4 @@
-"""The questions of scenes and easy-VQA in many wordings (instruction diversification: Lynx, arXiv:2307.02469, Sec. 2.3).
+"""The questions of scenes and easy-VQA in many wordings (as Lynx does, arXiv:2307.02469, Sec. 2.3).
 
 wordings.json holds for each kind of question how the data sets ask it, as patterns whose groups fill the wordings; some
 wordings to train with; and others, written before anything was trained, for tests alone.
@@ -18,7 +18,7 @@ WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text())
 
 
 def reword(question, words, rng):
-    """A question in other words. words: "train" or "held_out". rng: numpy Generator. Raises: ValueError for an unknown one."""
+    """A question in other words. words: "train" or "held_out". Raises: ValueError for a question of no known kind."""
     for kind in WORDINGS.values():
         for pattern in kind["asked"]:
             if found := re.fullmatch(pattern, question):

@@ -43,8 +43,8 @@ def make_prompt(assistant, turns, visuals, max_new_tokens, pixels=None):
       assistant: chat.Assistant.
       turns: list of Turn, any history and the user's last. visuals: list of records.Visual that they mention by number.
       max_new_tokens: room for the answer.
-      pixels: dict Visual.key -> float32[f, 3, S, S], and (Visual.key, "ids") -> its ids in the row, filled here; share one
-        among prompts, and a picture of theirs is read and encoded once.
+      pixels: dict Visual.key -> float32[f, 3, S, S], and (Visual.key, "ids") -> its ids in the row, filled here; of
+        prompts that share one, a picture is read and encoded once.
     Returns: Prompt.
     Raises: PromptTooLong; ValueError if the turns are out of order, or for pictures without a tower; what reading a
       picture raises.
@@ -61,14 +61,14 @@ def make_prompt(assistant, turns, visuals, max_new_tokens, pixels=None):
     context = model.decoder.config.context_length
     if len(row.ids) + max_new_tokens > context:
         raise PromptTooLong(
-            f"the prompt has {len(row.ids)} tokens and the answer up to {max_new_tokens}, but the context has {context}: "
-            "ask something shorter, drop earlier turns or pictures, or lower max_new_tokens"
+            f"the prompt has {len(row.ids)} tokens and the answer up to {max_new_tokens}, but the context has "
+            f"{context}: ask something shorter, drop earlier turns or pictures, or lower max_new_tokens"
         )
     return Prompt(row, [pixels[visuals[place].key] for place, _, _ in row.images])
 
 
 def reply(assistant, prompts, decoding, seeds=None, stop=(), batch_size=None, workspace=None):
-    """Answer prompts: list of str, as `clean` leaves them. Without sampling, equal prompts are run once, short ones first.
+    """Answer prompts: list of str, as `clean` leaves them. Without sampling, equal prompts run once, short ones first.
 
     Args:
       assistant: chat.Assistant. prompts: list of Prompt.
@@ -112,7 +112,7 @@ def with_end(assistant, decoding):
 
 
 def clean(text, template, stop=()):
-    """The answer in a model's text: without the template's suffix, what follows a stop word, its prefix, blanks around."""
+    """The answer in a model's text: without the template's suffix, what follows a stop word, the prefix, blanks."""
     text = text.removesuffix(template.answer_suffix)
     text = text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
     return text.removeprefix(template.answer_prefix).strip()

@@ -2,13 +2,13 @@
 
 Running beams carry summed log-probabilities. A candidate that ends moves to the prompt's hypotheses if it is among
 the first num_beams candidates, scored by its sum / (new tokens) ** length_penalty; the best num_beams hypotheses stay.
-The rules, and their order, are those of transformers 5 (`GenerationMixin._beam_search`), including what looks odd there:
+The rules, and their order, are those of transformers 5 (`GenerationMixin._beam_search`), with what looks odd there:
 twice as many candidates as beams (more with several end tokens), of which the later half may run on but not end.
 With do_sample the candidates are drawn, without replacement, instead of taken from the top.
 
 With counts_dummy_token the search is that of transformers 4.28 behind prompts of embeddings, which is how Lynx decoded
-(bytedance/lynx-llm; `beam_search`, `beam_sample` and `BeamSearchScorer` of transformers 4.28.1). Such a prompt has no ids,
-so that version put one dummy token in their place. It is never embedded, but counted, and other rules differed:
+(bytedance/lynx-llm; `beam_search`, `beam_sample` and `BeamSearchScorer` of transformers 4.28.1). Such a prompt has no
+ids, so that version put one dummy token in their place. It is never embedded, but counted, and other rules differed:
 
 - a text that does not end by itself is scored by its sum / (1 + new tokens) ** length_penalty; one that ends, by
   (1 + new tokens without the end token), which is the number that today's rule divides by as well;
@@ -81,7 +81,7 @@ def pick(texts, places):
 
 
 def start(num_prompts, decoding, device):
-    """Beams before the first step. All beams of a prompt are equal, so all but one are excluded: it would win N times."""
+    """Beams before the first step. Those of a prompt are equal, so all but one are excluded: it would win N times."""
     shape = (num_prompts, decoding.num_beams)
     ids = torch.full((*shape, decoding.max_new_tokens), NONE, device=device)
     excluded = torch.full(shape, EXCLUDED, device=device)

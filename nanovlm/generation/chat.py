@@ -8,8 +8,8 @@
 The whole conversation is written anew with the model's template for every answer. When the context is full, the oldest
 exchanges without a picture are forgotten, whole ones only: half a turn would be a text the model never trained on.
 
-Describe-first: the model first describes the picture, then answers in that history. Its own words about the picture help
-it to follow an instruction it was never trained for. Lynx, arXiv:2307.02469, Sec. 2.3 and 3.2.
+Describe-first: the model first describes the picture, then answers in that history. Its own words about the picture
+help it to follow an instruction it was never trained for. Lynx, arXiv:2307.02469, Sec. 2.3 and 3.2.
 """
 
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class Assistant:
     image_size: int  # pixels; 0 = reads no pictures
     image_fit: str = "crop"  # how a picture becomes square, as in images.to_pixels
     preprocessing: Preprocessing = CLIP  # mean and deviation of its pixels; size and fit are those above
-    tiles: float | None = None  # squares along the longer side of a picture, see tiles.cut; 0 = one, None = as image_fit says
+    tiles: float | None = None  # squares along a picture's longer side, as in tiles.cut; None = as image_fit says
     decodings: dict = field(default_factory=lambda: {"default": Decoding()})  # preset name -> sampler.Decoding
     forms: dict = field(default_factory=dict)  # preset name -> Form
     remark: str = ""  # what to say beside an answer about a picture unlike the training's; "" = nothing
@@ -65,8 +65,8 @@ class Assistant:
 
         Args:
           question: str, or list of str.
-          images: None, one, or a list of those shown with every question: each a path, a PIL image or an array uint8[H, W, 3];
-            a clip within the list is a list of them, as `[*video.Clip(path, 8)]` gives it, or an array uint8[F, H, W, 3].
+          images: None, one, or a list of those shown with every question: each a path, a PIL image or uint8[H, W, 3]; a
+            clip within the list is a list of them, as `[*video.Clip(path, 8)]` gives it, or an array uint8[F, H, W, 3].
           decoding: sampler.Decoding; None = the preset "default". seed: of sampling.
         Returns: str, or list of str.
         Raises: ValueError if it is too long, or the model cannot read pictures; what reading a picture raises.

@@ -10,9 +10,9 @@ takes, plus what Python and torch need to say so. Three things help, and none ch
 - the queries that share a key head stand in the place of several tokens, so that no key or value is copied.
 
 `FastDecoder.bind` takes the place of prefill.bind, and is chosen by handing the decoder to `generate` in a Workspace. A
-step has two forms. The eager one attends to the columns written so far, whose number it must know. `StaticStep` keeps the
-column on the device and attends to all columns behind a mask: every shape and address is the same in every step, so that
-torch.compile makes one graph of it and CUDA replays it without the host. Neither waits for the device.
+step has two forms. The eager one attends to the columns written so far, whose number it must know. `StaticStep` keeps
+the column on the device and attends to all columns behind a mask: shapes and addresses are the same in every step, so
+that torch.compile makes one graph of it and CUDA replays it without the host. Neither waits for the device.
 
 R rows, W width, H heads, K key/value heads, G = H / K, D head width, L columns of the cache, P positions, V vocabulary
 """
@@ -46,8 +46,8 @@ def for_reading(weight, one_row):
 
 @torch.no_grad()
 def pack(linears, one_row):
-    """Store the weights of linear layers of one input side by side: (weight float[in, all outs], bias float[all outs] or
-    None), of which their own become views."""
+    """Store the weights of linear layers of one input side by side: (weight float[in, all outs], bias float[all outs]
+    or None), of which their own become views."""
     weight, start = for_reading(torch.cat([linear.weight for linear in linears]), one_row), 0
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     for linear in linears:
@@ -73,7 +73,7 @@ def product(x, weight, bias=None, residual=None):
         if added is not None:
             out += added
     else:
-        out = x @ weight if added is None else torch.addmm(added, x, weight)  # the sum is taken where the product is made
+        out = x @ weight if added is None else torch.addmm(added, x, weight)  # summed where the product is made
     return out if bias is added or bias is None else out.add_(bias)
 
 
@@ -121,8 +121,8 @@ class FastDecoder:
     def __init__(self, decoder, static=None, rows=1):
         for name, module in decoder.named_modules():
             if type(module) not in WRITTEN_OUT and not CALLED & {*name.split(".")}:
-                raise ValueError(f"fast decoding does not know the {type(module).__name__} at {name or 'the top'}: merge "
-                                 "low-rank updates first; with modules of your own, decode without it")
+                raise ValueError(f"fast decoding does not know the {type(module).__name__} at {name or 'the top'}: "
+                                 "merge low-rank updates first; with modules of your own, decode without it")
         on_gpu = decoder.embedding.weight.is_cuda
         self.decoder, self.config, self.static = decoder, decoder.config, on_gpu if static is None else static
         self.norm = normaliser(decoder.norm)

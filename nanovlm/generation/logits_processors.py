@@ -23,8 +23,9 @@ def seen_tokens(tokens, vocab_size):
 
 
 def repetition_penalty(scores, tokens, penalty):
-    """Make ids that occur in the row, int64[R, T], less likely if the penalty is above 1: positive scores are divided by
-    it, negative ones multiplied. Source: CTRL, arXiv:1909.05858, Sec. 4.1.
+    """Ids that occur in the row, int64[R, T]: positive scores are divided by the penalty, negative ones multiplied.
+
+    Source: CTRL, arXiv:1909.05858, Sec. 4.1.
     """
     penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
     return torch.where(seen_tokens(tokens, scores.shape[1]), penalised, scores)

@@ -1,13 +1,13 @@
-"""From prompts to rows that generate: pictures are encoded once each, prompts run through the decoder once, then a token
-at a time.
+"""From prompts to rows that generate: pictures are encoded once each, prompts run through the decoder once, then a
+token at a time.
 
 Prompts of unequal length are padded on the left, so that all of them end in the same column of the cache.
 
-A causal decoder computes the same keys and values for the same beginning, whatever comes behind it. So prompts that begin
-alike (many questions about one picture) run their beginning once, and only the rest row by row. Where nothing is alike,
-prompts of unequal length are beginnings as a whole. Beginnings stand side by side in one row, a document each, so that no
-padding is computed; the cache holds them as rows of their own. As rows end in the same column, their beginnings do not:
-the rest starts, for all of them, at the first column where some row parts from its group.
+A causal decoder computes the same keys and values for the same beginning, whatever comes behind it. So prompts that
+begin alike (many questions about one picture) run their beginning once, and only the rest row by row. Where nothing is
+alike, prompts of unequal length are beginnings as a whole. Beginnings stand side by side in a row, a document each, so
+that no padding is computed; the cache holds them as rows of their own. As rows end in the same column, their beginnings
+do not: the rest starts, for all of them, at the first column where some row parts from its group.
 
 B prompts, P columns of the longest prompt, U different beginnings, R rows (a prompt may have several: its beams or
 samples), V vocabulary, W width, K key/value heads, D head width
@@ -38,8 +38,7 @@ class Workspace:
     share: prompts that begin alike run their beginning once, others side by side; False: padded rows, each whole.
     pictures: {id of a tensor of pixels: (the tensor itself, float[n, W] its image tokens)}, never forgotten here.
     seconds: wall time in each of PARTS, summed over the calls. What the caller does between two tokens does not count.
-    num_images, num_squares, num_prompt_tokens, num_new_tokens: visual inputs encoded, their frames or tiles, tokens of the
-      prompts, tokens of the answers.
+    num_images, num_squares: visual inputs encoded, their frames or tiles. num_prompt_tokens, num_new_tokens: tokens.
     """
 
     fast: object = None
@@ -65,7 +64,8 @@ class Workspace:
         decoding = self.seconds["decoding"]
         rate = f", {self.num_new_tokens / decoding:.1f} tokens/s" if decoding else ""
         squares = f" in {self.num_squares} squares" * (self.num_squares != self.num_images)
-        told = f"{self.num_images} encoded{squares}", f"{self.num_prompt_tokens} tokens", f"{self.num_new_tokens} tokens{rate}"
+        prompt, new = f"{self.num_prompt_tokens} tokens", f"{self.num_new_tokens} tokens"
+        told = f"{self.num_images} encoded{squares}", prompt, new + rate
         return [f"{part:<9}{self.seconds[part]:8.3f} s  ({words})" for part, words in zip(PARTS, told)]
 
 
@@ -73,7 +73,7 @@ def check_prompts(model, prompts, visual_inputs, decoding):
     """Raise ValueError for a prompt that the model cannot continue; the message names the prompt by its place."""
     config, token = model.decoder.config, IMAGE_TOKEN if model.media_token is None else model.media_token
     if len(visual_inputs) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, but visual inputs for {len(visual_inputs)}; give one list per prompt")
+        raise ValueError(f"{len(prompts)} prompts, but visual inputs for {len(visual_inputs)}; give a list per prompt")
     if max(decoding.eos_ids, default=0) >= config.vocab_size:
         raise ValueError(f"end token {max(decoding.eos_ids)} lies outside the vocabulary of {config.vocab_size}")
     for place, (prompt, inputs) in enumerate(zip(prompts, visual_inputs)):
@@ -89,8 +89,8 @@ def check_prompts(model, prompts, visual_inputs, decoding):
         needed = [model.num_image_tokens(pixels.shape[-1], len(pixels)) for pixels in inputs]
         needed = sum(needed) if model.media_token is None else len(inputs)
         if prompt.count(token) != needed:
-            raise ValueError(f"prompt {place} has {prompt.count(token)} ids {token} for its pictures; its {len(inputs)} "
-                             f"visual inputs need {needed}")
+            raise ValueError(f"prompt {place} has {prompt.count(token)} ids {token} for its pictures; its "
+                             f"{len(inputs)} visual inputs need {needed}")
 
 
 def prefill(model, prompts, visual_inputs, max_new_tokens, workspace):
@@ -155,8 +155,8 @@ class Rows:
         self.next = self.bind(model, self.cache, self.pads, self.padded, self.media)
 
     def seen(self, decoding):
-        """The ids that penalties and n-grams count, padding and image tokens below 0: int64[R, P + num_new], or behind a
-        dummy token int64[R, num_new]."""
+        """The ids that penalties and n-grams count, padding and image tokens below 0: int64[R, P + num_new], or behind
+        a dummy token int64[R, num_new]."""
         start = self.num_columns if decoding.counts_dummy_token else 0
         return self.history[:, start : self.num_columns + self.num_new]
 
@@ -179,7 +179,7 @@ class Rows:
         self.next = self.bind(self.model, self.cache, self.pads, self.padded, self.media)
 
     def reorder(self, rows):
-        """Row r goes on with the history of rows[r], a row of the same prompt, whose own columns stay where they are."""
+        """Row r goes on with the history of rows[r], a row of the same prompt, whose own columns stay."""
         moved = [row for row, source in enumerate(rows) if row != source]
         if moved:  # where every beam goes on by itself there is nothing to copy
             moved = torch.tensor([moved, [rows[row] for row in moved]], device=self.history.device)
@@ -219,8 +219,8 @@ def score(decoder, cache, tokens, pads, padded, media):
 def plan_beginnings(prompts, image_tokens, shown):
     """Find the prompts that begin with the same words and pictures, at least up to the end of their first picture.
 
-    Returns: (groups, start): lists of rows that begin alike, and the first column that is run row by row. Where little is
-      saved, every row is a group: whole if lengths differ (start = P), else with nothing in front (start = 0).
+    Returns: (groups, start): lists of rows that begin alike, and the first column that is run row by row. Where little
+      is saved, every row is a group: whole if lengths differ (start = P), else with nothing in front (start = 0).
     """
     pictures = iter([(picture, number) for picture in shown for number in range(len(image_tokens[picture]))])
     cells = [[next(pictures) if token == IMAGE_TOKEN else token for token in prompt] for prompt in prompts]

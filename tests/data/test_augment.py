@@ -95,7 +95,7 @@ def test_a_view_depends_on_seed_source_record_and_place_alone():
         source.name = name
         return [visual for n in range(6) for visual in augmented(source, "crop_flip", seed).record(n).visuals]
 
-    assert len({visual.view.seed for visual in views(5)}) == 12, "another one in every epoch, and for every visual input"
+    assert len({visual.view.seed for visual in views(5)}) == 12, "another in every epoch, and for every visual input"
     assert len({visual.key for visual in views(5)}) == 12, "two views of a picture are two pictures"
     seen = [[visual.view for visual in some] for some in (views(5), views(5), views(6), views(5, "other"))]
     assert seen[0] == seen[1] and not {*seen[0]} & {*seen[2]} and not {*seen[0]} & {*seen[3]}
@@ -108,8 +108,8 @@ def test_the_frames_of_a_clip_share_their_view():
     visual = augmented(Source(), "crop_flip", 0).record(1).visuals[1]
     square = numpy.asarray(visual.view.apply(visual.frames[0], 8))
     for preprocessing in (images.CLIP, images.SIGLIP):
-        pixels = pixels_of([visual], 8, "pad", preprocessing)
-        assert torch.equal(pixels, images.normalise(numpy.stack([square] * 2), preprocessing)), "a view goes before the fit"
+        want = images.normalise(numpy.stack([square] * 2), preprocessing)
+        assert torch.equal(pixels_of([visual], 8, "pad", preprocessing), want), "a view goes before the fit"
 
 
 class Pictures(tiny_recipe.Squares):

@@ -52,7 +52,8 @@ def test_every_conversation_is_a_row_and_padding_stands_on_the_right(tokenizer):
     longest = max(len(row.ids) for row in rows)
     for name, padding, written in (
         ("ids", tokenizer.pad, [row.ids for row in rows]), ("labels", IGNORE, [row.labels for row in rows]),
-        ("segments", -1, [[0] * len(row.ids) for row in rows]), ("positions", 0, [[*range(len(row.ids))] for row in rows]),
+        ("segments", -1, [[0] * len(row.ids) for row in rows]),
+        ("positions", 0, [[*range(len(row.ids))] for row in rows]),
     ):
         assert vars(batch)[name].tolist() == [row + [padding] * (longest - len(row)) for row in written], name
     assert all(values.dtype == torch.int64 for name, values in vars(batch).items() if name != "pixels")

@@ -32,7 +32,8 @@ def talk(*parts, answer="a Cat"):
 def test_marks_without_colour(tokenizer):
     talks = talk(0, "what?", 1), talk("hi", answer="漢 </s>"), talk("\x1b[31m\t")  # which must not reach the terminal
     assert paint(batch_of(tokenizer, NANO, *talks), tokenizer, color=False)[1::2] == [
-        "<image x10><s>user: what?↵bot:[ a Cat</s>]", "<s>user: hi↵bot:[ 漢 </s></s>]", r"<s>user: \x1b[31m\t↵bot:[ a Cat</s>]"]
+        "<image x10><s>user: what?↵bot:[ a Cat</s>]", "<s>user: hi↵bot:[ 漢 </s></s>]",
+        r"<s>user: \x1b[31m\t↵bot:[ a Cat</s>]"]
 
 
 def test_sizes_of_the_rows(tokenizer):

@@ -11,8 +11,8 @@ from nanovlm.data.templates import NANO, PHI, Row, Segment, Template, VICUNA, en
 from nanovlm.data.tokenizer import Tokenizer, train_tokenizer
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-          "and polite answers to the user's questions. ")
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+          "detailed, and polite answers to the user's questions. ")
 NAMES = ("NANO", "LYNX", "VICUNA", "LLAVA", "MPLUG_OWL2", "LLAVA_PHI", "PHI", "PLAIN", "BLIP2", "BLIP2_CAPTION",
          "OPEN_FLAMINGO", "OPEN_FLAMINGO_VQA", "CHATML", "CHATML_SMOLLM2", "CHATML_QWEN")  # fmt: skip
 TEMPLATES = {name: getattr(templates, name) for name in NAMES}
@@ -42,16 +42,15 @@ def shown(rendered):
     return text
 
 
+LLAVA = "USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"
 USER, BOT, END = "{<|im_start|>}user\n", "{<|im_start|>}assistant\n", "{<|im_end|>}"
 
 
 @pytest.mark.parametrize("name, expected", [
     ("NANO", "<0><1><s>user: what is here?\nbot:[ A Cat][</s>]\nuser: and this?\nbot:[ No][</s>]"),
     ("LYNX", "<0><1><s>user: what is here?\nbot: a cat\nuser: and this?\nbot:[ no][</s>]"),
-    ("VICUNA", f"<s>{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"),
-    ("LLAVA", "<s>USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"),
+    ("VICUNA", f"<s>{SYSTEM}{LLAVA}"), ("LLAVA", f"<s>{LLAVA}"), ("LLAVA_PHI", f"{SYSTEM}{LLAVA}"),
     ("MPLUG_OWL2", "<s>USER: <0>What is here? ASSISTANT:[ A Cat][</s>]USER: <1>And this? ASSISTANT:[ No][</s>]"),
-    ("LLAVA_PHI", f"{SYSTEM}USER: <0>\nWhat is here? ASSISTANT:[ A Cat][</s>]USER: <1>\nAnd this? ASSISTANT:[ No][</s>]"),
     ("PHI", "Instruct: <0>\nWhat is here?\nOutput:[ A Cat][</s>]Instruct: <1>\nAnd this?\nOutput:[ No][</s>]"),
     ("PLAIN", "<s><0>[A Cat\n]<1>[No\n]"),
     ("BLIP2", "<0><1><s>Question: What is here? Answer:[ A Cat\n]Question: And this? Answer:[ No\n]"),
@@ -102,7 +101,7 @@ def test_special_tokens_and_media_tokens_are_single_ids(tokenizer):
     assert row.labels == [IGNORE] * (len(row.ids) - len(answer)) + answer
     assert row.images == [(0, 1, 2)]
     row = write(prompt((Turn("user", ("<|im_end|>",)),), TEMPLATES["CHATML"]), tokenizer, ())
-    assert row.ids.count(tokenizer.special_id("<|im_end|>")) == 1 and row.ids.count(tokenizer.special_id("<|im_start|>")) == 2
+    assert [row.ids.count(tokenizer.special_id(name)) for name in ("<|im_end|>", "<|im_start|>")] == [1, 2]
 
 
 def test_names_that_nobody_knows():

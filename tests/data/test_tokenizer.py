@@ -89,7 +89,8 @@ def test_what_a_file_does_by_itself_is_ignored(tokenizer, tmp_path):
     backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=special)
     backend.save(str(tmp_path / "odd.json"))
     loaded = Tokenizer(tmp_path / "odd.json")
-    assert all(loaded.encode(text) == tokenizer.encode(text) for text in ("red A 1", "A", "user: what\nbot:", "</s>", "é AB"))
+    for text in ("red A 1", "A", "user: what\nbot:", "</s>", "é AB"):
+        assert loaded.encode(text) == tokenizer.encode(text)
     assert (loaded.bos, loaded.eos, loaded.pad) == (tokenizer.bos, tokenizer.eos, tokenizer.pad)
 
 

@@ -106,7 +106,7 @@ def test_clips_that_cannot_be_used(tmp_path, monkeypatch, clips):
             load(clip, **{"num_frames": 2} | arguments)
     for module, name, most, used, refusal in (
         (images, "MAX_PIXELS", 48, [tmp_path / "a.gif", tmp_path / "frames"], "limit of 47"),
-        (video, "MAX_ANIMATION_PIXELS", 576, [tmp_path / "a.webp"], "a.webp: its 12 frames are 576 pixels, .* limit of 575"),
+        (video, "MAX_ANIMATION_PIXELS", 576, [tmp_path / "a.webp"], "its 12 frames are 576 pixels, .* limit of 575"),
         (video, "MAX_FRAMES", 12, clips, "it has 12 frames; from 1 to 11 are expected"),
     ):
         for clip, limit in itertools.product(used, (most, most - 1)):

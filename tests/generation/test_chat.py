@@ -71,10 +71,10 @@ def test_history_grows_by_whole_exchanges(model, tokenizer, script):
     generator = object()
     chat = Chat(Assistant(model, tokenizer, NANO, 8), Decoding(max_new_tokens=6, eos_ids=(3,)), generator)
     assert chat.answer is None
-    for question, shown, want in (("What is it?", [RED], "a red circle"), ("Color?", [], "blue"), ("And this?", [BLUE], "no")):
-        assert chat.ask(question, shown) == want
+    asked = ("What is it?", [RED], "a red circle"), ("Color?", [], "blue"), ("And this?", [BLUE], "no")
+    assert all(chat.ask(question, shown) == want for question, shown, want in asked)
     said = [(0, "What is it?"), ("a red circle",), ("Color?",), ("blue",), (1, "And this?"), ("no",)]
-    assert chat.turns == [Turn(role, parts) for role, parts in zip(["user", "assistant"] * 3, said)] and chat.forgotten == 0
+    assert chat.turns == [*map(Turn, ["user", "assistant"] * 3, said)] and chat.forgotten == 0
     text = ["user: what is it?\nbot:", " a red circle", "\nuser: color?\nbot:", " blue", "\nuser: and this?\nbot:"]
     q1, a1, q2, a2, q3 = map(tokenizer.encode, text)
     head, end = [tokenizer.bos, *q1], [tokenizer.eos]

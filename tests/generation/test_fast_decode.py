@@ -30,13 +30,15 @@ CONFIGS = {name: dataclasses.replace(PLAIN, **changes) for name, changes in {
     "OPT": BIASED | dict(activation="relu", rotary_width=0, position_offset=2),
     "MPT": MPT | dict(num_kv_heads=4, tied_head=True, alibi=(0.5, 0.3, 0.2, 0.1), qkv_clip=0.6),
     "MPT-1B, shared keys": MPT | dict(alibi=(1.5, 0.3, 0.2, 0.1), qk_norm=True),
-    "adapters, own keys for images": dict(layers=(LayerOptions(4, modality_adaptive=True), LayerOptions(modality_adaptive=True))),
+    "adapters, own keys for images": dict(
+        layers=(LayerOptions(4, modality_adaptive=True), LayerOptions(modality_adaptive=True))),
 }.items()}
 IMAGE = [-1] * 4
 PROMPTS = [[*IMAGE, 2, 3, 4], [5], [6, *IMAGE, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
 DECODINGS = {
     "greedy": Decoding(max_new_tokens=9, eos_ids=(5, 22)),
-    "sampling": Decoding(max_new_tokens=9, do_sample=True, temperature=1.3, top_p=0.9, eos_ids=(END,), num_return_sequences=2),
+    "sampling": Decoding(
+        max_new_tokens=9, do_sample=True, temperature=1.3, top_p=0.9, eos_ids=(END,), num_return_sequences=2),
     "beams": Decoding(max_new_tokens=9, eos_ids=(END,), num_beams=3, length_penalty=0.7),
 }
 
@@ -95,7 +97,8 @@ def test_a_product_does_not_depend_on_the_order_in_memory(size):
         before = residual.clone()
         for stored, b, r in itertools.product((weight, weight.t().contiguous().t()), (None, bias), (None, residual)):
             got = fast_decode.product(x, stored, b, r)
-            torch.testing.assert_close(got, want + (0 if b is None else b) + (0 if r is None else r), atol=1e-5, rtol=1e-5)
+            added = sum(one for one in (b, r) if one is not None)
+            torch.testing.assert_close(got, want + added, atol=1e-5, rtol=1e-5)
             assert got.is_contiguous()
         assert torch.equal(residual, before), "the hidden states are read, not written"
 

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from nanovlm.generation.logits_processors import forbid, min_p, no_repeat_ngram, process, repetition_penalty, seen_tokens, top_k, top_p, truncate
+from nanovlm.generation.logits_processors import (
+    forbid, min_p, no_repeat_ngram, process, repetition_penalty, seen_tokens, top_k, top_p, truncate,
+)
 from nanovlm.generation.sampler import Decoding
 
 NEVER = float("-inf")

@@ -64,9 +64,8 @@ def test_recorded_transformers_runs(llama, number):
     eos_ids = tuple(options.pop("eos") or ())
     renormalize = options.pop("renormalize_logits", False)
     decoding = Decoding(eos_ids=eos_ids, renormalize=renormalize, **options)
-    prompts = [
-        [token for token, real in zip(ids, mask) if real] for ids, mask in zip(case["input_ids"], case["attention_mask"])
-    ]
+    rows = zip(case["input_ids"], case["attention_mask"])
+    prompts = [[token for token, real in zip(*row) if real] for row in rows]
     generator = torch.Generator().manual_seed(case["seed"])
     want = []
     for sequence in case["sequences"]:
@@ -206,7 +205,8 @@ def test_ended_rows_leave_the_batch(model, visual_inputs, monkeypatch):
             assert len({rows for rows, _ in sizes}) > 1 or not steps
 
 
-@pytest.mark.parametrize("going, order", [([0, 1, 2], [0, 1, 2]), ([], []), ([1, 2, 3], [3, 1, 2]), ([0, 4, 5], [0, 5, 4]), ([5], [5])])
+@pytest.mark.parametrize("going, order", [
+    ([0, 1, 2], [0, 1, 2]), ([], []), ([1, 2, 3], [3, 1, 2]), ([0, 4, 5], [0, 5, 4]), ([5], [5])])
 def test_the_last_rows_take_the_places_of_those_that_ended(going, order):
     assert sampler.close_gaps(going) == order
 
@@ -222,12 +222,13 @@ def test_ended_prompts_leave_the_beam_search(llama, monkeypatch):
 
 def test_every_picture_is_encoded_once_and_forgotten_after_its_last_prompt(model, pictures, monkeypatch):
     seen, kept, encode, prefill_ = [], [], type(model).encode, sampler.prefill
-    monkeypatch.setattr(type(model), "encode", lambda self, pixels, frames: seen.append(frames.tolist()) or encode(self, pixels, frames))
+    monkeypatch.setattr(type(model), "encode", lambda *args: seen.append(args[2].tolist()) or encode(*args))
     monkeypatch.setattr(sampler, "prefill", lambda *args: (prefill_(*args), kept.append(len(args[-1].pictures)))[0])
     prompts, (a, b, c) = [[*IMAGE, 3], [*IMAGE, 4], [*IMAGE, *IMAGE], [5], [*IMAGE, 6]], pictures
     inputs = [[a], [b], [b, a], [], [c]]
     want = [generate(model, [prompt], DECODINGS["greedy"], [one])[0] for prompt, one in zip(prompts, inputs)]
-    for batch_size, calls, held in ((None, [[1, 1, 1]], [3]), (2, [[1, 1], [1]], [2, 2, 1]), (1, [[1], [1], [1]], [1, 2, 2, 0, 1])):
+    for batch_size, calls, held in (
+            (None, [[1, 1, 1]], [3]), (2, [[1, 1], [1]], [2, 2, 1]), (1, [[1], [1], [1]], [1, 2, 2, 0, 1])):
         seen.clear(), kept.clear()
         assert generate(model, prompts, DECODINGS["greedy"], inputs, batch_size=batch_size) == want
         assert seen == calls and kept == held
@@ -267,6 +268,7 @@ def test_new_tokens_up_to_the_last_place_of_the_context(model):
 
 
 CLIP, ONE = torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+TWICE = dataclasses.replace(SAMPLE, num_return_sequences=2)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -280,10 +282,10 @@ CLIP, ONE = torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8)
     ({"decoding": Decoding(eos_ids=(3, 23))}, "end token 23 lies outside the vocabulary of 23"),
     ({"batch_size": 0}, "batch_size is 0"),
     ({"decoding": SAMPLE, "generator": seeds(2)}, "2 generators for 1 rows"),
-    ({"decoding": dataclasses.replace(SAMPLE, num_return_sequences=2), "generator": seeds(1)}, "1 generators for 2 rows"),
+    ({"decoding": TWICE, "generator": seeds(1)}, "1 generators for 2 rows"),
     ({"decoding": DECODINGS["beam sampling"], "generator": seeds(2)}, "2 generators for 1 rows"),
     ({"prompt": [3], "decoding": Decoding(num_beams=2)}, "streaming and num_beams=2 contradict"),
-    ({"prompt": [3], "decoding": dataclasses.replace(SAMPLE, num_return_sequences=2)}, "streaming and num_return_sequences=2"),
+    ({"prompt": [3], "decoding": TWICE}, "streaming and num_return_sequences=2"),
     ({"prompt": []}, "prompt 0 is empty"),
     ({"prompt": [3], "generator": seeds(2)}, "2 generators for 1 rows"),
 ])
@@ -296,8 +298,8 @@ def test_bad_calls_say_what_is_wrong_before_the_first_token(model, change, messa
 EDGES = [
     ("max_new_tokens", [1, 5], [0]), ("num_beams", [1, 2], [0]), ("temperature", [0.01, 3.0], [-0.1, -1.0]),
     ("top_k", [0, 1], [-1]), ("top_p", [0.01, 1.0], [0.0, 1.01]), ("min_p", [0.0, 1.0], [-0.01, 1.01]),
-    ("no_repeat_ngram_size", [0, 2], [-1]), ("repetition_penalty", [0.1, 2.0], [0.0]), ("min_new_tokens", [0, 20], [-1]),
-    ("num_return_sequences", [1], [0]), ("early_stopping", [False, True, "never"], ["always", None, 1]),
+    ("no_repeat_ngram_size", [0, 2], [-1]), ("repetition_penalty", [0.1, 2.0], [0.0]),
+    ("min_new_tokens", [0, 20], [-1]), ("num_return_sequences", [1], [0]), ("early_stopping", [False, True, "never"], ["always", None, 1]),
     ("eos_ids", [(), (0,), (3, 4)], [(3, 3), (-1,)]),
 ]
 
