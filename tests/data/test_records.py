@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import warnings
 
 import pytest
 from PIL import Image
@@ -73,15 +72,6 @@ def test_image_folder_is_the_files_own_unless_given(folder):
 def test_only_the_places_of_the_items_are_kept(folder):
     path = write(folder, [{"id": n, "conversations": said("q" * 500, "a" * 500)} for n in range(100)])
     assert len(pickle.dumps(LlavaJson(path))) < 5000 < path.stat().st_size / 20
-
-
-def test_images_with_and_without_their_folders(folder):
-    (folder / "c").mkdir()
-    Image.new("RGB", (4, 4)).save(folder / "c" / "a.png")
-    for image, place in (("coco/train2017/a.png", "a.png"), ("sub/b.png", "sub/b.png"), ("c/a.png", "c/a.png")):
-        with warnings.catch_warnings(record=image.startswith("coco")):
-            found = only(folder, {"id": "x", "image": image, "conversations": said("<image>", "a")})
-        assert found.visuals[0].key == str(folder / place)
 
 
 def test_every_epoch_holds_every_record_once_in_its_own_order(folder):

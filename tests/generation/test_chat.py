@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy
 import pytest
 from PIL import Image

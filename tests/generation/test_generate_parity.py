@@ -1,7 +1,6 @@
 """The same tokens as transformers.generate, live: tiny random LLaMA, Phi and MPT with the same weights on both sides."""
 
 import random
-from collections import Counter
 
 import pytest
 import torch
@@ -174,87 +173,3 @@ def test_the_same_probabilities_at_every_step(models, kind, monkeypatch):
         for want, got in zip(made.scores, seen):
             assert torch.equal(want.isinf(), got.isinf()), "the same ids are left"
             torch.testing.assert_close(got.softmax(-1), want.softmax(-1), atol=1e-5, rtol=1e-4)
-
-
-def next_log_probabilities(model, ids):
-    """Of the id behind a row, by transformers, without a cache: float32[V]."""
-    with torch.no_grad():
-        return model(torch.tensor([ids]), use_cache=False).logits[0, -1].float().log_softmax(-1)
-
-
-def both_are_honest(models, prompts, decoding, expected):
-    """Whether our answers and transformers' come as often as expected, {answer: number}."""
-    ours = generate(models[1], prompts, decoding, generator=torch.Generator().manual_seed(1))
-    return all(chi_square_is_honest(Counter(map(tuple, drawn)), expected)
-               for drawn in (ours, their_answers(models[0], prompts, decoding, seed=2)[0]))
-
-
-def chi_square_is_honest(counts, expected):
-    """Whether counts {outcome: number} fit expected {outcome: number}; fails one honest case in about 30,000.
-
-    Outcomes expected less than five times count together; the square's mean is its degrees of freedom, the variance twice.
-    """
-    assert not set(counts) - set(expected), f"outcomes of probability 0: {set(counts) - set(expected)}"
-    often = [(counts.get(outcome, 0), number) for outcome, number in expected.items() if number >= 5]
-    rare = [(counts.get(outcome, 0), number) for outcome, number in expected.items() if number < 5]
-    cells = often + ([tuple(map(sum, zip(*rare)))] if rare else [])
-    square = sum((got - want) ** 2 / want for got, want in cells if want)
-    freedom = len(cells) - 1
-    assert freedom > 3, "too few outcomes to judge"
-    return square < freedom + 4 * (2 * freedom) ** 0.5 + 8
-
-
-def test_samples_are_distributed_as_the_probabilities_say(models):
-    theirs, _ = models
-    prompt, end, draws = [3, 11, 7], 4, 4000
-    decoding = Decoding(max_new_tokens=2, do_sample=True, temperature=1.5, top_k=6, top_p=0.95, eos_ids=(end,), num_return_sequences=draws)
-
-    def truncated(ids):
-        scores = next_log_probabilities(theirs, ids) / 1.5
-        best = scores.argsort(descending=True)[:6].tolist()
-        weights = scores[best].softmax(-1).tolist()
-        kept = [token for place, token in enumerate(best) if sum(weights[:place]) < 0.95]
-        weights = scores[kept].softmax(-1).tolist()
-        return dict(zip(kept, weights))
-
-    expected = {}
-    for first, chance in truncated(prompt).items():
-        if first == end:
-            expected[()] = chance * draws
-        else:
-            for second, then in truncated([*prompt, first]).items():
-                text = (first,) if second == end else (first, second)
-                expected[text] = expected.get(text, 0) + chance * then * draws
-    assert both_are_honest(models, [prompt], decoding, expected)
-
-
-def test_drawn_beams_are_distributed_as_the_probabilities_say(models):
-    """All ways in which two beams can draw their candidates, two tokens deep, written out."""
-    theirs, _ = models
-    prompt, draws, penalty = [3, 11, 7], 3000, 0.5
-    end = int(next_log_probabilities(theirs, prompt).argsort(descending=True)[1])
-    decoding = Decoding(max_new_tokens=2, num_beams=2, do_sample=True, top_k=4, eos_ids=(end,), length_penalty=penalty)
-
-    def candidates(text, score):
-        scores = next_log_probabilities(theirs, [*prompt, *text])
-        return [((*text, token), score + float(scores[token])) for token in scores.argsort(descending=True)[:4].tolist()]
-
-    def pairs(found):
-        """(probability, first, second) of drawing two of them without replacement, one after the other."""
-        weights = torch.tensor([score for _, score in found]).softmax(-1).tolist()
-        for i, one in enumerate(found):
-            for j, other in enumerate(found):
-                if i != j:
-                    yield weights[i] * weights[j] / (1 - weights[i]), one, other
-
-    first = candidates((), 0.0)  # four, and four are drawn: all of them, but only the first two drawn may end
-    running = [one for one in sorted(first, key=lambda one: -one[1]) if one[0][-1] != end][:2]
-    second = [longer for text, score in running for longer in candidates(text, score)]
-    expected = {}
-    for chance, *drawn in pairs(first):
-        ended = [(score, text) for text, score in drawn if text[-1] == end]
-        for then, *last in pairs(second):
-            _, best = max(ended + [(score / 2**penalty, text) for text, score in last])
-            best = best[:-1] if best[-1] == end else best
-            expected[best] = expected.get(best, 0) + chance * then * draws
-    assert both_are_honest(models, [prompt] * draws, decoding, expected)
