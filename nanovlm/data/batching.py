@@ -104,10 +104,7 @@ def cut(row, max_tokens, report, where):
 
 
 def packed(lengths, room):
-    """Documents put together into rows: the longest first, each where it leaves least room over.
-
-    lengths: tokens of each document, at most `room`, those of a row. Returns: list of list of int, documents by row.
-    """
+    """Documents of so many tokens put into rows of `room`, the longest first, each where least is left: [[int]]."""
     rows, free = [], []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         fitting = [b for b, left in enumerate(free) if left >= lengths[n]]
@@ -145,10 +142,7 @@ def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
 
 
 def fitted(frame, view, image_size, fit, preprocessing):
-    """One frame (whatever images.load takes) as the square that the ViT sees: uint8[S, S, 3].
-
-    Picture files are decoded once as long as they stay the same and the cache holds them, but not through a View.
-    """
+    """One frame as the square that the ViT sees: uint8[S, S, 3]. An unchanged file is decoded once, but for a View."""
     if view is not None or not isinstance(frame, (str, Path)) or not os.path.exists(frame):
         return square(frame, view, image_size, fit, preprocessing)
     status = os.stat(frame)

@@ -219,10 +219,7 @@ def leave_signals(worker):
 
 
 def end_workers(items):
-    """End the workers of a DataLoader's iterator: they are asked, and killed if they do not listen within seconds.
-
-    torch itself would wait for them, or send a SIGTERM, which they leave to the trainer.
-    """
+    """Ask the workers of a DataLoader's iterator to end; kill who does not: torch would wait, or send a SIGTERM."""
     items._shutdown_workers()
     for worker in items._workers:
         if worker.is_alive():

@@ -178,23 +178,17 @@ SIGLIP = Preprocessing(224, "stretch", HALF, HALF)
 
 
 def to_pixels(image, image_size, fit="crop", preprocessing=CLIP):
-    """One picture as the numbers a ViT reads: float32[3, S, S].
+    """One picture of mode RGB as the numbers a ViT reads: float32[3, S, S].
 
-    Args:
-      image: PIL.Image.Image of mode RGB, as `load` gives it.
-      image_size: int, S in pixels.
-      fit: "crop" (shorter side to S, centre kept), "pad" (a square of the longer side in the mean colour, then to S),
-        "stretch", or "squash" (stretched to a square of the longer side, then to S).
-      preprocessing: Preprocessing of which the colours count; size and fit are those given here.
+    image_size: S in pixels. preprocessing: of which the colours count; size and fit are those given here.
+    fit: "crop" (shorter side to S, centre kept), "pad" (a square of the longer side in the mean colour, then to S),
+      "stretch", or "squash" (stretched to a square of the longer side, then to S).
     """
     return normalise(numpy.asarray(to_square(image, image_size, fit, preprocessing))[None], preprocessing)[0]
 
 
 def to_square(image, image_size, fit, preprocessing=CLIP):
-    """A picture fitted to S x S: PIL.Image.Image; one that has this size already is returned as it is.
-
-    Args: as in `to_pixels`.
-    """
+    """A picture fitted to S x S, args as in `to_pixels`: PIL.Image.Image; one of this size is returned as it is."""
     assert fit in FITS, f"unknown fit {fit!r}"
     zoomed = fit == "crop" and preprocessing.zoom != 1
     if image.size == (image_size, image_size) and not zoomed:

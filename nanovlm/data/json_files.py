@@ -70,12 +70,9 @@ def parse(data, where):
 
 
 def field(record, name, kinds, where=""):
-    """A field of a record.
+    """A field of a record, a dict. Raises: ValueError if it is missing or of another type.
 
-    Args:
-      record: dict. name: of the field, or several of which the first that is there counts. kinds: type or types that
-        it may have. where: "FILE, line N", for messages.
-    Raises: ValueError if it is missing or of another type.
+    name: of the field, or several of which the first that is there counts. kinds: type or types that it may have.
     """
     names = name if isinstance(name, tuple) else (name,)
     place = f"{where}: " if where else ""
@@ -185,11 +182,8 @@ class Scanner:
 
 
 def elements(path, key=None):
-    """The elements of a list, or the members of an object, one by one.
+    """The elements of a file's list, or the members of its object; with `key`, of what it holds under that name.
 
-    Args:
-      path: the file: a list or an object; with `key`, an object that holds it under that name. What stands beside it
-        is read over.
     Yields: Element. Raises: ValueError naming file and line for what is no JSON or not of this form.
     """
     with open_bytes(path) as file:

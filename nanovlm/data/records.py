@@ -138,12 +138,10 @@ def drawn(record, seed):
 
 
 def record_of(item, where, clip, locate):
-    """One item in LLaVA's form (see README.md) as a record.
+    """One item in LLaVA's form (see README.md) as a Record. Raises: ValueError naming the place for anything malformed.
 
-    Args:
-      item: what stands in the file. where: "FILE, line N", for messages. clip: video.Clip, all but its source.
-      locate: function(name of a picture or film in the item) -> what images.load or video.Clip opens.
-    Returns: Record. Raises: ValueError naming the place for anything malformed.
+    where: "FILE, line N", for messages. clip: video.Clip, all but its source.
+    locate: function(name of a picture or film in the item) -> what images.load or video.Clip opens.
     """
     field(item, "id", (str, int), where)
     where = f"{where} (id {item['id']!r})"
@@ -212,10 +210,7 @@ def files_in(item, name, where):
 
 
 def spoken(item, where):
-    """What is said in an item, in LLaVA's form or OpenAI's: list of (speaker in lower case, words).
-
-    `conversations` or `messages`, of {from, value} or {role, content}; content may be a list of parts.
-    """
+    """What is said in an item, in LLaVA's form or OpenAI's, perhaps in parts: list of (lower-case speaker, words)."""
     said = []
     for place, turn in enumerate(field(item, ("messages", "conversations"), list, where), start=1):
         here = f"{where}, turn {place}"
@@ -237,10 +232,7 @@ def with_system(said):
 
 
 def in_front(said, shown):
-    """What is said, pictures that no question mentions in front of the first one, as LLaVA does: as `spoken`.
-
-    shown: {placeholder: how many there are}.
-    """
+    """What is said, pictures that no question mentions, {placeholder: number}, in front of the first: as `spoken`."""
     asked = [place for place, (speaker, _) in enumerate(said) if ROLES.get(speaker) == "user"]
     text = "".join(said[place][1] for place in asked)
     front = [name for name, number in shown.items() if name not in text for _ in range(number)]

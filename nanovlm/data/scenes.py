@@ -154,18 +154,12 @@ def _sample_pair(rng, pairs, objects):
 
 
 def sample_scene(rng, max_objects, split, with_string, min_objects=1, canvas=64):
-    """Draw a scene at random.
+    """Draw a Scene at random. Raises: ValueError if a number is out of range.
 
-    Args:
-      rng: numpy Generator.
-      max_objects, min_objects: range of the number of objects, all counts equally likely. An object for which
-        no place is free becomes small, then is left out, so crowded small canvases may hold fewer (never none).
-      split: "train" and "new" use the training pairs and strings, "unseen_pairs" only held-out pairs,
-        "reading" only held-out strings.
-      with_string: whether a string stands in the picture.
-      canvas: width and height, pixels.
-    Returns: Scene.
-    Raises: ValueError if a number is out of range.
+    max_objects, min_objects: range of the number of objects, all counts equally likely. An object for which no place is
+      free becomes small, then is left out, so crowded small canvases may hold fewer (never none).
+    split: "train" and "new" use the training pairs and strings, "unseen_pairs" only held-out pairs, "reading" only
+      held-out strings.
     """
     if not 1 <= min_objects <= max_objects or canvas < MIN_CANVAS:
         raise ValueError(f"{min_objects} to {max_objects} objects on {canvas} px: at least 1 object, min_objects no "

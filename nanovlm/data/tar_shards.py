@@ -7,9 +7,9 @@
     index.json         {"coco-000000.tar": {"bytes": …, "samples": …}, …}
 
 A sample is what shares a name up to its first dot; files whose names begin with a dot, and what has neither picture nor
-text (Thumbs.db, README.md), are none. Shards from elsewhere
-hold a picture and its caption (.jpg and .txt, or .json with "caption", as img2dataset writes them): the caption becomes
-the reply to a question without words, which the prompts of a datasets file fill in.
+text (Thumbs.db, README.md), are none. Shards from elsewhere hold a picture and its caption (.jpg and .txt, or .json
+with "caption", as img2dataset writes them): the caption becomes the reply to a question without words, which the prompts
+of a datasets file fill in.
 
 Disks and networks like to read one large file after the other. So an epoch shuffles the shards, and the samples within
 each: which shard record n comes from needs only the number of samples of each, and where they stand in it only the
@@ -107,10 +107,7 @@ def shards_of(path):
 
 @functools.lru_cache(maxsize=SHARDS_OPEN)
 def members(path):
-    """The samples of a shard in their order: list of (key, {ending: images.Member}).
-
-    Raises: ValueError if it is no tar, packed, or cut short.
-    """
+    """The samples of a shard in their order: list of (key, {ending: images.Member}). Raises: ValueError."""
     samples, size = {}, os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:

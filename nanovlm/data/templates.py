@@ -256,14 +256,9 @@ def picture_ids(visual, template, tokenizer, num_image_tokens):
 
 
 def write(segments, tokenizer, num_image_tokens):
-    """Ids and labels in one pass.
+    """Ids and labels of a list of Segment in one pass: Row. Raises: ValueError if the tokenizer lacks a special token.
 
-    Args:
-      segments: list of Segment.
-      tokenizer: Tokenizer.
-      num_image_tokens: for each visual input of the record, the image tokens that it becomes, or its `picture_ids`.
-    Returns: Row.
-    Raises: ValueError if the tokenizer has no special token of a name that the segments use.
+    num_image_tokens: for each visual input of the record, the image tokens that it becomes, or its `picture_ids`.
     """
     row, after_text = Row(), False
     for text, trained, visual, special in segments:

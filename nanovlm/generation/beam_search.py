@@ -58,10 +58,7 @@ class Beams:
         return Beams(*(getattr(self, field.name)[prompts] for field in dataclasses.fields(self)))
 
     def keep_best(self, texts, scores, may_end):
-        """The best hypotheses among those so far and new ones: Beams.
-
-        texts: int64[B, K, M]. scores: float32[B, K], final ones. may_end: bool[B, K], which of them are hypotheses.
-        """
+        """The best hypotheses so far and among texts int64[B, K, M], of float32[B, K], where bool[B, K]: Beams."""
         num_beams = self.ended_scores.shape[1]
         ended_scores, best = torch.cat([self.ended_scores, scores + ~may_end * EXCLUDED], dim=1).topk(num_beams)
         ended = pick(torch.cat([self.ended, texts], dim=1), best)

@@ -164,10 +164,7 @@ def check_generator(generator, num_rows):
 
 
 def sample_steps(rows, decoding, generator, workspace):
-    """Choose token after token, dropping rows as they end.
-
-    Yields: (places, tokens), two lists of int: which rows go on, by their first numbering, and their new ids.
-    """
+    """Choose token after token, dropping rows as they end: yields numbers of those that go on, and their new ids."""
     num_rows = len(rows.logits)
     active = list(range(num_rows))
     for step in range(decoding.max_new_tokens):
@@ -189,10 +186,7 @@ def sample_steps(rows, decoding, generator, workspace):
 
 
 def close_gaps(going):
-    """The same rows in an order in which few change their number: the last ones take the places of those that ended.
-
-    Args: going: list of int, ascending. Returns: list of int.
-    """
+    """The same rows, ascending, in an order in which few change their number: the last take the places of the ended."""
     kept, movers = set(going), [row for row in going if row >= len(going)]
     return [row if row in kept else movers.pop() for row in range(len(going))]
 
