@@ -8,8 +8,8 @@
 
 A sample is what shares a name up to its first dot; files whose names begin with a dot, and what has neither picture nor
 text (Thumbs.db, README.md), are none. Shards from elsewhere hold a picture and its caption (.jpg and .txt, or .json
-with "caption", as img2dataset writes them): the caption becomes the reply to a question without words, which the prompts
-of a datasets file fill in.
+with "caption", as img2dataset writes them): the caption becomes the reply to a question without words, which the
+prompts of a datasets file fill in.
 
 Disks and networks like to read one large file after the other. So an epoch shuffles the shards, and the samples within
 each: which shard record n comes from needs only the number of samples of each, and where they stand in it only the
