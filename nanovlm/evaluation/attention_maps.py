@@ -26,7 +26,7 @@ from nanovlm.vlm import IMAGE_TOKEN, VLM, Batch
 
 PANEL, MIN_WIDTH = 2.2, 5.0  # inches: side of one picture; of the figure, so that its title fits
 COLORS = {"picture": "#ee6677", "prompt": "#4477aa", "answer": "#bbbbbb"}
-LONGEST = 46  # characters of a model's name over its map
+LONGEST = 46  # last characters of a model's name over its map
 
 
 @torch.no_grad()
@@ -42,21 +42,19 @@ def answer_attention(model, prompt, answer, as_text=False, out=None):
     """
     if model.media_token is not None:
         raise ValueError("this model reads its pictures by cross-attention: its words cannot look at image tokens")
-    out, weight = {} if out is None else out, model.decoder.embedding.weight
-    row, visual_inputs = prompt.row, prompt.visual_inputs
-    ids = torch.tensor([row.ids + answer[:-1]], device=weight.device)
-    frames, shown = torch.tensor([len(pixels) for pixels in visual_inputs]).long(), torch.arange(len(visual_inputs))
-    pixels = torch.cat(visual_inputs).to(weight.device, weight.dtype) if visual_inputs else None
+    out, weight, inputs = {} if out is None else out, model.decoder.embedding.weight, prompt.visual_inputs
+    ids = torch.tensor([prompt.row.ids + answer[:-1]], device=weight.device)
+    frames, shown = torch.tensor(list(map(len, inputs))).long(), torch.arange(len(inputs))
+    pixels = torch.cat(inputs).to(weight) if inputs else None
     positions = torch.arange(ids.shape[1], device=weight.device)[None]
     batch = Batch(ids, ids, torch.zeros_like(ids), positions, pixels, frames, shown, torch.zeros_like(shown))
     model.hidden(batch, out, modality=torch.zeros_like(ids) if as_text else None)
-    return torch.stack([maps[0, :, len(row.ids) - 1 :] for maps in out["attention"]]).float()
+    return torch.stack([maps[0, :, len(prompt.row.ids) - 1 :] for maps in out["attention"]]).float()
 
 
 def answer_heat(model, prompt, answer):
-    """Attention of each answer token to each place of the pictures.
+    """Attention of each answer token to each place of the pictures; args as of `answer_attention`.
 
-    Args: as of `answer_attention`.
     Returns: list of one float32[n, side, side] per picture, a cell per patch or per square of merged patches; the
       cells of a map add up to the share of the token's attention that went to this picture (less what a class token,
       or latents among themselves, took).
@@ -64,19 +62,16 @@ def answer_heat(model, prompt, answer):
     """
     if not answer:
         raise ValueError("the answer has no token, so there is no attention to draw")
-    row, visual_inputs = prompt.row, prompt.visual_inputs
-    if not visual_inputs or any(len(pixels) > 1 for pixels in visual_inputs):
+    inputs = prompt.visual_inputs
+    if not inputs or any(len(pixels) > 1 for pixels in inputs):
         raise ValueError("attention is drawn over still images, each in one square; show one, without tiles (--tiles 0)")
-    out = {}
+    out, heat, image_size = {}, [], inputs[0].shape[-1]  # pixels
     looks = answer_attention(model, prompt, answer, out=out).mean(dim=(0, 1))  # n T
-    heat, image_size = [], visual_inputs[0].shape[-1]  # pixels
-    if "latents" in out:
-        latents = torch.stack(out["latents"]).to(looks).mean(dim=(0, 2))  # M I N
-    for picture, (_, start, stop) in enumerate(row.images):
+    for picture, (_, start, stop) in enumerate(prompt.row.images):
         seen = looks[:, start:stop]  # n I
         side, columns = math.isqrt(stop - start), stop - start  # an image token is a patch or a square of patches
         if "latents" in out:
-            seen = seen @ latents[picture]  # n N
+            seen = seen @ torch.stack(out["latents"]).to(looks).mean(dim=(0, 2))[picture]  # n N, by the latents' maps M I N
             side, columns = math.isqrt(model.vision.num_patches(image_size)), model.vision.num_tokens(image_size)
         first = columns - side * side  # behind a class token perhaps
         heat.append(seen[:, first : first + side * side].unflatten(1, (side, side)).cpu())
@@ -84,12 +79,11 @@ def answer_heat(model, prompt, answer):
 
 
 def draw(path, pictures, heat, words, image_size, fit, title):
-    """Save one panel per answer token and picture.
+    """Save one panel per answer token and picture, as a PNG.
 
     Args:
-      path: of the PNG. pictures: list of PIL RGB images. heat: as `answer_heat` gives it.
-      words: text of each answer token. image_size, fit: how the pictures were shown to the model.
-      title: what stands above all panels.
+      pictures: list of PIL RGB images. heat: as of `answer_heat`. words: text of each answer token.
+      image_size, fit: how the pictures were shown to the model. title: what stands above all panels.
     """
     figure = Figure(figsize=(max(PANEL * len(words) + 1, MIN_WIDTH), PANEL * len(pictures) + 1), layout="constrained")
     axes = figure.subplots(len(pictures), len(words), squeeze=False)
@@ -100,8 +94,7 @@ def draw(path, pictures, heat, words, image_size, fit, title):
             panel.imshow(shown, extent=extent)
             alpha = 0.6 * cells / hottest  # the picture stays visible where nothing was read
             drawn = panel.imshow(cells, extent=extent, cmap="inferno", vmin=0, vmax=hottest, alpha=alpha)
-            words = f"{word.strip() or repr(word)}\n{cells.sum():.0%} on the picture"
-            panel.set_title(words, fontsize=8, parse_math=False)
+            panel.set_title(f"{word.strip() or repr(word)}\n{cells.sum():.0%} on the picture", fontsize=8, parse_math=False)
             panel.set_xlabel("x, pixels", fontsize=7)
             panel.set_ylabel("y, pixels", fontsize=7)
             panel.tick_params(labelsize=6)
@@ -112,25 +105,20 @@ def draw(path, pictures, heat, words, image_size, fit, title):
 
 @dataclasses.dataclass(frozen=True)
 class Looks:
-    """Where one model looked while it answered.
-
-    name, answer: str. words: n str, the answer's tokens. maps: float32[L, n, T], averaged over heads.
-    is_image: bool[T]. num_prompt: tokens of the prompt.
-    """
+    """Where one model looked while it answered: maps, averaged over heads."""
 
     name: str
     answer: str
-    words: list
-    maps: torch.Tensor
-    is_image: torch.Tensor
-    num_prompt: int
+    words: list  # n str, the answer's tokens
+    maps: torch.Tensor  # float32[L, n, T]
+    is_image: torch.Tensor  # bool[T]
+    num_prompt: int  # tokens
 
     def shares(self):
         """Attention on image tokens, the prompt's words, and the answer so far: {name: float32[L]}, adding up to 1."""
-        total = self.maps.mean(1)  # L T
         in_answer = torch.arange(len(self.is_image)) >= self.num_prompt
         chosen = self.is_image, ~self.is_image & ~in_answer, in_answer
-        return {name: total[:, columns].sum(1) for name, columns in zip(COLORS, chosen)}
+        return {name: self.maps.mean(1)[:, columns].sum(1) for name, columns in zip(COLORS, chosen)}
 
     def even(self):
         """What the picture would get if every token looked at all before it alike: float."""
@@ -143,12 +131,9 @@ class Looks:
 
 
 def look(name, loaded, question, pictures, as_text=False, max_new_tokens=None):
-    """Ask a model and see where it looked: Looks.
+    """Ask a model (chat.Assistant) about PIL images, perhaps none, and see where it looked: Looks.
 
-    Args:
-      loaded: chat.Assistant. question: str. pictures: list of PIL images, perhaps none.
-      as_text: as of `answer_attention`. max_new_tokens: of the answer; None = the default preset's.
-    Raises: ValueError, for example for an empty answer.
+    as_text: as of `answer_attention`. max_new_tokens: of the answer; None = the default preset's.
     """
     decoding = loaded.preset("default")
     if max_new_tokens is not None:
@@ -191,26 +176,24 @@ def draw_by_layer(looks, question, path):
         for panel in panels[len(one.shown_layers()) :]:
             panel.set_axis_off()
         edges = torch.nn.functional.pad(one.is_image.int(), (1, 1)).diff().nonzero().flatten().tolist()
-        name = one.name if len(one.name) <= LONGEST else f"…{one.name[1 - LONGEST :]}"
         for panel, layer in zip(panels, one.shown_layers()):
             weights = one.maps[layer].sqrt().numpy()
             panel.imshow(weights, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
             for start, stop in zip(edges[::2], edges[1::2]):
-                ends, color = [start - 0.5, stop - 0.5], COLORS["picture"]
-                panel.plot(ends, [-0.62, -0.62], color=color, linewidth=5, clip_on=False)
+                line = {"color": COLORS["picture"], "linewidth": 5, "clip_on": False}
+                panel.plot([start - 0.5, stop - 0.5], [-0.62, -0.62], **line)
             panel.axvline(one.num_prompt - 0.5, color="white", linewidth=0.8, linestyle="--")
-            panel.set_title(f"{name}\nlayer {layer}", fontsize="small", parse_math=False, pad=10)
+            panel.set_title(f"{one.name[-LONGEST:]}\nlayer {layer}", fontsize="small", parse_math=False, pad=10)
             panel.set_xlabel("token that is looked at (red: picture; dashed: answer begins)", fontsize="small")
             panel.set_yticks(range(len(one.words)), list(map(readable, one.words)), fontsize=6, parse_math=False)
             panel.tick_params(axis="x", labelsize=7)
-        left = torch.zeros(len(one.maps))
+        left = 0
         for name, shares in one.shares().items():
-            last.barh(range(len(shares)), shares.numpy(), left=left.numpy(), color=COLORS[name], label=name, height=0.8)
-            left = left + shares
+            last.barh(range(len(shares)), shares.numpy(), left=left, color=COLORS[name], label=name, height=0.8)
+            left = left + shares.numpy()
         last.axvline(one.even(), color="black", linestyle=":", label="picture, if looked at evenly")
         last.invert_yaxis()
-        last.set(xlim=(0, 1), xlabel="share of attention", ylabel="layer")
-        last.set_yticks(one.shown_layers())
+        last.set(xlim=(0, 1), xlabel="share of attention", ylabel="layer", yticks=one.shown_layers())
         last.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     title = f"Where each token of the answer to {question!r} looked; brightness: square root of the weight, 0 to 1"
     figure.suptitle(title, parse_math=False, fontsize="medium")

@@ -37,21 +37,21 @@ def run(args, loaded, judge=None):
     reading = read(task, args, args.split)
     number, there = args.shots or (form.text_shots if form else 0), [item for item in reading.items if not item.missing]
     shots, items = choose_shots(there, task, args, number)
-    if not args.shots:
-        shots = {kind: [replace(item, media=()) for item in several] for kind, several in shots.items()}
     items = task.prepare(items[: args.limit])
-    if args.unrelated_image:
-        if not Path(args.unrelated_image).exists():
-            raise FileNotFoundError(f"{args.unrelated_image}: no such image")
-        items = [item if item.media else replace(item, media=(Path(args.unrelated_image),)) for item in items]
-    settings = {
-        "task": name, "model": Path(args.model).name, "data": str(args.data), "split": args.split,
-        "prompt": task.prompt, "preset": preset, "decoding": asdict(decoding), "describe_first": args.describe_first,
-        "shots": sorted({item.id for several in shots.values() for item in several}), "num_frames": args.num_frames,
-        "seed": args.seed, "unrelated_image": args.unrelated_image,
+    if unrelated := args.unrelated_image:
+        if not Path(unrelated).exists():
+            raise FileNotFoundError(f"{unrelated}: no such image")
+        items = [item if item.media else replace(item, media=(Path(unrelated),)) for item in items]
+    told = {}  # kind -> [(Item, answer)]; shots of the form come without their pictures
+    for kind, several in shots.items():
+        several = several if args.shots else [replace(item, media=()) for item in several]
+        told[kind] = [(put(item, task), shot_answer(item, task)) for item in several]
+    names = ("task", "data", "split", "describe_first", "num_frames", "seed", "unrelated_image")
+    settings = {name: vars(args)[name] for name in names} | {
+        "model": Path(args.model).name, "prompt": task.prompt, "preset": preset, "decoding": asdict(decoding),
+        "shots": sorted({item.id for several in shots.values() for item in several}),
     }  # fmt: skip
     describe = loaded.decodings.get("describe", decoding) if args.describe_first else None
-    told = {kind: [(put(item, task), shot_answer(item, task)) for item in several] for kind, several in shots.items()}
     asker = Asker(loaded, decoding, describe, told, args.num_frames, args.seed, task.border, form.stop if form else ())
 
     out.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def run(args, loaded, judge=None):
     if task.protocol is protocols.judged:
         prompts = {one["id"]: one["judge_prompt"] for one in predictions if one["judge_prompt"]}
         said = protocols.ask_judge(prompts, judge, args.judgements, out, args.batch_size)
-        said = {id: {"judgement": said[id]} | protocols.judgement(said[id], task.way) for id in prompts if id in said}
-        predictions = [one | said.get(one["id"], {}) for one in predictions]
+        for one in (one for one in predictions if prompts.get(one["id"]) and one["id"] in said):
+            one |= {"judgement": said[one["id"]]} | protocols.judgement(said[one["id"]], task.way)
     return report.write(out, settings, task, predictions, reading, items), len(predictions)
 
 

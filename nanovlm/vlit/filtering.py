@@ -127,13 +127,14 @@ def score_batch(batch, root, settings, helpers):
             "task": tagging.task_of(sample, pairs[0][0], settings.task_field) if pairs else "",
             "said": zlib.crc32(" ".join(tokens(" ".join(sample.responses))).encode()),
             "complexity": max((proxy(asked, len(pairs)) for asked, _ in pairs), default=0.0),
-            "verdicts": [verify(*pair, facts) for pair in pairs] if facts else [], "votes": [],
-        }  # fmt: skip
+        }
+        for place, pair in enumerate(pairs if facts else (), start=1):
+            row["reasons"] += [f"wrong: round {place}, by rule"] * (verify(*pair, facts) is False)
     if helpers.judge:
-        pairs = [(row, (sample, *pair)) for row, sample in sound for pair in sample.pairs]
-        votes = judge_pairs([pair for _, pair in pairs], helpers, root, settings)
-        for (row, _), vote in zip(pairs, votes):
-            row["votes"] += vote[:1] if vote else []
+        asked = [(row, place, (sample, *pair)) for row, sample in sound for place, pair in enumerate(sample.pairs, start=1)]
+        votes = judge_pairs([pair for _, _, pair in asked], helpers, root, settings)
+        for (row, place, _), vote in zip(asked, votes):
+            row["reasons"] += [f"wrong: round {place}, by the judge's majority"] * bool(vote and vote[0] is False)
     seen = [(row, sample) for row, sample in sound if sample.images and sample.pairs]
     if helpers.encoder and seen:
         texts = [" ".join(answer for _, answer in sample.pairs) for _, sample in seen]
@@ -149,9 +150,6 @@ def decide(scores, args):
     least = numpy.percentile(degrees, args.matching_percentile) if degrees else None
     for row in scores:
         why = list(row["reasons"])
-        for by, key in (("rule", "verdicts"), ("the judge's majority", "votes")):
-            rounds = enumerate(row.get(key, ()), start=1)
-            why += [f"wrong: round {place}, by {by}" for place, right in rounds if right is False]
         if "matching" in row and row["matching"] < least:
             percentile = f"percentile {args.matching_percentile:g}"
             why.append(f"mismatch: matching degree {row['matching']:.2f} below {least:.2f}, {percentile}")

@@ -76,10 +76,7 @@ def digest(value):
 
 
 class Replies:
-    """A file of answers, which may be absent, by their "key", or by their "chat" whatever the generator was.
-
-    Raises: ValueError naming the line that is no answer.
-    """
+    """A file of answers, which may be absent, by their "key", or by their "chat" whatever the generator was."""
 
     def __init__(self, path, field="key"):
         self.file, self.places = JsonLines(path), {}
@@ -179,23 +176,22 @@ def _answers(chats, generator, drawing):
 def in_parallel(function, items, workers):
     """Call a function on items, taken no faster than needed, in some threads (1 = in this one): yields (item, result).
 
-    What the function raises is raised after the results of the calls that were under way. A program that is interrupted
-    does not wait for the threads.
+    What the function raises is raised behind the results of the calls that were under way.
     """
     if workers == 1:
         yield from ((item, function(item)) for item in items)
         return
-    items, under_way, failure, pool = iter(items), deque(), None, ThreadPool(workers)
-    while True:
-        for item in itertools.islice(items, 0 if failure else workers - len(under_way)):
-            under_way.append((item, pool.apply_async(function, (item,))))
-        if not under_way:
-            break
-        item, call = under_way.popleft()
-        try:
-            yield item, call.get()
-        except Exception as error:
-            failure = failure or error
-    pool.close()
+    items, under_way, failure = iter(items), deque(), None
+    with ThreadPool(workers) as pool:  # whose threads an interrupted program does not wait for
+        while True:
+            for item in itertools.islice(items, 0 if failure else workers - len(under_way)):
+                under_way.append((item, pool.apply_async(function, (item,))))
+            if not under_way:
+                break
+            item, call = under_way.popleft()
+            try:
+                yield item, call.get()
+            except Exception as error:
+                failure = failure or error
     if failure:
         raise failure
