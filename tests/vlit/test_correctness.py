@@ -44,60 +44,49 @@ FRUIT = Facts((thing("orange"), thing("cup")), frozenset(("orange", "cup")))
 CROWD = Facts((thing("person"),), frozenset(("person", "dog")), crowds=frozenset(("person", "dog")))
 
 
-@pytest.mark.parametrize(
-    "facts, question, answer, verdict",
-    (
-        (KITCHEN, "Are there any people in the image?", "Yes, there are two.", True),
-        (KITCHEN, "Is there a dog?", "Yes, a dog is asleep.", False),
-        (KITCHEN, "Is there a dog?", "No, there is no dog.", True),
-        (KITCHEN, "Is there a dog on the table?", "Yes.", False),
-        (KITCHEN, "Is there a dog on the table?", "No.", True),
-        (KITCHEN, "Is there a cup on the table?", "Yes.", None),  # a cup is there, the table is not noted
-        (KITCHEN, "Is there a unicorn?", "Yes.", None),  # nobody looked for it
-        (KITCHEN, "Do you see any wine glasses?", "No.", True),
-        (KITCHEN, "Is there a cup?", "It is on the table.", None),
-        (KITCHEN, "Are there two people?", "Yes.", True),
-        (KITCHEN, "Are there three people?", "No, there are two people.", True),
-        (KITCHEN, "Is there one person?", "No.", None),  # one of the two is one, and is not all
-        (KITCHEN, "How many people are there?", "There are two people.", True),
-        (KITCHEN, "How many people are visible in the image?", "Three of them.", False),
-        (KITCHEN, "How many dogs are there?", "None.", True),
-        (KITCHEN, "How many cups?", "1", True),
-        (KITCHEN, "How many people are there?", "Several.", None),
-        (KITCHEN, "What color is the car?", "The car is red.", True),
-        (KITCHEN, "What colour is the car?", "Blue.", False),
-        (KITCHEN, "What color is the cup?", "White.", None),  # no colour was noted
-        (KITCHEN, "Describe it.", "A brown cup.", None),  # no colour was noted about the cup
-        (KITCHEN, "Describe it.", "A red car.", True),
-        (KITCHEN, "Describe it.", "A green car.", False),
-        (FRUIT, "What color is the orange?", "Green.", None),
-        (KITCHEN, "Is it raining?", "Yes, but there is no rain.", False),  # contradicts itself
-        (SCENE, "how many objects are there?", "3", True),
-        (SCENE, "how many red objects are there?", "2", False),
-        (SCENE, "is there a red circle?", "yes", False),
-        (SCENE, "is there not a red circle?", "yes", None), (SCENE, "is there no blue star?", "no", None),
-        (SCENE, "what color is the circle?", "blue", True),
-        (SCENE, "what shape is the red object?", "star", True),
-        (SCENE, "what is the red shape?", "circle", False),
-        (SCENE, "where is the circle?", "bottom right", True),
-        (SCENE, "where is the circle?", "top right", False),
-        (SCENE, "where is the star?", "left", None),  # there are two
-        (SCENE, "is the red star left of the blue circle?", "yes", True),
-        (SCENE, "is the red star right of the blue circle?", "no", True),
-        (SCENE, "what is left of the blue circle?", "red star", True),
-        (SCENE, "what is above the red star?", "blue circle", False),
-        (SCENE, "what is above the red star?", "red square", False),  # there is none
-        (SCENE, "is the circle big or small?", "small", False),
-        (SCENE, "list the objects.", "red star, blue circle, blue star", True),
-        (SCENE, "list the objects.", "red star, red circle", False),
-        (SCENE, "describe the image.", "a nice drawing", None),
-        (CROWD, "How many dogs are there?", "None.", None),
-        (CROWD, "Are there two people?", "No.", None), (CROWD, "How many people are there?", "One.", None),
-        (CROWD, "Are there people?", "Yes.", True),
-    ),
-)  # fmt: skip
-def test_rules(facts, question, answer, verdict):
-    assert verify(question, answer, facts) is verdict
+RULES = {  # what is known -> (question, answer, verdict)
+    "kitchen": (KITCHEN, (
+        ("Are there any people in the image?", "Yes, there are two.", True), ("Is there a dog?", "Yes, a dog is asleep.", False),
+        ("Is there a dog?", "No, there is no dog.", True), ("Is there a dog on the table?", "Yes.", False),
+        ("Is there a dog on the table?", "No.", True),
+        ("Is there a cup on the table?", "Yes.", None),  # a cup is there, the table is not noted
+        ("Is there a unicorn?", "Yes.", None),  # nobody looked for it
+        ("Do you see any wine glasses?", "No.", True), ("Is there a cup?", "It is on the table.", None),
+        ("Are there two people?", "Yes.", True), ("Are there three people?", "No, there are two people.", True),
+        ("Is there one person?", "No.", None),  # one of the two is one, and is not all
+        ("How many people are there?", "There are two people.", True), ("How many dogs are there?", "None.", True),
+        ("How many people are visible in the image?", "Three of them.", False), ("How many cups?", "1", True),
+        ("How many people are there?", "Several.", None), ("What color is the car?", "The car is red.", True),
+        ("What colour is the car?", "Blue.", False), ("Describe it.", "A red car.", True), ("Describe it.", "A green car.", False),
+        ("What color is the cup?", "White.", None), ("Describe it.", "A brown cup.", None),  # no colour was noted
+        ("Is it raining?", "Yes, but there is no rain.", False),  # contradicts itself
+    )),
+    "scene": (SCENE, (
+        ("how many objects are there?", "3", True), ("how many red objects are there?", "2", False),
+        ("is there a red circle?", "yes", False), ("is there not a red circle?", "yes", None),
+        ("is there no blue star?", "no", None), ("what color is the circle?", "blue", True),
+        ("what shape is the red object?", "star", True), ("what is the red shape?", "circle", False),
+        ("where is the circle?", "bottom right", True), ("where is the circle?", "top right", False),
+        ("where is the star?", "left", None),  # there are two
+        ("is the red star left of the blue circle?", "yes", True), ("is the red star right of the blue circle?", "no", True),
+        ("what is left of the blue circle?", "red star", True), ("what is above the red star?", "blue circle", False),
+        ("what is above the red star?", "red square", False),  # there is none
+        ("is the circle big or small?", "small", False), ("list the objects.", "red star, blue circle, blue star", True),
+        ("list the objects.", "red star, red circle", False), ("describe the image.", "a nice drawing", None),
+    )),
+    "fruit": (FRUIT, [("What color is the orange?", "Green.", None)]),
+    "crowd": (CROWD, (
+        ("How many dogs are there?", "None.", None), ("Are there two people?", "No.", None),
+        ("How many people are there?", "One.", None), ("Are there people?", "Yes.", True),
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(name):
+    facts, cases = RULES[name]
+    for question, answer, verdict in cases:
+        assert verify(question, answer, facts) is verdict, (question, answer)
 
 
 def about(image, id="1", question="Is there a dog?", answer="Yes."):
