@@ -24,7 +24,6 @@ from nanovlm.data.records import Turn, Visual
 from nanovlm.data.video import Clip
 from nanovlm.evaluation.items import Encoded, read_records
 from nanovlm.evaluation.vqa_accuracy import vqa_accuracy
-from nanovlm.evaluation.yes_no import parse_strict
 from nanovlm.files import JsonLines, replace_text
 from nanovlm.generation.answer import DESCRIBE, make_prompt, reply
 from nanovlm.generation.sampler import Decoding, score_choices
@@ -33,7 +32,7 @@ from nanovlm.recipes.nano_tests import exact_match
 LETTERS = string.ascii_uppercase
 SCORES = {  # name -> function (prediction str, answers) -> float between 0 and 1
     "vqa": vqa_accuracy,
-    "vqa_official": lambda said, answers: vqa_accuracy(said, answers, "official"),
+    "vqa_official": lambda said, answers: vqa_accuracy(said, answers, official=True),
     "exact": lambda said, answers: float(any(exact_match(said, answer) for answer in answers)),
     "lower": lambda said, answers: float(any(said.strip().lower() == answer.strip().lower() for answer in answers)),
 }
@@ -198,6 +197,27 @@ class Asker:
             return Visual(key, Clip(str(source), self.num_frames))
         source = source.open() if isinstance(source, Encoded) else source
         return Visual(key, (ImageOps.expand(images.load(source), self.border) if self.border else source,))
+
+
+# Yes or no, as the programs of MME (arXiv:2306.13394) and POPE (arXiv:2305.10355) read it, and strictly
+
+
+def parse_mme(text):
+    """"yes", "no" or "other", by the first four characters."""
+    start = text.strip().lower()[:4]
+    return next((word for word in ("yes", "no") if word in start), "other")
+
+
+def parse_pope(text):
+    """"yes" or "no": of the first sentence without commas, cut at spaces, one word denies; all else is a yes, "No!" too."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
+
+
+def parse_strict(text):
+    """The first word alone decides: "yes", "no" or "other"."""
+    first = re.match(r"\W*(\w+)", text.lower())
+    return first[1] if first and first[1] in ("yes", "no") else "other"
 
 
 # Answers to multiple choice

@@ -11,7 +11,6 @@ import torch
 from matplotlib.figure import Figure
 
 from nanovlm.data import images
-from nanovlm.evaluation import yes_no
 from nanovlm.evaluation.captions import caption_scores
 from nanovlm.evaluation.items import Encoded, write_json
 from nanovlm.evaluation.protocols import LETTERS
@@ -19,6 +18,8 @@ from nanovlm.recipes.nano_tests import Answer, sample_sheet, wilson
 
 WORST = 12  # pictures on the contact sheet
 MOST_BARS = 40
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
 def write(folder, settings, task, predictions, reading, items):
@@ -133,20 +134,42 @@ def captions(predictions):
     return caption_scores([one["prediction"] for one in predictions], [one["answers"] for one in predictions])
 
 
+def yes_no_scores(pairs):
+    """Scores of (prediction, truth), with "yes" as the positive class; a ratio without a case is 0.
+
+    A prediction "other" is wrong and neither. Returns: {"accuracy", "precision", "recall", "f1", "yes_ratio"}.
+    """
+    said, true = ([words[place] for words in pairs].count("yes") for place in (0, 1))
+    found = pairs.count(("yes", "yes"))
+    precision, recall = found / max(said, 1), found / max(true, 1)
+    return {
+        "accuracy": sum(prediction == truth for prediction, truth in pairs) / len(pairs),
+        "precision": precision, "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if found else 0.0, "yes_ratio": said / len(pairs),
+    }  # fmt: skip
+
+
 def pope(predictions):
-    """Accuracy, precision, recall, F1 and the share of yes per split, and the mean F1."""
-    pairs = defaultdict(list)
-    for one in predictions:
-        pairs[one["kind"]].append((one["said"], one["answers"][0]))
-    return yes_no.pope_scores(pairs) | {"unparsed": unread(predictions)}
+    """POPE (arXiv:2305.10355): `yes_no_scores` per split, and the mean of their F1 as LLaVA reports it."""
+    splits = {kind: yes_no_scores([(one["said"], one["answers"][0]) for one in several])
+              for kind, several in by(predictions, "kind").items()}  # fmt: skip
+    flat = {f"{kind} {name}": value for kind, scores in splits.items() for name, value in scores.items()}
+    f1 = sum(scores["f1"] for scores in splits.values()) / len(splits)
+    return flat | {"mean f1": f1, "unparsed": unread(predictions)}
 
 
 def mme(predictions):
-    """The score of every task and the two sums, as far as both questions of every picture were asked."""
-    answers = defaultdict(list)
-    for one in predictions:
-        answers[one["kind"]].append((one["group"], one["said"], one["answers"][0]))
-    return yes_no.mme_scores(answers) | {"unparsed": unread(predictions)}
+    """MME (arXiv:2306.13394, Sec. 2): 100 · accuracy + 100 · accuracy+ (pictures whose two answers are both right) of every
+    task, over the pictures whose two questions were asked; the two sums if no task is missing."""
+    scores = {}
+    for task, answers in by(predictions, "kind").items():
+        pairs = [[one["score"] for one in several] for several in by(answers, "group").values() if len(several) == 2]
+        if pairs:
+            scores[f"{task} score"] = 100 * (sum(map(sum, pairs)) / 2 + sum(map(all, pairs))) / len(pairs)
+    for name, tasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
+        if all(f"{task} score" in scores for task in tasks):
+            scores[name] = sum(scores[f"{task} score"] for task in tasks)
+    return scores | {"unparsed": unread(predictions)}
 
 
 def unread(predictions):

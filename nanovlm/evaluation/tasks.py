@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from nanovlm.evaluation import protocols, readers, report
-from nanovlm.evaluation.protocols import parse_letter, parse_science_qa
-from nanovlm.evaluation.yes_no import parse_mme, parse_pope, parse_strict
+from nanovlm.evaluation.protocols import parse_letter, parse_mme, parse_pope, parse_science_qa, parse_strict
 
 SHORT = "{question}\nAnswer the question using a single word or phrase."  # LLaVA-1.5, arXiv:2310.03744, Sec. 3.2
 WITH_OCR = "{question}\nReference OCR token: {ocr}\nAnswer the question using a single word or phrase."

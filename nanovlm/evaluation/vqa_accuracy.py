@@ -12,11 +12,6 @@ import json
 import re
 from pathlib import Path
 
-VARIANTS = {
-    "always": "normalise always, leave one annotator out by place (as TextVQA's own code does)",
-    "official": "as the program of visualqa.org computes it",
-    "min3": "min(1, matches among all ten / 3), normalised: what many repositories report, up to a point higher",
-}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {"none": "0"} | {
     word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())
@@ -49,24 +44,22 @@ def normalize(text):
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def vqa_accuracy(prediction, answers, variant="always"):
-    """How right an answer is.
+def vqa_accuracy(prediction, answers, official=False):
+    """How right an answer is: float between 0 and 1.
 
     Args:
       prediction: str.
-      answers: list of str, one per annotator (usually ten, one at least); or, for "official", the records of the file,
-        dicts with "answer" and whatever else stands there.
-      variant: one of VARIANTS.
-    Returns: float between 0 and 1.
+      answers: list of str, one per annotator (usually ten, one at least); or, for the official form, the records of the
+        file, dicts with "answer" and whatever else stands there.
+      official: as the program of visualqa.org computes it; else normalised always, and one annotator left out by place
+        (as TextVQA's own code does).
     """
     records = [answer if isinstance(answer, dict) else {"answer": answer} for answer in answers]
     said, words = tidy(prediction), [tidy(record["answer"]) for record in records]
-    if variant != "official" or len(set(words)) > 1:
+    if not official or len(set(words)) > 1:
         said, words = normalize(said), list(map(normalize, words))
     matches, number = words.count(said), len(words)
-    if variant == "min3":
-        return min(1.0, matches / 3)
-    if variant == "official":  # equal records count as one annotator: without ids, identical answers never meet
+    if official:  # equal records count as one annotator: without ids, identical answers never meet
         beside = [record | {"answer": ""} for record, word in zip(records, words) if word == said]
         total = (number - matches) * min(1.0, matches / 3)  # those that differ stand beside every matching one
         return (total + sum(min(1.0, sum(other != mine for other in beside) / 3) for mine in beside)) / number

@@ -11,8 +11,7 @@ import re
 
 from nanovlm.vlit.replies import PROMPTS, digest, prompt
 from nanovlm.vlit.samples import make_item
-from nanovlm.vlit.self_instruct import SEVERAL, counts, named_region, question
-from nanovlm.vlit.template import Rounds
+from nanovlm.vlit.self_instruct import SEVERAL, counts, listed, named_region, question
 from nanovlm.vlit.words import plural
 
 POOLS = PROMPTS["adaption"]["pools"]  # kind -> instructions; [QUESTION], [OBJECT]: of the annotation
@@ -47,8 +46,7 @@ def responses(picture):
     objects, texts = picture.of_kind("object"), picture.of_kind("ocr")
     found = [("caption", "", one.value, [one.id]) for one in picture.of_kind("caption")]
     if objects:
-        ((_, listed),) = Rounds(picture, None, random.Random(0)).names()
-        found.append(("object", "", listed, [one.id for one in objects]))
+        found.append(("object", "", listed(counts(objects)), [one.id for one in objects]))
     for name, number in counts(objects).items():
         if number != SEVERAL:
             found.append(("count", plural(name), str(number), [one.id for one in objects if one.value == name]))

@@ -17,10 +17,11 @@ import json
 import random
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from nanovlm.vlit.annotations import Annotation, Picture
 from nanovlm.vlit.replies import PROMPTS, Chat, digest
-from nanovlm.vlit.words import GROUP_OF, load_table, one_of
+from nanovlm.vlit.words import GROUP_OF, counted, load_table, one_of
 
 _prompts = PROMPTS["self-instruct"]
 REQUIREMENTS = {int(place): words for place, words in _prompts["requirements"].items()}
@@ -70,6 +71,13 @@ def counts(objects):
     return dict(Counter(one.value for one in objects)) | {one.value: SEVERAL for one in objects if one.is_crowd}
 
 
+def listed(numbers):
+    """All of `counts` in a sentence: "There are two dogs and one cat."."""
+    told = [counted(name, number) for name, number in numbers.items()]
+    words = " and ".join(filter(None, (", ".join(told[:-1]), told[-1])))
+    return f"There {'is' if told[0].startswith('one ') else 'are'} {words}."
+
+
 def named_region(picture, region):
     """What is in the box: "a tie that is striped", or "the text 'STOP'": str."""
     if region.kind == "ocr":
@@ -116,20 +124,12 @@ class Plan:
 PLANS = {name: Plan(name, **plan) for name, plan in _prompts["plans"].items()}
 
 
-@dataclass(frozen=True)
-class Example:
-    """plans: names of those it fits. region: the marked Annotation, or None. turns: (question, answer) each."""
-
-    plans: list
-    picture: Picture
-    region: Annotation | None
-    turns: list
-
-
 def _example(plans, annotations, turns, region=None):
-    """An entry of examples.json; region: id of an annotation."""
+    """An entry of examples.json, with plans: names of those it fits, picture, region: the marked Annotation or None, turns:
+    (question, answer) each."""
     notes = {note["id"]: Annotation(**note) for note in annotations}
-    return Example(plans, Picture("example", annotations=list(notes.values())), notes.get(region), turns)
+    picture = Picture("example", annotations=list(notes.values()))
+    return SimpleNamespace(plans=plans, picture=picture, region=notes.get(region), turns=turns)
 
 
 EXAMPLES = [_example(**entry) for entry in load_table("examples.json")]

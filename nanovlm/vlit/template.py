@@ -9,7 +9,7 @@ import random
 
 from nanovlm.vlit.annotations import middle
 from nanovlm.vlit.replies import PROMPTS, Refused, digest
-from nanovlm.vlit.self_instruct import SEVERAL, counts, named_region, question, stopped, written
+from nanovlm.vlit.self_instruct import SEVERAL, counts, listed, named_region, question, stopped, written
 from nanovlm.vlit.words import ALWAYS_SEVERAL, GROUP_OF, NUMBERS, OTHER_NAMES, USES, counted, one_of, plural
 
 ASKED = PROMPTS["template"]  # kind of question -> several ways to ask it
@@ -76,12 +76,7 @@ class Rounds:
 
     def names(self):
         """All categories with their numbers."""
-        told = [counted(name, number) for name, number in self.counts.items()]
-        if not told:
-            return []
-        verb = "is" if told[0].startswith("one ") else "are"
-        listed = " and ".join(filter(None, (", ".join(told[:-1]), told[-1])))
-        return [(self._ask("name all"), f"There {verb} {listed}.")]
+        return [(self._ask("name all"), listed(self.counts))] if self.counts else []
 
     def number(self):
         """How many there are of each category."""

@@ -11,7 +11,7 @@ from ablations import agreement
 from random_models import randomise
 from tiny import random_vlm
 
-from nanovlm.evaluation import captions, pairwise, protocols, yes_no
+from nanovlm.evaluation import captions, pairwise, protocols, report
 from nanovlm.evaluation.items import Item
 from nanovlm.evaluation.vqa_accuracy import CONTRACTIONS, normalize, vqa_accuracy
 from nanovlm.recipes import RECIPES
@@ -40,20 +40,19 @@ def test_contractions_are_the_official_ones():
 def test_vqa_accuracy_leaves_one_annotator_out():
     answers = ["cat"] * 3 + ["dog"] * 7
     assert vqa_accuracy("Cat.", answers) == pytest.approx((3 * 2 / 3 + 7 * 1) / 10)
-    assert vqa_accuracy("cat", answers, "min3") == 1.0
     assert vqa_accuracy("the cow", answers) == 0.0
     assert vqa_accuracy("cat", ["cat"]) == 1.0  # no other to agree with
 
 
 def test_official_vqa_accuracy_has_its_two_quirks():
     numbered = [{"answer": "cat", "answer_id": n} for n in range(10)]
-    assert vqa_accuracy("Cat.", numbered, "official") == 0.0  # all ten are equal: nothing is normalised
-    assert vqa_accuracy("cat", numbered, "official") == 1.0
+    assert vqa_accuracy("Cat.", numbered, official=True) == 0.0  # all ten are equal: nothing is normalised
+    assert vqa_accuracy("cat", numbered, official=True) == 1.0
     alike = [{"answer": "cat"}] * 10
-    assert vqa_accuracy("cat", alike, "official") == 0.0  # without ids, equal records vanish from "the others"
+    assert vqa_accuracy("cat", alike, official=True) == 0.0  # without ids, equal records vanish from "the others"
     assert vqa_accuracy("cat", alike) == 1.0
     mixed = [{"answer": "The cat", "answer_id": 0}] + [{"answer": "a cat.", "answer_id": n} for n in range(1, 10)]
-    assert vqa_accuracy("CAT", mixed, "official") == 1.0
+    assert vqa_accuracy("CAT", mixed, official=True) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -117,29 +116,32 @@ def test_cider_of_one_picture_is_zero_and_length_counts_in_bigrams():
     ],
 )  # fmt: skip
 def test_pope_parsers(text, official, strict):
-    assert (yes_no.parse_pope(text), yes_no.parse_strict(text)) == (official, strict)
+    assert (protocols.parse_pope(text), protocols.parse_strict(text)) == (official, strict)
 
 
 def test_pope_scores():
-    scores = yes_no.yes_no_scores([("yes", "yes"), ("yes", "no"), ("no", "no"), ("other", "yes")])
+    scores = report.yes_no_scores([("yes", "yes"), ("yes", "no"), ("no", "no"), ("other", "yes")])
     assert scores == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5}
-    assert yes_no.yes_no_scores([("no", "no")])["f1"] == 0.0
-    both = yes_no.pope_scores({"random": [("yes", "yes")], "popular": [("no", "yes")]})
-    assert both["mean f1"] == 0.5 and both["random accuracy"] == 1.0
+    answers = (("random", "yes"), ("popular", "no"))
+    both = report.pope([{"kind": kind, "said": said, "answers": ["yes"], "prediction": said} for kind, said in answers])
+    assert both["mean f1"] == 0.5 and both["random accuracy"] == 1.0 and both["popular f1"] == 0.0
 
 
 @pytest.mark.parametrize(
     ("text", "word"), [("Yes", "yes"), ("no.", "no"), ("\nYES, it is", "yes"), ("Ah, no", "other"), ("It is", "other"), ("a no", "no")]
 )
 def test_mme_parser(text, word):
-    assert yes_no.parse_mme(text) == word
+    assert protocols.parse_mme(text) == word
 
 
 def test_mme_scores():
-    answers = [("a", "yes", "yes"), ("a", "no", "no"), ("b", "yes", "yes"), ("b", "other", "no")]
-    assert yes_no.mme_scores({"count": answers}) == {"count score": 100 * 0.75 + 100 * 0.5}
-    assert yes_no.mme_scores({"count": answers[:3], "color": answers[:1]}) == {"count score": 200.0}  # pairs alone count
-    every = yes_no.mme_scores(dict.fromkeys(yes_no.PERCEPTION, answers))
+    def scores(number, *tasks):
+        several = [{"group": picture, "score": score, "said": "yes", "prediction": "yes"} for picture, score in zip("aabb", (1, 1, 1, 0))]
+        return report.mme([one | {"kind": task} for task in tasks for one in several[:number]])
+
+    assert scores(4, "count") == {"count score": 100 * 0.75 + 100 * 0.5, "unparsed": 0.0}
+    assert scores(3, "count")["count score"] == 200.0 and "count score" not in scores(1, "count")  # pairs alone count
+    every = scores(4, *report.PERCEPTION)
     assert every["perception"] == 1250.0 and "cognition" not in every
 
 
