@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from loopback import completion, serving
 from PIL import Image
 
 from nanovlm.evaluation import __main__ as cli
@@ -152,36 +153,20 @@ def test_judgements_now_later_and_by_a_model(start, tmp_path):
     assert "no such file" in start("open_vqa", "--judgements", "nowhere").err
 
 
-class Server:
-    """Stands for the package openai and an endpoint: refuses the second question, breaks down at a call that is told."""
-
-    OpenAIError, calls, breaks_at = type("OpenAIError", (Exception,), {}), 0, 0
-    BadRequestError, UnprocessableEntityError = type("BadRequestError", (OpenAIError,), {}), type("Unfit", (OpenAIError,), {})
-    base_url, completions = "http://there", property(lambda self: self)
-    chat = property(lambda self: self)
-
-    def OpenAI(self, **options):
-        return self
-
-    def create(self, model, messages, temperature, max_tokens, seed):
-        Server.calls += 1
-        (message,) = messages
-        assert (model, message["role"], temperature) == ("gpt-x", "user", 0) and 'imply the answer "red"' in message["content"]
-        if Server.calls == Server.breaks_at:
-            raise self.OpenAIError("the server is gone")
-        if "second" in message["content"]:
-            raise self.BadRequestError("too long")
-        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content="Yes."))])
-
-
 def test_an_endpoint_judges_and_one_that_fails_leaves_a_run_that_goes_on(start, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", Server())
+    def reply(body, number):  # breaks down at the third request, and never answers the second question
+        (message,) = body["messages"]
+        assert (body["model"], body["temperature"]) == ("gpt-x", 0) and 'imply the answer "red"' in message["content"]
+        if number == 2:
+            return 401, {}, b"the server is gone"
+        return (400, {}, b"too long") if "second" in message["content"] else completion("Yes.")
+
     open_vqa(tmp_path, "first?", "second?", "third?")
-    Server.breaks_at = 3
-    broken = start("open_vqa", "--judge-endpoint", "gpt-x", "--batch-size", "2")
-    assert broken.code == 2 and "the server is gone" in broken.err
-    done = start("open_vqa", "--judge-endpoint", "gpt-x", "--batch-size", "2")
-    assert done.code == 0 and Server.calls == 4  # what was judged is not judged again
+    with serving(reply) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        broken, done = (start("open_vqa", "--judge-endpoint", "gpt-x", "--batch-size", "2") for _ in range(2))
+        assert broken.code == 2 and "does not judge: Error code: 401" in broken.err
+        assert done.code == 0 and len(server.bodies) == 4  # what was judged is not judged again
     scores = json.loads((done.folder / "report.json").read_text())["scores"]
     assert (scores["all"], scores["judged"], scores["unparsed"]) == (pytest.approx(2 / 3), 3, 1)
     monkeypatch.setitem(sys.modules, "openai", None)
