@@ -22,24 +22,18 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
+    """One question."""
 
-    id: unique within the task. answers: what is right; str, records of annotators, or the place of the right option.
-    kind: class for the report. group: what is counted together (the picture in MME, the question under rotation).
-    media: in order, each a path, an Encoded or a PIL image; is_clip: it is one film, animation or folder of frames.
-    options: of a multiple choice. extra: further words of the prompt, by name. submit: the benchmark's own id.
-    """
-
-    id: str
+    id: str  # unique within the task
     question: str
-    answers: tuple = ()
-    kind: str = ""
-    group: str = ""
-    media: tuple = ()
-    is_clip: bool = False
-    options: tuple[str, ...] = ()
-    extra: dict = field(default_factory=dict)
-    submit: object = None
+    answers: tuple = ()  # what is right; str, records of annotators, or the place of the right option
+    kind: str = ""  # class for the report
+    group: str = ""  # what is counted together: the picture in MME, the question under rotation
+    media: tuple = ()  # in order, each a path, an Encoded or a PIL image
+    is_clip: bool = False  # it is one film, animation or folder of frames
+    options: tuple[str, ...] = ()  # of a multiple choice
+    extra: dict = field(default_factory=dict)  # further words of the prompt, by name
+    submit: object = None  # the benchmark's own id
 
     @property
     def missing(self):

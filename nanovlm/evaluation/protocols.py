@@ -127,23 +127,16 @@ def rotated(items):
 
 @dataclass(frozen=True)
 class Asker:
-    """Puts items to a model in the form of its own template.
+    """Puts items to a model in the form of its own template."""
 
-    loaded: chat.Assistant. decoding, describe: sampler.Decoding of an answer, and of a description that goes before
-      every question about a picture; None = none.
-    shots: {kind: list of (Item, answer str)} that stand before a question of this kind, "" = of any other.
-    num_frames: of a film. seed: of sampling; an answer depends on it and the item's id alone.
-    border: pixels of black around every picture (OwlEval as Lynx shows it: 8). stop: words before which an answer ends.
-    """
-
-    loaded: Any
+    loaded: Any  # chat.Assistant
     decoding: Decoding
-    describe: Decoding | None = None
-    shots: dict = field(default_factory=dict)
-    num_frames: int = 4
-    seed: int = 0
-    border: int = 0
-    stop: tuple[str, ...] = ()
+    describe: Decoding | None = None  # of a description that goes before every question about a picture
+    shots: dict = field(default_factory=dict)  # {kind: [(Item, answer)]} before a question of this kind, "" = any other
+    num_frames: int = 4  # of a film
+    seed: int = 0  # of sampling; an answer depends on it and the item's id alone
+    border: int = 0  # pixels of black around every picture (OwlEval as Lynx shows it: 8)
+    stop: tuple[str, ...] = ()  # words before which an answer ends
 
     def replies(self, items):
         """Answers: list of str."""

@@ -21,28 +21,19 @@ CAPTION_PRESETS = ("caption", "image_description", "default")
 
 @dataclass(frozen=True)
 class Task:
-    """How one benchmark is measured.
+    """How one benchmark is measured."""
 
-    protocol: one of the five of protocols.py. read: function (data, pictures, split) -> items.Reading.
-    prompt: words of a question, with {question}, {options}, {hint} or {ocr}.
-    summarise: function predictions -> {name: number or None}, see report.py.
-    presets: names of decodings, the first that a model's recipe has is used.
-    score, parse, way: what the protocol asks for. prepare: what is done to the items first.
-    submission: function predictions -> {file name: text}, see report.py; None = the benchmark takes no file.
-    border: pixels around every picture.
-    """
-
-    protocol: Callable
-    read: Callable
-    prompt: str
-    summarise: Callable = report.mean_scores
-    presets: tuple[str, ...] = VQA_PRESETS
-    score: str = "exact"
+    protocol: Callable  # one of the five of protocols.py
+    read: Callable  # (data, pictures, split) -> items.Reading
+    prompt: str  # words of a question, with {question}, {options}, {hint} or {ocr}
+    summarise: Callable = report.mean_scores  # predictions -> {name: number or None}
+    presets: tuple[str, ...] = VQA_PRESETS  # decodings; the first that a model's recipe has is used
+    score: str = "exact"  # this and the next two: what the protocol asks for
     parse: Callable | None = None
     way: str = ""
-    prepare: Callable = list
-    submission: Callable | None = None
-    border: int = 0
+    prepare: Callable = list  # what is done to the items first
+    submission: Callable | None = None  # predictions -> {file name: text}; None = the benchmark takes no file
+    border: int = 0  # pixels around every picture
 
 
 short, likely = partial(Task, protocols.short_answer), partial(Task, protocols.choice, way="likelihood")

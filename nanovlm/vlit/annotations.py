@@ -34,20 +34,15 @@ TO_JSON = (
 
 @dataclass(frozen=True)
 class Annotation:
-    """One note about one picture.
+    """One note about one picture."""
 
-    id: unique, "KIND/…". value: the sentence, the category, the attribute, the characters or the answer.
-    question: of kind vqa. box: left, top, right, bottom as shares of the picture, or None.
-    of: the object's id, of an attribute. is_crowd: an object that stands for a group of unknown number.
-    """
-
-    id: str
+    id: str  # unique, "KIND/…"
     kind: str
-    value: str
-    question: str = ""
-    box: tuple[float, float, float, float] | None = None
-    of: str = ""
-    is_crowd: bool = False
+    value: str  # the sentence, the category, the attribute, the characters or the answer
+    question: str = ""  # of kind vqa
+    box: tuple[float, float, float, float] | None = None  # left, top, right, bottom as shares of the picture
+    of: str = ""  # the object's id, of an attribute
+    is_crowd: bool = False  # an object that stands for a group of unknown number
 
 
 @dataclass
@@ -70,17 +65,13 @@ class Picture:
 
 
 class Collection:
-    """What came out of the files.
-
-    pictures: dict id -> Picture. problems: one line for every record that could not be read. skipped: Counter of what
-    was read and left out, by reason. The rest is what files refer to: objects: COCO's id of an instance -> (Picture,
-    Annotation); questions: id -> (picture's id, question), until it is answered; names: of the current file's
-    categories or attributes; patches: of COCO Attributes -> id of an instance.
-    """
+    """What came out of the files, and what they refer to."""
 
     def __init__(self):
-        self.pictures, self.problems, self.skipped = {}, [], Counter()
-        self.objects, self.questions, self.names, self.patches = {}, {}, {}, {}
+        self.pictures, self.problems = {}, []  # id -> Picture; one line for every record that could not be read
+        self.skipped = Counter()  # what was read and left out, by reason
+        self.objects, self.questions = {}, {}  # COCO's id of an instance -> (Picture, Annotation); waiting for an answer
+        self.names, self.patches = {}, {}  # of the current file's categories or attributes; patch -> id of an instance
 
     def picture(self, id, file_name="", width=0, height=0):
         """The picture of an id, made if there is none yet; what is known about it is added up."""

@@ -38,16 +38,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about one picture.
+    """What is known about one picture."""
 
-    things: tuple of Thing, all that there is of the names in `names`. names: what annotators looked for, in the
-      singular.
-    crowds: names of which an unknown number is there.
-    """
-
-    things: tuple
-    names: frozenset
-    crowds: frozenset = frozenset()
+    things: tuple  # of Thing, all that there is of the names below
+    names: frozenset  # what annotators looked for, in the singular
+    crowds: frozenset = frozenset()  # names of which an unknown number is there
 
     @property
     def heads(self):

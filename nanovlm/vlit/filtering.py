@@ -29,7 +29,7 @@ from nanovlm.data import json_files
 from nanovlm.evaluation.items import write_json
 from nanovlm.vlit import quality, tagging
 from nanovlm.vlit.correctness import known, verify
-from nanovlm.vlit.indicators import judge_pairs, measure, pictures_of, proxy
+from nanovlm.vlit.indicators import judge_pairs, majority, measure, pictures_of, proxy
 from nanovlm.vlit.matching import BATCH
 from nanovlm.vlit.samples import MISSING, Unreadable, defects, read, text_of
 from nanovlm.vlit.words import tokens
@@ -134,7 +134,7 @@ def score_batch(batch, root, settings, helpers):
         asked = [(row, place, (sample, *pair)) for row, sample in sound for place, pair in enumerate(sample.pairs, start=1)]
         votes = judge_pairs([pair for _, _, pair in asked], helpers, root, settings)
         for (row, place, _), vote in zip(asked, votes):
-            row["reasons"] += [f"wrong: round {place}, by the judge's majority"] * bool(vote and vote[0] is False)
+            row["reasons"] += [f"wrong: round {place}, by the judge's majority"] * bool(vote and majority(vote) is False)
     seen = [(row, sample) for row, sample in sound if sample.images and sample.pairs]
     if helpers.encoder and seen:
         texts = [" ".join(answer for _, answer in sample.pairs) for _, sample in seen]

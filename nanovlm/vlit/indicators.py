@@ -93,40 +93,30 @@ class Settings:
 
 @dataclass(frozen=True)
 class Helpers:
-    """What measuring needs beside the data set, as far as there is any.
+    """What measuring needs beside the data set, as far as there is any."""
 
-    facts: as of correctness.facts_of. encoder: matching.Encoder. judge: replies.Recorded.
-    embed: list of N str -> float32[N, D] of length 1. lexicon: names of things.
-    describe: function Sample -> str, for a judge that sees no pictures.
-    """
-
-    facts: dict | None = None
-    encoder: Any = None
-    judge: Any = None
-    embed: Callable = tfidf_vectors
-    lexicon: frozenset = LEXICON
-    describe: Callable = lambda sample: ""
+    facts: dict | None = None  # as of correctness.facts_of
+    encoder: Any = None  # matching.Encoder
+    judge: Any = None  # replies.Recorded
+    embed: Callable = tfidf_vectors  # list of N str -> float32[N, D] of length 1
+    lexicon: frozenset = LEXICON  # names of things
+    describe: Callable = lambda sample: ""  # Sample -> str, for a judge that sees no pictures
 
 
 @dataclass(frozen=True)
 class Indicator:
-    """One number.
+    """One number."""
 
-    key: column of the review's Table 4. value: None = not measured. computation: what was done, in words. measured: on
-    how many. interval: of 95%, or None. beside: {name: number}. better: "higher" | "lower". seconds: wall time. tokens:
-    that judge or tagger read and wrote.
-    """
-
-    key: str
+    key: str  # column of the review's Table 4
     name: str
-    value: float | None
-    computation: str
-    measured: int = 0
-    interval: tuple | None = None
-    beside: dict = field(default_factory=dict)
-    better: str = "higher"
-    seconds: float = 0.0
-    tokens: int = 0
+    value: float | None  # None = not measured
+    computation: str  # what was done, in words
+    measured: int = 0  # on how many
+    interval: tuple | None = None  # of 95%
+    beside: dict = field(default_factory=dict)  # {name: number}
+    better: str = "higher"  # or "lower"
+    seconds: float = 0.0  # wall time
+    tokens: int = 0  # that judge or tagger read and wrote
 
 
 def measure(path, settings=Settings(), root=None, helpers=Helpers()):
@@ -301,13 +291,14 @@ def correctness(found):
     beside = {"coverage": len(decided) / len(told)}
     if judge:
         ruled = {"by rule": 100 * sum(decided) / len(decided), "coverage of rules": beside["coverage"]} if decided else {}
-        votes = judge_pairs(found.pairs, found.helpers, found.root, found.settings)
-        missing, votes = votes.count(None), [vote for vote in votes if vote]
-        decided = [right for right, _, _ in votes if right is not None]
+        asked = judge_pairs(found.pairs, found.helpers, found.root, found.settings)
+        votes = [several for several in asked if several is not None]
+        decided = [right for right in map(majority, votes) if right is not None]
+        agreement = [max(map(several.count, (True, False))) / max(1, len(several) - several.count(None)) for several in votes]
         how = HOW["C judged"].format(judge=judge.name, **vars(found.settings))
         beside = {
-            "pictures missing": missing, "agreement": sum(share for _, share, _ in votes) / max(1, len(votes)),
-            "undecided": len(votes) - len(decided), "unreadable votes": sum(number for _, _, number in votes),
+            "pictures missing": asked.count(None), "agreement": sum(agreement) / max(1, len(votes)),
+            "undecided": len(votes) - len(decided), "unreadable votes": sum(several.count(None) for several in votes),
         } | ruled  # fmt: skip
     right, total = sum(decided), len(decided)
     value, reach = (100 * right / total, tuple(100 * edge for edge in wilson(right, total))) if total else (None, None)
@@ -315,23 +306,24 @@ def correctness(found):
 
 
 def judge_pairs(pairs, helpers, root, settings):
-    """What a judge thinks of (Sample, question, answer), asked several times: the majority decides.
+    """What a judge thinks of (Sample, question, answer), asked several times.
 
     The review's way (Sec. 4.2.3): LLaVA-1.5 and examples written by hand there, any generator of generators.py here.
     One that sees no pictures is told `helpers.describe(sample)`.
 
-    Returns: per pair (right: True, False, or None where the readable votes tie or are none; share of the readable votes
-      that agree; number of unreadable votes), or None where the judge's picture is missing or no file (base64).
+    Returns: per pair the votes, list of True, False or None = unreadable; or None where the judge's picture is missing or
+      no file (base64).
     """
-    judge, found = helpers.judge, []
     chats = [_judged(one, helpers, root) for one in pairs]
-    replies = iter(judge.ask(list(filter(None, chats)), settings.votes, settings.temperature, 8, settings.seed))
-    for chat in chats:
-        verdicts = list(map(parse_verdict, next(replies))) if chat else []
-        yes, no = verdicts.count(True), verdicts.count(False)
-        right, share = None if yes == no else yes > no, max(yes, no) / max(1, yes + no)
-        found.append((right, share, verdicts.count(None)) if chat else None)
-    return found
+    asked = list(filter(None, chats))
+    replies = iter(helpers.judge.ask(asked, settings.votes, settings.temperature, 8, settings.seed))
+    return [list(map(parse_verdict, next(replies))) if chat else None for chat in chats]
+
+
+def majority(votes):
+    """What most readable votes say: True, False, or None where they tie or are none."""
+    yes, no = votes.count(True), votes.count(False)
+    return None if yes == no else yes > no
 
 
 def _judged(pair, helpers, root):

@@ -37,15 +37,11 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Chat:
-    """What is asked.
+    """What is asked."""
 
-    messages: (role, text) each, role "system" | "user" | "assistant"; the last is the user's.
-    image: path, or "" without one. material: (Plan, Picture, region) behind the words, which `template` works from.
-    """
-
-    messages: tuple[tuple[str, str], ...]
-    image: str = ""
-    material: Any = None
+    messages: tuple[tuple[str, str], ...]  # (role, text) each, "system" | "user" | "assistant"; the last is the user's
+    image: str = ""  # path, or "" without one
+    material: Any = None  # (Plan, Picture, region) behind the words, which `template` works from
 
     @property
     def sha(self):

@@ -48,16 +48,12 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation about some images.
-
-    images: paths as they stand in the file. turns: (role, text) each, role "user" | "assistant" | "system"; IMAGE in a
-    user's text is where an image stands. task (of Table 5 of the review), granularity, plan: "" = not stated.
-    """
+    """One conversation about some images; IMAGE in a user's text is where an image stands."""
 
     id: str
-    images: tuple[str, ...]
-    turns: tuple[tuple[str, str], ...]
-    task: str = ""
+    images: tuple[str, ...]  # paths as they stand in the file
+    turns: tuple[tuple[str, str], ...]  # (role, text) each, role "user" | "assistant" | "system"
+    task: str = ""  # of Table 5 of the review; "" = not stated, here and below
     granularity: str = ""
     plan: str = ""
 

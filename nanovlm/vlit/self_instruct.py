@@ -108,17 +108,13 @@ def stopped(words):
 
 @dataclass(frozen=True)
 class Plan:
-    """A kind of conversation.
-
-    lines: of REQUIREMENTS. task: as in the review's Table 5. granularity: "region" is about a marked object.
-    rounds: at least so many; 0 = not said.
-    """
+    """A kind of conversation."""
 
     name: str
-    lines: list[int]
-    task: str
-    granularity: str = "global"
-    rounds: int = 0
+    lines: list[int]  # of REQUIREMENTS
+    task: str  # as in the review's Table 5
+    granularity: str = "global"  # "region" is about a marked object
+    rounds: int = 0  # at least so many; 0 = not said
 
 
 PLANS = {name: Plan(name, **plan) for name, plan in _prompts["plans"].items()}
