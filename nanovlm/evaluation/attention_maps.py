@@ -64,14 +64,16 @@ def answer_heat(model, prompt, answer):
         raise ValueError("the answer has no token, so there is no attention to draw")
     inputs = prompt.visual_inputs
     if not inputs or any(len(pixels) > 1 for pixels in inputs):
-        raise ValueError("attention is drawn over still images, each in one square; show one, without tiles (--tiles 0)")
+        one = "show one, without tiles (--tiles 0)"
+        raise ValueError(f"attention is drawn over still images, each in one square; {one}")
     out, heat, image_size = {}, [], inputs[0].shape[-1]  # pixels
     looks = answer_attention(model, prompt, answer, out=out).mean(dim=(0, 1))  # n T
     for picture, (_, start, stop) in enumerate(prompt.row.images):
         seen = looks[:, start:stop]  # n I
         side, columns = math.isqrt(stop - start), stop - start  # an image token is a patch or a square of patches
         if "latents" in out:
-            seen = seen @ torch.stack(out["latents"]).to(looks).mean(dim=(0, 2))[picture]  # n N, by the latents' maps M I N
+            latents = torch.stack(out["latents"]).to(looks).mean(dim=(0, 2))  # M I N
+            seen = seen @ latents[picture]  # n N
             side, columns = math.isqrt(model.vision.num_patches(image_size)), model.vision.num_tokens(image_size)
         first = columns - side * side  # behind a class token perhaps
         heat.append(seen[:, first : first + side * side].unflatten(1, (side, side)).cpu())
@@ -94,7 +96,8 @@ def draw(path, pictures, heat, words, image_size, fit, title):
             panel.imshow(shown, extent=extent)
             alpha = 0.6 * cells / hottest  # the picture stays visible where nothing was read
             drawn = panel.imshow(cells, extent=extent, cmap="inferno", vmin=0, vmax=hottest, alpha=alpha)
-            panel.set_title(f"{word.strip() or repr(word)}\n{cells.sum():.0%} on the picture", fontsize=8, parse_math=False)
+            share = f"{cells.sum():.0%} on the picture"
+            panel.set_title(f"{word.strip() or repr(word)}\n{share}", fontsize=8, parse_math=False)
             panel.set_xlabel("x, pixels", fontsize=7)
             panel.set_ylabel("y, pixels", fontsize=7)
             panel.tick_params(labelsize=6)

@@ -202,7 +202,7 @@ def parse_mme(text):
 
 
 def parse_pope(text):
-    """"yes" or "no": of the first sentence without commas, cut at spaces, one word denies; all else is a yes, "No!" too."""
+    """"yes" or "no": a word of the first sentence, without commas and cut at spaces, denies; all else is yes, "No!" too."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
 
@@ -225,9 +225,10 @@ def parse_letter(text, options):
     """
     letter = f"[{LETTERS[: len(options)]}]"
     small, reason = f"(?i:{letter})(?=\\W*$)", "because|since|as"  # reason: what may follow A, which is a word as well
+    no_word = rf"(?!(?<=A) (?!(?:{reason})\b)[a-z])"
     found = (
         re.match(rf"\W*({letter}|{small})(?:[).:,*\]\n]|\W*$| (?:{reason})\b)", text)
-        or re.search(rf"(?i:answer|option|choice)(?: is)?[: ]\W*({letter}|{small})\b(?!(?<=A) (?!(?:{reason})\b)[a-z])", text)
+        or re.search(rf"(?i:answer|option|choice)(?: is)?[: ]\W*({letter}|{small})\b{no_word}", text)
     )  # fmt: skip
     if found:
         return LETTERS.index(found[1].upper())
@@ -255,8 +256,8 @@ def parse_science_qa(text, options):
 
 # Free answers judged by a language model: any function from a list of prompts to the list of its answers.
 #
-# "implies" is Open-VQA's question, word for word (Lynx, arXiv:2307.02469, Sec. 3.1). "score" asks for yes or no and a mark
-# (Video-ChatGPT, arXiv:2306.05424), "share" for a grade (MM-Vet, arXiv:2308.02490, Sec. 3.3), both in our wording.
+# "implies" is Open-VQA's question, word for word (Lynx, arXiv:2307.02469, Sec. 3.1). "score" asks for yes or no and a
+# mark (Video-ChatGPT, arXiv:2306.05424), "share" for a grade (MM-Vet, arXiv:2308.02490, Sec. 3.3), in our wording.
 
 PROMPTS = json.loads(Path(__file__).with_name("prompts.json").read_text())  # lists of lines
 
@@ -292,7 +293,7 @@ def judgement(text, way):
         share = next((number for number in numbers if number <= 1), None)
         return {"verdict": None if share is None else share == 1, "mark": share, "score": share or 0.0}
     verdict, mark = parse_verdict(text), None
-    if way == "score":  # yes or no anywhere, so that GPT's dictionaries are read. The paper says 1 to 5, its script 0 to 5
+    if way == "score":  # yes or no anywhere, for GPT's dictionaries. The paper says 1 to 5, its script 0 to 5
         said = re.search(r"\b(yes|no)\b", text.lower())
         verdict, mark = said and said[1] == "yes", whole_number(text, 0, 5)
     return {"verdict": verdict, "mark": mark, "score": float(verdict is True)}

@@ -159,8 +159,8 @@ def pope(predictions):
 
 
 def mme(predictions):
-    """MME (arXiv:2306.13394, Sec. 2): 100 · accuracy + 100 · accuracy+ (pictures whose two answers are both right) of every
-    task, over the pictures whose two questions were asked; the two sums if no task is missing."""
+    """MME (arXiv:2306.13394, Sec. 2): 100 · accuracy + 100 · accuracy+ (pictures whose two answers are both right) of
+    every task, over the pictures whose two questions were asked; the two sums if no task is missing."""
     scores = {}
     for task, answers in by(predictions, "kind").items():
         pairs = [[one["score"] for one in several] for several in by(answers, "group").values() if len(several) == 2]
@@ -233,7 +233,7 @@ def as_json(make):
 
 def records(id_field, answer_field):
     """A list of objects: VQAv2, OK-VQA, TextVQA, GQA, VizWiz, COCO captions."""
-    return as_json(lambda predictions: [{id_field: one["submit"], answer_field: one["prediction"]} for one in predictions])
+    return as_json(lambda found: [{id_field: one["submit"], answer_field: one["prediction"]} for one in found])
 
 
 def lines(name, line, first=""):

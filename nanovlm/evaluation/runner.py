@@ -76,7 +76,7 @@ def run(args, loaded, judge=None):
 
 
 def read(task, args, split):
-    """The benchmark's files as the flags name them: items.Reading. Raises: ValueError if there is no question in them."""
+    """The benchmark's files as the flags name them: items.Reading. Raises: ValueError if they hold no question."""
     pictures = args.images or args.data
     reading = task.read(args.data, pictures, split).with_pictures(pictures)
     if not reading.items:

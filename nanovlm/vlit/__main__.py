@@ -45,7 +45,8 @@ def main(arguments):
         return 0
     name, *rest = arguments
     if name == "review":
-        print("python -m nanovlm.vlit: the review's statistics are computed by python notebooks/ablations/review.py", file=sys.stderr)
+        successor = "the review's statistics are computed by python notebooks/ablations/review.py"
+        print(f"python -m nanovlm.vlit: {successor}", file=sys.stderr)
         return BAD_INPUT
     if name not in COMMANDS:
         print(f"python -m nanovlm.vlit: unknown command {name!r}.{nearest(name, COMMANDS)}", file=sys.stderr)

@@ -70,7 +70,8 @@ class Collection:
     def __init__(self):
         self.pictures, self.problems = {}, []  # id -> Picture; one line for every record that could not be read
         self.skipped = Counter()  # what was read and left out, by reason
-        self.objects, self.questions = {}, {}  # COCO's id of an instance -> (Picture, Annotation); waiting for an answer
+        self.objects = {}  # COCO's id of an instance -> (Picture, Annotation)
+        self.questions = {}  # id -> (picture's id, question), until it is answered
         self.names, self.patches = {}, {}  # of the current file's categories or attributes; patch -> id of an instance
 
     def picture(self, id, file_name="", width=0, height=0):
@@ -142,7 +143,8 @@ def share_box(box, picture):
         raise ValueError(f"the size of picture {picture.id} is not stated in any file, so its boxes cannot be placed")
     try:
         left, top, width, height = box
-        sides = left / picture.width, top / picture.height, (left + width) / picture.width, (top + height) / picture.height
+        edges = (left, top, left + width, top + height)
+        sides = [edge / size for edge, size in zip(edges, (picture.width, picture.height) * 2)]
     except (ValueError, TypeError) as error:
         raise ValueError(f"bbox must be left, top, width and height in pixels, found {box!r}") from error
     return checked_box([min(1.0, max(0.0, side)) for side in sides])

@@ -56,7 +56,7 @@ def add_flags(parser):
     add("--method", choices=("both", "adapt", "self-instruct"), default="both", help="of the two")
     add("--plans", type=words, default=plans, metavar="NAME,…", help=f"of {', '.join(plans)} (default: all)")
     add("--lines", type=numbers, metavar="1,3,…", help="of the nine requirements of the prompt, for every plan")
-    add("--description", choices=self_instruct.FORMS, default="sentences", help="how annotations become text (default: sentences)")
+    add("--description", choices=self_instruct.FORMS, default="sentences", help="how annotations become text")
     add("--regions", type=int, default=1, help="marked regions of each picture at most")
     add("--answers", choices=("short", "sentences"), default="short", help="short ones ask for one, or are written out")
     add("--more-instructions", action="store_true", help="lengthen the instruction pools through the meta prompt")
@@ -87,7 +87,8 @@ def run(args):
     try:
         files.replace(out / "samples.jsonl", work.write)
     except GeneratorError as error:
-        told = f"{len(work.recorded.replies.places)} answers are in {out / 'replies.jsonl'}, the same command goes on behind them"
+        number, file = len(work.recorded.replies.places), out / "replies.jsonl"
+        told = f"{number} answers are in {file}, the same command goes on behind them"
         raise GeneratorError(f"{error}; {told}") from error
     return work.report(out, collection.skipped)
 
@@ -247,8 +248,8 @@ class Work:
         self.notes.update(f"parsed although {note}" for note in parsed.notes)
         origin = {
             "generator": self.recorded.name, "plan": plan.name, "prompt_sha": chat.sha, "seed": self.draw.seed,
-            "temperature": self.draw.temperature, "index": index, "annotation_ids": [one.id for one in picture.annotations],
-            "region": region and list(region.box),
+            "temperature": self.draw.temperature, "index": index, "region": region and list(region.box),
+            "annotation_ids": [one.id for one in picture.annotations],
         }  # fmt: skip
         texts = [words for _, words in parsed.turns]
         return make_item(id, image, texts, plan.task, "SI", plan.granularity, origin)

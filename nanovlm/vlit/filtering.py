@@ -131,10 +131,11 @@ def score_batch(batch, root, settings, helpers):
         for place, pair in enumerate(pairs if facts else (), start=1):
             row["reasons"] += [f"wrong: round {place}, by rule"] * (verify(*pair, facts) is False)
     if helpers.judge:
-        asked = [(row, place, (sample, *pair)) for row, sample in sound for place, pair in enumerate(sample.pairs, start=1)]
-        votes = judge_pairs([pair for _, _, pair in asked], helpers, root, settings)
-        for (row, place, _), vote in zip(asked, votes):
-            row["reasons"] += [f"wrong: round {place}, by the judge's majority"] * bool(vote and majority(vote) is False)
+        asked = [(sample, *pair) for _, sample in sound for pair in sample.pairs]
+        votes = iter(judge_pairs(asked, helpers, root, settings))
+        for row, sample in sound:
+            for place, vote in enumerate(itertools.islice(votes, len(sample.pairs)), start=1):
+                row["reasons"] += [f"wrong: round {place}, by the judge's majority"] * (majority(vote or []) is False)
     seen = [(row, sample) for row, sample in sound if sample.images and sample.pairs]
     if helpers.encoder and seen:
         texts = [" ".join(answer for _, answer in sample.pairs) for _, sample in seen]

@@ -77,8 +77,8 @@ class OpenAICompatible:
     request that the server will never answer (too long, filtered) is refused alone.
 
     Args:
-      model: its name there. base_url: up to and without /chat/completions; "" = $OPENAI_BASE_URL, then OpenAI's. The key
-        is $OPENAI_API_KEY, which may be absent for servers that ask for none.
+      model: its name there. base_url: up to and without /chat/completions; "" = $OPENAI_BASE_URL, then OpenAI's. The
+        key is $OPENAI_API_KEY, which may be absent for servers that ask for none.
       workers: requests under way at once. per_minute: requests begun within a minute at most; 0 = no limit.
       send_images: whether the picture goes along, for models that see.
     Attributes:

@@ -206,7 +206,7 @@ class Survey:
                 self.proxies[self.timed("IC", proxy, instruction, len(sample.pairs))] += 1
                 self.tasks[task] += 1
                 if len(self.tasks) > MOST_TASKS:
-                    raise ValueError(f"more than {MOST_TASKS} different tasks, the last {task!r}; leave out --task-field")
+                    raise ValueError(f"more than {MOST_TASKS} tasks, the last {task!r}; leave out --task-field")
                 if task not in drawn:
                     drawn[task] = Reservoir(settings.instructions, f"{seed}/{task}")
                 drawn[task].add(instruction)
@@ -290,16 +290,16 @@ def correctness(found):
     decided = [verdict for *pair, one in told if one and (verdict := verify(*pair, one)) is not None]
     beside = {"coverage": len(decided) / len(told)}
     if judge:
-        ruled = {"by rule": 100 * sum(decided) / len(decided), "coverage of rules": beside["coverage"]} if decided else {}
+        ruled = {"by rule": 100 * sum(decided) / max(1, len(decided)), "coverage of rules": beside["coverage"]}
         asked = judge_pairs(found.pairs, found.helpers, found.root, found.settings)
         votes = [several for several in asked if several is not None]
         decided = [right for right in map(majority, votes) if right is not None]
-        agreement = [max(map(several.count, (True, False))) / max(1, len(several) - several.count(None)) for several in votes]
+        agreement = [max(map(one.count, (True, False))) / max(1, len(one) - one.count(None)) for one in votes]
         how = HOW["C judged"].format(judge=judge.name, **vars(found.settings))
         beside = {
             "pictures missing": asked.count(None), "agreement": sum(agreement) / max(1, len(votes)),
             "undecided": len(votes) - len(decided), "unreadable votes": sum(several.count(None) for several in votes),
-        } | ruled  # fmt: skip
+        } | (ruled if ruled["coverage of rules"] else {})  # fmt: skip
     right, total = sum(decided), len(decided)
     value, reach = (100 * right / total, tuple(100 * edge for edge in wilson(right, total))) if total else (None, None)
     return Indicator("C", "correctness", value, how, total, reach, beside)
@@ -311,8 +311,8 @@ def judge_pairs(pairs, helpers, root, settings):
     The review's way (Sec. 4.2.3): LLaVA-1.5 and examples written by hand there, any generator of generators.py here.
     One that sees no pictures is told `helpers.describe(sample)`.
 
-    Returns: per pair the votes, list of True, False or None = unreadable; or None where the judge's picture is missing or
-      no file (base64).
+    Returns: per pair the votes, list of True, False or None = unreadable; or None where the judge's picture is missing
+      or no file (base64).
     """
     chats = [_judged(one, helpers, root) for one in pairs]
     asked = list(filter(None, chats))
@@ -366,7 +366,7 @@ def balance(found):
 
 
 def instruction_diversity(found):
-    """I: how many clusters of some size the instructions of each task fall into. beside: "literal", {task: clusters}."""
+    """I: how many clusters of some size the instructions of each task fall into; beside it those of each task."""
     settings, large, literal = found.settings, {}, []
     for task, texts in found.by_task.items():
         sizes = list(map(len, ego_splitting(cooccurrence(map(content, texts)))))

@@ -201,7 +201,8 @@ def compare(args):
     settings, helpers = settings_of(args, size), helpers_of(args, out)
     # a set of long conversations has more responses in as many samples
     settings = replace(settings, responses=min(settings.responses, size))
-    found = {name: measure(path, settings, Path(args.images or path.parent), helpers)[0] for name, path in zip(names, paths)}
+    roots = [Path(args.images or path.parent) for path in paths]
+    found = {name: measure(path, settings, root, helpers)[0] for name, path, root in zip(names, paths, roots)}
     title = f"{size} samples of each, seed {args.seed}"
     told = [f"{len(paths)} data sets, {title}", "", *comparison(found), "", *notes(found[names[0]])]
     report = {"size": size, "settings": asdict(settings), "files": dict(zip(names, args.files)),

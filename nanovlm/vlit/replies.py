@@ -139,7 +139,8 @@ class Recorded:
 
         def new_of(batch):
             keys = [digest([generator.name, chat.sha, *astuple(drawing)]) for chat, *_ in batch]
-            new = {key: chat for key, (chat, *_) in zip(keys, batch) if key not in self.replies.places and key not in known}
+            asked = zip(keys, (chat for chat, *_ in batch))
+            new = {key: chat for key, chat in asked if key not in self.replies.places and key not in known}
             known.update(new)  # two of the same words are asked once
             return batch, keys, new
 

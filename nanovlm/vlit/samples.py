@@ -103,8 +103,8 @@ def read(path, doing=None):
     Returns: iterator of (where, Sample), or (where, Unreadable) for what cannot be read; where names file and line.
     Raises: FileNotFoundError; ValueError if it holds no record at all, or as a whole is of another form.
     """
-    found = False
-    for element in tqdm(json_files.records(path), desc=f"{doing} {path}", unit="record", disable=None if doing else True):
+    found, hidden = False, None if doing else True
+    for element in tqdm(json_files.records(path), desc=f"{doing} {path}", unit="record", disable=hidden):
         found, value = True, element.value
         key = next((key for key in CONTAINERS if key in value), None) if isinstance(value, dict) else None
         if key and "conversations" not in value and isinstance(value[key], (dict, list)):

@@ -6,8 +6,9 @@ two of ten examples drawn at random ("about 10 generated samples through manual 
 and behind it the key points once more ("redundantly", Sec. 4.2.2). The examples (examples.json) are described pictures
 that we imagined, each with a conversation that shows what the plans it serves ask for.
 
-A picture is described in one of two forms: `sentences`, the review's template (Appendix A.2.2, as in its printed example),
-and `boxes`, LLaVA's captions and boxes with their coordinates (arXiv:2304.08485, Sec. 3). Kinds that it lacks drop out.
+A picture is described in one of two forms: `sentences`, the review's template (Appendix A.2.2, as in its printed
+example), and `boxes`, LLaVA's captions and boxes with their coordinates (arXiv:2304.08485, Sec. 3). Kinds that it lacks
+drop out.
 
 Differs from the paper: it prints the prompt for regions only; what a plan without a region says instead, the extra line
 of several rounds, the examples and the key points are ours.
@@ -36,7 +37,8 @@ SEVERAL = "several"  # of a crowd, whose members nobody counted
 def sentences(picture, region=None):
     """The review's description: one paragraph. region: the Annotation that is circled by a square box, or None."""
     captions, objects, pairs, texts = (picture.of_kind(kind) for kind in ("caption", "object", "vqa", "ocr"))
-    groups = [f"{number} {GROUP_OF[name] + '_' if name in GROUP_OF else ''}{name}" for name, number in counts(objects).items()]
+    grouped = {name: f"{GROUP_OF[name]}_{name}" if name in GROUP_OF else name for name in counts(objects)}
+    groups = [f"{number} {grouped[name]}" for name, number in counts(objects).items()]
     attributes = [described(picture, one) for one in objects if picture.attributes(one)]
     asked = [f"'Q: {question(one)} A: {stopped(one.value)}'" for one in pairs]
     parts = (
@@ -121,8 +123,7 @@ PLANS = {name: Plan(name, **plan) for name, plan in _prompts["plans"].items()}
 
 
 def _example(plans, annotations, turns, region=None):
-    """An entry of examples.json, with plans: names of those it fits, picture, region: the marked Annotation or None, turns:
-    (question, answer) each."""
+    """An entry of examples.json. plans: names of those it fits. turns: (question, answer) each. region: id or None."""
     notes = {note["id"]: Annotation(**note) for note in annotations}
     picture = Picture("example", annotations=list(notes.values()))
     return SimpleNamespace(plans=plans, picture=picture, region=notes.get(region), turns=turns)

@@ -97,7 +97,8 @@ class Rounds:
             asked, truth = self.draw.choice(("left", "right")), "left" if apart < 0 else "right"
             if abs(apart) > CLOSE:
                 yes, no = f"Yes, it is on the {truth}.", f"No, it is to the {truth} of the {other.value}."
-                found.append((f"Is the {one.value} to the {asked} of the {other.value}?", yes if asked == truth else no))
+                words = f"Is the {one.value} to the {asked} of the {other.value}?"
+                found.append((words, yes if asked == truth else no))
         return found
 
     def attributes(self):

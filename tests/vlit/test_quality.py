@@ -136,7 +136,7 @@ def test_bad_flags_end_with_a_message(folder, capsys, command, words):
 def test_what_cannot_be_measured(folder, monkeypatch):
     monkeypatch.setattr(indicators, "MOST_TASKS", 3)
     path = write_lines(folder / "own.jsonl", [item(n, "Why?", "So.", task=f"task {n}") for n in range(5)])
-    with pytest.raises(ValueError, match="more than 3 different tasks, the last 'task 3'; leave out --task-field"):
+    with pytest.raises(ValueError, match="more than 3 tasks, the last 'task 3'; leave out --task-field"):
         measure(path, Settings(task_field=True))
     with pytest.raises(ValueError, match="no instruction with a response"):
         measure(write_lines(folder / "bare.jsonl", [item(1, "A question?")]))
