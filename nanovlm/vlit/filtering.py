@@ -3,8 +3,8 @@
     python -m nanovlm.vlit filter FILE --images FOLDER --annotations instances.json --out FOLDER
     python -m nanovlm.vlit filter FILE --encoder CLIP_FOLDER --matching-percentile 10 --per-task 5000
 
-Sample by sample: defects (as `lint` finds them) → exact and near duplicates → responses that rules or the judge's
-majority find wrong → matching degree below a percentile. Then over all: at most --per-task of a task, and at most
+Sample by sample: defects (as `lint` finds them) → responses that rules or the judge's majority find wrong → exact and
+near duplicates of what is left → matching degree below a percentile. Then over all: at most --per-task of a task, and at most
 --per-response whose responses are the same words, both drawn evenly, complex ones spared by --keep-complex. The review
 (Sec. 4.2.3) filters by its indicators and prints no threshold: those here are flags. The folder holds kept.jsonl,
 dropped.jsonl (every other record with its reasons, unreadable ones as they stood), report.json, and scores.jsonl, with
@@ -129,13 +129,15 @@ def score_batch(batch, root, settings, helpers):
             "complexity": max((proxy(asked, len(pairs)) for asked, _ in pairs), default=0.0),
         }
         for place, pair in enumerate(pairs if facts else (), start=1):
-            row["reasons"] += [f"wrong: round {place}, by rule"] * (verify(*pair, facts) is False)
+            if verify(*pair, facts) is False:
+                row["reasons"].append(f"wrong: round {place}, by rule")
     if helpers.judge:
         asked = [(sample, *pair) for _, sample in sound for pair in sample.pairs]
         votes = iter(judge_pairs(asked, helpers, root, settings))
         for row, sample in sound:
             for place, vote in enumerate(itertools.islice(votes, len(sample.pairs)), start=1):
-                row["reasons"] += [f"wrong: round {place}, by the judge's majority"] * (majority(vote or []) is False)
+                if majority(vote or []) is False:
+                    row["reasons"].append(f"wrong: round {place}, by the judge's majority")
     seen = [(row, sample) for row, sample in sound if sample.images and sample.pairs]
     if helpers.encoder and seen:
         texts = [" ".join(answer for _, answer in sample.pairs) for _, sample in seen]

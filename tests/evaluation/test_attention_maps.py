@@ -13,7 +13,6 @@ from nanovlm.abstractor import Abstractor
 from nanovlm.data.templates import NANO, Row
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.evaluation import __main__ as cli
-from nanovlm.evaluation import attention_maps
 from nanovlm.evaluation.attention_maps import answer_attention, answer_heat, draw, look, Looks
 from nanovlm.generation.answer import Prompt
 from nanovlm.generation.chat import Assistant

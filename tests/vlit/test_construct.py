@@ -15,8 +15,8 @@ from nanovlm.data.datasets import LlavaJson
 from nanovlm.decoder import Decoder
 from nanovlm.published.language import LLAMA, llama_config
 from nanovlm.vlit import adaption
-from nanovlm.vlit.annotations import Annotation, Picture, read
-from nanovlm.vlit.construct import COLOR, find_pictures, marked, regions
+from nanovlm.vlit.annotations import read
+from nanovlm.vlit.construct import COLOR, find_pictures, marked
 from nanovlm.vlit.samples import defects, sample
 from nanovlm.vlit.self_instruct import written
 from tests.published_folders import LLAMA_SIZES, folder_with
