@@ -159,7 +159,8 @@ def mme_table():
     items = {name: GOLDEN["mme"]["items"][SHORT.get(name, name)] for name in report.PERCEPTION + report.COGNITION}
     for model in range(7):
         answers = {task: mme_answers(scores[model], items[task]) for task, scores in PRINTED["mme"].items()}
-        told = [one | {"kind": task, "said": "yes", "prediction": "yes"} for task, several in answers.items() for one in several]
+        told = [one | {"kind": task, "said": "yes", "prediction": "yes"}
+                for task, several in answers.items() for one in several]  # fmt: skip
         scores = report.mme(told)
         for task, printed in PRINTED["mme"].items():
             whole = printed[model] * items[task] / 100  # right answers and twice the wholly right pictures

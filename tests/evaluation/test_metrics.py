@@ -136,7 +136,8 @@ def test_mme_parser(text, word):
 
 def test_mme_scores():
     def scores(number, *tasks):
-        several = [{"group": picture, "score": score, "said": "yes", "prediction": "yes"} for picture, score in zip("aabb", (1, 1, 1, 0))]
+        several = [{"group": group, "score": score, "said": "yes", "prediction": "yes"}
+                   for group, score in zip("aabb", (1, 1, 1, 0))]  # fmt: skip
         return report.mme([one | {"kind": task} for task in tasks for one in several[:number]])
 
     assert scores(4, "count") == {"count score": 100 * 0.75 + 100 * 0.5, "unparsed": 0.0}
@@ -272,7 +273,8 @@ def test_choices_behind_a_shared_prefix_have_the_losses_of_whole_rows(name):
     picture = [IMAGE_TOKEN] * model.num_image_tokens(size) if model.media_token is None else [model.media_token]
     prompts = [[5, *picture, 6, *picture, 7], [*picture, 8, 9, 4], [3, 4]]
     choices = [[[9], [10, 11, 12], [13, 3]], [[4, 5], [6, 3]], [[7, 8, 9]]]
-    for prompt, several, pixels, scores in zip(prompts, choices, inputs, protocols.score_choices(model, prompts, choices, inputs)):
+    found = protocols.score_choices(model, prompts, choices, inputs)
+    for prompt, several, pixels, scores in zip(prompts, choices, inputs, found):
         for ids, (total, length) in zip(several, scores, strict=True):
             assert total == pytest.approx(naive_loss(model, prompt, ids, pixels), abs=1e-3) and length == len(ids)
 

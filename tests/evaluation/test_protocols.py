@@ -248,10 +248,10 @@ def test_finding_files(tmp_path):
 TRAPS = (  # reader, its files, the problem that one of their records is
     ("vqa", {"q_questions.json": {"questions": [{"question_id": 9, "image_id": 1, "question": "?"}]},
              "q_annotations.json": {"annotations": [{"question_id": 7}]}}, "question 0: question 9 has no annotation"),
-    ("captions", {"captions_val.json": {"images": [{"id": 2, "file_name": "b.jpg"}]}}, "picture 0: picture 2 has no caption"),
+    ("captions", {"captions_val.json": {"images": [{"id": 2, "file_name": "b.jpg"}]}}, "picture 2 has no caption"),
     ("pope", {"coco_pope_x.json": '{"label": "maybe", "image": "a"}'}, "label 'maybe' is neither yes nor no"),
     ("mme", {"color/b.txt": "blue? no\n"}, "b.txt, line 1: no question, tabulator"),
-    ("open_vqa", {"o.jsonl": '{"index": 1, "question": "q", "image": "i", "answer": "no list"}'}, "answer 'no list' is no list"),
+    ("open_vqa", {"o.jsonl": '{"index": 1, "question": "q", "image": "i", "answer": "x"}'}, "answer 'x' is no list"),
     ("seed_bench", {"SEED-Bench.json": {"questions": [{"question_id": "2"}]}}, "question 0: lacks 'data_id'"),
     ("science_qa", {"problems.json": {}, "pid_splits.json": {"test": ["7"]}}, "problem 7: lacks '7'"),
     ("mmlu", {"test/law_test.csv": "broken,1,2,3,4,E\n"}, "record 1: answer 'E' is none of the letters"),
@@ -274,7 +274,7 @@ def test_what_else_published_files_hold(tmp_path):
     assert seven.missing == [tmp_path / "COCO_val2014_000000000042.jpg"] and eight.missing == []
     item = Item("1", "q", extra={"ocr": "dog, 7"})
     assert protocols.put(item, TASKS["textvqa_ocr"]).question.split("\n")[1] == "Reference OCR token: dog, 7"
-    images = [{"filename": "a.jpg", "imgid": n, "split": s, "sentences": [{"raw": "x"}]} for n, s in enumerate(("train", "test"))]
+    images = [{"filename": "a.jpg", "imgid": split, "split": split, "sentences": [{"raw": "x"}]} for split in ("train", "test")]
     assert len(readers.captions(write(tmp_path / "dataset_f.json", {"images": images}), tmp_path, "").items) == 1
     one = "image_url,instruction_category,instruction,output_human_annotated\nhttp://x/c.png,k,do,done\n"
     assert readers.visit_bench(write(tmp_path / "one.csv", one), tmp_path, "").items[0].media[0].name == "c.png"
@@ -285,8 +285,8 @@ def test_what_else_published_files_hold(tmp_path):
     one = {"question": "q", "choices": ["a"], "answer": 0, "hint": "h"}
     (other,) = readers.science_qa(write(tmp_path / "problems.json", {"6": one}), tmp_path, "").items
     assert [item.extra["hint"] for item in (first, second, other)] == ["", "see\n", "Context: h\n"]
-    one = {"question_id": "1", "question": "q", "answer": "C", "data_id": "i", "data_type": "video", "question_type_id": 2}
-    one |= {f"choice_{letter}": letter for letter in "abcd"}
+    one = {"question_id": "1", "question": "q", "answer": "C", "data_id": "i", "data_type": "video"}
+    one |= {f"choice_{letter}": letter for letter in "abcd"} | {"question_type_id": 2}
     reading = readers.seed_bench(write(tmp_path / "SEED-Bench.json", {"questions": [one, one]}), tmp_path, "")
     assert reading.items[0].is_clip and "twice" in reading.problems[0]
 

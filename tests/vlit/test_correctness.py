@@ -46,7 +46,7 @@ CROWD = Facts((thing("person"),), frozenset(("person", "dog")), crowds=frozenset
 
 RULES = {  # what is known -> (question, answer, verdict)
     "kitchen": (KITCHEN, (
-        ("Are there any people in the image?", "Yes, there are two.", True), ("Is there a dog?", "Yes, a dog is asleep.", False),
+        ("Are there any people in the image?", "Yes, there are two.", True), ("Is there a dog?", "Yes, asleep.", False),
         ("Is there a dog?", "No, there is no dog.", True), ("Is there a dog on the table?", "Yes.", False),
         ("Is there a dog on the table?", "No.", True),
         ("Is there a cup on the table?", "Yes.", None),  # a cup is there, the table is not noted
@@ -57,7 +57,8 @@ RULES = {  # what is known -> (question, answer, verdict)
         ("How many people are there?", "There are two people.", True), ("How many dogs are there?", "None.", True),
         ("How many people are visible in the image?", "Three of them.", False), ("How many cups?", "1", True),
         ("How many people are there?", "Several.", None), ("What color is the car?", "The car is red.", True),
-        ("What colour is the car?", "Blue.", False), ("Describe it.", "A red car.", True), ("Describe it.", "A green car.", False),
+        ("What colour is the car?", "Blue.", False), ("Describe it.", "A red car.", True),
+        ("Describe it.", "A green car.", False),
         ("What color is the cup?", "White.", None), ("Describe it.", "A brown cup.", None),  # no colour was noted
         ("Is it raining?", "Yes, but there is no rain.", False),  # contradicts itself
     )),
@@ -68,11 +69,13 @@ RULES = {  # what is known -> (question, answer, verdict)
         ("what shape is the red object?", "star", True), ("what is the red shape?", "circle", False),
         ("where is the circle?", "bottom right", True), ("where is the circle?", "top right", False),
         ("where is the star?", "left", None),  # there are two
-        ("is the red star left of the blue circle?", "yes", True), ("is the red star right of the blue circle?", "no", True),
+        ("is the red star left of the blue circle?", "yes", True),
+        ("is the red star right of the blue circle?", "no", True),
         ("what is left of the blue circle?", "red star", True), ("what is above the red star?", "blue circle", False),
         ("what is above the red star?", "red square", False),  # there is none
-        ("is the circle big or small?", "small", False), ("list the objects.", "red star, blue circle, blue star", True),
-        ("list the objects.", "red star, red circle", False), ("describe the image.", "a nice drawing", None),
+        ("is the circle big or small?", "small", False), ("describe the image.", "a nice drawing", None),
+        ("list the objects.", "red star, blue circle, blue star", True),
+        ("list the objects.", "red star, red circle", False),
     )),
     "fruit": (FRUIT, [("What color is the orange?", "Green.", None)]),
     "crowd": (CROWD, (

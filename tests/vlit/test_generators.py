@@ -37,7 +37,7 @@ def pictures():
 
 
 def conversations(pictures, plan):
-    """(picture, marked region, list of (question, answer)) of three drafts for each picture that has what the plan needs."""
+    """(picture, marked region, list of (question, answer)) of three drafts for each picture that a plan fits."""
     for picture in pictures:
         for region in regions(picture, 1, 0) if plan.granularity == "region" else [None]:
             try:
@@ -113,7 +113,8 @@ def test_the_local_model_looks_at_the_picture_and_hears_the_system(local, tmp_pa
     path = tmp_path / "red.png"
     Image.new("RGB", (8, 8), (220, 30, 30)).save(path)
     seen, bare = (local._prompt(chat, 4) for chat in (Chat(HELLO.messages, str(path)), HELLO))
-    assert seen.row.ids.count(-1) == 4 and len(seen.visual_inputs) == 1 and bare.visual_inputs == []  # 8 pixels, patches of 4
+    assert seen.row.ids.count(-1) == 4 and len(seen.visual_inputs) == 1  # 8 pixels, patches of 4
+    assert bare.visual_inputs == []
     assert local.loaded.tokenizer.decode([token for token in bare.row.ids if token >= 0]).count("be brief\nhello") == 1
     with pytest.raises(FileNotFoundError):
         local._prompt(Chat(HELLO.messages, "absent.png"), 4)
@@ -288,9 +289,11 @@ def test_recorded_answers_are_replayed_whoever_gave_them(tmp_path):
 
 
 def test_pictures_of_one_name_are_not_answered_for_one_another(tmp_path):
-    for folder, color in (("train", "red"), ("val", "blue"), ("copy", "red")):
+    def sha(folder, color):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (8, 8), color).save(tmp_path / folder / "1.png")
-    train, val, copy = (Chat(HELLO.messages, str(tmp_path / folder / "1.png")).sha for folder in ("train", "val", "copy"))
+        return Chat(HELLO.messages, str(tmp_path / folder / "1.png")).sha
+
+    train, val, copy = sha("train", "red"), sha("val", "blue"), sha("copy", "red")
     assert train == copy != val and HELLO.sha not in (train, val)
     assert Chat(HELLO.messages, "here/x.png").sha == Chat(HELLO.messages, "there/x.png").sha  # recorded elsewhere

@@ -162,7 +162,8 @@ def test_talk_about_the_source_is_found_in_questions_and_answers():
         "From the information provided, there is one.", "The given text speaks of a man.",
         "Judging by the textual description, it is red.", "The image doesn't mention any animals.",
     ):  # fmt: skip
-        assert rules(defects(about("Is there a dog?", answer))) == rules(defects(about(answer, "Yes."))) == ["source"], answer
+        for said in (about("Is there a dog?", answer), about(answer, "Yes.")):
+            assert rules(defects(said)) == ["source"], answer
     for answer in (
         "The sign says STOP, so the text on it is an order.", "A caption is painted under the picture on the wall.",
         "Can you give me a description of the man? He mentions nothing.", "Based on the image, it is raining.",
