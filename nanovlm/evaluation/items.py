@@ -95,6 +95,11 @@ def write_json(path, value):
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def open_picture(source):
+    """A path, an Encoded or a PIL image as PIL.Image.Image. Raises: images.ImageError."""
+    return source.open() if isinstance(source, Encoded) else images.load(source)
+
+
 def read_text(path):
     """A text file, perhaps compressed: str. Raises: ValueError naming the file."""
     data = Path(path).read_bytes()

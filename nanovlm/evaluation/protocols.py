@@ -202,7 +202,7 @@ def parse_mme(text):
 
 
 def parse_pope(text):
-    """"yes" or "no": a word of the first sentence, without commas and cut at spaces, denies; all else is yes, "No!" too."""
+    """"no" if a word of the first sentence, without commas and cut at spaces, denies; else "yes", to "No!" too."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
 

@@ -32,14 +32,15 @@ def members(path):
 def reads(*patterns, split="", records=read_records):
     """Makes a reader of one file from what makes an item of one of its records.
 
-    patterns: of the file's name, {} being the split; the first that fits counts. split: the usual one.
+    patterns: of the file's name, {0} being the split, {1} with a capital; the first that fits counts. split: the usual.
     records: function path -> (where, record) pairs.
     """
 
     def reader(make):
         @functools.wraps(make)
         def read(data, pictures, wanted):
-            path = find(data, *(pattern.format(wanted or split) for pattern in patterns), split=wanted)
+            name = wanted or split
+            path = find(data, *(pattern.format(name, name.capitalize()) for pattern in patterns), split=wanted)
             return Reading().collect(records(path), lambda one, place: make(one, place, pictures))
 
         return read
@@ -92,7 +93,7 @@ def text_vqa(data, pictures, split):
     return Reading().collect(questions, make, "question")
 
 
-@reads("{}.json", "*.json", split="val")
+@reads("{0}.json", "*.json", split="val")
 def vizwiz(one, place, pictures):
     """VizWiz's own file: a list of {image, question, answers}."""
     image, answers = one["image"], tuple(one.get("answers") or ())
@@ -100,7 +101,7 @@ def vizwiz(one, place, pictures):
     return Item(image, one["question"], answers, one.get("answer_type", ""), media=media, submit=image)
 
 
-@reads("*{}_balanced_questions.json", "*questions*.json", split="testdev", records=members)
+@reads("*{0}_balanced_questions.json", "*questions*.json", split="testdev", records=members)
 def gqa(pair, place, pictures):
     """GQA: an object of questions by id."""
     id, one = pair
@@ -108,7 +109,7 @@ def gqa(pair, place, pictures):
     return Item(id, one["question"], answers, kind, media=(picture(pictures, f"{one['imageId']}.jpg"),), submit=id)
 
 
-@reads("*{}*.json*", "*.json*", split="test")
+@reads("*{0}*.json*", "*.json*", split="test")
 def video_qa(one, place, pictures):
     """MSVD-QA and MSRVTT-QA: a list of {id, question, answer, video | video_id | video_name}."""
     name = str(one.get("video") or one.get("video_name") or one["video_id"])
@@ -207,7 +208,7 @@ def mme(data, pictures, split):
 # Free answers for a judge
 
 
-@reads("*{}*.jsonl*", "*.jsonl*", split="images")
+@reads("*{0}*.jsonl*", "*.jsonl*", split="images")
 def open_vqa(one, place, pictures):
     """Open-VQA, pictures or videos: JSON lines whose answer is a list."""
     answers, is_clip = one["answer"], "video" in one
@@ -320,7 +321,7 @@ def science_qa(data, pictures, split):
     return Reading().collect([(f"problem {id}", id) for id in ids], make)
 
 
-@reads("*{}*.json", "*.json", split="dev")
+@reads("*{0}*.json", "*.json", split="dev")
 def q_bench(one, place, pictures):
     """Q-Bench (LLVisionQA): a list of {img_path, question, candidates, correct_ans, concern | type}."""
     options, truth = tuple(one["candidates"]), one.get("correct_ans")
@@ -344,13 +345,9 @@ def mmlu(data, pictures, split):
     return reading
 
 
-def arc(data, pictures, split):
+@reads("*{1}*.jsonl", "*.jsonl", split="test")
+def arc(one, place, pictures):
     """ARC: JSON lines, {id, question: {stem, choices: [{text, label}]}, answerKey}; labels are letters or digits."""
-
-    def make(one, place):
-        choices = one["question"]["choices"]
-        answers = ([option["label"] for option in choices].index(one["answerKey"]),)
-        return Item(one["id"], one["question"]["stem"], answers, options=tuple(option["text"] for option in choices))
-
-    path = find(data, f"*{(split or 'test').capitalize()}*.jsonl", "*.jsonl")
-    return Reading().collect(read_records(path), make)
+    choices = one["question"]["choices"]
+    answers = ([option["label"] for option in choices].index(one["answerKey"]),)
+    return Item(one["id"], one["question"]["stem"], answers, options=tuple(option["text"] for option in choices))

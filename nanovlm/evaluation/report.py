@@ -10,9 +10,8 @@ from collections import defaultdict
 import torch
 from matplotlib.figure import Figure
 
-from nanovlm.data import images
 from nanovlm.evaluation.captions import caption_scores
-from nanovlm.evaluation.items import Encoded, write_json
+from nanovlm.evaluation.items import open_picture, write_json
 from nanovlm.evaluation.protocols import LETTERS
 from nanovlm.recipes.nano_tests import Answer, sample_sheet, wilson
 
@@ -96,8 +95,7 @@ def worst(predictions, items, path, title):
     wrong = [one for one in predictions if one["score"] not in (None, 1) and one["id"] in pictures]
     samples = []
     for one in sorted(wrong, key=lambda one: one["score"])[:WORST]:
-        source, truth = pictures[one["id"]], one["answers"][0]
-        shown = source.open() if isinstance(source, Encoded) else images.load(source)
+        shown, truth = open_picture(pictures[one["id"]]), one["answers"][0]
         truth = one["options"][truth] if "options" in one else truth["answer"] if isinstance(truth, dict) else truth
         samples.append((one["id"], shown, Answer(one["id"], 0, one["kind"], one["question"], truth, one["prediction"])))
     if samples:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from nanovlm import files
 from nanovlm.data.images import ImageError, load, opened
 from nanovlm.evaluation.items import coco_picture, picture as picture_path, write_json
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 from nanovlm.vlit import adaption, annotations, self_instruct
 from nanovlm.vlit.generators import add_generator_flags, drawing, open_generator
 from nanovlm.vlit.parsing import Unparsed, parse
@@ -68,8 +68,7 @@ def add_flags(parser):
 def run(args):
     """Run `construct`: list of str, what to print."""
     for name in args.plans:
-        if name not in self_instruct.PLANS:
-            raise ValueError(f"unknown plan {name!r}.{nearest(name, self_instruct.PLANS)}")
+        check_known("unknown plan", name, self_instruct.PLANS)
     plans, draw, generator = [self_instruct.PLANS[name] for name in args.plans], drawing(args), open_generator(args)
     if args.images is not None and not Path(args.images).is_dir():
         raise FileNotFoundError(f"{args.images}: no such folder of pictures")

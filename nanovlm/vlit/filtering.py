@@ -4,11 +4,11 @@
     python -m nanovlm.vlit filter FILE --encoder CLIP_FOLDER --matching-percentile 10 --per-task 5000
 
 Sample by sample: defects (as `lint` finds them) → responses that rules or the judge's majority find wrong → exact and
-near duplicates of what is left → matching degree below a percentile. Then over all: at most --per-task of a task, and at most
---per-response whose responses are the same words, both drawn evenly, complex ones spared by --keep-complex. The review
-(Sec. 4.2.3) filters by its indicators and prints no threshold: those here are flags. The folder holds kept.jsonl,
-dropped.jsonl (every other record with its reasons, unreadable ones as they stood), report.json, and scores.jsonl, with
-which the same command goes on after an interruption.
+near duplicates of what is left → matching degree below a percentile. Then over all: at most --per-task of a task, and
+at most --per-response whose responses are the same words, both drawn evenly, complex ones spared by --keep-complex. The
+review (Sec. 4.2.3) filters by its indicators and prints no threshold: those here are flags. The folder holds
+kept.jsonl, dropped.jsonl (every other record with its reasons, unreadable ones as they stood), report.json, and
+scores.jsonl, with which the same command goes on after an interruption.
 """
 
 import hashlib

@@ -19,9 +19,9 @@ import torch
 
 from nanovlm.data.images import CLIP, Preprocessing, to_pixels
 from nanovlm.data.tokenizer import Tokenizer
+from nanovlm.evaluation.items import open_picture
 from nanovlm.recipes import load as load_model, recipe_of
 from nanovlm.training.start import build_models, load_weights
-from nanovlm.vlit.samples import open_picture
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's

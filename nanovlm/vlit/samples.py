@@ -15,10 +15,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanovlm.data import json_files, records
-from nanovlm.data.images import ImageError, load
+from nanovlm.data.images import ImageError
 from nanovlm.data.json_files import field
 from nanovlm.data.records import check_order, files_in, in_front, role_of, spoken
-from nanovlm.evaluation.items import Encoded
+from nanovlm.evaluation.items import Encoded, open_picture
 from nanovlm.vlit.words import load_table
 
 IMAGE = "<image>"
@@ -139,11 +139,6 @@ def picture(name, root):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {MISSING}")
     return path
-
-
-def open_picture(place):
-    """What `picture` gave: PIL.Image.Image. Raises: images.ImageError."""
-    return place.open() if isinstance(place, Encoded) else load(place)
 
 
 def defects(sample, root=None, decode=True):
