@@ -129,12 +129,12 @@ def apply_rope(x, cos, sin):
 
 
 def alibi_slopes(num_heads, largest=8.0, interleaved=True):
-    """Slopes of ALiBi, steepest first: tuple of H floats, 2^(-largest h / H) for h = 1 ... H (arXiv:2108.12409, Sec. 3).
+    """Slopes of ALiBi, steepest first: tuple of H floats, 2^(-largest h / H), h = 1 ... H (arXiv:2108.12409, Sec. 3).
 
     Attention with Linear Biases adds -slope (t - s) to the score of query t and key s: what is far counts less, and a
     distance never seen in training still means "far". No table and no angle says where a token stands.
-    interleaved: where H is no power of two, every other slope of the next one, h = 2, 4 ..., then those between (MPT-7B);
-      False: the formula as it stands (MPT-1B).
+    interleaved: where H is no power of two, every other slope of the next one, h = 2, 4 ..., then those between
+      (MPT-7B); False: the formula as it stands (MPT-1B).
     """
     count = 2 ** (num_heads - 1).bit_length() if interleaved else num_heads
     slopes = [2.0 ** (-largest * h / count) for h in range(1, count + 1)]

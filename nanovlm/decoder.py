@@ -1,7 +1,7 @@
 """The language model: a causal decoder whose layers may carry adapters, modality-adaptive parts and cross-attention.
 
 LLaMA's layer (RMSNorm, rotary positions, grouped queries, gated feed-forward), stacked; SmolLM2, Qwen2, Phi-2, OPT and
-MPT are other values of DecoderConfig. What the papers add to a layer is an explicit list of LayerOptions, one per layer.
+MPT are other values of DecoderConfig. What the papers add to a layer is a list of LayerOptions, one per layer.
 It eats embeddings, not ids: image tokens are just embeddings that come from a bridge.
 
 LLaMA, arXiv:2302.13971, Sec. 2.2. Differs from the paper: grouped queries (arXiv:2305.13245), an optional tied
@@ -92,7 +92,7 @@ class DecoderConfig:
         if self.num_rotary % 2 or not 0 <= self.num_rotary <= self.head_width:
             raise ValueError(f"{self.num_rotary} of a head's {self.head_width} channels turn; expected an even number")
         if len(self.alibi) not in (0, self.num_heads):
-            raise ValueError(f"alibi has {len(self.alibi)} slopes for {self.num_heads} heads; give one for each, or none")
+            raise ValueError(f"alibi has {len(self.alibi)} slopes for {self.num_heads} heads; give one each, or none")
         if self.head_bias and self.tied_head:
             raise ValueError("head_bias with tied_head: an embedding table has no bias; leave one of them out")
         if any(options.cross_attention for options in self.layers) != (self.cross_attention_width is not None):

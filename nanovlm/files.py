@@ -22,8 +22,7 @@ def sync(path):
 
 
 def listing(folder, pattern="*"):
-    """The paths of a folder that fit a glob pattern, without what operating systems put beside data (names with a dot in
-    front, __MACOSX): list of Path, sorted."""
+    """The paths of a folder that fit a glob pattern, without systems' own (.NAMES, __MACOSX): list of Path, sorted."""
     def is_data(path):
         return not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
 

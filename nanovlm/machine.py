@@ -93,8 +93,8 @@ def check_memory(needed, device, what):
     """Raise ValueError if so many bytes are not free on a device; what: for whom, in words."""
     free = free_memory(device)
     if free is not None and needed > free:
-        raise ValueError(f"{what} take {needed / 1e9:,.1f} GB, and {device} has {free / 1e9:,.1f} GB free; take a smaller "
-                         "model or type (--dtype bfloat16), train fewer parts (--lora 8), or take a larger machine")
+        raise ValueError(f"{what} take {needed / 1e9:,.1f} GB, and {device} has {free / 1e9:,.1f} GB free; take a "
+                         "smaller model or type (--dtype bfloat16), train fewer parts (--lora 8), or a larger machine")
 
 
 def default_device():

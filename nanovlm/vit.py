@@ -191,7 +191,7 @@ class ViT(nn.Module):
             self.image_size = image_size
 
     def forward(self, pixels):
-        """Normalised pixels float[F, 3, image_size, image_size] -> features float[F, T, width], the class token first."""
+        """Normalised pixels float[F, 3, image_size, image_size] -> float[F, T, width], the class token first."""
         if tuple(pixels.shape[1:]) != (3, self.image_size, self.image_size):
             raise ValueError(f"pixels {tuple(pixels.shape)} for a ViT of {self.image_size} x {self.image_size}")
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # F N W

@@ -144,8 +144,9 @@ class VLM(nn.Module):
             found = self.bridge(patches, count) if out is None else self.bridge(patches, count, out)
             promised = (self.bridge.num_image_tokens(patches.shape[1] // count, count), self.bridge.output_width)
             if found.shape[1:] != promised:
-                raise ValueError(f"the bridge {type(self.bridge).__name__} makes {tuple(found.shape[1:])} of a visual input, "
-                                 f"but its num_image_tokens and output_width say {promised}")
+                made = tuple(found.shape[1:])
+                raise ValueError(f"the bridge {type(self.bridge).__name__} makes {made} of a visual input, but its "
+                                 f"num_image_tokens and output_width say {promised}")
             for m, image_tokens in zip(chosen, found):
                 tokens[m] = image_tokens
         return tokens

@@ -34,7 +34,8 @@ def make_parser():
         one = commands.add_parser(name, allow_abbrev=False, help=text)
         one.set_defaults(run=run)
         if rounds:
-            one.add_argument("--rounds", type=positive, default=rounds, metavar="N", help="measurements of each side (%(default)s)")
+            one.add_argument("--rounds", type=positive, default=rounds, metavar="N", 
+                             help="measurements of each side (%(default)s)")
         if device:
             one.add_argument("--device", choices=("cpu", "cuda"), default=device)
         if out:
@@ -44,7 +45,7 @@ def make_parser():
     several, tables = "may be given several times (default: all)", "notebooks/results"
     add = command("decode", decode.decode, "tokens per second against transformers.generate", 5, "cpu")
     add("--case", action="append", metavar="NAME", help=several)
-    add = command("train", train.train, "training steps against transformers; on a GPU, against its peak", 7, "cpu", tables)
+    add = command("train", train.train, "training steps against transformers, or a GPU's peak", 7, "cpu", tables)
     add("--case", action="append", metavar="NAME", help=several)
     add("--compile", action="store_true", help="on a GPU: torch.compile around every block")
     add = command("kernels", kernels.measure_all, "the Triton kernels against torch's, on a GPU", 20, None, tables)

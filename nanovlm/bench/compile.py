@@ -50,7 +50,8 @@ class Variant:
     @property
     def tile(self):
         """The sizes of its tile, as 128x64."""
-        return "x".join(str(self.constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in self.constants)
+        sizes = map(self.constants.get, ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        return "x".join(str(size) for size in sizes if size)
 
     @property
     def label(self):
@@ -75,10 +76,11 @@ class Found:
 
 
 def attention_variants():
-    """Forward, dQ, dK and dV of flash_attention.TILES, with 88 channels where they are padded; 128 with ALiBi too (MPT)."""
+    """Forward, dQ, dK and dV of flash_attention.TILES, with 88 channels where they are padded; of 128 ALiBi's too."""
     from nanovlm import flash_attention
 
-    scalars = dict.fromkeys(("visible_stride", "seen_by_stride", "num_heads", "group", "num_queries", "num_keys"), "i32")
+    integers = ("visible_stride", "seen_by_stride", "num_heads", "group", "num_queries", "num_keys")
+    scalars = dict.fromkeys(integers, "i32")
     scalars |= dict(scale="fp32", lse="*fp32", delta="*fp32", seen_by="*i32", slopes="*fp32")
     for (architecture, widest), tiles in flash_attention.TILES.items():
         for width in (88,) if widest == 96 else (88, 128) if (architecture, widest) == (80, 128) else (widest,):
@@ -197,8 +199,8 @@ def judge_all(args):
         wrong = faults(one, found, longest)
         bad, lengths[one.label] = bad or bool(wrong), found.loop
         print(ROW.format(one.name, one.architecture, one.constants.get("D", ""), one.tile, one.warps, one.stages,
-                         found.registers, found.spilled, found.shared, found.wgmma + found.mma, found.copies, found.loop,
-                         "; ".join(wrong) or "good"), flush=True)  # fmt: skip
+                         found.registers, found.spilled, found.shared, found.wgmma + found.mma, found.copies,
+                         found.loop, "; ".join(wrong) or "good"), flush=True)  # fmt: skip
     if args.record:
         recorded[triton.__version__] = dict(sorted((known | lengths).items()))
         RECORDED.write_text(json.dumps(dict(sorted(recorded.items())), indent=2) + "\n")

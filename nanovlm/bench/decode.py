@@ -34,8 +34,8 @@ SIZES = {  # as in a config.json of a LLaMA
                  num_key_value_heads=3, tie_word_embeddings=True),
     "4M": dict(vocab_size=1024, hidden_size=192, intermediate_size=512, num_hidden_layers=8, num_attention_heads=3,
                num_key_value_heads=3, tie_word_embeddings=True),
-    "7B": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-               num_key_value_heads=32, tie_word_embeddings=False),
+    "7B": dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+               num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False),
 }  # fmt: skip
 CONTEXT = 1024  # tokens
 SPREAD = 0.1  # standard deviation of the weights; with less, a random model with a tied head repeats its last word
@@ -71,7 +71,7 @@ def around(decoder):
 
 
 def build(size, device, dtype):
-    """The same random LLaMA twice: (transformers' model, vlm.VLM around ours). Raises: ImportError without transformers."""
+    """The same random LLaMA twice: (transformers' model, vlm.VLM around ours). Raises: ImportError."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -6,8 +6,8 @@
   lynx        align at full size with random weights: seconds, share of the peak, memory beside the forecast
   decoding    tokens per second of a model of 7 billion parameters
 
-After each part OUT/gpu.json is written anew, so that a lease that ends early costs only what was running. A part that fails
-leaves its error there, and the next one runs. `--device cpu --tiny` rehearses all of it.
+After each part OUT/gpu.json is written anew, so that a lease that ends early costs only what was running. A part that
+fails leaves its error there, and the next one runs. `--device cpu --tiny` rehearses all of it.
 """
 
 import dataclasses
@@ -30,7 +30,8 @@ from nanovlm.published.language import llama_config
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO_SHARE = 0.4  # of the minutes that are left
-TINY = dict(vocab_size=97, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+TINY = dict(vocab_size=97, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2)  # fmt: skip
 
 
 def equality(args, minutes):
@@ -46,14 +47,14 @@ def equality(args, minutes):
 def attention(args, minutes):
     """list of kernels.Line as dicts."""
     cases = [case for case in kernels.CASES if case.head_width == 128 and case.tokens in (577, 2048)]
-    rounds, ours = 10, "triton"
+    how = (10, args.device, "triton")
     if args.tiny:
-        cases, rounds, ours = [kernels.Case("causal", 16, 8, 1, 2)], 2, "reference"
-    return [dataclasses.asdict(line) for case in cases for line in kernels.attention_lines(case, rounds, args.device, ours)]
+        cases, how = [kernels.Case("causal", 16, 8, 1, 2)], (2, args.device, "reference")
+    return [dataclasses.asdict(line) for case in cases for line in kernels.attention_lines(case, *how)]
 
 
 def nano(args, minutes):
-    """Train the recipe nano in a process of its own: exit code, seconds, the last lines of its log and of what it said."""
+    """Train the recipe nano in a process of its own: exit code, seconds, the ends of its log and words."""
     out, start = (Path(args.out) / "nano").resolve(), time.monotonic()
     flags = ["--size", "tiny", "--smoke"] if args.tiny else ["--max-minutes", f"{NANO_SHARE * minutes:.1f}"]
     flags += ["--resume"] if out.exists() else []
@@ -74,7 +75,9 @@ def lynx(args, minutes):
 
 def decoding(args, minutes):
     """Tokens per second of one prompt, continued greedily by random weights, beside the rate aimed at."""
-    sizes, case = (TINY, decode.Case("tiny", 1, 8, None)) if args.tiny else (decode.SIZES["7B"], decode.CASES["cuda"]["7B"])
+    sizes, case = decode.SIZES["7B"], decode.CASES["cuda"]["7B"]
+    if args.tiny:
+        sizes, case = TINY, decode.Case("tiny", 1, 8, None)
     with torch.device(args.device):
         decoder = Decoder(llama_config(sizes | {"max_position_embeddings": decode.CONTEXT}))
     model = decode.around(decoder).to(args.device, torch.float32 if args.device == "cpu" else torch.bfloat16).eval()
@@ -100,7 +103,8 @@ def measure_all(args):
             left = (end - before) / 60
             found[name] = {"result": PARTS[name](args, left)} if left > 0 else {"error": "no time was left"}
         except Exception as error:  # the others run all the same
-            found[name] = {"error": f"{type(error).__name__}: {error}", "where": traceback.format_exc().splitlines()[-12:]}
+            where = traceback.format_exc().splitlines()[-12:]
+            found[name] = {"error": f"{type(error).__name__}: {error}", "where": where}
         found[name]["seconds"] = time.monotonic() - before
         if args.device == "cuda":
             torch.cuda.empty_cache()

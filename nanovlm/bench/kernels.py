@@ -255,8 +255,8 @@ def measure_all(args):
 
 def floors():
     """The table of what is impossible to undercut: list of str."""
-    told = [f"floors of one H200 ({FLOPS / 1e12:.0f} TFLOP/s, {BYTES / 1e12} TB/s, {EXPONENTIALS:.1e} exponentials/s), ms",
-            f"{'attention':<44}{'forward':>10}{'backward':>10}"]  # fmt: skip
+    limits = f"{FLOPS / 1e12:.0f} TFLOP/s, {BYTES / 1e12} TB/s, {EXPONENTIALS:.1e} exponentials/s"
+    told = [f"floors of one H200 ({limits}), ms", f"{'attention':<44}{'forward':>10}{'backward':>10}"]
     for one in CASES:
         name = f"{one.mask}, {one.rows} x {one.tokens} tokens, {one.heads} heads of {one.head_width}"
         told.append(f"{name:<44}{1e3 * one.floor(False):>10.3f}{1e3 * one.floor(True):>10.3f}")

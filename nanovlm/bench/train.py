@@ -1,12 +1,12 @@
 """How fast a training step is: `python -m nanovlm.bench train`.
 
 On a CPU against `transformers`: the same LLaMA with the same random weights, the same rows, the same AdamW of torch, by
-turns, round after round, so that a busy machine disturbs both alike. Every step's loss must be the same on both sides, or
-there is no speed to compare; the ratio is that of the medians of one thread's time.
+turns, round after round, so that a busy machine disturbs both alike. Every step's loss must be the same on both sides,
+or there is no speed to compare; the ratio is that of the medians of one thread's time.
 
-On a GPU (`--device cuda`) there is nothing to compare with but the GPU itself: tokens per second, the share of its peak,
-and the memory that a step took beside the forecast (both of training/cost.py), with torch's and with our own attention,
-into a dated table.
+On a GPU (`--device cuda`) there is nothing to compare with but the GPU itself: tokens per second, the share of its
+peak, and the memory that a step took beside the forecast (both of training/cost.py), with torch's and with our own
+attention, into a dated table.
 """
 
 import dataclasses
@@ -40,7 +40,8 @@ def make_batch(vocab_size, rows, words, device="cpu", image_tokens=0, image_size
     """Rows of random words, all of them trained, behind a picture where there are image tokens: Batch."""
     ids = torch.randint(1, vocab_size, (rows, words), generator=torch.Generator().manual_seed(2)).to(device)
     ids = F.pad(ids, (image_tokens, 0), value=IMAGE_TOKEN)
-    positions, each = torch.arange(ids.shape[1], device=device).expand_as(ids), torch.arange(rows if image_tokens else 0)
+    positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+    each = torch.arange(rows if image_tokens else 0)
     pixels = torch.randn(rows, 3, image_size, image_size, device=device) if image_tokens else None
     labels = torch.where(ids == IMAGE_TOKEN, IGNORE, ids)
     return Batch(ids, labels, torch.zeros_like(ids), positions, pixels, torch.ones_like(each), each, each)
@@ -153,7 +154,8 @@ def measure(name, make, required, backend, compiled=False, device="cuda"):
     share = rows * total_cost(costs.values()).flops * speed / (peak_flops(decode.where(device)) or math.nan)
     memory, estimated = torch.cuda.max_memory_allocated(), stage_memory(model.parts(), stage, costs).total(rows)
     how = backend + (", compiled" if compiled else "")
-    return Line(name, how, rows, batch.ids.shape[1], batch.ids.numel() * speed, share, required, memory / GB, estimated / GB)
+    tokens, number = batch.ids.shape[1], batch.ids.numel()
+    return Line(name, how, rows, tokens, number * speed, share, required, memory / GB, estimated / GB)
 
 
 def measure_all(cases, compiled):
@@ -171,7 +173,8 @@ def train(args):
     place = decode.where(args.device)
     print(f"training steps on {place}; torch {torch.__version__}")
     if args.device == "cuda":
-        for line in decode.tabulate(measure_all(cases, args.compile), args, "train", gpu=place, command=" ".join(sys.argv)):
+        measured, told = measure_all(cases, args.compile), {"gpu": place, "command": " ".join(sys.argv)}
+        for line in decode.tabulate(measured, args, "train", **told):
             aim = "" if line.required is None else f" (aim {line.required:.0%})"
             print(f"{line.what:<11}{line.backend:<18}{line.rows} rows of {line.tokens}: {line.tokens_per_second:,.0f} "
                   f"tokens/s, {line.utilisation:.1%} of peak{aim}, {line.gb_measured:.1f} GB "

@@ -9,8 +9,8 @@
 
 The folder is written under a temporary name, every file is forced to the disk, then the folder is renamed: a kill or a
 full disk at any moment leaves the previous checkpoint in place. Of several processes the main one writes. With fsdp
-each writes its own shards of all tensors, shard-00001-model-00001-of-00001.safetensors, by torch.distributed.checkpoint,
-and any number of processes reads them again. Nothing is ever unpickled.
+each writes its own shards of all tensors (shard-00001-model-00001-of-00001.safetensors, torch.distributed.checkpoint's
+form), which any number of processes reads again. Nothing is ever unpickled.
 """
 
 import contextlib
@@ -112,7 +112,8 @@ def consolidate(out):
     state, tensors = read_state(folders[-1]), read(folders[-1])
     write_model(out, tensors, state["image_size"])
     number = sum(tensor.numel() for tensor in tensors["model"].values())
-    return [f"{out / 'model.safetensors'}: {len(tensors['model'])} tensors, {number:,} parameters, of step {state['step']}"]
+    size = f"{len(tensors['model'])} tensors, {number:,} parameters"
+    return [f"{out / 'model.safetensors'}: {size}, of step {state['step']}"]
 
 
 # Writing.

@@ -68,12 +68,15 @@ class Movement:
 
 def gradient_norms(parts, stage, factor=1.0):
     """The norm of each part's gradient as it stands, divided by clipping's factor: dict part -> float."""
-    gradients = {part: [one.grad for one in parts[part].values() if one.grad is not None] for part in stage.learning_rates}
-    return {part: total_norm(held).item() / factor if held else 0.0 for part, held in gradients.items()}
+    found = {}
+    for part in stage.learning_rates:
+        gradients = [one.grad for one in parts[part].values() if one.grad is not None]
+        found[part] = total_norm(gradients).item() / factor if gradients else 0.0
+    return found
 
 
 def movement_table(entries, parts):
-    """The table at the end of a stage, list of str, from its log entries with "parts"; gradients are the middle ones."""
+    """The table at the end of a stage, list of str, from log entries with "parts"; gradients are the middle ones."""
     lines = [f"{'part':<18}{'gradient':>10}{'moved':>10}"]
     for part in parts:
         seen = [entry["parts"][part] for entry in entries if part in entry["parts"]]
@@ -91,7 +94,7 @@ def spike_limit(losses):
 
 
 def held_out(source, use=lambda record: None):
-    """The held-out records of a source, at most KEPT of the first LOOKED_AT: list of Record. use: fails for damaged ones."""
+    """The held-out records of a source, at most KEPT of the first LOOKED_AT: list. use: fails for damaged ones."""
     found, limit = [], held_out_limit(source)
     for n in range(min(len(source), LOOKED_AT)):
         with contextlib.suppress(ValueError, OSError):  # the training names it
@@ -119,7 +122,7 @@ def held_out_losses(run, stage, records):
 
 
 def held_out_answers(run, stage, records, max_new_tokens=32):
-    """The model's words where held-out records have their last answer: (list of str, how many are right word by word)."""
+    """The model's words for held-out records' last answers: (list of str, how many are right word by word)."""
     assistant = Assistant(run.model, run.tokenizer, run.template_of(stage), stage.image_size, stage.image_fit,
                           run.recipe.preprocessing, stage.tiles)  # fmt: skip
     talks = [record.conversations[0] for record in records]
@@ -159,7 +162,7 @@ class Watch:
         return [entry for entry in self.trainer.log.read() if entry["stage"] == self.stage.name and key in entry]
 
     def step(self, records, loss, tokens, seconds):
-        """What the log says of a step beside its numbers: {"utilisation", "spike"}; tokens are those of all processes."""
+        """What the log says of a step beside its numbers: {"utilisation", "spike"}; tokens: of all processes."""
         found, limit, number = {}, spike_limit(self.losses), self.run.processes.size
         if self.share_of_peak:
             pictures = sum(len(visual.frames) for record in records for visual in record.visuals)

@@ -77,7 +77,7 @@ class SharedKeys:
 
 
 def can_share(batch, is_image):
-    """Whether pictures stand in front of their rows, one a row, equally long, at equal positions, and some one twice."""
+    """Whether pictures stand in front of rows, one each, equally long, at equal positions, and some one twice."""
     if len(batch.frames) in (0, len(batch.shown)):
         return False
     counts, real = is_image.sum(1), batch.segments >= 0

@@ -167,11 +167,12 @@ def set_lr(optimizers, factor):
 
 
 class Together:
-    """The optimizers of a stage as one. On a CPU each steps on one thread: Muon's products are too small for several."""
+    """The optimizers of a stage as one. On a CPU each has one thread: Muon's products are too small for several."""
 
     def __init__(self, optimizers, device):
         self.all, self.device = optimizers, device
-        self.parameters = [parameter for one in optimizers for group in one.param_groups for parameter in group["params"]]
+        groups = [group for one in optimizers for group in one.param_groups]
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
 
     def zero_grad(self):
         """Forget the gradients of the last update."""
@@ -195,10 +196,10 @@ class Together:
 
 def table(parts, stage):
     """The table printed before a stage, list of str: which part trains, how large it is, and how fast it moves."""
-    lines, found, trained = [f"{'part':<16}{'parameters':>14}  {'trained':<8}peak learning rate"], groups(parts, stage), 0
+    lines, trained = [f"{'part':<16}{'parameters':>14}  {'trained':<8}peak learning rate"], 0
     sizes = {part: sum(parameter.numel() for parameter in held.values()) for part, held in parts.items()}
     for part, size in sizes.items():
-        peaks = sorted(group["peak_lr"] for group in found if group["name"].startswith(f"{part}/"))
+        peaks = sorted(group["peak_lr"] for group in groups(parts, stage) if group["name"].startswith(f"{part}/"))
         trained += size if peaks else 0
         rates = " to ".join(f"{rate:.3g}" for rate in dict.fromkeys(peaks[:1] + peaks[-1:]))
         lines.append(f"{part:<16}{size:>14,}  {'yes' if peaks else 'frozen':<8}{rates or '-'}")

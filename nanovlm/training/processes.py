@@ -315,7 +315,7 @@ def stage_loss(run, stage):
 
 
 def gather_rows(x, counts):
-    """The rows float[n, E] of all processes behind one another; a row's gradient comes from all. counts: n of each process."""
+    """The rows float[n, E] of all processes behind one another; counts: n of each. A row's gradient is from all."""
     found = all_gather(F.pad(x, (0, 0, 0, max(counts) - len(x))))
     return torch.cat([rows[:count] for rows, count in zip(found, counts)])
 

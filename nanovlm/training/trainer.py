@@ -166,7 +166,8 @@ class Trainer:
                 f"{stage.max_tokens}, {counts['truncated_tokens']:,} tokens lost")
         self.measure("after")
         if self.damage.count:
-            say(f"stage {stage.name}: {self.damage.count:,} damaged records were replaced by the next, see {self.damage.path}")
+            told = f"{self.damage.count:,} damaged records were replaced by the next, see {self.damage.path}"
+            say(f"stage {stage.name}: {told}")
         for name, drawn in self.feed.state()["drawn"].items():
             self.starts[name] += drawn
 
@@ -262,7 +263,8 @@ class Trainer:
         measures[moment] = found
         self.note(when=moment, measures=found)
         if moment == "after" and stage.summary:
-            say(stage.summary.format(**{key: f"{measures['before'][key]:.1%} → {share:.1%}" for key, share in found.items()}))
+            told = {key: f"{measures['before'][key]:.1%} → {share:.1%}" for key, share in found.items()}
+            say(stage.summary.format(**told))
 
     def exam(self):
         """Ask the exam's questions and print the answers that have changed."""

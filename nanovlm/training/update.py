@@ -63,7 +63,7 @@ def place_of(record):
 
 
 def held_out_limit(source):
-    """Records of a lower `place_of` are held out: one in EVERY; of a small source up to FEW, if it has five times as many."""
+    """Records of a lower `place_of` are held out: one in EVERY; of a small source FEW, or a fifth if they are fewer."""
     if len(source) >= SMALL:
         return 1.0
     places = []
