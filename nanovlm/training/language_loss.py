@@ -4,11 +4,10 @@ A picture that several rows show runs once. Where the image stands in front of t
 computes for it the same keys and values whatever is asked behind it. So they are computed once per picture and copied
 to every row that shows it; with six short questions per picture this halves the decoder's work.
 
-The scores of all tokens are never there at once. Scores of N tokens over V words are N * V numbers, and eager training
-keeps them, their softmax and their gradient; at 49,152 words they outweigh the rest of a small model. But the gradient
-of a cross-entropy is known as soon as its scores are: so 256 rows are scored, turned into their gradient in place, and
-multiplied into the gradients of the hidden states and of the weight, before the next rows are looked at. All that is
-kept are these two gradients, which the backward pass only has to scale. For a row with scores s = W h + b and label y:
+The scores of all tokens are never there at once: N * V numbers for N tokens and V words, which eager training keeps with
+their softmax and gradient. But the gradient of a cross-entropy is known as soon as its scores are: so 256 rows are
+scored, turned into their gradient in place, and multiplied into the gradients of the hidden states and of the weight.
+Only these two are kept, and the backward pass scales them. For a row with scores s = W h + b and label y:
 
   loss = log(sum(exp(s))) - s_y    d loss / d s = p - [y]    d loss / d h = W^T (p - [y])   d loss / d W = (p - [y]) h^T
 

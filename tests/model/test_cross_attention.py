@@ -133,22 +133,6 @@ def test_rows_run_together_as_alone(padding, backend):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
 
 
-def test_packed_documents_see_their_own_pictures():
-    model = small_flamingo()
-    packed = image_batch(
-        [[4, MEDIA, 5, 6, 7, MEDIA, 8, 9, 10]], [1, 1], [1, 0], [0, 0], segments=[[0, 0, 0, 1, 1, 1, 1, 2, 2]],
-        positions=[[0, 1, 2, 0, 1, 2, 3, 0, 1]],
-    )  # fmt: skip
-    apart = image_batch(
-        [[4, MEDIA, 5, 0], [6, 7, MEDIA, 8], [9, 10, 0, 0]], [1, 1], [1, 0], [0, 1],
-        segments=[[0, 0, 0, -1], [0] * 4, [0, 0, -1, -1]],
-    )  # fmt: skip
-    apart.pixels = packed.pixels
-    found, expected = model(packed)[0], model(apart)
-    for part, alone in ((found[:3], expected[0, :3]), (found[3:7], expected[1]), (found[7:], expected[2, :2])):
-        close(part, alone)
-
-
 def test_a_media_token_among_the_pads_shows_nothing():
     model, batch = small_flamingo(), mixed_batch(2)
     before, real = model(batch), batch.segments >= 0

@@ -60,14 +60,3 @@ def test_generation_together_and_alone(tiny):
     decoding = Decoding(max_new_tokens=5)
     together = generate(model, prompts, decoding, pictures)
     assert together == [generate(model, [prompt], decoding, [shown])[0] for prompt, shown in zip(prompts, pictures)]
-
-
-def test_a_model_without_clips_says_so(tiny):
-    name, model = tiny
-    clip = torch.randn(2, 3, model.vision.image_size, model.vision.image_size)
-    batch = make_batch(model, [[clip, 1, 7]])
-    if name in WITHOUT_CLIPS:
-        with pytest.raises(ValueError, match="clip of 2 frames"):
-            model(batch)
-    else:
-        assert model(batch).isfinite().all()

@@ -11,7 +11,7 @@ from torch import nn
 
 import interpreter
 from nanovlm import modality_adaptive
-from nanovlm.modality_adaptive import ModalityAdaptive, TEXT, TILE, VISION, route, sort, split
+from nanovlm.modality_adaptive import ModalityAdaptive, TEXT, TILE, VISION, route, sort
 from parity import close
 from random_models import randomise
 
@@ -76,13 +76,6 @@ def test_routed_computes_each_token_once():
         getattr(layer, name).register_forward_hook(lambda m, args, out, name=name: seen.update({name: len(args[0])}))
     layer(torch.randn(3, 5, 6), route(torch.tensor(MODALITIES["mixed"])))
     assert seen == {"text": 11, "vision": 4}
-
-
-def test_split_binds_only_modality_adaptive_layers():
-    plain, layer = nn.Linear(6, 4), make("projection")
-    routing, x = route(torch.tensor([[0, 1]])), torch.randn(1, 2, 6)
-    assert split(plain, routing) is plain
-    assert torch.equal(split(layer, routing)(x), layer(x, routing))
 
 
 @pytest.mark.parametrize("modality", MODALITIES)

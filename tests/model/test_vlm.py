@@ -55,15 +55,6 @@ def test_the_kth_image_token_stands_in_the_kth_place():
     assert next(place, None) is None
 
 
-def test_embed_lets_gradients_through_to_both():
-    model, batch = small_vlm(), mixed_batch()
-    image_tokens = [torch.randn(3, 16, requires_grad=True) for _ in range(3)]
-    model.embed(batch.ids, image_tokens, batch.shown).sum().backward()
-    assert [float(tokens.grad.unique()) for tokens in image_tokens] == [2.0, 1.0, 1.0]  # image 0 stands in two rows
-    counts = torch.bincount(batch.ids[batch.ids >= 0], minlength=23).float()
-    assert torch.equal(model.decoder.embedding.weight.grad, counts[:, None].expand(23, 16))
-
-
 @pytest.mark.parametrize("found", [2, 4])
 def test_counts_that_do_not_agree(found):
     model = small_vlm()
@@ -176,21 +167,6 @@ def test_half_precision_keeps_a_float32_loss():
     expected = F.cross_entropy(logits[:, :-1][trained].float(), batch.labels[:, 1:][trained], reduction="sum")
     assert loss.dtype == torch.float32 and count == int(trained.sum())
     close(loss, expected, atol=1e-3, rtol=1e-4)
-
-
-def test_packed_documents_do_not_see_one_another():
-    model = small_vlm()
-    packed = image_batch(
-        [[3, 4, I, I, I, 5, 6, I, I, I, 7, 0]], [1, 1], [1, 0], [0, 0],
-        segments=[[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1]], positions=[[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 0]],
-    )  # fmt: skip
-    apart = image_batch(
-        [[3, 4, I, I, I, 5], [6, I, I, I, 7, 0]], [1, 1], [1, 0], [0, 1], segments=[[0] * 6, [0] * 5 + [-1]]
-    )
-    apart.pixels = packed.pixels
-    found, expected = model(packed)[0], model(apart)
-    close(found[:6], expected[0])
-    close(found[6:11], expected[1, :5])
 
 
 def test_visible_rows_takes_the_fast_case_only_where_it_is_exact():
