@@ -4,8 +4,8 @@ A picture that several rows show runs once. Where the image stands in front of t
 computes for it the same keys and values whatever is asked behind it. So they are computed once per picture and copied
 to every row that shows it; with six short questions per picture this halves the decoder's work.
 
-The scores of all tokens are never there at once: N * V numbers for N tokens and V words, which eager training keeps with
-their softmax and gradient. But the gradient of a cross-entropy is known as soon as its scores are: so 256 rows are
+The scores of all tokens are never there at once: N * V numbers for N tokens and V words, which eager training keeps
+with their softmax and gradient. But the gradient of a cross-entropy is known as soon as its scores are: so 256 rows are
 scored, turned into their gradient in place, and multiplied into the gradients of the hidden states and of the weight.
 Only these two are kept, and the backward pass scales them. For a row with scores s = W h + b and label y:
 

@@ -1,8 +1,8 @@
 """One update of a stage: records become micro-batches, and what their losses leave in the gradients is averaged and
 clipped.
 
-A language loss is a sum over tokens and is divided by the trained tokens of the whole update: dividing each micro-batch,
-or each process's share, by its own would count a word in a short one for more. A contrastive loss cannot be cut.
+A language loss is a sum over tokens and is divided by the trained tokens of the whole update: dividing a micro-batch,
+or a process's share, by its own would count a word in a short one for more. A contrastive loss cannot be cut.
 
 A loss or a gradient that is not a number would spoil every weight, so no step is taken. The stage says what then:
 non_finite="stop" ends the run with a checkpoint of the last good step, "skip" leaves out this one update.
