@@ -185,7 +185,7 @@ def test_semantic_elements(instruction, number):
 
 
 def test_marks_and_proxy():
-    marks = {"7": 7, "Mark: 10/10": 10, "0, then 3": 3, "3.5 or 4": 4, "many": None, "11": None}
+    marks = {"7": 7, "1": 1, "Mark: 10/10": 10, "0, then 3": 3, "3.5 or 4": 4, "many": None, "11": None}
     assert {text: whole_number(text, 1, 10) for text in marks} == marks
     hard = proxy("Why might they stand there, and what would you compare if it rained?")
     assert 1 <= proxy("What color is it?") < hard <= 10 == proxy("why " * 50)
@@ -209,7 +209,7 @@ def test_samples_are_drawn_evenly():
 
 
 def test_means_and_their_intervals():
-    numbers = numpy.random.default_rng(0).normal(1e6, 3, 50).tolist() * 2
+    numbers = numpy.random.default_rng(0).normal(10, 3, 50).tolist() * 2
     mean, reach = numpy.mean(numbers), 1.96 * numpy.std(numbers, ddof=1) / 10
     for values in (numbers, Counter(numbers)):
         found = mean_of("key", "name", "how", values)
