@@ -195,7 +195,7 @@ def test_science_qa_answers(text, letter):
 
 def test_verdicts():
     assert [protocols.parse_verdict(text) for text in ("Yes.", '"No", it', "Well yes", "", "yesterday")] == [True, False, None, None, None]
-    marks = {"{'pred': 'no', 'score': 3}": (False, 3), "Yes, 4.5 of 9": (True, None), "maybe 5": (None, 5), "no, 0": (False, 0)}
+    marks = {"{'pred': 'no', 'score': 3}": (False, 3), "Yes, 4.5 of 9": (True, None), "maybe 5": (None, 5), "no 0": (False, 0)}
     for text, (verdict, mark) in marks.items():
         assert protocols.judgement(text, "score") == {"verdict": verdict, "mark": mark, "score": float(verdict is True)}
 
