@@ -17,14 +17,17 @@ Rates and steps are first guesses, and its numbers are not measured yet.
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 
+from nanovlm.data.records import Changed, Record, Turn
 from nanovlm.data.scene_questions import Scenes
-from nanovlm.data.templates import CHATML_SMOLLM2
-from nanovlm.data.wordings import diversified, reworded
+from nanovlm.data.templates import CHATML
+from nanovlm.data.wordings import diversified
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.published.language import llama_config
-from nanovlm.recipes import folder_of, nano, nano_tests
+from nanovlm.recipes import folder_of, lynx_mini_tests, nano, nano_tests
 from nanovlm.recipes.papers import Decoding, Expected, published_recipe, shrinking, stage, tiny_language
 from nanovlm.vlm import VLM
 
@@ -53,41 +56,36 @@ def LAYOUT(config):
     return (("{rest}", "{rest}"),)
 
 
-KINDS = nano.QUESTIONS | {"reading": 0.5}  # 16 image tokens are few to read from
-DRAWN = dict(string_share=0.2, questions_per_picture=4)
+def remind(source, n):
+    """A question about anything and what the language model said to it before, every second one beside a picture of `source`."""
+    question, answer = REHEARSAL[n % len(REHEARSAL)]
+    visuals = source.record(n).visuals if n % 2 else ()
+    turns = Turn("user", (*range(len(visuals)), question)), Turn("assistant", (answer,))
+    return Record(f"rehearsal/{n}", visuals, (turns,), ("rehearsal",))
+
+
+REHEARSAL = json.loads(Path(__file__).with_name("rehearsal.json").read_text())  # [question, SmolLM2-135M-Instruct's reply]
+LOOKING = {kind: weight for kind, weight in nano.QUESTIONS.items() if kind != "reading"}  # 16 image tokens: too few to read from
+LOOKUPS = nano.ATTRIBUTES | {"existence": 1.0}
+DRAWN = dict(string_share=0.0, questions_per_picture=4)
 SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name, make in {
-    "scenes_both": lambda seed: Scenes(seed=seed + 3, **DRAWN, **nano.BOTH),
-    "scenes": lambda seed: Scenes(seed=seed + 5, **DRAWN, weights=KINDS),
+    "easy_vqa_captions": lambda seed: nano.EasyVQA(kind="captions", seed=seed),
+    "scenes_captions": lambda seed: Scenes(kind="captions", seed=seed + 2, max_objects=2, string_share=0.0),
+    "scenes_few": lambda seed: Scenes(seed=seed + 3, min_objects=1, max_objects=3, weights=LOOKUPS, **DRAWN),
+    "scenes": lambda seed: Scenes(seed=seed + 5, max_objects=4, weights=LOOKING, **DRAWN),
     "easy_vqa": lambda seed: nano.EasyVQA(seed=seed + 1, questions_per_picture=4),
-}.items()}
-ALIGNED = {"bridge": 1e-3, "adapters": 1e-3}
-TOLD = dict(warmup_steps=20, max_tokens=192)
+    "easy_vqa_denials": lambda seed: nano.EasyVQA(kind="denials", seed=seed + 2, questions_per_picture=4),
+}.items()} | {"rehearsal": lambda seed: Changed(Scenes("train", seed=seed + 9), remind)}
+RATES = {"bridge": 1e-3, "adapters": 1e-3}
+TOLD = dict(warmup_steps=5, max_tokens=192)
 STAGES = (
-    stage("align", ALIGNED, {"scenes_both": 7, "easy_vqa": 3}, 100, 8, **TOLD,
+    stage("align", RATES, {"easy_vqa_captions": 4, "scenes_captions": 6}, 120, 8, schedule="constant", **TOLD,
           summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}"),
-    stage("instruct", ALIGNED, {"scenes": 6, "easy_vqa": 4}, 500, 8, **TOLD,
+    stage("look", RATES, {"scenes_few": 6, "easy_vqa": 3, "rehearsal": 2}, 150, 8, schedule="constant", **TOLD,
+          summary="look: scenes {scenes_new}, easy-VQA {easy_vqa_test}"),
+    stage("instruct", RATES, {"scenes": 6, "easy_vqa": 2, "easy_vqa_denials": 1, "rehearsal": 2}, 500, 8, **TOLD,
           summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}"),
 )
-REWORDED = ("easy_vqa_test", "scenes_new")  # nano's tests that are taken a second time
-
-
-def ask_in_other_words(assistant, number):
-    """Tests of `number` pictures each in the held-out wordings, of any model: {test: {"all" or kind: share that is right}}."""
-    tests, seed = nano_tests.held_out_tests(number, number), nano_tests.SEED
-    return {name: nano_tests.shares(nano_tests.ask(
-        assistant, [reworded(record, "held_out", (seed, n)) for n, record in enumerate(tests[name])])) for name in REWORDED}
-
-
-def finish(run):
-    """nano's results, and beside them those in held-out wordings."""
-    number = nano_tests.SMOKE_PICTURES if run.args.smoke else nano_tests.NUM_SCENES
-    return nano_tests.finish(run) | {"held_out_wordings": ask_in_other_words(nano_tests.assistant(run), number)}
-
-
-def report(run, results):
-    """nano's report with a line more for each test in held-out wordings."""
-    found = results["held_out_wordings"].items()
-    return [*nano_tests.report(run, results), *(f"{nano_tests.NAMES[name]}, in held-out wordings: {one['all']:.1%}" for name, one in found)]
 
 
 def start(recipe, init, size, seed):
@@ -99,11 +97,11 @@ def start(recipe, init, size, seed):
 
 PARTS = published_recipe(
     "lynx_mini", build, LAYOUT, CONFIGS, stages=shrinking(STAGES, {64: 64}), sources=SOURCES,
-    template=dataclasses.replace(CHATML_SMOLLM2, image_place="row"),
+    template=dataclasses.replace(CHATML, image_place="row"),
     decodings={"default": Decoding(max_new_tokens=40), "describe": Decoding(max_new_tokens=60)},
     evaluate=functools.partial(nano_tests.evaluate, pictures=10), measures=nano_tests.measures, exam=nano_tests.exam,
-    finish=finish, report=report, remark=nano.RECIPE.remark,
-    expected=dict.fromkeys(("align", "instruct"), Expected(45, num_gpus=1)),
+    finish=lynx_mini_tests.finish, report=lynx_mini_tests.report, remark=nano.RECIPE.remark,
+    expected=dict.fromkeys(("align", "look", "instruct"), Expected(45, num_gpus=1)),
     weights=("language=HuggingFaceTB/SmolLM2-135M-Instruct  SmolLM2-135M",
              "vision=nano  comes along, and is taken unless another is named (not fetched by name)"),
 )  # fmt: skip

@@ -76,9 +76,9 @@ def exam(run):
     return exam_lines(records, [answer.prediction for answer in ask(assistant(run), records)])
 
 
-def finish(run):
-    """All held-out tests, samples.png, and what goes into results.json."""
-    number = SMOKE_PICTURES if run.args.smoke else None
+def finish(run, pictures=None):
+    """All held-out tests, samples.png, and what goes into results.json. pictures: of each test; None = as many as there are."""
+    number = SMOKE_PICTURES if run.args.smoke else pictures
     tests = held_out_tests(number, number or NUM_SCENES)
     answers = answer_tests(assistant(run), tests)
     samples = pick_samples(tests, answers)

@@ -1,5 +1,6 @@
 """lynx_mini: a frozen language model and a frozen tower, between which a bridge and adapters learn."""
 
+import copy
 import json
 
 import pytest
@@ -11,16 +12,16 @@ import train
 from nanovlm import recipes
 from nanovlm.data.batching import build_batch
 from nanovlm.data.records import Turn
-from nanovlm.data.templates import CHATML_SMOLLM2, prompt, write
+from nanovlm.data.templates import CHATML, prompt, write
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.generation.sampler import Decoding
 from nanovlm.published.language import LLAMA
 from nanovlm.published.tokenizers import load_tokenizer
 from nanovlm.published.weights import write_checkpoint
-from nanovlm.recipes import RECIPES, lynx_mini, nano
+from nanovlm.recipes import RECIPES, lynx_mini, lynx_mini_tests, nano, nano_tests
 from nanovlm.training.checkpoint import replace_tensors
 from nanovlm.training.stages import freeze
-from tests.random_models import randomise
+from tests.random_models import randomise, text_batch
 
 RECIPE = RECIPES["lynx_mini"]
 WORDS = ["user what color is the star? red", "assistant how many objects are there? 1 yes no"] * 9
@@ -67,7 +68,7 @@ def test_sizes_of_the_real_one():
 def test_words_alone_are_written_as_the_language_model_was_taught(parts):
     tokenizer, asked = load_tokenizer(parts[0] / "words"), [Turn("user", ("What is it?",))]
     alone = write(prompt(asked, RECIPE.template), tokenizer, []).ids
-    assert alone == write(prompt(asked, CHATML_SMOLLM2), tokenizer, []).ids
+    assert alone == write(prompt(asked, CHATML), tokenizer, []).ids
     assert write(prompt([Turn("user", (0, "What is it?"))], RECIPE.template), tokenizer, [16]).ids == [-1] * 16 + alone
 
 
@@ -99,6 +100,7 @@ def test_all_stages_from_parts_resumed_and_asked(parts, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in frozen.items())
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["held_out_wordings"].keys() == {"easy_vqa_test", "scenes_new"} <= results.keys()
+    assert results["knowledge"].keys() == {"before", "after", "beside a picture"}
     assert (tmp_path / "whole" / "samples.png").exists()
     loaded = recipes.load(tmp_path / "whole")
     assert loaded.template.image_place == "row" and loaded.image_size == 64
@@ -109,3 +111,37 @@ def test_beside_a_language_model_the_tower_that_comes_along_is_taken(parts, monk
     monkeypatch.setattr(lynx_mini, "folder_of", lambda name: parts[0] / name)
     made = RECIPE.open_init(RECIPE, [f"language={parts[0] / 'words'}"], "tiny", 0).load()
     assert all(torch.equal(tensor, made.vision.state_dict()[name]) for name, tensor in parts[1].vision.state_dict().items())
+
+
+def test_rehearsal_asks_with_and_without_a_picture_and_nothing_of_the_test():
+    records = [RECIPE.sources["rehearsal"](0).record(n) for n in range(2 * len(lynx_mini.REHEARSAL))]
+    assert [len(record.visuals) for record in records[:4]] == [0, 1, 0, 1]
+    asked = {record.conversations[0][0].text for record in records}
+    assert len(asked) == len(lynx_mini.REHEARSAL)
+    assert not any(question in one for one in asked for question, *_ in lynx_mini_tests.KNOWLEDGE)
+
+
+@pytest.mark.parametrize("pictures", [0, 3])
+def test_an_answer_counts_where_it_stands_as_words(pictures, monkeypatch):
+    monkeypatch.setattr(lynx_mini_tests, "KNOWLEDGE", [["Where?", "Paris"], ["How many?", "8", "eight"], ["Who?", "da Vinci"], ["?", "O"]])
+    said = ["The capital is PARIS.", "There are 18.", "It was Leonardo da Vinci!", "So it is"]
+    shown = []
+
+    def ask(assistant, records, max_new_tokens):
+        shown.extend(len(record.visuals) for record in records)
+        return [nano_tests.Answer("", 0, "", "", "", text) for text in said]
+
+    monkeypatch.setattr(nano_tests, "ask", ask)
+    beside = [RECIPE.sources["scenes"](0).record(n) for n in range(pictures)]
+    assert lynx_mini_tests.knows(None, beside) == 0.5 and shown == [int(pictures > 0)] * 4
+
+
+def test_adapters_scaled_to_nothing_leave_the_language_model_as_it_was(parts):
+    model, batch = copy.deepcopy(parts[1]), text_batch([[5, 2, 9, 4]])
+    before = model.hidden(batch)
+    with lynx_mini_tests.scaled(model, 0):
+        without = model.hidden(batch)
+    assert torch.equal(model.hidden(batch), before) and not torch.allclose(before, without)
+    for layer in model.decoder.layers:
+        layer.adapter = torch.nn.Identity()
+    assert torch.equal(model.hidden(batch), without)

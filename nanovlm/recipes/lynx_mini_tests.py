@@ -1,0 +1,72 @@
+"""How lynx_mini is judged: nano's tests, two of them in other words as well, and what the language model still knows.
+
+The held-out wordings are those that no stage trains (wordings.json). Knowledge is a hundred short questions that have
+nothing to do with pictures: before (the adapters add nothing), after, and after beside a picture that does not matter.
+"""
+
+import contextlib
+import json
+import re
+from pathlib import Path
+
+from nanovlm.adapter import Adapter
+from nanovlm.data.records import Record, Turn
+from nanovlm.data.wordings import reworded
+from nanovlm.recipes import nano_tests
+
+REWORDED = ("easy_vqa_test", "scenes_new")  # nano's tests that are taken a second time
+PICTURES = 100  # of each test at the end
+KNOWLEDGE = json.loads(Path(__file__).with_name("knowledge.json").read_text())  # [question, right answers, ...]
+
+
+def ask_in_other_words(assistant, number):
+    """Tests of `number` pictures each in the held-out wordings, of any model: {test: {"all" or kind: share that is right}}."""
+    tests, seed = nano_tests.held_out_tests(number, number), nano_tests.SEED
+    return {name: nano_tests.shares(nano_tests.ask(
+        assistant, [reworded(record, "held_out", (seed, n)) for n, record in enumerate(tests[name])])) for name in REWORDED}
+
+
+def knows(assistant, beside=()):
+    """The share of KNOWLEDGE that is answered: one of the right answers stands in the reply, word for word.
+
+    beside: list of Record; question n is asked beside the picture of the n-th of them, which has nothing to do with it.
+    """
+    records = []
+    for n, (question, answer, *_) in enumerate(KNOWLEDGE):
+        visuals = beside[n % len(beside)].visuals if beside else ()
+        turns = Turn("user", (*range(len(visuals)), f"{question} Answer briefly.")), Turn("assistant", (answer,))
+        records.append(Record(f"knowledge/{n}", visuals, (turns,)))
+    words = lambda text: " ".join(["", *re.findall(r"\w+", text.lower()), ""])
+    given = nano_tests.ask(assistant, records, max_new_tokens=24)
+    return sum(any(words(one) in words(reply.prediction) for one in right) for reply, (_, *right) in zip(given, KNOWLEDGE)) / len(given)
+
+
+@contextlib.contextmanager
+def scaled(model, factor):
+    """Within, every adapter adds `factor` times what it has learned to add; 0: the language model as it was."""
+    scales = [layer.adapter.scale for layer in model.decoder.layers if isinstance(layer.adapter, Adapter)]
+    before = [scale.detach().clone() for scale in scales]
+    for scale in scales:
+        scale.data *= factor
+    try:
+        yield
+    finally:
+        for scale, value in zip(scales, before):
+            scale.data.copy_(value)
+
+
+def finish(run):
+    """nano's results, those in held-out wordings, and what the language model knows before and after."""
+    number, assistant = nano_tests.SMOKE_PICTURES if run.args.smoke else PICTURES, nano_tests.assistant(run)
+    pictures = nano_tests.held_out_tests(number, number)["scenes_new"]
+    with scaled(run.model, 0):
+        before = knows(assistant)
+    knowledge = {"before": before, "after": knows(assistant), "beside a picture": knows(assistant, pictures)}
+    return nano_tests.finish(run, PICTURES) | {"held_out_wordings": ask_in_other_words(assistant, number), "knowledge": knowledge}
+
+
+def report(run, results):
+    """nano's report, a line more for each test in held-out wordings, and one for what is still known."""
+    lines = [f"{nano_tests.NAMES[name]}, in held-out wordings: {one['all']:.1%}" for name, one in results["held_out_wordings"].items()]
+    known = ", ".join(f"{share:.0%} {when}" for when, share in results["knowledge"].items())
+    return [*nano_tests.report(run, results), *lines, f"of {len(KNOWLEDGE)} questions of general knowledge: {known}"]
