@@ -2,6 +2,9 @@
 
 wordings.json holds for each kind of question how the data sets ask it, as patterns whose groups fill the wordings; some
 wordings to train with; and others, written before anything was trained, for tests alone.
+
+rehearsal.json holds questions about anything and what SmolLM2-135M-Instruct replied to them before it was touched: a
+model that goes on giving these replies forgets less (arXiv:1606.09282 calls it learning without forgetting).
 """
 
 import dataclasses
@@ -11,9 +14,10 @@ from pathlib import Path
 
 import numpy
 
-from nanovlm.data.records import Changed, Turn
+from nanovlm.data.records import Changed, Record, Turn
 from nanovlm.data.scene_questions import with_article
 
+REHEARSAL = json.loads(Path(__file__).with_name("rehearsal.json").read_text())  # [question, reply]
 WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text())
 
 
@@ -41,3 +45,16 @@ def reworded(record, words, seed):
 def diversified(source, seed=0):
     """A source whose questions are asked in the wordings to train with."""
     return Changed(source, lambda source, n: reworded(source.record(n), "train", (seed, n)))
+
+
+def remind(source, n):
+    """Record n of REHEARSAL, every second one beside the picture of record n of `source`."""
+    question, answer = REHEARSAL[n % len(REHEARSAL)]
+    visuals = source.record(n).visuals if n % 2 else ()
+    turns = Turn("user", (*range(len(visuals)), question)), Turn("assistant", (answer,))
+    return Record(f"rehearsal/{n}", visuals, (turns,), ("rehearsal",))
+
+
+def rehearsed(source):
+    """A source of REHEARSAL with the pictures of another source."""
+    return Changed(source, remind)

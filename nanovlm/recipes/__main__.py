@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": "published weights into our folder, or back; separate towers into a model to train",
     "consolidate": "the newest checkpoint of a run, whole or in shards, as a model that sample.py can load",
 }
+GONE = {"compare": "python tests/official/compare.py FILE.safetensors", "coverage": "inspect MANIFEST.json"}
 MISFIT, USAGE, INTERRUPTED = 1, 2, 130  # exit codes
 USAGE_TEXT = "usage: python -m nanovlm.recipes [COMMAND] [-h]\n\n" + "\n".join(
     f"  {name:11} {what}" for name, what in COMMANDS.items()
@@ -55,7 +56,8 @@ def main(arguments=None):
         print(USAGE_TEXT)
         return 0
     if command not in COMMANDS:
-        print(f"{USAGE_TEXT}\n\nrecipes {command}: unknown command.{nearest(command, COMMANDS)}", file=sys.stderr)
+        hint = f"use {GONE[command]}" if command in GONE else f"unknown command.{nearest(command, COMMANDS)}"
+        print(f"{USAGE_TEXT}\n\nrecipes {command}: {hint}", file=sys.stderr)
         return USAGE
     args = parser(command).parse_intermixed_args(rest)
     try:

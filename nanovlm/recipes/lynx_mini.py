@@ -16,18 +16,14 @@ Rates and steps are first guesses, and its numbers are not measured yet.
 """
 
 import dataclasses
-import functools
-import json
-from pathlib import Path
 
-from nanovlm.data.records import Changed, Record, Turn
 from nanovlm.data.scene_questions import Scenes
 from nanovlm.data.templates import CHATML
-from nanovlm.data.wordings import diversified
+from nanovlm.data.wordings import diversified, rehearsed
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.published.language import llama_config
-from nanovlm.recipes import folder_of, lynx_mini_tests, nano, nano_tests
+from nanovlm.recipes import folder_of, lynx_mini_tests, nano
 from nanovlm.recipes.papers import Decoding, Expected, published_recipe, shrinking, stage, tiny_language
 from nanovlm.vlm import VLM
 
@@ -56,15 +52,6 @@ def LAYOUT(config):
     return (("{rest}", "{rest}"),)
 
 
-def remind(source, n):
-    """A question about anything and what the language model said to it before, every second one beside a picture of `source`."""
-    question, answer = REHEARSAL[n % len(REHEARSAL)]
-    visuals = source.record(n).visuals if n % 2 else ()
-    turns = Turn("user", (*range(len(visuals)), question)), Turn("assistant", (answer,))
-    return Record(f"rehearsal/{n}", visuals, (turns,), ("rehearsal",))
-
-
-REHEARSAL = json.loads(Path(__file__).with_name("rehearsal.json").read_text())  # [question, SmolLM2-135M-Instruct's reply]
 LOOKING = {kind: weight for kind, weight in nano.QUESTIONS.items() if kind != "reading"}  # 16 image tokens: too few to read from
 LOOKUPS = nano.ATTRIBUTES | {"existence": 1.0}
 DRAWN = dict(string_share=0.0, questions_per_picture=4)
@@ -75,7 +62,7 @@ SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name,
     "scenes": lambda seed: Scenes(seed=seed + 5, max_objects=4, weights=LOOKING, **DRAWN),
     "easy_vqa": lambda seed: nano.EasyVQA(seed=seed + 1, questions_per_picture=4),
     "easy_vqa_denials": lambda seed: nano.EasyVQA(kind="denials", seed=seed + 2, questions_per_picture=4),
-}.items()} | {"rehearsal": lambda seed: Changed(Scenes("train", seed=seed + 9), remind)}
+}.items()} | {"rehearsal": lambda seed: rehearsed(Scenes("train", seed=seed + 9))}
 RATES = {"bridge": 1e-3, "adapters": 1e-3}
 TOLD = dict(warmup_steps=5, max_tokens=192)
 STAGES = (
@@ -99,7 +86,7 @@ PARTS = published_recipe(
     "lynx_mini", build, LAYOUT, CONFIGS, stages=shrinking(STAGES, {64: 64}), sources=SOURCES,
     template=dataclasses.replace(CHATML, image_place="row"),
     decodings={"default": Decoding(max_new_tokens=40), "describe": Decoding(max_new_tokens=60)},
-    evaluate=functools.partial(nano_tests.evaluate, pictures=10), measures=nano_tests.measures, exam=nano_tests.exam,
+    evaluate=lynx_mini_tests.evaluate, measures=lynx_mini_tests.measures, exam=lynx_mini_tests.exam,
     finish=lynx_mini_tests.finish, report=lynx_mini_tests.report, remark=nano.RECIPE.remark,
     expected=dict.fromkeys(("align", "look", "instruct"), Expected(45, num_gpus=1)),
     weights=("language=HuggingFaceTB/SmolLM2-135M-Instruct  SmolLM2-135M",

@@ -5,6 +5,7 @@ nothing to do with pictures: before (the adapters add nothing), after, and after
 """
 
 import contextlib
+import functools
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,8 @@ from nanovlm.data.wordings import reworded
 from nanovlm.recipes import nano_tests
 
 REWORDED = ("easy_vqa_test", "scenes_new")  # nano's tests that are taken a second time
+exam, measures = nano_tests.exam, nano_tests.measures
+evaluate = functools.partial(nano_tests.evaluate, pictures=3)  # around a stage: a look, and no more
 PICTURES = 100  # of each test at the end
 KNOWLEDGE = json.loads(Path(__file__).with_name("knowledge.json").read_text())  # [question, right answers, ...]
 

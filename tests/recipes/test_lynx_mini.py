@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import train
 from nanovlm import recipes
+from nanovlm.data import wordings
 from nanovlm.data.batching import build_batch
 from nanovlm.data.records import Turn
 from nanovlm.data.templates import CHATML, prompt, write
@@ -114,10 +115,10 @@ def test_beside_a_language_model_the_tower_that_comes_along_is_taken(parts, monk
 
 
 def test_rehearsal_asks_with_and_without_a_picture_and_nothing_of_the_test():
-    records = [RECIPE.sources["rehearsal"](0).record(n) for n in range(2 * len(lynx_mini.REHEARSAL))]
+    records = [RECIPE.sources["rehearsal"](0).record(n) for n in range(2 * len(wordings.REHEARSAL))]
     assert [len(record.visuals) for record in records[:4]] == [0, 1, 0, 1]
     asked = {record.conversations[0][0].text for record in records}
-    assert len(asked) == len(lynx_mini.REHEARSAL)
+    assert len(asked) == len(wordings.REHEARSAL)
     assert not any(question in one for one in asked for question, *_ in lynx_mini_tests.KNOWLEDGE)
 
 
