@@ -6,7 +6,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import many
-from nanovlm.training.optimizer import Muon
+from nanovlm.training.optimizer import Muon, build
+from nanovlm.training.stages import Stage
 
 
 def work(rank):
@@ -23,6 +24,9 @@ def work(rank):
             shard.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
         plain.step()
         sharded.step()
+    stage = Stage("s", "language", {"vision": 1.0}, {"x": 1}, 1, 1, optimizer="muon")
+    built = build({"vision": {f"vision.blocks.{n}.weight": shard for n, shard in enumerate(shards)}}, stage, num_threads=4)
+    assert len(built) == 1, "on several threads processes would say things in different order"
     state = sharded.state[shards[0]]["momentum_buffer"].to_local().shape[0]
     return max((shard.full_tensor() - whole).abs().max().item() for shard, whole in zip(shards, wholes)), state
 
