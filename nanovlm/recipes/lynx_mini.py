@@ -3,16 +3,18 @@
   vision   nano's tower, trained and frozen: 64 pixels, 8 x 8 patches                             Sec. 2.1
   bridge   squares of 2 x 2 patches, then an MLP: 16 image tokens
   decoder  SmolLM2-135M-Instruct, frozen, with an adapter of width 64 after layers 0, 2, ... 28   Sec. 2.1
-  rows     the 16 image tokens, then the chat as SmolLM2 was taught it                            Table 13
-  stages   align on captions and single things, then instruct                                     Table 8
+  rows     the 16 image tokens, then the chat as SmolLM2 was taught it, without its system turn   Table 13
+  stages   align on captions, look single things up, then instruct                                Table 8
   prompts  each question in one of six wordings, and tested in ten others                         Sec. 2.3
+  memory   some rows are what the language model replied to questions about anything before
 
 Lynx, arXiv:2307.02469. Start from `--init language=FOLDER`; nano's tower comes along, or `vision=FOLDER` names another.
 Differs from the paper:
 - an MLP in place of the resampler: 64 patches that know their places need no latents to gather them;
 - no stage raises the resolution or trains the tower, which is taken as nano ends with it;
+- the adapters would write answers about shapes to any question: in place of the paper's texts they rehearse replies;
 - nothing is lower-cased: the language model shall go on answering what it was taught.
-Rates and steps are first guesses, and its numbers are not measured yet.
+Rates and steps are first guesses, and its numbers are not measured yet; notebooks/RESULTS.md tells what was tried.
 """
 
 import dataclasses
@@ -28,9 +30,9 @@ from nanovlm.recipes.papers import Decoding, Expected, published_recipe, shrinki
 from nanovlm.vlm import VLM
 
 SMOLLM2_135M = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000.0,
-    "tie_word_embeddings": True,
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0, "tie_word_embeddings": True,
 }  # fmt: skip
 CONFIGS = {
     "full": {"vision": {"size": "full"}, "llm": SMOLLM2_135M, "adapter_width": 64, "adapter_freq": 2},
@@ -39,7 +41,7 @@ CONFIGS = {
 
 
 def build(config):
-    """lynx_mini: vlm.VLM. config: dict with the size of nano's tower, the language model's config.json, and its adapters'."""
+    """lynx_mini: vlm.VLM. config: size of nano's tower, the language model's config.json, adapters."""
     vision, llm = nano.tower(config["vision"]["size"]), llama_config(config["llm"])
     adapter, every = LayerOptions(adapter_width=config["adapter_width"]), config["adapter_freq"]
     layers = tuple(LayerOptions() if i % every else adapter for i in range(len(llm.layers)))
@@ -52,7 +54,8 @@ def LAYOUT(config):
     return (("{rest}", "{rest}"),)
 
 
-LOOKING = {kind: weight for kind, weight in nano.QUESTIONS.items() if kind != "reading"}  # 16 image tokens: too few to read from
+# 16 image tokens are too few to read from
+LOOKING = {kind: weight for kind, weight in nano.QUESTIONS.items() if kind != "reading"}
 LOOKUPS = nano.ATTRIBUTES | {"existence": 1.0}
 DRAWN = dict(string_share=0.0, questions_per_picture=4)
 SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name, make in {
@@ -76,7 +79,7 @@ STAGES = (
 
 
 def start(recipe, init, size, seed):
-    """The recipe from what stands after --init; beside a language model alone, the tower is that of the nano that comes along."""
+    """The recipe from what stands after --init; if that is a language model alone, the tower is nano's."""
     if [one.partition("=")[0] for one in init] == ["language"]:
         init = [*init, f"vision={folder_of('nano')}"]
     return PARTS.open_init(recipe, init, size, seed)

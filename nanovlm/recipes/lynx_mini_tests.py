@@ -23,10 +23,13 @@ KNOWLEDGE = json.loads(Path(__file__).with_name("knowledge.json").read_text())  
 
 
 def ask_in_other_words(assistant, number):
-    """Tests of `number` pictures each in the held-out wordings, of any model: {test: {"all" or kind: share that is right}}."""
-    tests, seed = nano_tests.held_out_tests(number, number), nano_tests.SEED
-    return {name: nano_tests.shares(nano_tests.ask(
-        assistant, [reworded(record, "held_out", (seed, n)) for n, record in enumerate(tests[name])])) for name in REWORDED}
+    """Tests of `number` pictures in the held-out wordings: {test: {"all" or kind: share that is right}}."""
+    found = {}
+    for name in REWORDED:
+        records = nano_tests.held_out_tests(number, number)[name]
+        records = [reworded(record, "held_out", (nano_tests.SEED, n)) for n, record in enumerate(records)]
+        found[name] = nano_tests.shares(nano_tests.ask(assistant, records))
+    return found
 
 
 def knows(assistant, beside=()):
@@ -40,8 +43,11 @@ def knows(assistant, beside=()):
         turns = Turn("user", (*range(len(visuals)), f"{question} Answer briefly.")), Turn("assistant", (answer,))
         records.append(Record(f"knowledge/{n}", visuals, (turns,)))
     words = lambda text: " ".join(["", *re.findall(r"\w+", text.lower()), ""])
-    given = nano_tests.ask(assistant, records, max_new_tokens=24)
-    return sum(any(words(one) in words(reply.prediction) for one in right) for reply, (_, *right) in zip(given, KNOWLEDGE)) / len(given)
+    replies = nano_tests.ask(assistant, records, max_new_tokens=24)
+    right = 0
+    for reply, (_, *answers) in zip(replies, KNOWLEDGE):
+        right += any(words(one) in words(reply.prediction) for one in answers)
+    return right / len(replies)
 
 
 @contextlib.contextmanager
@@ -65,11 +71,13 @@ def finish(run):
     with scaled(run.model, 0):
         before = knows(assistant)
     knowledge = {"before": before, "after": knows(assistant), "beside a picture": knows(assistant, pictures)}
-    return nano_tests.finish(run, PICTURES) | {"held_out_wordings": ask_in_other_words(assistant, number), "knowledge": knowledge}
+    reworded_tests = ask_in_other_words(assistant, number)
+    return nano_tests.finish(run, PICTURES) | {"held_out_wordings": reworded_tests, "knowledge": knowledge}
 
 
 def report(run, results):
     """nano's report, a line more for each test in held-out wordings, and one for what is still known."""
-    lines = [f"{nano_tests.NAMES[name]}, in held-out wordings: {one['all']:.1%}" for name, one in results["held_out_wordings"].items()]
+    other = results["held_out_wordings"].items()
+    lines = [f"{nano_tests.NAMES[name]}, in held-out wordings: {share['all']:.1%}" for name, share in other]
     known = ", ".join(f"{share:.0%} {when}" for when, share in results["knowledge"].items())
     return [*nano_tests.report(run, results), *lines, f"of {len(KNOWLEDGE)} questions of general knowledge: {known}"]
