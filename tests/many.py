@@ -47,16 +47,17 @@ def _child(environment, there, work, rank, arguments):
 
 
 def results(started, seconds=600):
-    """What the processes return, by rank. Fails with the traceback of one that raised, or if one takes too long."""
-    found = []
-    for process, here in started:
-        assert here.poll(seconds), "a process hangs"
+    """What the processes return, by rank. Fails with the tracebacks of all that raised, or if one takes too long."""
+    found, failures = [], []
+    for rank, (process, here) in enumerate(started):
+        assert here.poll(seconds), f"process {rank} hangs; before it: {failures}"
         try:
             fine, value = here.recv()
         except EOFError:
-            fine, value = False, f"a process died with exit code {process.exitcode}"
-        assert fine, value
+            fine, value = False, f"died with exit code {process.exitcode}"
         found.append(value)
+        failures += [] if fine else [f"process {rank}: {value}"]
+    assert not failures, "\n".join(failures)  # the first to fail is rarely the first by rank
     for process, _ in started:
         process.join(seconds)
     return found

@@ -31,7 +31,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -69,8 +68,12 @@ class Processes:
         return f"process {self.rank} of {self.size}"
 
     def sum(self, numbers):
-        """Add up a list of numbers over all processes, number by number: list."""
-        return [sum(found) for found in zip(*self.gather(numbers))]
+        """Add up a list of numbers over all processes: list of float; of one process, the numbers themselves."""
+        if self.size == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return total.tolist()
 
     def gather(self, value, group=None):
         """Everybody's value, by rank: list. value: anything that can be pickled."""
@@ -298,8 +301,8 @@ class ContrastiveLoss(StageLoss):
                 captions = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist())]
                 found = processes.gather((captions, right.tolist()))
                 first, right = merge_captions(found)
-                images = gather_rows(images, [len(rows) for _, rows in found])
-                texts = gather_rows(texts, [len(own) for own, _ in found])[first.to(device)]
+                images = Gather.apply(images, [len(rows) for _, rows in found], processes.rank)
+                texts = Gather.apply(texts, [len(own) for own, _ in found], processes.rank)[first.to(device)]
             return self.model.match(images, texts, right.to(device)) / processes.size
 
     def embed_images(self, share):
@@ -314,10 +317,24 @@ def stage_loss(run, stage):
     return ContrastiveLoss(run.contrastive, run, stage) if contrastive else LanguageLoss(run.model, run, stage)
 
 
-def gather_rows(x, counts):
-    """The rows float[n, E] of all processes behind one another; counts: n of each. A row's gradient is from all."""
-    found = all_gather(F.pad(x, (0, 0, 0, max(counts) - len(x))))
-    return torch.cat([rows[:count] for rows, count in zip(found, counts)])
+class Gather(torch.autograd.Function):
+    """The rows of all processes behind one another; the gradient of a row comes from all of them."""
+
+    @staticmethod
+    def forward(ctx, x, counts, rank):
+        """x float[counts[rank], E], counts: rows of each process -> float[sum of counts, E]."""
+        padded = F.pad(x, (0, 0, 0, max(counts) - len(x)))
+        found = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(found, padded.contiguous())
+        ctx.rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        return torch.cat([rows[:count] for rows, count in zip(found, counts)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Add up what every process's share of the loss says about every row; keep one's own rows."""
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.rows], None, None
 
 
 def merge_captions(found):

@@ -1,5 +1,6 @@
 """From photographs and annotations to a trained stage: construct, quality, filter, train.py, each by its command."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -34,14 +35,14 @@ def test_photographs_and_annotations_become_a_trained_stage(tmp_path, capsys):
     assert len(samples) > 250 and {item["image"].split("/")[0] for item in samples} == {"..", "marked"}
 
     with open(made / "samples.jsonl", "a") as file:
-        file.write('{"id": "broken", \n')
+        file.writelines([json.dumps(samples[0] | {"id": "again"}) + "\n", '{"id": "broken", \n'])
     vlit("quality", made / "samples.jsonl", "--annotations", *ANNOTATIONS, "--out", tmp_path / "quality")
-    assert f"{len(samples)} samples" in capsys.readouterr().out
+    assert f"{len(samples) + 1} samples" in capsys.readouterr().out
     flags = ("--annotations", *ANNOTATIONS, "--without-report", "--exact-only")
     vlit("filter", made / "samples.jsonl", "--out", kept, *flags)
     good = lines(kept / "kept.jsonl")
     reasons = [one["reasons"][0].split(":")[0] for one in lines(kept / "dropped.jsonl")]
-    assert set(reasons) == {"duplicate", "unreadable"} and len(good) + len(reasons) == len(samples) + 1
+    assert sorted(reasons) == ["duplicate", "unreadable"] and len(good) == len(samples)
 
     arguments = (TESTS / "vlit_recipe.py", "--data", kept / "kept.jsonl", "--images", made, "--out", out, "--threads", 1)
     assert train.main(list(map(str, arguments))) == 0
