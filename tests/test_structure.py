@@ -77,6 +77,7 @@ def test_training_nano_imports_little():
 
 @pytest.mark.parametrize(("command", "successor"), [
     (["evaluation", "ablate"], "notebooks/ablations/ablate.py"), (["vlit", "review"], "notebooks/ablations/review.py"),
+    (["recipes", "compare", "x"], "tests/official/compare.py"), (["recipes", "coverage", "x"], "inspect"),
 ])  # fmt: skip
 def test_a_command_that_went_elsewhere_names_its_successor(command, successor):
     run = subprocess.run([sys.executable, "-m", f"nanovlm.{command[0]}", *command[1:]], capture_output=True, text=True, timeout=120)
