@@ -76,13 +76,17 @@ class PixelShuffleProjector(nn.Module):
             raise ValueError(f"{num_patches} patches are no square grid of {self.merge} x {self.merge} squares")
         return num_frames * num_patches // self.merge**2
 
-    def forward(self, patches, num_frames=1, out=None):
-        """float[M, num_frames * N, vision_width] -> float[M, num_frames * N / merge^2, output_width]."""
+    def squares(self, patches, num_frames=1):
+        """What becomes one image token: float[M, num_frames * N / merge^2, merge^2 * vision_width]."""
         merge, side = self.merge, math.isqrt(patches.shape[1] // num_frames)
         x = patches.unflatten(1, (num_frames, side // merge, merge, side // merge, merge))  # M f r m c m D
-        x = x.transpose(3, 4).flatten(1, 3).flatten(2)  # M f*r*c m*m*D
-        tokens = self.mlp(x)
+        return x.transpose(3, 4).flatten(1, 3).flatten(2)
+
+    def forward(self, patches, num_frames=1, out=None):
+        """float[M, num_frames * N, vision_width] -> float[M, num_frames * N / merge^2, output_width]."""
+        tokens = self.mlp(self.squares(patches, num_frames))
         if self.position_scale is None:
             return tokens
-        places = resize_positions(sincos_positions(GRID**2, self.output_width, tokens.device), (side // merge) ** 2)
+        number = tokens.shape[1] // num_frames
+        places = resize_positions(sincos_positions(GRID**2, self.output_width, tokens.device), number)
         return tokens + (self.position_scale * places).repeat(num_frames, 1).to(tokens.dtype)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from safetensors.torch import load_file
 import train
 from nanovlm import recipes
 from nanovlm.data import wordings
-from nanovlm.data.batching import build_batch
+from nanovlm.data.batching import build_batch, pixels_of
 from nanovlm.data.records import Turn
+from nanovlm.data.scene_questions import Scenes
+from nanovlm.data.scenes import COLORS, SHAPES, SIZES
 from nanovlm.data.templates import CHATML, prompt, write
 from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.generation.sampler import Decoding
+from nanovlm.projector import PixelShuffleProjector
 from nanovlm.published.language import LLAMA
 from nanovlm.published.tokenizers import load_tokenizer
 from nanovlm.published.weights import write_checkpoint
@@ -60,8 +64,8 @@ def test_sizes_of_the_real_one():
     number = {part: sum(p.numel() for p in held.values()) for part, held in model.parts().items() if held}
     assert number["embedding"] + number["language_model"] == 134_515_008  # SmolLM2-135M's
     adapter = 2 * 576 + 2 * 576 * 64 + 64 + 576 + 1  # norm, down, up, scale
-    assert number["adapters"] == 15 * adapter and [bool(one.adapter_width) for one in model.decoder.config.layers] == [True, False] * 15
-    assert number["bridge"] == 4 * 128 * 576 + 576 + 576**2 + 576 + 576 and model.num_image_tokens(64) == 16
+    assert number["adapters"] == 30 * adapter
+    assert number["bridge"] == 4 * 128 * 576 and model.num_image_tokens(64) == 16
     with torch.device("meta"):
         assert number["vision"] == sum(p.numel() for p in nano.build("full", 512).vision.parameters())
 
@@ -112,6 +116,37 @@ def test_beside_a_language_model_the_tower_that_comes_along_is_taken(parts, monk
     monkeypatch.setattr(lynx_mini, "folder_of", lambda name: parts[0] / name)
     made = RECIPE.open_init(RECIPE, [f"language={parts[0] / 'words'}"], "tiny", 0).load()
     assert all(torch.equal(tensor, made.vision.state_dict()[name]) for name, tensor in parts[1].vision.state_dict().items())
+
+
+def test_the_bridge_begins_with_the_words_of_what_stands_in_a_square(monkeypatch):
+    """With a word's own channel for embedding, the channels of an image token say which words it holds."""
+    monkeypatch.setattr(lynx_mini, "PICTURES", 600)
+    words = ["\n", *COLORS, "brown", "gray", "black", *SHAPES, "rectangle", *SIZES, "top", "bottom", "left", "right", "center"]
+    vision = recipes.load("nano").model.vision
+    model = SimpleNamespace(vision=vision, bridge=PixelShuffleProjector(128, len(words), merge=2, plain=True),
+                            decoder=SimpleNamespace(embedding=torch.nn.Embedding.from_pretrained(torch.eye(len(words)))))
+    tokenizer = SimpleNamespace(encode=lambda text: [words.index(word) for word in text.split(" ") if word])
+    lynx_mini.begin_with_words(model, tokenizer)
+    right = {"color": [], "shape": [], "size": []}
+    for n in range(60):
+        scenes = Scenes("new", seed=3, string_share=0.0)
+        record, scene = scenes.record(n), scenes.scene(n)
+        with torch.no_grad():
+            said = model.bridge(vision(pixels_of(record.visuals, 64, "crop")))[0]
+        for thing in scene.objects:
+            token = said[4 * int(thing.y / 16) + int(thing.x / 16)]
+            for kind, known in (("color", COLORS), ("shape", SHAPES), ("size", SIZES)):
+                right[kind].append(max(known, key=lambda word: token[words.index(word)]) == getattr(thing, kind))
+    assert all(sum(found) / len(found) > 0.85 for found in right.values()), {kind: sum(found) / len(found) for kind, found in right.items()}
+
+
+def test_a_bridge_that_was_trained_stays_as_it_is(parts, tmp_path):
+    run(parts, tmp_path)
+    init = [f"language={parts[0] / 'words'}", f"vision={parts[0] / 'nano'}", f"bridge={tmp_path}"]
+    made, before = RECIPE.open_init(RECIPE, init, "tiny", 0).load(), load_file(tmp_path / "model.safetensors")
+    assert torch.equal(made.bridge.mlp.weight, before["bridge.mlp.weight"])
+    fresh = RECIPE.open_init(RECIPE, init[:2], "tiny", 0).load()
+    assert not torch.equal(fresh.bridge.mlp.weight, made.bridge.mlp.weight)
 
 
 def test_rehearsal_asks_with_and_without_a_picture_and_nothing_of_the_test():
