@@ -61,10 +61,7 @@ class Trainer:
             raise
 
     def train_stage(self):
-        """The updates of a stage that are left.
-
-        `begin` has made what they use: feed, optimizers, report, watch, and run.loss (processes.lay_out).
-        """
+        """The updates of a stage that are left; `begin` made feed, optimizers, report, watch and run.loss (lay_out)."""
         run, stage, optimizers = self.run, self.stage, self.optimizers
         with contextlib.closing(Bar(stage, self.stage_step, self.processes.main)) as bar, contextlib.closing(self.feed):
             while self.stage_step < stage.steps:
