@@ -105,7 +105,7 @@ def make_parser():
     add("--threads", type=COUNT, help="CPU threads; default: 2, or the cores if there are fewer")
     add("--seed", type=int, default=0, help="of weights and data")
     add("--max-minutes", type=float, help="stop after this time, with a checkpoint to resume from")
-    add("--smoke", action="store_true", help="a run of seconds through all stages, which learns nothing")
+    add("--smoke", action="store_true", help="a run of a minute or two through all stages, which learns nothing")
     add("--against", metavar="RECIPE", help="train this recipe, too, both from --init (default: nano) with three seeds, and compare")
     add("--print", action="store_true", help="show stages and sizes, train nothing")
     return parser

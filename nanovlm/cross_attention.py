@@ -79,13 +79,15 @@ def gather_media(image_tokens, shown, is_media, segments):
     return Media(tokens.flatten(1, 2), latest_picture(is_media, segments, lengths[0]))
 
 
+NUM_HEADS, HEAD_WIDTH = 8, 64  # channels, whatever the width
+
+
 class GatedCrossAttention(nn.Module):
     """Cross-attention of words of `width` channels to media of `media_width`, and feed-forward, each behind a gate."""
 
-    def __init__(self, width, media_width, num_heads=8, head_width=64):
+    def __init__(self, width, media_width):
         super().__init__()
-        inner = num_heads * head_width
-        self.num_heads = num_heads
+        inner = NUM_HEADS * HEAD_WIDTH
         self.norm = nn.LayerNorm(width)
         self.q = nn.Linear(width, inner, bias=False)
         self.k = nn.Linear(media_width, inner, bias=False)
@@ -119,4 +121,4 @@ class GatedCrossAttention(nn.Module):
 
     def heads(self, x):
         """float[B, S, H * D] -> float[B, H, S, D]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (NUM_HEADS, HEAD_WIDTH)).transpose(1, 2)

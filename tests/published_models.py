@@ -86,7 +86,7 @@ def there_and_back(theirs, folder):
 
     Args:
       theirs: a model of transformers of at least 320 words. folder: an empty one.
-    Returns: (recipes.Loaded, their model read from what was converted back).
+    Returns: (generation.chat.Assistant, their model read from what was converted back).
     """
     theirs.save_pretrained(folder / "published", max_shard_size="60KB")
     assert len(list((folder / "published").glob("*.safetensors"))) > 2

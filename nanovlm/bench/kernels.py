@@ -25,6 +25,7 @@ from nanovlm.training.language_loss import linear_cross_entropy
 
 ERROR_FACTOR = 2  # times the error of torch's own attention in bfloat16
 REPEATS = 100
+TOKENS, WIDTH, WORDS = 8192, 4096, 32000  # of projection and loss
 OURS = "nanovlm"
 FLOPS, BYTES, EXPONENTIALS = 790e12, 4.3e12, 3.7e12  # an H200's per second: dense bfloat16 as reached, memory, exp2
 BACKWARD_FLOPS = 2.5  # of the forward's: five products instead of two
@@ -178,17 +179,17 @@ def attention_lines(case, rounds, device="cuda", ours="triton"):
 
 
 @torch.no_grad()
-def projection_lines(share, rounds, tokens=8192, width=4096):
+def projection_lines(share, rounds):
     """Keys and values where a share of the tokens is vision, forward: ours, index_select, as written, grouped_mm."""
-    modality = (torch.arange(tokens, device="cuda") < share * tokens).long()[None]
-    make = lambda: torch.nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16)
+    modality = (torch.arange(TOKENS, device="cuda") < share * TOKENS).long()[None]
+    make = lambda: torch.nn.Linear(WIDTH, WIDTH, bias=False, device="cuda", dtype=torch.bfloat16)
     layer = ModalityAdaptive(make(), make())
-    x = torch.randn(1, tokens, width, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, TOKENS, WIDTH, device="cuda", dtype=torch.bfloat16)
     weights = torch.stack([layer.text.weight, layer.vision.weight])
 
     def grouped():
         order = modality[0].argsort(stable=True)
-        ends = torch.stack([tokens - modality.sum(), torch.full_like(modality.sum(), tokens)]).int()
+        ends = torch.stack([TOKENS - modality.sum(), torch.full_like(modality.sum(), TOKENS)]).int()
         out = F.grouped_mm(x[0][order], weights.transpose(1, 2), offs=ends)
         return torch.empty_like(out).index_copy(0, order, out)
 
@@ -198,20 +199,20 @@ def projection_lines(share, rounds, tokens=8192, width=4096):
         "as written": lambda: layer.as_written(x, Routing(modality, None, None)),
         "grouped_mm": grouped,
     }
-    return lines(f"projection, {share:.0%} vision", in_turns(runs, rounds), 2 * tokens * width**2)
+    return lines(f"projection, {share:.0%} vision", in_turns(runs, rounds), 2 * TOKENS * WIDTH**2)
 
 
-def loss_lines(rounds, tokens=8192, width=4096, words=32000):
+def loss_lines(rounds):
     """Head and loss, forward and backward, with their peak memory beyond what was there before."""
-    hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(words, width, device="cuda") * 0.02).bfloat16().requires_grad_()
-    labels = torch.randint(0, words, (tokens,), device="cuda")
+    hidden = torch.randn(TOKENS, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(WORDS, WIDTH, device="cuda") * 0.02).bfloat16().requires_grad_()
+    labels = torch.randint(0, WORDS, (TOKENS,), device="cuda")
     losses = {
         OURS: lambda: linear_cross_entropy(hidden, weight, labels),
         "eager": lambda: F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum"),
     }
     runs = {name: lambda loss=loss: torch.autograd.grad(loss(), (hidden, weight)) for name, loss in losses.items()}
-    found = lines("head and loss, forward and backward", in_turns(runs, rounds), 6 * tokens * width * words)
+    found = lines("head and loss, forward and backward", in_turns(runs, rounds), 6 * TOKENS * WIDTH * WORDS)
     memory = []
     for run in runs.values():
         torch.cuda.reset_peak_memory_stats()

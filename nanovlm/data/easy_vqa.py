@@ -80,9 +80,9 @@ class EasyVQA:
           split: "train" or "test".
           kind: "questions"; or "denials", those with "not" or "no", of the pictures where one of them is false (of all,
             seven in ten are true); or "captions" such as "blue rectangle", made from what the split's answers reveal
-            (`num_incomplete` counts those that do not reveal both); or "names", such a caption and its words alone,
-            each a conversation of its own with the object's centre as region; or "texts", the questions put to such a
-            caption in place of the picture, where it tells both.
+            (not always both); or "names", such a caption and its words alone, each a conversation of its own with the
+            object's centre as region; or "texts", the questions put to such a caption in place of the picture, where it
+            tells both.
           seed: int, 0 or more; gives the order of every epoch and the sample of questions.
           questions_per_picture: how many questions of each picture a record holds, drawn anew each epoch; None = all.
         Raises: ValueError for a name that does not exist; ImportError or FileNotFoundError, with what to install,
@@ -96,7 +96,7 @@ class EasyVQA:
         self.asked = {image_id: [] for image_id in sorted(self.paths)}  # image id -> its (question, answer)
         for question, answer, image_id in zip(questions, answers, image_ids):
             self.asked[image_id].append((question, answer))
-        self.captions, self.num_incomplete = {}, 0
+        self.captions = {}
         for image_id, asked in self.asked.items():
             if kind == "denials":
                 denials = [one for one in asked if is_denial(one[0])]
@@ -104,7 +104,6 @@ class EasyVQA:
             elif kind != "questions":
                 words = reveal(asked)
                 self.captions[image_id] = caption_of(*words)
-                self.num_incomplete += None in words
                 if kind == "texts" and None in words:
                     self.asked[image_id] = []
         self.image_ids = [image_id for image_id, asked in self.asked.items() if asked]

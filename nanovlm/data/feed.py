@@ -60,6 +60,7 @@ class Mixture:
 
 MAX_IN_A_ROW = 100  # damaged records one behind the other; then something else is wrong than a record
 FEW = 100  # records; the share of damaged ones is taken of at least so many
+AHEAD = 2  # updates that the workers are ahead
 
 
 class Reader(torch.utils.data.Dataset):
@@ -120,8 +121,7 @@ class Feed:
     waited: seconds that the last `next` took. damaged: list of what was damaged in it, see Reader.
     """
 
-    def __init__(self, mixture, prepare, batch_size, steps, group=1, length=None, seed=0, rank=0, world=1, workers=0,
-                 prefetch=2):
+    def __init__(self, mixture, prepare, batch_size, steps, group=1, length=None, seed=0, rank=0, world=1, workers=0):
         """
         Args:
           mixture: Mixture. prepare: function(Record) -> Record, see batching.Preparation.
@@ -130,12 +130,11 @@ class Feed:
           length: function(Record) -> int, needed with group > 1. seed: int, of the shuffling.
           rank, world: this process and how many there are: it gets records rank, rank + world, ... of each update.
           workers: processes that read ahead; 0 = the trainer's own reads when it needs the records.
-          prefetch: updates that the workers are ahead.
         """
         self.mixture, self.batch_size, self.steps = mixture, batch_size, steps
         self.group, self.length, self.seed = group, length, seed
         self.rank, self.world = rank, world
-        self.reader, self.workers, self.prefetch = Reader(mixture.sources, prepare), workers, prefetch
+        self.reader, self.workers = Reader(mixture.sources, prepare), workers
         self.position = {"update": 0, "drawn": dict(mixture.drawn)}  # behind the last update that was taken
         self.planned = deque()  # positions behind the updates that are planned and not yet taken
         self.items = self.end = None  # what the DataLoader gives, and how its workers end
@@ -148,7 +147,7 @@ class Feed:
         if self.items is None:
             ahead = {}
             if self.workers:
-                per_worker = max(1, -(-self.prefetch * share // self.workers))
+                per_worker = max(1, -(-AHEAD * share // self.workers))
                 ahead = dict(prefetch_factor=per_worker, multiprocessing_context="fork", worker_init_fn=leave_signals)
             self.items = iter(DataLoader(
                 self.reader, batch_size=None, sampler=self._plan(), num_workers=self.workers,

@@ -171,9 +171,6 @@ class Preprocessing:
 
 
 CLIP = Preprocessing(224)  # also LLaVA-Phi's and Lynx's, at their sizes
-LLAVA = Preprocessing(336, "pad")  # the original code; llava-hf's processor crops
-MPLUG_OWL2 = Preprocessing(448, "squash")  # its evaluation; its demo pads
-BLIP2 = Preprocessing(224, "stretch")
 SIGLIP = Preprocessing(224, "stretch", HALF, HALF)
 
 

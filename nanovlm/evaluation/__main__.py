@@ -123,7 +123,7 @@ def measure(args):
         for name, task in TASKS.items():
             read = task.read.__doc__.split("\n")[0]
             rows.append((name, task.protocol.__name__, task.way or task.summarise.__name__, read))
-        return ["{:<16}{:<14}{:<14}{}".format(*row) for row in rows], 0
+        return ["{:<16}{:<14}{:<19}{}".format(*row) for row in rows], 0
     lines, number = run(args, recipes.load_by_flags(args.model, args), open_judge(args))
     return [*lines, f"report, predictions and pictures: {args.out}"], 0 if number else NOTHING_MEASURED
 

@@ -160,16 +160,15 @@ def cider(candidates, references):
     return scores
 
 
-def caption_scores(candidates, references, tokenizer=tokenize):
+def caption_scores(candidates, references):
     """All metrics of a corpus.
 
     Args:
       candidates: list of str, one caption per picture.
       references: list of lists of str, one at least per picture.
-      tokenizer: function str -> list of str; `str.split` for text that is tokenised already.
     Returns: {"BLEU-1": …, "BLEU-4", "ROUGE-L", "CIDEr": float}.
     """
-    candidates, references = [*map(tokenizer, candidates)], [[*map(tokenizer, several)] for several in references]
+    candidates, references = [*map(tokenize, candidates)], [[*map(tokenize, several)] for several in references]
     scores = {f"BLEU-{n}": score for n, score in zip(ORDERS, bleu(candidates, references))}
     means = {"ROUGE-L": rouge_l(candidates, references), "CIDEr": cider(candidates, references)}
     return scores | {name: sum(each) / len(each) for name, each in means.items()}

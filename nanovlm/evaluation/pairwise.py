@@ -26,6 +26,8 @@ from nanovlm.files import JsonLines
 
 SHUFFLES, DRAWS, PAIRED_DRAWS = 100, 100, 2000
 START, K, SCALE = 1000.0, 32.0, 400.0  # points
+STEPS, TOLERANCE = 500, 1e-9  # of the fit: at most so many, until the logarithms change by less
+BATCH = 16  # questions that a judge answers together
 
 
 def read_answers(folders):
@@ -48,7 +50,7 @@ def read_answers(folders):
     return dict(zip(short_names([path.parent for path in found]), found.values()))
 
 
-def rank(folders, judge, judgements, out, batch_size=16, seed=0):
+def rank(folders, judge, judgements, out, seed=0):
     """Compare, judge what is not judged yet, rank: list of str, the table.
 
     folders: of `read_answers`. judge, judgements, out: as of `protocols.ask_judge`; out also gets ranking.json.
@@ -60,7 +62,7 @@ def rank(folders, judge, judgements, out, batch_size=16, seed=0):
             first, second = answers[one][item], answers[other][item]
             words = {"QUESTION": first["question"], "ANSWER_A": first["prediction"], "ANSWER_B": second["prediction"]}
             asked[f"{item}|{one}|{other}"] = fill("\n".join(PROMPTS["which"]), words)
-    told = ask_judge(dict(sorted(asked.items())), judge, judgements, out, batch_size)
+    told = ask_judge(dict(sorted(asked.items())), judge, judgements, out, BATCH)
     games, unread = [], 0
     for item, one, other in sorted((id.rsplit("|", 2) for id in asked), key="|".join):
         if one < other:
@@ -132,7 +134,7 @@ def mean_elo(games, rng, shuffles):
     return totals
 
 
-def bradley_terry(games, steps=500, tolerance=1e-9):
+def bradley_terry(games):
     """Strengths that make the games most likely, in points as Elo's and with the same mean: {model: float}.
 
     The iteration p_a <- wins_a / Σ_b games_ab / (p_a + p_b), a tie being half a win for both, rises to the maximum
@@ -147,10 +149,10 @@ def bradley_terry(games, steps=500, tolerance=1e-9):
         wins[[a, b]] += outcome, 1 - outcome
         played[[a, b], [b, a]] += 1
     strengths = numpy.ones(len(models))
-    for _ in range(steps):
+    for _ in range(STEPS):
         before = strengths
         strengths = wins / ((played / (before[:, None] + before)).sum(1) + 1 / (before + 1))
-        if numpy.abs(numpy.log(strengths / before)).max() < tolerance:
+        if numpy.abs(numpy.log(strengths / before)).max() < TOLERANCE:
             break
     points = SCALE * numpy.log10(strengths)
     return dict(zip(models, (points - points.mean() + START).tolist()))

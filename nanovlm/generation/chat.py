@@ -155,8 +155,9 @@ class Chat:
         answer = []
         pieces = stream(self.assistant, prompt, decoding, answer, self.generator, self.workspace)
 
-        def remembered(text=""):
+        def remembered():
             """The same pieces; behind the last one, the exchange enters the history."""
+            text = ""
             for piece in pieces:
                 text += piece
                 yield piece

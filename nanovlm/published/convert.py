@@ -72,7 +72,7 @@ def choose_config(args, places, paths, families):
     """Family and sizes of the model: (Published, dict); --config, then --size, then the source's config.json."""
     path, beside = next(((path, config_beside(path)) for path in paths if config_beside(path)), (None, {}))
     if "recipe" in beside or "family" in beside:
-        raise ValueError(f"{path} is in our layout already; --to published writes it back")
+        raise ValueError(f"{path} is in our layout already; --to published writes a published model's back")
     if not args.family and not beside:
         raise ValueError("no config.json says what this is: give --family NAME")
     published = find_family(args.family or family_of(beside, path, families), families)

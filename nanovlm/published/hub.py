@@ -38,5 +38,5 @@ def find(place):
         return found
     except (OSError, ValueError, EntryNotFoundError) as error:
         said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise FileNotFoundError(f"{place}: no folder or file here, and {constants.ENDPOINT} does not give "
-                                f"{named['name']}: {said}") from None
+        raise FileNotFoundError(f"no {'file' if named['file'] else 'folder'} {place} here, and {constants.ENDPOINT} "
+                                f"does not give {named['name']}: {said}") from None

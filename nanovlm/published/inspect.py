@@ -49,7 +49,8 @@ def inspect(path, family, families, recipes):
     published = families.get(family)
     choices = [sizes] if sizes else [*published.configs.values()] if published else []
     if not choices:
-        return [*lines, "  sizes    unknown without config.json", "  tensors  " + "; ".join(grouped(shapes)[:20])]
+        told = "its recipe's, which has no published model to compare with" if ours else "unknown without config.json"
+        return [*lines, f"  sizes    {told}", "  tensors  " + "; ".join(grouped(shapes)[:20])]
 
     def fitted(config):
         model, layout = published.on_meta(config)

@@ -310,15 +310,15 @@ def likely_cause(found):
 # ---- renaming ----
 
 
-def to_ours(table, tensors, ours, where="the checkpoint"):
+def to_ours(table, tensors, ours):
     """Rename published tensors: {our name: Tensor}, every one in `ours`, which is {our name: Tensor or shape}.
 
     Raises: WeightsError naming what is missing, unexpected, mis-shaped, or there twice with different values.
     """
     shapes = {name: tuple(getattr(value, "shape", value)) for name, value in ours.items()}
     found = plan(table, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes)
-    found.check(where)
-    return renamed(found, ((name, tensors[name]) for name in found.consumed), where)
+    found.check("the checkpoint")
+    return renamed(found, ((name, tensors[name]) for name in found.consumed), "the checkpoint")
 
 
 def renamed(found, tensors, where, change=lambda piece: piece):

@@ -7,7 +7,7 @@ from pathlib import Path
 from nanovlm.names import nearest
 from nanovlm.published.convert import convert
 from nanovlm.published.inspect import inspect
-from nanovlm.recipes import FAMILIES, RECIPES, table
+from nanovlm.recipes import FAMILIES, RECIPES, folder_of, table
 from nanovlm.training.checkpoint import consolidate
 
 COMMANDS = {
@@ -64,8 +64,9 @@ def main(arguments=None):
         if command == "list":
             return table.main()
         if command == "inspect":
-            lines = inspect(args.path, args.family, FAMILIES, RECIPES)
+            lines = inspect(folder_of(args.path), args.family, FAMILIES, RECIPES)
         elif command == "convert":
+            args.paths[:-1] = map(folder_of, args.paths[:-1])  # the last is written
             lines = convert(args, FAMILIES, RECIPES)
         else:
             lines = consolidate(Path(args.folder))

@@ -122,7 +122,8 @@ STAGES = {
 
 def stages(size, smoke):
     """The two stages of LLaVA or LLaVA-1.5."""
-    return shrinking(STAGES["linear" if "linear" in size else "full"], {224: 28, 336: 28})(size, smoke)
+    pixels = {224: 28, 336: 28}  # in the paper: at a tiny size
+    return shrinking(STAGES["linear" if "linear" in size else "full"], pixels)(size, smoke)
 
 
 DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
@@ -133,5 +134,6 @@ DECODINGS = {  # what ends a reply is the template's, see templates.end_ids
 
 RECIPE = published_recipe(
     "llava", build, LAYOUT, CONFIGS, stages=stages, template=LLAVA, decodings=DECODINGS,
-    stage_templates={"align": PLAIN}, expected={"align": Expected(20), "instruct": Expected(300)},
+    stage_templates={"align": PLAIN},
+    expected={"align": Expected(text_tokens=20), "instruct": Expected(text_tokens=300)},
 )  # fmt: skip

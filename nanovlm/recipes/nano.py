@@ -21,7 +21,7 @@ from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.projector import PixelShuffleProjector
 from nanovlm.recipes import nano_tests
-from nanovlm.recipes.recipe import Decoding, Recipe, Stage
+from nanovlm.recipes.recipe import Decoding, Expected, Recipe, Stage
 from nanovlm.vit import ViT, ViTConfig
 from nanovlm.vlm import VLM
 
@@ -30,6 +30,10 @@ HEAD_WIDTH = 32  # channels
 VOCABULARY = 512  # tokens
 QUESTIONS = {  # hard ones more often: a count or a relation needs several things at once
     "color": 0.9, "shape": 0.9, "count": 2.2, "existence": 1.0, "place": 1.0, "relation": 2.6, "size": 0.6, "reading": 2.7,
+}  # fmt: skip
+TEXTS = {
+    "described": 2.5, "listed": 5, "described_relation": 3, "repeat": 2, "opposite": 0.1, "addition": 0.3, "spelling": 0.7,
+    "next_letter": 0.1, "word_of_phrase": 0.5, "plain_caption": 0.3,
 }  # fmt: skip
 ATTRIBUTES = {"color": 1.0, "shape": 1.0, "size": 0.7, "place": 1.0}  # one thing looked up, one answer: what is learned first
 LOOKUPS = ATTRIBUTES | {"existence": 0.5, "reading": 1.5}
@@ -71,7 +75,10 @@ def contrastive(size, model):
 
 
 def sources():
-    """Name in a mixture -> (seed) -> data source."""
+    """Name in a mixture -> (seed) -> data source.
+
+    Kinds are those of Scenes and EasyVQA. Seeds differ so that no two sources of scenes draw the same pictures.
+    """
     return {
         "scenes_names": lambda seed: Scenes(kind="names", seed=seed, string_share=0.5, canvas=48),
         "easy_vqa_names": lambda seed: EasyVQA(kind="names", seed=seed),
@@ -88,12 +95,6 @@ def sources():
         "easy_vqa": lambda seed: EasyVQA(seed=seed + 1),
         "easy_vqa_denials": lambda seed: EasyVQA(kind="denials", seed=seed + 2),
     }
-
-
-TEXTS = {
-    "described": 2.5, "listed": 5, "described_relation": 3, "repeat": 2, "opposite": 0.1, "addition": 0.3, "spelling": 0.7,
-    "next_letter": 0.1, "word_of_phrase": 0.5, "plain_caption": 0.3,
-}  # fmt: skip
 
 
 def rates(rate, *parts, **others):
@@ -168,6 +169,7 @@ RECIPE = Recipe(
         "sample": Decoding(max_new_tokens=40, do_sample=True, top_p=0.9, temperature=0.7),
         "beams": Decoding(max_new_tokens=40, num_beams=5),
     },
+    expected={"language": Expected(text_tokens=69, num_frames=0, num_gpus=1)},  # tokens: counted
     evaluate=nano_tests.evaluate,
     measures=nano_tests.measures,
     exam=nano_tests.exam,

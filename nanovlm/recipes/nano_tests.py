@@ -33,6 +33,7 @@ QUICK_PICTURES = 40  # of each test
 SMOKE_PICTURES = 4  # the same in a smoke run
 NUM_SCENES = 400  # pictures of each scene test at the end
 NUM_TRAINING = 500  # training records in which the most frequent answers are counted
+LONGEST = 40  # characters of an answer that are shown
 SEED = 1000  # of the drawn tests; splits differ from "train" whatever the seed
 EXAM_SEED = 2005  # of the exam's scenes; chosen by eye for pictures that are easy to judge
 NAMES = {
@@ -77,7 +78,7 @@ def exam(run):
 
 
 def finish(run, pictures=None):
-    """All held-out tests, samples.png, and what goes into results.json. pictures: of each test; None = as many as there are."""
+    """All held-out tests, samples.png, and what goes into results.json. pictures: of each test; None = all there are."""
     number = SMOKE_PICTURES if run.args.smoke else pictures
     tests = held_out_tests(number, number or NUM_SCENES)
     answers = answer_tests(assistant(run), tests)
@@ -126,7 +127,7 @@ def ask(assistant, records, blank=False, progress=lambda number: None, max_new_t
     """Let a model answer the last question of every conversation, greedily: list of Answer, in their order.
 
     Args:
-      assistant: generation.answer.Assistant.
+      assistant: generation.chat.Assistant.
       records: iterable of Record, read as the answers are made; conversations end with a question and the true answer.
       blank: True shows grey in place of every picture, so that only the questions can help.
       progress: function called with the number of conversations newly answered, as tqdm's `update`.
@@ -235,7 +236,7 @@ def majority_baseline(records, training=None):
     return shares
 
 
-def majorities(tests, num_records=NUM_TRAINING):
+def majorities(tests):
     """What is right without looking, if the most frequent answers of training records are given.
 
     Training records are counted because among unseen pairs alone every star is red.
@@ -244,7 +245,7 @@ def majorities(tests, num_records=NUM_TRAINING):
     known, found = sources(), {}
     for name, records in tests.items():
         training = known[name][1]
-        by_kind = majority_baseline(records, [training.record(n) for n in range(num_records)])
+        by_kind = majority_baseline(records, [training.record(n) for n in range(NUM_TRAINING)])
         kinds = [kind for record in records for kind in record.kinds]
         found[name] = {"all": sum(by_kind[kind] for kind in kinds) / len(kinds)} | by_kind
     return found
@@ -322,11 +323,11 @@ def exam_lines(records, predictions):
     ]
 
 
-def readable(text, longest=40):
+def readable(text):
     """An answer as it can be shown: one line of printable characters, not too long. Untrained models say anything."""
     text = " ".join(text.split())
     text = "".join(character if character.isprintable() and character != "\ufffd" else "·" for character in text)
-    return (text if len(text) <= longest else text[: longest - 1] + "…") or "(nothing)"
+    return (text if len(text) <= LONGEST else text[: LONGEST - 1] + "…") or "(nothing)"
 
 
 def said(prediction, truth):
@@ -360,6 +361,7 @@ def zero_shot(model, records, tokenizer, image_size, image_fit="crop", preproces
 
 
 INK = {True: "#1b6e2d", False: "#b2182b"}  # right, wrong
+COLUMNS = 4  # samples side by side
 FONT = "DejaVu Sans"  # comes with matplotlib and has both signs
 SAMPLES = {  # test -> (pictures on the sheet, what is written above them)
     "easy_vqa_test": (3, "easy-VQA test"),
@@ -369,13 +371,13 @@ SAMPLES = {  # test -> (pictures on the sheet, what is written above them)
 }
 
 
-def pick_samples(tests, answers, numbers=SAMPLES):
+def pick_samples(tests, answers):
     """The first pictures of each test, the n-th with its n-th question (types differ): list of (label, image, Answer).
 
-    tests, answers: {name: list of Record or of their Answers}. numbers: {name: (how many pictures, label)}.
+    tests, answers: {name: list of Record or of their Answers}.
     """
     chosen = []
-    for name, (number, label) in numbers.items():
+    for name, (number, label) in SAMPLES.items():
         left = iter(answers[name])
         for place, record in enumerate(tests[name][:number]):
             mine = [next(left) for _ in record.conversations]
@@ -383,16 +385,16 @@ def pick_samples(tests, answers, numbers=SAMPLES):
     return chosen
 
 
-def sample_sheet(samples, path, title, columns=4):
+def sample_sheet(samples, path, title):
     """Draw a PNG of pictures with a question and its answer below each; 240 x 320 pixels a sample, 50 more in height.
 
-    samples: list of (label, PIL image, Answer). columns: samples side by side. title: what comes before "N right".
+    samples: list of (label, PIL image, Answer). title: what comes before "N right".
     """
     right = sum(answer.right for _, _, answer in samples)
-    height = 3.2 * math.ceil(len(samples) / columns) + 0.5
-    figure, page = new_page(2.4 * columns, height, f"{title}: {right} of {len(samples)} right")
+    height = 3.2 * math.ceil(len(samples) / COLUMNS) + 0.5
+    figure, page = new_page(2.4 * COLUMNS, height, f"{title}: {right} of {len(samples)} right")
     for place, (label, image, answer) in enumerate(samples):
-        left, top = 2.4 * (place % columns), 0.5 + 3.2 * (place // columns)
+        left, top = 2.4 * (place % COLUMNS), 0.5 + 3.2 * (place // COLUMNS)
         write(page, left + 1.2, top + 0.12, label, "#666666")
         show(figure, image, left + 0.1, top + 0.24, 2.2)
         lines = [(line, "black") for line in textwrap.wrap(answer.question, 32, max_lines=2, placeholder=" …")]

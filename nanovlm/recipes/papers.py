@@ -31,10 +31,10 @@ SMOKE_STEPS, TINY_STEPS = 4, 100  # optimizer steps of a stage in a smoke run, a
 TINY_BATCH = 4  # examples
 
 
-def tiny_language(width=32, layers=2, heads=2, **others):
-    """A language model's config.json at the tiny size, but for the feed-forward's width if `others` names it: dict."""
-    sizes = {"vocab_size": 512, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return sizes | {"max_position_embeddings": 256} | (others or {"intermediate_size": 2 * width})
+def tiny_language(layers):
+    """A language model's config.json at the tiny size: dict."""
+    return {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2,
+            "max_position_embeddings": 256, "intermediate_size": 64}
 
 
 def features(tower, layer, kind):

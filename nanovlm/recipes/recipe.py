@@ -56,7 +56,7 @@ class Recipe:
     remark: str = ""                    # said beside an answer about a picture unlike the training's; "" = nothing
     save_every: int = 100               # optimizer steps between checkpoints
     exam_every: int = 50                # optimizer steps between exams
-    published: Any = None               # published.load.Published of a model whose weights others have published
+    published: Any = None               # published.weights.Published of a model whose weights others have published
     stage_templates: dict[str, Template] = field(default_factory=dict)  # stage -> its own template instead
     preprocessing: Preprocessing = CLIP  # its mean and deviation; size and fit are the stage's
     prompts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # data set -> ways to ask, see data/datasets.py

@@ -37,6 +37,7 @@ SPIKE = 8.0  # times the median distance of the last losses from their median
 LOOKED_AT = 3200  # records of a source that are searched for held-out ones
 KEPT = 16  # held-out records of a source that are asked
 LONGEST = 60  # characters of a sentence that are shown
+ANSWER = 32  # tokens of an answer to a held-out record, at most
 CURVES = 60.0  # seconds between two drawings of curves.png at least, and 100 times as long as a drawing takes
 
 
@@ -121,14 +122,14 @@ def held_out_losses(run, stage, records):
     return found
 
 
-def held_out_answers(run, stage, records, max_new_tokens=32):
+def held_out_answers(run, stage, records):
     """The model's words for held-out records' last answers: (list of str, how many are right word by word)."""
     assistant = Assistant(run.model, run.tokenizer, run.template_of(stage), stage.image_size, stage.image_fit,
                           run.recipe.preprocessing, stage.tiles)  # fmt: skip
     talks = [record.conversations[0] for record in records]
     asked = [turns[:-1] if turns[-1].role == "assistant" else turns for turns in talks]
-    prompts = [make_prompt(assistant, turns, one.visuals, max_new_tokens) for turns, one in zip(asked, records)]
-    found = reply(assistant, prompts, Decoding(max_new_tokens), workspace=Workspace(share=run.share_prefix))
+    prompts = [make_prompt(assistant, turns, one.visuals, ANSWER) for turns, one in zip(asked, records)]
+    found = reply(assistant, prompts, Decoding(ANSWER), workspace=Workspace(share=run.share_prefix))
     lines, right = [], 0
     for record, turns, said, truth in zip(records, asked, found, [turns[-1].text for turns in talks]):
         right += said.lower().split() == truth.lower().split()

@@ -18,6 +18,7 @@ import torch
 from nanovlm.data.batching import Report
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.diagnostics import Watch
+from nanovlm.training.optimizer import lr_factor
 from nanovlm.training.processes import lay_out, whole
 from nanovlm.training.progress import Bar, Log, Stopped, measures_table, say
 from nanovlm.training.stages import fingerprints, text_side
@@ -60,25 +61,25 @@ class Trainer:
             raise
 
     def train_stage(self):
-        """The updates of a stage that are left."""
+        """The updates of a stage that are left; `begin` made feed, optimizers, report, watch and run.loss (lay_out)."""
         run, stage, optimizers = self.run, self.stage, self.optimizers
         with contextlib.closing(Bar(stage, self.stage_step, self.processes.main)) as bar, contextlib.closing(self.feed):
             while self.stage_step < stage.steps:
-                began, update, norm, tokens = time.monotonic(), None, None, 0
+                began, update, average, tokens, norm = time.monotonic(), None, None, 0, None
                 with self.nothing_lost():  # what goes wrong in here is saved as it was, or the update is left out
                     update = Update(run, stage, self.next_records(), optimizers.parameters, self.report)
                     optimizers.zero_grad()
                     for micro_batch in update.micro_batches():
-                        loss = run.loss(*micro_batch.inputs)  # summed over the trained tokens
+                        loss = run.loss(*micro_batch.inputs)  # a sum over the trained tokens; contrastive: a mean
                         update.add(micro_batch, loss)
-                        if loss.requires_grad:  # text alone never reaches a bridge
+                        if loss.requires_grad:  # not where only the bridge trains and this micro-batch shows no picture
                             loss.backward()
-                    loss, tokens = update.average()
+                    average, tokens = update.average()
                     norm = update.clip(stage.clip)
-                if norm is not None:
-                    optimizers.step(optimizer.lr_factor(self.stage_step, stage))
+                if norm is not None:  # None: the update was left out
+                    optimizers.step(lr_factor(self.stage_step, stage))
                 self.stage_step, self.step = self.stage_step + 1, self.step + 1
-                self.log_step(bar, update, loss, norm, tokens, time.monotonic() - began)
+                self.log_step(bar, update, average, norm, tokens, time.monotonic() - began)
                 self.watch.after_step(norm)
                 if self.step % run.recipe.exam_every == 0 and stage.objective == "language":
                     self.exam()

@@ -156,7 +156,7 @@ def system_prompt(plan, lines=None):
 def chat(picture, plan, region=None, form="sentences", lines=None, seed=0, image=""):
     """What is asked about one picture: replies.Chat.
 
-    region: Annotation that is marked, for a plan that is about one. form: of descriptions.FORMS. lines: as above.
+    region: Annotation that is marked, for a plan that is about one. form: of FORMS. lines: as above.
     seed: int; with the picture and the plan it decides which examples are shown. image: path, for those who look at it.
     """
     fitting = [one for one in EXAMPLES if plan.name in one.plans]

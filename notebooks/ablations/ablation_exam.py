@@ -66,7 +66,7 @@ def beside(texts, shown):
 
 
 def described(model, records):
-    """Records whose questions follow the model's own description of the picture: list of Record. model: answer.Assistant."""
+    """Records whose questions follow the model's own description of the picture: list of Record. model: chat.Assistant."""
     asked = [
         replace(record, conversations=((Turn("user", (0, DESCRIBE)), Turn("assistant", ("",))),), kinds=("caption",))
         for record in records

@@ -2,7 +2,7 @@
 
 A tower learns from names of things, a decoder from questions about texts; then bridge and all are aligned and instructed
 with pictures of one object. What `--size` names here is not how large the model is but how it is built: with or
-without mPLUG-Owl2's modality-adaptive parts, and which bridge. `ablations.py` lists what is compared.
+without mPLUG-Owl2's modality-adaptive parts, and which bridge. `variants.py` lists what is compared.
 
     python train.py notebooks/ablations/ablation_recipe.py --size mam
 """

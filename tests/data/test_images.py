@@ -229,8 +229,8 @@ def test_squash_is_two_stretches():
 
 
 @pytest.mark.parametrize("name, fit, preprocessing", [
-    ("CLIPImageProcessor", "crop", images.CLIP), ("BlipImageProcessor", "stretch", images.BLIP2),
-    ("SiglipImageProcessor", "stretch", images.SIGLIP), ("LlavaImageProcessor", "pad", images.LLAVA),
+    ("CLIPImageProcessor", "crop", images.CLIP), ("BlipImageProcessor", "stretch", images.CLIP),
+    ("SiglipImageProcessor", "stretch", images.SIGLIP), ("LlavaImageProcessor", "pad", images.CLIP),
 ])
 def test_equal_to_the_processors_of_transformers(name, fit, preprocessing):
     """At most one grey level apart, on odd sizes too; on PIL's own processors not even that."""

@@ -66,14 +66,14 @@ def clipscore(quality):
 
 def nlgeval():
     hypotheses, *references = ((HERE / "nlgeval" / f"{n}.txt").read_text().splitlines() for n in ("hyp", "ref1", "ref2"))
-    return scored(captions.caption_scores(hypotheses, list(zip(*references)), str.split))
+    return scored(captions.caption_scores(hypotheses, list(zip(*references))))
 
 
 @functools.cache
 def abstract50s_references():
     references = {}
     for one in json.loads(gzip.decompress((HERE / "abstract50s" / "abstract48S.json.gz").read_bytes())):
-        references.setdefault(one["image_id"], []).append(captions.tokenize(one["caption"]))
+        references.setdefault(one["image_id"], []).append(one["caption"])
     return references
 
 
@@ -81,11 +81,11 @@ def abstract50s(candidates, number):
     """The first candidate of each picture against so many references."""
     first = {}
     for one in json.loads(gzip.decompress((HERE / "abstract50s" / f"abstract_cands{candidates}.json.gz").read_bytes())):
-        first.setdefault(one["image_id"], one["caption"].split())
+        first.setdefault(one["image_id"], " ".join(one["caption"].split()))
     references = [abstract50s_references()[image][:number] for image in first]
-    said = [captions.tokenize(" ".join(words)) for words in first.values()]
-    result = captions.caption_scores(said, references, tokenizer=lambda tokens: tokens)
-    each = {f"cider_first3/{place}": score for place, score in enumerate(captions.cider(said, references)[:3])}
+    result, said = captions.caption_scores([*first.values()], references), [*map(captions.tokenize, first.values())]
+    scores = captions.cider(said, [[*map(captions.tokenize, several)] for several in references])
+    each = {f"cider_first3/{place}": score for place, score in enumerate(scores[:3])}
     return scored(result) | each | {"n": len(said)}
 
 

@@ -43,7 +43,7 @@ def build(golden):
     recipe = RECIPES[golden.family]
     config = settled(golden, getattr(recipe, "nested", dict)(golden.config))
     model, table = recipe.build(config), recipe.LAYOUT(config)
-    renamed = to_ours(table, golden.weights, model.state_dict(), "weights/")
+    renamed = to_ours(table, golden.weights, model.state_dict())
     model.load_state_dict({name: tensor.float() for name, tensor in renamed.items()})
     for name in plan(table, {name: tensor.shape for name, tensor in golden.weights.items()}, shapes_of(model)).skipped:
         check_computed(name, golden.weights[name].float(), model)

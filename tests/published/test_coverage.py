@@ -150,3 +150,12 @@ def test_inspect_without_config_reads_the_names(tmp_path, capsys, tensors, words
     assert main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in words)
+
+
+def test_the_model_that_comes_along_is_found_by_its_name(tmp_path, capsys):
+    assert main(["inspect", "nano"]) == 0
+    printed = capsys.readouterr().out
+    assert "family   nano" in printed and "no published model" in printed and "missing" not in printed
+    assert main(["convert", "nano", str(tmp_path / "out")]) == 1 and "our layout already" in capsys.readouterr().err
+    assert main(["convert", "--to", "published", "nano", str(tmp_path / "out")]) == 1 and not (tmp_path / "out").exists()
+    assert "nobody's published model" in capsys.readouterr().err

@@ -87,7 +87,7 @@ def test_no_hub_is_one_line(at_hub, monkeypatch, capsys):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         assert main(["inspect", "lab/words"]) == 1
         said = capsys.readouterr().err.strip()
-        assert "lab/words" in said and at_hub.url in said and "\n" not in said
+        assert "no folder lab/words here" in said and at_hub.url in said and "\n" not in said
 
 
 LINES = [line for recipe in recipes.RECIPES.values() for line in recipe.weights]

@@ -103,7 +103,7 @@ def test_misfits_are_named_with_the_likely_cause(ours, spoil, words):
     spoil(published)
     for word in words:
         with pytest.raises(WeightsError, match=word):
-            to_ours(TABLE, published, ours, "file")
+            to_ours(TABLE, published, ours)
 
 
 def test_a_layout_without_a_place(ours):

@@ -180,9 +180,10 @@ def test_the_official_test_is_asked_whole():
     assert len({record.id for record in asked}) == 1000 and asked[0].id == EasyVQA("test").record(0).id
 
 
-def test_majorities_come_from_training_answers():
+def test_majorities_come_from_training_answers(monkeypatch):
+    monkeypatch.setattr(nano_tests, "NUM_TRAINING", 200)
     tests = nano_tests.held_out_tests(num_pictures=20, num_scenes=20)
-    found = nano_tests.majorities({name: tests[name] for name in ("easy_vqa_test", "scenes_unseen_pairs")}, 200)
+    found = nano_tests.majorities({name: tests[name] for name in ("easy_vqa_test", "scenes_unseen_pairs")})
     assert list(found) == ["easy_vqa_test", "scenes_unseen_pairs"]
     assert found["scenes_unseen_pairs"]["color"] < 0.3  # within the test itself, the shape gives the colour away
     for name, majority in found.items():
@@ -322,14 +323,15 @@ def solid(color):
     return Image.new("RGB", (8, 8), color)
 
 
-def test_everything_on_the_sheet_lies_in_its_place(tmp_path):
+def test_everything_on_the_sheet_lies_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(nano_tests, "COLUMNS", 2)
     long = "is there really such a thing as a question that is far too long for the room it has?"
     samples = [
         ("M" * 10, solid(MAGENTA), answer("", "yes", "yes", "right?")),
         ("second", solid(CYAN), answer("", "no", "yes", long)),
         ("third", solid(YELLOW), answer("", "left", "left", "where?")),
     ]
-    sample_sheet(samples, tmp_path / "samples.png", "seed 7", columns=2)
+    sample_sheet(samples, tmp_path / "samples.png", "seed 7")
     page = read_page(tmp_path / "samples.png")
     assert page.shape == (690, 480, 3)
     for color, left, top in ((MAGENTA, 10, 74), (CYAN, 250, 74), (YELLOW, 10, 394)):
@@ -368,7 +370,9 @@ def test_any_answer_can_be_drawn(tmp_path):
     assert inked(read_page(tmp_path / "samples.png"), 0, 316, 240, 333)
 
 
-def test_samples_are_the_first_of_each_test_with_changing_questions():
+def test_samples_are_the_first_of_each_test_with_changing_questions(monkeypatch):
+    assert sum(number for number, _ in nano_tests.SAMPLES.values()) == 12  # three full rows of four
+    monkeypatch.setattr(nano_tests, "SAMPLES", {"two": (2, "TWO"), "one": (3, "ONE")})
     def record(name, color, questions):
         return Record(name, (Visual(name, (solid(color),)),), tuple(asked(f"{name}{n}?", "x", 0) for n in range(questions)))
 
@@ -381,8 +385,7 @@ def test_samples_are_the_first_of_each_test_with_changing_questions():
         name: [answer("", "x", "y", turns[0].text) for one in records for turns in one.conversations]
         for name, records in tests.items()
     }
-    chosen = pick_samples(tests, answers, {"two": (2, "TWO"), "one": (3, "ONE")})
+    chosen = pick_samples(tests, answers)
     assert [(label, image.getpixel((0, 0))[0], one.question) for label, image, one in chosen] == [
         ("TWO", 5, "e0?"), ("ONE", 1, "a0?"), ("ONE", 2, "b1?"), ("ONE", 3, "c0?")
     ]  # fmt: skip
-    assert sum(number for number, _ in nano_tests.SAMPLES.values()) == 12  # three full rows of four

@@ -69,7 +69,7 @@ def test_one_small_run_of_everything(tmp_path):
 
 def test_the_table_is_complete_and_bears_out_what_is_concluded():
     note, results = study.read()
-    assert note.startswith("python notebooks/ablation_vlit.py, 20") and "CPU-seconds, seeds 0 to 2" in note
+    assert note.startswith("python notebooks/ablations/ablation_vlit.py, 20") and "CPU-seconds, seeds 0 to 2" in note
     assert [(one.seed, one.name) for one in results] == [(seed, each.name) for seed in (0, 1, 2) for each in study.SETS]
     shares = {each.name: [one.accuracy for one in results if one.name == each.name] for each in study.SETS}
     filtered = min(shares["all defects, filtered"])
