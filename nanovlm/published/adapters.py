@@ -8,6 +8,7 @@ LoRA, arXiv:2106.09685: W + alpha / r B A. PEFT's rank-stabilised kind divides b
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -114,14 +115,16 @@ def write_adapter(folder, out, config, published, sizes, memory):
             raise WeightsError(f"{folder}: {weight} is several of our matrices in one, whose updates have no place in "
                                "PEFT's layout; write the merged model, --to published")
         tensors[f"{PREFIX}{in_memory(weight).removesuffix('.weight')}.lora_{name[-1].upper()}.weight"] = tensor
-    targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[1] for name in tensors})
+    modules = [name.removeprefix(PREFIX).split(".lora_")[0] for name in tensors]
+    kinds = "|".join(sorted({name.rpartition(".")[2] for name in modules}))
+    targets = rf"{re.escape(os.path.commonprefix(modules))}.*\.({kinds})"  # a tower's layers may be called the same
     parts = {part for stage in config["stages"].values() for part in stage["learning_rates"]} - {"lora"}
     trained = dict(checkpoint.read([name for name in base if part_of(name) in parts]))
     whole = {in_memory(name): tensor for name, tensor in to_published(table, trained).items()}
     tensors |= {PREFIX + name: tensor for name, tensor in whole.items()}
-    modules = sorted({name.removeprefix("model.").split(".")[0] for name in whole})
+    saved = sorted({name.removeprefix("model.").split(".")[0] for name in whole})
     told = {"peft_type": "LORA", "task_type": None, "r": config["lora"]["rank"], "lora_alpha": config["lora"]["alpha"],
-            "lora_dropout": 0.0, "bias": "none", "target_modules": targets, "modules_to_save": modules or None,
+            "lora_dropout": 0.0, "bias": "none", "target_modules": targets, "modules_to_save": saved or None,
             "base_model_name_or_path": config.get("init"), "inference_mode": True, "fan_in_fan_out": False}
     with new_folder(out) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / FILES[0])

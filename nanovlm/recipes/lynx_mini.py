@@ -62,7 +62,7 @@ def LAYOUT(config):
 LOOKING = {kind: weight for kind, weight in nano.QUESTIONS.items() if kind != "reading"}
 DRAWN = dict(string_share=0.0, questions_per_picture=4)
 ONE = dict(min_objects=1, max_objects=1)
-SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name, make in {
+IN_ONE_WORDING = {
     "easy_vqa_captions": lambda seed: nano.EasyVQA(kind="captions", seed=seed),
     "scenes_captions": lambda seed: Scenes(kind="captions", seed=seed + 2, string_share=0.0,
                                            weights={"short_caption": 1.0}, **ONE),
@@ -71,11 +71,13 @@ SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name,
     "scenes": lambda seed: Scenes(seed=seed + 5, max_objects=4, weights=LOOKING, **DRAWN),
     "easy_vqa": lambda seed: nano.EasyVQA(seed=seed + 1, questions_per_picture=4),
     "easy_vqa_denials": lambda seed: nano.EasyVQA(kind="denials", seed=seed + 2, questions_per_picture=4),
-}.items()} | {"rehearsal": lambda seed: rehearsed(Scenes("train", seed=seed + 9))}
+}
+SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name, make in IN_ONE_WORDING.items()} | {
+    "rehearsal": lambda seed: rehearsed(Scenes("train", seed=seed + 9))}
 RATES = {"bridge": 1e-4, "adapters": 1.5e-3}  # a bridge that begins with words soon forgets them at a higher rate
 TOLD = dict(warmup_steps=5, max_tokens=192)
 STAGES = (
-    stage("align", RATES, {"easy_vqa_captions": 4, "scenes_captions": 4, "rehearsal": 1}, 40, 9, schedule="constant",
+    stage("align", RATES, {"easy_vqa_captions": 1, "scenes_captions": 1}, 40, 8, schedule="constant",
           summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
     stage("look", RATES, {"scenes_one": 2, "scenes_few": 3, "easy_vqa": 3, "rehearsal": 1}, 120, 9, schedule="constant",
           summary="look: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),

@@ -1,7 +1,8 @@
-"""How lynx_mini is judged: nano's tests, two of them in other words as well, and what the language model still knows.
+"""How lynx_mini is judged: nano's tests of pictures, two in other words too, and what the language model still knows.
 
-The held-out wordings are those that no stage trains (wordings.json). Knowledge is a hundred short questions that have
-nothing to do with pictures: before (the adapters add nothing), after, and after beside a picture that does not matter.
+No picture has a string, which 16 image tokens could not tell. The held-out wordings are those that no stage trains
+(wordings.json). Knowledge is a hundred short questions that have nothing to do with pictures: before (the adapters add
+nothing), after, and after beside a picture that does not matter.
 """
 
 import contextlib
@@ -11,23 +12,43 @@ import re
 from pathlib import Path
 
 from nanovlm.adapter import Adapter
+from nanovlm.data.easy_vqa import EasyVQA
 from nanovlm.data.records import Record, Turn
+from nanovlm.data.scene_questions import QUESTIONS, Scenes
 from nanovlm.data.wordings import reworded
 from nanovlm.recipes import nano_tests
 
-REWORDED = ("easy_vqa_test", "scenes_new")  # nano's tests that are taken a second time
-exam, measures = nano_tests.exam, nano_tests.measures
-evaluate = functools.partial(nano_tests.evaluate, pictures=3)  # around a stage: a look, and no more
-PICTURES = 100  # of each test at the end
+REWORDED = ("easy_vqa_test", "scenes_new")  # the tests that are taken a second time
+exam = nano_tests.exam
+PICTURES, QUICK = 100, 10  # of each test, at the end and around a stage
 KNOWLEDGE = json.loads(Path(__file__).with_name("knowledge.json").read_text())  # [question, right answers, ...]
+
+
+@functools.cache
+def tests(number):
+    """The tests, of `number` pictures each: {name as in nano_tests.NAMES: list of Record}."""
+    drawn = dict(seed=nano_tests.SEED, weights={kind: 1.0 for kind in QUESTIONS if kind != "reading"}, string_share=0.0)
+    scenes = {split: Scenes(split, **drawn) for split in ("new", "unseen_pairs")}
+    sources = {"easy_vqa_test": EasyVQA("test")} | {f"scenes_{split}": source for split, source in scenes.items()}
+    return {name: [source.record(n) for n in range(number)] for name, source in sources.items()}
+
+
+def measures(stage):
+    """Names of what `evaluate` finds around a stage: tuple of str."""
+    return REWORDED
+
+
+def evaluate(run, stage):
+    """Quick held-out shares before and after a stage: {measure: share}."""
+    found = tests(nano_tests.SMOKE_PICTURES if run.args.smoke else QUICK)
+    return {name: nano_tests.shares(nano_tests.ask(nano_tests.assistant(run), found[name]))["all"] for name in REWORDED}
 
 
 def ask_in_other_words(assistant, number):
     """Tests of `number` pictures in the held-out wordings: {test: {"all" or kind: share that is right}}."""
     found = {}
     for name in REWORDED:
-        records = nano_tests.held_out_tests(number, number)[name]
-        records = [reworded(record, "held_out", (nano_tests.SEED, n)) for n, record in enumerate(records)]
+        records = [reworded(record, "held_out", (nano_tests.SEED, n)) for n, record in enumerate(tests(number)[name])]
         found[name] = nano_tests.shares(nano_tests.ask(assistant, records))
     return found
 
@@ -67,12 +88,12 @@ def scaled(model, factor):
 def finish(run):
     """nano's results, those in held-out wordings, and what the language model knows before and after."""
     number, assistant = nano_tests.SMOKE_PICTURES if run.args.smoke else PICTURES, nano_tests.assistant(run)
-    pictures = nano_tests.held_out_tests(number, number)["scenes_new"]
+    pictures = tests(number)["scenes_new"]
     with scaled(run.model, 0):
         before = knows(assistant)
     knowledge = {"before": before, "after": knows(assistant), "beside a picture": knows(assistant, pictures)}
     reworded_tests = ask_in_other_words(assistant, number)
-    return nano_tests.finish(run, PICTURES) | {"held_out_wordings": reworded_tests, "knowledge": knowledge}
+    return nano_tests.finish(run, tests(number)) | {"held_out_wordings": reworded_tests, "knowledge": knowledge}
 
 
 def report(run, results):

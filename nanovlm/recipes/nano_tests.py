@@ -59,9 +59,9 @@ def measures(stage):
     return tuple(NAMES) if {"bridge", "adapters"} & stage.learning_rates.keys() else ("described",)
 
 
-def evaluate(run, stage, pictures=QUICK_PICTURES):
-    """Quick held-out shares before and after a stage: {measure: share}. pictures: of each test."""
-    number = SMOKE_PICTURES if run.args.smoke else pictures
+def evaluate(run, stage):
+    """Quick held-out shares before and after a stage: {measure: share}."""
+    number = SMOKE_PICTURES if run.args.smoke else QUICK_PICTURES
     if stage.objective == "contrastive":
         captions = EasyVQA("test", kind="captions")
         records = [captions.record(n) for n in range(number * 4)]
@@ -378,8 +378,8 @@ def pick_samples(tests, answers):
     """
     chosen = []
     for name, (number, label) in SAMPLES.items():
-        left = iter(answers[name])
-        for place, record in enumerate(tests[name][:number]):
+        left = iter(answers.get(name, ()))
+        for place, record in enumerate(tests.get(name, ())[:number]):
             mine = [next(left) for _ in record.conversations]
             chosen.append((label, images.load(record.visuals[0].frames[0]), mine[place % len(mine)]))
     return chosen

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_the_adapter_has_the_names_of_transformers_modules(source, tmp_path, cap
         module, _, side = name.removeprefix("base_model.model.").partition(".lora_")
         if side:
             linear = modules[module]
-            assert module.rsplit(".", 1)[1] in config["target_modules"]
+            assert re.fullmatch(config["target_modules"], module)
             assert tensor.shape == ((2, linear.in_features) if side[0] == "A" else (linear.out_features, 2))
         else:
             assert any(f".{one}." in f".{module}" for one in config["modules_to_save"])
@@ -167,3 +168,27 @@ def test_an_adapter_is_a_start_and_only_published_models_have_one(source, tmp_pa
     assert not torch.equal(found["bridge.linear.weight"], merged["bridge.linear.weight"])
     assert main(["convert", "--to", "adapter", str(tmp_path / "more"), str(tmp_path / "none")]) == 1
     assert "--lora" in capsys.readouterr().err
+
+
+def test_peft_itself_puts_the_adapter_on_its_base(source, tmp_path, capsys):
+    """The scores of PEFT's model, low-rank updates and trained bridge on the base, are those of the merged one."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    flags = ["--init", source[0], "--lora", "2:8", "--tune", "bridge,lora"]
+    assert tune("llava", source[2], tmp_path / "out", *flags) == 0, capsys.readouterr().err
+    for to in ("adapter", "published"):
+        assert main(["convert", "--to", to, str(tmp_path / "out"), str(tmp_path / to)]) == 0
+    base, merged = (transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
+                    for folder in (source[0], tmp_path / "published"))
+    config = merged.config
+    base.config.image_token_id = config.image_token_id = 3  # the tiny one's lies outside its vocabulary
+    pictures = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    ids = torch.tensor([[1, *[config.image_token_id] * pictures, 7, 9, 4]])
+    shown = {"input_ids": ids, "pixel_values": torch.randn(1, 3, *(config.vision_config.image_size,) * 2)}
+    with torch.no_grad():
+        before, expected = base(**shown).logits, merged(**shown).logits
+        with_adapter = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        found = with_adapter(**shown).logits
+    updated = {name for name, _ in with_adapter.named_modules() if name.endswith(".lora_A")}
+    assert len(updated) == 2 * 7 and all(".language_model." in name for name in updated)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-3)
