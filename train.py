@@ -66,6 +66,12 @@ def low_rank(text):
     return {"rank": COUNT(rank), "alpha": float(alpha or rank)}
 
 
+def model(text):
+    """"MODEL" or "PART=MODEL", the folder of a model that comes along in the place of its name: str."""
+    part, equals, place = text.partition("=")
+    return f"{part}={folder_of(place)}" if equals and not Path(text).exists() else str(folder_of(text))
+
+
 def make_parser():
     """All flags."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,7 +81,7 @@ def make_parser():
     add("--stages", type=names, help="train only these stages, with commas between them")
     add("--without", type=names, action="extend", default=[], metavar="STAGE", help="leave out a stage")
     add("--set", action="append", default=[], metavar="STAGE.FIELD=VALUE", help="change a value of a stage")
-    add("--init", nargs="+", type=lambda name: str(folder_of(name)), metavar="MODEL",
+    add("--init", nargs="+", type=model, metavar="MODEL",
         help="start from the model in this folder, of this name at huggingface.co, or from nano, which comes along, instead of from "
         "nothing; a published one also from parts: vision=MODEL language=MODEL [bridge=MODEL] [trained=FILE]")
     add("--lora", type=low_rank, metavar="RANK[:ALPHA]", help="low-rank updates in the decoder; the last stage trains nothing else")

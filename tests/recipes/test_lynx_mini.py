@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -138,6 +139,11 @@ def test_the_bridge_begins_with_the_words_of_what_stands_in_a_square(monkeypatch
             for kind, known in (("color", COLORS), ("shape", SHAPES), ("size", SIZES)):
                 right[kind].append(max(known, key=lambda word: token[words.index(word)]) == getattr(thing, kind))
     assert all(sum(found) / len(found) > 0.85 for found in right.values()), {kind: sum(found) / len(found) for kind, found in right.items()}
+
+
+def test_a_part_may_be_a_model_that_comes_along():
+    language, vision = train.make_parser().parse(["lynx_mini", "--init", "language=elsewhere", "vision=nano"]).init
+    assert language == "language=elsewhere" and (Path(vision.removeprefix("vision=")) / "config.json").exists()
 
 
 def test_a_bridge_that_was_trained_stays_as_it_is(parts, tmp_path):
