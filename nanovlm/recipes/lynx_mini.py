@@ -77,7 +77,7 @@ SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name,
 RATES = {"bridge": 1e-4, "adapters": 1.5e-3}  # a bridge that begins with words soon forgets them at a higher rate
 TOLD = dict(warmup_steps=5, max_tokens=192)
 STAGES = (
-    stage("align", RATES, {"easy_vqa_captions": 1, "scenes_captions": 1}, 40, 8, schedule="constant",
+    stage("align", RATES, {"easy_vqa_captions": 4, "scenes_captions": 4, "rehearsal": 1}, 40, 9, schedule="constant",
           summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
     stage("look", RATES, {"scenes_one": 2, "scenes_few": 3, "easy_vqa": 3, "rehearsal": 1}, 120, 9, schedule="constant",
           summary="look: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
