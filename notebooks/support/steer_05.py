@@ -22,7 +22,7 @@ from nanovlm.recipes import lynx_mini_tests, nano_tests
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)  # times what every adapter has learned to add
-PICTURES = 25  # of each test, at every scale
+PICTURES = 12  # of each test, at every scale
 
 
 def questions(number):
