@@ -1,4 +1,4 @@
-"""What the adapters of a trained lynx_mini do to its frozen language model, measured for lesson 05.
+"""What the adapters of a trained lynx_mini do to its frozen language model.
 
     python notebooks/support/steer_05.py out/lynx_mini      writes notebooks/results/lynx_mini_adapters.json
 """
