@@ -141,6 +141,12 @@ def test_the_bridge_begins_with_the_words_of_what_stands_in_a_square(monkeypatch
     assert all(sum(found) / len(found) > 0.85 for found in right.values()), {kind: sum(found) / len(found) for kind, found in right.items()}
 
 
+def test_no_picture_of_its_tests_has_a_string():
+    scenes = [record for name, records in lynx_mini_tests.tests(12).items() if name != "easy_vqa_test" for record in records]
+    assert len(scenes) == 24 and all(record.visuals[0].key.split("/")[-2] == "0.0" for record in scenes)
+    assert "reading" not in {kind for record in scenes for kind in record.kinds}
+
+
 def test_a_part_may_be_a_model_that_comes_along():
     language, vision = train.make_parser().parse(["lynx_mini", "--init", "language=elsewhere", "vision=nano"]).init
     assert language == "language=elsewhere" and (Path(vision.removeprefix("vision=")) / "config.json").exists()
