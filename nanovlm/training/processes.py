@@ -43,6 +43,7 @@ from nanovlm.training.stages import Stage, all_parts, everything, freeze, unshar
 MODES = ("none", "ddp", "fsdp")
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # from torchrun
 PATIENCE = datetime.timedelta(days=7)  # for what has no time limit of its own: an evaluation, a slow disk
+ATTEMPTS = 5  # of Gloo, each with the whole time limit, to reach a process that is gone when groups meet
 SIGNS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "Socket Timeout", "Broken pipe")
 BLOCK = re.compile(r"(vision|text)\.blocks\.\d+|decoder\.layers\.\d+")  # what is compiled, run again and sharded
 
@@ -60,9 +61,10 @@ class Processes:
         self.group = self.patient = self.saving = None
         if mode != "none":  # saving stands apart: a thread talks over it
             wait = datetime.timedelta(seconds=timeout)
-            self.group, self.patient, self.saving = (dist.new_group(backend="gloo", timeout=wait) for _ in range(3))
-            for group in (self.patient, self.saving):  # only now: one that is gone before they meet is not waited for
-                _set_pg_timeout(PATIENCE, group)
+            self.group, self.patient, self.saving = (
+                dist.new_group(backend="gloo", timeout=wait / ATTEMPTS) for _ in range(3))
+            for group, patience in ((self.group, wait), (self.patient, PATIENCE), (self.saving, PATIENCE)):
+                _set_pg_timeout(patience, group)  # only now: one that is gone before they meet is not waited for
 
     def __str__(self):
         return f"process {self.rank} of {self.size}"
@@ -156,7 +158,8 @@ def join(mode, device, shards=None, timeout=600.0):
     try:
         store, *_ = next(rendezvous("env://", timeout=wait / 2))  # torch tries once more when this time is over
         store.set_timeout(wait)
-        dist.init_process_group(backend, timeout=wait, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=wait / ATTEMPTS, store=store, rank=rank, world_size=size)
+        _set_pg_timeout(wait, dist.group.WORLD)
         return Processes(mode, rank, size, shards or size, timeout), device
     except RuntimeError as error:
         raise ValueError(f"the other processes do not come together ({error}); start all, with one "

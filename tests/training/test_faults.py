@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 import faults
 import many
+from nanovlm.training import processes
 from nanovlm.training.checkpoint import complete
 from nanovlm.training.processes import join
 
@@ -43,7 +44,7 @@ def test_a_process_is_killed_and_the_other_says_so(tmp_path, whole):
 @pytest.mark.parametrize(("mode", "flags", "kills"), [
     ("ddp", [], 5), ("fsdp", ["--save-in-background", "--keep", "2"], 3)])
 def test_kills_of_one_of_two_lose_nothing(tmp_path, whole, mode, flags, kills):
-    _, runs = faults.storm(tmp_path / "run", mode, 2, kills, seed=len(flags), flags=flags)
+    _, runs = faults.storm(tmp_path / "run", mode, 2, kills, seed=kills, flags=["--timeout", "60", *flags])
     for out in runs:
         faults.finish(out, mode, 2, flags)
         assert faults.same(faults.result(out), whole(mode))
@@ -51,7 +52,7 @@ def test_kills_of_one_of_two_lose_nothing(tmp_path, whole, mode, flags, kills):
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_given_up(tmp_path):
-    started = faults.start(tmp_path / "run", "ddp", 2, flags=["--timeout", "10", "--set", "tune.steps=2000"])
+    started = faults.start(tmp_path / "run", "ddp", 2, flags=["--timeout", "20", "--set", "tune.steps=2000"])
     deadline = time.monotonic() + 300
     while faults.lines(tmp_path / "run") < 30:  # in the second stage; between stages nobody is hurried
         assert time.monotonic() < deadline and started[0].is_alive()
@@ -60,10 +61,47 @@ def test_a_process_that_hangs_is_given_up(tmp_path):
     try:
         started[0].join(300)
         assert started[0].exitcode == 1
-        assert "was silent for 10 s" in (tmp_path / "run.0.txt").read_text()
+        assert "was silent for 20 s" in (tmp_path / "run.0.txt").read_text()
     finally:
         os.kill(started[1].pid, signal.SIGKILL)
         started[1].join(10)
+
+
+class Unreachable(dist.Store):
+    """The processes' store, from one that is gone as soon as the others have read where to find it."""
+
+    def __init__(self, store):
+        super().__init__()
+        self.store = store
+
+    def set(self, key, value):
+        """Hand a value on, wait until the other process has seen it, and be gone."""
+        self.store.set(key, value)
+        os._exit(1)
+
+    def get(self, key):
+        """A value of the others'."""
+        return self.store.get(key)
+
+
+def unreachable(rank):
+    """Meet with 10 seconds of patience; process 1 is gone when the other has its address and calls."""
+    if rank == 1:
+        meet = processes.rendezvous
+        processes.rendezvous = lambda *where, **options: iter([(Unreachable(next(meet(*where, **options))[0]), 1, 2)])
+    began = time.monotonic()
+    try:
+        join("ddp", "cpu", timeout=10)
+    except ValueError:
+        return time.monotonic() - began
+
+
+def test_a_process_that_cannot_be_reached_is_given_up_in_time():
+    process, here = many.start(2, unreachable)[0]
+    assert here.poll(120)
+    fine, seconds = here.recv()
+    assert fine and seconds < 30  # Gloo tries five times
+    process.join(10)
 
 
 def meeting(rank):
