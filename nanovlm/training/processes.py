@@ -379,6 +379,10 @@ def lay_out(run, stage):
     for block in blocks:
         if "forward" not in vars(block):
             surround(block, run.args.compile, run.args.recompute)
+    if stage.precision == "bfloat16" and run.device.type == "cpu" and mode != "fsdp":
+        for linear in run.loss.modules():
+            if type(linear) is nn.Linear and "forward" not in vars(linear):
+                linear.forward = CastOnce(linear)
     if mode == "ddp":
         run.loss = DistributedDataParallel(run.loss)
         run.loss.register_comm_hook(None, add_up)
@@ -395,6 +399,25 @@ def surround(block, compiled, recompute):
         trained = functools.partial(checkpoint, trained, use_reentrant=False)
     if trained is not plain:
         block.forward = lambda *inputs: (trained if torch.is_grad_enabled() else plain)(*inputs)
+
+
+class CastOnce:
+    """The forward of a linear map whose weight, while it is frozen, is cast once; autocast does it at every call.
+
+    The same numbers. On a CPU casting took a third of the time that SmolLM2-135M, frozen, spends on rows of 25 words.
+    """
+
+    def __init__(self, linear):
+        self.linear, self.cast, self.version = linear, None, None
+
+    def __call__(self, x):
+        linear = self.linear
+        if linear.weight.requires_grad or not torch.is_autocast_enabled("cpu"):
+            self.cast = None
+            return F.linear(x, linear.weight, linear.bias)
+        if self.cast is None or self.version != linear.weight._version:  # which every change in place raises
+            self.cast, self.version = linear.weight.to(torch.get_autocast_dtype("cpu")), linear.weight._version
+        return F.linear(x, self.cast, linear.bias)
 
 
 def add_up(state, bucket):

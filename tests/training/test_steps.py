@@ -1,9 +1,13 @@
 """What makes a stage's loss one module: blank pictures that change nothing, captions of all processes merged."""
 
+import dataclasses
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
-
-from types import SimpleNamespace
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovlm.training import processes, update
 from nanovlm.training.processes import join
@@ -50,6 +54,47 @@ def test_a_blank_picture_reaches_every_parameter_of_the_papers_models(name):
     for parameter in wanted:
         expected = torch.zeros_like(blank[parameter]) if alone[parameter] is None else alone[parameter]
         torch.testing.assert_close(blank[parameter], expected, rtol=1e-4, atol=1e-6, msg=parameter)
+
+
+class Casts(TorchDispatchMode):
+    """Counts what is cast, by shape."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.counted[tuple(args[0].shape)] += 1
+        return function(*args, **kwargs or {})
+
+    def __enter__(self):
+        self.counted = Counter()
+        return super().__enter__()
+
+
+@torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+def test_a_frozen_weight_is_cast_once_and_again_when_it_has_changed():
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(6, 4), torch.randn(3, 6)
+    linear.requires_grad_(False).forward = processes.CastOnce(linear)
+    plain = lambda: F.linear(x, linear.weight, linear.bias)
+    with Casts() as casts:
+        found = linear(x), linear(x)
+    assert casts.counted[4, 6] == 1 and all(torch.equal(one, plain()) for one in found)
+    linear.weight.mul_(2)  # as a checkpoint that is read
+    assert torch.equal(linear(x), plain())
+    linear.weight.requires_grad_()
+    linear(x).sum().backward()
+    assert linear.weight.grad.dtype == torch.float32
+
+
+def test_a_stage_in_bfloat16_casts_the_frozen_once(run):
+    stage = dataclasses.replace(RECIPE.stages("full", False)[1], precision="bfloat16")
+    processes.lay_out(run, stage)
+    frozen = [one for one in run.model.modules() if type(one) is torch.nn.Linear and not one.weight.requires_grad]
+    ids = torch.randint(1, 50, (2, 6))
+    words = Batch(ids, ids.clone(), torch.zeros_like(ids), torch.arange(6).expand(2, 6), None, *[torch.zeros(0).long()] * 3)
+    first = run.loss([words])
+    with Casts() as casts:
+        assert torch.equal(run.loss([words]), first)
+    assert frozen and not casts.counted.keys() & {tuple(one.weight.shape) for one in frozen}
 
 
 def test_captions_of_all_processes_each_once():
