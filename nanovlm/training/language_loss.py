@@ -2,7 +2,8 @@
 
 A picture that several rows show runs once. Where the image stands in front of the text, as in Lynx, a causal decoder
 computes for it the same keys and values whatever is asked behind it. So they are computed once per picture and copied
-to every row that shows it; with six short questions per picture this halves the decoder's work.
+to every row that shows it, with those of the words that all rows begin with, such as a chat's "user:". With six short
+questions per picture this halves the decoder's work. What stands behind the last trained word of a row is left out.
 
 The scores of all tokens are never there at once: N * V numbers for N tokens and V words, which eager training keeps
 with their softmax and gradient. But the gradient of a cross-entropy is known as soon as its scores are: so 256 rows are
@@ -88,6 +89,14 @@ def can_share(batch, is_image):
                 and (positions == positions[:1]).all())
 
 
+def num_common(batch, is_image, wanted):
+    """Words that all rows with a picture write behind it, at equal positions, before any wanted one: int."""
+    shows, first = is_image.any(1), int(is_image.sum(1).max())
+    ids, positions, real, late = (x[shows, first:] for x in (batch.ids, batch.positions, batch.segments >= 0, wanted))
+    equal = (ids == ids[:1]).all(0) & (positions == positions[:1]).all(0) & real.all(0) & ~late.any(0)
+    return int(equal.cumprod(0).sum())
+
+
 def two_lengths(lengths):
     """Split rows, int[B] tokens, into short and long ones so that few columns are computed: one or two int[b]."""
     lengths, order = lengths.sort()
@@ -108,27 +117,29 @@ def wanted_states(model, batch, wanted, lean=True):
         return model.hidden(batch)[wanted]
     only_text = lean and not bool((wanted & is_image).any())
 
-    # The pictures, once each, at the positions that they have in any row that shows them.
+    # The pictures, once each, and what all rows write behind them, at the positions that these have in any row.
     image_tokens = model.encode(batch.pixels, batch.frames)
     check_counts(is_image, [image_tokens[m] for m in batch.shown.tolist()])
     image_tokens = torch.stack(image_tokens).to(decoder.embedding.weight.dtype)  # M N W
-    num_image_tokens, kept = image_tokens.shape[1], KeptKeys()
+    num_shared = image_tokens.shape[1] + num_common(batch, is_image, wanted)
     row_of = torch.zeros(len(image_tokens), dtype=torch.long, device=device).index_copy(0, batch.shown, batch.owner)
-    positions, visible = batch.positions[row_of, :num_image_tokens], causal_rows(*image_tokens.shape[:2], device)
-    modality = torch.full(image_tokens.shape[:2], VISION, device=device)
-    image_hidden = decoder(image_tokens, positions, visible, modality, cache=kept, only_fill=only_text)
+    words = batch.ids[row_of, image_tokens.shape[1] : num_shared]
+    shared, kept = torch.cat([image_tokens, decoder.embedding(words)], dim=1), KeptKeys()
+    positions, visible = batch.positions[row_of, :num_shared], causal_rows(*shared.shape[:2], device)
+    modality = torch.where(is_image[row_of, :num_shared], VISION, TEXT)
+    image_hidden = decoder(shared, positions, visible, modality, cache=kept, only_fill=only_text)
 
     # The text: short rows and long rows apart. A row without a picture gets some picture's keys and does not see them.
-    states, places = [], []
-    skip = is_image.sum(1)  # B
-    length = (batch.segments >= 0).sum(1) - skip
+    states, places, count = [], [], torch.arange(1, batch.ids.shape[1] + 1, device=device)
+    skip = torch.where(is_image.any(1), num_shared, 0)  # B
+    length = ((count * wanted).amax(1) - skip).clamp(min=1)  # up to the last wanted word
     picture = torch.zeros_like(skip).index_copy(0, batch.owner, batch.shown)
     for rows in two_lengths(length):
         index = torch.arange(int(length[rows].max()), device=device)
         real = index < length[rows, None]  # b T'
         column = (index + skip[rows, None]).clamp(max=batch.ids.shape[1] - 1)
-        first = torch.where(skip[rows] > 0, 0, num_image_tokens)[:, None].expand_as(column)
-        visible = Visible(first, torch.where(real, num_image_tokens + index + 1, first))
+        first = torch.where(skip[rows] > 0, 0, num_shared)[:, None].expand_as(column)
+        visible = Visible(first, torch.where(real, num_shared + index + 1, first))
         ids = batch.ids[rows].gather(1, column)
         text_hidden = decoder(decoder.embedding(ids.clamp(min=0)), batch.positions[rows].gather(1, column), visible,
                               torch.full_like(ids, TEXT), cache=SharedKeys(kept.layers, picture[rows]))
@@ -136,7 +147,7 @@ def wanted_states(model, batch, wanted, lean=True):
         states.append(text_hidden[chosen])
         places.append((rows[:, None] * batch.ids.shape[1] + column)[chosen])
     if not only_text:
-        place = batch.owner[:, None] * batch.ids.shape[1] + torch.arange(num_image_tokens, device=device)
+        place = batch.owner[:, None] * batch.ids.shape[1] + torch.arange(num_shared, device=device)
         chosen = wanted.flatten()[place]
         states.append(image_hidden[batch.shown][chosen])
         places.append(place[chosen])

@@ -182,10 +182,19 @@ def any_positions():
     return image_batch([[I, I, I, 4, 5], [I, I, I, 5, 6], [3, 4, 5, 6, 7]], [1], [0, 0], [0, 1], positions=positions)
 
 
+def chats():
+    """Two pictures; all rows begin with the words 4 and 5 and then ask; what is behind the answer is not trained."""
+    ids = [[I, I, I, 4, 5, 6, 7, 8, 9], [I, I, I, 4, 5, 10, 7, 11, 0], [4, 5, 6, 12, 0, 0, 0, 0, 0], [I, I, I, 4, 5, 6, 7, 13, 9]]
+    labels = [[IGNORE] * 7 + [8, IGNORE], [IGNORE] * 7 + [11, IGNORE], [IGNORE] * 3 + [12] + [IGNORE] * 5,
+              [IGNORE] * 7 + [13, IGNORE]]
+    segments = [[0] * 9, [0] * 8 + [-1], [0] * 4 + [-1] * 5, [0] * 9]
+    return image_batch(ids, [1, 1], [0, 0, 1], [0, 1, 3], labels=labels, segments=segments)
+
+
 # make a batch -> what the decoder runs: pictures, then short and long rows, each [rows, columns]
 SHAREABLE = {
-    repeated_batch: [(2, 3), (2, 2), (3, 4)], uneven_batch: [(1, 3), (3, 1), (2, 6)],
-    one_token: [(1, 1), (2, 3), (1, 4)], any_positions: [(1, 3), (2, 2), (1, 5)],
+    repeated_batch: [(2, 3), (2, 1), (3, 3)], uneven_batch: [(1, 3), (3, 1), (2, 5)],
+    one_token: [(1, 1), (2, 2), (1, 3)], any_positions: [(1, 3), (2, 1), (1, 4)], chats: [(2, 5), (3, 2), (1, 3)],
 }  # fmt: skip
 
 
