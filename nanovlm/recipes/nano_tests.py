@@ -77,10 +77,10 @@ def exam(run):
     return exam_lines(records, [answer.prediction for answer in ask(assistant(run), records)])
 
 
-def finish(run, pictures=None):
-    """All held-out tests, samples.png, and what goes into results.json. pictures: of each test; None = all there are."""
-    number = SMOKE_PICTURES if run.args.smoke else pictures
-    tests = held_out_tests(number, number or NUM_SCENES)
+def finish(run, tests=None):
+    """Held-out tests, samples.png, and what goes into results.json. tests: as `held_out_tests`; None = nano's, all of them."""
+    if tests is None:
+        tests = held_out_tests(*[SMOKE_PICTURES] * 2) if run.args.smoke else held_out_tests()
     answers = answer_tests(assistant(run), tests)
     samples = pick_samples(tests, answers)
     title = f"held-out pictures, seed {run.args.seed}"

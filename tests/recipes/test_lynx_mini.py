@@ -105,7 +105,8 @@ def test_all_stages_from_parts_resumed_and_asked(parts, tmp_path):
     frozen |= {name: tensor for name, tensor in model.state_dict().items() if name.startswith("decoder.") and ".adapter." not in name}
     assert all(torch.equal(found[name], tensor) for name, tensor in frozen.items())
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
-    assert results["held_out_wordings"].keys() == {"easy_vqa_test", "scenes_new"} <= results.keys()
+    assert results["held_out_wordings"].keys() == {"easy_vqa_test", "scenes_new"}
+    assert results["majority"].keys() == {"easy_vqa_test", "scenes_new", "scenes_unseen_pairs"} <= results.keys()
     assert results["knowledge"].keys() == {"before", "after", "beside a picture"}
     assert (tmp_path / "whole" / "samples.png").exists()
     loaded = recipes.load(tmp_path / "whole")
