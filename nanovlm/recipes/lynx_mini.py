@@ -5,7 +5,7 @@
   decoder  SmolLM2-135M-Instruct, frozen, with an adapter of width 64 behind every layer          Sec. 2.1
   rows     the 16 image tokens, then the chat as SmolLM2 was taught it, without its system turn   Table 13
   stages   align on captions, look single things up, then instruct                                Table 8
-  prompts  each question in one of fourteen wordings, and tested in ten others                    Sec. 2.3
+  prompts  each question in one of six wordings, and tested in ten others                         Sec. 2.3
   memory   some rows are what the language model replied to questions about anything before
 
 Lynx, arXiv:2307.02469. Start from `--init language=FOLDER`; nano's tower comes along, or `vision=FOLDER` names another.
@@ -59,8 +59,7 @@ def LAYOUT(config):
 
 # 16 image tokens are too few to read from
 LOOKING = {kind: weight for kind, weight in nano.QUESTIONS.items() if kind != "reading"}
-TWO = dict(questions_per_picture=2)  # a picture costs as much as one of them
-DRAWN = dict(string_share=0.0, **TWO)
+DRAWN = dict(string_share=0.0, questions_per_picture=4)
 ONE = dict(min_objects=1, max_objects=1)
 SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name, make in {
     "easy_vqa_captions": lambda seed: nano.EasyVQA(kind="captions", seed=seed),
@@ -69,17 +68,17 @@ SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name,
     "scenes_one": lambda seed: nano.Scenes(seed=seed + 3, weights=nano.ATTRIBUTES, **ONE, **DRAWN),
     "scenes_few": lambda seed: nano.Scenes(seed=seed + 4, weights=nano.ATTRIBUTES, **nano.FEW, **DRAWN),
     "scenes": lambda seed: nano.Scenes(seed=seed + 5, max_objects=4, weights=LOOKING, **DRAWN),
-    "easy_vqa": lambda seed: nano.EasyVQA(seed=seed + 1, **TWO),
-    "easy_vqa_denials": lambda seed: nano.EasyVQA(kind="denials", seed=seed + 2, **TWO),
+    "easy_vqa": lambda seed: nano.EasyVQA(seed=seed + 1, questions_per_picture=4),
+    "easy_vqa_denials": lambda seed: nano.EasyVQA(kind="denials", seed=seed + 2, questions_per_picture=4),
 }.items()} | {"rehearsal": lambda seed: rehearsed(nano.Scenes("train", seed=seed + 9))}
-RATES = {"bridge": 1e-4, "adapters": 2e-3}  # a bridge that begins with words soon forgets them at a higher rate
+RATES = {"bridge": 1e-4, "adapters": 1.5e-3}  # a bridge that begins with words soon forgets them at a higher rate
 TOLD = dict(warmup_steps=5, max_tokens=192)
 STAGES = (
-    stage("align", RATES, {"easy_vqa_captions": 4, "scenes_captions": 4, "rehearsal": 3}, 40, 11, schedule="constant",
+    stage("align", RATES, {"easy_vqa_captions": 4, "scenes_captions": 4, "rehearsal": 1}, 40, 9, schedule="constant",
           summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
-    stage("look", RATES, {"scenes_one": 3, "scenes_few": 5, "easy_vqa": 5, "rehearsal": 3}, 120, 16, schedule="constant",
+    stage("look", RATES, {"scenes_one": 2, "scenes_few": 3, "easy_vqa": 3, "rehearsal": 1}, 120, 9, schedule="constant",
           summary="look: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
-    stage("instruct", RATES, {"scenes": 8.5, "easy_vqa": 3.5, "easy_vqa_denials": 1, "rehearsal": 3}, 460, 16,
+    stage("instruct", RATES, {"scenes": 6, "easy_vqa": 1.5, "easy_vqa_denials": 0.5, "rehearsal": 1}, 440, 9,
           summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
 )  # fmt: skip
 PICTURES, BATCH = 2000, 100  # that the bridge's words are learned from
