@@ -24,7 +24,7 @@ from nanovlm.attention import causal_rows, full
 from nanovlm.cross_attention import Media
 from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.data.tiles import most
-from nanovlm.machine import facts_of, training_precision
+from nanovlm.machine import training_precision
 from nanovlm.training import optimizer
 from nanovlm.training.language_loss import ROWS, is_chunked
 from nanovlm.training.processes import BLOCK, MODES
@@ -334,7 +334,7 @@ def stage_costs(expected, stage, model, contrastive, recompute):
 def cpu_line(expected, stage, model, contrastive, recompute):
     """What training takes in one process on a CPU, with the stage's own micro-batch: str."""
     if stage.precision == "auto":
-        stage = dataclasses.replace(stage, precision=training_precision(facts_of("cpu")))
+        stage = dataclasses.replace(stage, precision=training_precision("cpu"))
     costs, _ = stage_costs(expected, stage, model, contrastive, recompute)
     examples = stage.micro_batch_size or stage.batch_size
     needed = PROCESS + stage_memory(all_parts(model, contrastive), stage, costs).total(examples)

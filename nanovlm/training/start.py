@@ -14,7 +14,7 @@ from nanovlm import lora
 from nanovlm.architecture import architecture, rebuild
 from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.files import digest
-from nanovlm.machine import check_memory, facts_of, slow_line, training_precision
+from nanovlm.machine import check_memory, slow_line, training_precision
 from nanovlm.names import nearest
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.processes import Processes, Run
@@ -101,7 +101,7 @@ def check_bridge(model):
 
 def settle_precision(stages, device, saved):
     """Put a type in the place of precision="auto"; what a run began with (saved: its config.json, or None) stays."""
-    usual, before, settled = training_precision(facts_of(device)), saved["stages"] if saved else {}, []
+    usual, before, settled = training_precision(device), saved["stages"] if saved else {}, []
     for stage in stages:
         chosen = before.get(stage.name, {}).get("precision", usual) if stage.precision == "auto" else stage.precision
         settled.append(dataclasses.replace(stage, precision=chosen))
