@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 BACKENDS = ("reference", "sdpa", "triton")
 
@@ -208,8 +208,7 @@ def attention(q, k, v, visible, backend="sdpa"):
         return reference(q, k, v, visible)
     if backend == "sdpa":
         return sdpa(q, k, v, visible)
-    if backend == "triton":
-        from nanovlm.flash_attention import flash_attention  # here, as Triton exists on Linux only
+    check_known("unknown attention backend", backend, BACKENDS)
+    from nanovlm.flash_attention import flash_attention  # here, as Triton exists on Linux only
 
-        return flash_attention(q, k, v, visible)
-    raise ValueError(f"unknown attention backend {backend!r}.{nearest(backend, BACKENDS)}")
+    return flash_attention(q, k, v, visible)
