@@ -192,7 +192,6 @@ def in_turns(runs, rounds, device, between=lambda: None):
     return times
 
 
-
 def comparison(times, num_tokens, required):
     """A line for every side, and one for the ratio: list of str; times: as of `in_turns`. required: ratio, or None."""
     medians = {name: statistics.median(found) for name, found in times.items()}
