@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 BACKENDS = ("reference", "sdpa", "triton")
 
@@ -167,10 +167,8 @@ def sdpa(q, k, v, visible):
         with torch.autocast("cpu", enabled=False):
             return sdpa(q.float(), k.float(), v.float(), visible).to(q.dtype)
     grouped, pattern = q.shape[1] != k.shape[1], visible.pattern if visible.slopes is None else "intervals"
-    if pattern == "full":
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-    if pattern == "causal" and q.shape[2] == k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if pattern == "full" or pattern == "causal" and q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=pattern == "causal", enable_gqa=grouped)
     if pattern == "documents":
         apart = zip(*(x.split(visible.lengths, dim=2) for x in (q, k, v)))
         seen = [F.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=grouped) for one in apart]
@@ -208,8 +206,7 @@ def attention(q, k, v, visible, backend="sdpa"):
         return reference(q, k, v, visible)
     if backend == "sdpa":
         return sdpa(q, k, v, visible)
-    if backend == "triton":
-        from nanovlm.flash_attention import flash_attention  # here, as Triton exists on Linux only
+    check_known("unknown attention backend", backend, BACKENDS)
+    from nanovlm.flash_attention import flash_attention  # here, as Triton exists on Linux only
 
-        return flash_attention(q, k, v, visible)
-    raise ValueError(f"unknown attention backend {backend!r}.{nearest(backend, BACKENDS)}")
+    return flash_attention(q, k, v, visible)

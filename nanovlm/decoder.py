@@ -26,7 +26,7 @@ from nanovlm.adapter import Adapter
 from nanovlm.attention import apply_rope, attention, attention_weights, rope_tables
 from nanovlm.cross_attention import GatedCrossAttention
 from nanovlm.modality_adaptive import ModalityAdaptive, route, split
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 from nanovlm.vit import ACTIVATIONS
 
 
@@ -83,9 +83,7 @@ class DecoderConfig:
     def __post_init__(self):
         kinds = dict(norm=NORMS, ffn=("gated", "plain"), activation=ACTIVATIONS, qkv_bias=("", "qkv"))
         for field, known in kinds.items():
-            value = getattr(self, field)
-            if value not in known:
-                raise ValueError(f"{field} {value!r} is unknown.{nearest(value, known)}")
+            check_known(f"unknown {field}", getattr(self, field), known)
         if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
             heads = f"num_heads {self.num_heads}, and that one of num_kv_heads {self.num_kv_heads}"
             raise ValueError(f"width {self.width} must be a multiple of {heads}")

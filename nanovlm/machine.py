@@ -8,7 +8,6 @@ choice follows what the machine says of itself, so it is the same every time.
 
 import platform
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,48 +21,31 @@ FLAGS = {  # type -> what a processor that multiplies it says of itself; Linux's
 CAPABILITIES = {"bfloat16": (8, 0), "float16": (7, 0)}  # of an Nvidia GPU: tensor cores for this type
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a machine says of itself."""
-
-    device: str  # "cpu", "cuda" or "mps"
-    system: str  # "Linux", "Darwin" or "Windows"
-    processor: str = ""  # "x86_64" or "aarch64"
-    flags: frozenset[str] = frozenset()  # of the processor, by Linux's names
-    cpu_capability: str = ""  # torch's kernels: "DEFAULT", "AVX2", "AVX512"
-    compute_capability: tuple[int, int] = (0, 0)  # of an Nvidia GPU
+def cpuinfo(names):
+    """What Linux says of the processor under one of some names ("flags|Features"): str, "" where it says nothing."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(rf"^(?:{names})\s*:(.*)$", path.read_text() if path.exists() else "", re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
-def is_fast(dtype, facts):
-    """Whether a machine is fast in a type: bool. dtype: a key of DTYPES. facts: Facts."""
+def is_fast(dtype, device):
+    """Whether this machine is fast in a type on a device: bool. dtype: a key of DTYPES. device: by torch's name."""
+    device, processor = torch.device(device), platform.machine()
     if dtype == "float32":
         return True
-    if facts.device == "cuda":
-        return facts.compute_capability >= CAPABILITIES[dtype]
-    if facts.device != "cpu" or facts.system != "Linux":
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= CAPABILITIES[dtype]
+    if device.type != "cpu" or platform.system() != "Linux":
         return False
-    if facts.processor == "x86_64" and not facts.cpu_capability.startswith(("AVX512", "AVX10", "AMX")):
+    kernels = torch.backends.cpu.get_cpu_capability()  # "DEFAULT", "AVX2", "AVX512"
+    if processor == "x86_64" and not kernels.startswith(("AVX512", "AVX10", "AMX")):
         return False
-    return not facts.flags.isdisjoint(FLAGS[dtype].get(facts.processor, ()))
+    return not set(FLAGS[dtype].get(processor, ())).isdisjoint(cpuinfo("flags|Features").split())
 
 
-def training_precision(facts):
-    """What precision="auto" stands for: "bfloat16" where a machine is fast in it, else "float32"."""
-    return "bfloat16" if is_fast("bfloat16", facts) else "float32"
-
-
-def facts_of(device):
-    """The Facts of this machine, for a device by torch's name."""
-    device, path = torch.device(device), Path("/proc/cpuinfo")
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", path.read_text(), re.MULTILINE) if path.exists() else None
-    return Facts(
-        device=device.type,
-        system=platform.system(),
-        processor=platform.machine(),
-        flags=frozenset(found[1].split() if found else ()),
-        cpu_capability=torch.backends.cpu.get_cpu_capability(),
-        compute_capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0),
-    )
+def training_precision(device):
+    """What precision="auto" stands for on a device: "bfloat16" where the machine is fast in it, else "float32"."""
+    return "bfloat16" if is_fast("bfloat16", device) else "float32"
 
 
 def slow_line(dtype, device):
@@ -71,7 +53,7 @@ def slow_line(dtype, device):
 
     dtype: a key of DTYPES. device: by torch's name.
     """
-    return None if is_fast(dtype, facts_of(device)) else f"{device} is slow in {dtype} here; float32 is faster"
+    return None if is_fast(dtype, device) else f"{device} is slow in {dtype} here; float32 is faster"
 
 
 def free_memory(device):

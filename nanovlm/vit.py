@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovlm.attention import full, multi_head, sincos_positions
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 ACTIVATIONS = {  # of towers and decoders
     "gelu": F.gelu,
@@ -63,8 +63,7 @@ class ViTConfig:
         check_image_size(self.image_size, self.patch_size)
         if self.width % math.lcm(self.num_heads, 4):
             raise ValueError(f"width {self.width} must be a multiple of num_heads {self.num_heads} and of 4")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}.{nearest(self.activation, ACTIVATIONS)}")
+        check_known("unknown activation", self.activation, ACTIVATIONS)
         if not set(self.qkv_bias) <= set("qkv"):
             raise ValueError(f"qkv_bias {self.qkv_bias!r} names projections other than q, k, v; write e.g. 'qv'")
         if self.conv_stem and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):

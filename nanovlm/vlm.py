@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nanovlm.attention import BACKENDS, causal, causal_rows
 from nanovlm.cross_attention import gather_media
 from nanovlm.modality_adaptive import ModalityAdaptive
-from nanovlm.names import nearest
+from nanovlm.names import check_known
 
 IMAGE_TOKEN = -1  # outside every vocabulary: no row is ever added to the embedding
 IGNORE = -100  # label of a token without loss
@@ -110,8 +110,7 @@ class VLM(nn.Module):
 
     def set_backend(self, backend):
         """Choose the attention of every part at once: one of attention.BACKENDS."""
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown attention backend {backend!r}.{nearest(backend, BACKENDS)}")
+        check_known("unknown attention backend", backend, BACKENDS)
         for module in self.modules():
             if hasattr(module, "backend"):
                 module.backend = backend

@@ -34,7 +34,7 @@ def make_parser():
         one = commands.add_parser(name, allow_abbrev=False, help=text)
         one.set_defaults(run=run)
         if rounds:
-            one.add_argument("--rounds", type=positive, default=rounds, metavar="N", 
+            one.add_argument("--rounds", type=positive, default=rounds, metavar="N",
                              help="measurements of each side (%(default)s)")
         if device:
             one.add_argument("--device", choices=("cpu", "cuda"), default=device)

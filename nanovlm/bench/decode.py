@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import datetime
 import itertools
-import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from nanovlm.decoder import Decoder
 from nanovlm.generation.fast_decode import FastDecoder
 from nanovlm.generation.prefill import Workspace
 from nanovlm.generation.sampler import Decoding, generate
-from nanovlm.machine import check_device
+from nanovlm.machine import check_device, cpuinfo
 from nanovlm.projector import LinearProjector
 from nanovlm.published import weights
 from nanovlm.published.language import LLAMA, llama_config
@@ -166,9 +165,7 @@ def where(device):
     """What is measured: str."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text() if path.exists() else "", re.MULTILINE)
-    return f"{found[1] if found else 'an unknown processor'}, one thread"
+    return f"{cpuinfo('model name') or 'an unknown processor'}, one thread"
 
 
 def seconds(function, device):
@@ -193,7 +190,6 @@ def in_turns(runs, rounds, device, between=lambda: None):
             between()
             times[name].append(seconds(run, device))
     return times
-
 
 
 def comparison(times, num_tokens, required):

@@ -35,7 +35,6 @@ CASES = {"4M": (8, 128), "135M": (2, 64)}  # size of decode.SIZES -> rows, token
 SETTLE, MEASURED = 3, 10  # steps on a GPU: before the clock starts, and under it
 
 
-
 def make_batch(vocab_size, rows, words, device="cpu", image_tokens=0, image_size=0):
     """Rows of random words, all of them trained, behind a picture where there are image tokens: Batch."""
     ids = torch.randint(1, vocab_size, (rows, words), generator=torch.Generator().manual_seed(2)).to(device)

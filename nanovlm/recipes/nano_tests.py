@@ -28,12 +28,12 @@ from nanovlm.files import replace
 from nanovlm.generation.answer import make_prompt, reply
 from nanovlm.generation.chat import Assistant
 from nanovlm.generation.sampler import Decoding
+from nanovlm.training.progress import readable
 
 QUICK_PICTURES = 40  # of each test
 SMOKE_PICTURES = 4  # the same in a smoke run
 NUM_SCENES = 400  # pictures of each scene test at the end
 NUM_TRAINING = 500  # training records in which the most frequent answers are counted
-LONGEST = 40  # characters of an answer that are shown
 SEED = 1000  # of the drawn tests; splits differ from "train" whatever the seed
 EXAM_SEED = 2005  # of the exam's scenes; chosen by eye for pictures that are easy to judge
 NAMES = {
@@ -321,13 +321,6 @@ def exam_lines(records, predictions):
         f"exam {number}  {turns[-2].text}  {said(prediction, turns[-1].text)}"
         for (number, turns), prediction in zip(asked, predictions, strict=True)
     ]
-
-
-def readable(text):
-    """An answer as it can be shown: one line of printable characters, not too long. Untrained models say anything."""
-    text = " ".join(text.split())
-    text = "".join(character if character.isprintable() and character != "\ufffd" else "·" for character in text)
-    return (text if len(text) <= LONGEST else text[: LONGEST - 1] + "…") or "(nothing)"
 
 
 def said(prediction, truth):

@@ -259,33 +259,25 @@ def copy_into(targets, tensors, where):
         target.copy_(shard_of(tensors[name], target))
 
 
+def places(optimizers):
+    """Where all that optimizers can hold belongs: {"key/parameter name": (state of the optimizer, Parameter, key)}."""
+    return {f"{key}/{name}": (optimizer.state, parameter, key) for optimizer in optimizers
+            for group in optimizer.param_groups for parameter, name in zip(group["params"], group["param_names"])
+            for key in STATE_KEYS[type(optimizer).__name__]}
+
+
 def optimizer_tensors(optimizers):
     """State of torch optimizers: "key/parameter name" -> Tensor. Parameters that never had a gradient have none."""
-    return {f"{key}/{name}": optimizer.state[parameter][key] for optimizer, parameter, name, key in places(optimizers)
-            if parameter in optimizer.state}
-
-
-def optimizer_places(optimizers):
-    """Where the state of fresh optimizers belongs: dict "key/parameter name" -> Parameter, all that there can be."""
-    return {f"{key}/{name}": parameter for _, parameter, name, key in places(optimizers)}
+    return {place: state[parameter][key] for place, (state, parameter, key) in places(optimizers).items()
+            if parameter in state}
 
 
 def load_optimizer(optimizers, tensors):
     """Give freshly built optimizers what `optimizer_tensors` gave. Raises: CheckpointError naming what does not fit."""
     stateful = {place.split("/", 1)[1] for place in tensors}
-    expected = {place for place in optimizer_places(optimizers) if place.split("/", 1)[1] in stateful}
-    if expected != tensors.keys():
-        raise CheckpointError(f"the optimizer's state does not fit: missing {sorted(expected - tensors.keys())}, "
-                              f"left over {sorted(tensors.keys() - expected)}")
-    for optimizer, parameter, name, key in places(optimizers):
-        if name in stateful:
-            optimizer.state[parameter][key] = shard_of(tensors[f"{key}/{name}"], parameter)
-
-
-def places(optimizers):
-    """(optimizer, Parameter, its name, key of its state) of all that optimizers train."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter, name in zip(group["params"], group["param_names"]):
-                for key in STATE_KEYS[type(optimizer).__name__]:
-                    yield optimizer, parameter, name, key
+    expected = {place: at for place, at in places(optimizers).items() if place.split("/", 1)[1] in stateful}
+    missing, left = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or left:
+        raise CheckpointError(f"the optimizer's state does not fit: missing {missing}, left over {left}")
+    for place, (state, parameter, key) in expected.items():
+        state[parameter][key] = shard_of(tensors[place], parameter)

@@ -24,7 +24,7 @@ from nanovlm.attention import causal_rows, full
 from nanovlm.cross_attention import Media
 from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.data.tiles import most
-from nanovlm.machine import facts_of, training_precision
+from nanovlm.machine import training_precision
 from nanovlm.training import optimizer
 from nanovlm.training.language_loss import ROWS, is_chunked
 from nanovlm.training.processes import BLOCK, MODES
@@ -272,27 +272,18 @@ def stage_memory(parts, stage, costs, parallel="none", num_processes=1):
     cost, trained, state = total_cost(costs.values()), 0, 0
     for group in optimizer.groups(parts, stage):
         size = FLOAT32 * sum(parameter.numel() for parameter in group["params"])
-        muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
-        trained, state = trained + size, state + size * (1 if muon else 2)
+        trained, state = trained + size, state + size * (1 if group["muon"] else 2)
     gathered, once, share = trained if parallel == "ddp" else 0, cost.once, 1
     if parallel == "fsdp":
-        blocks, root = outside_and_inside(parts, stage.learning_rates)
-        share, gathered = 1 / num_processes, FLOAT32 * (2 * max(blocks.values(), default=0) + root)
+        sizes = Counter()  # block -> parameters; outside of blocks, None, those that train count twice
+        for part, name, parameter in ((part, *one) for part, named in parts.items() for one in named.items()):
+            block = BLOCK.match(name)
+            sizes[block and block[0]] += parameter.numel() * (1 if block else 1 + (part in stage.learning_rates))
+        root = sizes.pop(None, 0)
+        share, gathered = 1 / num_processes, FLOAT32 * (2 * max(sizes.values(), default=0) + root)
         once = sum(costs[part].once for part in ("bridge", "head") if part in costs)  # a block's are let go with it
     weights = FLOAT32 * sum(one.numel() for named in parts.values() for one in named.values())
     return Memory(weights * share, trained * share, state * share, gathered, once, cost.kept)
-
-
-def outside_and_inside(parts, trained=()):
-    """(Counter block -> parameters, parameters outside all blocks, those of trained parts twice) of a model's parts."""
-    blocks, root = Counter(), 0
-    for part, parameters in parts.items():
-        for name, parameter in parameters.items():
-            if block := BLOCK.match(name):
-                blocks[block.group()] += parameter.numel()
-            else:
-                root += parameter.numel() * (1 + (part in trained))
-    return blocks, root
 
 
 # ---- the plan that --print shows
@@ -313,12 +304,12 @@ def plan(recipe, args):
         model.vision.resize(stage.image_size)  # its position table counts
         lines += [f"stage {stage.name}"]
         lines += [f"  {name} = {value!r}" for name, value in vars(stage).items() if name != "name"]
-        told = (model, contrastive, args.recompute)
-        here = cpu_line(recipe.expects(stage), stage, *told)
-        if stage.precision == "auto":
-            stage = dataclasses.replace(stage, precision="bfloat16")  # as on the GPUs that the plan counts with
-        lines += [*optimizer.table(all_parts(model, contrastive), stage), ""]
-        lines += [*stage_lines(recipe.expects(stage), stage, *told), here, ""]
+        expected, parts = recipe.expects(stage), all_parts(model, contrastive)
+        on_cpu, on_gpu = (dataclasses.replace(stage, precision=kind) if stage.precision == "auto" else stage
+                          for kind in (training_precision("cpu"), "bfloat16"))  # fmt: skip
+        here, there = (stage_costs(expected, one, model, contrastive, args.recompute) for one in (on_cpu, on_gpu))
+        lines += [*optimizer.table(parts, on_gpu), "", *stage_lines(expected, on_gpu, parts, *there),
+                  cpu_line(on_cpu, parts, here[0]), ""]  # fmt: skip
     return lines + file_lines(recipe, stages, args.data)
 
 
@@ -331,20 +322,16 @@ def stage_costs(expected, stage, model, contrastive, recompute):
     return costs, model.num_image_tokens(stage.image_size, num_frames) if num_frames else 0
 
 
-def cpu_line(expected, stage, model, contrastive, recompute):
+def cpu_line(stage, parts, costs):
     """What training takes in one process on a CPU, with the stage's own micro-batch: str."""
-    if stage.precision == "auto":
-        stage = dataclasses.replace(stage, precision=training_precision(facts_of("cpu")))
-    costs, _ = stage_costs(expected, stage, model, contrastive, recompute)
     examples = stage.micro_batch_size or stage.batch_size
-    needed = PROCESS + stage_memory(all_parts(model, contrastive), stage, costs).total(examples)
+    needed = PROCESS + stage_memory(parts, stage, costs).total(examples)
     return (f"        {needed / GB:,.1f} GB in one process on a CPU in {stage.precision}, with micro-batches of "
             f"{examples} and the {PROCESS / GB:g} GB of Python and torch")
 
 
-def stage_lines(expected, stage, model, contrastive, recompute):
+def stage_lines(expected, stage, parts, costs, image_tokens):
     """Tokens, operations, hours and memory of one stage: list of str."""
-    costs, image_tokens = stage_costs(expected, stage, model, contrastive, recompute)
     examples, tokens = stage.steps * stage.batch_size, image_tokens + expected.text_tokens
     flops = total_cost(costs.values()).flops
     shares = ", ".join(f"{part} {cost.flops / 1e9:,.1f}" for part, cost in costs.items() if cost.flops)
@@ -352,7 +339,7 @@ def stage_lines(expected, stage, model, contrastive, recompute):
         f"data    {examples:,} examples of {image_tokens} image tokens and about {expected.text_tokens} of text: "
         f"{examples * tokens / 1e9:,.3g} billion tokens",
         f"work    {flops / 1e9:,.1f} GFLOP an example ({shares}), {examples * flops:.2e} FLOP in all",
-        *hours_lines(expected, examples * flops), *memory_lines(expected, stage, all_parts(model, contrastive), costs),
+        *hours_lines(expected, examples * flops), *memory_lines(expected, stage, parts, costs),
     ]
 
 

@@ -27,7 +27,7 @@ from nanovlm.generation.sampler import Decoding
 from nanovlm.training import checkpoint
 from nanovlm.training.cost import make_meter, peak_flops
 from nanovlm.training.language_loss import language_loss
-from nanovlm.training.progress import plot_curves, say
+from nanovlm.training.progress import plot_curves, readable, say
 from nanovlm.training.stages import unsharded
 from nanovlm.training.update import held_out_limit, holds_out, make_batch, place_of, reading, total_norm
 
@@ -65,25 +65,6 @@ class Movement:
                 length += weight * before.square().sum().item()
             found[part] = (moved / length) ** 0.5 if length else float(moved > 0)  # what began at zero is all new
         return found
-
-
-def gradient_norms(parts, stage, factor=1.0):
-    """The norm of each part's gradient as it stands, divided by clipping's factor: dict part -> float."""
-    found = {}
-    for part in stage.learning_rates:
-        gradients = [one.grad for one in parts[part].values() if one.grad is not None]
-        found[part] = total_norm(gradients).item() / factor if gradients else 0.0
-    return found
-
-
-def movement_table(entries, parts):
-    """The table at the end of a stage, list of str, from log entries with "parts"; gradients are the middle ones."""
-    lines = [f"{'part':<18}{'gradient':>10}{'moved':>10}"]
-    for part in parts:
-        seen = [entry["parts"][part] for entry in entries if part in entry["parts"]]
-        gradient = f"{statistics.median_high(one['gradient'] for one in seen):.4f}" if seen else "frozen"
-        lines.append(f"{part:<18}{gradient:>10}{seen[-1]['moved'] if seen else 0:>10.2%}")
-    return lines
 
 
 def spike_limit(losses):
@@ -133,15 +114,9 @@ def held_out_answers(run, stage, records):
     lines, right = [], 0
     for record, turns, said, truth in zip(records, asked, found, [turns[-1].text for turns in talks]):
         right += said.lower().split() == truth.lower().split()
-        question = turns[-1].text if turns else ""
-        lines.append(f"{record.id}: {short(question)} -> {short(said)} (right: {short(truth)})")
+        question, said, truth = (readable(text, LONGEST) for text in (turns[-1].text if turns else "", said, truth))
+        lines.append(f"{record.id}: {question} -> {said} (right: {truth})")
     return lines, right
-
-
-def short(text):
-    """One line of a text, cut where it is long."""
-    text = " ".join("".join(one if one.isprintable() else " " for one in text).split()) or "(nothing)"
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
 class Watch:
@@ -187,12 +162,14 @@ class Watch:
             self.draw()
 
     def measure_movement(self, norm):
-        """Log each part's gradient and movement."""
-        clip, parts = self.stage.clip, self.run.parts()
-        gradients = gradient_norms(parts, self.stage, min(1.0, clip / norm) if clip and norm else 1.0)
-        moved = self.movement.measure(parts)
-        self.trainer.note(parts={part: {"gradient": round(gradients[part], 6), "moved": round(moved[part], 6)}
-                                 for part in moved})
+        """Log each part's gradient, as it was before clipping, and movement."""
+        clip, parts, found = self.stage.clip, self.run.parts(), {}
+        clipped = min(1.0, clip / norm) if clip and norm else 1.0
+        for part, moved in self.movement.measure(parts).items():
+            gradients = [one.grad for one in parts[part].values() if one.grad is not None]
+            gradient = total_norm(gradients).item() / clipped if gradients else 0.0
+            found[part] = {"gradient": round(gradient, 6), "moved": round(moved, 6)}
+        self.trainer.note(parts=found)
 
     def ask(self):
         """Log the loss of held-out records, and how many of their answers are right; print a few."""
@@ -228,8 +205,12 @@ class Watch:
         self.next_curves = now + max(CURVES, 100 * (now - began))
 
     def table(self):
-        """The table of what has moved, and held-out records before and after: list of str, lines."""
-        lines = movement_table(self.entries("parts"), [part for part, held in self.run.parts().items() if held])
+        """What has moved, with the middle one of its gradients, and held-out records before and after: list of str."""
+        entries, lines = self.entries("parts"), [f"{'part':<18}{'gradient':>10}{'moved':>10}"]
+        for part in (part for part, held in self.run.parts().items() if held):
+            seen = [entry["parts"][part] for entry in entries if part in entry["parts"]]
+            gradient = f"{statistics.median_high(one['gradient'] for one in seen):.4f}" if seen else "frozen"
+            lines.append(f"{part:<18}{gradient:>10}{seen[-1]['moved'] if seen else 0:>10.2%}")
         if entries := self.entries("held_out"):
             first, last = entries[0], entries[-1]
             for name, loss in first["held_out"].items():

@@ -126,12 +126,11 @@ def groups(parts, stage):
         depths = depths_from_top(list(parts[part]))
         for name, parameter in parts[part].items():
             matrix = is_matrix(name, parameter)
-            kind = "matrix" if matrix else "other" if parameter.ndim else "scalar"
-            group_name = f"{part}/{depths[name]}/{kind}"
-            factor = stage.muon_factor if matrix and stage.optimizer == "muon" else 1.0
-            peak = rate * factor * stage.layer_decay.get(part, 1.0) ** depths[name]
+            muon = matrix and stage.optimizer == "muon"
+            group_name = f"{part}/{depths[name]}/{'matrix' if matrix else 'other' if parameter.ndim else 'scalar'}"
+            peak = rate * (stage.muon_factor if muon else 1.0) * stage.layer_decay.get(part, 1.0) ** depths[name]
             group = result.setdefault(group_name, {
-                "name": group_name, "peak_lr": peak, "lr": peak, "params": [], "param_names": [],
+                "name": group_name, "muon": muon, "peak_lr": peak, "lr": peak, "params": [], "param_names": [],
                 "weight_decay": stage.weight_decay if matrix else 0.0})  # fmt: skip
             group["params"].append(parameter)
             group["param_names"].append(name)
@@ -148,10 +147,8 @@ def portions(groups, number):
 
 def build(parts, stage, num_threads=1):
     """The optimizers of a stage: list of Muon (the matrices, dealt out to num_threads of them), then AdamW."""
-    to_muon, to_adamw = [], []
-    for group in groups(parts, stage):
-        muon = stage.optimizer == "muon" and group["name"].endswith("/matrix")
-        (to_muon if muon else to_adamw).append(group)
+    found = groups(parts, stage)
+    to_muon, to_adamw = ([group for group in found if group["muon"] is muon] for muon in (True, False))
     if any(isinstance(parameter, DTensor) for group in to_muon for parameter in group["params"]):
         num_threads = 1  # what processes say to one another keeps its order
     optimizers = [Muon(one, stage.momentum, DTYPES[stage.precision]) for one in portions(to_muon, num_threads)]

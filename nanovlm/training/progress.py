@@ -68,6 +68,13 @@ def say(text):
     tqdm.write(text)
 
 
+def readable(text, longest=40):
+    """A model's words in one line of printable characters, at most so many. Untrained models say anything."""
+    text = " ".join(text.split())
+    text = "".join(character if character.isprintable() and character != "\ufffd" else "·" for character in text)
+    return (text if len(text) <= longest else text[: longest - 1] + "…") or "(nothing)"
+
+
 class Bar:
     """Progress of one stage: a bar on a terminal, a plain line now and then elsewhere."""
 

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nanovlm import vlm
-from nanovlm.names import nearest
+from nanovlm.names import check_known, nearest
 
 PARTS = (*vlm.PARTS, "text_tower")
 TRAINABLE = {  # objective -> parts that its loss reaches
@@ -91,11 +91,10 @@ class Stage:
 
         demand(self.name and not {".", "="} & set(self.name), "a name is not empty and has no '.' and no '='")
         for field, known in CHOICES.items():
-            value = getattr(self, field)
-            demand(value in known, f"{field} {value!r} is unknown.{nearest(value, known)}")
+            check_known(f"stage {self.name!r}: unknown {field}", getattr(self, field), known)
         for field in ("learning_rates", "layer_decay"):
             for part in getattr(self, field):
-                demand(part in PARTS, f"{field} names an unknown part {part!r}.{nearest(part, PARTS)}")
+                check_known(f"stage {self.name!r}: {field} names an unknown part", part, PARTS)
         reached = TRAINABLE[self.objective]
         for part in self.learning_rates:
             demand(part in reached, f"the {self.objective} loss does not reach {part!r}, but {', '.join(reached)}")
@@ -154,8 +153,7 @@ def override(stage, settings):
 
 def tuned(stage_name, rates, choice):
     """Learning rates of a key of TUNES: as before, or the highest that there was; GRAFTED parts that trained go on."""
-    if choice not in TUNES:
-        raise ValueError(f"{stage_name}.tune={choice} is unknown.{nearest(choice, TUNES)}")
+    check_known(f"unknown {stage_name}.tune", choice, TUNES)
     parts = (*TUNES[choice], *(part for part in GRAFTED if part in rates))
     return {part: rates.get(part, max(rates.values())) for part in parts}
 
@@ -181,8 +179,7 @@ def choose(stages, names=None, without=(), settings=()):
     """
     known = [stage.name for stage in stages]
     for name in [*(names or ()), *without]:
-        if name not in known:
-            raise ValueError(f"there is no stage {name!r}.{nearest(name, known)}")
+        check_known("there is no stage", name, known)
     wanted = set(known if names is None else names) - set(without)
     chosen = {stage.name: stage for stage in stages if stage.name in wanted}
     if not chosen:
@@ -193,8 +190,7 @@ def choose(stages, names=None, without=(), settings=()):
         name, dot, field = where.partition(".")
         if not equals or not dot:
             raise ValueError(f"--set {setting}: expected stage.field=value, for example {next(iter(chosen))}.steps=100")
-        if name not in chosen:
-            raise ValueError(f"--set {setting}: no stage {name!r} runs.{nearest(name, chosen)}")
+        check_known(f"--set {setting}: no such stage runs:", name, chosen)
         changes[name][field] = text
     return tuple(override(stage, changes[name]) for name, stage in chosen.items())
 

@@ -14,8 +14,8 @@ from nanovlm import lora
 from nanovlm.architecture import architecture, rebuild
 from nanovlm.data.datasets import DATA, command_line_sources
 from nanovlm.files import digest
-from nanovlm.machine import check_memory, facts_of, slow_line, training_precision
-from nanovlm.names import nearest
+from nanovlm.machine import check_memory, slow_line, training_precision
+from nanovlm.names import check_known, nearest
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.processes import Processes, Run
 from nanovlm.training.progress import say
@@ -29,9 +29,9 @@ DEFAULT_THREADS = 2  # at most; more gain little at this size, and the count dec
 
 def choose_size(recipe, size):
     """The size to build: str; None means the recipe's first. Raises ValueError for an unknown one."""
-    if size is not None and size not in recipe.sizes:
-        raise ValueError(f"recipe {recipe.name!r} has no size {size!r}.{nearest(size, recipe.sizes)}")
-    return size or recipe.sizes[0]
+    size = recipe.sizes[0] if size is None else size
+    check_known(f"recipe {recipe.name!r} has no size", size, recipe.sizes)
+    return size
 
 
 def choose_stages(recipe, args):
@@ -69,9 +69,8 @@ def check_stages(recipe, stages, model, contrastive):
     for stage in stages:
         measured = recipe.measures(stage)
         for _, name, _, _ in string.Formatter().parse(stage.summary):
-            if name is not None and name not in measured:
-                raise ValueError(f"the summary of stage {stage.name!r} names {name!r}, which is not measured "
-                                 f"(Recipe.measures).{nearest(name, measured)}")
+            if name is not None:
+                check_known(f"the summary of stage {stage.name!r} names what Recipe.measures does not:", name, measured)
         dataclasses.replace(model.vision.config, image_size=stage.image_size)  # refuses what it cannot cut into patches
         parts, most = model.parts(), model.decoder.config.context_length
         if stage.objective == "contrastive":
@@ -101,7 +100,7 @@ def check_bridge(model):
 
 def settle_precision(stages, device, saved):
     """Put a type in the place of precision="auto"; what a run began with (saved: its config.json, or None) stays."""
-    usual, before, settled = training_precision(facts_of(device)), saved["stages"] if saved else {}, []
+    usual, before, settled = training_precision(device), saved["stages"] if saved else {}, []
     for stage in stages:
         chosen = before.get(stage.name, {}).get("precision", usual) if stage.precision == "auto" else stage.precision
         settled.append(dataclasses.replace(stage, precision=chosen))
@@ -128,12 +127,6 @@ def settle(args, size, stages, saved, lost):
         checkpoint.check_same(begun, settings, "the run to continue has other settings; repeat its options, or name "
                               "another folder with --out")
     return settings
-
-
-def find_tokenizer(recipe, out, init):
-    """The tokenizer of this run: its own from before, that of the model it starts from, or a new one."""
-    folder = out if (out / "tokenizer.json").exists() else init
-    return recipe.tokenizer() if folder is None or recipe.load else recipe.load_tokenizer(folder)
 
 
 def build_models(recipe, size, vocab_size, seed, recorded=None):
@@ -208,7 +201,8 @@ def make_run(recipe, args, out, processes=Processes()):
     stages, size = settle_precision(stages, args.device, saved), choose_size(recipe, args.size)
     settings, saved = settle(args, size, stages, saved, lost), saved or {}
     torch.set_num_threads(settings["threads"])
-    tokenizer = find_tokenizer(recipe, out, args.init and args.init[0])
+    folder = out if (out / "tokenizer.json").exists() else args.init and args.init[0]
+    tokenizer = recipe.tokenizer() if folder is None or recipe.load else recipe.load_tokenizer(folder)
 
     def build(init=None):
         if init and recipe.load:

@@ -231,7 +231,8 @@ class Trainer:
 
     def restore(self, folder, state):
         """Put what a checkpoint holds back in its place, in a stage that has just begun."""
-        run, targets = self.run, self.tensors() | {"optimizer": checkpoint.optimizer_places(self.optimizers.all)}
+        run, held = self.run, checkpoint.places(self.optimizers.all)
+        targets = self.tensors() | {"optimizer": {place: parameter for place, (_, parameter, _) in held.items()}}
         found = checkpoint.read(folder, targets, self.processes)
         for kind in ("model", "text_tower"):
             checkpoint.copy_into(targets[kind], found[kind], f"{kind}.safetensors")

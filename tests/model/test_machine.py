@@ -1,53 +1,69 @@
 """What a machine is fast in, told from what it says of itself."""
 
 import itertools
+import platform
 
 import pytest
 import torch
 
 from nanovlm import machine
-from nanovlm.machine import Facts, is_fast, training_precision
+from nanovlm.machine import is_fast, training_precision
 
 SYSTEMS, PROCESSORS = ("Linux", "Darwin", "Windows"), ("x86_64", "aarch64", "arm64", "AMD64", "riscv64")
 FLAGS = ((), ("avx2",), ("avx512_bf16",), ("amx_bf16",), ("bf16",), ("avx512f", "avx512_bf16", "amx_bf16"))
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "SVE256")
 
 
-def test_bfloat16_on_a_cpu_takes_a_processor_that_multiplies_it():
-    for system, processor, flags, capability in itertools.product(SYSTEMS, PROCESSORS, FLAGS, CAPABILITIES):
-        facts = Facts("cpu", system, processor, frozenset(flags), capability)
-        x86 = processor == "x86_64" and capability == "AVX512" and {"avx512_bf16", "amx_bf16"} & set(flags)
-        arm = processor == "aarch64" and "bf16" in flags
-        assert training_precision(facts) == ("bfloat16" if system == "Linux" and (x86 or arm) else "float32"), facts
-        assert is_fast("float32", facts)
+@pytest.fixture
+def this_is(monkeypatch):
+    """Make this machine another one: function of system, processor, its flags, torch's kernels, a GPU's capability."""
+    def change(system, processor, flags, kernels="DEFAULT", capability=None):
+        monkeypatch.setattr(platform, "system", lambda: system)
+        monkeypatch.setattr(platform, "machine", lambda: processor)
+        monkeypatch.setattr(machine, "cpuinfo", lambda names: " ".join(flags))
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return change
+
+
+def test_bfloat16_on_a_cpu_takes_a_processor_that_multiplies_it(this_is):
+    for system, processor, flags, kernels in itertools.product(SYSTEMS, PROCESSORS, FLAGS, CAPABILITIES):
+        this_is(system, processor, flags, kernels)
+        x86 = processor == "x86_64" and kernels == "AVX512" and {"avx512_bf16", "amx_bf16"} & set(flags)
+        fast = system == "Linux" and (x86 or processor == "aarch64" and "bf16" in flags)
+        assert training_precision("cpu") == ("bfloat16" if fast else "float32"), (system, processor, flags, kernels)
+        assert is_fast("float32", "cpu")
 
 
 @pytest.mark.parametrize(("capability", "half", "brain"), [
     ((6, 1), False, False), ((7, 0), True, False), ((7, 5), True, False), ((8, 0), True, True), ((9, 0), True, True),
     ((12, 0), True, True)])  # fmt: skip
 @pytest.mark.parametrize("flags", FLAGS)
-def test_a_gpu_is_asked_for_its_compute_capability_alone(capability, half, brain, flags):
-    facts = Facts("cuda", "Linux", "x86_64", frozenset(flags), "AVX2", capability)
-    assert (is_fast("float16", facts), is_fast("bfloat16", facts)) == (half, brain)
-    assert training_precision(facts) == ("bfloat16" if brain else "float32")
+def test_a_gpu_is_asked_for_its_compute_capability_alone(capability, half, brain, flags, this_is):
+    this_is("Linux", "x86_64", flags, "AVX2", capability)
+    assert (is_fast("float16", "cuda"), is_fast("bfloat16", "cuda")) == (half, brain)
+    assert training_precision("cuda") == ("bfloat16" if brain else "float32")
 
 
-def test_float16_on_a_cpu_and_mps():
-    assert training_precision(Facts("mps", "Darwin", "arm64", frozenset(["bf16"]))) == "float32"
-    assert is_fast("float16", Facts("cpu", "Linux", "x86_64", frozenset(["avx512_fp16"]), "AVX512"))
-    assert not is_fast("float16", Facts("cpu", "Linux", "x86_64", frozenset(["avx512_fp16"]), "AVX2"))
-    assert is_fast("float16", Facts("cpu", "Linux", "aarch64", frozenset(["asimdhp"]), "DEFAULT"))
+@pytest.mark.parametrize(("dtype", "device", "expected", "machine"), [
+    ("bfloat16", "mps", False, ("Darwin", "arm64", ["bf16"])),
+    ("float16", "cpu", True, ("Linux", "x86_64", ["avx512_fp16"], "AVX512")),
+    ("float16", "cpu", False, ("Linux", "x86_64", ["avx512_fp16"], "AVX2")),
+    ("float16", "cpu", True, ("Linux", "aarch64", ["asimdhp"])),
+])  # fmt: skip
+def test_float16_on_a_cpu_and_mps(dtype, device, expected, machine, this_is):
+    this_is(*machine)
+    assert is_fast(dtype, device) is expected
 
 
-def test_the_facts_of_this_machine(monkeypatch):
+def test_what_this_machine_says(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    facts = machine.facts_of("cpu")
-    assert facts.device == "cpu" and facts.cpu_capability == "AVX2" and facts.system and facts.processor
-    if facts.system == "Linux":
-        assert len(facts.flags) > 3
-    if facts.processor == "x86_64":
+    if platform.system() == "Linux":
+        assert len(machine.cpuinfo("flags|Features").split()) > 3
+    if platform.machine() == "x86_64":
         assert "slow in bfloat16" in machine.slow_line("bfloat16", "cpu")
-    assert machine.slow_line("float32", "cpu") is None
+    assert machine.slow_line("float32", "cpu") is None and machine.cpuinfo("no such name") == ""
 
 
 def test_a_device_that_is_not_there():

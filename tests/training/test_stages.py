@@ -25,7 +25,7 @@ def test_limits_are_allowed(values):
 
 
 @pytest.mark.parametrize(("values", "words"), [
-    ({"objective": "contrastve"}, "objective 'contrastve' is unknown. Did you mean 'contrastive'"),
+    ({"objective": "contrastve"}, "unknown objective 'contrastve'. Did you mean 'contrastive'"),
     ({"image_fit": "corp"}, "Did you mean 'crop'"),
     ({"schedule": "cosin"}, "Did you mean 'cosine'"),
     ({"optimizer": "adam"}, "Did you mean 'adamw'"),
@@ -81,7 +81,7 @@ def test_what_is_tuned_has_a_name():
         assert override(lynx, {"tune": choice}).learning_rates == rates | {"bridge": 2e-5, "adapters": 1e-5}
     assert override(STAGE, {"tune": "bridge"}) == STAGE
     assert override(STAGE, {"tune": "lora", "learning_rates.lora": "1e-4"}).learning_rates == {"bridge": 1e-3, "lora": 1e-4}
-    with pytest.raises(ValueError, match="align.tune=al is unknown. Did you mean 'all'"):
+    with pytest.raises(ValueError, match="unknown align.tune 'al'. Did you mean 'all'"):
         override(STAGE, {"tune": "al"})
 
 
@@ -132,7 +132,7 @@ def test_choose_applies_settings_in_order():
     ((["align"], ["align"]), "no stage is left to run of: tower, align, instruct"),
     ((None, (), ["align.steps"]), "expected stage.field=value"), ((None, (), ["steps=3"]),
     "for example tower.steps=100"),
-    ((["tower"], (), ["align.steps=3"]), "no stage 'align' runs. Known: 'tower'"),
+    ((["tower"], (), ["align.steps=3"]), "no such stage runs: 'align'. Known: 'tower'"),
 ])
 def test_choose_explains_mistakes(arguments, words):
     with pytest.raises(ValueError) as error:
