@@ -10,17 +10,6 @@ from nanovlm.files import listing, replace_text
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A picture that stands in the file itself, in base64, perhaps behind a "data:image/…;base64," prefix."""
-
-    text: str
-
-    def open(self):
-        """The picture: PIL.Image.Image. Raises: images.ImageError."""
-        return images.load(images.from_base64(self.text))
-
-
-@dataclass(frozen=True)
 class Item:
     """One question."""
 
@@ -29,7 +18,7 @@ class Item:
     answers: tuple = ()  # what is right; str, records of annotators, or the place of the right option
     kind: str = ""  # class for the report
     group: str = ""  # what is counted together: the picture in MME, the question under rotation
-    media: tuple = ()  # in order, each a path, an Encoded or a PIL image
+    media: tuple = ()  # in order, each a path, the bytes of a file or a PIL image
     is_clip: bool = False  # it is one film, animation or folder of frames
     options: tuple[str, ...] = ()  # of a multiple choice
     extra: dict = field(default_factory=dict)  # further words of the prompt, by name
@@ -93,11 +82,6 @@ def short_names(paths):
 def write_json(path, value):
     """Write a JSON value that people read."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def open_picture(source):
-    """A path, an Encoded or a PIL image as PIL.Image.Image. Raises: images.ImageError."""
-    return source.open() if isinstance(source, Encoded) else images.load(source)
 
 
 def read_text(path):

@@ -17,9 +17,8 @@ from typing import Any
 import tokenizers
 import torch
 
-from nanovlm.data.images import CLIP, Preprocessing, to_pixels
+from nanovlm.data.images import CLIP, Preprocessing, load, to_pixels
 from nanovlm.data.tokenizer import Tokenizer
-from nanovlm.evaluation.items import open_picture
 from nanovlm.recipes import load as load_model, recipe_of
 from nanovlm.training.start import build_models, load_weights
 
@@ -41,9 +40,8 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, pictures):
-        """list of N paths, Encoded or PIL images -> float[N, V, E] of length 1, see contrastive.TwoTowers.views."""
-        opened = map(open_picture, pictures)
-        pixels = [to_pixels(one, self.image_size, self.image_fit, self.preprocessing) for one in opened]
+        """list of N sources of images.load -> float[N, V, E] of length 1, see contrastive.TwoTowers.views."""
+        pixels = [to_pixels(load(one), self.image_size, self.image_fit, self.preprocessing) for one in pictures]
         return self.model.views(torch.stack(pixels))
 
     @torch.no_grad()

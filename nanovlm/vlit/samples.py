@@ -15,10 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanovlm.data import json_files, records
-from nanovlm.data.images import ImageError
+from nanovlm.data.images import ImageError, from_base64, load
 from nanovlm.data.json_files import field
 from nanovlm.data.records import check_order, files_in, in_front, role_of, spoken
-from nanovlm.evaluation.items import Encoded, open_picture
 from nanovlm.vlit.words import load_table
 
 IMAGE = "<image>"
@@ -129,12 +128,12 @@ def text_of(path, element):
 
 
 def picture(name, root):
-    """Where a picture of a sample is: Path, or items.Encoded. Raises: FileNotFoundError.
+    """Where a picture of a sample is: Path, or its bytes. Raises: FileNotFoundError, images.ImageError.
 
     name: a path from root on; or base64, with a data-URL prefix or without.
     """
     if name.startswith("data:") or (len(name) > LONGEST_PATH and "." not in name[-6:]):
-        return Encoded(name)
+        return from_base64(name)
     path = Path(root) / name.replace("\\", "/")  # which Windows writes the other way round
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {MISSING}")
@@ -169,7 +168,7 @@ def defects(sample, root=None, decode=True):
         try:
             place = picture(name, root)
             if decode:
-                open_picture(place)
+                load(place)
         except (ImageError, OSError) as error:
             found.append(("image", str(error)))
     return found
