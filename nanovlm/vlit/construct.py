@@ -207,7 +207,9 @@ class Work:
             for place, told in enumerate(adaption.responses(picture)):
                 yield f"{picture.id}/AA/{told[0]}/{place}", told, image
             for image, _, region in drawn:
-                yield f"{picture.id}/AA/region/{region.id}", adaption.region_response(picture, region), image
+                ids = [note.id for note in (region, *picture.attributes(region))]
+                told = "region", "", self_instruct.named_region(picture, region), ids
+                yield f"{picture.id}/AA/region/{region.id}", told, image
 
     def adapted(self):
         """Annotation adaption of every picture: iterator of items."""
@@ -250,7 +252,7 @@ class Work:
                 try:
                     parsed = parse(text)
                 except Unparsed as error:
-                    self.failures.append((f"unparsed: {error.reason}", f"{id}/{index}: {text[:200]!r}"))
+                    self.failures.append((f"unparsed: {error}", f"{id}/{index}: {text[:200]!r}"))
                     continue
                 self.notes.update(f"parsed although {note}" for note in parsed.notes)
                 said, its = [words for _, words in parsed.turns], origin | {"index": index}

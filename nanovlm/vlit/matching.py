@@ -78,7 +78,13 @@ def load_encoder(folder, recipe=None):
     folder = Path(folder)
     path = folder / "config.json"
     if path.is_file() and "recipe" in (config := json.loads(path.read_text())):
-        return _trained_here(folder, config, recipe)
+        recipe, tokenizer = recipe_of(folder, config, recipe), Tokenizer(folder / "tokenizer.json")
+        model, towers = build_models(recipe, config["size"], tokenizer.vocab_size, 0, config.get("architecture"))
+        if towers is None or not (folder / "text_tower.safetensors").is_file():
+            raise ValueError(f"{folder} has no text tower: recipe {config['recipe']!r} ran without a contrastive stage")
+        load_weights(folder, model, towers)
+        *_, last = config["stages"].values()
+        return own_encoder(towers.eval(), tokenizer, config["image_size"], last["image_fit"])
     loaded = load_model(folder)
     if not hasattr(loaded.model, "embed_texts"):
         raise ValueError(f"{folder} holds {type(loaded.model).__name__}, not a pair of towers; give a CLIP folder")
@@ -88,15 +94,6 @@ def load_encoder(folder, recipe=None):
         raise ValueError(f"{folder / 'tokenizer.json'} lacks {BEGIN} or {END}; it is not CLIP's")
     ids = lambda text: [begin, *backend.encode(text, add_special_tokens=False).ids, end]
     return Encoder("MD", loaded.model.eval(), ids, loaded.image_size, loaded.image_fit, loaded.preprocessing)
-
-
-def _trained_here(folder, config, recipe):
-    recipe, tokenizer = recipe_of(folder, config, recipe), Tokenizer(folder / "tokenizer.json")
-    model, towers = build_models(recipe, config["size"], tokenizer.vocab_size, 0, config.get("architecture"))
-    if towers is None or not (folder / "text_tower.safetensors").is_file():
-        raise ValueError(f"{folder} has no text tower: recipe {config['recipe']!r} ran without a contrastive stage")
-    load_weights(folder, model, towers)
-    return own_encoder(towers.eval(), tokenizer, config["image_size"], list(config["stages"].values())[-1]["image_fit"])
 
 
 def own_encoder(towers, tokenizer, image_size, image_fit="crop"):
