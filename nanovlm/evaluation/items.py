@@ -85,21 +85,17 @@ def write_json(path, value):
 
 
 def read_text(path):
-    """A text file, perhaps compressed: str. Raises: ValueError naming the file."""
-    data = Path(path).read_bytes()
+    """A text file, perhaps packed by gzip: str. Raises: ValueError naming the file."""
     try:
-        return (gzip.decompress(data) if data[:2] == json_files.PACKED else data).decode("utf-8-sig")
+        with json_files.open_bytes(path) as file:
+            return file.read().decode("utf-8-sig")
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path}: no readable text ({error})") from error
 
 
 def read_json(path):
     """A JSON file as it is. Raises: ValueError naming file and line."""
-    text = read_text(path)
-    try:
-        return json.loads(text, object_pairs_hook=json_files.unique_keys)
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
+    return json_files.parse(read_text(path).encode(), path)
 
 
 def read_records(path):

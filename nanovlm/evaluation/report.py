@@ -173,10 +173,9 @@ def mme(predictions):
 
 def unread(predictions):
     """The share of answers with neither yes nor no in them, or in which the benchmark's own reading finds neither."""
-    def neither(one):
-        return one["said"] == "other" or not re.search(r"\b(yes|no|not)\b", one["prediction"].lower())
-
-    return mean(predictions, lambda one: float(neither(one)))
+    unsaid = [one["said"] == "other" or not re.search(r"\b(yes|no|not)\b", one["prediction"].lower())
+              for one in predictions]
+    return sum(unsaid) / len(unsaid)
 
 
 def lettered(predictions):

@@ -228,7 +228,7 @@ def test_json_is_read_as_far_as_it_goes_and_broken_places_are_named(tmp_path):
     assert isinstance(error, ValueError) and "line 4" in str(error)
     (tmp_path / "x.gz").write_bytes(gzip.compress(b'\xef\xbb\xbf{"a": 1}'))
     assert read_json(tmp_path / "x.gz") == {"a": 1}
-    for text, words in (('{\n"a"}', "y.json: no JSON .*line 2"), ('{"a": 1, "a": 2}', "'a' stands twice")):
+    for text, words in (('{\n"a"}', "y.json: .*line 2"), ('{"a": 1, "a": 2}', "'a' stands twice")):
         with pytest.raises(ValueError, match=words):
             read_json(write(tmp_path / "y.json", text))
 
