@@ -21,15 +21,11 @@ from pathlib import Path
 
 from nanovlm.data.convert import commonest
 from nanovlm.data.json_files import elements, field, records, text_field
+from nanovlm.vlit.words import load_table
 
 VOTES = 0.5  # share of the workers above which an object has an attribute, as in the authors' demo
 EITHER = re.compile(r"^[\w' -]+\bor\b[\w' -]+$", re.IGNORECASE)  # "yes or no" answers nothing
-TO_JSON = (
-    """python -c "import joblib, json; d = joblib.load('FILE.jbl'); json.dump({'attributes': d['attributes'], """
-    """'patch_id_to_ann_id': {int(k): int(v) for k, v in d['patch_id_to_ann_id'].items()}, """
-    """'ann_vecs': {int(k): list(map(float, v)) for k, v in d['ann_vecs'].items()}}, """
-    """open('cocottributes.json', 'w'))\""""
-)
+TO_JSON = load_table("patterns.json")["pickle to JSON"]  # the command
 
 
 @dataclass(frozen=True)
