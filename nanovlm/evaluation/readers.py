@@ -180,8 +180,6 @@ def pope(data, pictures, split):
             return Item(f"{kind}/{one['question_id']}", one["text"], (label,), kind, image, media)
 
         reading.collect(read_records(path), make)
-    if not reading.items + reading.problems:
-        raise FileNotFoundError(f"{data} holds no question of a coco_pope_*.json")
     return reading
 
 

@@ -118,8 +118,6 @@ def section(path, key):
 
 def kind_of(path):
     """Which of READERS a file is for: str. Only its beginning is read. Raises: FileNotFoundError, ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such annotation file")
     if path.suffix in (".jbl", ".pkl", ".joblib"):
         raise ValueError(f"{path}: a pickle can run any program and is not opened; make JSON of it once:\n  {TO_JSON}")
     for kind, (needed, sections) in READERS.items():
