@@ -12,9 +12,7 @@ from pathlib import Path
 from nanovlm.data import images
 from nanovlm.data.easy_vqa import EasyVQA
 from nanovlm.data.scene_questions import Scenes
-from nanovlm.evaluation.items import (
-    coco_picture, find, Item, picture, read_json, read_records, read_text, Reading,
-)
+from nanovlm.evaluation.items import coco_picture, find, Item, picture, read_json, read_records, read_text, Reading
 from nanovlm.files import listing
 
 csv.field_size_limit(1 << 30)  # a picture in base64 is one field

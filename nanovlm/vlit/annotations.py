@@ -79,12 +79,7 @@ class Collection:
 
 
 def read(paths):
-    """Everything that some annotation files say: Collection.
-
-    Args:
-      paths: of files; in any order.
-    Raises: FileNotFoundError; ValueError for a file of none of the known forms.
-    """
+    """Everything that files, in any order, say: Collection. Raises: FileNotFoundError; ValueError for other forms."""
     kinds, found = {Path(path): kind_of(Path(path)) for path in paths}, Collection()
     for kind, (_, sections) in READERS.items():
         for path in (path for path, its in kinds.items() if its == kind):
@@ -167,13 +162,11 @@ def id_of(one, name):
 
 
 def add_image(found, one, key):
-    """A picture of COCO's, with its sides in pixels where they are told."""
     sides = (field({side: 0} | one, side, int) for side in ("width", "height"))
     found.picture(id_of(one, "id"), text_field(one, "file_name"), *sides)
 
 
 def add_caption(found, one, key):
-    """A caption of COCO's."""
     note = Annotation(f"caption/{id_of(one, 'id')}", "caption", text_field(one, "caption"))
     found.picture(id_of(one, "image_id")).annotations.append(note)
 

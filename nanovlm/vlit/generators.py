@@ -94,9 +94,8 @@ class OpenAICompatible:
             raise ImportError("endpoints need the package openai: pip install openai") from error
         key = os.environ.get("OPENAI_API_KEY")
         self.openai, self.headers = openai, None if key else {"Authorization": openai.Omit()}
-        self.client = openai.OpenAI(
-            api_key=key or "none", base_url=base_url or None, max_retries=RETRIES, timeout=TIMEOUT
-        )
+        limits = {"max_retries": RETRIES, "timeout": TIMEOUT}
+        self.client = openai.OpenAI(api_key=key or "none", base_url=base_url or None, **limits)
         self.name, self.model, self.accepts_images, self.workers = f"endpoint {model}", model, send_images, workers
         self.pause = 60 / per_minute if per_minute else 0.0
         self.usage, self.lock, self.next_start = Counter(), threading.Lock(), 0.0

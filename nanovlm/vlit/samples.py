@@ -175,11 +175,7 @@ def defects(sample, root=None, decode=True):
 
 
 def remarks(sample):
-    """What might be better: list of (rule, words) str.
-
-    rule is "hedge" (the review's requirement 1), "region" (2, if that is the granularity) or "negative" (6, if that is
-    the plan).
-    """
+    """What might be better, see `lint`: list of (rule, words) str, rule being "hedge", "region" or "negative"."""
     found = [("hedge", f"turn {place}: {broken[0]!r}") for place, (role, text) in enumerate(sample.turns, start=1)
              if role == "assistant" and (broken := HEDGE.search(text))]  # fmt: skip
     if sample.granularity == "region" and not any(REGION.search(text) for _, text in sample.turns):

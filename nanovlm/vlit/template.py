@@ -31,7 +31,7 @@ class Template:
             draws = (random.Random(digest([seed, chat.sha, draft])) for draft in range(n))
             drafts = [Rounds(picture, region, draw).of_plan(plan) for draw in draws]
             if not all(drafts):
-                raise Refused(f"picture {picture.id} has no annotation that a {plan.name} conversation can be made from")
+                raise Refused(f"picture {picture.id} has no annotation to make a {plan.name} conversation from")
             found.append(list(map(written, drafts)))
         return found
 

@@ -43,16 +43,19 @@ def content(text):
     return [word for word in tokens(text) if word not in STOP_WORDS]
 
 
-@functools.lru_cache(maxsize=1 << 16)
+@functools.lru_cache(maxsize=1 << 14)
+def _singular_word(word):
+    if word in SINGULARS:
+        return SINGULARS[word]
+    if len(word) > 3 and word.endswith("ies"):
+        return word[:-3] + "y"
+    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us")) else word
+
+
 def singular(name):
     """A noun's singular, by rule and a short table: str. The last word of several is changed."""
     before, space, last = name.rpartition(" ")
-    if known := SINGULARS.get(name):
-        return known
-    one = SINGULARS.get(last, last)
-    if last not in SINGULARS and len(last) > 3 and last.endswith("s") and not last.endswith(("ss", "us")):
-        one = last[:-3] + "y" if last.endswith("ies") else last[:-1]
-    return f"{before}{space}{one}"
+    return SINGULARS.get(name) or f"{before}{space}{_singular_word(last)}"
 
 
 def plural(name):
