@@ -23,8 +23,9 @@ from nanovlm.data import images
 from nanovlm.data.scene_questions import parse_scene
 from nanovlm.data.scenes import render
 from nanovlm.evaluation import attention_maps, pairwise, protocols
-from nanovlm.evaluation.runner import endpoint_judge, local_judge, run
+from nanovlm.evaluation.runner import JUDGE_TOKENS, endpoint_judge, run
 from nanovlm.evaluation.tasks import TASKS
+from nanovlm.generation.sampler import Decoding
 from nanovlm.names import nearest
 
 COMMANDS = {"rank": pairwise.__doc__, "compare": pairwise.__doc__, "attention": attention_maps.__doc__}  # no tasks
@@ -72,8 +73,9 @@ def make_parser(command=""):
         add("--sheet", metavar="FILE.csv", help="write an empty sheet of marks, and rank nothing")
         add("--marks", nargs="+", metavar="FILE.csv", help="filled sheets: mean marks, and what breaks the rules")
     if command in ("", "rank"):
-        add("--judge", metavar="FOLDER", help="a model of this project, or a published one, that judges")
-        add("--judge-endpoint", metavar="NAME", help="a model behind $OPENAI_BASE_URL, any server of chat completions")
+        one = parser.add_mutually_exclusive_group().add_argument
+        one("--judge", metavar="FOLDER", help="a model of this project, or a published one, that judges")
+        one("--judge-endpoint", metavar="NAME", help="a model behind $OPENAI_BASE_URL, any server of chat completions")
         add("--judgements", default="", metavar="FILE", help='JSON lines {"id", "judgement"} made elsewhere')
     if command != "compare":
         recipes.model_flags(parser)
@@ -99,8 +101,6 @@ def parse(arguments):
         parser.error("--model is needed: the folder of the model to measure")
     if (args.judge or args.judge_endpoint) and TASKS[args.task].protocol is not protocols.judged:
         parser.error(f"--judge: answers of {args.task} are not judged")
-    if args.judge and args.judge_endpoint:
-        parser.error("--judge and --judge-endpoint: one of them judges")
     for name, least in (("shots", 0), ("limit", 1), ("batch_size", 1), ("num_frames", 1)):
         value = vars(args)[name]
         if value is not None and value < least:
@@ -110,22 +110,20 @@ def parse(arguments):
 
 
 def open_judge(args):
-    """The judge of --judge or --judge-endpoint, or None."""
+    """The judge of --judge (greedy) or --judge-endpoint, a function list of prompts -> list of texts, or None."""
     if args.judge:
-        return local_judge(recipes.load_by_flags(args.judge, args))
+        loaded, decoding = recipes.load_by_flags(args.judge, args), Decoding(max_new_tokens=JUDGE_TOKENS)
+        return lambda prompts: loaded.ask(prompts, decoding=decoding)
     return endpoint_judge(args.judge_endpoint) if args.judge_endpoint else None
 
 
-def measure(args):
-    """What a task prints, or the table of the tasks: (list of str, exit code)."""
-    if args.task is None:
-        rows = [("task", "protocol", "counted by", "read as")]
-        for name, task in TASKS.items():
-            read = task.read.__doc__.split("\n")[0]
-            rows.append((name, task.protocol.__name__, task.way or task.summarise.__name__, read))
-        return ["{:<16}{:<14}{:<19}{}".format(*row) for row in rows], 0
-    lines, number = run(args, recipes.load_by_flags(args.model, args), open_judge(args))
-    return [*lines, f"report, predictions and pictures: {args.out}"], 0 if number else NOTHING_MEASURED
+def table():
+    """The tasks in words: list of str."""
+    rows = [("task", "protocol", "counted by", "read as")]
+    for name, task in TASKS.items():
+        read = task.read.__doc__.split("\n")[0]
+        rows.append((name, task.protocol.__name__, task.way or task.summarise.__name__, read))
+    return ["{:<16}{:<14}{:<19}{}".format(*row) for row in rows]
 
 
 def rank(args):
@@ -165,8 +163,11 @@ def main(arguments):
             lines = pairwise.compare(args.folders, args.seed)
         elif args.command == "attention":
             lines = attention(args)
+        elif args.task is None:
+            lines = table()
         else:
-            lines, code = measure(args)
+            lines, number = run(args, recipes.load_by_flags(args.model, args), open_judge(args))
+            lines, code = [*lines, f"report, predictions and pictures: {args.out}"], 0 if number else NOTHING_MEASURED
     except (ValueError, OSError, ImportError, KeyError) as error:
         print(f"python -m nanovlm.evaluation {args.command or args.task}: {error}", file=sys.stderr)
         return BAD_INPUT

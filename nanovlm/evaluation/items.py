@@ -10,17 +10,6 @@ from nanovlm.files import listing, replace_text
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A picture that stands in the file itself, in base64, perhaps behind a "data:image/…;base64," prefix."""
-
-    text: str
-
-    def open(self):
-        """The picture: PIL.Image.Image. Raises: images.ImageError."""
-        return images.load(images.from_base64(self.text))
-
-
-@dataclass(frozen=True)
 class Item:
     """One question."""
 
@@ -29,7 +18,7 @@ class Item:
     answers: tuple = ()  # what is right; str, records of annotators, or the place of the right option
     kind: str = ""  # class for the report
     group: str = ""  # what is counted together: the picture in MME, the question under rotation
-    media: tuple = ()  # in order, each a path, an Encoded or a PIL image
+    media: tuple = ()  # in order, each a path, the bytes of a file or a PIL image
     is_clip: bool = False  # it is one film, animation or folder of frames
     options: tuple[str, ...] = ()  # of a multiple choice
     extra: dict = field(default_factory=dict)  # further words of the prompt, by name
@@ -95,27 +84,18 @@ def write_json(path, value):
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def open_picture(source):
-    """A path, an Encoded or a PIL image as PIL.Image.Image. Raises: images.ImageError."""
-    return source.open() if isinstance(source, Encoded) else images.load(source)
-
-
 def read_text(path):
-    """A text file, perhaps compressed: str. Raises: ValueError naming the file."""
-    data = Path(path).read_bytes()
+    """A text file, perhaps packed by gzip: str. Raises: ValueError naming the file."""
     try:
-        return (gzip.decompress(data) if data[:2] == json_files.PACKED else data).decode("utf-8-sig")
+        with json_files.open_bytes(path) as file:
+            return file.read().decode("utf-8-sig")
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path}: no readable text ({error})") from error
 
 
 def read_json(path):
     """A JSON file as it is. Raises: ValueError naming file and line."""
-    text = read_text(path)
-    try:
-        return json.loads(text, object_pairs_hook=json_files.unique_keys)
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
+    return json_files.parse(read_text(path).encode(), path)
 
 
 def read_records(path):

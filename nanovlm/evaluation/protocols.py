@@ -22,7 +22,7 @@ from PIL import ImageOps
 from nanovlm.data import images, templates
 from nanovlm.data.records import Turn, Visual
 from nanovlm.data.video import Clip
-from nanovlm.evaluation.items import Encoded, read_records
+from nanovlm.evaluation.items import read_records
 from nanovlm.evaluation.vqa_accuracy import vqa_accuracy
 from nanovlm.files import JsonLines, replace_text
 from nanovlm.generation.answer import DESCRIBE, make_prompt, reply
@@ -188,7 +188,6 @@ class Asker:
         key = str(source) if isinstance(source, Path) else f"{id(source)}"
         if is_clip:
             return Visual(key, Clip(str(source), self.num_frames))
-        source = source.open() if isinstance(source, Encoded) else source
         return Visual(key, (ImageOps.expand(images.load(source), self.border) if self.border else source,))
 
 

@@ -10,8 +10,9 @@ from collections import defaultdict
 import torch
 from matplotlib.figure import Figure
 
+from nanovlm.data import images
 from nanovlm.evaluation.captions import caption_scores
-from nanovlm.evaluation.items import open_picture, write_json
+from nanovlm.evaluation.items import write_json
 from nanovlm.evaluation.protocols import LETTERS
 from nanovlm.recipes.nano_tests import Answer, sample_sheet, wilson
 
@@ -95,7 +96,7 @@ def worst(predictions, items, path, title):
     wrong = [one for one in predictions if one["score"] not in (None, 1) and one["id"] in pictures]
     samples = []
     for one in sorted(wrong, key=lambda one: one["score"])[:WORST]:
-        shown, truth = open_picture(pictures[one["id"]]), one["answers"][0]
+        shown, truth = images.load(pictures[one["id"]]), one["answers"][0]
         truth = one["options"][truth] if "options" in one else truth["answer"] if isinstance(truth, dict) else truth
         samples.append((one["id"], shown, Answer(one["id"], 0, one["kind"], one["question"], truth, one["prediction"])))
     if samples:
@@ -172,10 +173,9 @@ def mme(predictions):
 
 def unread(predictions):
     """The share of answers with neither yes nor no in them, or in which the benchmark's own reading finds neither."""
-    def neither(one):
-        return one["said"] == "other" or not re.search(r"\b(yes|no|not)\b", one["prediction"].lower())
-
-    return mean(predictions, lambda one: float(neither(one)))
+    unsaid = [one["said"] == "other" or not re.search(r"\b(yes|no|not)\b", one["prediction"].lower())
+              for one in predictions]
+    return sum(unsaid) / len(unsaid)
 
 
 def lettered(predictions):

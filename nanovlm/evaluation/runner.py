@@ -12,7 +12,6 @@ from nanovlm.evaluation.protocols import LETTERS, Asker, put
 from nanovlm.evaluation.tasks import TASKS
 from nanovlm.files import JsonLines
 from nanovlm.generation.answer import check_speaks
-from nanovlm.generation.sampler import Decoding
 
 JUDGE_TOKENS = 32  # a verdict, or a verdict and a mark
 JUDGE_REQUESTS = 4  # under way at once
@@ -117,12 +116,6 @@ def answers(batch, asker, task, problems):
             problems.append(f"{batch[0].id}: {error}")
             return []
     return [one for item in batch for one in answers([item], asker, task, problems)]
-
-
-def local_judge(loaded):
-    """A model of this project as the judge: function list of prompts -> list of texts, greedy."""
-
-    return lambda prompts: loaded.ask(prompts, decoding=Decoding(max_new_tokens=JUDGE_TOKENS))
 
 
 def endpoint_judge(name):

@@ -11,7 +11,7 @@ import re
 
 from nanovlm.vlit.replies import PROMPTS, digest, prompt
 from nanovlm.vlit.samples import make_item
-from nanovlm.vlit.self_instruct import SEVERAL, counts, listed, named_region, question
+from nanovlm.vlit.self_instruct import SEVERAL, counts, listed, question
 from nanovlm.vlit.words import plural
 
 POOLS = PROMPTS["adaption"]["pools"]  # kind -> instructions; [QUESTION], [OBJECT]: of the annotation
@@ -57,12 +57,6 @@ def responses(picture):
     if texts:
         found.append(("ocr", "", ", ".join(one.value for one in texts), [one.id for one in texts]))
     return found + [("vqa", question(one), one.value, [one.id]) for one in picture.of_kind("vqa")]
-
-
-def region_response(picture, region):
-    """What is in a marked box, as `responses` has it."""
-    ids = [note.id for note in (region, *picture.attributes(region))]
-    return "region", "", named_region(picture, region), ids
 
 
 def adapt(kind, slot, response, annotation_ids, id, image, pools, seed, sentence=None):

@@ -21,15 +21,11 @@ from pathlib import Path
 
 from nanovlm.data.convert import commonest
 from nanovlm.data.json_files import elements, field, records, text_field
+from nanovlm.vlit.words import load_table
 
 VOTES = 0.5  # share of the workers above which an object has an attribute, as in the authors' demo
 EITHER = re.compile(r"^[\w' -]+\bor\b[\w' -]+$", re.IGNORECASE)  # "yes or no" answers nothing
-TO_JSON = (
-    """python -c "import joblib, json; d = joblib.load('FILE.jbl'); json.dump({'attributes': d['attributes'], """
-    """'patch_id_to_ann_id': {int(k): int(v) for k, v in d['patch_id_to_ann_id'].items()}, """
-    """'ann_vecs': {int(k): list(map(float, v)) for k, v in d['ann_vecs'].items()}}, """
-    """open('cocottributes.json', 'w'))\""""
-)
+TO_JSON = load_table("patterns.json")["pickle to JSON"]  # the command
 
 
 @dataclass(frozen=True)
@@ -83,12 +79,7 @@ class Collection:
 
 
 def read(paths):
-    """Everything that some annotation files say: Collection.
-
-    Args:
-      paths: of files; in any order.
-    Raises: FileNotFoundError; ValueError for a file of none of the known forms.
-    """
+    """Everything that files, in any order, say: Collection. Raises: FileNotFoundError; ValueError for other forms."""
     kinds, found = {Path(path): kind_of(Path(path)) for path in paths}, Collection()
     for kind, (_, sections) in READERS.items():
         for path in (path for path, its in kinds.items() if its == kind):
@@ -122,8 +113,6 @@ def section(path, key):
 
 def kind_of(path):
     """Which of READERS a file is for: str. Only its beginning is read. Raises: FileNotFoundError, ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such annotation file")
     if path.suffix in (".jbl", ".pkl", ".joblib"):
         raise ValueError(f"{path}: a pickle can run any program and is not opened; make JSON of it once:\n  {TO_JSON}")
     for kind, (needed, sections) in READERS.items():
@@ -173,13 +162,11 @@ def id_of(one, name):
 
 
 def add_image(found, one, key):
-    """A picture of COCO's, with its sides in pixels where they are told."""
     sides = (field({side: 0} | one, side, int) for side in ("width", "height"))
     found.picture(id_of(one, "id"), text_field(one, "file_name"), *sides)
 
 
 def add_caption(found, one, key):
-    """A caption of COCO's."""
     note = Annotation(f"caption/{id_of(one, 'id')}", "caption", text_field(one, "caption"))
     found.picture(id_of(one, "image_id")).annotations.append(note)
 

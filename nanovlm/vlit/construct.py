@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from nanovlm import files
 from nanovlm.data.images import ImageError, load, opened
-from nanovlm.evaluation.items import coco_picture, picture as picture_path, write_json
+from nanovlm.evaluation.items import coco_picture, write_json
 from nanovlm.names import check_known
 from nanovlm.vlit import adaption, annotations, self_instruct
 from nanovlm.vlit.generators import add_generator_flags, drawing, open_generator
@@ -105,31 +105,29 @@ def find_pictures(collection, folder, limit=None):
     for one in collection.pictures.values():
         if not one.annotations or len(found) == limit:
             continue
-        path = "" if folder is None else str(_path(one, folder))
+        if folder is None:
+            found.append((one, ""))
+            continue
+        places = [Path(folder, one.file_name or f"{one.id}.jpg")]
+        places += [coco_picture(folder, one.id, split) for split in ("train", "val") if one.id.isdigit()]
+        path = str(next(filter(Path.is_file, places), places[0]))
         try:
-            if path:
-                with opened(path):
-                    pass
-            found.append((one, path))
-        except (FileNotFoundError, ImageError) as error:
-            failed.append((f"{'unreadable' if isinstance(error, ImageError) else 'missing'} picture", str(error)))
+            with opened(path):
+                found.append((one, path))
+        except FileNotFoundError as error:
+            failed.append(("missing picture", str(error)))
+        except ImageError as error:
+            failed.append(("unreadable picture", str(error)))
     return found, failed
-
-
-def _path(picture, folder):
-    """Where a picture lies: Path. COCO's numbers are found under the names of 2014 and 2017."""
-    first = picture_path(folder, picture.file_name or f"{picture.id}.jpg")
-    numbered = [coco_picture(folder, picture.id, split) for split in ("train", "val") if picture.id.isdigit()]
-    return next((path for path in (first, *numbered) if path.is_file()), first)
 
 
 def regions(picture, number, seed):
     """Annotations of a picture that are worth a box, drawn at random: list of Annotation, `number` at most."""
-    def area(left, top, right, bottom):
-        return (right - left) * (bottom - top)
-
-    fitting = [one for kind, least in LEAST_AREA.items() for one in picture.of_kind(kind)
-               if not one.is_crowd and least <= area(*one.box) <= MOST_AREA]  # fmt: skip
+    fitting = []
+    for one in picture.of_kind("object") + picture.of_kind("ocr"):
+        left, top, right, bottom = one.box
+        if not one.is_crowd and LEAST_AREA[one.kind] <= (right - left) * (bottom - top) <= MOST_AREA:
+            fitting.append(one)
     return random.Random(digest([seed, picture.id, "regions"])).sample(fitting, min(number, len(fitting)))
 
 
@@ -183,8 +181,17 @@ class Work:
         with open(path, "w", encoding="utf-8") as file:
             for method, make in (("adapt", self.adapted), ("self-instruct", self.conversations)):
                 for item in make() if self.args.method in (method, "both") else ():
-                    if self.check(item):
-                        file.write(json.dumps(item, ensure_ascii=False) + "\n")
+                    one = sample(item)
+                    broken = defects(one)
+                    if unusable := [f"{rule}: {words}" for rule, words in broken if rule in UNUSABLE]:
+                        self.failures.append(("unusable", f"{one.id}: {'; '.join(unusable)}"))
+                        continue
+                    broken += remarks(one) if method == "self-instruct" else []
+                    if flags := list(dict.fromkeys(rule for rule, _ in broken)):
+                        item["flags"] = flags
+                    self.notes.update(f"flagged {rule}" for rule in flags)
+                    self.counts[item["type"], one.plan] += 1
+                    file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
     def ask(self, requests, draw, total=None):
         """(request, list of str) for each request, (Chat, id, …); what is refused becomes a failure."""
@@ -200,7 +207,9 @@ class Work:
             for place, told in enumerate(adaption.responses(picture)):
                 yield f"{picture.id}/AA/{told[0]}/{place}", told, image
             for image, _, region in drawn:
-                yield f"{picture.id}/AA/region/{region.id}", adaption.region_response(picture, region), image
+                ids = [note.id for note in (region, *picture.attributes(region))]
+                told = "region", "", self_instruct.named_region(picture, region), ids
+                yield f"{picture.id}/AA/region/{region.id}", told, image
 
     def adapted(self):
         """Annotation adaption of every picture: iterator of items."""
@@ -229,43 +238,25 @@ class Work:
     def conversations(self):
         """Self-instruct: iterator of items."""
         total = len(self.shown) * len(self.plans)  # about
-        for request, texts in self.ask(self.requests(), self.draw, total):
+        for (chat, id, image), texts in self.ask(self.requests(), self.draw, total):
+            plan, picture, region = chat.material
+            origin = {
+                "generator": self.recorded.name, "plan": plan.name, "prompt_sha": chat.sha, "seed": self.draw.seed,
+                "temperature": self.draw.temperature, "index": 0, "region": region and list(region.box),
+                "annotation_ids": [one.id for one in picture.annotations],
+            }  # fmt: skip
             for index, text in enumerate(texts):
                 if text in texts[:index]:
                     self.notes["answers drawn twice"] += 1
-                elif item := self.conversation(*request, index, text):
-                    yield item
-
-    def conversation(self, chat, id, image, index, text):
-        """One drawn answer as an item, or None if no conversation is found in it."""
-        (plan, picture, region), id = chat.material, f"{id}/{index}"
-        try:
-            parsed = parse(text)
-        except Unparsed as error:
-            self.failures.append((f"unparsed: {error.reason}", f"{id}: {text[:200]!r}"))
-            return None
-        self.notes.update(f"parsed although {note}" for note in parsed.notes)
-        origin = {
-            "generator": self.recorded.name, "plan": plan.name, "prompt_sha": chat.sha, "seed": self.draw.seed,
-            "temperature": self.draw.temperature, "index": index, "region": region and list(region.box),
-            "annotation_ids": [one.id for one in picture.annotations],
-        }  # fmt: skip
-        texts = [words for _, words in parsed.turns]
-        return make_item(id, image, texts, plan.task, "SI", plan.granularity, origin)
-
-    def check(self, item):
-        """Flag what an item breaks. Returns: whether it can be trained on; if not, that is a failure."""
-        one = sample(item)
-        broken = defects(one)
-        if unusable := [f"{rule}: {words}" for rule, words in broken if rule in UNUSABLE]:
-            self.failures.append(("unusable", f"{one.id}: {'; '.join(unusable)}"))
-            return False
-        softer = remarks(one) if item["type"] == "SI" else []
-        if flags := list(dict.fromkeys(rule for rule, _ in broken + softer)):
-            item["flags"] = flags
-        self.notes.update(f"flagged {rule}" for rule in flags)
-        self.counts[item["type"], one.plan] += 1
-        return True
+                    continue
+                try:
+                    parsed = parse(text)
+                except Unparsed as error:
+                    self.failures.append((f"unparsed: {error}", f"{id}/{index}: {text[:200]!r}"))
+                    continue
+                self.notes.update(f"parsed although {note}" for note in parsed.notes)
+                said, its = [words for _, words in parsed.turns], origin | {"index": index}
+                yield make_item(f"{id}/{index}", image, said, plan.task, "SI", plan.granularity, its)
 
     def report(self, out, skipped):
         """Write failures.jsonl and report.json: list of str, what to print."""

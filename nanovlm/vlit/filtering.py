@@ -64,6 +64,8 @@ def run(args):
     for name in ("per_task", "per_response"):
         if vars(args)[name] is not None and vars(args)[name] < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {vars(args)[name]}; it must be 1 or more")
+    if not 0 < args.near <= 1:
+        raise ValueError(f"--near is {args.near}, the share of common word triples; it lies between 0 and 1")
     if not 0 <= args.matching_percentile < 100:
         raise ValueError(f"--matching-percentile is {args.matching_percentile}; it lies from 0 to below 100")
     settings, helpers = quality.settings_of(args), quality.helpers_of(args, out)
@@ -95,19 +97,16 @@ def score(path, root, args, settings, helpers):
     names = ("annotations", "encoder", "n", "temperature", "seed", "near", "exact_only", "task_field")
     made_of = {"file": str(path), "bytes": os.stat(path).st_size, "images": str(root),
                "judge": helpers.judge and helpers.judge.name} | {name: vars(args)[name] for name in names}  # fmt: skip
-    index = Index(None if args.exact_only else args.near)
     written = files.JsonLines(Path(args.out) / "scores.jsonl", made_of)
-    rows, sound = list(written), []
+    rows = list(written)
     waiting = itertools.islice(read(path, "score"), len(rows), None)
     while batch := [sample for _, sample in itertools.islice(waiting, BATCH)]:
         new = score_batch(batch, root, settings, helpers)
         written.add(*new)
         rows += new
-    for number, (row, (_, sample)) in enumerate(zip(rows, read(path, "duplicates"))):
-        if not row["reasons"]:  # what goes anyway is no original
-            index.add(sample)
-            sound.append(number)
-    for later, (first, why) in index.duplicates().items():
+    sound = [number for number, row in enumerate(rows) if not row["reasons"]]  # what goes anyway is no original
+    samples = (sample for row, (_, sample) in zip(rows, read(path, "duplicates")) if not row["reasons"])
+    for later, (first, why) in duplicates(samples, None if args.exact_only else args.near).items():
         rows[sound[later]]["reasons"].append(f"duplicate: {why} of record {sound[first] + 1}")
     return rows
 
@@ -214,37 +213,30 @@ def signature(words):
     return ((hashes[:, None] * FACTORS + OFFSETS) % PRIME).min(0).astype(numpy.uint32)
 
 
-class Index:
-    """All samples offered to it. near: least estimated Jaccard of two that count as one; None = exact ones only."""
+def duplicates(samples, near):
+    """Which of some samples repeat an earlier one: {its number: (the earliest's, "exact duplicate" or "near …")}.
 
-    def __init__(self, near=0.9):
-        if near is not None and not 0 < near <= 1:
-            raise ValueError(f"near duplicates share between 0 and 1 of their word triples, not {near}")
-        self.near, self.exact, self.pictures, self.signatures = near, array("Q"), array("Q"), array("I")
-
-    def add(self, sample):
-        """Note a sample: its pictures and all that is said. Near duplicates show the same pictures."""
-        pictures = "|".join(sample.images)
-        said = [(role, tokens(text)) for role, text in sample.turns]
-        self.exact.append(digest(f"{pictures} {said}"))
-        if self.near is not None:
-            self.pictures.append(digest(pictures))
-            self.signatures.frombytes(signature(sum((words for _, words in said), [])).tobytes())
-
-    def duplicates(self):
-        """{number of a sample: (number of the earliest one that it repeats, "exact duplicate" or "near duplicate")}."""
-        exact, pictures, table = map(numpy.asarray, (self.exact, self.pictures, self.signatures))
-        found = {later: (first, "exact duplicate") for first, later in _groups(exact)}
-        table = table.reshape(-1, HASHES)
-        for band in range(0, HASHES if self.near else 0, BAND):
-            keys = pictures.copy()
-            for column in table[:, band : band + BAND].T:
-                keys = keys * numpy.uint64(0x9E3779B97F4A7C15) + column  # wraps around, as hashes may
-            for first, later in _groups(keys):
-                same = pictures[first] == pictures[later] and (table[first] == table[later]).mean() >= self.near
-                if later not in found and same:
-                    found[later] = (found.get(first, (first,))[0], "near duplicate")
-        return found
+    near: least estimated Jaccard of two of the same pictures that count as one; None = exact ones only.
+    """
+    exact, pictures, signatures = array("Q"), array("Q"), array("I")
+    for sample in samples:
+        shown, said = "|".join(sample.images), [(role, tokens(text)) for role, text in sample.turns]
+        exact.append(digest(f"{shown} {said}"))
+        if near is not None:
+            pictures.append(digest(shown))
+            signatures.frombytes(signature(sum((words for _, words in said), [])).tobytes())
+    exact, pictures, table = map(numpy.asarray, (exact, pictures, signatures))
+    found = {later: (first, "exact duplicate") for first, later in _groups(exact)}
+    table = table.reshape(-1, HASHES)
+    for band in range(0, HASHES if near else 0, BAND):
+        keys = pictures.copy()
+        for column in table[:, band : band + BAND].T:
+            keys = keys * numpy.uint64(0x9E3779B97F4A7C15) + column  # wraps around, as hashes may
+        for first, later in _groups(keys):
+            same = pictures[first] == pictures[later] and (table[first] == table[later]).mean() >= near
+            if later not in found and same:
+                found[later] = (found.get(first, (first,))[0], "near duplicate")
+    return found
 
 
 def _groups(keys):

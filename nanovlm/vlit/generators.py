@@ -72,9 +72,8 @@ class Local:
 class OpenAICompatible:
     """Any server that speaks OpenAI's chat completions: hosted models, vLLM, llama.cpp, Ollama, …
 
-    The `openai` package (optional: pip install openai) asks again after a growing wait where that may help (busy,
-    limits, broken connections). What does not pass (a wrong key, an unknown model) stops the run with a message; a
-    request that the server will never answer (too long, filtered) is refused alone.
+    The `openai` package (optional: pip install openai) asks again after a growing wait where that may help. What does
+    not pass (a wrong key, an unknown model) stops the run; a request that is too long or filtered is refused alone.
 
     Args:
       model: its name there. base_url: up to and without /chat/completions; "" = $OPENAI_BASE_URL, then OpenAI's. The
@@ -95,9 +94,8 @@ class OpenAICompatible:
             raise ImportError("endpoints need the package openai: pip install openai") from error
         key = os.environ.get("OPENAI_API_KEY")
         self.openai, self.headers = openai, None if key else {"Authorization": openai.Omit()}
-        self.client = openai.OpenAI(
-            api_key=key or "none", base_url=base_url or None, max_retries=RETRIES, timeout=TIMEOUT
-        )
+        limits = {"max_retries": RETRIES, "timeout": TIMEOUT}
+        self.client = openai.OpenAI(api_key=key or "none", base_url=base_url or None, **limits)
         self.name, self.model, self.accepts_images, self.workers = f"endpoint {model}", model, send_images, workers
         self.pause = 60 / per_minute if per_minute else 0.0
         self.usage, self.lock, self.next_start = Counter(), threading.Lock(), 0.0
@@ -106,7 +104,13 @@ class OpenAICompatible:
         """As every generator. Servers that give fewer than n answers at once are asked for the rest."""
         found = [[] for _ in chats]
         for chat, texts in zip(chats, found):
-            body = {"messages": self._messages(chat), "temperature": temperature, "max_tokens": max_tokens}
+            messages = [{"role": role, "content": text} for role, text in chat.messages]
+            if self.accepts_images and chat.image:
+                kind = mimetypes.guess_type(chat.image)[0] or "image/jpeg"
+                url = f"data:{kind};base64,{base64.b64encode(Path(chat.image).read_bytes()).decode()}"
+                words = {"type": "text", "text": messages[-1]["content"]}
+                messages[-1]["content"] = [words, {"type": "image_url", "image_url": {"url": url}}]
+            body = {"messages": messages, "temperature": temperature, "max_tokens": max_tokens}
             body |= {"stop": list(stop)} if stop else {}
             while len(texts) < n:
                 choices = self._post(model=self.model, n=n - len(texts), seed=seed + len(texts), **body)
@@ -114,15 +118,6 @@ class OpenAICompatible:
                     raise Refused("the server answered without a choice")
                 texts += choices
         return [texts[:n] for texts in found]
-
-    def _messages(self, chat):
-        messages = [{"role": role, "content": text} for role, text in chat.messages]
-        if self.accepts_images and chat.image:
-            kind = mimetypes.guess_type(chat.image)[0] or "image/jpeg"
-            url = f"data:{kind};base64,{base64.b64encode(Path(chat.image).read_bytes()).decode()}"
-            words = {"type": "text", "text": messages[-1]["content"]}
-            messages[-1]["content"] = [words, {"type": "image_url", "image_url": {"url": url}}]
-        return messages
 
     def _post(self, **body):
         """One request: list of str, the texts of its choices."""

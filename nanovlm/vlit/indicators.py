@@ -1,10 +1,7 @@
 """The eight indicators of the VLIT review (Sec. 4.2.3 and Table 4), each with its exact computation and its cost.
 
-    MD    matching degree of picture and response (matching.py)     R    kinds of responses (clustering.py)
-    C     share of correct responses                                O/G  semantic elements of an instruction
-    T     number of tasks (tagging.py)                              IC   complexity of an instruction
-    I     kinds of instructions (clustering.py)                     B    balance of the tasks
-
+MD: matching degree of picture and response. C: share of correct responses. T: number of tasks. I, R: kinds of
+instructions, of responses. O/G: semantic elements of an instruction. IC: its complexity. B: balance of the tasks.
 A file is read once, in memory that does not grow with it: counters, and random samples of what is measured afterwards.
 What has no encoder, annotations or judge is listed as not measured, never left out.
 
@@ -33,6 +30,7 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
+from nanovlm.data.images import ImageError
 from nanovlm.evaluation.protocols import parse_verdict, whole_number
 from nanovlm.recipes.nano_tests import wilson
 from nanovlm.vlit import tagging
@@ -44,15 +42,9 @@ from nanovlm.vlit.replies import prompt
 from nanovlm.vlit.samples import Unreadable, defects, picture, read
 from nanovlm.vlit.words import COLORS, LEXICON, RELATIONS, content, load_table, named, number, tokens
 
+HOW = load_table("indicators.json")  # in words, for the report
+FLAGS = HOW["flags"]  # of Settings, whole numbers from 1 on: what they mean
 PROPOSED = 200  # instructions from which a language model proposes task labels
-FLAGS = {  # of Settings: whole numbers from 1 on
-    "kept": "pairs that encoder and judge see, at most",
-    "instructions": "instructions drawn of each task",
-    "smallest": "personas of the smallest cluster that counts",
-    "responses": "responses of a draw",
-    "draws": "draws of responses, where there are enough of them",
-    "min_samples": "of DBSCAN: responses within eps that make a core, itself counted",
-}
 MOST_TASKS = 1000  # different ones; the samples' own field may hold anything
 NAMED = 1000  # unreadable records and defects named one by one in a report; all are counted
 BOX = re.compile(r"\[\s*[\d.]+(?:\s*,\s*[\d.]+)+\s*\]|<box>.*?</box>")  # coordinates
@@ -60,7 +52,6 @@ MARKED = re.compile(r"\b(?:boxed|circled|marked|highlighted|outlined)\b", re.IGN
 RELATION = re.compile(rf"\b(?:{'|'.join(sorted(RELATIONS, key=len, reverse=True))})\b")
 REASONING = re.compile(r"\b(?:why|how|explain|reason|compare|infer|imply|suggest|might|[cw]ould|if|because|purpose)\b")
 CLAUSE = re.compile(r"[,;:]|\b(?:and|or|but|while|which|that|because|if|when|who|where)\b")
-HOW = load_table("indicators.json")  # in words, for the report
 
 
 @dataclass(frozen=True)
@@ -256,10 +247,10 @@ def matching_degree(found):
 
 
 def pictures_of(sample, root):
-    """A sample's pictures, as of samples.picture: list; None if one is missing."""
+    """A sample's pictures, as of samples.picture: list; None if one is missing, or no base64."""
     try:
         return [picture(name, root or ".") for name in sample.images]
-    except FileNotFoundError:
+    except (FileNotFoundError, ImageError):
         return None
 
 
@@ -314,7 +305,15 @@ def judge_pairs(pairs, helpers, root, settings):
     Returns: per pair the votes, list of True, False or None = unreadable; or None where the judge's picture is missing
       or no file (base64).
     """
-    chats = [_judged(one, helpers, root) for one in pairs]
+    chats = []
+    for sample, instruction, response in pairs:
+        image, told = "", ""
+        if not helpers.judge.accepts_images:
+            told = helpers.describe(sample)
+        elif sample.images:
+            image = (pictures_of(sample, root) or [None])[0]
+        words = {"instruction": instruction, "response": response, "told": told and f"About the picture: {told}\n"}
+        chats.append(prompt("judge", str(image), **words) if isinstance(image, (str, Path)) else None)
     asked = list(filter(None, chats))
     replies = iter(helpers.judge.ask(asked, settings.votes, settings.temperature, 8, settings.seed))
     return [list(map(parse_verdict, next(replies))) if chat else None for chat in chats]
@@ -324,19 +323,6 @@ def majority(votes):
     """What most readable votes say: True, False, or None where they tie or are none."""
     yes, no = votes.count(True), votes.count(False)
     return None if yes == no else yes > no
-
-
-def _judged(pair, helpers, root):
-    """What the judge is asked about (Sample, question, answer): replies.Chat, or None without its picture."""
-    (sample, question, answer), image, told = pair, "", ""
-    if not helpers.judge.accepts_images:
-        told = helpers.describe(sample)
-    elif sample.images:
-        image, *_ = pictures_of(sample, root) or [None]
-        if not isinstance(image, Path):
-            return None
-    told = f"About the picture: {told}\n" if told else ""
-    return prompt("judge", str(image), instruction=question, response=answer, told=told)
 
 
 def task_diversity(found):

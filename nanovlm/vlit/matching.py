@@ -17,9 +17,8 @@ from typing import Any
 import tokenizers
 import torch
 
-from nanovlm.data.images import CLIP, Preprocessing, to_pixels
+from nanovlm.data.images import CLIP, Preprocessing, load, to_pixels
 from nanovlm.data.tokenizer import Tokenizer
-from nanovlm.evaluation.items import open_picture
 from nanovlm.recipes import load as load_model, recipe_of
 from nanovlm.training.start import build_models, load_weights
 
@@ -41,9 +40,8 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, pictures):
-        """list of N paths, Encoded or PIL images -> float[N, V, E] of length 1, see contrastive.TwoTowers.views."""
-        opened = map(open_picture, pictures)
-        pixels = [to_pixels(one, self.image_size, self.image_fit, self.preprocessing) for one in opened]
+        """list of N sources of images.load -> float[N, V, E] of length 1, see contrastive.TwoTowers.views."""
+        pixels = [to_pixels(load(one), self.image_size, self.image_fit, self.preprocessing) for one in pictures]
         return self.model.views(torch.stack(pixels))
 
     @torch.no_grad()
@@ -80,7 +78,13 @@ def load_encoder(folder, recipe=None):
     folder = Path(folder)
     path = folder / "config.json"
     if path.is_file() and "recipe" in (config := json.loads(path.read_text())):
-        return _trained_here(folder, config, recipe)
+        recipe, tokenizer = recipe_of(folder, config, recipe), Tokenizer(folder / "tokenizer.json")
+        model, towers = build_models(recipe, config["size"], tokenizer.vocab_size, 0, config.get("architecture"))
+        if towers is None or not (folder / "text_tower.safetensors").is_file():
+            raise ValueError(f"{folder} has no text tower: recipe {config['recipe']!r} ran without a contrastive stage")
+        load_weights(folder, model, towers)
+        *_, last = config["stages"].values()
+        return own_encoder(towers.eval(), tokenizer, config["image_size"], last["image_fit"])
     loaded = load_model(folder)
     if not hasattr(loaded.model, "embed_texts"):
         raise ValueError(f"{folder} holds {type(loaded.model).__name__}, not a pair of towers; give a CLIP folder")
@@ -90,15 +94,6 @@ def load_encoder(folder, recipe=None):
         raise ValueError(f"{folder / 'tokenizer.json'} lacks {BEGIN} or {END}; it is not CLIP's")
     ids = lambda text: [begin, *backend.encode(text, add_special_tokens=False).ids, end]
     return Encoder("MD", loaded.model.eval(), ids, loaded.image_size, loaded.image_fit, loaded.preprocessing)
-
-
-def _trained_here(folder, config, recipe):
-    recipe, tokenizer = recipe_of(folder, config, recipe), Tokenizer(folder / "tokenizer.json")
-    model, towers = build_models(recipe, config["size"], tokenizer.vocab_size, 0, config.get("architecture"))
-    if towers is None or not (folder / "text_tower.safetensors").is_file():
-        raise ValueError(f"{folder} has no text tower: recipe {config['recipe']!r} ran without a contrastive stage")
-    load_weights(folder, model, towers)
-    return own_encoder(towers.eval(), tokenizer, config["image_size"], list(config["stages"].values())[-1]["image_fit"])
 
 
 def own_encoder(towers, tokenizer, image_size, image_fit="crop"):

@@ -23,11 +23,7 @@ CLOSED = re.compile(r"""["'”]\s*[,}\]]*\s*$""")
 
 
 class Unparsed(ValueError):
-    """A text in which no conversation could be found. reason: str, few different ones, to be counted."""
-
-    def __init__(self, reason, text):
-        super().__init__(f"{reason}: {text[:80]!r}")
-        self.reason = reason
+    """Why no conversation could be found in a text: few different messages, to be counted."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +59,23 @@ DECODER = json.JSONDecoder(object_pairs_hook=_of_object, strict=False)  # strict
 def parse(text):
     """The conversation in a generator's answer: Conversation. Raises: Unparsed."""
     bare = FENCE.sub("", text).strip()
-    if not bare:
-        raise Unparsed("empty answer", text)
     turns, notes = _from_json(bare)
     if not turns or notes:
         turns, notes = max((turns, notes), _from_labels(bare), key=lambda found: len(found[0]))
     if not turns:
-        raise Unparsed("no conversation", text)
+        raise Unparsed("no conversation" if bare else "empty answer")
     roles = [role for role, _ in turns]
     for role, other in zip(roles, roles[1:]):
         if role == other:
-            raise Unparsed("two questions in a row" if role == "user" else "two answers in a row", text)
+            raise Unparsed("two questions in a row" if role == "user" else "two answers in a row")
     if roles[-1] == "user":  # the length limit came before the answer
         turns, notes = turns[:-1], [*notes, "cut"]
     if not turns:
-        raise Unparsed("no answer", text)
+        raise Unparsed("no answer")
     if roles[0] == "assistant":
-        raise Unparsed("begins with the answer", text)
+        raise Unparsed("begins with the answer")
     if not all(words for _, words in turns):
-        raise Unparsed("empty turn", text)
+        raise Unparsed("empty turn")
     return Conversation(tuple(turns), tuple(dict.fromkeys(notes)))
 
 

@@ -85,11 +85,6 @@ class Replies:
         """The recorded texts of a key: list of str; none if there is no answer."""
         return self.file.at(self.places[name])["replies"] if name in self.places else []
 
-    def add(self, key, chat, generator, replies):
-        """Write an answer, a list of str, down; it is in the file when this returns."""
-        answer = {"key": key, "chat": chat.sha, "generator": generator.name, "replies": replies}
-        self.places[key] = self.file.add(answer)
-
 
 class Replay:
     """Recorded answers as a generator, see generators.py; what was drawn otherwise is found all the same."""
@@ -153,7 +148,8 @@ class Recorded:
             for (batch, keys, new), found in in_parallel(answers, batches, generator.workers):
                 for key, answer in found.items():
                     if isinstance(answer, list):
-                        self.replies.add(key, new[key], generator, answer)
+                        line = {"key": key, "chat": new[key].sha, "generator": generator.name, "replies": answer}
+                        self.replies.places[key] = self.replies.file.add(line)
                 for key, request in zip(keys, batch):
                     answer = found.pop(key, None)
                     kind = "recorded" if answer is None else "asked" if isinstance(answer, list) else "refused"

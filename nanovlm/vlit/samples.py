@@ -15,10 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanovlm.data import json_files, records
-from nanovlm.data.images import ImageError
+from nanovlm.data.images import ImageError, from_base64, load
 from nanovlm.data.json_files import field
 from nanovlm.data.records import check_order, files_in, in_front, role_of, spoken
-from nanovlm.evaluation.items import Encoded, open_picture
 from nanovlm.vlit.words import load_table
 
 IMAGE = "<image>"
@@ -129,12 +128,12 @@ def text_of(path, element):
 
 
 def picture(name, root):
-    """Where a picture of a sample is: Path, or items.Encoded. Raises: FileNotFoundError.
+    """Where a picture of a sample is: Path, or its bytes. Raises: FileNotFoundError, images.ImageError.
 
     name: a path from root on; or base64, with a data-URL prefix or without.
     """
     if name.startswith("data:") or (len(name) > LONGEST_PATH and "." not in name[-6:]):
-        return Encoded(name)
+        return from_base64(name)
     path = Path(root) / name.replace("\\", "/")  # which Windows writes the other way round
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {MISSING}")
@@ -169,18 +168,14 @@ def defects(sample, root=None, decode=True):
         try:
             place = picture(name, root)
             if decode:
-                open_picture(place)
+                load(place)
         except (ImageError, OSError) as error:
             found.append(("image", str(error)))
     return found
 
 
 def remarks(sample):
-    """What might be better: list of (rule, words) str.
-
-    rule is "hedge" (the review's requirement 1), "region" (2, if that is the granularity) or "negative" (6, if that is
-    the plan).
-    """
+    """What might be better, see `lint`: list of (rule, words) str, rule being "hedge", "region" or "negative"."""
     found = [("hedge", f"turn {place}: {broken[0]!r}") for place, (role, text) in enumerate(sample.turns, start=1)
              if role == "assistant" and (broken := HEDGE.search(text))]  # fmt: skip
     if sample.granularity == "region" and not any(REGION.search(text) for _, text in sample.turns):

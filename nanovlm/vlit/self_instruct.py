@@ -122,14 +122,11 @@ class Plan:
 PLANS = {name: Plan(name, **plan) for name, plan in _prompts["plans"].items()}
 
 
-def _example(plans, annotations, turns, region=None):
-    """An entry of examples.json. plans: names of those it fits. turns: (question, answer) each. region: id or None."""
-    notes = {note["id"]: Annotation(**note) for note in annotations}
-    picture = Picture("example", annotations=list(notes.values()))
-    return SimpleNamespace(plans=plans, picture=picture, region=notes.get(region), turns=turns)
-
-
-EXAMPLES = [_example(**entry) for entry in load_table("examples.json")]
+EXAMPLES = []  # with plans: names of those it fits; picture; region: Annotation or None; turns: (question, answer) each
+for _entry in load_table("examples.json"):
+    _notes = {note["id"]: Annotation(**note) for note in _entry["annotations"]}
+    _made = {"picture": Picture("example", annotations=[*_notes.values()]), "region": _notes.get(_entry.get("region"))}
+    EXAMPLES.append(SimpleNamespace(**_entry | _made))
 
 
 def written(turns):

@@ -23,16 +23,17 @@ class Template:
 
     def generate(self, chats, *, n=1, temperature=0.0, max_tokens=0, seed=0, stop=()):
         """As every generator; temperature, max_tokens and stop do not matter here."""
-        return [[self._write(chat, seed, draft) for draft in range(n)] for chat in chats]
-
-    def _write(self, chat, seed, draft):
-        if chat.material is None:
-            raise Refused("the template generator works from annotations; this request needs a language model")
-        plan, picture, region = chat.material
-        turns = Rounds(picture, region, random.Random(digest([seed, chat.sha, draft]))).of_plan(plan)
-        if not turns:
-            raise Refused(f"picture {picture.id} has no annotation that a {plan.name} conversation can be made from")
-        return written(turns)
+        found = []
+        for chat in chats:
+            if chat.material is None:
+                raise Refused("the template generator works from annotations; this request needs a language model")
+            plan, picture, region = chat.material
+            draws = (random.Random(digest([seed, chat.sha, draft])) for draft in range(n))
+            drafts = [Rounds(picture, region, draw).of_plan(plan) for draw in draws]
+            if not all(drafts):
+                raise Refused(f"picture {picture.id} has no annotation to make a {plan.name} conversation from")
+            found.append(list(map(written, drafts)))
+        return found
 
 
 class Rounds:
@@ -44,16 +45,12 @@ class Rounds:
 
     def __init__(self, picture, region, draw):
         self.picture, self.region, self.draw = picture, region, draw
-        self.objects = picture.of_kind("object")
-        self.counts = counts(self.objects)
+        self.counts = counts(picture.of_kind("object"))
         self.known = [name for name, number in self.counts.items() if number != SEVERAL]
-        self.single = [one for one in self.objects if self.counts[one.value] == 1]
 
     def of_plan(self, plan):
         """The rounds of a self_instruct.Plan, in their order."""
-        kinds = (self.number, self.place, self.side, self.attributes, self.characters, self.asked)
-        seen = self._shuffled([pair for kind in kinds for pair in kind()])
-        described = self.description()
+        seen, described = self.seen(), self.description()
         first = described or self.names()
         if plan.name == "region":
             return self.marked()
@@ -78,20 +75,14 @@ class Rounds:
         """All categories with their numbers."""
         return [(self._ask("name all"), listed(self.counts))] if self.counts else []
 
-    def number(self):
-        """How many there are of each category."""
-        return [(self._ask("how many", plural(name)), f"There {_are(name, self.counts[name])}.") for name in self.known]
-
-    def place(self):
-        """Where the only object of its category is."""
-        return [(self._ask("where", one.value), f"The {one.value} is {place_of(one.box)}.")
-                for one in self.single if one.value not in ALWAYS_SEVERAL]  # fmt: skip
-
-    def side(self):
-        """On which side of one another two objects are."""
-        pairs = [(one, other) for one in self.single for other in self.single
-                 if one is not other and one.value not in ALWAYS_SEVERAL]  # fmt: skip
-        found = []
+    def seen(self):
+        """Number, place, side and attributes of objects, what can be read, and the annotated questions."""
+        picture, known = self.picture, self.known
+        found = [(self._ask("how many", plural(name)), f"There {_are(name, self.counts[name])}.") for name in known]
+        single = [one for one in picture.of_kind("object") if self.counts[one.value] == 1]
+        placed = [one for one in single if one.value not in ALWAYS_SEVERAL]
+        found += [(self._ask("where", one.value), f"The {one.value} is {place_of(one.box)}.") for one in placed]
+        pairs = [(one, other) for one in placed for other in single if one is not other]
         for one, other in self._shuffled(pairs)[:2]:
             apart = middle(one.box)[0] - middle(other.box)[0]
             asked, truth = self.draw.choice(("left", "right")), "left" if apart < 0 else "right"
@@ -99,25 +90,16 @@ class Rounds:
                 yes, no = f"Yes, it is on the {truth}.", f"No, it is to the {truth} of the {other.value}."
                 words = f"Is the {one.value} to the {asked} of the {other.value}?"
                 found.append((words, yes if asked == truth else no))
-        return found
-
-    def attributes(self):
-        """What single objects are like."""
-        told = [(one.value, " and ".join(note.value for note in self.picture.attributes(one))) for one in self.single]
-        return [(f"What is the {name} like?", f"It is {words}.") for name, words in told if words]
-
-    def characters(self):
-        """What can be read."""
-        words = ", ".join(f'"{one.value}"' for one in self.picture.of_kind("ocr"))
-        return [("What can be read in the picture?", f"The characters {words} can be read.")] if words else []
-
-    def asked(self):
-        """The annotated questions."""
-        return [(_capital(question(one)), _sentence(one.value)) for one in self.picture.of_kind("vqa")]
+        told = [(one.value, " and ".join(note.value for note in picture.attributes(one))) for one in single]
+        found += [(f"What is the {name} like?", f"It is {words}.") for name, words in told if words]
+        if words := ", ".join(f'"{one.value}"' for one in picture.of_kind("ocr")):
+            found.append(("What can be read in the picture?", f"The characters {words} can be read."))
+        found += [(_capital(question(one)), _sentence(one.value)) for one in picture.of_kind("vqa")]
+        return self._shuffled(found)
 
     def absent(self):
         """Categories that are neither annotated nor spoken of; of people, captions speak in too many words."""
-        if not self.objects:  # where nobody noted objects, none is known to be absent
+        if not self.counts:  # where nobody noted objects, none is known to be absent
             return []
         told = " ".join(one.value + " " + one.question for one in self.picture.annotations).lower()
         known = {*self.counts, *ALWAYS_SEVERAL, "person"}

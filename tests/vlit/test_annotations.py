@@ -121,7 +121,7 @@ def test_answers_without_their_questions_and_questions_without_answers_are_told(
 def test_unknown_missing_and_pickled_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="none of the known annotation files"):
         read([written(tmp_path, "x.json", {"data": []})])
-    with pytest.raises(FileNotFoundError, match="no such annotation file"):
+    with pytest.raises(FileNotFoundError, match="absent.json: no such file"):
         read([tmp_path / "absent.json"])
     with pytest.raises(ValueError, match="(?s)a pickle can run any program.*joblib.load"):
         read([written(tmp_path, "cocottributes.jbl", "")])

@@ -10,7 +10,7 @@ from vlit_data import Says, item, lines, notes, vlit, write_lines
 
 from nanovlm.evaluation.items import short_names
 from nanovlm.vlit import filtering
-from nanovlm.vlit.filtering import Index, signature
+from nanovlm.vlit.filtering import duplicates, signature
 from nanovlm.vlit.samples import sample
 
 
@@ -181,11 +181,11 @@ def test_minhash_estimates_jaccard(share):
 
 
 def test_near_duplicates_are_found_among_many():
-    rng, index = random.Random(2), Index(0.8)
+    rng = random.Random(2)
     texts = [[f"w{rng.randrange(500)}" for _ in range(60)] for _ in range(60)]
-    for text in (*texts, *([*text[:-1], "end"] for text in texts[:20]), texts[30], texts[0][::-1]):
-        index.add(sample(item(1, " ".join(text), roles=("gpt",))))
-    assert index.duplicates() == {60 + n: (n, "near duplicate") for n in range(20)} | {80: (30, "exact duplicate")}
+    texts += [*([*text[:-1], "end"] for text in texts[:20]), texts[30], texts[0][::-1]]
+    samples = [sample(item(1, " ".join(text), roles=("gpt",))) for text in texts]
+    assert duplicates(samples, 0.8) == {60 + n: (n, "near duplicate") for n in range(20)} | {80: (30, "exact duplicate")}
 
 
 def test_compare_is_at_equal_size(folder, capsys):
