@@ -107,7 +107,7 @@ def two_lengths(lengths):
     return [order] if best == 0 else [order[:best], order[best:]]
 
 
-def wanted_states(model, batch, wanted, lean=True):
+def wanted_states(model, batch, wanted, lean):
     """The states of `VLM.hidden` at wanted positions bool[B, T]: float[N, W]; pictures run once where they can.
 
     lean: where no image token is wanted, the last layer computes no more of them than their keys and values.
