@@ -53,6 +53,13 @@ def test_the_same_step_is_not_written_twice(tmp_path):
     assert checkpoint.read(checkpoint.complete(tmp_path)[0])["model"]["w"][0, 0] == 1
     
 
+def test_what_changes_while_it_is_written_stands_there_as_it_was(tmp_path):
+    kept = tensors(1)
+    rest = checkpoint.begin(tmp_path, 3, kept, {}, background=True)
+    kept["model"]["w"].zero_()
+    assert torch.equal(checkpoint.read(rest())["model"]["w"], torch.ones(2, 3))
+
+
 def fail(at, error):
     """A stand-in for os.fsync that raises at its `at`-th call."""
     calls = []
