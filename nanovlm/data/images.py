@@ -164,11 +164,6 @@ class Preprocessing:
     resample: int = Image.Resampling.BICUBIC  # PIL's number of the filter
     zoom: float = 1.0  # with "crop": the shorter side before the cut / S
 
-    @property
-    def border(self):
-        """Colour around a padded picture: three int from 0 to 255."""
-        return self.pad_color or tuple(int(value * 255) for value in self.mean)
-
 
 CLIP = Preprocessing(224)  # also LLaVA-Phi's and Lynx's, at their sizes
 SIGLIP = Preprocessing(224, "stretch", HALF, HALF)
@@ -187,14 +182,28 @@ def to_pixels(image, image_size, fit="crop", preprocessing=CLIP):
 def to_square(image, image_size, fit, preprocessing=CLIP):
     """A picture fitted to S x S, args as in `to_pixels`: PIL.Image.Image; one of this size is returned as it is."""
     assert fit in FITS, f"unknown fit {fit!r}"
-    zoomed = fit == "crop" and preprocessing.zoom != 1
-    if image.size == (image_size, image_size) and not zoomed:
+    size, resample, shorter, longer = (image_size, image_size), preprocessing.resample, *sorted(image.size)
+    zoomed = round(image_size * preprocessing.zoom) if fit == "crop" else image_size
+    if image.size == size and zoomed == image_size:
         return image
-    if fit == "crop":
-        return _crop(image, image_size, preprocessing)
-    if fit != "stretch":
-        image = _square(image, fit, preprocessing)
-    return image.resize((image_size, image_size), preprocessing.resample)
+    if fit == "crop":  # the shorter side to S, perhaps zoomed, then the centre
+        width, height = (zoomed * side // shorter for side in image.size)
+        left, top = (width - image_size) // 2, (height - image_size) // 2
+        box = (left, top, left + image_size, top + image_size)
+        if width * height <= MAX_PIXELS:
+            return image.resize((width, height), resample).crop(box)
+        return image.resize(size, resample, box=[side * shorter / zoomed for side in box])  # of a very long picture
+    if fit != "stretch" and longer**2 > MAX_PIXELS:  # too large a square for the memory
+        scale, longer = MAX_SIDE / longer, MAX_SIDE
+        image = image.resize([max(1, round(side * scale)) for side in image.size], resample)
+    if fit == "squash":
+        image = image.resize((longer, longer), resample)
+    if fit == "pad":
+        border = preprocessing.pad_color or tuple(int(value * 255) for value in preprocessing.mean)
+        padded = Image.new("RGB", (longer, longer), border)
+        padded.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
+        image = padded
+    return image.resize(size, resample)
 
 
 def normalise(frames, preprocessing=CLIP):
@@ -219,28 +228,3 @@ def _upright_rgb(image, source):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB") if image.mode != "RGB" else image
-
-
-def _crop(image, size, preprocessing):
-    """Shorter side to `size`, perhaps zoomed, then the centre."""
-    shorter, resample, zoomed = min(image.size), preprocessing.resample, round(size * preprocessing.zoom)
-    width, height = (zoomed * side // shorter for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    box = (left, top, left + size, top + size)
-    if width * height > MAX_PIXELS:  # of a very long picture only the centre is resized
-        box = [side * shorter / zoomed for side in box]
-        return image.resize((size, size), resample, box=box)
-    return image.resize((width, height), resample).crop(box)
-
-
-def _square(image, fit, preprocessing):
-    """A square of the longer side, with a border or stretched; one too large for the memory is made smaller first."""
-    longer = max(image.size)
-    if longer**2 > MAX_PIXELS:
-        scale, longer = MAX_SIDE / longer, MAX_SIDE
-        image = image.resize([max(1, round(side * scale)) for side in image.size], preprocessing.resample)
-    if fit == "squash":
-        return image.resize((longer, longer), preprocessing.resample)
-    square = Image.new("RGB", (longer, longer), preprocessing.border)
-    square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
-    return square

@@ -129,12 +129,11 @@ def permutation(*seed, length):
 
 def drawn(record, seed):
     """The record with the random frames of this showing: seed, a tuple of integers, decides them."""
-    def showing(visual):
-        if not isinstance(visual.frames, Clip) or visual.frames.sampling != "random":
-            return visual
-        return replace(visual, key=f"{visual.key}, frames of {seed}", frames=replace(visual.frames, seed=seed))
-
-    return replace(record, visuals=tuple(map(showing, record.visuals)))
+    visuals = list(record.visuals)
+    for place, one in enumerate(visuals):
+        if isinstance(one.frames, Clip) and one.frames.sampling == "random":
+            visuals[place] = replace(one, key=f"{one.key}, frames of {seed}", frames=replace(one.frames, seed=seed))
+    return replace(record, visuals=tuple(visuals))
 
 
 def record_of(item, where, clip, locate):
