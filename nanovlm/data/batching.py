@@ -59,14 +59,13 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
             seen = [record.visuals[image[0]] for image in rows[-1].images]
             pictures.append([visuals.setdefault(visual.key, (len(visuals), visual))[0] for visual in seen])
     documents = packed([len(row.ids) for row in rows], max_tokens) if pack else [[n] for n in range(len(rows))]
-    ids, labels, segments, positions = pad([[rows[n] for n in row] for row in documents], tokenizer.pad)
+    texts = pad([[rows[n] for n in row] for row in documents], tokenizer.pad)
     visuals = [visual for _, visual in visuals.values()]
     pixels = pixels_of(visuals, image_size, fit, preprocessing) if visuals else None
     frames = torch.tensor([len(visual.frames) for visual in visuals], dtype=torch.long)
     shown = torch.tensor([place for row in documents for n in row for place in pictures[n]], dtype=torch.long)
     owner = torch.tensor([b for b, row in enumerate(documents) for n in row for _ in pictures[n]], dtype=torch.long)
-    return Batch(ids=ids, labels=labels, segments=segments, positions=positions, pixels=pixels, frames=frames,
-                 shown=shown, owner=owner)
+    return Batch(*texts, pixels, frames, shown, owner)
 
 
 def written(record, template, tokenizer, num_image_tokens, image_size, num_tiles):
@@ -183,7 +182,7 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
             row = cut(templates.Row(ids, ids), max_tokens, report, f"record {record.id!r}")
             look = looks.setdefault((picture, *(region or (-1, -1))), len(looks))
             pairs.append((look, captions.setdefault(tuple(row.ids), len(captions))))
-    ids, _, _, _ = pad([[templates.Row(ids, ids)] for ids in captions], tokenizer.pad)
+    ids = pad([[templates.Row(ids, ids)] for ids in captions], tokenizer.pad)[0]
     right = torch.zeros(len(looks), len(captions), dtype=torch.bool)
     right[tuple(torch.tensor(pairs).T)] = True
     pixels = pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing)
@@ -208,14 +207,10 @@ def captions_of(record):
     return list(zip((turn.text for turn in last), record.regions or (None,) * len(last)))
 
 
-# Records made ready for a stage: pictures decoded and fitted, conversations written as rows. All of it needs no model,
-# so that workers can do it ahead of the training; what they hand over is a record again, whose batch is the same to the
-# last bit as that of the record they were given.
-
-
 @dataclass(frozen=True)
 class Preparation:
-    """What one stage does with a record before it can be batched.
+    """What one stage does with a record before it can be batched: pictures are decoded and fitted, conversations written
+    as rows. It needs no model, so that workers do it ahead; the batch is that of the record itself to the last bit.
 
     image_size, fit, preprocessing: as in images.to_pixels.
     template, tokenizer, num_image_tokens, max_tokens, num_tiles: as in `build_batch`. Without a template (a contrastive
