@@ -8,7 +8,6 @@ Differs from `transformers`: special strings in a text stay text. Its chat model
 string; here templates name them (see templates.py) and nobody can type the end of a turn.
 """
 
-import functools
 import json
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from nanovlm.data.tokenizer import CACHED_TEXTS, Tokenizer
+from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.published.language import read_json
 from nanovlm.published.weights import damage
 
@@ -35,21 +34,11 @@ class PublishedTokenizer(Tokenizer):
 
     def __init__(self, backend, roles, special, add_bos):
         """roles: {role: token}, "eos" at least. special: list of str, further special tokens."""
-        backend.no_truncation()  # a saved file may carry either
-        backend.no_padding()
-        self.roles = roles
-        marked = [*roles.values(), *special]
+        self.roles, self.add_bos, marked = roles, add_bos, [*roles.values(), *special]
         backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in marked])
-        backend.encode_special_tokens = True
-        self.backend, self.inner = backend, _without_prefix(backend)
-        self.bos, self.eos, pad, unk = (backend.token_to_id(roles.get(role, "")) for role in ROLES)
-        self.pad = next(id for id in (pad, unk, self.eos) if id is not None)
-        self.add_bos = add_bos
-        self.eos_ids = (self.eos,)
-        self.vocab_size = max(backend.get_vocab().values()) + 1
-        added = backend.get_added_tokens_decoder().items()
-        self.special_names = {id: token.content for id, token in added if token.special or token.content in marked}
-        self._encode = functools.lru_cache(maxsize=CACHED_TEXTS)(self._encode)
+        bos, eos, pad, unk = (backend.token_to_id(roles.get(role, "")) for role in ROLES)
+        self._use(backend, bos, eos, next(id for id in (pad, unk, eos) if id is not None), marked)
+        self.inner = _without_prefix(backend)
 
     def encode(self, text, continues=False):
         """list[int], never a special id.
