@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from nanovlm.data import images, templates, tiles
 from nanovlm.vlm import IGNORE, Batch
@@ -118,19 +119,15 @@ def packed(lengths, room):
 
 def pad(documents, padding):
     """ids, labels, segments, positions: int64[B, T] each; documents: the Rows that stand in each of the B rows."""
-    length = max(sum(len(row.ids) for row in rows) for rows in documents)
-    ids = numpy.full((len(documents), length), padding)
-    labels, segments, positions = numpy.full_like(ids, IGNORE), numpy.full_like(ids, -1), numpy.zeros_like(ids)
-    for b, rows in enumerate(documents):
-        stop = 0
-        for segment, row in enumerate(rows):
-            start, stop = stop, stop + len(row.ids)
-            ids[b, start:stop] = row.ids
-            labels[b, start:stop] = row.labels
-            labels[b, start] = IGNORE  # nothing before it predicts the first token, least of all the document before
-            segments[b, start:stop] = segment
-            positions[b, start:stop] = range(stop - start)
-    return tuple(torch.from_numpy(values) for values in (ids, labels, segments, positions))
+    columns = [], [], [], []
+    for rows in documents:
+        columns[0].append([id for row in rows for id in row.ids])
+        # nothing before it predicts the first token, least of all the document before
+        columns[1].append([label for row in rows for label in (IGNORE, *row.labels[1:])])
+        columns[2].append([segment for segment, row in enumerate(rows) for _ in row.ids])
+        columns[3].append([position for row in rows for position in range(len(row.ids))])
+    return [pad_sequence([*map(torch.tensor, column)], batch_first=True, padding_value=value)
+            for column, value in zip(columns, (padding, IGNORE, -1, 0))]
 
 
 def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
@@ -209,7 +206,7 @@ def captions_of(record):
 
 @dataclass(frozen=True)
 class Preparation:
-    """What one stage does with a record before it can be batched: pictures are decoded and fitted, conversations written
+    """What one stage does with a record before it can be batched: pictures are fitted, conversations written
     as rows. It needs no model, so that workers do it ahead; the batch is that of the record itself to the last bit.
 
     image_size, fit, preprocessing: as in images.to_pixels.

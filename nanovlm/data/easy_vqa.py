@@ -23,8 +23,7 @@ def _load(split):
 
         return getattr(easy_vqa, f"get_{split}_questions")(), getattr(easy_vqa, f"get_{split}_image_paths")()
     except (ImportError, FileNotFoundError) as error:
-        raise type(error)(f"the package easy-vqa or its data is missing ({error}); run: pip install "
-                          "--force-reinstall easy-vqa") from error
+        raise type(error)(f"no data ({error}); run: pip install --force-reinstall easy-vqa") from error
 
 
 def kind_of(answer):

@@ -72,10 +72,22 @@ def load(source):
         except (TypeError, ValueError) as error:
             found = f"{source.dtype}{list(source.shape)}"
             raise ImageError(f"an array {found} is no picture; expected uint8[H, W, 3]") from error
-    if isinstance(source, Image.Image):
-        return _upright_rgb(source, IN_MEMORY)
-    with opened(source) as image:
-        return _upright_rgb(image, IN_MEMORY if isinstance(source, bytes) else source)
+    name = IN_MEMORY if isinstance(source, (bytes, Image.Image)) else source
+    with contextlib.nullcontext(source) if isinstance(source, Image.Image) else opened(source) as image:
+        image.load()
+        with contextlib.suppress(*DECODING_ERRORS):  # of what is written beside the pixels
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # PIL's own conversion clips everything above 255 to white
+            values = numpy.asarray(image).astype(numpy.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise ImageError(f"{name}: pixel values {values.min()} to {values.max()} exceed 16 bits; save it in 16")
+            image = Image.fromarray(((values * 255 + 32767) // 65535).astype(numpy.uint8))
+        if image.mode == "F":
+            raise ImageError(f"{name}: floating-point pixels have no agreed white; save the picture with 8 or 16 bits")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB") if image.mode != "RGB" else image
 
 
 def bare_names(paths, folder):
@@ -211,20 +223,3 @@ def normalise(frames, preprocessing=CLIP):
     pixels = torch.tensor(frames).permute(0, 3, 1, 2).contiguous().float()  # F C S S
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return pixels.div_(255).sub_(mean).div_(std)  # in place: new memory costs more than the arithmetic
-
-
-def _upright_rgb(image, source):
-    image.load()
-    with contextlib.suppress(*DECODING_ERRORS):  # of what is written beside the pixels
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # PIL's own conversion clips everything above 255 to white
-        values = numpy.asarray(image).astype(numpy.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"{source}: pixel values {values.min()} to {values.max()} exceed 16 bits; save it with 16")
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(numpy.uint8))
-    if image.mode == "F":
-        raise ImageError(f"{source}: floating-point pixels have no agreed white; save the picture with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image

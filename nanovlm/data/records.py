@@ -203,8 +203,7 @@ def files_in(item, name, where):
     for one in found:
         for path in one if name == "video" and isinstance(one, list) and one else [one]:
             if not isinstance(path, str) or not path or "://" in path:
-                raise ValueError(f"{where}: field {name!r} must be a path or a list of paths of files on this machine, "
-                                 f"found {path!r:.100}")  # fmt: skip
+                raise ValueError(f"{where}: field {name!r} must be a path on this machine, found {path!r:.100}")
     return found
 
 

@@ -109,8 +109,7 @@ def load_tokenizer(folder, added=()):
         raise ValueError(f"{folder}: no token ends a text; tokenizer_config.json should name it as eos_token")
     for role, token in roles.items():
         if backend.token_to_id(token) is None:
-            raise ValueError(f"{folder}: its {role}_token {token!r} is not in the vocabulary; these files belong to "
-                             "two models")
+            raise ValueError(f"{folder}: its {role}_token {token!r} is not in the vocabulary; files of two models?")
     special = [token for token in special if backend.token_to_id(token) is not None]
     add_bos = _adds_bos(backend, roles, config, folder)
     if add_bos and backend.post_processor is None:  # for other programs that read the file which `save` writes
@@ -239,7 +238,6 @@ def from_sentencepiece(path):
     for text in (*texts, "a  b", " \ufb01 \uff21"):
         text = text.replace(SPACE, " ")
         if backend.encode(text, add_special_tokens=False).ids != model.encode(text):
-            raise ValueError(f"{path}: cuts {text!r} as no byte-pair encoding does that is read here (a unigram "
-                             "model, symbols that a user defined, texts changed before they are cut); use the "
-                             "tokenizer.json of the same model")
+            raise ValueError(f"{path}: cuts {text!r} as no byte-pair encoding does that is read here (a unigram model, "
+                             "symbols of a user's, texts changed before); use the tokenizer.json of the same model")
     return backend
