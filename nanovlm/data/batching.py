@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from nanovlm.data import images, templates, tiles
 from nanovlm.vlm import IGNORE, Batch
@@ -59,14 +60,13 @@ def build_batch(records, template, tokenizer, num_image_tokens, image_size, fit,
             seen = [record.visuals[image[0]] for image in rows[-1].images]
             pictures.append([visuals.setdefault(visual.key, (len(visuals), visual))[0] for visual in seen])
     documents = packed([len(row.ids) for row in rows], max_tokens) if pack else [[n] for n in range(len(rows))]
-    ids, labels, segments, positions = pad([[rows[n] for n in row] for row in documents], tokenizer.pad)
+    texts = pad([[rows[n] for n in row] for row in documents], tokenizer.pad)
     visuals = [visual for _, visual in visuals.values()]
     pixels = pixels_of(visuals, image_size, fit, preprocessing) if visuals else None
     frames = torch.tensor([len(visual.frames) for visual in visuals], dtype=torch.long)
     shown = torch.tensor([place for row in documents for n in row for place in pictures[n]], dtype=torch.long)
     owner = torch.tensor([b for b, row in enumerate(documents) for n in row for _ in pictures[n]], dtype=torch.long)
-    return Batch(ids=ids, labels=labels, segments=segments, positions=positions, pixels=pixels, frames=frames,
-                 shown=shown, owner=owner)
+    return Batch(*texts, pixels, frames, shown, owner)
 
 
 def written(record, template, tokenizer, num_image_tokens, image_size, num_tiles):
@@ -119,19 +119,15 @@ def packed(lengths, room):
 
 def pad(documents, padding):
     """ids, labels, segments, positions: int64[B, T] each; documents: the Rows that stand in each of the B rows."""
-    length = max(sum(len(row.ids) for row in rows) for rows in documents)
-    ids = numpy.full((len(documents), length), padding)
-    labels, segments, positions = numpy.full_like(ids, IGNORE), numpy.full_like(ids, -1), numpy.zeros_like(ids)
-    for b, rows in enumerate(documents):
-        stop = 0
-        for segment, row in enumerate(rows):
-            start, stop = stop, stop + len(row.ids)
-            ids[b, start:stop] = row.ids
-            labels[b, start:stop] = row.labels
-            labels[b, start] = IGNORE  # nothing before it predicts the first token, least of all the document before
-            segments[b, start:stop] = segment
-            positions[b, start:stop] = range(stop - start)
-    return tuple(torch.from_numpy(values) for values in (ids, labels, segments, positions))
+    columns = [], [], [], []
+    for rows in documents:
+        columns[0].append([id for row in rows for id in row.ids])
+        # nothing before it predicts the first token, least of all the document before
+        columns[1].append([label for row in rows for label in (IGNORE, *row.labels[1:])])
+        columns[2].append([segment for segment, row in enumerate(rows) for _ in row.ids])
+        columns[3].append([position for row in rows for position in range(len(row.ids))])
+    return [pad_sequence([*map(torch.tensor, column)], batch_first=True, padding_value=value)
+            for column, value in zip(columns, (padding, IGNORE, -1, 0))]
 
 
 def pixels_of(visuals, image_size, fit, preprocessing=images.CLIP):
@@ -183,7 +179,7 @@ def contrastive_batch(records, tokenizer, image_size, fit, max_tokens, report=No
             row = cut(templates.Row(ids, ids), max_tokens, report, f"record {record.id!r}")
             look = looks.setdefault((picture, *(region or (-1, -1))), len(looks))
             pairs.append((look, captions.setdefault(tuple(row.ids), len(captions))))
-    ids, _, _, _ = pad([[templates.Row(ids, ids)] for ids in captions], tokenizer.pad)
+    ids = pad([[templates.Row(ids, ids)] for ids in captions], tokenizer.pad)[0]
     right = torch.zeros(len(looks), len(captions), dtype=torch.bool)
     right[tuple(torch.tensor(pairs).T)] = True
     pixels = pixels_of([record.visuals[0] for record in records], image_size, fit, preprocessing)
@@ -208,14 +204,10 @@ def captions_of(record):
     return list(zip((turn.text for turn in last), record.regions or (None,) * len(last)))
 
 
-# Records made ready for a stage: pictures decoded and fitted, conversations written as rows. All of it needs no model,
-# so that workers can do it ahead of the training; what they hand over is a record again, whose batch is the same to the
-# last bit as that of the record they were given.
-
-
 @dataclass(frozen=True)
 class Preparation:
-    """What one stage does with a record before it can be batched.
+    """What one stage does with a record before it can be batched: pictures are fitted, conversations written
+    as rows. It needs no model, so that workers do it ahead; the batch is that of the record itself to the last bit.
 
     image_size, fit, preprocessing: as in images.to_pixels.
     template, tokenizer, num_image_tokens, max_tokens, num_tiles: as in `build_batch`. Without a template (a contrastive

@@ -224,13 +224,9 @@ def coco(args, say):
     return elements(args.source, "annotations"), make
 
 
-def coco_captions(args, output):
-    """COCO's captions_*.json: an item per sentence."""
-    return coco(args, lambda one, picture: (args.question, text_field(one, "caption")))
-
-
 def coco_boxes(args, output):
-    """COCO's instances_*.json: what stands in a box? The box is text, see box_text."""
+    """COCO's instances_*.json: what stands in a box? The box is text, as in LLaVA: left, top, right, bottom as shares
+    of the picture, "[0.370, 0.584, 0.504, 0.709]"."""
     names = {field(one.value, "id", int, one.where): text_field(one.value, "name", one.where)
              for one in elements(args.source, "categories")}  # fmt: skip
     question = args.question or "What is in the region {box}?"
@@ -243,18 +239,14 @@ def coco_boxes(args, output):
             raise ValueError(f"a crowd, whose box holds more than one {names[category]}")
         if not picture.get("width") or not picture.get("height"):
             raise ValueError(f"the file does not say how large picture {picture['id']!r} is")
-        return question.replace("{box}", box_text(box, picture)), names[category]
+        if len(box) != 4 or not all(isinstance(side, (int, float)) for side in box) or min(box[2:]) < 0:
+            raise ValueError(f"bbox must be left, top, width and height in pixels, found {box!r}")
+        (left, top, width, height), across, down = box, picture["width"], picture["height"]
+        shares = (left / across, top / down, (left + width) / across, (top + height) / down)
+        text = ", ".join(f"{min(max(share, 0), 1):.3f}" for share in shares)
+        return question.replace("{box}", f"[{text}]"), names[category]
 
     return coco(args, say)
-
-
-def box_text(box, picture):
-    """Left, top, width, height in pixels -> left, top, right, bottom, as in LLaVA: "[0.370, 0.584, 0.504, 0.709]"."""
-    if len(box) != 4 or not all(isinstance(side, (int, float)) for side in box) or min(box[2:]) < 0:
-        raise ValueError(f"bbox must be left, top, width and height in pixels, found {box!r}")
-    (left, top, width, height), across, down = box, picture["width"], picture["height"]
-    shares = (left / across, top / down, (left + width) / across, (top + height) / down)
-    return f"[{', '.join(f'{min(max(share, 0), 1):.3f}' for share in shares)}]"
 
 
 def commonest(answers):
@@ -313,7 +305,12 @@ def folder(args, output):
     """A folder of pictures: the .txt beside a picture is its caption; without one, its folder's name is its class."""
     if not args.source.is_dir():
         raise FileNotFoundError(f"{args.source}: no such folder of pictures")
-    names = class_names(args.names) if args.names else {}
+    text = args.names.read_text(encoding="utf-8-sig") if args.names else ""
+    if text.lstrip().startswith("{"):  # {"n01440764": "tench"}, or lines "n01440764 tench, Tinca tinca"
+        names = parse(text.encode(), str(args.names))
+    else:
+        names = {line.split()[0]: line.split(maxsplit=1)[-1] for line in text.split("\n") if line.strip()}
+    names = {key: str(value).split(",")[0].strip() for key, value in names.items()}  # the first of several counts
 
     def make(path, where):
         caption, place = path.with_suffix(".txt"), path.relative_to(args.source)
@@ -330,19 +327,10 @@ def folder(args, output):
     return (Element(str(path), path, 0, 0) for path in paths), make
 
 
-def class_names(path):
-    """Names of classes: {"n01440764": "tench"} in JSON, or lines "n01440764 tench, Tinca tinca": the first counts."""
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("{"):
-        pairs = parse(text.encode(), str(path)).items()
-    else:
-        pairs = [(line.split()[0], line.split(maxsplit=1)[-1]) for line in text.split("\n") if line.strip()]
-    return {key: str(value).split(",")[0].strip() for key, value in pairs}
-
-
 FORMATS = {
     "llava": dialogues, "sharegpt": dialogues, "mimic-it": mimic_it, "m3it": m3it, "minigpt4": minigpt4,
-    "coco-captions": coco_captions, "coco-boxes": coco_boxes, "vqa": vqa, "qa-lines": question_lines, "folder": folder,
+    "coco-captions": lambda args, output: coco(args, lambda one, picture: (args.question, text_field(one, "caption"))),
+    "coco-boxes": coco_boxes, "vqa": vqa, "qa-lines": question_lines, "folder": folder,
 }  # fmt: skip
 OWN_PICTURES = ("mimic-it", "m3it")  # formats whose pictures are written
 

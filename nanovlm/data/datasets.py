@@ -95,10 +95,8 @@ class LlavaJson:
         return drawn(self._record(item, where), (self.seed, n))
 
     def _record(self, item, where):
-        def locate(name):
-            return str(self.folder / (Path(name).name if self.bare_names else name))
-
-        return record_of(item, where, self.clip, locate)
+        bare = self.bare_names
+        return record_of(item, where, self.clip, lambda name: str(self.folder / (Path(name).name if bare else name)))
 
 
 READERS = {"llava": LlavaJson, "shards": TarShards}

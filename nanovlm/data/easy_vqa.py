@@ -23,8 +23,7 @@ def _load(split):
 
         return getattr(easy_vqa, f"get_{split}_questions")(), getattr(easy_vqa, f"get_{split}_image_paths")()
     except (ImportError, FileNotFoundError) as error:
-        raise type(error)(f"the package easy-vqa or its data is missing ({error}); run: pip install "
-                          "--force-reinstall easy-vqa") from error
+        raise type(error)(f"no data ({error}); run: pip install --force-reinstall easy-vqa") from error
 
 
 def kind_of(answer):
@@ -129,18 +128,12 @@ class EasyVQA:
             if self.questions_per_picture is not None and self.questions_per_picture < len(asked):
                 asked = [asked[i] for i in rng.permutation(len(asked))[: self.questions_per_picture]]
             kinds = tuple(kind_of(answer) for _, answer in asked)
-        name, pictures, regions, shown = f"{self.name}/{image_id}", (), (), 0
-        if self.kind == "texts":
-            shown = f"{self.captions[image_id]}. "
-        else:
-            pictures = (Visual(name, (self._picture(image_id),)),)
-        if self.kind == "names":
-            regions = (centre_of(self.pixels[image_id]),) * len(asked)
+        name, shown, pictures = f"{self.name}/{image_id}", f"{self.captions.get(image_id)}. ", ()
+        if self.kind != "texts":
+            if image_id not in self.pixels:
+                with Image.open(self.paths[image_id]) as image:
+                    self.pixels[image_id] = np.asarray(image.convert("RGB"))
+            shown, pictures = 0, (Visual(name, (Image.fromarray(self.pixels[image_id]),)),)
+        regions = (centre_of(self.pixels[image_id]),) * len(asked) if self.kind == "names" else ()
         turns = tuple((Turn("user", (shown, question)), Turn("assistant", (answer,))) for question, answer in asked)
         return Record(name, pictures, turns, kinds, regions=regions)
-
-    def _picture(self, image_id):
-        if image_id not in self.pixels:
-            with Image.open(self.paths[image_id]) as image:
-                self.pixels[image_id] = np.asarray(image.convert("RGB"))
-        return Image.fromarray(self.pixels[image_id])

@@ -72,10 +72,22 @@ def load(source):
         except (TypeError, ValueError) as error:
             found = f"{source.dtype}{list(source.shape)}"
             raise ImageError(f"an array {found} is no picture; expected uint8[H, W, 3]") from error
-    if isinstance(source, Image.Image):
-        return _upright_rgb(source, IN_MEMORY)
-    with opened(source) as image:
-        return _upright_rgb(image, IN_MEMORY if isinstance(source, bytes) else source)
+    name = IN_MEMORY if isinstance(source, (bytes, Image.Image)) else source
+    with contextlib.nullcontext(source) if isinstance(source, Image.Image) else opened(source) as image:
+        image.load()
+        with contextlib.suppress(*DECODING_ERRORS):  # of what is written beside the pixels
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # PIL's own conversion clips everything above 255 to white
+            values = numpy.asarray(image).astype(numpy.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise ImageError(f"{name}: pixel values {values.min()} to {values.max()} exceed 16 bits; save it in 16")
+            image = Image.fromarray(((values * 255 + 32767) // 65535).astype(numpy.uint8))
+        if image.mode == "F":
+            raise ImageError(f"{name}: floating-point pixels have no agreed white; save the picture with 8 or 16 bits")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB") if image.mode != "RGB" else image
 
 
 def bare_names(paths, folder):
@@ -164,11 +176,6 @@ class Preprocessing:
     resample: int = Image.Resampling.BICUBIC  # PIL's number of the filter
     zoom: float = 1.0  # with "crop": the shorter side before the cut / S
 
-    @property
-    def border(self):
-        """Colour around a padded picture: three int from 0 to 255."""
-        return self.pad_color or tuple(int(value * 255) for value in self.mean)
-
 
 CLIP = Preprocessing(224)  # also LLaVA-Phi's and Lynx's, at their sizes
 SIGLIP = Preprocessing(224, "stretch", HALF, HALF)
@@ -187,14 +194,28 @@ def to_pixels(image, image_size, fit="crop", preprocessing=CLIP):
 def to_square(image, image_size, fit, preprocessing=CLIP):
     """A picture fitted to S x S, args as in `to_pixels`: PIL.Image.Image; one of this size is returned as it is."""
     assert fit in FITS, f"unknown fit {fit!r}"
-    zoomed = fit == "crop" and preprocessing.zoom != 1
-    if image.size == (image_size, image_size) and not zoomed:
+    size, resample, shorter, longer = (image_size, image_size), preprocessing.resample, *sorted(image.size)
+    zoomed = round(image_size * preprocessing.zoom) if fit == "crop" else image_size
+    if image.size == size and zoomed == image_size:
         return image
-    if fit == "crop":
-        return _crop(image, image_size, preprocessing)
-    if fit != "stretch":
-        image = _square(image, fit, preprocessing)
-    return image.resize((image_size, image_size), preprocessing.resample)
+    if fit == "crop":  # the shorter side to S, perhaps zoomed, then the centre
+        width, height = (zoomed * side // shorter for side in image.size)
+        left, top = (width - image_size) // 2, (height - image_size) // 2
+        box = (left, top, left + image_size, top + image_size)
+        if width * height <= MAX_PIXELS:
+            return image.resize((width, height), resample).crop(box)
+        return image.resize(size, resample, box=[side * shorter / zoomed for side in box])  # of a very long picture
+    if fit != "stretch" and longer**2 > MAX_PIXELS:  # too large a square for the memory
+        scale, longer = MAX_SIDE / longer, MAX_SIDE
+        image = image.resize([max(1, round(side * scale)) for side in image.size], resample)
+    if fit == "squash":
+        image = image.resize((longer, longer), resample)
+    if fit == "pad":
+        border = preprocessing.pad_color or tuple(int(value * 255) for value in preprocessing.mean)
+        padded = Image.new("RGB", (longer, longer), border)
+        padded.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
+        image = padded
+    return image.resize(size, resample)
 
 
 def normalise(frames, preprocessing=CLIP):
@@ -202,45 +223,3 @@ def normalise(frames, preprocessing=CLIP):
     pixels = torch.tensor(frames).permute(0, 3, 1, 2).contiguous().float()  # F C S S
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return pixels.div_(255).sub_(mean).div_(std)  # in place: new memory costs more than the arithmetic
-
-
-def _upright_rgb(image, source):
-    image.load()
-    with contextlib.suppress(*DECODING_ERRORS):  # of what is written beside the pixels
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # PIL's own conversion clips everything above 255 to white
-        values = numpy.asarray(image).astype(numpy.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"{source}: pixel values {values.min()} to {values.max()} exceed 16 bits; save it with 16")
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(numpy.uint8))
-    if image.mode == "F":
-        raise ImageError(f"{source}: floating-point pixels have no agreed white; save the picture with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB") if image.mode != "RGB" else image
-
-
-def _crop(image, size, preprocessing):
-    """Shorter side to `size`, perhaps zoomed, then the centre."""
-    shorter, resample, zoomed = min(image.size), preprocessing.resample, round(size * preprocessing.zoom)
-    width, height = (zoomed * side // shorter for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    box = (left, top, left + size, top + size)
-    if width * height > MAX_PIXELS:  # of a very long picture only the centre is resized
-        box = [side * shorter / zoomed for side in box]
-        return image.resize((size, size), resample, box=box)
-    return image.resize((width, height), resample).crop(box)
-
-
-def _square(image, fit, preprocessing):
-    """A square of the longer side, with a border or stretched; one too large for the memory is made smaller first."""
-    longer = max(image.size)
-    if longer**2 > MAX_PIXELS:
-        scale, longer = MAX_SIDE / longer, MAX_SIDE
-        image = image.resize([max(1, round(side * scale)) for side in image.size], preprocessing.resample)
-    if fit == "squash":
-        return image.resize((longer, longer), preprocessing.resample)
-    square = Image.new("RGB", (longer, longer), preprocessing.border)
-    square.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
-    return square

@@ -129,12 +129,11 @@ def permutation(*seed, length):
 
 def drawn(record, seed):
     """The record with the random frames of this showing: seed, a tuple of integers, decides them."""
-    def showing(visual):
-        if not isinstance(visual.frames, Clip) or visual.frames.sampling != "random":
-            return visual
-        return replace(visual, key=f"{visual.key}, frames of {seed}", frames=replace(visual.frames, seed=seed))
-
-    return replace(record, visuals=tuple(map(showing, record.visuals)))
+    visuals = list(record.visuals)
+    for place, one in enumerate(visuals):
+        if isinstance(one.frames, Clip) and one.frames.sampling == "random":
+            visuals[place] = replace(one, key=f"{one.key}, frames of {seed}", frames=replace(one.frames, seed=seed))
+    return replace(record, visuals=tuple(visuals))
 
 
 def record_of(item, where, clip, locate):
@@ -204,8 +203,7 @@ def files_in(item, name, where):
     for one in found:
         for path in one if name == "video" and isinstance(one, list) and one else [one]:
             if not isinstance(path, str) or not path or "://" in path:
-                raise ValueError(f"{where}: field {name!r} must be a path or a list of paths of files on this machine, "
-                                 f"found {path!r:.100}")  # fmt: skip
+                raise ValueError(f"{where}: field {name!r} must be a path on this machine, found {path!r:.100}")
     return found
 
 

@@ -467,8 +467,7 @@ def parse_scene(text, rng, canvas=64):
         objects = _pose(rng, described, sizes, box, canvas)
         if objects:
             return Scene(canvas, tuple(objects), string, box)
-    raise ValueError(f"found no room on {canvas} x {canvas} px for the {len(described)} objects described; use fewer "
-                     "or small ones")
+    raise ValueError(f"found no room on {canvas} x {canvas} px for the {len(described)} objects described")
 
 
 def _read_object(phrase):

@@ -122,35 +122,20 @@ def symbol_centres(scene):
     return centres
 
 
-def _free(x, y, radius, objects, box):
-    """Whether a disc keeps GAP pixels away from every object and from the string."""
-    things = [(other.x, other.y, other.radius) for other in objects]
-    if box:
-        left, top, right, bottom = box
-        things.append((min(max(x, left), right), min(max(y, top), bottom), 0))  # its nearest point
-    return all(math.hypot(x - a, y - b) >= radius + other + GAP for a, b, other in things)
-
-
 def place_object(rng, color, shape, size, objects, box, canvas):
-    """A SceneObject at a random place clear of `objects` and of the string's `box`; None if none was found."""
+    """A SceneObject at a random place, GAP pixels away from `objects` and the string's `box`; None if none is free."""
     low, high = SIZES[size]
     radius = low + rng.random() * (high - low)
     margin = radius + GAP
     for _ in range(TRIES):
         x, y = (margin + rng.random() * (canvas - 2 * margin) for _ in range(2))
-        if _free(x, y, radius, objects, box):
+        things = [(other.x, other.y, other.radius) for other in objects]
+        if box:
+            left, top, right, bottom = box
+            things.append((min(max(x, left), right), min(max(y, top), bottom), 0))  # its nearest point
+        if all(math.hypot(x - a, y - b) >= radius + other + GAP for a, b, other in things):
             return SceneObject(color, shape, size, x, y, radius)
     return None
-
-
-def _sample_pair(rng, pairs, objects):
-    """A colour and a shape; now and then one repeats the last object's, so that counts above 1 are common."""
-    pair = pick(rng, pairs)
-    repeat = rng.random()
-    if objects and repeat < 0.3:
-        repeated = (objects[-1].color, pair[1]) if repeat < 0.15 else (pair[0], objects[-1].shape)
-        pair = repeated if repeated in pairs else pair  # what is repeated may be a pair of the other kind
-    return pair
 
 
 def sample_scene(rng, max_objects, split, with_string, min_objects=1, canvas=64):
@@ -169,7 +154,11 @@ def sample_scene(rng, max_objects, split, with_string, min_objects=1, canvas=64)
     box = place_string(rng, string, canvas) if string else None
     objects = []
     for _ in range(min_objects + int(rng.random() * (max_objects - min_objects + 1))):
-        color, shape = _sample_pair(rng, pairs, objects)
+        color, shape = pick(rng, pairs)
+        repeat = rng.random()
+        if objects and repeat < 0.3:  # so that counts above 1 are common
+            repeated = (objects[-1].color, shape) if repeat < 0.15 else (color, objects[-1].shape)
+            color, shape = repeated if repeated in pairs else (color, shape)  # it may be a pair of the other kind
         placed = place_object(rng, color, shape, pick(rng, ("small", "big")), objects, box, canvas)
         placed = placed or place_object(rng, color, shape, "small", objects, box, canvas)
         if placed:
@@ -222,18 +211,15 @@ def _grain(canvas):
     return grain.repeat(3, axis=1)
 
 
-def _background(canvas, rng):
-    """A light image of one tone with noise that is the same in all channels."""
+def render(scene, rng):
+    """Draw a Scene: a light noisy background, tilted shapes, varied colours, dark symbols: PIL RGB image."""
+    canvas = scene.canvas
     tone = (205 + 40 * rng.random() + 12 * (rng.random(3) - 0.5)).astype(np.float32)
     strength = np.float32(3 + 6 * rng.random())
     top, left = int(3 * canvas * rng.random()), int(3 * canvas * rng.random())
-    pixels = strength * _grain(canvas)[top : top + canvas, 3 * left : 3 * (left + canvas)] + np.tile(tone, canvas)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).reshape(canvas, canvas, 3))
-
-
-def render(scene, rng):
-    """Draw a Scene: a light noisy background, tilted shapes, varied colours, dark symbols: PIL RGB image."""
-    image = _background(scene.canvas, rng)
+    noise = _grain(canvas)[top : top + canvas, 3 * left : 3 * (left + canvas)]  # the same in all channels
+    pixels = (strength * noise + np.tile(tone, canvas)).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(pixels.reshape(canvas, canvas, 3))
     for thing in scene.objects:
         mask, corner = _mask(thing, _MAX_TILT * (2 * rng.random() - 1))
         color = [value + int(shift) for value, shift in zip(COLORS[thing.color], rng.random(3) * 20 - 10)]

@@ -40,18 +40,28 @@ class Tokenizer:
           source: path of a tokenizer.json, or a trained tokenizers.Tokenizer.
         Raises: FileNotFoundError without the file; ValueError if it is no tokenizer or lacks a special token.
         """
-        self.backend = source if isinstance(source, tokenizers.Tokenizer) else _load(Path(source))
-        self.backend.no_truncation()  # a saved file may carry either
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True  # "</s>" typed by a user is four characters, not the end of a reply
-        ids = {token: self.backend.token_to_id(token) for token in SPECIAL}
-        absent = [token for token, id in ids.items() if id is None]
+        backend = source
+        if not isinstance(source, tokenizers.Tokenizer):
+            if not Path(source).is_file():
+                raise FileNotFoundError(f"{source}: no such tokenizer; a model folder holds its tokenizer.json")
+            try:
+                backend = tokenizers.Tokenizer.from_file(str(source))
+            except Exception as error:  # the library raises nothing narrower
+                raise ValueError(f"{source}: not a tokenizer file, or damaged: {error}") from error
+        absent = [token for token in SPECIAL if backend.token_to_id(token) is None]
         if absent:
             raise ValueError(f"tokenizer {source} has no {', '.join(absent)}; train one with train_tokenizer")
-        self.bos, self.eos, self.pad = ids[BOS], ids[EOS], ids[PAD]
-        self.eos_ids = (self.eos,)
-        self.special_names = {id: token.content for id, token in self.backend.get_added_tokens_decoder().items()}
-        self.vocab_size = self.backend.get_vocab_size()
+        self._use(backend, *map(backend.token_to_id, SPECIAL))
+
+    def _use(self, backend, bos, eos, pad, special=()):
+        """Take over a tokenizers.Tokenizer. special: its special tokens beside those that it marks itself."""
+        backend.no_truncation()  # a saved file may carry either
+        backend.no_padding()
+        backend.encode_special_tokens = True  # "</s>" typed by a user is four characters, not the end of a reply
+        self.backend, self.bos, self.eos, self.pad, self.eos_ids = backend, bos, eos, pad, (eos,)
+        self.vocab_size = max(backend.get_vocab().values()) + 1
+        added = backend.get_added_tokens_decoder().items()
+        self.special_names = {id: token.content for id, token in added if token.special or token.content in special}
         self._encode = functools.lru_cache(maxsize=CACHED_TEXTS)(self._encode)
 
     def _encode(self, text):
@@ -149,12 +159,3 @@ def check_vocabulary(tokenizer, num_embeddings, spare_rows=0):
     if not 0 <= num_embeddings - tokenizer.vocab_size <= spare_rows:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model {num_embeddings} embeddings; "
                          "use the tokenizer.json beside the model")
-
-
-def _load(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such tokenizer; a model folder holds its tokenizer.json")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path}: not a tokenizer file, or damaged: {error}") from error

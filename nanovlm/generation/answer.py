@@ -60,10 +60,8 @@ def make_prompt(assistant, turns, visuals, max_new_tokens, pixels=None):
     row = templates.write(templates.prompt(turns, assistant.template), assistant.tokenizer, pictures)
     context = model.decoder.config.context_length
     if len(row.ids) + max_new_tokens > context:
-        raise PromptTooLong(
-            f"the prompt has {len(row.ids)} tokens and the answer up to {max_new_tokens}, but the context has "
-            f"{context}: ask something shorter, drop earlier turns or pictures, or lower max_new_tokens"
-        )
+        raise PromptTooLong(f"the prompt has {len(row.ids)} tokens and the answer up to {max_new_tokens}, the context "
+                            f"has {context}: ask less, drop earlier turns or pictures, or lower max_new_tokens")
     return Prompt(row, [pixels[visuals[place].key] for place, _, _ in row.images])
 
 

@@ -23,8 +23,7 @@ repeated only by a model that writes such an id.
 B prompts, N beams, K candidates, V vocabulary, M new tokens at most
 """
 
-import dataclasses
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,16 +34,14 @@ EXCLUDED = -1e9  # added to what may not be chosen
 NONE = -1  # where a text has no id
 
 
-@dataclass(frozen=True)
-class Hypothesis:
+class Hypothesis(NamedTuple):
     """A finished text: new ids without the end token, and its score, higher is better."""
 
     tokens: list[int]
     score: float
 
 
-@dataclass
-class Beams:
+class Beams(NamedTuple):
     """State of the search; the first dimension of every field is the prompt."""
 
     running: Tensor  # int64[B, N, M], new ids of the beams that go on, NONE behind them
@@ -55,7 +52,7 @@ class Beams:
 
     def select(self, prompts):
         """Keep some prompts, int64[n]: Beams."""
-        return Beams(*(getattr(self, field.name)[prompts] for field in dataclasses.fields(self)))
+        return Beams(*(one[prompts] for one in self))
 
     def keep_best(self, texts, scores, may_end):
         """The best hypotheses so far and among texts int64[B, K, M], of float32[B, K], where bool[B, K]: Beams."""
@@ -63,7 +60,7 @@ class Beams:
         ended_scores, best = torch.cat([self.ended_scores, scores + ~may_end * EXCLUDED], dim=1).topk(num_beams)
         ended = pick(torch.cat([self.ended, texts], dim=1), best)
         is_ended = torch.cat([self.is_ended, may_end], dim=1).gather(1, best)
-        return dataclasses.replace(self, ended=ended, ended_scores=ended_scores, is_ended=is_ended)
+        return self._replace(ended=ended, ended_scores=ended_scores, is_ended=is_ended)
 
     def hypotheses(self, place, decoding):
         """The best hypotheses of one prompt: list of Hypothesis."""
@@ -77,17 +74,6 @@ def pick(texts, places):
     return texts.gather(1, places[..., None].expand(-1, -1, texts.shape[2]))
 
 
-def start(num_prompts, decoding, device):
-    """Beams before the first step. Those of a prompt are equal, so all but one are excluded: it would win N times."""
-    shape = (num_prompts, decoding.num_beams)
-    ids = torch.full((*shape, decoding.max_new_tokens), NONE, device=device)
-    excluded = torch.full(shape, EXCLUDED, device=device)
-    running_scores = torch.zeros(shape, device=device)
-    if not (decoding.counts_dummy_token and decoding.do_sample):  # there, equal beams may draw differently
-        running_scores[:, 1:] = EXCLUDED
-    return Beams(ids, running_scores, ids, excluded, torch.zeros(shape, dtype=torch.bool, device=device))
-
-
 def beam_search(rows, decoding, generator=None):
     """Search.
 
@@ -98,8 +84,12 @@ def beam_search(rows, decoding, generator=None):
     Returns: list of B lists of num_return_sequences Hypothesis, best first.
     """
     num_prompts, num_beams, device = len(rows.logits), decoding.num_beams, rows.logits.device
-    beams = start(num_prompts, decoding, device)
     rows.select([prompt for prompt in range(num_prompts) for _ in range(num_beams)])
+    ids = torch.full((num_prompts, num_beams, decoding.max_new_tokens), NONE, device=device)
+    scores = torch.zeros(num_prompts, num_beams, device=device)
+    beams = Beams(ids, scores, ids, torch.full_like(scores, EXCLUDED), torch.zeros_like(scores, dtype=torch.bool))
+    if not (decoding.counts_dummy_token and decoding.do_sample):  # there, equal beams may draw differently
+        scores[:, 1:] = EXCLUDED  # the beams of a prompt are equal: the best would win N times
     active, found = list(range(num_prompts)), [None] * num_prompts
     for step in range(decoding.max_new_tokens):
         candidates = propose(rows, beams, decoding, active, num_prompts, generator)
@@ -160,7 +150,7 @@ def advance(beams, candidates, step, decoding):
     may_end = ends & (torch.arange(scores.shape[1], device=scores.device) < num_beams)
     beams = beams.keep_best(texts, scores / length**decoding.length_penalty, may_end)
     running_scores, best = (scores + ends * EXCLUDED).topk(num_beams)
-    beams = dataclasses.replace(beams, running=pick(texts, best), running_scores=running_scores)
+    beams = beams._replace(running=pick(texts, best), running_scores=running_scores)
     if is_last and decoding.counts_dummy_token:
         is_cut = ~is_done(beams, scores, length, decoding)[:, None] & ~ends.gather(1, best)
         beams = beams.keep_best(beams.running, running_scores / (length + 1) ** decoding.length_penalty, is_cut)

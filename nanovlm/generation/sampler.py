@@ -70,15 +70,10 @@ class Decoding:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}")
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
-            raise ValueError(
-                f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}: "
-                "a beam search has no more sequences than beams"
-            )
+            raise ValueError(f"num_return_sequences {self.num_return_sequences} exceeds num_beams {self.num_beams}")
         if self.num_return_sequences > 1 and self.num_beams == 1 and not self.do_sample:
-            raise ValueError(
-                f"num_return_sequences {self.num_return_sequences} with do_sample=False and num_beams=1: greedy "
-                "decoding has one answer; sample, or raise num_beams"
-            )
+            raise ValueError(f"num_return_sequences {self.num_return_sequences} with do_sample=False and num_beams=1: "
+                             "greedy decoding has one answer; sample, or raise num_beams")
 
 
 @torch.no_grad()

@@ -53,7 +53,8 @@ def convert(args, families, recipes):
     told = "no tokenizer found: put the model's tokenizer files into OUT before it is asked anything"
     with new_folder(out) as folder:
         if held and held[0] in paths:
-            copy_beside(held[0], folder)
+            for path in kept(held[0]):
+                shutil.copyfile(path, folder / path.name)
         elif held:
             held[1].save(folder / "tokenizer.json")
         if held:
@@ -103,7 +104,8 @@ def export(source, out, args, families, recipes):
     with new_folder(out) as temporary:
         names = write_checkpoint(temporary, published.layout(sizes), model.state_dict(), int(args.max_shard_gb * 1e9))
         (temporary / "config.json").write_text(json.dumps(sizes, indent=2))
-        copy_beside(folder, temporary)
+        for path in kept(folder):
+            shutil.copyfile(path, temporary / path.name)
         fit_processor(temporary, vision_of(model))
     return [f"written: {out} ({published.family}, {len(names)} files, {dtype}, published layout)",
             f"copied: {', '.join(path.name for path in kept(folder)) or 'no tokenizer files'}"]
@@ -118,12 +120,6 @@ def export_adapter(source, out, args, families, recipes):
     sizes = config.get("published") or published.configs[config["size"]]
     memory = KNOWN["families"].get(published.family, {}).get("memory", {})
     return write_adapter(source, out, config, published, sizes, memory)
-
-
-def copy_beside(folder, out):
-    """Copy what stands beside a model's weights: tokenizer, processor, chat template, settings of generation."""
-    for path in kept(folder):
-        shutil.copyfile(path, out / path.name)
 
 
 def fit_processor(folder, tower):

@@ -263,18 +263,14 @@ def mpt_config(config):
     )
 
 
-def language_model(family, read, table):
-    """The Published of a language model by itself; read: config -> DecoderConfig."""
-    return Published(family, lambda config: Decoder(read(config)), lambda config: table)
-
-
-LANGUAGE_MODELS = {
-    "llama": language_model("llama", llama_config, LLAMA),  # Vicuna and SmolLM2 too
-    "qwen2": language_model("qwen2", qwen2_config, LLAMA),
-    "phi": language_model("phi", phi_config, PHI),
-    "opt": language_model("opt", opt_config, OPT),
-    "mpt": Published("mpt", lambda config: Decoder(mpt_config(config)), mpt_layout),
-}
+LANGUAGE_MODELS = {family: Published(family, lambda config, read=read: Decoder(read(config)), layout)
+                   for family, read, layout in (
+    ("llama", llama_config, lambda config: LLAMA),  # Vicuna and SmolLM2 too
+    ("qwen2", qwen2_config, lambda config: LLAMA),
+    ("phi", phi_config, lambda config: PHI),
+    ("opt", opt_config, lambda config: OPT),
+    ("mpt", mpt_config, mpt_layout),
+)}  # fmt: skip
 
 
 def decoder_of(model):

@@ -30,9 +30,8 @@ def read_config(folder):
     """config.json of a folder: dict. Raises: FileNotFoundError, ValueError."""
     if not (folder / "config.json").exists():
         refuse_adapter(folder)
-        raise FileNotFoundError(f"{folder} holds no config.json; give the output folder of train.py, for example "
-                                "out/nano, or a published model's; `python -m nanovlm.recipes convert --family NAME` "
-                                "writes one")
+        raise FileNotFoundError(f"{folder} holds no config.json; give the output folder of train.py or a published "
+                                "model's; `python -m nanovlm.recipes convert --family NAME` writes one")
     return read_json(folder / "config.json")
 
 
@@ -44,8 +43,7 @@ def family_of(config, where, families):
     if kind in KNOWN["refused"]:
         raise ValueError(f"{where}: model_type {kind!r} is not read: {KNOWN['refused'][kind]}")
     if MODEL_TYPES.get(kind) not in families:
-        raise ValueError(f"{where} names no recipe of train.py, and model_type {kind} is none that can be built."
-                         f"{nearest(kind, MODEL_TYPES)}")
+        raise ValueError(f"{where} names no recipe, and model_type {kind} cannot be built.{nearest(kind, MODEL_TYPES)}")
     return MODEL_TYPES[kind]
 
 
@@ -129,8 +127,7 @@ def ready(model, tokenizer, recipe, template, notes, spare_rows, **shown):
         if spare:
             notes += (f"{rows} embedding rows for {tokenizer.vocab_size} tokens: {spare} only fill up the table",)
         if media_token is not None and media_token != tokenizer.special_id(template.media_token):
-            raise ValueError(f"the model's media token has id {media_token}, which is not {template.media_token!r} in "
-                             "the tokenizer; correct media_token_id in config.json")
+            raise ValueError(f"media_token_id {media_token} is not the id of {template.media_token!r} in the tokenizer")
     image_size = vision_of(model).image_size if vision_of(model) else 0
     model = (VLM(None, None, model) if model is decoder_of(model) else model).eval()  # sees nothing
     own = {name: getattr(recipe, name) for name in ("decodings", "forms", "remark", "preprocessing")} if recipe else {}

@@ -256,9 +256,8 @@ def open_whole(recipe, folder, config, device):
         return Start(assistant, config.get("published", {}), kept(folder), "published" in config)
     kind = config.get("family", MODEL_TYPES.get(str(config.get("model_type"))))
     if kind != family:
-        raise ValueError(f"{folder} holds a model of the family {kind or config.get('model_type')}, and recipe "
-                         f"{recipe.name!r} trains {family}; name its recipe, or give it as a part: "
-                         f"--init language={folder}")
+        raise ValueError(f"{folder} is of the family {kind or config.get('model_type')}, recipe {recipe.name!r} "
+                         f"trains {family}; name its recipe, or give it as a part: --init language={folder}")
     assistant = open_published(folder, config, recipe.published, recipe, torch.float32, device)
     if "family" in config:
         return Start(assistant, config["config"], kept(folder))

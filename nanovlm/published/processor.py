@@ -25,21 +25,15 @@ def side(size):
     return size
 
 
-def told_pictures(folder):
-    """The values of a folder's picture processor: dict, empty where it has none."""
-    paths = [folder / name for name in ("processor_config.json", "preprocessor_config.json")]
-    files = {path.name: read_json(path) for path in paths if path.exists()}
-    nested = files.get("processor_config.json", {}).get("image_processor") or {}
-    return nested | files.get("preprocessor_config.json", {})
-
-
 def pictures_of(folder, shown, ours):
     """How a folder's pictures are read: ({"image_fit", "tiles", "preprocessing"} of an Assistant, list of notes).
 
     shown: the same of the recipe, of which stays what the folder does not tell.
     ours: bool, whether the recipe's fit is kept on purpose: its authors' code prepares pictures before their processor.
     """
-    told, notes, before = told_pictures(folder), [], shown["preprocessing"]
+    paths = folder / "processor_config.json", folder / "preprocessor_config.json"
+    nested, own = (read_json(path) if path.exists() else {} for path in paths)
+    told, notes, before = (nested.get("image_processor") or {}) | own, [], shown["preprocessing"]
     if not told:
         return shown, notes
     size, crop = side(told.get("size")), told.get("do_center_crop", True) and side(told.get("crop_size"))
@@ -65,21 +59,16 @@ def pictures_of(folder, shown, ours):
     return {"image_fit": fit, "tiles": tiles, "preprocessing": dataclasses.replace(before, **values)}, notes
 
 
-def chat_template(folder):
-    """The text of a folder's chat template, "" where it has none."""
-    texts = [path.read_text(encoding="utf-8") for path in (folder / "chat_template.jinja",) if path.exists()]
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        if (folder / name).exists() and (told := read_json(folder / name).get("chat_template")):
-            texts.append(told if isinstance(told, str) else json.dumps(told))
-    return next(iter(texts), "")
-
-
 def template_of(folder, default=None):
     """How a model is asked: (Template, list of notes).
 
     default: the recipe's, where the folder has no chat template; None: its plain text goes on.
     """
-    text = chat_template(folder)
+    path = folder / "chat_template.jinja"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for path in map(folder.joinpath, ("chat_template.json", "processor_config.json", "tokenizer_config.json")):
+        if not text and path.exists() and (told := read_json(path).get("chat_template")):
+            text = told if isinstance(told, str) else json.dumps(told)
     found = next((template for words, template in SIGNS if all(word in text for word in words)), None)
     if text and found is None:
         how = "as its recipe does" if default else "with the plain text"

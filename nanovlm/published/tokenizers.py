@@ -8,7 +8,6 @@ Differs from `transformers`: special strings in a text stay text. Its chat model
 string; here templates name them (see templates.py) and nobody can type the end of a turn.
 """
 
-import functools
 import json
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from nanovlm.data.tokenizer import CACHED_TEXTS, Tokenizer
+from nanovlm.data.tokenizer import Tokenizer
 from nanovlm.published.language import read_json
 from nanovlm.published.weights import damage
 
@@ -35,21 +34,11 @@ class PublishedTokenizer(Tokenizer):
 
     def __init__(self, backend, roles, special, add_bos):
         """roles: {role: token}, "eos" at least. special: list of str, further special tokens."""
-        backend.no_truncation()  # a saved file may carry either
-        backend.no_padding()
-        self.roles = roles
-        marked = [*roles.values(), *special]
+        self.roles, self.add_bos, marked = roles, add_bos, [*roles.values(), *special]
         backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in marked])
-        backend.encode_special_tokens = True
-        self.backend, self.inner = backend, _without_prefix(backend)
-        self.bos, self.eos, pad, unk = (backend.token_to_id(roles.get(role, "")) for role in ROLES)
-        self.pad = next(id for id in (pad, unk, self.eos) if id is not None)
-        self.add_bos = add_bos
-        self.eos_ids = (self.eos,)
-        self.vocab_size = max(backend.get_vocab().values()) + 1
-        added = backend.get_added_tokens_decoder().items()
-        self.special_names = {id: token.content for id, token in added if token.special or token.content in marked}
-        self._encode = functools.lru_cache(maxsize=CACHED_TEXTS)(self._encode)
+        bos, eos, pad, unk = (backend.token_to_id(roles.get(role, "")) for role in ROLES)
+        self._use(backend, bos, eos, next(id for id in (pad, unk, eos) if id is not None), marked)
+        self.inner = _without_prefix(backend)
 
     def encode(self, text, continues=False):
         """list[int], never a special id.
@@ -120,8 +109,7 @@ def load_tokenizer(folder, added=()):
         raise ValueError(f"{folder}: no token ends a text; tokenizer_config.json should name it as eos_token")
     for role, token in roles.items():
         if backend.token_to_id(token) is None:
-            raise ValueError(f"{folder}: its {role}_token {token!r} is not in the vocabulary; these files belong to "
-                             "two models")
+            raise ValueError(f"{folder}: its {role}_token {token!r} is not in the vocabulary; files of two models?")
     special = [token for token in special if backend.token_to_id(token) is not None]
     add_bos = _adds_bos(backend, roles, config, folder)
     if add_bos and backend.post_processor is None:  # for other programs that read the file which `save` writes
@@ -250,7 +238,6 @@ def from_sentencepiece(path):
     for text in (*texts, "a  b", " \ufb01 \uff21"):
         text = text.replace(SPACE, " ")
         if backend.encode(text, add_special_tokens=False).ids != model.encode(text):
-            raise ValueError(f"{path}: cuts {text!r} as no byte-pair encoding does that is read here (a unigram "
-                             "model, symbols that a user defined, texts changed before they are cut); use the "
-                             "tokenizer.json of the same model")
+            raise ValueError(f"{path}: cuts {text!r} as no byte-pair encoding does that is read here (a unigram model, "
+                             "symbols of a user's, texts changed before); use the tokenizer.json of the same model")
     return backend

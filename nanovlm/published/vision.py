@@ -190,11 +190,6 @@ def siglip_pair(config):
     return contrastive.SigLIP(ViT(vision), tower, known["width"])
 
 
-def build_clip(config):
-    """CLIP of a config: contrastive.CLIP if it describes both towers, else the ViT."""
-    return clip_pair(config) if is_pair(config) else ViT(clip_config(config))
-
-
 def build_siglip(config):
     """SigLIP of a config: contrastive.SigLIP if it describes both towers, else the tower with its pooling."""
     if is_pair(config):
@@ -205,7 +200,8 @@ def build_siglip(config):
 
 
 TOWERS = {
-    "clip": Published("clip", build_clip, lambda config: CLIP_PAIR if is_pair(config) else CLIP),
+    "clip": Published("clip", lambda config: clip_pair(config) if is_pair(config) else ViT(clip_config(config)),
+                      lambda config: CLIP_PAIR if is_pair(config) else CLIP),
     "siglip": Published("siglip", build_siglip, lambda config: SIGLIP_PAIR),
     "eva": Published("eva", lambda config: ViT(eva_config(config)), lambda config: EVA),
 }

@@ -333,8 +333,7 @@ def renamed(found, tensors, where, change=lambda piece: piece):
                 piece = resized(part, piece, found.resized[part][1][-2:][0])
             piece = change(piece)
             if part in result and not torch.equal(result[part], piece):
-                raise WeightsError(f"{where}: {name} is a second copy of our {part}, but its values differ; the file "
-                                   "is damaged or not tied")
+                raise WeightsError(f"{where}: {name} is a second copy of our {part}, but its values differ")
             result[part] = piece
     return result
 
