@@ -84,9 +84,6 @@ def test_every_epoch_holds_every_record_once_in_its_own_order(folder):
     backwards = [again.record(n).id for n in reversed(range(60))]  # a pure function of (seed, n)
     assert backwards[::-1] == epochs[0] + epochs[1] + epochs[2]
     assert [other.record(n).id for n in range(20)] != epochs[0] and LlavaJson(path).seed == 0
-
-
-def test_permutation_depends_on_each_argument():
     one, *others = (permutation(*seed, length=9).tolist() for seed in ((1, 2), (2, 2), (1, 1), (1, 2, 3)))
     assert sorted(one) == list(range(9)) and one not in others
 

@@ -59,9 +59,6 @@ def test_every_epoch_holds_every_sample_once_shard_by_shard(folder):
         assert sorted(epoch, key=lambda n: order.index(n // 4)) == epoch, "shard by shard"
     assert len(set(map(tuple, orders))) > 1 and len({tuple(n for n in epoch if n < 4) for epoch in epochs}) > 1
     assert [int(again.record(n).id) for n in reversed(range(40))][::-1] == sum(epochs, [])
-
-
-def test_records_are_those_of_the_items(folder):
     records = [TarShards(folder).record(n) for n in range(10)]
     for record in records:
         n = int(record.id)

@@ -176,9 +176,6 @@ def test_a_video_is_one_visual_input_of_several_frames(tmp_path, clips):
         assert shades([visual.frames[0]]) == [1]
         expected = torch.cat([images.to_pixels(shade(n), 8)[None] for n in (1, 4, 7, 10)])
         assert torch.equal(pixels_of([visual], 8, "crop"), expected)
-
-
-def test_images_and_videos_keep_their_places(tmp_path, clips):
     item = {"id": 1, "image": ["frames/frame3.png", "frames/frame5.png"], "video": [["a.gif"], ["frames/frame7.png"]]}
     item["conversations"] = talk("<image> then <video>") + talk("<video> or <image>?", "<video>")
     record = source(tmp_path, item).record(0)
@@ -186,6 +183,11 @@ def test_images_and_videos_keep_their_places(tmp_path, clips):
     assert parts == [(0, " then ", 1), ("a",), (2, " or ", 3, "?"), ("<video>",)]
     assert [len(visual.frames) for visual in record.visuals] == [1, 5, 5, 1]
     assert shades(map(images.load, record.visuals[3].frames)) == [5] and shades(record.visuals[2].frames) == [7] * 5
+    source(tmp_path, {"id": 1, "video": "a.gif", "conversations": talk("<video>what?")})
+    entry = {"reader": "llava", "path": "some.json", "num_frames": 3, "sampling": "random"}
+    (tmp_path / "all.json").write_text(json.dumps({"films": entry}))
+    (visual,) = listed_sources(tmp_path / "all.json", seed=2)[0]["films"].record(4).visuals
+    assert visual.frames == video.Clip(str(tmp_path / "a.gif"), 3, "random", (2, 4))
 
 
 def test_random_frames_are_drawn_anew_at_every_showing(tmp_path, clips):
@@ -215,11 +217,3 @@ def test_videos_that_are_wrong_or_missing(tmp_path, clips):
     for none in ({}, {"video": []}, {"video": [[]]}, {"video": None}):
         plain = source(tmp_path, {"id": 1, **none, "conversations": talk("a <video> tag")}).record(0)
         assert plain.conversations[0][0].parts == ("a <video> tag",) and not plain.visuals
-
-
-def test_a_list_of_datasets_says_how_videos_are_read(tmp_path, clips):
-    source(tmp_path, {"id": 1, "video": "a.gif", "conversations": talk("<video>what?")})
-    entry = {"reader": "llava", "path": "some.json", "num_frames": 3, "sampling": "random"}
-    (tmp_path / "all.json").write_text(json.dumps({"films": entry}))
-    (visual,) = listed_sources(tmp_path / "all.json", seed=2)[0]["films"].record(4).visuals
-    assert visual.frames == video.Clip(str(tmp_path / "a.gif"), 3, "random", (2, 4))
