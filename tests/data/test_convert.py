@@ -1,23 +1,15 @@
 """Other data sets in the two forms that training reads: every schema, every trap, and what is reported."""
 
 import base64
-import io
 import json
 
 import pytest
-from PIL import Image
 
 from nanovlm.data import images
 from nanovlm.data.__main__ import main
 from nanovlm.data.datasets import LlavaJson
 from nanovlm.data.tar_shards import TarShards
-from vlit_data import lines
-
-
-def png(shade):
-    file = io.BytesIO()
-    Image.new("RGB", (3, 2), (shade, 0, 0)).save(file, "png")
-    return file.getvalue()
+from vlit_data import asked, lines, png
 
 
 def encoded(shade):
@@ -49,10 +41,6 @@ def told(said, *facts):
 
 def turns(*said):
     return [{"from": speaker, "value": value} for speaker, value in said]
-
-
-def asked(question, answer):
-    return turns(("human", question), ("gpt", answer))
 
 
 def test_sharegpt(tmp_path):

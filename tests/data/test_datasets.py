@@ -69,21 +69,7 @@ def test_malformed_lists(folder, content, message):
         listed_sources(listed(folder, content))
 
 
-def test_everything_missing_is_listed_at_once(folder):
-    (folder / "sub" / "pictures" / "a.png").unlink()
-    lists = {
-        "one": {"reader": "llava", "path": "none.json"},
-        "words": WORDS,
-        "two": {**SHOWN, "images": "nowhere"},
-        "three": SHOWN,
-    }
-    sources, missing = listed_sources(listed(folder, lists))
-    assert list(sources) == ["words"] and list(missing) == ["one", "two", "three"]
-    for name, fact in (("one", "none.json"), ("two", "nowhere"), ("three", "pictures/a.png")):
-        assert fact in missing[name]
-
-
-def test_command_line(folder):
+def test_command_line_and_everything_missing_is_listed_at_once(folder):
     data, images = folder / "sub" / "shown.json", folder / "sub" / "pictures"
     sets = listed(folder, {"words": WORDS})
     assert command_line_sources() == ({}, {})
@@ -99,6 +85,17 @@ def test_command_line(folder):
         command_line_sources(images=images)
     with pytest.raises(ValueError, match="the name 'data' is taken"):
         command_line_sources(data, images, listed(folder, {"data": WORDS}))
+    (folder / "sub" / "pictures" / "a.png").unlink()
+    lists = {
+        "one": {"reader": "llava", "path": "none.json"},
+        "words": WORDS,
+        "two": {**SHOWN, "images": "nowhere"},
+        "three": SHOWN,
+    }
+    sources, missing = listed_sources(listed(folder, lists))
+    assert list(sources) == ["words"] and list(missing) == ["one", "two", "three"]
+    for name, fact in (("one", "none.json"), ("two", "nowhere"), ("three", "pictures/a.png")):
+        assert fact in missing[name]
 
 
 class Fixed:

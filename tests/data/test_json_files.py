@@ -65,9 +65,6 @@ def test_numbers_are_not_cut_at_the_end_of_a_chunk(monkeypatch, tmp_path):
     for size in range(1, 22):
         monkeypatch.setattr(json_files, "CHUNK", size)
         assert [one.value for one in elements(path)] == [123456, 1.5e10, -12]
-
-
-def test_a_broken_line_does_not_hide_those_behind_it(tmp_path):
     path = tmp_path / "some.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": \n{"a": "\xff"}\n{"a": 1, "a": 2}\n{"a": 5}')
     found = [one.value for one in records(path)]

@@ -188,14 +188,6 @@ def test_absent_pairs_share_color_or_shape_with_what_is_there_more_often_than_ch
     assert np.mean(absent) == pytest.approx(2 / 3 + 10 / 43 / 3, abs=0.06)
 
 
-def test_types_are_asked_as_often_as_weighted():
-    source = Scenes(weights={"color": 3, "size": 1, "count": 0}, questions_per_picture=1)
-    kinds = Counter(source.record(n).kinds[0] for n in range(500))
-    assert set(kinds) == {"color", "size"} and 0.6 < kinds["color"] / 500 < 0.8
-    plain = Counter(kind for n in range(500) for kind in Scenes(string_share=1.0).record(n).kinds)
-    assert set(plain) == set(QUESTIONS) and plain["relation"] > 0.05 * plain.total()
-
-
 # ---- the source of drawn scenes ----
 
 
@@ -241,7 +233,7 @@ def test_names_say_all_of_a_picture():
     assert with_string > 5
 
 
-def test_options_shape_the_pictures_and_the_kinds():
+def test_options_shape_the_pictures_and_weights_the_kinds():
     source = Scenes("train", "captions", min_objects=2, max_objects=2, canvas=80, string_share=1.0)
     for n in range(20):
         record, scene = source.record(n), source.scene(n)
@@ -250,9 +242,11 @@ def test_options_shape_the_pictures_and_the_kinds():
     shares = [sum(bool(Scenes(string_share=share).scene(n).string) for n in range(400)) / 400 for share in (0, 0.3)]
     assert shares[0] == 0 and 0.24 < shares[1] < 0.36
     assert all(len(Scenes(questions_per_picture=2).record(n).kinds) == 2 for n in range(20))
-
-
-def test_a_picture_without_the_wanted_question_is_replaced():
+    source = Scenes(weights={"color": 3, "size": 1, "count": 0}, questions_per_picture=1)
+    kinds = Counter(source.record(n).kinds[0] for n in range(500))
+    assert set(kinds) == {"color", "size"} and 0.6 < kinds["color"] / 500 < 0.8
+    plain = Counter(kind for n in range(500) for kind in Scenes(string_share=1.0).record(n).kinds)
+    assert set(plain) == set(QUESTIONS) and plain["relation"] > 0.05 * plain.total()
     source = Scenes(weights={"relation": 1.0}, seed=2)
     keys = [source.record(n).visuals[0].key for n in range(60)]
     assert {source.record(n).kinds[0] for n in range(60)} == {"relation"}
@@ -405,9 +399,6 @@ def test_options_and_determinism():
     plain = SceneTexts(weights={"plain_caption": 1}, string_share=0)
     assert not any("text" in plain.record(n).conversations[0][0].text for n in range(60))
     assert {turn.role for turn in plain.record(0).conversations[0]} == {"assistant"}
-
-
-def test_several_questions_about_a_text_follow_each_other():
     source = SceneTexts(weights={"described": 1, "listed": 1}, questions_per_text=4)
     lengths = Counter()
     for n in range(100):

@@ -68,7 +68,7 @@ def command(tmp_path):
     return ["show", "--recipe", str(tmp_path / "recipe.py"), "--data", str(tmp_path / "own.json")]
 
 
-def test_a_users_own_file(command, capsys):
+def test_a_users_own_file_and_the_recipes_own_data_by_seed(command, capsys):
     main([*command, "-n", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "recipe nano, stage instruct: 2 records in 2 rows; 1 cut to 128 tokens"
@@ -77,9 +77,6 @@ def test_a_users_own_file(command, capsys):
     assert "<image x64><s>user: what is this?↵bot:[ a Cat</s>]" in lines[3:]
     assert f"<s>[{'X' * 127}]" in lines[3:]
     assert len(lines) == 7
-
-
-def test_the_recipes_own_data_by_seed(command, capsys):
     recipe = command[:3]
     shown = []
     for seed in ([], ["--seed", "0"], ["--seed", "1"]):

@@ -6,22 +6,16 @@ import os
 import tarfile
 
 import pytest
-from PIL import Image
 
 from nanovlm.data import images, tar_shards
 from nanovlm.data.datasets import command_line_sources, listed_sources
 from nanovlm.data.records import Turn
 from nanovlm.data.tar_shards import TarShards, write_shards
-
-
-def png(shade, size=(3, 2)):
-    file = io.BytesIO()
-    Image.new("RGB", size, (shade, 0, 0)).save(file, "png")
-    return file.getvalue()
+from vlit_data import asked, png
 
 
 def item(n, question="<image>\nwhat?"):
-    return {"id": n, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": f"number {n}"}]}
+    return {"id": n, "conversations": asked(question, f"number {n}")}
 
 
 def write_some(folder):

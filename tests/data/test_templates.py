@@ -87,14 +87,11 @@ def test_turns_of_a_picture_alone_pictures_in_a_reply_and_blanks():
     )
 
 
-def test_rounds():
+def test_rounds_and_what_ends_a_reply(tokenizer):
     assert rounds(CHAT, NANO) == [CHAT]
     assert rounds(CHAT, TEMPLATES["LYNX"]) == [CHAT[:2], CHAT]
     alone = CHAT[1:2]
     assert rounds(alone, TEMPLATES["LYNX"]) == [alone]
-
-
-def test_what_ends_a_reply(tokenizer):
     eos, chunk, end = tokenizer.eos, *(tokenizer.special_id(name) for name in ("<|endofchunk|>", "<|im_end|>"))
     newline = tokenizer.encode("\n")[-1]
     ends = {"NANO": (eos,), "OPEN_FLAMINGO": (eos, chunk), "CHATML": (eos, end), "PLAIN": (eos, newline)}

@@ -91,9 +91,6 @@ def test_what_a_file_does_by_itself_is_ignored(tokenizer, tmp_path):
     for text in ("red A 1", "A", "user: what\nbot:", "</s>", "é AB"):
         assert loaded.encode(text) == tokenizer.encode(text)
     assert (loaded.bos, loaded.eos, loaded.pad) == (tokenizer.bos, tokenizer.eos, tokenizer.pad)
-
-
-def test_tokenizer_files_that_cannot_be_used(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="none.json: no such tokenizer"):
         Tokenizer(tmp_path / "none.json")
     for content in ("", "{", '{"version": "1.0"}', tokenizer.backend.to_str()[:500]):

@@ -20,6 +20,10 @@ def test_bfloat16_on_a_cpu_takes_a_processor_that_multiplies_it():
         arm = processor == "aarch64" and "bf16" in flags
         assert training_precision(facts) == ("bfloat16" if system == "Linux" and (x86 or arm) else "float32"), facts
         assert is_fast("float32", facts)
+    assert training_precision(Facts("mps", "Darwin", "arm64", frozenset(["bf16"]))) == "float32"
+    assert is_fast("float16", Facts("cpu", "Linux", "x86_64", frozenset(["avx512_fp16"]), "AVX512"))
+    assert not is_fast("float16", Facts("cpu", "Linux", "x86_64", frozenset(["avx512_fp16"]), "AVX2"))
+    assert is_fast("float16", Facts("cpu", "Linux", "aarch64", frozenset(["asimdhp"]), "DEFAULT"))
 
 
 @pytest.mark.parametrize(("capability", "half", "brain"), [
@@ -32,13 +36,6 @@ def test_a_gpu_is_asked_for_its_compute_capability_alone(capability, half, brain
     assert training_precision(facts) == ("bfloat16" if brain else "float32")
 
 
-def test_float16_on_a_cpu_and_mps():
-    assert training_precision(Facts("mps", "Darwin", "arm64", frozenset(["bf16"]))) == "float32"
-    assert is_fast("float16", Facts("cpu", "Linux", "x86_64", frozenset(["avx512_fp16"]), "AVX512"))
-    assert not is_fast("float16", Facts("cpu", "Linux", "x86_64", frozenset(["avx512_fp16"]), "AVX2"))
-    assert is_fast("float16", Facts("cpu", "Linux", "aarch64", frozenset(["asimdhp"]), "DEFAULT"))
-
-
 def test_the_facts_of_this_machine(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     facts = machine.facts_of("cpu")
@@ -48,9 +45,6 @@ def test_the_facts_of_this_machine(monkeypatch):
     if facts.processor == "x86_64":
         assert "slow in bfloat16" in machine.slow_line("bfloat16", "cpu")
     assert machine.slow_line("float32", "cpu") is None
-
-
-def test_a_device_that_is_not_there():
     machine.check_device("cpu")
     with pytest.raises(ValueError, match="try --device cpu"):
         machine.check_device("gpu")
