@@ -60,14 +60,7 @@ def test_json_lines_forget_half_a_line(tmp_path):
     assert path.read_bytes() == b"5\n"
 
 
-def test_json_lines_name_the_broken_line(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    path.write_text('{"a": 1}\n{oh\n')
-    with pytest.raises(ValueError, match="lines.jsonl, line 2"):
-        list(JsonLines(path))
-
-
-def test_json_lines_keep_to_their_head(tmp_path):
+def test_json_lines_keep_to_their_head_and_name_the_broken_line(tmp_path):
     path, head = tmp_path / "lines.jsonl", {"seed": 1, "sizes": (1, 2)}
     JsonLines(path, head).add("first")
     assert list(JsonLines(path, head)) == ["first"]
@@ -75,6 +68,9 @@ def test_json_lines_keep_to_their_head(tmp_path):
         JsonLines(path, head | {"seed": 2})
     path.write_text('{"seed"')  # killed while it wrote the head
     assert list(JsonLines(path, head)) == [] and len(path.read_text().splitlines()) == 1
+    path.write_text('{"a": 1}\n{oh\n')
+    with pytest.raises(ValueError, match="lines.jsonl, line 2"):
+        list(JsonLines(path))
 
 
 def test_a_listing_leaves_out_what_operating_systems_put_beside_data(tmp_path):

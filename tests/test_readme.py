@@ -38,38 +38,29 @@ def test_tables_are_made_from_the_files(page):
     assert tables.fill(PAGES[page]) == PAGES[page]
 
 
-def test_pages_have_every_kind_of_block():
+def test_pages_have_every_block_folder_and_lesson_and_a_small_picture():
     assert set(re.findall(r"<!-- (\w+)[: ]", ALL)) == {*tables.BLOCKS, "end"}
     assert ALL.count("<!-- ") == 2 * ALL.count("<!-- end -->")
     assert len(README.encode()) <= MAX_README
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("nanovlm/*/__main__.py")} - {"nanovlm/bench"}
+    assert {f"{folder}/README.md" for folder in folders} | {"nanovlm/training/README.md"} <= {*PAGES}
+    assert all(f"]({page})" in README for page in PAGES if page != "README.md")
+    listed = re.findall(r"^\| \[(\d\d)\]\((\S+)\) \| (.+?) \|", PAGES["notebooks/README.md"], re.MULTILINE)
+    lessons = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+    assert [path for _, path, _ in listed] == [path.with_suffix(".ipynb").name for path in lessons]
+    for (number, path, question), lesson in zip(listed, lessons):
+        assert f"# {number} · {question}" in lesson.read_text()
+    path = ROOT / re.search(r"!\[.{40,}\]\((\S+)\)", README)[1]
+    assert path == figures.PICTURE
+    assert path.stat().st_size < MAX_BYTES
+    width, height = Image.open(path).size
+    assert 900 < width < 1400 and 400 < height < 700
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https://|#)([^)#]+)", PAGES[page])
     assert links and [link for link in links if not ((ROOT / page).parent / link).exists()] == []
-
-
-def test_every_folder_has_its_page_and_the_readme_links_it():
-    folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("nanovlm/*/__main__.py")} - {"nanovlm/bench"}
-    assert {f"{folder}/README.md" for folder in folders} | {"nanovlm/training/README.md"} <= {*PAGES}
-    assert all(f"]({page})" in README for page in PAGES if page != "README.md")
-
-
-def test_the_lessons_there_are_are_listed():
-    listed = re.findall(r"^\| \[(\d\d)\]\((\S+)\) \| (.+?) \|", PAGES["notebooks/README.md"], re.MULTILINE)
-    lessons = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
-    assert [path for _, path, _ in listed] == [path.with_suffix(".ipynb").name for path in lessons]
-    for (number, path, question), lesson in zip(listed, lessons):
-        assert f"# {number} · {question}" in lesson.read_text()
-
-
-def test_its_picture_is_small_and_readable():
-    path = ROOT / re.search(r"!\[.{40,}\]\((\S+)\)", README)[1]
-    assert path == figures.PICTURE
-    assert path.stat().st_size < MAX_BYTES
-    width, height = Image.open(path).size
-    assert 900 < width < 1400 and 400 < height < 700
 
 
 def commands(program):
@@ -267,9 +258,6 @@ def test_a_block_replaces_what_stood_there(collected):
     assert lines[8].endswith(", 2023-11-16.") and "old" not in lines
     text = "<!-- results:a -->\n<!-- end -->\nbetween\n<!-- kinds:a -->\n<!-- end -->"
     assert "\nbetween\n" in tables.fill(text) and tables.fill(tables.fill(text)) == tables.fill(text)
-
-
-def test_the_kinds_of_question(collected):
     assert filled("kinds:a")[2:-2] == [
         "| question | easy-VQA, official test | scenes, new pictures |",
         "| --- | ---: | ---: |",
@@ -278,16 +266,13 @@ def test_the_kinds_of_question(collected):
     ]
 
 
-def test_a_comparison(collected):
+def test_a_comparison_and_what_is_printed(collected):
     lines = filled("compare:a,b_c")
     assert lines[2] == "| held-out test | a | b c |"
     assert lines[4] == "| easy-VQA, official test | 62.5% (50.0 – 75.0) | 6.2% (6.2 – 6.2) |"
     assert lines[6] == "| easy-VQA over grey pictures | 12.5% (12.5 – 12.5) | 12.5% (12.5 – 12.5) |"
     assert lines[8].startswith("- a: `python train.py --seed N`, N = 0, 1, 2; ")
     assert lines[9].startswith("- b c: `python train.py --threads 1 --without tower --seed N`, N = 0; 1,234,567 parameters; 100 s (78 CPU-seconds at most) on 1 thread of ")
-
-
-def test_what_is_printed(collected):
     lines = filled("printed:b_c")
     assert lines[2] == "```text" and lines[-3] == "```"
     assert lines[3].startswith("language: ") and "12.5% → 12.5%" in lines[3] and "align: " in lines[4]

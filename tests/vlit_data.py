@@ -1,12 +1,27 @@
-"""What the tests of instruction data share: items, files of them, the commands, and a generator that obeys."""
+"""What the tests of instruction data share: pictures, items, files of them, the commands, and a generator that obeys."""
 
+import io
 import json
 from pathlib import Path
+
+from PIL import Image
 
 from nanovlm.vlit import __main__ as command_line
 
 GOLDEN = Path(__file__).parent / "golden" / "vlit"
 PHOTOS = sorted(map(str, GOLDEN.glob("*_photos.json")))
+
+
+def png(shade, size=(3, 2)):
+    """A PNG file of one colour: bytes."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (shade, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def asked(question, answer="a"):
+    """LLaVA's turns of a question and its answer."""
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
 def item(id, *said, roles=("human", "gpt"), **more):

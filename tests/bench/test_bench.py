@@ -56,14 +56,16 @@ def test_other_tokens_are_no_result(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without CUDA")
-def test_no_gpu_here(capsys):
-    assert main(["decode", "--device", "cuda"]) == BAD_INPUT
-    assert "--device cuda cannot be used here" in capsys.readouterr().err
+def test_no_gpu_here(capsys, tmp_path):
+    for command, *flags in (["decode"], ["train", "--out", str(tmp_path / "results")]):
+        assert main([command, "--device", "cuda", *flags]) == BAD_INPUT
+        assert "--device cuda cannot be used here" in capsys.readouterr().err and not (tmp_path / "results").exists()
 
 
 def test_bad_input(capsys):
-    assert main(["decode", "--case", "8B"]) == BAD_INPUT
-    assert "--case 8B is none of 135M, 4M" in capsys.readouterr().err
+    for command, case, known in (("decode", "8B", "135M, 4M"), ("train", "7B-slice", "4M, 135M on cpu")):
+        assert main([command, "--case", case]) == BAD_INPUT
+        assert f"--case {case} is none of {known}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["decode", "--rounds", "0"])
     assert "0: at least 1" in capsys.readouterr().err

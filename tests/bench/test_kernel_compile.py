@@ -37,18 +37,15 @@ def test_every_shipped_tile_compiles_well(kernel):
     assert len(verdicts) == {"attention": 24, "projection": 6}[kernel]
 
 
-@pytest.mark.parametrize(
-    "architecture, values, words",
-    (
-        (80, {}, None), (90, {}, None), (90, {"spilled": 17}, "spills 17 bytes"),
-        (90, {"shared": 232_449}, "232449 bytes of shared memory, 232448 exist"),
-        (80, {"shared": 101_377}, "101377 bytes of shared memory, 101376 exist"),
-        (90, {"wgmma": 0}, "products are not warp-group products"), (90, {"mma": 1}, "products are not warp-group products"),
-        (80, {"mma": 0}, "no tensor-core products"), (90, {"serialized": True}, "products are serialized"),
-        (80, {"copies": 0}, "nothing is loaded ahead"), (80, {"narrow": 3}, "3 loads of 2 bytes"),
-        (80, {"loop": 0}, "no loop with products"), (90, {"loop": 501}, "a loop of 501 instructions, 500 are allowed"),
-    ),
-)  # fmt: skip
+@pytest.mark.parametrize("architecture, values, words", (
+    (80, {}, None), (90, {}, None), (90, {"spilled": 17}, "spills 17 bytes"),
+    (90, {"shared": 232_449}, "232449 bytes of shared memory, 232448 exist"),
+    (80, {"shared": 101_377}, "101377 bytes of shared memory, 101376 exist"),
+    (90, {"wgmma": 0}, "products are not warp-group products"), (90, {"mma": 1}, "products are not warp-group products"),
+    (80, {"mma": 0}, "no tensor-core products"), (90, {"serialized": True}, "products are serialized"),
+    (80, {"copies": 0}, "nothing is loaded ahead"), (80, {"narrow": 3}, "3 loads of 2 bytes"),
+    (80, {"loop": 0}, "no loop with products"), (90, {"loop": 501}, "a loop of 501 instructions, 500 are allowed"),
+))  # fmt: skip
 def test_faults_are_seen(architecture, values, words):
     variant = Variant("x", None, architecture, {}, {}, 8, 2)
     found = dataclasses.replace(GOOD[architecture], **values)
@@ -101,21 +98,17 @@ def test_loops_are_recorded_by_version_and_a_longer_one_is_a_fault(monkeypatch, 
     assert json.loads(compile.RECORDED.read_text()) == known | {triton.__version__: {variant.label: 500, "b": 5}}
 
 
-def test_every_loop_is_recorded():
+def test_every_loop_is_recorded(monkeypatch):
     pytest.importorskip("triton")
     labels = {variant.label for variants in compile.KERNELS.values() for variant in variants()}
     recorded = json.loads(compile.RECORDED.read_text())
     assert all(set(recorded[version]) == labels for version in ("3.6.0", "3.9.0"))
-
-
-def test_interpreted_kernels_are_refused(monkeypatch):
-    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="unset it"):
         compile.compiled(next(compile.attention_variants()))
 
 
-def test_flops_and_floors_by_hand():
+def test_flops_floors_and_ratios_by_hand_of_the_chosen_part():
     assert Case("full", 10, 8, 3, 2).flops() == 4 * 3 * 2 * 8 * 100
     assert Case("causal", 10, 8, 3, 2).flops() == 4 * 3 * 2 * 8 * 55
     assert Case("packed", 16, 8, 1, 1).flops() == 4 * 8 * 8 * 3  # eight documents of two tokens
@@ -123,18 +116,12 @@ def test_flops_and_floors_by_hand():
     case = Case("causal", 2048, 128, 4, 32)
     assert case.flops() == pytest.approx(137.5e9, rel=1e-3)
     assert case.floor(False) == pytest.approx(0.174e-3, rel=5e-3) and case.floor(True) == pytest.approx(0.435e-3, rel=5e-3)
-
-
-def test_ratios_are_taken_round_by_round():
     times = {"nanovlm": [0.001, 0.002, 0.004], "other": [0.002, 0.002, 0.012], "broken": "no kernel available"}
     ours, other, broken = lines("a case", times, 8e9)
     assert (ours.ratio, ours.ratio_low, ours.ratio_high) == (1, 1, 1)
     assert (other.median_ms, other.ratio, other.ratio_low, other.ratio_high, other.tflops) == pytest.approx((2, 2, 1.5, 2.5, 4))
     assert math.isnan(broken.ratio) and broken.note == "no kernel available"
     assert all(math.isnan(line.ratio) for line in lines("a case", {"nanovlm": "out of memory", "other": [1.0]}, 1))
-
-
-def test_a_part_of_the_benchmark_can_be_chosen():
     assert len(kernels.measures("")) == len(kernels.CASES) + 4
     assert len(kernels.measures("causal 577")) == len(kernels.measures("projection")) == 3
     assert kernels.measures("loss") == [kernels.loss_lines]

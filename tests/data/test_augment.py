@@ -89,7 +89,7 @@ def test_a_view_is_the_resized_part():
     assert whole.tobytes() == noise(9, 9).tobytes()
 
 
-def test_a_view_depends_on_seed_source_record_and_place_alone():
+def test_a_view_depends_on_seed_source_record_and_place_alone_and_a_clip_has_one():
     def views(seed, name="source"):
         source = Source()
         source.name = name
@@ -102,9 +102,6 @@ def test_a_view_depends_on_seed_source_record_and_place_alone():
     source = augmented(Source(), "crop_flip", 5)
     assert (source.name, len(source), source.record(4).conversations) == ("source", 3, Source().record(4).conversations)
     assert augmented(source, "none", 0) is source and tuple(AUGMENTATIONS) == NAMES
-
-
-def test_the_frames_of_a_clip_share_their_view():
     visual = augmented(Source(), "crop_flip", 0).record(1).visuals[1]
     square = numpy.asarray(visual.view.apply(visual.frames[0], 8))
     for preprocessing in (images.CLIP, images.SIGLIP):

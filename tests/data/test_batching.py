@@ -11,15 +11,9 @@ from nanovlm.data.augment import View
 from nanovlm.data.batching import Report, build_batch, contrastive_batch, pixels_of
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.templates import LYNX, NANO, Template, segments, write
-from nanovlm.data.tokenizer import train_tokenizer
 from nanovlm.vlm import IGNORE, IMAGE_TOKEN
 
 INLINE = Template(turn_prefix="\n")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["user: what is this?\nbot: a cat"] * 20, 290)
 
 
 def picture(shade, frames=1):
@@ -46,7 +40,7 @@ RECORDS = [
 ]
 
 
-def test_every_conversation_is_a_row_and_padding_stands_on_the_right(tokenizer):
+def test_every_conversation_and_round_is_a_row_padded_on_the_right(tokenizer):
     batch, counts = batch_of(RECORDS, tokenizer), {"one": [2], "two": [], "three": [12, 2]}
     rows = [write(segments(c, NANO), tokenizer, counts[r.id]) for r in RECORDS for c in r.conversations]
     longest = max(len(row.ids) for row in rows)
@@ -57,37 +51,28 @@ def test_every_conversation_is_a_row_and_padding_stands_on_the_right(tokenizer):
     ):
         assert vars(batch)[name].tolist() == [row + [padding] * (longest - len(row)) for row in written], name
     assert all(values.dtype == torch.int64 for name, values in vars(batch).items() if name != "pixels")
-
-
-def test_a_picture_in_many_rows_is_encoded_once(tokenizer):
-    batch = batch_of(RECORDS, tokenizer)
-    assert batch.frames.tolist() == [1, 2]  # shade 10, and the clip; shade 10 again is not a third
-    assert batch.shown.tolist() == [0, 0, 1, 0, 0] and batch.owner.tolist() == [0, 1, 3, 3, 4]
-    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (10, 20, 21)]
-    assert torch.equal(batch.pixels, torch.stack([images.to_pixels(frame, 8) for frame in frames]))
-
-
-def test_appearances_follow_the_row_not_the_record(tokenizer):
-    record = Record("r", (picture(1), picture(2)), ((Turn("user", (1, "a", 0, 1)), Turn("assistant", ("b",))),))
-    batch = batch_of([record], tokenizer, INLINE)
-    assert batch.frames.tolist() == [1, 1] and batch.shown.tolist() == [0, 1, 0] and batch.owner.tolist() == [0, 0, 0]
-    assert batch.pixels[0, 0, 0, 0] > batch.pixels[1, 0, 0, 0]  # picture(2) appears first
-
-
-def test_text_only_batches_have_no_pixels(tokenizer):
-    unused = Record("r", (picture(1),), (talk("hi", "hello"),))  # a picture that no turn mentions is not encoded
-    for record in (RECORDS[1], unused):
-        batch = batch_of([record], tokenizer)
-        assert batch.pixels is None and batch.frames.shape == batch.shown.shape == batch.owner.shape == (0,)
-
-
-def test_rounds_are_rows(tokenizer):
     talks = talk("what?", "a cat", 0) + talk("sure?", "yes")
     record = Record("r", (picture(1),), (talks, talk("hi", "hello")))
     batch = batch_of([record], tokenizer, LYNX)
     rows = [write(segments(talk, LYNX), tokenizer, [2]) for talk in (talks[:2], talks, record.conversations[1])]
     assert [ids[: len(row.ids)].tolist() for ids, row in zip(batch.ids, rows)] == [row.ids for row in rows]
     assert batch.shown.tolist() == [0, 0] and batch.owner.tolist() == [0, 1]
+
+
+def test_a_picture_is_encoded_once_and_appears_where_rows_show_it(tokenizer):
+    batch = batch_of(RECORDS, tokenizer)
+    assert batch.frames.tolist() == [1, 2]  # shade 10, and the clip; shade 10 again is not a third
+    assert batch.shown.tolist() == [0, 0, 1, 0, 0] and batch.owner.tolist() == [0, 1, 3, 3, 4]
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (10, 20, 21)]
+    assert torch.equal(batch.pixels, torch.stack([images.to_pixels(frame, 8) for frame in frames]))
+    record = Record("r", (picture(1), picture(2)), ((Turn("user", (1, "a", 0, 1)), Turn("assistant", ("b",))),))
+    batch = batch_of([record], tokenizer, INLINE)
+    assert batch.frames.tolist() == [1, 1] and batch.shown.tolist() == [0, 1, 0] and batch.owner.tolist() == [0, 0, 0]
+    assert batch.pixels[0, 0, 0, 0] > batch.pixels[1, 0, 0, 0]  # picture(2) appears first
+    unused = Record("r", (picture(1),), (talk("hi", "hello"),))  # a picture that no turn mentions is not encoded
+    for record in (RECORDS[1], unused):
+        batch = batch_of([record], tokenizer)
+        assert batch.pixels is None and batch.frames.shape == batch.shown.shape == batch.owner.shape == (0,)
 
 
 def test_cuts_are_on_the_right_and_counted(tokenizer):
@@ -103,6 +88,9 @@ def test_cuts_are_on_the_right_and_counted(tokenizer):
     batch_of([record], tokenizer, max_tokens=length + 4)
     with pytest.raises(ValueError, match=f"'r', conversation 0 has {length + 4} tokens, more than max_tokens {length + 3}"):
         batch_of([record], tokenizer, max_tokens=length + 3)  # cut only where it is counted
+    silent = Template(answer_prefix="", end_with_eos=False)
+    with pytest.raises(ValueError, match="record 'r', conversation 1 has no trained token"):
+        batch_of([Record("r", (), (talk("q", "a"), talk("q", "")))], tokenizer, silent)
 
 
 def test_no_cut_through_a_picture_but_a_later_one_may_go(tokenizer):
@@ -116,12 +104,6 @@ def test_no_cut_through_a_picture_but_a_later_one_may_go(tokenizer):
         assert batch.shown.tolist() == shown and len(batch.pixels) == len(shown)
     with pytest.raises(ValueError, match=f"'r', conversation 0: cutting it to max_tokens {start + 1} would cut"):
         batch_of([record], tokenizer, INLINE, start + 1, report=Report())
-
-
-def test_rows_that_cannot_be_trained_name_the_record(tokenizer):
-    silent = Template(answer_prefix="", end_with_eos=False)
-    with pytest.raises(ValueError, match="record 'r', conversation 1 has no trained token"):
-        batch_of([Record("r", (), (talk("q", "a"), talk("q", "")))], tokenizer, silent)
 
 
 def caption(name, shade, text):
@@ -141,9 +123,6 @@ def test_contrastive_batch(tokenizer):
     longest = max(map(len, rows))
     assert ids.tolist() == [row + [tokenizer.pad] * (longest - len(row)) for row in rows]
     assert torch.equal(pixels, torch.stack([images.to_pixels(picture(n).frames[0], 8) for n in range(3)]))
-
-
-def test_long_captions_are_cut_only_where_that_is_counted(tokenizer):
     records, report = [caption("r", 1, "ABCDEF")], Report()
     with pytest.raises(ValueError, match="record 'r' has 8 tokens, more than max_tokens 7"):
         contrastive_batch(records, tokenizer, 8, "crop", 7)

@@ -1,23 +1,15 @@
 """Other data sets in the two forms that training reads: every schema, every trap, and what is reported."""
 
 import base64
-import io
 import json
 
 import pytest
-from PIL import Image
 
 from nanovlm.data import images
 from nanovlm.data.__main__ import main
 from nanovlm.data.datasets import LlavaJson
 from nanovlm.data.tar_shards import TarShards
-from vlit_data import lines
-
-
-def png(shade):
-    file = io.BytesIO()
-    Image.new("RGB", (3, 2), (shade, 0, 0)).save(file, "png")
-    return file.getvalue()
+from vlit_data import asked, lines, png
 
 
 def encoded(shade):
@@ -49,10 +41,6 @@ def told(said, *facts):
 
 def turns(*said):
     return [{"from": speaker, "value": value} for speaker, value in said]
-
-
-def asked(question, answer):
-    return turns(("human", question), ("gpt", answer))
 
 
 def test_sharegpt(tmp_path):
@@ -119,7 +107,7 @@ def mimic(tmp_path, **changes):
     return source, write(tmp_path / "LA.json", pictures | changes)
 
 
-def test_mimic_it(tmp_path):
+def test_mimic_it_with_and_without_examples_in_front_and_after_a_kill(tmp_path):
     source, pictures = mimic(tmp_path)
     items, said = convert(tmp_path, "mimic-it", source, "--images", pictures)
     assert [item["id"] for item in items] == ["LA_1", "LA_3", "DC_1"]
@@ -128,8 +116,8 @@ def test_mimic_it(tmp_path):
     assert items[1]["conversations"] == asked("<image>\n<image>\nother?", "3") and items[1]["image"] == [second, first]
     assert items[2]["conversations"] == asked("<video>\nfilm?", "4") and items[2]["video"] == [[first, second]]
     assert "image" not in items[2]
-    source = LlavaJson(tmp_path / "out.jsonl", tmp_path / "out_images", num_frames=2)
-    for record in map(source.record, range(3)):
+    made = LlavaJson(tmp_path / "out.jsonl", tmp_path / "out_images", num_frames=2)
+    for record in map(made.record, range(3)):
         shades = [image.getpixel((0, 0))[0] for visual in record.visuals for image in map(images.load, visual.frames)]
         assert shades == {"LA_1": [1], "LA_3": [2, 1], "DC_1": [1, 2]}[record.id]
     assert told(
@@ -137,15 +125,16 @@ def test_mimic_it(tmp_path):
         ("key 'odd'", "changed", "found 3"), ("key 'LA_1'", "changed", "other pictures are left out"),
         ("key 'LA_4'", "skipped", f"picture 'p9' is not in {pictures}"), ("key 'LA_5'", "skipped", "record 'LA_9' is not"),
         ("key 'LA_6'", "skipped", "field 'instruction' is empty"))  # fmt: skip
-
-
-def test_mimic_it_with_examples_in_front(tmp_path):
-    source, pictures = mimic(tmp_path)
-    items, said = convert(tmp_path, "mimic-it", source, "--images", pictures, "--in-context", 1)
+    items, said = convert(tmp_path, "mimic-it", source, "--images", pictures, "--in-context", 1, out="b.jsonl")
     assert items[0]["conversations"] == [
         *asked("<image>\n<image>\nother?", "3"), *asked("<image>\nfirst?", "1"), *asked("second?", "2")]
     assert items[0]["image"] == [*items[1]["image"], items[1]["image"][1]]
     assert not any("left out" in reason for *_, reason in said)
+    write(tmp_path / "c.jsonl.tmp", "half")  # what a kill left
+    write(tmp_path / "c_images.tmp" / "ab" / "half.png", "half")
+    items, _ = convert(tmp_path, "mimic-it", source, "--images", pictures, out="c.jsonl")
+    assert len(items) == 3 and not list(tmp_path.glob("*.tmp"))
+    assert len(list((tmp_path / "c_images").rglob("*.png"))) == 2
 
 
 def test_m3it_in_all_its_spellings(tmp_path):
@@ -188,14 +177,11 @@ def test_minigpt4(tmp_path):
 COCO = {"images": [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100}, {"id": 8, "file_name": "8.jpg"}]}
 
 
-def test_coco_captions(tmp_path):
+def test_coco_captions_and_boxes_as_text(tmp_path):
     listed = [{"id": n, "image_id": image, "caption": "A dog. "} for n, image in enumerate((7, 9))]
-    items, said = convert(tmp_path, "coco-captions", write(tmp_path / "in.json", COCO | {"annotations": listed}))
+    items, said = convert(tmp_path, "coco-captions", write(tmp_path / "in.json", COCO | {"annotations": listed}), out="c.jsonl")
     assert items == [{"id": "7-0", "image": "7.jpg", "conversations": asked("<image>", "A dog.")}]
     assert told(said, ("item 2", "skipped", "image_id 9 is none of the 2 pictures"))
-
-
-def test_boxes_are_text(tmp_path):
     boxes = [(7, 1, [50, 25, 100, 50], 0), (7, 1, [190, 0, 20, 100], 0), (7, 1, [0, 0, 9, 9], 1), (8, 1, [0, 0, 9, 9], 0),
              (7, 5, [0, 0, 9, 9], 0), (7, 1, [0, 0, -1, 9], 0), (7, 1, ["0", 0, 1, 9], 0)]
     listed = [{"id": n, "image_id": image, "category_id": category, "bbox": box, "iscrowd": crowd}
@@ -300,12 +286,3 @@ def test_what_cannot_be_converted(flags, message, tmp_path, capsys, monkeypatch)
         main(["convert", *flags])
     assert caught.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists() and (tmp_path / "there.jsonl").read_text() == "old"
-
-
-def test_what_a_kill_left_is_no_output_and_no_obstacle(tmp_path):
-    write(tmp_path / "out.jsonl.tmp", "half")
-    write(tmp_path / "out_images.tmp" / "ab" / "half.png", "half")
-    source, pictures = mimic(tmp_path)
-    items, _ = convert(tmp_path, "mimic-it", source, "--images", pictures)
-    assert len(items) == 3 and not list(tmp_path.glob("*.tmp"))
-    assert len(list((tmp_path / "out_images").rglob("*.png"))) == 2

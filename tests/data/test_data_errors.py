@@ -62,7 +62,7 @@ def test_malformed_items(read, item, message):
         read(item)
 
 
-def test_missing_images_are_listed_all_at_once(read, tmp_path):
+def test_missing_images_unusable_items_and_files_are_named_all_at_once(read, tmp_path):
     def wants(*names):
         return {"id": "x", "image": list(names), "conversations": turns(("human", "<image>" * len(names)), GPT)}
 
@@ -74,9 +74,11 @@ def test_missing_images_are_listed_all_at_once(read, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         read(wants(*(f"{n}.png" for n in range(25))))
     assert str(caught.value).count(".png") == 20 and "and 5 more" in str(caught.value)
-
-
-def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ValueError, match="3 item") as caught:
+        read({"id": "x", "conversations": turns(HUMAN, ("gpt", ""))}, GOOD, {}, "words", ending=".jsonl")
+    message = str(caught.value)
+    assert "nanovlm.data convert llava" in message
+    assert [f"line {n}" in message for n in (1, 2, 3, 4, 5)] == [False, True, False, True, True]
     with pytest.raises(FileNotFoundError, match="none.json: no such file"):
         LlavaJson(tmp_path / "none.json")
     for content, message in ((b"{}", ", line 1: field 'id' is missing"), (b"[]", ": holds no item"), (b"\n", ": holds no item"),
@@ -84,14 +86,6 @@ def test_files_that_cannot_be_read(tmp_path):
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(ValueError, match=f"a.json{message}"):
             LlavaJson(tmp_path / "a.json")
-
-
-def test_all_unusable_items_are_named_with_the_command_that_leaves_them_out(read):
-    with pytest.raises(ValueError, match="3 item") as caught:
-        read({"id": "x", "conversations": turns(HUMAN, ("gpt", ""))}, GOOD, {}, "words", ending=".jsonl")
-    message = str(caught.value)
-    assert "nanovlm.data convert llava" in message
-    assert [f"line {n}" in message for n in (1, 2, 3, 4, 5)] == [False, True, False, True, True]
 
 
 PART = {"type": "image", "image": "b.png"}

@@ -42,6 +42,10 @@ def test_listed_sources(folder):
     for seed, source in ((5, sources["words"]), (0, listed_sources(folder / "sub" / "sets.json")[0]["words"])):
         plain = LlavaJson(folder / "sub" / "words.json", seed=seed)
         assert [source.record(n).id for n in range(20)] == [plain.record(n).id for n in range(20)]
+    lists = {"own": {**SHOWN, "prompts": ["a {question}"]}, "none": {**SHOWN, "prompts": []}, "brought": SHOWN, "other": SHOWN}
+    sources, missing = listed_sources(listed(folder, lists), prompts=dict.fromkeys(("own", "none", "brought"), ["b {question}"]))
+    found = {name: source.record(3).conversations[0][0].text for name, source in sources.items()}
+    assert found == {"own": "\na what?", "none": "\nwhat?", "brought": "\nb what?", "other": "\nwhat?"} and not missing
 
 
 @pytest.mark.parametrize("content, message", [
@@ -65,21 +69,7 @@ def test_malformed_lists(folder, content, message):
         listed_sources(listed(folder, content))
 
 
-def test_everything_missing_is_listed_at_once(folder):
-    (folder / "sub" / "pictures" / "a.png").unlink()
-    lists = {
-        "one": {"reader": "llava", "path": "none.json"},
-        "words": WORDS,
-        "two": {**SHOWN, "images": "nowhere"},
-        "three": SHOWN,
-    }
-    sources, missing = listed_sources(listed(folder, lists))
-    assert list(sources) == ["words"] and list(missing) == ["one", "two", "three"]
-    for name, fact in (("one", "none.json"), ("two", "nowhere"), ("three", "pictures/a.png")):
-        assert fact in missing[name]
-
-
-def test_command_line(folder):
+def test_command_line_and_everything_missing_is_listed_at_once(folder):
     data, images = folder / "sub" / "shown.json", folder / "sub" / "pictures"
     sets = listed(folder, {"words": WORDS})
     assert command_line_sources() == ({}, {})
@@ -95,6 +85,17 @@ def test_command_line(folder):
         command_line_sources(images=images)
     with pytest.raises(ValueError, match="the name 'data' is taken"):
         command_line_sources(data, images, listed(folder, {"data": WORDS}))
+    (folder / "sub" / "pictures" / "a.png").unlink()
+    lists = {
+        "one": {"reader": "llava", "path": "none.json"},
+        "words": WORDS,
+        "two": {**SHOWN, "images": "nowhere"},
+        "three": SHOWN,
+    }
+    sources, missing = listed_sources(listed(folder, lists))
+    assert list(sources) == ["words"] and list(missing) == ["one", "two", "three"]
+    for name, fact in (("one", "none.json"), ("two", "nowhere"), ("three", "pictures/a.png")):
+        assert fact in missing[name]
 
 
 class Fixed:
@@ -133,22 +134,12 @@ def test_questions_in_other_words(slot, parts, expected):
     assert source.name == "fixed" and len(source) == 7
 
 
-def test_prompts_are_drawn_per_record():
+def test_prompts_are_drawn_per_record_and_need_a_place_for_words():
     prompts = ["a {question}", "b {question}", "c {question}"]
     sources = (prompted(Fixed("?"), prompts, *seed) for seed in ((1,), (1,), (0,), ()))
     one, same, other, default = ([source.record(n).conversations[0][0].text for n in range(60)] for source in sources)
     assert one == same != other == default
     assert all(one.count(prompt.replace("{question}", "?")) > 8 for prompt in prompts)
-
-
-def test_prompts_without_a_place_are_for_pictures_without_words():
     assert prompted(Fixed(0), ["Describe it."]).record(0).conversations[0][0].parts == (0, "Describe it.")
     with pytest.raises(ValueError, match=r"record 'r' of 'fixed': it asks 'what\?', for which the prompt 'Describe it.' has no"):
         prompted(Fixed(0, "what?"), ["Describe it."]).record(0)
-
-
-def test_prompts_that_a_recipe_brings(folder):
-    lists = {"own": {**SHOWN, "prompts": ["a {question}"]}, "none": {**SHOWN, "prompts": []}, "brought": SHOWN, "other": SHOWN}
-    sources, missing = listed_sources(listed(folder, lists), prompts=dict.fromkeys(("own", "none", "brought"), ["b {question}"]))
-    found = {name: source.record(3).conversations[0][0].text for name, source in sources.items()}
-    assert found == {"own": "\na what?", "none": "\nwhat?", "brought": "\nb what?", "other": "\nwhat?"} and not missing

@@ -79,12 +79,9 @@ def test_reveal_reads_questions_denials_and_exclusions(asked, revealed):
     assert reveal(asked) == revealed
 
 
-def test_captions_say_what_is_known():
+def test_captions_say_what_is_known_and_names_are_their_words():
     assert [caption_of(*known) for known in (("blue", "circle"), ("blue", None), (None, "circle"), (None, None))] == [
         "blue circle", "blue shape", "circle", "shape"]
-
-
-def test_names_are_the_caption_and_its_words():
     source, captions = EasyVQA(kind="names"), EasyVQA(kind="captions")
     for n in range(300):
         names, caption = source.record(n), captions.record(n).conversations[0][-1].text
@@ -140,14 +137,11 @@ def test_texts_ask_the_same_questions_about_a_caption_that_tells_both():
         assert record.kinds == tuple(kind_of(answer) for _, answer in asked)
 
 
-def test_wrong_options_are_refused():
+def test_wrong_options_and_what_is_missing_are_said(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="unknown split 'tset'. Did you mean 'test'"):
         EasyVQA("tset")
     with pytest.raises(ValueError, match="unknown kind 'caption'. Did you mean 'captions'"):
         EasyVQA(kind="caption")
-
-
-def test_a_missing_package_or_its_data_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr("easy_vqa.easy_vqa.BASE_PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="pip install --force-rein"):
         EasyVQA()

@@ -18,7 +18,6 @@ from nanovlm.data.batching import Preparation, Report, build_batch
 from nanovlm.data.feed import DamageReport, Feed, Mixture
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.templates import LYNX, NANO
-from nanovlm.data.tokenizer import train_tokenizer
 
 BAD = {("pictures", 5), ("pictures", 6), ("words", 3)}
 
@@ -51,7 +50,7 @@ def draw(mixture, number):
     return [mixture.draw() for _ in range(number)]
 
 
-def test_shares_are_exact_at_every_moment():
+def test_shares_are_exact_at_every_moment_and_resumed_through_sorted_json():
     weights = {"a": 0.7, "b": 0.2, "c": 0.1}
     mixture, drawn = Mixture(NAMES, weights), dict.fromkeys("abc", 0)
     for n in range(1, 301):
@@ -59,18 +58,6 @@ def test_shares_are_exact_at_every_moment():
         assert place == drawn[name]  # every source is read in its own order, nothing left out
         drawn[name] += 1
         assert all(abs(drawn[source] - n * weight) < 1 for source, weight in weights.items())
-
-
-@pytest.mark.parametrize("weights, drawn", [
-    ({"a": 3, "b": 1}, "aabaaaba"), ({"a": 3e-7, "b": 1e-7}, "aabaaaba"), ({"c": 2}, "cccccccc"),
-    ({"b": 1, "a": 1}, "babababa"),  # ties go to the one named first
-    ({"a": 0.1, "b": 0.2, "c": 0.3}, "cbacbccb"),  # 0.1 + 0.2 is not 0.3 in floating point; as written it is
-])
-def test_weights_are_relative_and_exact(weights, drawn):
-    assert "".join(name for name, _ in draw(Mixture(NAMES, weights), 8)) == drawn
-
-
-def test_a_mixture_resumes_from_any_moment_and_through_sorted_json():
     weights = {"c": 0.5, "a": 0.3, "b": 0.2}
     whole = draw(Mixture(NAMES, weights), 40)
     for cut in (0, 1, 7, 23):
@@ -80,6 +67,15 @@ def test_a_mixture_resumes_from_any_moment_and_through_sorted_json():
         assert draw(second, 40 - cut) == whole[cut:]
     with pytest.raises(ValueError, match=r"reads \['a', 'c'\], not \['a', 'b', 'c'\]"):
         first.resume({"a": 1, "c": 1})
+
+
+@pytest.mark.parametrize("weights, drawn", [
+    ({"a": 3, "b": 1}, "aabaaaba"), ({"a": 3e-7, "b": 1e-7}, "aabaaaba"), ({"c": 2}, "cccccccc"),
+    ({"b": 1, "a": 1}, "babababa"),  # ties go to the one named first
+    ({"a": 0.1, "b": 0.2, "c": 0.3}, "cbacbccb"),  # 0.1 + 0.2 is not 0.3 in floating point; as written it is
+])
+def test_weights_are_relative_and_exact(weights, drawn):
+    assert "".join(name for name, _ in draw(Mixture(NAMES, weights), 8)) == drawn
 
 
 def same(record):
@@ -255,11 +251,6 @@ def test_the_report_names_each_and_forgets_what_is_done_again(tmp_path):
         again.add(5, [one], 149)
     with pytest.raises(ValueError, match="1 of 5 records are damaged, more than max_damaged 0 allows"):
         DamageReport(tmp_path / "other.jsonl", "align", 0, 0.0).add(1, [one], 5)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["user: what is this?\nbot: a cat"] * 20, 290)
 
 
 def counted(image_size, frames):

@@ -65,9 +65,6 @@ def test_numbers_are_not_cut_at_the_end_of_a_chunk(monkeypatch, tmp_path):
     for size in range(1, 22):
         monkeypatch.setattr(json_files, "CHUNK", size)
         assert [one.value for one in elements(path)] == [123456, 1.5e10, -12]
-
-
-def test_a_broken_line_does_not_hide_those_behind_it(tmp_path):
     path = tmp_path / "some.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": \n{"a": "\xff"}\n{"a": 1, "a": 2}\n{"a": 5}')
     found = [one.value for one in records(path)]
@@ -91,7 +88,7 @@ def test_malformed_files_are_named_with_the_line(content, message, chunk, tmp_pa
     assert f"{path}, " in str(caught.value) and message in str(caught.value)
 
 
-def test_a_file_is_never_held_whole(monkeypatch, tmp_path):
+def test_a_file_is_never_held_whole_and_an_endless_record_given_up(monkeypatch, tmp_path):
     monkeypatch.setattr(json_files, "CHUNK", 1000)
     held, more = [], json_files.Scanner.more
     monkeypatch.setattr(json_files.Scanner, "more", lambda scanner: (more(scanner), held.append(len(scanner.text)))[0])
@@ -99,9 +96,6 @@ def test_a_file_is_never_held_whole(monkeypatch, tmp_path):
     path.write_text(json.dumps({"skipped": ["x" * 50] * 999, "list": OBJECTS * 1000}))
     assert sum(1 for _ in elements(path, "list")) == 5000
     assert path.stat().st_size > 400_000 and len(held) > 100 and max(held) < 3000, "a few records"
-
-
-def test_an_endless_record_is_given_up(monkeypatch, tmp_path):
     monkeypatch.setattr(json_files, "CHUNK", 8)
     monkeypatch.setattr(json_files, "LARGEST", 64)
     path = tmp_path / "some.json"

@@ -8,10 +8,7 @@ from PIL import Image
 
 from nanovlm.data.datasets import LlavaJson
 from nanovlm.data.records import Record, Turn, Visual, check_order, permutation
-
-
-def said(question, answer):
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+from vlit_data import asked
 
 
 @pytest.fixture
@@ -36,16 +33,16 @@ A, B = "a.png", "sub/b.png"
 
 
 @pytest.mark.parametrize("item, parts, images", [
-    ({"image": A, "conversations": said("<image>\nWhat?", "a cat")}, [(0, "\nWhat?"), ("a cat",)], [A]),
-    ({"image": [A, B, A], "conversations": said("<image> or <image>?", "the first") + said("and\n<image>", "no")},
+    ({"image": A, "conversations": asked("<image>\nWhat?", "a cat")}, [(0, "\nWhat?"), ("a cat",)], [A]),
+    ({"image": [A, B, A], "conversations": asked("<image> or <image>?", "the first") + asked("and\n<image>", "no")},
      [(0, " or ", 1, "?"), ("the first",), ("and\n", 2), ("no",)], [A, B, A]),
-    ({"image": None, "conversations": said("hi", "hello")}, [("hi",), ("hello",)], []),
+    ({"image": None, "conversations": asked("hi", "hello")}, [("hi",), ("hello",)], []),
     ({"image": [], "conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "hello"}]},
      [("hi",), ("hello",)], []),
-    ({"conversations": said("which tag?", "<image>")}, [("which tag?",), ("<image>",)], []),  # of a reply it is text
+    ({"conversations": asked("which tag?", "<image>")}, [("which tag?",), ("<image>",)], []),  # of a reply it is text
     ({"conversations": [{"from": "gpt", "value": "once upon a time"}]}, [("once upon a time",)], []),
-    ({"image": [A, B], "conversations": said("What?", "a cat")}, [(0, "\n", 1, "\nWhat?"), ("a cat",)], [A, B]),  # as LLaVA
-    ({"image": "sub\\b.png", "conversations": said("<image>", "a cat")}, [(0,), ("a cat",)], [B]),
+    ({"image": [A, B], "conversations": asked("What?", "a cat")}, [(0, "\n", 1, "\nWhat?"), ("a cat",)], [A, B]),  # as LLaVA
+    ({"image": "sub\\b.png", "conversations": asked("<image>", "a cat")}, [(0,), ("a cat",)], [B]),
     ({"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
      [("hi",), ("hello",)], []),
     ({"images": [A], "messages": [{"role": "User", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
@@ -62,20 +59,17 @@ def test_items(folder, item, parts, images):
 
 def test_image_folder_is_the_files_own_unless_given(folder):
     (folder / "lists").mkdir()
-    item = {"id": "x", "image": "a.png", "conversations": said("<image>", "a")}
+    item = {"id": "x", "image": "a.png", "conversations": asked("<image>", "a")}
     path = write(folder / "lists", [item])
     assert LlavaJson(path, folder).record(0).visuals[0].key == str(folder / "a.png")
     with pytest.raises(FileNotFoundError, match="1 of 1 images"):
         LlavaJson(path)
-
-
-def test_only_the_places_of_the_items_are_kept(folder):
-    path = write(folder, [{"id": n, "conversations": said("q" * 500, "a" * 500)} for n in range(100)])
+    path = write(folder, [{"id": n, "conversations": asked("q" * 500, "a" * 500)} for n in range(100)])
     assert len(pickle.dumps(LlavaJson(path))) < 5000 < path.stat().st_size / 20
 
 
 def test_every_epoch_holds_every_record_once_in_its_own_order(folder):
-    path = write(folder, [{"id": n, "conversations": said("q", "a")} for n in range(20)])
+    path = write(folder, [{"id": n, "conversations": asked("q", "a")} for n in range(20)])
     source, again, other = LlavaJson(path, seed=3), LlavaJson(path, seed=3), LlavaJson(path, seed=4)
     assert len(source) == 20
     epochs = [[source.record(20 * epoch + n).id for n in range(20)] for epoch in range(3)]
@@ -84,9 +78,6 @@ def test_every_epoch_holds_every_record_once_in_its_own_order(folder):
     backwards = [again.record(n).id for n in reversed(range(60))]  # a pure function of (seed, n)
     assert backwards[::-1] == epochs[0] + epochs[1] + epochs[2]
     assert [other.record(n).id for n in range(20)] != epochs[0] and LlavaJson(path).seed == 0
-
-
-def test_permutation_depends_on_each_argument():
     one, *others = (permutation(*seed, length=9).tolist() for seed in ((1, 2), (2, 2), (1, 1), (1, 2, 3)))
     assert sorted(one) == list(range(9)) and one not in others
 

@@ -122,7 +122,7 @@ def test_every_answer_is_the_one_right_answer(drawn, split):
     assert kinds == ({"reading"} if split == "reading" else set(TYPES))
 
 
-def test_training_never_shows_or_names_a_held_out_pair_or_string(drawn):
+def test_training_never_shows_or_names_what_is_held_out_and_other_splits_nothing_else(drawn):
     pairs = re.compile("|".join(f"{color} {shape}" for color, shape in HELD_OUT))
     for scene, _ in drawn["train"] + drawn["new"]:
         assert not {(thing.color, thing.shape) for thing in scene.objects} & set(HELD_OUT)
@@ -133,9 +133,6 @@ def test_training_never_shows_or_names_a_held_out_pair_or_string(drawn):
                 assert not pairs.search(question) and not pairs.search(answer)
                 for word in re.findall(rf"\b[{ALPHABET}]{{2,3}}\b", f"{question} {answer}"):
                     assert not in_held_out_fifth(word)
-
-
-def test_other_splits_hold_only_what_is_held_out(drawn):
     for scene, asked in drawn["unseen_pairs"]:
         assert {(thing.color, thing.shape) for thing in scene.objects} <= set(HELD_OUT)
         for _, question, answer in asked:
@@ -145,7 +142,7 @@ def test_other_splits_hold_only_what_is_held_out(drawn):
         assert in_held_out_fifth(scene.string) and [kind for kind, _, _ in asked] == ["reading"]
 
 
-def test_yes_and_no_and_the_other_answers_are_balanced(drawn):
+def test_answers_are_balanced_and_questions_differ_and_come_in_every_form(drawn):
     answers = {}
     for _, asked in drawn["train"] + drawn["new"]:
         for kind, question, answer in asked:
@@ -159,9 +156,6 @@ def test_yes_and_no_and_the_other_answers_are_balanced(drawn):
     assert 0.08 < answers["count", ""]["0"] / answers["count", ""].total() < 0.2
     assert len(answers["place", ""]) == 9 and min(answers["place", ""].values()) > 0.06 * answers["place", ""].total()
     assert len(answers["color", ""]) == 8 and len(answers["shape", ""]) == 6
-
-
-def test_questions_are_asked_in_every_form(drawn):
     forms, totals = Counter(), Counter()
     for kind, question, _ in (one for _, asked in drawn["train"] for one in asked):
         form = re.sub(rf"\b({'|'.join(COLORS)})\b", "C", question.replace(" an ", " a "))
@@ -174,6 +168,13 @@ def test_questions_are_asked_in_every_form(drawn):
     for most, kinds in ((0.6, ("color", "shape")), (0.7, ("place", "size", "existence")), (0.4, ("caption",)),
                         (0.45, ("count", "reading", "short_caption"))):
         assert all(share < most for (kind, _), share in shares.items() if kind in kinds), kinds
+    numbers = Counter()
+    for _, asked in drawn["train"]:
+        assert len({question for _, question, _ in asked}) == len(asked)
+        kinds = Counter(kind for kind, _, _ in asked)
+        assert kinds["reading"] <= 1 and sum(kinds[name] for name in CAPTIONS) == 1 and asked[0][0] in CAPTIONS
+        numbers[len(asked)] += 1
+    assert max(numbers) == 7 and numbers[7] > 0.95 * NUMBER
 
 
 def test_absent_pairs_share_color_or_shape_with_what_is_there_more_often_than_chance():
@@ -185,24 +186,6 @@ def test_absent_pairs_share_color_or_shape_with_what_is_there_more_often_than_ch
             absent.append(words[3] == "red" or words[4] == "circle")
     # 10 of the 43 absent pairs share something: 0.4 / 0.6 of the time one of those is taken, else any
     assert np.mean(absent) == pytest.approx(2 / 3 + 10 / 43 / 3, abs=0.06)
-
-
-def test_questions_differ_and_a_text_is_read_once(drawn):
-    numbers = Counter()
-    for _, asked in drawn["train"]:
-        assert len({question for _, question, _ in asked}) == len(asked)
-        kinds = Counter(kind for kind, _, _ in asked)
-        assert kinds["reading"] <= 1 and sum(kinds[name] for name in CAPTIONS) == 1 and asked[0][0] in CAPTIONS
-        numbers[len(asked)] += 1
-    assert max(numbers) == 7 and numbers[7] > 0.95 * NUMBER
-
-
-def test_types_are_asked_as_often_as_weighted():
-    source = Scenes(weights={"color": 3, "size": 1, "count": 0}, questions_per_picture=1)
-    kinds = Counter(source.record(n).kinds[0] for n in range(500))
-    assert set(kinds) == {"color", "size"} and 0.6 < kinds["color"] / 500 < 0.8
-    plain = Counter(kind for n in range(500) for kind in Scenes(string_share=1.0).record(n).kinds)
-    assert set(plain) == set(QUESTIONS) and plain["relation"] > 0.05 * plain.total()
 
 
 # ---- the source of drawn scenes ----
@@ -250,7 +233,7 @@ def test_names_say_all_of_a_picture():
     assert with_string > 5
 
 
-def test_options_shape_the_pictures_and_the_kinds():
+def test_options_shape_the_pictures_and_weights_the_kinds():
     source = Scenes("train", "captions", min_objects=2, max_objects=2, canvas=80, string_share=1.0)
     for n in range(20):
         record, scene = source.record(n), source.scene(n)
@@ -259,9 +242,11 @@ def test_options_shape_the_pictures_and_the_kinds():
     shares = [sum(bool(Scenes(string_share=share).scene(n).string) for n in range(400)) / 400 for share in (0, 0.3)]
     assert shares[0] == 0 and 0.24 < shares[1] < 0.36
     assert all(len(Scenes(questions_per_picture=2).record(n).kinds) == 2 for n in range(20))
-
-
-def test_a_picture_without_the_wanted_question_is_replaced():
+    source = Scenes(weights={"color": 3, "size": 1, "count": 0}, questions_per_picture=1)
+    kinds = Counter(source.record(n).kinds[0] for n in range(500))
+    assert set(kinds) == {"color", "size"} and 0.6 < kinds["color"] / 500 < 0.8
+    plain = Counter(kind for n in range(500) for kind in Scenes(string_share=1.0).record(n).kinds)
+    assert set(plain) == set(QUESTIONS) and plain["relation"] > 0.05 * plain.total()
     source = Scenes(weights={"relation": 1.0}, seed=2)
     keys = [source.record(n).visuals[0].key for n in range(60)]
     assert {source.record(n).kinds[0] for n in range(60)} == {"relation"}
@@ -414,9 +399,6 @@ def test_options_and_determinism():
     plain = SceneTexts(weights={"plain_caption": 1}, string_share=0)
     assert not any("text" in plain.record(n).conversations[0][0].text for n in range(60))
     assert {turn.role for turn in plain.record(0).conversations[0]} == {"assistant"}
-
-
-def test_several_questions_about_a_text_follow_each_other():
     source = SceneTexts(weights={"described": 1, "listed": 1}, questions_per_text=4)
     lengths = Counter()
     for n in range(100):
@@ -434,7 +416,7 @@ def test_several_questions_about_a_text_follow_each_other():
 # ---- scenes from words ----
 
 
-def test_poses_what_is_said():
+def test_poses_and_relates_what_is_said_on_any_canvas():
     for n in range(40):
         scene = parse_scene('A Red circle is left of the big blue STAR above small pink cross / teal ring, text "a7k"',
                             np.random.default_rng(n))
@@ -447,9 +429,6 @@ def test_poses_what_is_said():
         left, top, right, bottom = scene.string_box
         assert 0 < left < right < 64 and 0 < top < bottom < 64
     assert {parse_scene("red circle", np.random.default_rng(n)).objects[0].size for n in range(20)} == {"small", "big"}
-
-
-def test_relates_an_object_to_the_one_before():
     distances = []
     for n in range(150):
         one, two, three, four = parse_scene(
@@ -462,6 +441,9 @@ def test_relates_an_object_to_the_one_before():
                       np.random.default_rng(0))
     assert [thing.color for thing in row.from_left] == ["red", "blue", "teal", "pink", "red"]
     assert row.string is None and row.string_box is None
+    assert parse_scene("red circle and and", np.random.default_rng(0), 40).canvas == 40
+    with pytest.raises(ValueError, match="39 px is too small"):
+        parse_scene("red circle", np.random.default_rng(0), 39)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -481,9 +463,3 @@ def test_says_what_is_wrong(text, message):
     with pytest.raises(ValueError) as error:
         parse_scene(text, np.random.default_rng(0))
     assert message in str(error.value)
-
-
-def test_the_smallest_canvas_and_words_that_say_nothing():
-    assert parse_scene("red circle and and", np.random.default_rng(0), 40).canvas == 40
-    with pytest.raises(ValueError, match="39 px is too small"):
-        parse_scene("red circle", np.random.default_rng(0), 39)

@@ -42,13 +42,10 @@ def test_symbols_stand_side_by_side_in_the_string_s_box():
     assert symbol_centres(Scene(64, ())) == []
 
 
-def test_held_out_pairs_are_four_colors_and_four_shapes_apart_from_easy_vqa():
+def test_four_pairs_and_a_fifth_of_the_strings_are_held_out_always_the_same():
     assert len(HELD_OUT) == len({color for color, _ in HELD_OUT}) == len({shape for _, shape in HELD_OUT}) == 4
     easy_vqa = set(itertools.product(("red", "green", "blue", "yellow", "teal"), ("circle", "triangle")))
     assert not set(HELD_OUT) & easy_vqa and set(TRAIN_PAIRS) == set(itertools.product(COLORS, SHAPES)) - set(HELD_OUT)
-
-
-def test_a_fifth_of_the_strings_is_held_out_always_the_same():
     strings = ["".join(symbols) for length in (2, 3) for symbols in itertools.product(ALPHABET, repeat=length)]
     for length in (2, 3):
         share = np.mean([in_held_out_fifth(string) for string in strings if len(string) == length])
@@ -80,21 +77,10 @@ def test_sizes_do_not_depend_on_the_canvas_and_fill_their_range(canvas):
     assert 0.3 < len(radii["big"]) / len(radii["big"] + radii["small"]) < 0.54  # fewer fit on small ones
 
 
-def test_numbers_of_objects_are_equally_likely():
+def test_numbers_pairs_strings_and_neighbours_are_drawn_as_documented():
     counts = Counter(len(scene.objects) for scene in sampled(1200))
     assert set(counts) == {1, 2, 3, 4} and all(0.2 < count / 1200 < 0.3 for count in counts.values())
     assert set(Counter(len(scene.objects) for scene in sampled(100, max_objects=3, min_objects=2))) == {2, 3}
-
-
-def test_a_crowded_picture_makes_objects_small_but_is_never_empty(monkeypatch):
-    crowded = sampled(60, max_objects=12, min_objects=12, canvas=48)
-    sizes = Counter(thing.size for scene in crowded for thing in scene.objects)
-    assert max(len(scene.objects) for scene in crowded) < 12 and sizes["small"] > 1.5 * sizes["big"] > 0
-    monkeypatch.setattr(scenes, "TRIES", 1)
-    assert all(scene.objects for scene in sampled(300, with_string=True, canvas=40, max_objects=1))
-
-
-def test_pairs_and_strings_follow_the_split():
     for split, pairs, held_out in (("train", TRAIN_PAIRS, False), ("new", TRAIN_PAIRS, False),
                                    ("unseen_pairs", HELD_OUT, False), ("reading", TRAIN_PAIRS, True)):
         drawn = sampled(800, split, with_string=True)
@@ -103,15 +89,20 @@ def test_pairs_and_strings_follow_the_split():
         lengths = Counter(len(scene.string) for scene in drawn)
         assert set(lengths) == {2, 3} and 0.4 < lengths[2] / 800 < 0.6
         assert set("".join(scene.string for scene in drawn)) == set(ALPHABET)
-
-
-def test_neighbours_repeat_color_or_shape_more_often_than_chance():
     twos = [scene.objects for scene in sampled(3000, max_objects=2, min_objects=2) if len(scene.objects) == 2]
     same_color = np.mean([one.color == other.color for one, other in twos])
     same_shape = np.mean([one.shape == other.shape for one, other in twos])
     # 0.15 repeat it on purpose (a twelfth of them gives a held-out pair and is not done), 0.85 / 8 or / 6 by chance
     assert abs(same_color - (0.15 * 11 / 12 + 0.85 / 8)) < 0.03
     assert abs(same_shape - (0.15 * 11 / 12 + 0.85 / 6)) < 0.03
+
+
+def test_a_crowded_picture_makes_objects_small_but_is_never_empty(monkeypatch):
+    crowded = sampled(60, max_objects=12, min_objects=12, canvas=48)
+    sizes = Counter(thing.size for scene in crowded for thing in scene.objects)
+    assert max(len(scene.objects) for scene in crowded) < 12 and sizes["small"] > 1.5 * sizes["big"] > 0
+    monkeypatch.setattr(scenes, "TRIES", 1)
+    assert all(scene.objects for scene in sampled(300, with_string=True, canvas=40, max_objects=1))
 
 
 @pytest.mark.parametrize("options", [dict(max_objects=0), dict(min_objects=0), dict(max_objects=2, min_objects=3),
@@ -177,11 +168,6 @@ def test_the_color_stands_at_the_center_of_every_object_and_varies_a_little():
     assert np.min(np.std(shifts, axis=0)) > 4  # every channel on its own
 
 
-def test_colors_differ_clearly_from_each_other_and_from_background_and_ink():
-    for one, other in itertools.combinations([*COLORS.values(), (225, 225, 225), (35, 35, 35)], 2):
-        assert math.dist(one, other) > 75
-
-
 def test_background_is_light_and_noisy():
     pictures = np.stack([pixels_of(Scene(64, ()), n) for n in range(200)])
     tones, noises = pictures.mean((1, 2)), pictures.std((1, 2))
@@ -193,6 +179,8 @@ def test_background_is_light_and_noisy():
     correlations = np.corrcoef(grain.reshape(len(grain), -1)) - np.eye(len(grain))
     assert abs(correlations).max() < 0.2  # hardly two pictures have the same part of the noise
     assert np.ptp(pictures[dark][..., 0] - pictures[dark][..., 1], axis=(1, 2)).max() <= 1  # the same in all channels
+    for one, other in itertools.combinations([*COLORS.values(), (225, 225, 225), (35, 35, 35)], 2):
+        assert math.dist(one, other) > 75
 
 
 def test_strings_are_dark_symbols_that_fill_their_box():

@@ -11,12 +11,6 @@ from nanovlm.data.batching import build_batch
 from nanovlm.data.records import Record, Turn, Visual
 from nanovlm.data.show import BLUE, GREEN, GREY, PLAIN, legend, paint, use_color
 from nanovlm.data.templates import NANO, Template
-from nanovlm.data.tokenizer import train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["user: what is this?\nbot: a cat"] * 20, 290)
 
 
 def batch_of(tokenizer, template, *conversations):
@@ -29,31 +23,22 @@ def talk(*parts, answer="a Cat"):
     return Turn("user", parts), Turn("assistant", (answer,))
 
 
-def test_marks_without_colour(tokenizer):
+def test_marks_sizes_and_colours_for_a_terminal_that_wants_them(tokenizer):
     talks = talk(0, "what?", 1), talk("hi", answer="漢 </s>"), talk("\x1b[31m\t")  # which must not reach the terminal
     assert paint(batch_of(tokenizer, NANO, *talks), tokenizer, color=False)[1::2] == [
         "<image x10><s>user: what?↵bot:[ a Cat</s>]", "<s>user: hi↵bot:[ 漢 </s></s>]",
         r"<s>user: \x1b[31m\t↵bot:[ a Cat</s>]"]
-
-
-def test_sizes_of_the_rows(tokenizer):
     batch = batch_of(tokenizer, NANO, talk(1, "what is this?", 0), talk("hi"), talk(0, "what?"))
     heads, reply = paint(batch, tokenizer, color=False)[::2], len(tokenizer.encode(" a Cat")) + 1
     lengths = [size + 1 + len(tokenizer.encode(f"user: {question}\nbot:")) + reply
                for size, question in ((10, "what is this?"), (0, "hi"), (5, "what?"))]
     assert heads == [f"row {b}: {length} tokens, {reply} trained, {lengths[0] - length} padding, pictures {pictures}"
                      for b, (length, pictures) in enumerate(zip(lengths, ([0, 1], [], [1])))]
-
-
-def test_colours(tokenizer):
     lines = paint(batch_of(tokenizer, Template(), talk("is ", 0, " it?")), tokenizer, color=True)
     assert lines[1] == (
         f"{GREY}<s>user: is {PLAIN}{BLUE}<image x5>{PLAIN}{GREY} it?↵bot:{PLAIN}{GREEN} a Cat</s>{PLAIN}"
     )
     assert (GREEN, GREY, BLUE, PLAIN) == ("\x1b[32m", "\x1b[90m", "\x1b[34m", "\x1b[0m")
-
-
-def test_legend_and_colour_only_on_a_terminal_that_wants_it():
     assert legend(False) == "[trained (has a loss)]   read only   <image xN> N image tokens"
     assert legend(True).startswith(f"{GREEN}trained (has a loss){PLAIN}   {GREY}read only{PLAIN}   {BLUE}<image xN>")
     terminal, file = io.StringIO(), io.StringIO()
@@ -83,7 +68,7 @@ def command(tmp_path):
     return ["show", "--recipe", str(tmp_path / "recipe.py"), "--data", str(tmp_path / "own.json")]
 
 
-def test_a_users_own_file(command, capsys):
+def test_a_users_own_file_and_the_recipes_own_data_by_seed(command, capsys):
     main([*command, "-n", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "recipe nano, stage instruct: 2 records in 2 rows; 1 cut to 128 tokens"
@@ -92,9 +77,6 @@ def test_a_users_own_file(command, capsys):
     assert "<image x64><s>user: what is this?↵bot:[ a Cat</s>]" in lines[3:]
     assert f"<s>[{'X' * 127}]" in lines[3:]
     assert len(lines) == 7
-
-
-def test_the_recipes_own_data_by_seed(command, capsys):
     recipe = command[:3]
     shown = []
     for seed in ([], ["--seed", "0"], ["--seed", "1"]):

@@ -6,22 +6,16 @@ import os
 import tarfile
 
 import pytest
-from PIL import Image
 
 from nanovlm.data import images, tar_shards
 from nanovlm.data.datasets import command_line_sources, listed_sources
 from nanovlm.data.records import Turn
 from nanovlm.data.tar_shards import TarShards, write_shards
-
-
-def png(shade, size=(3, 2)):
-    file = io.BytesIO()
-    Image.new("RGB", size, (shade, 0, 0)).save(file, "png")
-    return file.getvalue()
+from vlit_data import asked, png
 
 
 def item(n, question="<image>\nwhat?"):
-    return {"id": n, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": f"number {n}"}]}
+    return {"id": n, "conversations": asked(question, f"number {n}")}
 
 
 def write_some(folder):
@@ -59,9 +53,6 @@ def test_every_epoch_holds_every_sample_once_shard_by_shard(folder):
         assert sorted(epoch, key=lambda n: order.index(n // 4)) == epoch, "shard by shard"
     assert len(set(map(tuple, orders))) > 1 and len({tuple(n for n in epoch if n < 4) for epoch in epochs}) > 1
     assert [int(again.record(n).id) for n in reversed(range(40))][::-1] == sum(epochs, [])
-
-
-def test_records_are_those_of_the_items(folder):
     records = [TarShards(folder).record(n) for n in range(10)]
     for record in records:
         n = int(record.id)

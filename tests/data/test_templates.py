@@ -73,20 +73,25 @@ def test_system_turns_of_chatml(name, system):
     assert said == f"{{<|im_start|>}}system\n{system}{END}\n{USER}Hi{END}\n{BOT}"
 
 
-def test_a_turn_that_only_shows_a_picture():
+def test_turns_of_a_picture_alone_pictures_in_a_reply_and_blanks():
     turns = (Turn("user", (1, " ")), Turn("assistant", ("yes",)))
     assert shown(segments(turns, VICUNA)) == f"<s>{SYSTEM}USER: <1> ASSISTANT:[ yes][</s>]"
     assert shown(segments(turns, TEMPLATES["PLAIN"])) == "<s><1>[yes\n]"
+    talk = (Turn("user", ("q",)), Turn("assistant", ("see ", 0, " there")))
+    inline = dataclasses.replace(PHI, image_place="inline", image_suffix="")
+    assert shown(segments(talk, inline)) == "Instruct: q\nOutput:[ see ]<0>[ there][</s>]"
+    assert shown(segments(talk, NANO)) == "<0><s>user: q\nbot:[ see there][</s>]"
+    assert shown(segments(talk, VICUNA)) == f"<s>{SYSTEM}USER: q ASSISTANT:[ ]<0>\n[see there][</s>]"
+    assert shown(segments((Turn("user", ("  a ", " b ")), Turn("assistant", (" c ",))), NANO)) == (
+        "<s>user:   a  b \nbot:[  c ][</s>]"
+    )
 
 
-def test_rounds():
+def test_rounds_and_what_ends_a_reply(tokenizer):
     assert rounds(CHAT, NANO) == [CHAT]
     assert rounds(CHAT, TEMPLATES["LYNX"]) == [CHAT[:2], CHAT]
     alone = CHAT[1:2]
     assert rounds(alone, TEMPLATES["LYNX"]) == [alone]
-
-
-def test_what_ends_a_reply(tokenizer):
     eos, chunk, end = tokenizer.eos, *(tokenizer.special_id(name) for name in ("<|endofchunk|>", "<|im_end|>"))
     newline = tokenizer.encode("\n")[-1]
     ends = {"NANO": (eos,), "OPEN_FLAMINGO": (eos, chunk), "CHATML": (eos, end), "PLAIN": (eos, newline)}
@@ -102,6 +107,11 @@ def test_special_tokens_and_media_tokens_are_single_ids(tokenizer):
     assert row.images == [(0, 1, 2)]
     row = write(prompt((Turn("user", ("<|im_end|>",)),), TEMPLATES["CHATML"]), tokenizer, ())
     assert [row.ids.count(tokenizer.special_id(name)) for name in ("<|im_end|>", "<|im_start|>")] == [1, 2]
+    talk = (Turn("user", ("<image> </s> <s>",)), Turn("assistant", ("</s>",)))
+    row = write(segments(talk, NANO), tokenizer, ())
+    assert IMAGE_TOKEN not in row.ids
+    assert row.ids.count(tokenizer.eos) == 1 == row.ids.count(tokenizer.bos)
+    assert tokenizer.decode(row.ids) == "user: <image> </s> <s>\nbot: </s>"
 
 
 def test_names_that_nobody_knows():
@@ -137,20 +147,6 @@ def test_one_reply_alone_is_plain_text(name, expected):
     assert shown(segments((Turn("assistant", ("Once upon",)),), TEMPLATES[name])) == expected
 
 
-def test_pictures_in_a_reply_are_not_trained():
-    talk = (Turn("user", ("q",)), Turn("assistant", ("see ", 0, " there")))
-    inline = dataclasses.replace(PHI, image_place="inline", image_suffix="")
-    assert shown(segments(talk, inline)) == "Instruct: q\nOutput:[ see ]<0>[ there][</s>]"
-    assert shown(segments(talk, NANO)) == "<0><s>user: q\nbot:[ see there][</s>]"
-    assert shown(segments(talk, VICUNA)) == f"<s>{SYSTEM}USER: q ASSISTANT:[ ]<0>\n[see there][</s>]"
-
-
-def test_words_without_pictures_keep_their_blanks():
-    assert shown(segments((Turn("user", ("  a ", " b ")), Turn("assistant", (" c ",))), NANO)) == (
-        "<s>user:   a  b \nbot:[  c ][</s>]"
-    )
-
-
 def test_ids_and_labels_in_one_pass(tokenizer):
     row = write(segments(CHAT, VICUNA), tokenizer, COUNTS)
     bos, eos, encode = tokenizer.bos, tokenizer.eos, tokenizer.encode
@@ -165,20 +161,9 @@ def test_ids_and_labels_in_one_pass(tokenizer):
     starts = [place for place, id in enumerate(row.ids) if id == IMAGE_TOKEN]
     assert row.images == [(0, starts[0], starts[0] + 3), (1, starts[3], starts[3] + 1)]
     assert row.num_trained == len(encode(" A Cat") + encode(" No")) + 2
-
-
-def test_the_first_token_is_never_trained():
     assert Row([5, 6], [5, IGNORE]).num_trained == 0
     assert Row([5, 6], [5, 6]).num_trained == 1
     assert Row().num_trained == 0
-
-
-def test_special_strings_in_text_stay_text(tokenizer):
-    talk = (Turn("user", ("<image> </s> <s>",)), Turn("assistant", ("</s>",)))
-    row = write(segments(talk, NANO), tokenizer, ())
-    assert IMAGE_TOKEN not in row.ids
-    assert row.ids.count(tokenizer.eos) == 1 == row.ids.count(tokenizer.bos)
-    assert tokenizer.decode(row.ids) == "user: <image> </s> <s>\nbot: </s>"
 
 
 def random_chat(rng):

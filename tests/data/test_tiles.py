@@ -100,6 +100,10 @@ def test_a_line_break_is_its_own_token_and_two_are_one(tokenizer):
     assert len(newline) == len(two) == 1
     ids = ids_of(tiles.cut(Visual("a", (drawn(640, 480),)), S, 4), tokenizer)
     assert (ids.count(newline[0]), ids.count(two[0]), len(ids) + 1) == (2, 1, 862)
+    for mark in ("", *SMOLVLM.specials):
+        row = write(prompt([Turn("user", (f"a {mark}b",))], SMOLVLM), tokenizer, [])
+        special = [tokenizer.special_names[id] for id in row.ids if id in tokenizer.special_names]
+        assert special == ["<|im_start|>", "<end_of_utterance>"] and f"a {mark}b" in tokenizer.decode(row.ids)
 
 
 def test_any_picture_as_transformers_has_it():
@@ -117,7 +121,7 @@ def test_any_picture_as_transformers_has_it():
         torch.testing.assert_close(pixels_of([found], 64, "stretch", SIGLIP), expected, atol=1e-6, rtol=0)
 
 
-def test_a_clip_is_a_square_a_frame(tokenizer):
+def test_a_clip_is_a_square_a_frame_nothing_is_cut_twice_or_beyond_its_marks(tokenizer):
     frames = tuple(drawn(30 + n, 20) for n in range(3))
     found = tiles.cut(Visual("clip", frames), 16, 4)
     assert found.grid == (0, 0) and len(found.frames) == 3
@@ -125,14 +129,14 @@ def test_a_clip_is_a_square_a_frame(tokenizer):
         assert square.tobytes() == tiles.cut(Visual("one", (frame,)), 16, 0).frames[0].tobytes()
     ids = picture_ids(found, SMOLVLM, tokenizer, 3)
     assert ids.count(tokenizer.special_id("<global-img>")) == ids.count(IMAGE_TOKEN) == 3
-
-
-def test_nothing_is_cut_twice_and_an_augmented_picture_not_at_all():
     visual = Visual("a", (drawn(30, 20),))
     cut = tiles.cut(visual, 16, 4)
     assert tiles.cut(cut, 16, 4) is cut and tiles.cut(visual, 16, None) is visual
     with pytest.raises(ValueError, match="augmentation"):
         tiles.cut(Visual("a", visual.frames, view=object()), 16, 4)
+    visual = tiles.cut(Visual("a", (drawn(70, 70),)), 16, 7)
+    with pytest.raises(ValueError, match="a: cut into 7 x 7 tiles"):
+        picture_ids(visual, SMOLVLM, tokenizer, 50)
 
 
 def test_batches_of_tiles(tokenizer):
@@ -148,16 +152,3 @@ def test_batches_of_tiles(tokenizer):
     assert row.startswith("<|im_start|>User:<fake_token_around_image><row_1_col_1><image><image>")
     assert "<fake_token_around_image>What is in this?<fake_token_around_image><row_1_col_1>" in row
     assert row.endswith("<end_of_utterance>\nAssistant: this image<end_of_utterance>")
-
-
-def test_no_text_of_a_user_becomes_a_mark(tokenizer):
-    for mark in ("", *SMOLVLM.specials):
-        row = write(prompt([Turn("user", (f"a {mark}b",))], SMOLVLM), tokenizer, [])
-        special = [tokenizer.special_names[id] for id in row.ids if id in tokenizer.special_names]
-        assert special == ["<|im_start|>", "<end_of_utterance>"] and f"a {mark}b" in tokenizer.decode(row.ids)
-
-
-def test_more_tiles_than_there_are_marks_are_an_error(tokenizer):
-    visual = tiles.cut(Visual("a", (drawn(70, 70),)), 16, 7)
-    with pytest.raises(ValueError, match="a: cut into 7 x 7 tiles"):
-        picture_ids(visual, SMOLVLM, tokenizer, 50)

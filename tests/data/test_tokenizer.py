@@ -33,22 +33,18 @@ def test_any_text_comes_back_exactly_and_holds_no_special_id(tokenizer):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert special.isdisjoint(ids) and all(0 <= id < tokenizer.vocab_size for id in ids)
+    ids = [tokenizer.bos, tokenizer.eos, tokenizer.pad]
+    assert [tokenizer.special_names[id] for id in ids] == ["<s>", "</s>", "<pad>"]
+    a, b = tokenizer.encode("A"), tokenizer.encode(" red")
+    assert tokenizer.decode([ids[0], *a, ids[1], *b, ids[2]]) == "A red"
+    with pytest.raises(ValueError, match="position 1: surrogates not allowed"):
+        tokenizer.encode("a\ud83d")
 
 
 def test_frequent_words_keep_one_blank_and_a_colon(tokenizer):
     assert pieces(tokenizer, "user: what colour\nbot: red") == ["user:", " what", " colour", "\nbot:", " red"]
     assert pieces(tokenizer, "  what")[-1] == " what"  # one blank, not two
-
-
-def test_capitals_and_digits_stand_alone(tokenizer):
     assert pieces(tokenizer, "AB 99 AB12") == ["A", "B", " ", "9", "9", " ", "A", "B", "1", "2"]
-
-
-def test_special_tokens_are_three_different_ids_that_decode_to_nothing(tokenizer):
-    ids = [tokenizer.bos, tokenizer.eos, tokenizer.pad]
-    assert [tokenizer.special_names[id] for id in ids] == ["<s>", "</s>", "<pad>"]
-    a, b = tokenizer.encode("A"), tokenizer.encode(" red")
-    assert tokenizer.decode([ids[0], *a, ids[1], *b, ids[2]]) == "A red"
 
 
 def test_stream_equals_decode_and_never_gives_half_a_character(tokenizer):
@@ -60,9 +56,6 @@ def test_stream_equals_decode_and_never_gives_half_a_character(tokenizer):
             assert text.startswith("".join(given))
         given.append(stream.finish())
         assert "".join(given) == text
-
-
-def test_stream_gives_each_word_as_soon_as_it_is_there(tokenizer):
     stream = tokenizer.stream()
     assert [stream.push(id) for id in tokenizer.encode("red A")] == pieces(tokenizer, "red A")
     first, second = tokenizer.encode("é")
@@ -77,6 +70,12 @@ def test_training_is_reproducible_and_keeps_to_the_size(tokenizer):
     assert [train_tokenizer(TEXTS, size).vocab_size for size in (265, 259)] == [265, 259]
     with pytest.raises(ValueError, match="vocab_size 258 has no room .* at least 259"):
         train_tokenizer(TEXTS, 258)
+    size = tokenizer.vocab_size
+    check_vocabulary(tokenizer, size)
+    check_vocabulary(tokenizer, size + 3, spare_rows=3)
+    for rows, spare in ((size - 1, 0), (size + 1, 0), (size + 4, 3), (size - 1, 3)):
+        with pytest.raises(ValueError, match=f"{size} tokens but the model {rows} embeddings"):
+            check_vocabulary(tokenizer, rows, spare)
 
 
 def test_what_a_file_does_by_itself_is_ignored(tokenizer, tmp_path):
@@ -92,14 +91,6 @@ def test_what_a_file_does_by_itself_is_ignored(tokenizer, tmp_path):
     for text in ("red A 1", "A", "user: what\nbot:", "</s>", "é AB"):
         assert loaded.encode(text) == tokenizer.encode(text)
     assert (loaded.bos, loaded.eos, loaded.pad) == (tokenizer.bos, tokenizer.eos, tokenizer.pad)
-
-
-def test_half_a_surrogate_pair_is_no_text(tokenizer):
-    with pytest.raises(ValueError, match="position 1: surrogates not allowed"):
-        tokenizer.encode("a\ud83d")
-
-
-def test_tokenizer_files_that_cannot_be_used(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="none.json: no such tokenizer"):
         Tokenizer(tmp_path / "none.json")
     for content in ("", "{", '{"version": "1.0"}', tokenizer.backend.to_str()[:500]):
@@ -108,12 +99,3 @@ def test_tokenizer_files_that_cannot_be_used(tokenizer, tmp_path):
             Tokenizer(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="has no <s>, </s>, <pad>"):
         Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))
-
-
-def test_vocabulary_and_model_must_fit(tokenizer):
-    size = tokenizer.vocab_size
-    check_vocabulary(tokenizer, size)
-    check_vocabulary(tokenizer, size + 3, spare_rows=3)
-    for rows, spare in ((size - 1, 0), (size + 1, 0), (size + 4, 3), (size - 1, 3)):
-        with pytest.raises(ValueError, match=f"{size} tokens but the model {rows} embeddings"):
-            check_vocabulary(tokenizer, rows, spare)

@@ -13,6 +13,7 @@ from PIL import Image
 from nanovlm.data import images, video
 from nanovlm.data.batching import pixels_of
 from nanovlm.data.datasets import LlavaJson, listed_sources
+from vlit_data import asked
 
 
 def load(source, num_frames, sampling="uniform", seed=()):
@@ -56,11 +57,19 @@ def test_every_form_gives_the_same_frames_in_order(clips):
         assert len(load(clip, 30)) == 30 and set(shades(load(clip, 30))) == set(range(12))
 
 
-def test_a_still_picture_is_a_clip_of_one_frame(tmp_path):
+def test_a_still_picture_is_a_clip_of_one_frame_and_a_folder_is_sorted_by_number(tmp_path):
     shade(3).save(tmp_path / "a.jpg", quality=100)
     assert shades(load(tmp_path / "a.jpg", 3)) == [3, 3, 3]
     transparent = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
     assert load([transparent], 1)[0].getpixel((0, 0)) == (255, 255, 255)
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for name in ("f10.png", "f9.png", "f007.png", "g1.jpg", "F.GIF", "8.webp"):
+        shade(0).save(folder / name)
+    for name in ("._f9.png", ".DS_Store", "Thumbs.db"):  # what operating systems put beside them
+        (folder / name).write_bytes(b"x")
+    names = [path.name for path in video.frame_files(folder)]
+    assert names == ["8.webp", "F.GIF", "f007.png", "f9.png", "f10.png", "g1.jpg"]
 
 
 @pytest.mark.parametrize("total, wanted, expected", [
@@ -80,15 +89,6 @@ def test_random_places_are_one_per_segment(total, wanted):
         first = number * (total // wanted) + max(0, total % wanted - (wanted - number))
         last = (number + 1) * (total // wanted) + min(total % wanted, number + 1) - 1
         assert set(seen) == set(range(first, last + 1)), number
-
-
-def test_folders_are_sorted_by_number(tmp_path):
-    for name in ("f10.png", "f9.png", "f007.png", "g1.jpg", "F.GIF", "8.webp"):
-        shade(0).save(tmp_path / name)
-    for name in ("._f9.png", ".DS_Store", "Thumbs.db"):  # what operating systems put beside them
-        (tmp_path / name).write_bytes(b"x")
-    names = [path.name for path in video.frame_files(tmp_path)]
-    assert names == ["8.webp", "F.GIF", "f007.png", "f9.png", "f10.png", "g1.jpg"]
 
 
 def test_clips_that_cannot_be_used(tmp_path, monkeypatch, clips):
@@ -156,10 +156,6 @@ def test_films(tmp_path, monkeypatch):
 # ---- in records ----
 
 
-def talk(question, answer="a"):
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
 def source(folder, *items, **options):
     (folder / "some.json").write_text(json.dumps(list(items)))
     return LlavaJson(folder / "some.json", **options)
@@ -168,7 +164,7 @@ def source(folder, *items, **options):
 def test_a_video_is_one_visual_input_of_several_frames(tmp_path, clips):
     listed = [f"frames/frame{n}.png" for n in range(12)]
     for given in ("a.gif", "frames", listed):
-        item = {"id": 1, "video": given, "conversations": talk("<video>\nWhat?")}
+        item = {"id": 1, "video": given, "conversations": asked("<video>\nWhat?")}
         record = source(tmp_path, item, num_frames=4).record(0)
         assert record.conversations[0][0].parts == (0, "\nWhat?")
         (visual,) = record.visuals
@@ -176,20 +172,22 @@ def test_a_video_is_one_visual_input_of_several_frames(tmp_path, clips):
         assert shades([visual.frames[0]]) == [1]
         expected = torch.cat([images.to_pixels(shade(n), 8)[None] for n in (1, 4, 7, 10)])
         assert torch.equal(pixels_of([visual], 8, "crop"), expected)
-
-
-def test_images_and_videos_keep_their_places(tmp_path, clips):
     item = {"id": 1, "image": ["frames/frame3.png", "frames/frame5.png"], "video": [["a.gif"], ["frames/frame7.png"]]}
-    item["conversations"] = talk("<image> then <video>") + talk("<video> or <image>?", "<video>")
+    item["conversations"] = asked("<image> then <video>") + asked("<video> or <image>?", "<video>")
     record = source(tmp_path, item).record(0)
     parts = [turn.parts for turn in record.conversations[0]]
     assert parts == [(0, " then ", 1), ("a",), (2, " or ", 3, "?"), ("<video>",)]
     assert [len(visual.frames) for visual in record.visuals] == [1, 5, 5, 1]
     assert shades(map(images.load, record.visuals[3].frames)) == [5] and shades(record.visuals[2].frames) == [7] * 5
+    source(tmp_path, {"id": 1, "video": "a.gif", "conversations": asked("<video>what?")})
+    entry = {"reader": "llava", "path": "some.json", "num_frames": 3, "sampling": "random"}
+    (tmp_path / "all.json").write_text(json.dumps({"films": entry}))
+    (visual,) = listed_sources(tmp_path / "all.json", seed=2)[0]["films"].record(4).visuals
+    assert visual.frames == video.Clip(str(tmp_path / "a.gif"), 3, "random", (2, 4))
 
 
 def test_random_frames_are_drawn_anew_at_every_showing(tmp_path, clips):
-    item = {"id": 1, "video": "frames", "conversations": talk("<video>what?")}
+    item = {"id": 1, "video": "frames", "conversations": asked("<video>what?")}
 
     def showings(seed):
         drawn = source(tmp_path, item, num_frames=4, sampling="random", seed=seed)
@@ -203,23 +201,15 @@ def test_random_frames_are_drawn_anew_at_every_showing(tmp_path, clips):
 
 def test_videos_that_are_wrong_or_missing(tmp_path, clips):
     with pytest.raises(ValueError, match=r"2 placeholder\(s\) <video> .* but 1 video\(s\)"):
-        source(tmp_path, {"id": 1, "video": "a.gif", "conversations": talk("<video><video>")})
+        source(tmp_path, {"id": 1, "video": "a.gif", "conversations": asked("<video><video>")})
     for given in ([3], [["a.gif"], "b.gif", 4], 7):
         with pytest.raises(ValueError, match="field 'video' must be a path"):
-            source(tmp_path, {"id": 1, "video": given, "conversations": talk("<video>")})
+            source(tmp_path, {"id": 1, "video": given, "conversations": asked("<video>")})
     given = ["x.gif", ["frames/frame1.png", "y.png"], "frames"]
-    items = [{"id": 1, "video": video, "conversations": talk("<video>")} for video in given]
+    items = [{"id": 1, "video": video, "conversations": asked("<video>")} for video in given]
     with pytest.raises(FileNotFoundError, match="2 of 4 images are missing") as missing:
         source(tmp_path, *items)
     assert "x.gif" in str(missing.value) and "y.png" in str(missing.value)
     for none in ({}, {"video": []}, {"video": [[]]}, {"video": None}):
-        plain = source(tmp_path, {"id": 1, **none, "conversations": talk("a <video> tag")}).record(0)
+        plain = source(tmp_path, {"id": 1, **none, "conversations": asked("a <video> tag")}).record(0)
         assert plain.conversations[0][0].parts == ("a <video> tag",) and not plain.visuals
-
-
-def test_a_list_of_datasets_says_how_videos_are_read(tmp_path, clips):
-    source(tmp_path, {"id": 1, "video": "a.gif", "conversations": talk("<video>what?")})
-    entry = {"reader": "llava", "path": "some.json", "num_frames": 3, "sampling": "random"}
-    (tmp_path / "all.json").write_text(json.dumps({"films": entry}))
-    (visual,) = listed_sources(tmp_path / "all.json", seed=2)[0]["films"].record(4).visuals
-    assert visual.frames == video.Clip(str(tmp_path / "a.gif"), 3, "random", (2, 4))

@@ -61,9 +61,6 @@ def test_the_same_record_is_asked_in_the_same_words():
     source = diversified(EasyVQA(), 3)
     assert source.record(7) == source.record(7) and len(source) == 4000
     assert source.record(7) != diversified(EasyVQA(), 4).record(7)
-
-
-def test_a_question_that_nobody_knows_is_an_error():
     talk = ((Turn("user", ("who is it?",)), Turn("assistant", ("x",))),)
     with pytest.raises(ValueError, match="who is it"):
         reworded(Record("a", (), talk), "train", (0,))

@@ -88,7 +88,7 @@ def test_heat_is_the_product_of_what_every_layer_and_head_looked_at(name):
             torch.testing.assert_close(got[picture][token], want, atol=1e-5, rtol=1e-4)
 
 
-def test_nothing_to_draw_is_an_error():
+def test_nothing_to_draw_is_an_error(loaded):
     model = MODELS["resampler"]
     picture = torch.zeros(1, 3, 12, 12)
     with pytest.raises(ValueError, match="the answer has no token"):
@@ -96,6 +96,12 @@ def test_nothing_to_draw_is_an_error():
     for inputs in ([], [torch.zeros(2, 3, 12, 12)]):
         with pytest.raises(ValueError, match="still images"):
             answer_heat(model, Prompt(row_for(model, 1), inputs), ANSWER)
+    alone = dataclasses.replace(loaded, model=loaded.model.vision)
+    with pytest.raises(ValueError, match="ViT alone"):
+        look("m", alone, "what?", [])
+    crossing = SimpleNamespace(media_token=3)
+    with pytest.raises(ValueError, match="cross-attention"):
+        answer_attention(crossing, Prompt(Row([1], []), []), [2])
 
 
 def test_one_panel_per_token_and_picture(tmp_path):
@@ -140,18 +146,6 @@ def test_every_token_of_the_answer_shares_out_all_of_its_attention(loaded):
     torch.testing.assert_close(sum(looks.shares().values()), torch.ones(2))
     ahead = torch.arange(looks.maps.shape[-1]) >= looks.num_prompt + torch.arange(len(looks.words))[:, None]
     assert not looks.maps[:, ahead].any()  # nothing looks at what comes after it
-
-
-def test_attention_is_that_of_the_model_itself_also_without_a_picture():
-    model, pixels = small_vlm("projector"), torch.randn(1, 3, 12, 12)
-    n = model.num_image_tokens(12)
-    for row, shown in ((Row([4, *[-1] * n, 5], [(0, 1, 1 + n)]), [pixels]), (Row([4, 6, 5], []), [])):
-        out = own_maps(model, [*row.ids, 9, 3], shown)
-        expected = torch.stack(out["attention"])[:, 0, :, len(row.ids) - 1 : -1, :-1]
-        torch.testing.assert_close(answer_attention(model, Prompt(row, shown), [9, 3]), expected)
-
-
-def test_image_tokens_as_words_meet_the_texts_own_norms_and_keys(loaded):
     model, pixels = loaded.model, torch.randn(1, 3, 8, 8)
     row = Row([4, -1, -1, -1, -1, 5], [(0, 1, 5)])
     as_written, as_text = (answer_attention(model, Prompt(row, [pixels]), [7, 8], as_text=flag) for flag in (False, True))
@@ -164,6 +158,15 @@ def test_image_tokens_as_words_meet_the_texts_own_norms_and_keys(loaded):
     both = [answer_attention(model, Prompt(row, [pixels]), [7, 8], as_text=flag) for flag in (False, True)]
     torch.testing.assert_close(*both)  # with equal copies the switch changes nothing
     model.load_state_dict(one)
+
+
+def test_attention_is_that_of_the_model_itself_also_without_a_picture():
+    model, pixels = small_vlm("projector"), torch.randn(1, 3, 12, 12)
+    n = model.num_image_tokens(12)
+    for row, shown in ((Row([4, *[-1] * n, 5], [(0, 1, 1 + n)]), [pixels]), (Row([4, 6, 5], []), [])):
+        out = own_maps(model, [*row.ids, 9, 3], shown)
+        expected = torch.stack(out["attention"])[:, 0, :, len(row.ids) - 1 : -1, :-1]
+        torch.testing.assert_close(answer_attention(model, Prompt(row, shown), [9, 3]), expected)
 
 
 def test_the_command_line(loaded, monkeypatch, tmp_path, capsys):
@@ -180,12 +183,3 @@ def test_the_command_line(loaded, monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main(wrong)
         assert words in capsys.readouterr().err
-
-
-def test_models_without_rows_of_image_tokens_are_refused(loaded):
-    alone = dataclasses.replace(loaded, model=loaded.model.vision)
-    with pytest.raises(ValueError, match="ViT alone"):
-        look("m", alone, "what?", [])
-    crossing = SimpleNamespace(media_token=3)
-    with pytest.raises(ValueError, match="cross-attention"):
-        answer_attention(crossing, Prompt(Row([1], []), []), [2])

@@ -173,14 +173,11 @@ def test_an_endpoint_judges_and_one_that_fails_leaves_a_run_that_goes_on(start, 
     assert "pip install openai" in start("open_vqa", "--judge-endpoint", "gpt-x").err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["pop", "--model", "x"], "Did you mean 'pope'"), (["attenton"], "Did you mean 'attention'"), (["pope"], "--model is needed"),
-        (["pope", "--model", "x", "--shot", "2"], "Did you mean '--shots'"), (["pope", "--model", "x", "--judge", "y"], "not judged"),
-        (["pope", "--model", "x", "--batch-size", "0"], "must be 1 or more"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["pop", "--model", "x"], "Did you mean 'pope'"), (["attenton"], "Did you mean 'attention'"), (["pope"], "--model is needed"),
+    (["pope", "--model", "x", "--shot", "2"], "Did you mean '--shots'"), (["pope", "--model", "x", "--judge", "y"], "not judged"),
+    (["pope", "--model", "x", "--batch-size", "0"], "must be 1 or more"),
+])  # fmt: skip
 def test_bad_flags(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -202,9 +199,6 @@ def test_the_table_lists_every_task(capsys):
     assert {task.protocol for task in TASKS.values()} == {
         protocols.short_answer, protocols.caption, protocols.yes_no, protocols.choice, protocols.judged
     }  # fmt: skip
-
-
-def test_intervals_and_table():
     predictions = [{"id": str(n), "kind": "k" if n else "", "score": float(n < 3)} for n in range(4)]
     (everything, alone) = report.classes(predictions + [{"id": "x", "kind": "k", "score": None}])
     assert everything[:3] == ("all", 4, 0.75) and alone[:3] == ("k", 3, pytest.approx(2 / 3))
@@ -285,9 +279,6 @@ def test_a_judge_of_pairs_is_read_by_its_first_word():
     assert [pairwise.parse_which(text) for text in ("A tie.", "Answer: B", "a")] == [0.5, 0.0, 1.0]
     words = {"QUESTION": "q", "ANSWER_A": "ANSWER_B", "ANSWER_B": "y"}
     assert "Answer A: ANSWER_B\n" in protocols.fill("\n".join(protocols.PROMPTS["which"]), words)
-
-
-def test_what_a_shot_says():
     item = Item("1", "q", (1,), options=("red", "blue"))
     assert runner.shot_answer(item, TASKS["mmbench"]) == "B" and runner.shot_answer(item, TASKS["mmlu_text"]) == "blue"
     assert runner.shot_answer(item, TASKS["mmlu"]) == "B"

@@ -171,9 +171,6 @@ def test_letters_are_judged_by_likelihood(run, monkeypatch):
     monkeypatch.setattr(protocols.Asker, "losses", lambda self, items, options: asked.extend(options) or losses(self, items, options))
     predictions, *_ = run("mmlu")
     assert asked == ["ABCD"] * 3 and all(one["prediction"] == one["options"][one["said"]] for one in predictions)
-
-
-def test_a_description_stands_before_a_choice_by_likelihood(run):
     (first, *_), *_ = run("seed_bench")
     (described, *_), *_ = run("seed_bench", "--describe-first")
     assert first["losses"] != described["losses"]

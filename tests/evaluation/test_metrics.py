@@ -18,33 +18,21 @@ from nanovlm.recipes import RECIPES
 from nanovlm.vlm import Batch, IMAGE_TOKEN
 
 
-@pytest.mark.parametrize(
-    ("text", "form"),
-    [
-        ("The Dog.", "dog"), ("two", "2"), ("None", "0"), ("dont", "don't"), ("couldntve", "couldntve"),
-        ("a\tred\nbus ", "red bus"), ("red,blue", "red blue"), ("red, blue", "red blue"), ("1,000", "1000"), ("3.5", "3.5"),
-        ("half-eaten", "half eaten"), ("half- eaten x-ray", "half eaten xray"), ("1,000 e-mails", "1000 emails"), ("5.", "5"),
-        ("...", ""), ("shouldnt've", "shouldn't've"), ("wed", "wed"), ("?", ""),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "form"), [
+    ("The Dog.", "dog"), ("two", "2"), ("None", "0"), ("dont", "don't"), ("couldntve", "couldntve"),
+    ("a\tred\nbus ", "red bus"), ("red,blue", "red blue"), ("red, blue", "red blue"), ("1,000", "1000"), ("3.5", "3.5"),
+    ("half-eaten", "half eaten"), ("half- eaten x-ray", "half eaten xray"), ("1,000 e-mails", "1000 emails"), ("5.", "5"),
+    ("...", ""), ("shouldnt've", "shouldn't've"), ("wed", "wed"), ("?", ""),
+])  # fmt: skip
 def test_vqa_normalisation(text, form):
     assert normalize(text) == form
 
 
-def test_contractions_are_the_official_ones():
-    assert len(CONTRACTIONS) == 120 - 6  # without the six that lower-cased text never meets, or that map to themselves
-    assert CONTRACTIONS["somebody'd"] == "somebodyd" and "shed" not in CONTRACTIONS and "its" not in CONTRACTIONS
-    assert all(key != word and key.replace("'", "") == word.replace("'", "") for key, word in CONTRACTIONS.items())
-
-
-def test_vqa_accuracy_leaves_one_annotator_out():
+def test_vqa_accuracy_its_official_quirks_and_contractions():
     answers = ["cat"] * 3 + ["dog"] * 7
     assert vqa_accuracy("Cat.", answers) == pytest.approx((3 * 2 / 3 + 7 * 1) / 10)
     assert vqa_accuracy("the cow", answers) == 0.0
     assert vqa_accuracy("cat", ["cat"]) == 1.0  # no other to agree with
-
-
-def test_official_vqa_accuracy_has_its_two_quirks():
     numbered = [{"answer": "cat", "answer_id": n} for n in range(10)]
     assert vqa_accuracy("Cat.", numbered, official=True) == 0.0  # all ten are equal: nothing is normalised
     assert vqa_accuracy("cat", numbered, official=True) == 1.0
@@ -53,38 +41,45 @@ def test_official_vqa_accuracy_has_its_two_quirks():
     assert vqa_accuracy("cat", alike) == 1.0
     mixed = [{"answer": "The cat", "answer_id": 0}] + [{"answer": "a cat.", "answer_id": n} for n in range(1, 10)]
     assert vqa_accuracy("CAT", mixed, official=True) == 1.0
+    assert len(CONTRACTIONS) == 120 - 6  # without the six that lower-cased text never meets, or that map to themselves
+    assert CONTRACTIONS["somebody'd"] == "somebodyd" and "shed" not in CONTRACTIONS and "its" not in CONTRACTIONS
+    assert all(key != word and key.replace("'", "") == word.replace("'", "") for key, word in CONTRACTIONS.items())
 
 
-@pytest.mark.parametrize(
-    ("text", "tokens"),  # as Stanford's PTBTokenizer 3.4.1 gives them, punctuation removed
-    [
-        ("He can't go; won't they?", "he ca n't go wo n't they"),
-        ("She's got 3,000 dogs (and 10:30 a.m.)", "she 's got 3,000 dogs -lrb- and 10:30 a.m. -rrb-"),
-        ("U.S. flag on Mr. Smith's st. paul's", "u.s. flag on mr. smith 's st. paul 's"),
-        ("a black/white cat -- and dog", "a black/white cat and dog"),
-        ("gonna wanna cannot", "gon na wan na can not"),
-        ("$5 and 50% off #1 A&W rock'n'roll", "$ 5 and 50 % off # 1 a&w rock 'n' roll"),
-        ("the dogs' tails wait...what", "the dogs tails wait what"),
-        ("e-mail foo@bar.com http://x.org/y", "e-mail foo@bar.com http://x.org/y"),
-        ("o'clock y'all it's they're I've I'd I'm we'll", "o'clock y' all it 's they 're i 've i 'd i 'm we 'll"),
-        ("don’t “curly” quotes – dash", "do n't curly quotes dash"),
-        ("'tis 'twas ain't", "'t is 't was ai n't"),
-        ("no. 5 end of no.", "no. 5 end of no"),
-        ("end.Start man,woman the 1990's", "end.start man woman the 1990 's"),
-    ],
-)
+@pytest.mark.parametrize(("text", "tokens"), [  # as Stanford's PTBTokenizer 3.4.1 gives them, punctuation removed
+    ("He can't go; won't they?", "he ca n't go wo n't they"),
+    ("She's got 3,000 dogs (and 10:30 a.m.)", "she 's got 3,000 dogs -lrb- and 10:30 a.m. -rrb-"),
+    ("U.S. flag on Mr. Smith's st. paul's", "u.s. flag on mr. smith 's st. paul 's"),
+    ("a black/white cat -- and dog", "a black/white cat and dog"),
+    ("gonna wanna cannot", "gon na wan na can not"),
+    ("$5 and 50% off #1 A&W rock'n'roll", "$ 5 and 50 % off # 1 a&w rock 'n' roll"),
+    ("the dogs' tails wait...what", "the dogs tails wait what"),
+    ("e-mail foo@bar.com http://x.org/y", "e-mail foo@bar.com http://x.org/y"),
+    ("o'clock y'all it's they're I've I'd I'm we'll", "o'clock y' all it 's they 're i 've i 'd i 'm we 'll"),
+    ("don’t “curly” quotes – dash", "do n't curly quotes dash"),
+    ("'tis 'twas ain't", "'t is 't was ai n't"),
+    ("no. 5 end of no.", "no. 5 end of no"),
+    ("end.Start man,woman the 1990's", "end.start man woman the 1990 's"),
+])  # fmt: skip
 def test_ptb_tokens(text, tokens):
     assert captions.tokenize(text) == tokens.split()
 
 
-def test_bleu_by_hand():
+def test_bleu_rouge_and_cider_by_hand():
     (one, two, three, four) = captions.bleu([["a", "b", "b"]], [[["a", "b", "c", "d"], ["b", "b"]]])
     # matches: a, b, b of 3; (a b) (b b) of 2; none. Both references are one token away: the shorter counts, no penalty
     assert one == pytest.approx(1) and two == pytest.approx(1) and three < 1e-3 and four < 1e-2
     assert captions.bleu([["a"]], [[["a", "b", "c"]]])[0] == pytest.approx(math.exp(1 - 3))
-
-
-def test_common_subsequence_against_all_subsequences():
+    (score,) = captions.rouge_l([["a", "b", "c", "d"]], [[["a", "b", "c", "x", "y", "z"], ["a"]]])
+    precision, recall = 3 / 4, 1.0
+    assert score == pytest.approx((1 + 1.44) * precision * recall / (recall + 1.44 * precision))
+    assert captions.rouge_l([[]], [[["a"]]]) == [0.0]
+    same = ["a", "b", "c", "d"]
+    assert captions.cider([same], [[same]]) == [0.0]
+    corpus = [[same], [["e", "f", "g", "h"]]]
+    assert captions.cider([same, ["x"]], corpus) == [pytest.approx(10), 0.0]
+    longer = captions.cider([same + ["z"], ["x"]], corpus)[0]
+    assert 0 < longer < 10
     draw = random.Random(0)
     for _ in range(50):
         one, other = ([draw.choice("abc") for _ in range(draw.randrange(7))] for _ in range(2))
@@ -92,49 +87,20 @@ def test_common_subsequence_against_all_subsequences():
         assert captions.common_subsequence(one, other) == max(map(len, subsequences[0] & subsequences[1]))
 
 
-def test_rouge_takes_precision_and_recall_from_different_references():
-    (score,) = captions.rouge_l([["a", "b", "c", "d"]], [[["a", "b", "c", "x", "y", "z"], ["a"]]])
-    precision, recall = 3 / 4, 1.0
-    assert score == pytest.approx((1 + 1.44) * precision * recall / (recall + 1.44 * precision))
-    assert captions.rouge_l([[]], [[["a"]]]) == [0.0]
-
-
-def test_cider_of_one_picture_is_zero_and_length_counts_in_bigrams():
-    same = ["a", "b", "c", "d"]
-    assert captions.cider([same], [[same]]) == [0.0]
-    corpus = [[same], [["e", "f", "g", "h"]]]
-    assert captions.cider([same, ["x"]], corpus) == [pytest.approx(10), 0.0]
-    longer = captions.cider([same + ["z"], ["x"]], corpus)[0]
-    assert 0 < longer < 10
-
-
-@pytest.mark.parametrize(
-    ("text", "official", "strict"),
-    [
-        ("Yes, there is.", "yes", "yes"), ("No, there is no dog.", "no", "no"), ("No!", "yes", "no"), ("NO", "yes", "no"),
-        ("There is not. Yes.", "no", "other"), ("I see. no", "yes", "other"), ("", "yes", "other"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "official", "strict"), [
+    ("Yes, there is.", "yes", "yes"), ("No, there is no dog.", "no", "no"), ("No!", "yes", "no"), ("NO", "yes", "no"),
+    ("There is not. Yes.", "no", "other"), ("I see. no", "yes", "other"), ("", "yes", "other"),
+])  # fmt: skip
 def test_pope_parsers(text, official, strict):
     assert (protocols.parse_pope(text), protocols.parse_strict(text)) == (official, strict)
 
 
-def test_pope_scores():
+def test_pope_and_mme_scores():
     scores = report.yes_no_scores([("yes", "yes"), ("yes", "no"), ("no", "no"), ("other", "yes")])
     assert scores == {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_ratio": 0.5}
     answers = (("random", "yes"), ("popular", "no"))
     both = report.pope([{"kind": kind, "said": said, "answers": ["yes"], "prediction": said} for kind, said in answers])
     assert both["mean f1"] == 0.5 and both["random accuracy"] == 1.0 and both["popular f1"] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("text", "word"), [("Yes", "yes"), ("no.", "no"), ("\nYES, it is", "yes"), ("Ah, no", "other"), ("It is", "other"), ("a no", "no")]
-)
-def test_mme_parser(text, word):
-    assert protocols.parse_mme(text) == word
-
-
-def test_mme_scores():
     def scores(number, *tasks):
         several = [{"group": group, "score": score, "said": "yes", "prediction": "yes"}
                    for group, score in zip("aabb", (1, 1, 1, 0))]  # fmt: skip
@@ -147,28 +113,29 @@ def test_mme_scores():
 
 
 @pytest.mark.parametrize(
-    ("text", "place"),
-    [
-        ("B", 1), ("(B) dogs", 1), ("b", 1), ("B. a dog", 1), ("The answer is C", 2), ("answer: A.", 0), ("The answer is a dog", 1),
-        ("Two cats", 0), ("Both two cats and a dog", None), ("D", None), ("A dog", 1), ("Cats", None), ("", None), ("C: x", 2),
-        ("**B**", 1), ("B\nExplanation: A shows cats.", 1), ("The answer is B because they bark.", 1), ("answer:B", 1),
-        ("The answer is A because of them", 0), ("The answer is A dog", 1), ("A since they purr", 0), ("d", None),
-        ("I think B is correct", 1), ("\\boxed{C}", 2), ("<answer>B</answer>", 1), ("It is B.", 1), ("B is the answer", 1), ("Ans: C", 2),
-        ("the answer is b", 1), ("I'd go with C", 2), ("Not B", None), ("it is not B but C", None), ("A or B", None), ("Vitamin C", None),
-        ("It is A dog", 1), ("A man is A", 0), ("B is correct, C is correct", None),
-    ],
-)  # fmt: skip
+    ("text", "word"), [("Yes", "yes"), ("no.", "no"), ("\nYES, it is", "yes"), ("Ah, no", "other"), ("It is", "other"), ("a no", "no")]
+)
+def test_mme_parser(text, word):
+    assert protocols.parse_mme(text) == word
+
+
+@pytest.mark.parametrize(("text", "place"), [
+    ("B", 1), ("(B) dogs", 1), ("b", 1), ("B. a dog", 1), ("The answer is C", 2), ("answer: A.", 0), ("The answer is a dog", 1),
+    ("Two cats", 0), ("Both two cats and a dog", None), ("D", None), ("A dog", 1), ("Cats", None), ("", None), ("C: x", 2),
+    ("**B**", 1), ("B\nExplanation: A shows cats.", 1), ("The answer is B because they bark.", 1), ("answer:B", 1),
+    ("The answer is A because of them", 0), ("The answer is A dog", 1), ("A since they purr", 0), ("d", None),
+    ("I think B is correct", 1), ("\\boxed{C}", 2), ("<answer>B</answer>", 1), ("It is B.", 1), ("B is the answer", 1), ("Ans: C", 2),
+    ("the answer is b", 1), ("I'd go with C", 2), ("Not B", None), ("it is not B but C", None), ("A or B", None), ("Vitamin C", None),
+    ("It is A dog", 1), ("A man is A", 0), ("B is correct, C is correct", None),
+])  # fmt: skip
 def test_letters(text, place):
     assert protocols.parse_letter(text, ["two cats", "a dog", "a red bus"]) == place
 
 
-@pytest.mark.parametrize(
-    ("text", "options", "place"),
-    [
-        ("I do not know", ["yes", "no"], None), ("unknown", ["yes", "no", "maybe"], None), ("a catalog", ["cat", "dog"], None),
-        ("a red bus", ["bus", "red bus", "dog"], 1), ("it costs $5.", ["$5", "$50"], 0), ("no", ["no", "no way"], 0), ("x", ["", "x"], 1),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "options", "place"), [
+    ("I do not know", ["yes", "no"], None), ("unknown", ["yes", "no", "maybe"], None), ("a catalog", ["cat", "dog"], None),
+    ("a red bus", ["bus", "red bus", "dog"], 1), ("it costs $5.", ["$5", "$50"], 0), ("no", ["no", "no way"], 0), ("x", ["", "x"], 1),
+])  # fmt: skip
 def test_options_are_read_as_whole_words_and_the_longest_counts(text, options, place):
     assert protocols.parse_letter(text, options) == place
 
@@ -182,13 +149,10 @@ def test_rotations_move_every_option_through_every_letter():
     assert protocols.rotated(asked) == asked  # those that stand rotated in their file
 
 
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("B", "B"), ("B. West", "B"), ("Because. The answer is C.", "C"), ("The answer is C", None), ("b", None), ("", None),
-        ("The answer is A. The answer is B.", None), ("AB", None), (" D ", "D"), ("E", None),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "letter"), [
+    ("B", "B"), ("B. West", "B"), ("Because. The answer is C.", "C"), ("The answer is C", None), ("b", None), ("", None),
+    ("The answer is A. The answer is B.", None), ("AB", None), (" D ", "D"), ("E", None),
+])  # fmt: skip
 def test_science_qa_answers(text, letter):
     assert protocols.parse_science_qa(text, ["w", "x", "y", "z"]) == (letter and "ABCD".index(letter))
 
@@ -200,17 +164,19 @@ def test_verdicts():
         assert protocols.judgement(text, "score") == {"verdict": verdict, "mark": mark, "score": float(verdict is True)}
 
 
-def test_a_winner_wins_in_both_orders():
-    outcomes = [(1, 0), (1, 0.5), (1, 1), (0.5, 1), (0.5, 0.5)]  # of answer A, the model shown first and second
-    assert [pairwise.both_orders(*pair) for pair in outcomes] == [1, 1, 0.5, 0, 0.5]
-
-
-def test_elo_by_hand_and_depends_on_the_order():
+def test_elo_by_hand_a_winner_in_both_orders_and_owlevals_ties():
     assert pairwise.elo([("a", "b", 1.0)]) == {"a": 1016.0, "b": 984.0}
     assert pairwise.elo([("a", "b", 0.5)]) == {"a": 1000.0, "b": 1000.0}
     games = [("a", "b", 1.0), ("b", "c", 1.0), ("c", "a", 1.0)]
     assert pairwise.elo(games) != pairwise.elo(games[::-1])
     assert numpy.ptp(list(pairwise.mean_elo(games, numpy.random.default_rng(0), shuffles=400).values())) < 6
+    outcomes = [(1, 0), (1, 0.5), (1, 1), (0.5, 1), (0.5, 0.5)]  # of answer A, the model shown first and second
+    assert [pairwise.both_orders(*pair) for pair in outcomes] == [1, 1, 0.5, 0, 0.5]
+    fair = {"1": {"a": "5", "b": "5", "c": "3"}, "2": {"a": "1", "b": "2", "c": "4"}}
+    assert pairwise.ties_allowed("ann", fair) == []
+    assert len(pairwise.ties_allowed("ann", {"1": {"a": "5", "b": "5", "c": "5"}, "2": {"a": "6"}})) == 2
+    assert len(pairwise.ties_allowed("ann", {str(n): {"a": "1", "b": "1"} for n in range(11)})) == 1
+    assert pairwise.ties_allowed("ann", {str(n): {"a": "1", "b": "1"} for n in range(10)}) == []
 
 
 def test_bradley_terry_finds_the_strengths_that_made_the_games():
@@ -227,14 +193,6 @@ def test_bradley_terry_finds_the_strengths_that_made_the_games():
     few = games[::100]
     intervals = pairwise.bootstrap(len(few), lambda places: pairwise.bradley_terry([few[n] for n in places]), rng, draws=50)
     assert all(low < pairwise.bradley_terry(few)[model] < high for model, (low, high) in intervals.items())
-
-
-def test_owleval_rules_for_ties():
-    fair = {"1": {"a": "5", "b": "5", "c": "3"}, "2": {"a": "1", "b": "2", "c": "4"}}
-    assert pairwise.ties_allowed("ann", fair) == []
-    assert len(pairwise.ties_allowed("ann", {"1": {"a": "5", "b": "5", "c": "5"}, "2": {"a": "6"}})) == 2
-    assert len(pairwise.ties_allowed("ann", {str(n): {"a": "1", "b": "1"} for n in range(11)})) == 1
-    assert pairwise.ties_allowed("ann", {str(n): {"a": "1", "b": "1"} for n in range(10)}) == []
 
 
 def test_icc_against_a_published_table():

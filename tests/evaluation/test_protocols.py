@@ -42,21 +42,15 @@ def run(task, items, *answers, **options):
     return protocols.predictions(task.prepare(items), Parrot(*answers, **options), task)
 
 
-def test_short_answers_are_scored_by_the_tasks_metric():
+def test_questions_are_put_in_one_pass_and_answers_and_captions_scored():
     items = [Item("1", "what {is} it?", ({"answer": "Cat"},) * 3 + ({"answer": "dog"},) * 7, "other", submit=1), Item("2", "x", ("y",))]
     one, two = run("vqav2", items, "a cat.", "y")
     assert one["score"] == pytest.approx(0.9) and two["score"] == 1.0 and (one["submit"], "submit" in two) == (1, False)
     assert run("gqa", [Item("1", "q", ("Left",))], " left ")[0]["score"] == 1.0
     assert run("vqav2", [Item("1", "q")], "x")[0]["score"] is None  # a test split
-
-
-def test_a_question_is_put_in_one_pass():
     item = Item("1", "what is {options}?", options=("a", "b"), extra={"hint": "{question} "})
     assert protocols.put(item, TASKS["mmbench"]).question.startswith("{question} what is {options}?\nA. a\nB. b\nAnswer")
     assert protocols.put(Item("1", "q"), TASKS["easy_vqa"]).question == "q"
-
-
-def test_captions_are_scored_together():
     items = [Item(name, "", (f"a {name} dog on grass", f"the {name} dog is on the grass")) for name in ("red", "blue")]
     predictions = run("coco_caption", items, "A red dog on grass.", "a cat")
     scores = report.captions(predictions)
@@ -85,6 +79,13 @@ def test_choice_by_likelihood_takes_the_sum_or_the_mean():
     (summed,) = run("seed_bench", [item], losses=[*losses])
     (mean,) = run("seed_bench_mean", [item], losses=[*losses])
     assert (summed["said"], summed["score"], mean["said"], mean["score"]) == (0, 0.0, 1, 1.0)
+    items = [
+        Item("1", "q", (0,), "social", "grade3", (Path("a.png"),), options=("x", "y")),
+        Item("2", "q", (1,), "natural", "grade8", options=("x", "y")),
+    ]
+    scores = report.science_qa(run("science_qa", items, "A", "hm"))
+    assert (scores["all"], scores["with picture"], scores["grades 1-6"], scores["grades 7-12"], scores["unparsed"]) == (0.5, 1, 1, 0, 0.5)
+    assert report.lettered(run("q_bench", items, "A", "hm")) == {"all": 0.5, "social": 1.0, "natural": 0.0, "unparsed": 0.5}
 
 
 def test_circular_evaluation_wants_every_rotation_right():
@@ -98,16 +99,6 @@ def test_circular_evaluation_wants_every_rotation_right():
     always_a = run("mmbench", items, *"AAAAA")
     assert report.circular(always_a)["all"] == 0.0
     assert report.circular(run("mmbench", [Item("1", "q", options=("w", "x"))], "A", "B")) == {"all": None, "single": None}
-
-
-def test_science_qa_counts_pictures_grades_and_what_cannot_be_read():
-    items = [
-        Item("1", "q", (0,), "social", "grade3", (Path("a.png"),), options=("x", "y")),
-        Item("2", "q", (1,), "natural", "grade8", options=("x", "y")),
-    ]
-    scores = report.science_qa(run("science_qa", items, "A", "hm"))
-    assert (scores["all"], scores["with picture"], scores["grades 1-6"], scores["grades 7-12"], scores["unparsed"]) == (0.5, 1, 1, 0, 0.5)
-    assert report.lettered(run("q_bench", items, "A", "hm")) == {"all": 0.5, "social": 1.0, "natural": 0.0, "unparsed": 0.5}
 
 
 def test_answers_are_put_to_a_judge_once(tmp_path):
@@ -157,9 +148,6 @@ def test_replies_are_those_of_generate_alone(loaded, red, blue):
     row = templates.write(templates.prompt((Turn("user", ("what?",)),), NANO), loaded.tokenizer, [])
     (ids,) = generate(loaded.model, [row.ids], Decoding(max_new_tokens=5, eos_ids=(loaded.tokenizer.eos,)))
     assert together[2] == loaded.tokenizer.decode(ids).strip()
-
-
-def test_sampled_answers_do_not_depend_on_the_batch(loaded):
     asked = [Item(str(n), "what color is this?") for n in range(4)]
     decoding = Decoding(max_new_tokens=5, do_sample=True, temperature=2.0)
     asker = Asker(loaded, decoding)
@@ -215,15 +203,12 @@ def write(path, content):
     return path
 
 
-def test_a_record_that_breaks_is_named_and_costs_itself_alone(tmp_path):
+def test_files_are_found_read_as_far_as_they_go_and_broken_places_named(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"question": "one"}\n{"q": 1,\n{"q": 2}\n{"question": "last"}\n')
     reading = Reading().collect(read_records(path), lambda record, place: Item(str(place), record["question"]))
     assert [item.question for item in reading.items] == ["one", "last"]
     assert [f"line {n}" in problem for n, problem in zip((2, 3), reading.problems, strict=True)] == [True, True]
     assert reading.problems[1].endswith("lacks 'question'")
-
-
-def test_json_is_read_as_far_as_it_goes_and_broken_places_are_named(tmp_path):
     _, (_, error) = read_records(write(tmp_path / "x.json", '{\n"a": 1\n}\n{oh'))
     assert isinstance(error, ValueError) and "line 4" in str(error)
     (tmp_path / "x.gz").write_bytes(gzip.compress(b'\xef\xbb\xbf{"a": 1}'))
@@ -231,9 +216,6 @@ def test_json_is_read_as_far_as_it_goes_and_broken_places_are_named(tmp_path):
     for text, words in (('{\n"a"}', "y.json: .*line 2"), ('{"a": 1, "a": 2}', "'a' stands twice")):
         with pytest.raises(ValueError, match=words):
             read_json(write(tmp_path / "y.json", text))
-
-
-def test_finding_files(tmp_path):
     write(tmp_path / "v2_val_questions.json", {})
     assert find(tmp_path, "*annotations*", "*questions*").name == "v2_val_questions.json"
     write(tmp_path / "v2_train_questions.json", {})
@@ -322,9 +304,6 @@ def test_sources_become_items():
     items = readers.scenes("", "", "").items[:20]
     assert all(item.answers and item.kind and isinstance(item.media[0], Image.Image) for item in items)
     assert len({item.id for item in items}) == 20
-
-
-def test_the_right_option_by_its_letter():
     letters = {"B": (1,), " b ": (1,), "": (), None: (), "nan": (), float("nan"): ()}
     assert {letter: readers.right(letter, "ABCD") for letter in letters} == letters
     for letter in ("E", "AB", "answer", 2):

@@ -68,10 +68,6 @@ def test_generate_returns_the_best_of_each_prompt_in_order(model):
     prompts = [PROMPT, [2], [0, 1]]
     want = [hypothesis.tokens for found in search(model, prompts, decoding) for hypothesis in found]
     assert generate(model, prompts, decoding) == want and len(want) == 6
-
-
-def test_more_beams_than_texts_leave_excluded_places(model):
-    """With one new token there are four texts for six beams: the other places are not taken for real."""
     (found,) = search(model, [PROMPT], Decoding(max_new_tokens=1, num_beams=6, num_return_sequences=6))
     assert sorted(hypothesis.tokens for hypothesis in found[:4]) == [[0], [1], [2], [3]]
     assert [hypothesis.score for hypothesis in found[4:]] == [EXCLUDED] * 2

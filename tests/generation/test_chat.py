@@ -50,7 +50,7 @@ def script(monkeypatch, tokenizer):
     return answers, calls
 
 
-def test_an_answer_is_that_of_the_sampler(model, tokenizer):
+def test_an_answer_is_that_of_the_sampler_and_a_picture_encoded_once(model, tokenizer):
     chat = chat_with(model, tokenizer)
     pieces = list(chat.stream("What color?", [RED]))
     ids = [*IMAGE, tokenizer.bos, *tokenizer.encode("user: what color?\nbot:")]
@@ -61,6 +61,18 @@ def test_an_answer_is_that_of_the_sampler(model, tokenizer):
     assert chat.prompt.row.images == [(0, 0, 4)]
     (pixels,) = chat.prompt.visual_inputs
     assert pixels.shape == (1, 3, 8, 8) and pixels[0, 0].mean() > 1 and pixels[0, 2].mean() < 0, "red"
+    chat = chat_with(model, tokenizer)
+    chat.ask("a", [RED, BLUE])
+    assert chat.workspace.num_images == 2
+    chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2))
+    assert chat.workspace.num_images == 2 and len(chat.workspace.pictures) == 2
+    again = chat.answer
+    chat.workspace.pictures.clear()
+    chat.turns = chat.turns[:2]
+    chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2))
+    assert chat.answer == again and chat.workspace.num_images == 4
+    chat.reset()
+    assert not chat.workspace.pictures
 
 
 def test_history_grows_by_whole_exchanges(model, tokenizer, script):
@@ -191,21 +203,6 @@ def test_describe_first_answers_in_the_history_of_its_own_description(model, tok
     answers += [" x", " y"]
     chat.describe_first("And?", [RED], own, describe="list the objects.")
     assert chat.turns[4].text == "list the objects."
-
-
-def test_a_picture_is_encoded_when_it_is_first_shown_and_not_again(model, tokenizer):
-    chat = chat_with(model, tokenizer)
-    chat.ask("a", [RED, BLUE])
-    assert chat.workspace.num_images == 2
-    chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2))
-    assert chat.workspace.num_images == 2 and len(chat.workspace.pictures) == 2
-    again = chat.answer
-    chat.workspace.pictures.clear()
-    chat.turns = chat.turns[:2]
-    chat.ask("b", decoding=Decoding(max_new_tokens=2, num_beams=2))
-    assert chat.answer == again and chat.workspace.num_images == 4
-    chat.reset()
-    assert not chat.workspace.pictures
 
 
 def test_one_line_answers_a_question_or_several(tokenizer, model, tmp_path):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from nanovlm.generation import sampler
-from nanovlm.decoder import DecoderConfig, LayerOptions
 from nanovlm.generation.logits_processors import process
 from nanovlm.generation.sampler import Decoding, generate
+from nanovlm.published.language import LANGUAGE_MODELS
+from nanovlm.published.weights import to_ours
 from tiny import vision_language_model
 
 transformers = pytest.importorskip("transformers")
@@ -19,67 +20,26 @@ SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=CONTEXT, tie_word_embeddings=False,
 )  # fmt: skip
-OURS = dict(
-    vocab_size=VOCABULARY, width=16, num_heads=4, ffn_width=24, context_length=CONTEXT, layers=(LayerOptions(),) * 2,
-)  # fmt: skip
-RENAMES = {
-    "llama": {
-        "model.embed_tokens": "embedding", "model.": "", "input_layernorm": "norm_1", "post_attention_layernorm": "norm_2",
-        "self_attn": "attention", "mlp": "ffn", "_proj": "",
-    },
-    "phi": {
-        "model.embed_tokens": "embedding", "model.final_layernorm": "norm", "model.": "", "input_layernorm": "norm_1",
-        "self_attn": "attention", "attention.dense": "attention.o", "mlp.fc1": "ffn.fc_1", "mlp.fc2": "ffn.fc_2", "_proj": "",
-    },
-    "mpt": {
-        "transformer.wte": "embedding", "transformer.norm_f": "norm", "transformer.blocks": "layers", "attn.out_proj": "attention.o",
-        "ffn.up_proj": "ffn.fc_1", "ffn.down_proj": "ffn.fc_2",
-    },
-}  # fmt: skip
+FAMILIES = {
+    "Llama": SIZES | dict(num_key_value_heads=2), "Phi": SIZES | dict(partial_rotary_factor=0.5),
+    "Mpt": dict(vocab_size=VOCABULARY, d_model=16, n_layers=2, n_heads=4, max_seq_len=CONTEXT, tie_word_embeddings=True),
+}
 
 
-def pair(family):
+@pytest.fixture(scope="module", params=FAMILIES)
+def models(request):
     """The same random weights as (transformers' model, ours)."""
     torch.manual_seed(5)
-    if family == "llama":
-        config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
-        theirs = transformers.LlamaForCausalLM(config)
-        ours = DecoderConfig(**OURS, num_kv_heads=2, norm_eps=config.rms_norm_eps)
-    elif family == "mpt":
-        theirs = transformers.MptForCausalLM(transformers.MptConfig(
-            vocab_size=VOCABULARY, d_model=16, n_layers=2, n_heads=4, max_seq_len=CONTEXT, tie_word_embeddings=True))
-        ours = DecoderConfig(
-            **OURS | {"ffn_width": 64}, num_kv_heads=4, norm="layer_no_bias", ffn="plain", activation="gelu", tied_head=True,
-            rotary_width=0, alibi=(1 / 4, 1 / 16, 1 / 64, 1 / 256), norm_eps=1e-5,
-        )  # fmt: skip
-    else:
-        theirs = transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES, partial_rotary_factor=0.5))
-        ours = DecoderConfig(
-            **OURS, num_kv_heads=4, norm="layer", ffn="plain", activation="gelu_tanh", qkv_bias="qkv", output_bias=True,
-            ffn_bias=True, head_bias=True, parallel=True, rotary_width=2, norm_eps=1e-5,
-        )  # fmt: skip
+    config = getattr(transformers, f"{request.param}Config")(**FAMILIES[request.param])
+    theirs = getattr(transformers, f"{request.param}ForCausalLM")(config)
     for parameter in theirs.parameters():
         parameter.data = torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.5)
-    weights = {}
-    for name, tensor in theirs.state_dict().items():
-        for old, new in RENAMES[family].items():
-            name = name.replace(old, new)
-        if "attn.Wqkv" in name:
-            weights |= {name.replace("attn.Wqkv", f"attention.{part}"): one for part, one in zip("qkv", tensor.chunk(3))}
-        elif name != "lm_head.weight" or family != "mpt":
-            weights[name] = tensor
-    model = vision_language_model(ours)
+    published, config = LANGUAGE_MODELS[request.param.lower()], config.to_dict()
+    model = vision_language_model(published.build(config).config)
+    weights = to_ours(published.layout(config), dict(theirs.named_parameters()), model.decoder.state_dict())
     model.decoder.load_state_dict(weights)
     theirs.generation_config = transformers.GenerationConfig()
     return theirs.eval(), model
-
-
-PAIRS = {}
-
-
-@pytest.fixture(scope="module", params=["llama", "phi", "mpt"])
-def models(request):
-    return PAIRS.setdefault(request.param, pair(request.param))
 
 
 def their_answers(model, prompts, decoding, seed, **more):

@@ -22,9 +22,6 @@ def test_seen_tokens_ignores_padding_and_images():
     seen = seen_tokens(torch.tensor([[-2, -1, 3], [0, 0, 4]]), 5)
     assert seen.shape == (2, 5)
     assert [row.nonzero().flatten().tolist() for row in seen] == [[3], [0, 4]]
-
-
-def test_repetition_penalty_divides_positive_and_multiplies_negative_scores_once():
     scores = torch.tensor([[0.5, -1.0, 2.0, 0.0], [3.0, -2.0, -4.0, 5.0]])
     tokens = torch.tensor([[0, 1, 1, 0], [-1, 3, 2, 2]])
     want = torch.tensor([[0.25, -2.0, 2.0, 0.0], [3.0, -2.0, -8.0, 2.5]])
@@ -53,16 +50,13 @@ def test_no_repeat_ngram_does_not_depend_on_padding():
         assert torch.equal(plain, padded)
 
 
-def test_top_k_keeps_ties_and_the_least_number():
+def test_top_k_keeps_ties_top_p_the_smallest_set_and_min_p_a_share_of_the_best():
     scores = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
     assert kept(top_k(scores, 2)) == [[1, 2, 3], [0, 1]]
     assert kept(top_k(scores, 1)) == [[1], [0]]
     assert kept(top_k(scores, 1, min_keep=4)) == [[0, 1, 2, 3], [0, 1, 2, 3]]
     assert kept(top_k(scores, 99)) == [[0, 1, 2, 3, 4]] * 2
     assert torch.equal(top_k(scores, 5), scores)
-
-
-def test_top_p_keeps_the_smallest_set_that_reaches_p():
     scores = logs((0.5, 0.12, 0.3, 0.08), (0.05, 0.8, 0.1, 0.05))
     assert kept(top_p(scores, 0.7)) == [[0, 2], [1]]
     assert kept(top_p(scores, 0.85)) == [[0, 1, 2], [1, 2]]
@@ -73,9 +67,6 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     assert len(kept(top_p(quarters, 0.5))[0]) == 2
     left = top_p(scores, 0.7)
     assert torch.equal(left[left > NEVER], scores[left > NEVER])
-
-
-def test_min_p_is_a_share_of_the_best():
     scores = logs((0.5, 0.2, 0.26, 0.04), (0.9, 0.02, 0.04, 0.04))
     assert kept(min_p(scores, 0.5)) == [[0, 2], [0]]
     assert kept(min_p(scores, 0.3)) == [[0, 1, 2], [0]]
@@ -91,7 +82,7 @@ def applied(num_new=5, **options):
     return process(SCORES, TOKENS, num_new, Decoding(max_new_tokens=9, **options))
 
 
-def test_process_applies_each_option():
+def test_process_applies_each_option_in_the_order_of_transformers():
     assert torch.equal(applied(), SCORES) and torch.equal(applied(do_sample=True, eos_ids=(1,)), SCORES)
     assert torch.equal(applied(temperature=0.5, top_k=1, top_p=0.1, min_p=0.9), SCORES), "greedy: no truncation"
     assert torch.equal(applied(repetition_penalty=2.0), repetition_penalty(SCORES, TOKENS, 2.0))
@@ -105,15 +96,9 @@ def test_process_applies_each_option():
     for option in ({"top_k": 1}, {"top_p": 0.01}, {"min_p": 0.99}):
         assert kept(truncate(SCORES, Decoding(**option), min_keep=3)) == [[0, 1, 5]]
     assert torch.equal(applied(renormalize=True), SCORES.log_softmax(-1))
-
-
-def test_end_tokens_wait_for_the_least_length():
     options = {"min_new_tokens": 2, "eos_ids": (0, 5)}
     assert kept(applied(num_new=0, **options)) == kept(applied(num_new=1, **options)) == [[1, 2, 3, 4]]
     assert kept(applied(num_new=2, **options)) == [[0, 1, 2, 3, 4, 5]]
-
-
-def test_order_is_that_of_transformers():
     options = {
         "repetition_penalty": 3.0, "no_repeat_ngram_size": 2, "min_new_tokens": 9, "eos_ids": (5,),
         "do_sample": True, "temperature": 0.7, "top_k": 4, "top_p": 0.8, "min_p": 0.3, "renormalize": True,

@@ -70,9 +70,6 @@ def test_a_photograph_gets_the_remark_and_a_drawing_does_not(run, loaded, photo,
     assert "only drawings" not in run("what?", "--image", str(own)).out
     assert run("what is it?", "--image", photo, model=dataclasses.replace(loaded, remark="")).out.count("\n") == 1
     assert "only drawings" in run("what?", "--image", str(own), "--image", photo).out
-
-
-def test_a_drawn_scene_is_saved_in_the_model_folder(run, tmp_path):
     path, drawn = tmp_path / "drawn.png", []
     for seed in "334":
         assert run("what?", "--draw", "small red circle", "--seed", seed).out.startswith(f"(drawn: {path})\n")
@@ -114,9 +111,6 @@ def test_timing_speaks_of_every_part(run, photo):
     lines = done.err.splitlines()
     assert done.code == 0 and [line.split()[0] for line in lines] == ["images", "prompt", "decoding"]
     assert "(2 encoded)" in lines[0] and "tokens)" in lines[1] and "tokens/s)" in lines[2]
-
-
-def test_fast_says_the_same(run, photo):
     assert run("what?", "--image", photo, "--greedy").out == run("what?", "--image", photo, "--greedy", "--fast").out
 
 
@@ -157,13 +151,10 @@ def test_flags_change_the_preset(loaded, flags, want):
     assert sample.choose_decoding(loaded, sample.parse(["folder", *flags])) == want
 
 
-def test_seed_decides_what_is_drawn(run):
+def test_seed_decides_what_is_drawn(run, monkeypatch):
     answers = {seed: run("what?", "--temperature", "3.0", "--seed", seed).out for seed in "0123"}
     assert len(set(answers.values())) > 1
     assert run("what?", "--temperature", "3.0", "--seed", "0").out == answers["0"]
-
-
-def test_a_slow_type_is_said_in_one_line(run, monkeypatch):
     monkeypatch.setattr(opening, "slow_line", lambda dtype, device: f"slow in {dtype}" if dtype != "float32" else None)
     done = run("what?", "--dtype", "bfloat16", "--device", "cpu")
     assert done.err == "(slow in bfloat16)\n" and done.calls[-1][1] == {"dtype": torch.bfloat16, "device": "cpu", "recipe": None}
@@ -175,6 +166,9 @@ def test_the_question_may_stand_anywhere():
         args = sample.parse(words)
         assert (args.folder, args.question, args.image) == ("folder", "q", ["a"])
     assert sample.parse(["folder", "--image", "a"]).question is None
+    program = Path(sample.__file__)
+    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, cwd=program.parent)
+    assert done.returncode == 0 and "/image PATH" in done.stdout and "--describe-first" in done.stdout
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -247,9 +241,6 @@ def test_every_new_picture_is_described_first(run, photo):
     assert done.code == 0 and done.out.count("(description: ") == 1
     done = run("what?", "--image", photo, "--describe-first")
     assert done.code == 0 and done.out.startswith("(description: ")
-
-
-def test_forgotten_exchanges_are_reported(run):
     done = run(says="a question about nothing at all\n" * 6)
     assert done.code == 0 and "(the context was full: 1 earlier exchanges forgotten)" in done.out
 
@@ -267,9 +258,3 @@ def test_ctrl_c_leaves_politely(run, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     done = run()
     assert done.code == 0 and "stopped" in done.out
-
-
-def test_help_runs_as_a_program():
-    program = Path(sample.__file__)
-    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, cwd=program.parent)
-    assert done.returncode == 0 and "/image PATH" in done.stdout and "--describe-first" in done.stdout

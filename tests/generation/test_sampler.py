@@ -187,7 +187,7 @@ def test_a_step_waits_for_the_device_once(model, monkeypatch, fast, name):
         assert len(waits.names) == 1, "a wait would have been seen"
 
 
-def test_ended_rows_leave_the_batch(model, visual_inputs, monkeypatch):
+def test_ended_rows_leave_the_batch_and_ended_prompts_the_beam_search(model, visual_inputs, monkeypatch, llama):
     sizes, packed = [], (1, sum(map(len, PROMPTS)))  # all prompts side by side
     forward = type(model.decoder).forward
 
@@ -203,21 +203,17 @@ def test_ended_rows_leave_the_batch(model, visual_inputs, monkeypatch):
             steps = min(max(lengths), decoding.max_new_tokens - 1)
             assert sizes == [packed] + [(sum(length > step for length in lengths), 1) for step in range(steps)]
             assert len({rows for rows, _ in sizes}) > 1 or not steps
+    beams, step = [], prefill.Rows.step
+    monkeypatch.setattr(prefill.Rows, "step", lambda self, tokens: (beams.append(len(tokens)), step(self, tokens)))
+    decoding = Decoding(max_new_tokens=12, num_beams=2, early_stopping=True, eos_ids=tuple(range(1, 128, 4)))
+    generate(llama, [[3, 9], [5], [77, 31, 4]], decoding)
+    assert beams == [6, 4, 4, 4, *[2] * 7]
 
 
 @pytest.mark.parametrize("going, order", [
     ([0, 1, 2], [0, 1, 2]), ([], []), ([1, 2, 3], [3, 1, 2]), ([0, 4, 5], [0, 5, 4]), ([5], [5])])
 def test_the_last_rows_take_the_places_of_those_that_ended(going, order):
     assert sampler.close_gaps(going) == order
-
-
-def test_ended_prompts_leave_the_beam_search(llama, monkeypatch):
-    sizes = []
-    step = prefill.Rows.step
-    monkeypatch.setattr(prefill.Rows, "step", lambda self, tokens: (sizes.append(len(tokens)), step(self, tokens)))
-    decoding = Decoding(max_new_tokens=12, num_beams=2, early_stopping=True, eos_ids=tuple(range(1, 128, 4)))
-    generate(llama, [[3, 9], [5], [77, 31, 4]], decoding)
-    assert sizes == [6, 4, 4, 4, *[2] * 7]
 
 
 def test_every_picture_is_encoded_once_and_forgotten_after_its_last_prompt(model, pictures, monkeypatch):
@@ -251,20 +247,17 @@ def test_stream_computes_a_token_only_when_it_is_asked_for(model, monkeypatch):
     assert len(list(tokens)) == 2 and len(steps) == 4 and generate(model, [], DECODINGS["greedy"]) == []
 
 
-def test_other_number_formats(visual_inputs):
-    model = random_vlm().to(torch.bfloat16)
-    for decoding in DECODINGS.values():
-        rows = generate(model, PROMPTS, decoding, visual_inputs, torch.Generator().manual_seed(0))
-        assert len(rows) == 4 * decoding.num_return_sequences
-
-
-def test_new_tokens_up_to_the_last_place_of_the_context(model):
+def test_new_tokens_up_to_the_last_place_of_the_context(model, visual_inputs):
     decoding = Decoding(max_new_tokens=38)
     assert len(generate(model, [[3, 4]], decoding)[0]) == 38  # context 40
     with pytest.raises(ValueError, match="prompt 1 leaves 37 tokens free of the context of 40"):
         generate(model, [[3, 4], [3, 4, 5]], decoding)
     with pytest.raises(ValueError, match="leaves 0 tokens free"):
         generate(model, [[3] * 45], decoding)
+    model = random_vlm().to(torch.bfloat16)
+    for decoding in DECODINGS.values():
+        rows = generate(model, PROMPTS, decoding, visual_inputs, torch.Generator().manual_seed(0))
+        assert len(rows) == 4 * decoding.num_return_sequences
 
 
 CLIP, ONE = torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8)

@@ -34,7 +34,8 @@ def test_sizes_that_do_not_fit():
             make(**options)
 
 
-def test_frames():
+def test_frames_and_attention_maps():
+    """Of clips, and maps: rows are the image tokens, columns the features first; what the queries took of one another stands behind."""
     bridge, clips = make(), torch.randn(2, 3, 10, 16)  # M frames N width
     found = bridge(clips.flatten(1, 2), 3)
     expected = torch.stack([torch.cat([bridge(clips[m, f][None])[0] for f in range(3)]) for m in range(2)])
@@ -42,10 +43,6 @@ def test_frames():
     assert found.shape == (2, bridge.num_image_tokens(10, 3), 10) == (2, 12, 10)
     for token in (3, 7, 11):
         assert (found[:, token] == bridge.end).all()
-
-
-def test_attention_maps():
-    """Rows are the image tokens, columns the features first; what the queries took of one another stands behind."""
     bridge, patches, out = make(), torch.randn(2, 10, 16), {}
     close(bridge(patches, out=out), bridge(patches))
     assert len(out["latents"]) == 2
@@ -60,7 +57,7 @@ def test_attention_maps():
     close(out["latents"][0][0, 0, :3], (q @ k.T / 8**0.5).softmax(-1))
 
 
-def test_start():
+def test_start_and_tables_are_made_where_the_features_are():
     bridge = Abstractor(64, 96, num_queries=50, num_layers=1, num_heads=4, ffn_width=128)
     assert bridge.queries.shape == (50, 64) and 0.95 < bridge.queries.std() < 1.05
     assert bridge.end.shape == (96,) and 0.7 < bridge.end.std() < 1.3
@@ -68,9 +65,6 @@ def test_start():
         if parameter.ndim == 2 and name != "queries":
             assert 0.018 < parameter.std() < 0.022, name
     assert (bridge.layers[0].k.bias == 0).all() and (bridge.project.bias == 0).all()
-
-
-def test_tables_are_made_where_the_features_are():
     with torch.device("meta"):
         bridge = make()
     assert bridge(torch.empty(2, 3 * 17, 16, device="meta"), 3, {}).shape == (2, 12, 10)  # a CPU tensor would raise

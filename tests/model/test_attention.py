@@ -56,7 +56,7 @@ def test_prefix_judged_token_by_token(name):
         assert torch.equal(visible.mask(segments.shape[1]), expected)
 
 
-def test_known_patterns():
+def test_known_patterns_and_unknown_backends():
     rows, everything, packed = causal_rows(3, 5), full(4, 7), documents([3, 1, 4])
     assert (rows.pattern, everything.pattern, packed.pattern, packed.lengths) == ("causal", "full", "documents", (3, 1, 4))
     assert torch.equal(rows.mask(5), torch.ones(3, 5, 5).tril().bool())
@@ -66,6 +66,10 @@ def test_known_patterns():
     for first, num_keys, message in ((0, 6, "from 0 to 7, but keys 0 to 6"), (-1, 7, "from -1 to 7")):
         with pytest.raises(ValueError, match=message):
             Visible(everything.first + first, everything.stop).check(num_keys)
+    q = torch.randn(1, 3, 2, 4)
+    assert torch.equal(attention(q, q, q, full(2, 2)), attention(q, q, q, full(2, 2), "sdpa"))
+    with pytest.raises(ValueError, match="unknown attention backend 'spda'. Did you mean 'sdpa'?"):
+        attention(q, q, q, full(2, 2), "spda")
 
 
 def naive_attention(q, k, v, mask, slopes=(0, 0, 0, 0)):
@@ -148,13 +152,6 @@ def test_sdpa_leaves_the_mask_out_where_the_pattern_allows(monkeypatch):
     assert [call["enable_gqa"] for call in calls] == [False, True] * 3 + [False, False, True, True]
 
 
-def test_unknown_backend():
-    q = torch.randn(1, 3, 2, 4)
-    assert torch.equal(attention(q, q, q, full(2, 2)), attention(q, q, q, full(2, 2), "sdpa"))
-    with pytest.raises(ValueError, match="unknown attention backend 'spda'. Did you mean 'sdpa'?"):
-        attention(q, q, q, full(2, 2), "spda")
-
-
 def test_alibi_slopes():
     """Of 4 and 8 heads as in the paper; of 3 and 6 by hand, dealt out from those of 4 and 8, and by the plain formula."""
     assert alibi_slopes(4) == (1 / 4, 1 / 16, 1 / 64, 1 / 256) and alibi_slopes(1) == (1 / 256,)
@@ -187,9 +184,6 @@ def test_rope_is_a_rotation_of_complex_numbers():
                 expected = torch.complex(x[b, :, t, j], x[b, :, t, j + 4]) * complex(math.cos(angle), math.sin(angle))
                 found = torch.complex(turned[b, :, t, j], turned[b, :, t, j + 4])
                 close(found, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_rope_turns_the_first_channels_only():
     x = torch.randn(1, 2, 3, 10)
     positions = torch.tensor([[1, 2, 3]])
     cos, sin = rope_tables(positions, 4, 10000.0)

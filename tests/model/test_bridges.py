@@ -1,4 +1,4 @@
-"""Projectors by formula, frames, attention maps, every bridge in a model; the resampler's equations: tests/official."""
+"""Projectors by formula, frames, maps, every bridge in a model, adapters; their equations: tests/official."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanovlm.abstractor import Abstractor
+from nanovlm.adapter import Adapter
 from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
 from nanovlm.qformer import QFormer
 from nanovlm.resampler import Resampler
@@ -45,6 +46,10 @@ def test_frame_embeddings_mark_every_patch_of_their_frame():
     assert resampler(torch.randn(1, 12, 7), 3).shape == (1, 3, 10)
     with pytest.raises(ValueError, match="latents of 10 channels among patches of 7"):
         make(attend_to_latents=True)
+    resampler = Resampler(64, 96, num_latents=32, num_layers=1, num_heads=2, head_width=4, ffn_width=8, max_frames=20)
+    assert resampler.num_image_tokens(900) == resampler.num_image_tokens(17, 5) == 32
+    assert resampler.latents.shape == (32, 96) and 0.95 < resampler.latents.std() < 1.05
+    assert resampler.frame_embedding.shape == (20, 64) and 0.018 < resampler.frame_embedding.std() < 0.022
 
 
 @pytest.mark.parametrize("attend_to_latents", [False, True])
@@ -59,11 +64,17 @@ def test_attention_maps(attend_to_latents):
         assert (weights > 0).all()
 
 
-def test_number_of_image_tokens_and_the_start():
-    resampler = Resampler(64, 96, num_latents=32, num_layers=1, num_heads=2, head_width=4, ffn_width=8, max_frames=20)
-    assert resampler.num_image_tokens(900) == resampler.num_image_tokens(17, 5) == 32
-    assert resampler.latents.shape == (32, 96) and 0.95 < resampler.latents.std() < 1.05
-    assert resampler.frame_embedding.shape == (20, 64) and 0.018 < resampler.frame_embedding.std() < 0.022
+def test_an_adapter_starts_near_zero_but_not_at_zero():
+    adapter = Adapter(96, 64)
+    for linear, shape in ((adapter.down, (64, 96)), (adapter.up, (96, 64))):
+        assert linear.weight.shape == shape
+        assert 0.018 < linear.weight.std() < 0.022 and abs(linear.weight.mean()) < 0.002
+        assert (linear.bias == 0).all()
+    assert adapter.scale.shape == (1,) and adapter.scale == 1.0
+    assert (adapter.norm.weight == 1).all() and (adapter.norm.bias == 0).all()
+    hidden = torch.randn(3, 7, 96)
+    update = (adapter(hidden) - hidden).std()
+    assert 0.001 < update < 0.1  # disturbs the frozen model a little from the first step
 
 
 @pytest.mark.parametrize("num_frames", [1, 2])

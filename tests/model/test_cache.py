@@ -24,7 +24,7 @@ def filled(rows=3, columns=7, length=4):
     return cache, written
 
 
-def test_every_layer_gets_back_all_its_columns():
+def test_every_layer_gets_back_all_its_columns_from_memory_taken_once():
     cache, written = filled()
     assert cache.length == 4 and cache.num_columns == 7
     for layer in range(3):
@@ -33,17 +33,11 @@ def test_every_layer_gets_back_all_its_columns():
         assert torch.equal(got_k, torch.cat([written[layer][0], k], dim=2))
         assert torch.equal(got_v, torch.cat([written[layer][1], v], dim=2))
     assert cache.length == 4, "only advance moves the cursor"
-
-
-def test_memory_is_taken_once_and_in_the_asked_type():
     cache = KeyValueCache(CONFIG, 3, 7, dtype=torch.bfloat16)
     before = [buffer.data_ptr() for buffer in cache.layers]
     k, _ = cache.update(1, keys(3, 5), keys(3, 5))
     assert k.dtype == torch.bfloat16 and cache.layers[1].shape == (2, 3, 2, 7, 6)
     assert [buffer.data_ptr() for buffer in cache.layers] == before
-
-
-def test_a_full_cache_is_an_error():
     cache, _ = filled()
     cache.update(0, keys(3, 3), keys(3, 3))
     with pytest.raises(ValueError, match="no room for 4: 7 columns, 4 written"):
@@ -60,9 +54,6 @@ def test_select_rows_drops_and_repeats():
         for row, old in enumerate([2, 0, 0, 2]):
             assert torch.equal(got_k[row], torch.cat([written[layer][0][old], k[row]], dim=1))
             assert torch.equal(got_v[row], torch.cat([written[layer][1][old], v[row]], dim=1))
-
-
-def test_fewer_rows_stay_where_they_are():
     cache, written = filled(rows=4)
     memory = [buffer.data_ptr() for buffer in cache.layers]
     before = [buffer.clone() for buffer in cache.layers]

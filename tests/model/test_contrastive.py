@@ -67,7 +67,7 @@ def contrastive_model():
     return randomise(ContrastiveModel(small_vit(class_token=False), 12, text_tower(), 12, joint_width=7), spread=0.1)
 
 
-def test_embeddings():
+def test_embeddings_and_views():
     model = contrastive_model()
     pixels, ids, lengths = torch.randn(3, 3, 12, 12), torch.randint(20, (3, 5)), torch.tensor([5, 2, 3])
     images, texts = model.embed_images(pixels), model.embed_texts(ids, lengths)
@@ -82,6 +82,12 @@ def test_embeddings():
     model = clip()
     expected = model.vision(pixels)[:, 0] @ model.project_image.weight.T  # of the class token
     close(model.embed_images(pixels), F.normalize(expected, dim=-1))
+    model = contrastive_model()
+    patches = model.vision(pixels) @ model.project_image.weight.T  # 2 N E
+    close(model.views(pixels), patches / patches.norm(dim=-1, keepdim=True))
+    assert model.views(pixels).shape[1] > 1
+    for model in (clip(), siglip()):
+        close(model.views(pixels), model.embed_images(pixels)[:, None])
 
 
 @torch.no_grad()
@@ -134,16 +140,6 @@ def test_two_parts(make):
     assert set(parts) == {"vision", "text_tower"}
     assert all(name.startswith("vision.") for name in parts["vision"]) and "log_scale" in parts["text_tower"]
     assert sum(map(len, parts.values())) == len(list(model.parameters()))
-
-
-def test_views_are_the_patches_of_towers_that_learn_regions_and_the_whole_picture_of_others():
-    pixels = torch.randn(2, 3, 12, 12)
-    model = contrastive_model()
-    patches = model.vision(pixels) @ model.project_image.weight.T  # 2 N E
-    close(model.views(pixels), patches / patches.norm(dim=-1, keepdim=True))
-    assert model.views(pixels).shape[1] > 1
-    for model in (clip(), siglip()):
-        close(model.views(pixels), model.embed_images(pixels)[:, None])
 
 
 def test_only_clip_s_scale_is_clamped():

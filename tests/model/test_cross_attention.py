@@ -35,7 +35,7 @@ def test_whom_each_token_sees():
                 assert torch.equal(mask[b, t], expected), (b, t)
 
 
-def test_pictures_stand_behind_one_another_in_their_rows():
+def test_pictures_stand_behind_one_another_maps_show_them_and_gates_start_closed():
     is_media = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]).bool()
     pictures = [torch.full((2, 5), float(m + 1)) for m in range(3)]
     media = gather_media(pictures, [2, 0, 2], is_media, torch.zeros(3, 4, dtype=torch.long))
@@ -49,9 +49,6 @@ def test_pictures_stand_behind_one_another_in_their_rows():
     assert torch.equal(other.visible.mask(4), media.visible.mask(4)[[2, 2, 0]])
     with pytest.raises(ValueError, match=r"pictures of \[2, 3\] image tokens in one batch"):
         gather_media([pictures[0], torch.ones(3, 5)], [0, 1], is_media[:1], torch.zeros(1, 4, dtype=torch.long))
-
-
-def test_attention_maps():
     layer, out = randomise(GatedCrossAttention(6, 5)), {}
     is_media = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]]).bool()
     media = gather_media([torch.randn(3, 5) for _ in range(2)], [1, 0], is_media, torch.zeros(2, 4, dtype=torch.long))
@@ -60,9 +57,6 @@ def test_attention_maps():
     assert weights.shape == (2, 8, 4, 6)
     close(weights.sum(-1)[0], torch.tensor([0.0, 1, 1, 1]).expand(8, 4))
     assert (weights[0, :, 1:3, 3:] == 0).all() and (weights[0, :, 3, :3] == 0).all() and (weights[1] == 0).all()
-
-
-def test_gates_start_closed():
     layer, x = GatedCrossAttention(6, 5), torch.randn(1, 3, 6)
     media = gather_media([torch.randn(2, 5)], [0], torch.tensor([[True, False, False]]), torch.zeros(1, 3).long())
     assert torch.equal(layer(x, media), x)
@@ -133,15 +127,11 @@ def test_rows_run_together_as_alone(padding, backend):
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
 
 
-def test_a_media_token_among_the_pads_shows_nothing():
+def test_a_media_token_among_the_pads_shows_nothing_and_kept_keys_are_used():
     model, batch = small_flamingo(), mixed_batch(2)
     before, real = model(batch), batch.segments >= 0
     batch.ids[~real] = MEDIA
     close(model(batch)[real], before[real])
-
-
-def test_kept_keys_and_values():
-    """Made once, they are what each layer would make again; and they are used."""
     model, batch = small_flamingo(), mixed_batch()
     image_tokens = model.encode(batch.pixels, batch.frames)
     media = model.media(batch.ids, batch.segments, image_tokens, batch.shown.tolist(), batch.owner)
@@ -182,9 +172,11 @@ def test_what_does_not_fit():
         model.media(batch.ids, batch.segments, [torch.randn(3, 12)], [0])
     with pytest.raises(ValueError, match=r"pictures of \[9, 18\] image tokens"):
         small_flamingo(bridge="projector")(batch)
-
-
-def test_models_that_do_not_fit_together():
+    prompts, pictures = prompts_and_pictures()
+    with pytest.raises(ValueError, match=r"prompt 1 .*id.* 20"):
+        generate(model, prompts, Decoding(), [pictures[0], pictures[2], pictures[2]])
+    with pytest.raises(ValueError, match="1 image-token ids"):
+        generate(model, [[IMAGE_TOKEN, 3]], Decoding())
     model, plain = small_flamingo(), Decoder(DecoderConfig(23, 12, 2, 2, 20, 32, (PLAIN,)))
     for vlm, words in (
         (lambda: VLM(model.vision, model.bridge, model.decoder), "media_token is None; .* 12"),
@@ -214,7 +206,7 @@ def greedy(model, prompt, pictures, steps):
 
 
 @torch.no_grad()
-def test_cached_equals_uncached():
+def test_cached_equals_uncached_for_beams_and_samples_with_keys_made_once(monkeypatch):
     model = small_flamingo()
     model.decoder.lm_head.weight[MEDIA] = 0  # never the largest of 23 scores
     prompts, pictures = prompts_and_pictures()
@@ -223,22 +215,6 @@ def test_cached_equals_uncached():
     blind = [generate(model, [prompt], Decoding(max_new_tokens=6), [[0 * pixels for pixels in shown]])[0]
              for prompt, shown in zip(prompts, pictures)]  # fmt: skip
     assert blind[0] != expected[0] and blind[1] == expected[1] and blind[2] != expected[2]
-
-
-@torch.no_grad()
-def test_generation_makes_the_pictures_keys_once(monkeypatch):
-    """Once for the prompts, once for all steps; not again for every new token."""
-    calls, make = [], GatedCrossAttention.keys_and_values
-    monkeypatch.setattr(GatedCrossAttention, "keys_and_values", lambda self, tokens: calls.append(1) or make(self, tokens))
-    prompts, pictures = prompts_and_pictures()
-    generate(small_flamingo(), prompts, Decoding(max_new_tokens=6), pictures)
-    assert len(calls) == 2 * 2
-
-
-@torch.no_grad()
-def test_beams_and_samples_keep_their_pictures():
-    model = small_flamingo()
-    prompts, pictures = prompts_and_pictures()
     beams = Decoding(max_new_tokens=5, num_beams=3, eos_ids=(2,))
     together = generate(model, prompts, beams, pictures)
     assert together == [generate(model, [prompt], beams, [shown])[0] for prompt, shown in zip(prompts, pictures)]
@@ -248,12 +224,7 @@ def test_beams_and_samples_keep_their_pictures():
     alone = [generate(model, [prompt], samples, [shown], draws((2 * i, 2 * i + 1)))
              for i, (prompt, shown) in enumerate(zip(prompts, pictures))]  # fmt: skip
     assert together == [answer for answers in alone for answer in answers]
-
-
-def test_prompts_with_other_media_tokens_than_pictures():
-    model = small_flamingo()
-    prompts, pictures = prompts_and_pictures()
-    with pytest.raises(ValueError, match=r"prompt 1 .*id.* 20"):
-        generate(model, prompts, Decoding(), [pictures[0], pictures[2], pictures[2]])
-    with pytest.raises(ValueError, match="1 image-token ids"):
-        generate(model, [[IMAGE_TOKEN, 3]], Decoding())
+    calls, make = [], GatedCrossAttention.keys_and_values
+    monkeypatch.setattr(GatedCrossAttention, "keys_and_values", lambda self, tokens: calls.append(1) or make(self, tokens))
+    generate(small_flamingo(), prompts, Decoding(max_new_tokens=6), pictures)
+    assert len(calls) == 2 * 2

@@ -28,7 +28,7 @@ def run(decoder, embeddings, modality=None, segments=None, positions=None):
     return decoder(embeddings, positions, causal(segments), modality)
 
 
-def test_padding_changes_nothing():
+def test_padding_and_the_future_change_nothing_and_only_distance_matters():
     decoder, embeddings = small_decoder(LAYERS), torch.randn(1, 5, 16)
     modality = torch.tensor([[1, 1, 0, 0, 0]])
     alone = run(decoder, embeddings, modality)
@@ -40,20 +40,12 @@ def test_padding_changes_nothing():
         )
         close(found[:, front : front + 5], alone)
         assert found.isfinite().all()
-
-
-def test_the_future_has_no_effect_and_the_past_does():
-    decoder, embeddings = small_decoder(LAYERS), torch.randn(1, 6, 16)
-    modality = torch.tensor([[1, 0, 0, 1, 0, 0]])
-    visible = causal_rows(1, 6)
+    embeddings, modality, visible = torch.randn(1, 6, 16), torch.tensor([[1, 0, 0, 1, 0, 0]]), causal_rows(1, 6)
     before = decoder(embeddings, arange(1, 6), visible, modality)
     changed = embeddings.clone()
     changed[:, 3] += torch.randn(16)
     difference = (decoder(changed, arange(1, 6), visible, modality) - before).abs().amax(-1)[0]
     assert (difference[:3] == 0).all() and (difference[3:] > 1e-4).all()
-
-
-def test_only_distance_matters():
     decoder, embeddings = small_decoder(LAYERS), torch.randn(1, 5, 16)
     shifted = run(decoder, embeddings, positions=arange(1, 5, start=11))
     close(shifted, run(decoder, embeddings), atol=1e-4, rtol=1e-3)
@@ -93,6 +85,12 @@ def test_layer_options_per_layer():
     assert LayerOptions() == LayerOptions(adapter_width=0, modality_adaptive=False, cross_attention=False)
     norms = [module for module in small_decoder(LAYERS, norm_eps=0.5).modules() if isinstance(module, torch.nn.RMSNorm)]
     assert len(norms) == 4 * 2 + 2 * 2 + 1 and {norm.eps for norm in norms} == {0.5}
+    copy = per_modality(lambda: torch.nn.Linear(4, 4), True)
+    assert torch.equal(copy.text.weight, copy.vision.weight) and copy.text.weight is not copy.vision.weight
+    decoder = Decoder(DecoderConfig(23, 16, 4, 2, 20, 32, LAYERS))
+    embeddings = torch.randn(1, 5, 16)
+    text, mixed = torch.zeros(1, 5, dtype=torch.long), torch.tensor([[1, 0, 1, 0, 0]])
+    close(run(decoder, embeddings, text), run(decoder, embeddings, mixed))
 
 
 @pytest.mark.parametrize("options, message", [
@@ -160,6 +158,13 @@ def test_rotary_positions_turn_only_their_channels():
         decoder = small_decoder((LayerOptions(),), rotary_width=rotary_width)
         difference = (run(decoder, swapped) - run(decoder, embeddings))[0, 2:].abs().max()
         assert (difference > 1e-3) == knows
+    decoder = small_decoder(rotary_width=0, position_offset=2)
+    assert decoder.positions.shape == (34, 16)
+    embeddings, positions = torch.randn(1, 3, 16), torch.tensor([[0, 1, 31]])
+    found = run(decoder, embeddings, positions=positions)
+    with torch.no_grad():
+        table, decoder.positions = decoder.positions, None
+    close(found, run(decoder, embeddings + table[[2, 3, 33]], positions=positions))
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(qk_norm=True), dict(qkv_clip=0.2), dict(qk_norm=True, qkv_clip=0.2, norm="layer")])
@@ -189,25 +194,6 @@ def test_queries_and_keys_are_cut_then_normalised_over_all_heads():
     k = k / (k.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.attention.k_norm.weight
     for found, expected in zip(cache.layers[0], (k, v)):
         close(found.transpose(1, 2).flatten(2), expected)
-
-
-def test_learned_positions_are_added_once():
-    decoder = small_decoder(rotary_width=0, position_offset=2)
-    assert decoder.positions.shape == (34, 16)
-    embeddings, positions = torch.randn(1, 3, 16), torch.tensor([[0, 1, 31]])
-    found = run(decoder, embeddings, positions=positions)
-    with torch.no_grad():
-        table, decoder.positions = decoder.positions, None
-    close(found, run(decoder, embeddings + table[[2, 3, 33]], positions=positions))
-
-
-def test_image_copies_start_equal():
-    copy = per_modality(lambda: torch.nn.Linear(4, 4), True)
-    assert torch.equal(copy.text.weight, copy.vision.weight) and copy.text.weight is not copy.vision.weight
-    decoder = Decoder(DecoderConfig(23, 16, 4, 2, 20, 32, LAYERS))
-    embeddings = torch.randn(1, 5, 16)
-    text, mixed = torch.zeros(1, 5, dtype=torch.long), torch.tensor([[1, 0, 1, 0, 0]])
-    close(run(decoder, embeddings, text), run(decoder, embeddings, mixed))
 
 
 @pytest.mark.parametrize("kind, writing", [

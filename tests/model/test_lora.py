@@ -36,6 +36,16 @@ def test_equation_3():
     weight = linear.weight + 6 / 2 * adapted.lora_b @ adapted.lora_a
     close(adapted(x), x @ weight.T + linear.bias)
     assert adapted.lora_a.shape == (2, 5) and adapted.lora_b.shape == (7, 2)
+    linear = torch.nn.Linear(4, 6, bias=False).to(torch.bfloat16)
+    adapted = randomise(LoRALinear(linear, 2, 2))
+    assert adapted.lora_a.dtype == adapted.lora_b.dtype == torch.bfloat16
+    expected = (linear.weight.float() + adapted.lora_b.float() @ adapted.lora_a.float()).bfloat16()  # rounded once
+    merged = adapted.merged()
+    assert torch.equal(merged.weight, expected) and merged.bias is None
+    with torch.device("meta"):
+        decoder = small_decoder()
+    lora.add(decoder, 2, 2, "attention")
+    assert decoder.layers[0].attention.q.lora_a.device.type == "meta"
 
 
 def test_nothing_changes_at_the_start():
@@ -105,19 +115,6 @@ def test_only_the_updates_learn():
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parts()["lora"].values())
 
 
-def test_number_format_and_meta():
-    linear = torch.nn.Linear(4, 6, bias=False).to(torch.bfloat16)
-    adapted = randomise(LoRALinear(linear, 2, 2))
-    assert adapted.lora_a.dtype == adapted.lora_b.dtype == torch.bfloat16
-    expected = (linear.weight.float() + adapted.lora_b.float() @ adapted.lora_a.float()).bfloat16()  # rounded once
-    merged = adapted.merged()
-    assert torch.equal(merged.weight, expected) and merged.bias is None
-    with torch.device("meta"):
-        decoder = small_decoder()
-    lora.add(decoder, 2, 2, "attention")
-    assert decoder.layers[0].attention.q.lora_a.device.type == "meta"
-
-
 FROZEN = [f"align.learning_rates.{part}=none" for part in ("bridge", "adapters", "vision_branch")]
 FLAGS = ["--threads", "1", "--stages", "align", "--lora", "2:6", "--set", "align.learning_rates.lora=1e-2",
          *[word for setting in FROZEN for word in ("--set", setting)]]
@@ -133,37 +130,28 @@ def tuned(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_the_base_bit_for_bit(tuned):
+def test_a_run_leaves_the_base_and_merged_updates_are_the_next_ones_start(tuned, tmp_path):
     base, found = (load_file(out / "model.safetensors") for out in tuned)
     updates = {name for name in found if ".lora_" in name}
     assert found.keys() - updates == base.keys() and len(updates) == 2 * 16
     assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
     assert all(found[name].abs().sum() > 0 for name in updates)  # B has left zero
     assert json.loads((tuned[1] / "config.json").read_text())["lora"] == {"rank": 2, "alpha": 6.0}
-
-
-@pytest.mark.slow
-def test_loaded_the_updates_are_merged(tuned):
     base, loaded = (recipes.load(folder, recipe=RECIPE).model for folder in tuned)
-    found, plain = load_file(tuned[1] / "model.safetensors"), base.state_dict()
+    plain = base.state_dict()
     assert loaded.state_dict().keys() == plain.keys()
     name = "decoder.layers.1.attention.q"
     update = 6 / 2 * found[f"{name}.lora_b"] @ found[f"{name}.lora_a"]
     assert update.abs().max() > 1e-3
     close(loaded.state_dict()[f"{name}.weight"], plain[f"{name}.weight"] + update)
     assert torch.equal(loaded.decoder.embedding.weight, base.decoder.embedding.weight)
-
-
-@pytest.mark.slow
-def test_the_next_run_starts_from_the_merged_model(tuned, tmp_path):
-    merged = recipes.load(tuned[1], recipe=RECIPE).model.state_dict()
     again = ["--threads", "1", "--stages", "align", "--set", "align.steps=1", "--set", "align.warmup_steps=0"]
     assert run("--out", tmp_path / "plain", "--init", tuned[1], *again) == 0
     plain = load_file(tmp_path / "plain" / "model.safetensors")
-    assert plain.keys() == merged.keys()
+    assert plain.keys() == loaded.state_dict().keys()
     for name in plain:
         if name.startswith("decoder.layers") and ".adapter." not in name and ".vision." not in name:
-            assert torch.equal(plain[name], merged[name]), name
+            assert torch.equal(plain[name], loaded.state_dict()[name]), name
 
 
 @pytest.mark.slow

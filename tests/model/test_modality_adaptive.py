@@ -59,7 +59,7 @@ def test_each_token_meets_its_own_branch(form, name, modality, monkeypatch):
             for out in (found, expected)), atol=1e-4)  # fmt: skip
 
 
-def test_route_finds_the_tokens():
+def test_route_finds_the_tokens_and_each_is_computed_once():
     assert (TEXT, VISION) == (0, 1)
     modality = torch.tensor([[0, 1, 1], [0, 0, 1]])
     routing = route(modality)
@@ -68,9 +68,11 @@ def test_route_finds_the_tokens():
     alone, pictures = route(torch.zeros(2, 3).long()), route(torch.ones(1, 2).long())
     assert alone.text.tolist() == list(range(6)) and alone.vision is None
     assert pictures.text is None and pictures.vision.tolist() == [0, 1]
-
-
-def test_routed_computes_each_token_once():
+    routing = route(None)
+    assert routing.modality is routing.text is routing.vision is routing.order is None
+    layer = ModalityAdaptive(nn.Linear(6, 4), nn.Linear(5, 4))  # the vision branch would raise
+    x = torch.randn(2, 3, 6)
+    assert torch.equal(layer(x, routing), layer.text(x))
     layer, seen = make("projection"), {}
     for name in ("text", "vision"):
         getattr(layer, name).register_forward_hook(lambda m, args, out, name=name: seen.update({name: len(args[0])}))
@@ -88,14 +90,6 @@ def test_sorted_tiles_hold_one_modality_each_and_every_token_once(modality):
         expected = (modality.flatten() == kind).nonzero().flatten()
         assert torch.equal(part[part < number], expected)  # in the order of the row
         assert (part[len(expected) :] == number).all()
-
-
-def test_all_text_is_known_without_looking():
-    routing = route(None)
-    assert routing.modality is routing.text is routing.vision is routing.order is None
-    layer = ModalityAdaptive(nn.Linear(6, 4), nn.Linear(5, 4))  # the vision branch would raise
-    x = torch.randn(2, 3, 6)
-    assert torch.equal(layer(x, routing), layer.text(x))
 
 
 def test_routing_in_place_never_waits_for_a_device():

@@ -54,9 +54,13 @@ def test_blip2(frequency, looks, backend):
     same_gradients(ours, theirs, QFORMER)
 
 
-def test_eps_is_bert_s():
+def test_eps_is_bert_s_and_start():
     norms = [module for module in make().modules() if isinstance(module, torch.nn.LayerNorm)]
     assert len(norms) == 1 + 3 + 2 + 3 and {norm.eps for norm in norms} == {1e-12}
+    bridge = QFormer(20, 96, 64, num_queries=32, num_heads=4, ffn_width=128, cross_attention=(True, False))
+    assert 0.018 < bridge.queries.std() < 0.022 and 0.018 < bridge.project.weight.std() < 0.022
+    assert (bridge.project.bias == 0).all() and (bridge.layers[1].fc_1.bias == 0).all()
+    assert 0.018 < bridge.layers[0].cross_attention.k.weight.std() < 0.022
 
 
 def test_only_the_listed_layers_look_at_the_picture():
@@ -69,18 +73,8 @@ def test_only_the_listed_layers_look_at_the_picture():
     for options, message in ((dict(cross_attention=(False, False)), "no layer looks"), (dict(num_heads=5), "width 12 .* 5 heads")):
         with pytest.raises(ValueError, match=message):
             make(**options)
-
-
-def test_each_frame_of_a_clip_is_seen_on_its_own():
     bridge, clips = make(), torch.randn(2, 3, 7, 20)  # M frames N width
     found = bridge(clips.flatten(1, 2), 3)
     expected = torch.stack([torch.cat([bridge(clips[m, f][None])[0] for f in range(3)]) for m in range(2)])
     close(found, expected)
     assert found.shape == (2, bridge.num_image_tokens(7, 3), 10) == (2, 15, 10) and bridge.num_image_tokens(900) == 5
-
-
-def test_start():
-    bridge = QFormer(20, 96, 64, num_queries=32, num_heads=4, ffn_width=128, cross_attention=(True, False))
-    assert 0.018 < bridge.queries.std() < 0.022 and 0.018 < bridge.project.weight.std() < 0.022
-    assert (bridge.project.bias == 0).all() and (bridge.layers[1].fc_1.bias == 0).all()
-    assert 0.018 < bridge.layers[0].cross_attention.k.weight.std() < 0.022

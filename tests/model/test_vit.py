@@ -18,13 +18,24 @@ def config(**options):
     return ViTConfig(**(sizes | options))
 
 
-def test_start():
+def test_start_and_sines_and_cosines_that_tell_row_and_column():
     vit = ViT(config(image_size=20, width=48))
     assert vit.class_token.shape == (48,) and 0.014 < vit.class_token.std() < 0.026
     assert (vit.positions[0] == 0).all() and torch.equal(vit.positions[1:], sincos_positions(25, 48))
     for layer in [layer for layer in ConvStem(8, 64) if isinstance(layer, nn.Conv2d)][:-1]:
         he = (2 / (9 * layer.in_channels)) ** 0.5  # keeps the signal's size through a rectifier
         assert 0.85 * he < layer.weight.std() < 1.15 * he and (layer.bias == 0).all()
+    table = sincos_positions(9, 8)
+    assert table.shape == (9, 8)
+    for row in range(3):
+        for column in range(3):
+            expected = []
+            for place in (row, column):  # two speeds: 1 and 1/100 radians per patch
+                expected += [math.sin(place), math.sin(place / 100), math.cos(place), math.cos(place / 100)]
+            close(table[3 * row + column], torch.tensor(expected))
+    far = sincos_positions(64 * 64, 8)[-1]
+    assert float(far[1]) == pytest.approx(math.sin(0.63), abs=1e-6)
+    assert sincos_positions(1, 12).shape == (1, 12)
 
 
 @pytest.mark.parametrize("options, message", [
@@ -128,20 +139,6 @@ def test_a_vit_with_a_conv_stem():
         for column in range(3):
             k = 1 + 3 * row + column  # row-major, behind the class token
             close(features[:, k], vit.post_norm(patches[:, :, row, column] + vit.positions[k]))
-
-
-def test_sines_and_cosines_tell_row_and_column():
-    table = sincos_positions(9, 8)
-    assert table.shape == (9, 8)
-    for row in range(3):
-        for column in range(3):
-            expected = []
-            for place in (row, column):  # two speeds: 1 and 1/100 radians per patch
-                expected += [math.sin(place), math.sin(place / 100), math.cos(place), math.cos(place / 100)]
-            close(table[3 * row + column], torch.tensor(expected))
-    far = sincos_positions(64 * 64, 8)[-1]
-    assert float(far[1]) == pytest.approx(math.sin(0.63), abs=1e-6)
-    assert sincos_positions(1, 12).shape == (1, 12)
 
 
 @pytest.mark.parametrize("feature_layer", [1, 2, 3])

@@ -67,7 +67,7 @@ def test_a_flag_reaches_every_run_and_a_setting_that_none_would_read_is_refused(
         assert (stage["precision"], stage["batch_size"], stage["steps"]) == ("bfloat16", 5, 6)
 
 
-def test_a_part_that_differs_begins_anew_in_both(start, tmp_path, capsys):
+def test_a_part_or_tensor_that_differs_begins_anew_in_both(start, tmp_path, capsys):
     (tmp_path / "linear.py").write_text(OTHER_BRIDGE)
     recipes = [against.find(TINY), against.find(str(tmp_path / "linear.py"))]
     folders, anew = against.write_starts(recipes, ["full", "full"], 1, start, tmp_path)
@@ -76,16 +76,13 @@ def test_a_part_that_differs_begins_anew_in_both(start, tmp_path, capsys):
     for name in ours.keys() & theirs.keys() - set(anew):
         assert ours[name].equal(known[name]) and theirs[name].equal(known[name]), name
     assert not any(ours[name].equal(known[name]) for name in ours.keys() & set(anew) if name.endswith("weight"))
-
-
-def test_a_tensor_of_another_shape_begins_anew_in_both(start, tmp_path):
     def wider(size, vocab_size):
         model = tiny_recipe.build(size, vocab_size)
         model.vision.blocks[0].fc_1, model.vision.blocks[0].fc_2 = torch.nn.Linear(16, 30), torch.nn.Linear(30, 16)
         return model
 
     recipes = [tiny_recipe.RECIPE, dataclasses.replace(tiny_recipe.RECIPE, build=wider)]
-    folders, anew = against.write_starts(recipes, ["full", "full"], 1, start, tmp_path)
+    folders, anew = against.write_starts(recipes, ["full", "full"], 1, start, tmp_path / "wider")
     assert anew == [f"vision.blocks.0.{name}" for name in ("fc_1.bias", "fc_1.weight", "fc_2.weight")]
     ours, theirs = (load_file(folder / "model.safetensors")["vision.blocks.0.fc_1.weight"] for folder in folders)
     assert ours.shape == (24, 16) and theirs.shape == (30, 16)
@@ -96,8 +93,5 @@ def test_intervals_and_the_smallest_effect():
     found = [({"x": 0.5}, {"x": 0.4}), ({"x": 0.7}, {"x": 0.5}), ({"x": 0.6}, {"x": 0.55})]
     numbers = rows("\n".join(against.table(found, ("ours", "theirs"))))["x"]
     assert numbers == [60.0, 48.3, 11.7, -7.3, 30.6, 23.7]
-
-
-def test_shares_by_kind():
     results = {"easy": 0.5, "seconds": 3.0, "kinds": {"easy": {"color": 0.25}}, "interval": {"easy": [0.1, 0.2]}}
     assert against.shares(results) == {"easy": 0.5, "easy color": 0.25}

@@ -120,19 +120,14 @@ def test_logits(pair, side):
     compare(pair, model, make_batch(model, rows(pair.recipe), side, PAD))
 
 
-def test_a_larger_picture_with_a_resized_position_table(for_blip2):
-    """As BLIP-2 at 364 pixels comes from 224."""
-    model = for_blip2.ours()
-    model.vision.resize(70)
-    compare(for_blip2, model, make_batch(model, rows(blip2, 70), "left", PAD), interpolate_pos_encoding=True)
-
-
-def test_vision_features_and_image_tokens_of_blip2(for_blip2):
+def test_vision_features_and_image_tokens_of_blip2_also_of_larger_pictures(for_blip2):
     model, pixels = for_blip2.ours(), torch.randn(2, 3, 42, 42)
     expected = for_blip2.theirs.get_image_features(pixels)
     torch.testing.assert_close(model.vision(pixels), expected.last_hidden_state, **CLOSE)
     found = torch.stack(model.encode(pixels, torch.ones(2, dtype=torch.long)))
     torch.testing.assert_close(found, expected.pooler_output, **CLOSE)
+    model.vision.resize(70)
+    compare(for_blip2, model, make_batch(model, rows(blip2, 70), "left", PAD), interpolate_pos_encoding=True)
 
 
 @pytest.mark.parametrize("name", ["Idefics3", "SmolVLM"])
@@ -245,13 +240,18 @@ def test_the_original_config_means_the_same():
     assert old.vision.image_size == 224
 
 
-def test_full_sizes_of_blip2():
-    """364 pixels change the position table alone; totals: test_recipe_table.py."""
+def test_full_sizes_and_the_former_name():
+    """364 pixels change the position table alone; 17 squares of 64 tokens are 4 x 4 tiles; totals: test_recipe_table.py."""
     with torch.device("meta"):
         model, larger = blip2.build(blip2.CONFIGS["full"]), blip2.build(blip2.CONFIGS["full_364"])
     assert model.vision.positions.shape == (257, 1408) and larger.vision.positions.shape == (26 * 26 + 1, 1408)
     assert model.num_image_tokens(224) == larger.num_image_tokens(364) == 32
     assert [layer.cross_attention is not None for layer in model.bridge.layers] == [True, False] * 6
+    with torch.device("meta"):
+        model = smolvlm.build(smolvlm.CONFIGS["256M"])
+    assert model.num_image_tokens(512) == 64 and model.num_image_tokens(512, 17) == 1088
+    assert model.decoder.config.rope_base == 1e5 and model.decoder.config.norm_eps == 1e-5
+    assert find("small") is RECIPES["small"] is RECIPES["smolvlm"] and "small" not in list(RECIPES)
 
 
 def test_what_a_config_leaves_out_is_as_their_classes_have_it():
@@ -266,31 +266,16 @@ def test_what_a_config_leaves_out_is_as_their_classes_have_it():
     assert model.bridge.merge == theirs.scale_factor and model.decoder.lm_head is not None
 
 
-def test_full_sizes_of_smolvlm():
-    """17 squares of 64 tokens are a picture of 4 x 4 tiles; totals: test_coverage.py and test_recipe_table.py."""
-    with torch.device("meta"):
-        model = smolvlm.build(smolvlm.CONFIGS["256M"])
-    assert model.num_image_tokens(512) == 64 and model.num_image_tokens(512, 17) == 1088
-    assert model.decoder.config.rope_base == 1e5 and model.decoder.config.norm_eps == 1e-5
-
-
-def test_the_former_name_of_smolvlm_finds_it():
-    assert find("small") is RECIPES["small"] is RECIPES["smolvlm"] and "small" not in list(RECIPES)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "change", "words"),
-    [
-        (llava, {"mm_projector_type": "conv"}, "mm_projector_type is 'conv'"),
-        (llava, {"vision_feature_layer": [-2, -5]}, "one layer"),
-        (llava, {"projector_hidden_act": "relu"}, "projector_hidden_act"),
-        (blip2, {"text_config": {"model_type": "t5"}}, "model_type is 't5'"),
-        (blip2, {"qformer_config": {"layer_norm_eps": 1e-5}}, "layer_norm_eps is 1e-05"),
-        (blip2, {"qformer_config": {"use_qformer_text_input": True}}, "use_qformer_text_input"),
-        (blip2, {"vision_config": {"qkv_bias": False}}, "qkv_bias"),
-        (smolvlm, SMOLVLM | {"scale_factor": 4}, "36 patches"),
-    ],
-)
+@pytest.mark.parametrize(("recipe", "change", "words"), [
+    (llava, {"mm_projector_type": "conv"}, "mm_projector_type is 'conv'"),
+    (llava, {"vision_feature_layer": [-2, -5]}, "one layer"),
+    (llava, {"projector_hidden_act": "relu"}, "projector_hidden_act"),
+    (blip2, {"text_config": {"model_type": "t5"}}, "model_type is 't5'"),
+    (blip2, {"qformer_config": {"layer_norm_eps": 1e-5}}, "layer_norm_eps is 1e-05"),
+    (blip2, {"qformer_config": {"use_qformer_text_input": True}}, "use_qformer_text_input"),
+    (blip2, {"vision_config": {"qkv_bias": False}}, "qkv_bias"),
+    (smolvlm, SMOLVLM | {"scale_factor": 4}, "36 patches"),
+])  # fmt: skip
 def test_what_cannot_be_built_is_said(recipe, change, words):
     with torch.device("meta"), pytest.raises(ValueError, match=words):
         recipe.build({"text_config": {}} | change)

@@ -116,15 +116,12 @@ def test_progress_counts_conversations_chunk_by_chunk_and_records_are_read_as_ne
     assert done == [(8, 5), (8, 10), (2, 12)]
 
 
-@pytest.mark.parametrize(
-    "prediction, truth, same",
-    [
-        ("red circle", "red circle", True), (" Red Circle\n", "red circle", True), ("yes", "Yes", True),
-        ("red", "red circle", False), ("", "red", False), ("4", "4", True),
-        ("A7K", "A7K", True), (" A7K ", "A7K", True), ("a7k", "A7K", False), ("A7k", "A7K", False),
-        ("AK7", "A7K", False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("prediction, truth, same", [
+    ("red circle", "red circle", True), (" Red Circle\n", "red circle", True), ("yes", "Yes", True),
+    ("red", "red circle", False), ("", "red", False), ("4", "4", True),
+    ("A7K", "A7K", True), (" A7K ", "A7K", True), ("a7k", "A7K", False), ("A7k", "A7K", False),
+    ("AK7", "A7K", False),
+])  # fmt: skip
 def test_exact_match(prediction, truth, same):
     assert exact_match(prediction, truth) is same
 
@@ -139,12 +136,8 @@ MADE_UP = [
 ]  # fmt: skip
 
 
-def test_shares_by_hand():
+def test_shares_and_wilson_by_hand():
     assert shares(MADE_UP) == {"all": 3 / 5, "color": 2 / 3, "reading": 0.0}
-
-
-def test_wilson_by_hand():
-    # Brown, Cai, DasGupta (2001), and the closed forms z^2 / (n + z^2) at 0 and n / (n + z^2) at n
     assert wilson(8, 10) == pytest.approx((0.49016, 0.94331), abs=1e-5)
     assert wilson(0, 10) == pytest.approx((0.0, 3.841459 / 13.841459), abs=1e-6)
     assert wilson(1, 1) == pytest.approx((1 / 4.841459, 1.0), abs=1e-6)
@@ -172,9 +165,6 @@ def test_held_out_tests_hold_what_training_never_shows():
     assert nano_tests.held_out_tests(1, 1)["scenes_new"][0].id == tests["scenes_new"][0].id
     assert tests["scenes_new"][0].id.startswith("scenes_new/1000/")
     assert (nano_tests.NUM_SCENES, nano_tests.NUM_TRAINING) == (400, 500)  # published numbers rest on these
-
-
-def test_the_official_test_is_asked_whole():
     asked = nano_tests.held_out_tests(num_scenes=1)["easy_vqa_test"]
     assert len(asked) == 1000 and sum(len(record.conversations) for record in asked) == 9673
     assert len({record.id for record in asked}) == 1000 and asked[0].id == EasyVQA("test").record(0).id
@@ -227,22 +217,16 @@ def test_results_and_their_table():
     assert nano_tests.results_table(finished) == [*table, "1,234,567 parameters, 240 seconds"]
 
 
-def test_the_exam_tells_every_answer():
+def test_the_exam_tells_every_answer_readably_about_the_same_three_pictures():
     assert exam_lines(records()[:2], ["1", "\n blue  circle", "", "blue"]) == [
         "exam 1  how many shapes are there, and what color is the circle?  1 ✓",
         "exam 1  what color?  blue circle ✗", "exam 2  what color?  (nothing) ✗", "exam 2  what color?  blue ✓",
     ]  # fmt: skip
-
-
-def test_answers_are_made_readable():
     assert nano_tests.readable(" a\n b\t c ") == "a b c"
     assert nano_tests.readable("\x1b[2J\ufffd$") == "·[2J·$"
     assert nano_tests.readable("") == nano_tests.readable(" \n") == "(nothing)"
     assert nano_tests.readable("x" * 40) == "x" * 40
     assert nano_tests.readable("x" * 41) == "x" * 39 + "…"
-
-
-def test_the_exam_is_always_the_same_three_pictures():
     paper, again = nano_tests.exam_records.__wrapped__(), nano_tests.exam_records.__wrapped__()
     assert [record.id for record in paper] == [record.id for record in again]
     assert [record.kinds for record in paper] == [("color", "shape"), ("relation", "count"), ("reading", "color")]
@@ -360,9 +344,6 @@ def test_the_sheet_counts_the_right_answers(tmp_path, monkeypatch):
     sample_sheet(samples, tmp_path / "samples.png", "nano, seed 7")
     assert written == ["nano, seed 7: 2 of 3 right"]
     assert read_page(tmp_path / "samples.png").shape == (370, 960, 3)
-
-
-def test_any_answer_can_be_drawn(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a character that the font lacks would warn, "$\\" would be a broken formula
         strange = answer("", "$\\alpha", "$\\bad{ \u6f22\u5b57 \x07 \U0001f600", "$\\frac$ \u6f22?")

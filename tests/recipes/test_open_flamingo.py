@@ -27,10 +27,19 @@ from parity import CLOSE, perturb
 from tests.published_folders import tune, write_talks
 
 
-def test_where_the_cross_attention_stands():
+def test_where_the_cross_attention_stands_and_full_size():
     """Before layers 1 and 3 of 4 for n = 2."""
     layers = open_flamingo.build(open_flamingo.CONFIGS["tiny"]).decoder.layers
     assert [layer.cross_attention is not None for layer in layers] == [False, True, False, True]
+    with torch.device("meta"):
+        model = open_flamingo.build(open_flamingo.CONFIGS["full"])
+    assert sum(p.numel() for p in model.decoder.parameters()) == 1_315_758_080 - 5 * 2048 + sum(
+        p.numel() for p in model.parts()["cross_attention"].values()
+    )  # OPT-1.3B has 50272 rows, of which its tokenizer knows 50265; two are added to those
+    assert model.bridge.num_image_tokens(256) == 64 and model.num_image_tokens(224) == 0
+    assert all(layer.cross_attention is not None for layer in model.decoder.layers)  # Table 8: every layer
+    with pytest.raises(ValueError, match="'gpt_neox'.*mosaic_gpt"):
+        open_flamingo.build({"llm": {"model_type": "gpt_neox"}})
 
 
 def test_the_tower_in_open_clips_names():
@@ -64,26 +73,11 @@ def test_the_tower_in_open_clips_names():
     torch.testing.assert_close(model.vision(pixels), theirs(pixels).last_hidden_state[:, 1:], **CLOSE)
 
 
-def test_full_size():
-    with torch.device("meta"):
-        model = open_flamingo.build(open_flamingo.CONFIGS["full"])
-    assert sum(p.numel() for p in model.decoder.parameters()) == 1_315_758_080 - 5 * 2048 + sum(
-        p.numel() for p in model.parts()["cross_attention"].values()
-    )  # OPT-1.3B has 50272 rows, of which its tokenizer knows 50265; two are added to those
-    assert model.bridge.num_image_tokens(256) == 64 and model.num_image_tokens(224) == 0
-    assert all(layer.cross_attention is not None for layer in model.decoder.layers)  # Table 8: every layer
-
-
 @pytest.mark.parametrize("kind, size", [("opt", "full"), ("mosaic_gpt", "mpt1b"), ("mpt", "mpt7b")])
 def test_what_a_config_leaves_out_is_as_released(kind, size):
     with torch.device("meta"):
         found, whole = (open_flamingo.build(one) for one in ({"llm": {"model_type": kind}}, open_flamingo.CONFIGS[size]))
     assert found.decoder.config == whole.decoder.config and found.media_token == whole.media_token and found.vision is None
-
-
-def test_other_language_models_are_refused_by_name():
-    with pytest.raises(ValueError, match="'gpt_neox'.*mosaic_gpt"):
-        open_flamingo.build({"llm": {"model_type": "gpt_neox"}})
 
 
 MANIFESTS = [Path(os.environ.get("NANOVLM_SHARED", "absent"), "manifests", f"openflamingo-{name}.json")
@@ -172,6 +166,10 @@ def test_the_size_is_told_by_the_language_model(tmp_path):
                         "full": {"model_type": "mpt", "d_model": 1024, "n_heads": 32, "n_layers": 32}}.items():  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(hub | sizes))
         assert size_of(open_flamingo.CONFIGS, {"language": tmp_path}, "full") == size
+    assert open_flamingo.RECIPE.stages("full", False) == open_flamingo.RECIPE.stages("mpt1b", False)
+    (stage,) = open_flamingo.RECIPE.stages("mpt1b", False)
+    assert set(stage.learning_rates) == {"bridge", "cross_attention"}  # freeze_lm_embeddings is True
+    assert stage.steps * stage.batch_size == 158_000 * 6 and stage.warmup_steps == 1000
 
 
 def test_inspect_finds_the_size_of_a_trained_file(tmp_path, capsys):
@@ -212,13 +210,6 @@ def three_files(tmp_path, wrap=lambda tensors: tensors):
     (language / "config.json").write_text(json.dumps(config["llm"] | {"vocab_size": 530}))
     torch.save(wrap(trained), tmp_path / "checkpoint.pt")
     return state, trained, (tower, language, tmp_path / "checkpoint.pt")
-
-
-def test_stage_is_that_of_table_8():
-    assert open_flamingo.RECIPE.stages("full", False) == open_flamingo.RECIPE.stages("mpt1b", False)
-    (stage,) = open_flamingo.RECIPE.stages("mpt1b", False)
-    assert set(stage.learning_rates) == {"bridge", "cross_attention"}  # freeze_lm_embeddings is True
-    assert stage.steps * stage.batch_size == 158_000 * 6 and stage.warmup_steps == 1000
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import sample
 import train
+from nanovlm import recipes
 from nanovlm.published.tokenizers import load_tokenizer
 from nanovlm.data.templates import LLAVA_PHI, LYNX, MPLUG_OWL2, PLAIN
 from nanovlm.data.tokenizer import train_tokenizer
@@ -73,6 +75,7 @@ def test_parameters_that_train_by_hand(name, size, stage):
 
 
 def test_where_the_papers_models_differ_from_their_parts(full):
+    """Channels of a head, which no count of parameters shows: EVA 88, CLIP 64, LLaMA 128, Phi-2 80; bridges 64."""
     lynx, owl, phi = (full[name] for name in NAMES)
     assert [layer.adapter_width for layer in lynx.decoder.config.layers] == [2048, 0] * 16
     assert len(lynx.vision.blocks) == 39 and lynx.vision.blocks[0].attention.k.bias is None
@@ -81,10 +84,6 @@ def test_where_the_papers_models_differ_from_their_parts(full):
     assert all(layer.modality_adaptive for layer in owl.decoder.config.layers) and len(owl.decoder.config.layers) == 32
     assert owl.bridge.layers[0].ffn_norm.eps == 1e-6 and owl.bridge.layers[0].norm_ffn.eps == 1e-5
     assert len(phi.vision.blocks) == 24 and phi.vision.config.feature_layer == 23 and phi.decoder.config.num_rotary == 32
-
-
-def test_heads_and_context_which_no_count_of_parameters_shows(full):
-    """Channels of a head: EVA 88, CLIP 64, LLaMA 128, Phi-2 80; bridges 64."""
     towers, decoders = ([getattr(full[name], part).config for name in NAMES] for part in ("vision", "decoder"))
     assert [tower.width // tower.num_heads for tower in towers] == [88, 64, 64]
     assert [tower.activation for tower in towers] == ["gelu", "quick_gelu", "quick_gelu"]
@@ -171,9 +170,6 @@ def test_llava_phi_settings():
     assert align.steps * 256 >= 558_128 > (align.steps - 1) * 256 and instruct.steps * 128 >= 665_298 > (instruct.steps - 1) * 128
     found = RECIPES["llava_phi"].decodings
     assert not found["default"].do_sample and not any(one.eos_ids for one in found.values())  # the tokenizer's
-
-
-def test_templates():
     assert [RECIPES[name].template for name in NAMES] == [LYNX, MPLUG_OWL2, LLAVA_PHI]
     assert RECIPES["llava_phi"].stage_templates == {"align": PLAIN}
     run = Run(RECIPES["llava_phi"], *[None] * 10)
@@ -226,9 +222,6 @@ def test_phi_class_default_is_not_phi_2s():
     with torch.device("meta"):
         assert "partial_rotary_factor" not in sizes and published.build({"llm": sizes}).decoder.config.num_rotary == 8
     assert published.configs["full"]["llm"]["partial_rotary_factor"] == 0.4
-
-
-def test_configs_are_completed_and_vocabularies_only_grow():
     assert complete({"a": {"b": 1}, "c": None, "x": 5}, {"a": {"b": 2, "d": 3}, "c": 4}) == {"a": {"b": 1, "d": 3}, "c": 4, "x": 5}
     assert with_vocabulary({"llm": {"vocab_size": 5}}, 7) == {"llm": {"vocab_size": 7}}
     assert with_vocabulary({"text_config": {"vocab_size": 5}}, 3) == {"text_config": {"vocab_size": 5}}
@@ -299,6 +292,21 @@ def test_a_stage_moves_the_parts_that_it_names_and_no_other(name, stage, data, t
                 assert moved, tensor
     losses = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert sum("loss" in line for line in losses) == chosen.steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.published])
+def test_all_stages_train_and_the_folder_is_asked_about_a_picture(name, data, tmp_path, capsys):
+    recipe, stages = RECIPES[name], RECIPES[name].stages("tiny", True)
+    init_folder(tmp_path / "init", data, name, stages[0].image_size)
+    datasets = datasets_file(tmp_path / "datasets.json", data, name)
+    arguments = [name, "--size", "tiny", "--smoke", "--threads", "1", "--device", "cpu", "--datasets", str(datasets)]
+    assert train.main([*arguments, "--init", str(tmp_path / "init"), "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    loaded = recipes.load(tmp_path / "out")
+    assert loaded.image_size == stages[-1].image_size and loaded.template == recipe.template
+    assert loaded.preprocessing == recipe.preprocessing
+    question = [str(tmp_path / "out"), "Which color?", "--image", str(data / "red.png"), "--max-new-tokens", "3"]
+    assert sample.main(question) == 0, capsys.readouterr().err
 
 
 @EVERY

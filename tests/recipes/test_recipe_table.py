@@ -44,16 +44,7 @@ def test_flops_are_those_of_a_real_run(name):
     assert (table.encode_flops(light), table.language_flops(light, len(tokens))) == (encode, counter.get_total_flops())
 
 
-def test_flops_by_hand(counted):
-    """LLaVA-1.5: two for every weight that a token meets, and the two products of attention."""
-    image = 576
-    clip = 23 * (577 * 2 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 577**2 * 1024) + image * 2 * 3 * 14**2 * 1024
-    bridge = image * 2 * (1024 * 4096 + 4096**2)
-    llama = 32 * (image * 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 4 * image**2 * 4096)
-    assert (counted["llava"].encode_flops, counted["llava"].language_flops) == (clip + bridge, llama)
-
-
-def test_totals_trained_parameters_and_tokens(counted):
+def test_totals_tokens_memory_and_flops_by_hand(counted):
     """Of the published checkpoints; BLIP-2's hold zeros in place of the keys' bias."""
     for name, total in {"lynx": 8_413_647_120, "mplug_owl2": 8_197_859_328, "llava_phi": 3_092_371_456,
                         "llava": 7_063_427_072, "blip2": 3_744_761_856 - 39 * 1408, "smolvlm": 256_484_928,
@@ -64,16 +55,17 @@ def test_totals_trained_parameters_and_tokens(counted):
     assert found["llava"] == (336, 576, 576) and found["llava linear"] == (224, 256, 256)
     assert found["blip2"] == (224, 257, 32) and found["blip2 full_364"] == (364, 677, 32)
     assert found["open_flamingo"] == (224, 256, 64) and found["smolvlm"] == (512, 1024, 64)
-
-
-def test_memory(counted):
-    """Frozen: 2 bytes; trained: 16. A text tower beside the model is trained, not loaded."""
     lynx, nano = counted["lynx"], counted["nano"]
     assert lynx.train_bytes("align") == 2 * (8_413_647_120 - 688_430_224) + 16 * 688_430_224
     trained = nano.trained["tower"]
     assert set(trained) == {"vision", "text_tower"} and "text_tower" not in nano.parameters
     frozen = nano.total - trained["vision"]
     assert nano.train_bytes("tower") == 2 * frozen + 16 * (trained["vision"] + trained["text_tower"])
+    image = 576
+    clip = 23 * (577 * 2 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * 577**2 * 1024) + image * 2 * 3 * 14**2 * 1024
+    bridge = image * 2 * (1024 * 4096 + 4096**2)
+    llama = 32 * (image * 2 * (4 * 4096**2 + 3 * 4096 * 11008) + 4 * image**2 * 4096)
+    assert (counted["llava"].encode_flops, counted["llava"].language_flops) == (clip + bridge, llama)
 
 
 def test_every_size_but_the_tiny_ones_has_a_row(counted):

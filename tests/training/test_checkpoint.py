@@ -28,7 +28,7 @@ def held(out):
     return sorted(path.name for path in (out / "state").iterdir())
 
 
-def test_round_trip(tmp_path):
+def test_round_trip_and_the_newest_alone_stays(tmp_path):
     kept = tensors(0.1) | {"nothing": {}}
     kept["model"]["turned"] = torch.randn(4, 3).T
     folder = save(tmp_path, 7, kept, {"step": 7, "loss": 0.1})
@@ -38,20 +38,13 @@ def test_round_trip(tmp_path):
     for name, content in kept.items():
         assert found[name].keys() == content.keys()
         assert all(torch.equal(found[name][key], value) for key, value in content.items())
-
-
-def test_only_the_newest_stays(tmp_path):
     for step in (8, 9, 10, 100):
         save(tmp_path, step, tensors(step), {})
     assert held(tmp_path) == ["step-00000100"]
     assert checkpoint.read(checkpoint.complete(tmp_path)[-1])["model"]["w"][0, 0] == 100
-
-
-def test_the_same_step_is_not_written_twice(tmp_path):
-    save(tmp_path, 3, tensors(1), {})
-    save(tmp_path, 3, tensors(2), {})
+    save(tmp_path, 200, tensors(1), {})
+    save(tmp_path, 200, tensors(2), {})  # the same step is not written twice
     assert checkpoint.read(checkpoint.complete(tmp_path)[0])["model"]["w"][0, 0] == 1
-    
 
 def test_what_changes_while_it_is_written_stands_there_as_it_was(tmp_path):
     kept = tensors(1)
@@ -94,10 +87,20 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, at):
     assert held(tmp_path) == ["step-00000002"]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
     (tmp_path / "state").write_text("")
     with pytest.raises(CheckpointError, match="could not be written.*no earlier one is intact"):
         save(tmp_path, 1, tensors(1), {})
+    path = tmp_path / "a.txt"
+    checkpoint.replace(path, lambda target: target.write_text("one"))
+    def stop(target):
+        target.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(CheckpointError, match="a.txt could not be written.*No space left"):
+        checkpoint.replace(path, stop)
+    assert path.read_text() == "one" and sorted(os.listdir(tmp_path)) == ["a.txt", "state"]
+    checkpoint.replace_json(path, {"a": [1, None]})
+    assert json.loads(path.read_text()) == {"a": [1, None]}
 
 
 class Killed(BaseException):
@@ -142,20 +145,7 @@ def test_damage_is_named(tmp_path, damage):
         checkpoint.read(folder), checkpoint.read_state(folder)
 
 
-def test_replace(tmp_path):
-    path = tmp_path / "a.txt"
-    checkpoint.replace(path, lambda target: target.write_text("one"))
-    def stop(target):
-        target.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(CheckpointError, match="a.txt could not be written.*No space left"):
-        checkpoint.replace(path, stop)
-    assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.txt"]
-    checkpoint.replace_json(path, {"a": [1, None]})
-    assert json.loads(path.read_text()) == {"a": [1, None]}
-
-
-def test_copy_into_names_everything_that_does_not_fit():
+def test_copy_into_names_everything_that_does_not_fit(tmp_path):
     model = nn.Linear(2, 2)
     before = model.weight.clone()
     with pytest.raises(CheckpointError) as error:
@@ -164,9 +154,6 @@ def test_copy_into_names_everything_that_does_not_fit():
                   "weight has shape (2, 3), this model's has (2, 2)"):
         assert words in str(error.value)
     assert torch.equal(model.weight, before)
-
-
-def test_load_file_into(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, path)
     model = nn.Linear(2, 1)
@@ -201,7 +188,7 @@ def train(model, optimizers, steps, seed):
             one.step()
 
 
-def test_optimizers_go_on_as_if_nothing_had_happened():
+def test_optimizers_go_on_as_if_nothing_had_happened_and_name_what_does_not_fit():
     model = Two()
     optimizers = optimizer.build(model.parts(), STAGE)
     assert len(optimizers) == 2
@@ -216,14 +203,6 @@ def test_optimizers_go_on_as_if_nothing_had_happened():
     train(second, fresh, 3, seed=2)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, second.get_parameter(name))
-
-
-def test_optimizer_state_that_does_not_fit_is_named():
-    model = Two()
-    optimizers = optimizer.build(model.parts(), STAGE)
-    train(model, optimizers, 1, seed=1)
-    state = checkpoint.optimizer_tensors(optimizers)
     state["exp_avg/other"] = state.pop("exp_avg/layers.0.bias")
-    fresh = optimizer.build(model.parts(), STAGE)
     with pytest.raises(CheckpointError, match=r"missing \['exp_avg/layers.0.bias'\], left over \['exp_avg/other'\]"):
         checkpoint.load_optimizer(fresh, state)

@@ -9,8 +9,8 @@ from nanovlm.training.language_loss import is_chunked, language_loss, LARGE_VOCA
 from nanovlm.decoder import Decoder, DecoderConfig, LayerOptions
 from nanovlm.lora import add
 from nanovlm.projector import LinearProjector
-from nanovlm.vlm import Batch, IGNORE, IMAGE_TOKEN, VLM
-from random_models import image_batch, small_vlm
+from nanovlm.vlm import IGNORE, IMAGE_TOKEN, VLM
+from random_models import image_batch, randomise, small_vlm, text_batch
 
 
 def make(rows=600, width=24, words=90, dtype=torch.float32):
@@ -52,13 +52,10 @@ def test_frozen_parts_get_no_gradient(frozen):
     assert {name for name, x in parts.items() if x.grad is None} == {frozen}
 
 
-def test_large_scores_do_not_overflow():
+def test_large_scores_low_precision_and_autocast():
     hidden, weight, _, labels = make(20)
     loss = linear_cross_entropy(hidden * 1e4, weight, labels)
     torch.testing.assert_close(loss, eager(hidden * 1e4, weight, labels))
-
-
-def test_low_precision_and_autocast():
     hidden, weight, bias, labels = make(600, dtype=torch.bfloat16)
     exact = torch.autograd.grad(eager(hidden.double(), weight.double(), labels), (hidden, weight))
     loss = linear_cross_entropy(hidden, weight, labels)
@@ -102,18 +99,12 @@ def test_no_gradient_is_made_where_none_is_wanted():
 
 def text_model(vocab_size=40, **options):
     config = DecoderConfig(vocab_size, 16, 2, 2, 24, 12, (LayerOptions(),), **options)
-    model = VLM(None, LinearProjector(4, 16), Decoder(config))
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
-    return model
+    return randomise(VLM(None, LinearProjector(4, 16), Decoder(config)))
 
 
-def text_batch(rows=3, length=9):
-    ids = torch.randint(0, 40, (rows, length))
-    labels = ids.masked_fill(torch.rand(rows, length) < 0.4, -100)
-    nothing = torch.zeros(0, dtype=torch.long)
-    positions = torch.arange(length).expand(rows, -1)
-    return Batch(ids, labels, torch.zeros_like(ids), positions, None, nothing, nothing, nothing)
+def some_text():
+    ids = torch.randint(0, 40, (3, 9))
+    return text_batch(ids, ids.masked_fill(torch.rand(3, 9) < 0.4, IGNORE))
 
 
 HEADS = {"own": {}, "tied": dict(tied_head=True), "with bias": dict(head_bias=True)}
@@ -121,7 +112,7 @@ HEADS = {"own": {}, "tied": dict(tied_head=True), "with bias": dict(head_bias=Tr
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_model_loses_the_same_by_either_form(head, monkeypatch):
-    model, batch, found = text_model(**HEADS[head]), text_batch(), []
+    model, batch, found = text_model(**HEADS[head]), some_text(), []
     for chunked in (False, True):
         if chunked:  # its scores are never asked for
             monkeypatch.setattr(model.decoder, "logits", None)
@@ -136,10 +127,9 @@ def test_large_vocabularies_choose_it_and_low_rank_heads_do_not():
     assert not is_chunked(text_model())
     with torch.device("meta"):
         assert is_chunked(text_model(LARGE_VOCABULARY))
-    model, batch = text_model(), text_batch()
+    model, batch = text_model(), some_text()
     add(model, rank=2, alpha=4.0, where="lm_head")
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
+    randomise(model)
     expected, _ = model.loss(batch)
     assert torch.equal(language_loss(model, batch, chunked=True)[0], expected)
 

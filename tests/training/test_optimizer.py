@@ -68,6 +68,16 @@ def test_groups_are_part_by_depth_by_kind():
         "vision/1/matrix": (5e-4, 0.1), "vision/1/other": (5e-4, 0.0), "vision/0/other": (1e-3, 0.0)}
     assert found["vision/1/other"]["param_names"] == [f"vision.blocks.1.{n}" for n in ("q.bias", "norm.weight", "norm.bias")]
     assert [p.shape for p in found["vision/1/matrix"]["params"]] == [(4, 4)]
+    made = stage(weight_decay=0.5, learning_rates={"vision": 0.1})
+    held = parts()
+    before = {name: p.detach().clone() for name, p in held["vision"].items()}
+    (adamw,) = optimizer.build(held, made)
+    for parameter in held["vision"].values():
+        parameter.grad = torch.zeros_like(parameter)
+    adamw.step()
+    for name, parameter in held["vision"].items():
+        expected = before[name] * (0.95 if name.endswith("q.weight") else 1.0)
+        torch.testing.assert_close(parameter.detach(), expected)
 
 
 def test_muon_takes_the_matrices_at_its_own_rate():
@@ -79,6 +89,9 @@ def test_muon_takes_the_matrices_at_its_own_rate():
     assert {(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in adamw.param_groups} == {(1e-3, (0.8, 0.9), 1e-5, 0.0)}
     assert all(g["fused"] for g in adamw.param_groups), "one kernel for all parameters, several times faster on a CPU"
     assert sum(len(g["params"]) for one in (muon, adamw) for g in one.param_groups) == len(parts()["vision"])
+    assert [type(one) for one in optimizer.build(parts(), STAGE)] == [torch.optim.AdamW]
+    only_bridge = stage(optimizer="muon", learning_rates={"bridge": 1e-3})
+    assert [type(one) for one in optimizer.build(parts(), only_bridge)] == [torch.optim.AdamW]
 
 
 def test_muons_that_share_the_matrices_do_what_one_does():
@@ -92,12 +105,6 @@ def test_muons_that_share_the_matrices_do_what_one_does():
         for each in optimizers:
             each.step()
     assert all(torch.equal(a, b) for a, b in zip(weights[0]["vision"].values(), weights[1]["vision"].values()))
-
-
-def test_adamw_alone_unless_there_is_something_for_muon():
-    assert [type(one) for one in optimizer.build(parts(), STAGE)] == [torch.optim.AdamW]
-    only_bridge = stage(optimizer="muon", learning_rates={"bridge": 1e-3})
-    assert [type(one) for one in optimizer.build(parts(), only_bridge)] == [torch.optim.AdamW]
 
 
 @pytest.mark.parametrize("shape", [(16, 4), (4, 16), (8, 8)])
@@ -132,19 +139,6 @@ def test_newton_schulz_keeps_the_singular_vectors():
         for _ in range(5):
             s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
         torch.testing.assert_close(optimizer.orthogonalised(matrix, torch.float64), u * s @ v)
-
-
-def test_decay_shrinks_matrices_and_nothing_else():
-    made = stage(weight_decay=0.5, learning_rates={"vision": 0.1})
-    held = parts()
-    before = {name: p.detach().clone() for name, p in held["vision"].items()}
-    (adamw,) = optimizer.build(held, made)
-    for parameter in held["vision"].values():
-        parameter.grad = torch.zeros_like(parameter)
-    adamw.step()
-    for name, parameter in held["vision"].items():
-        expected = before[name] * (0.95 if name.endswith("q.weight") else 1.0)
-        torch.testing.assert_close(parameter.detach(), expected)
 
 
 def test_table():

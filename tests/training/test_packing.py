@@ -107,7 +107,7 @@ def test_neighbours_in_a_row_are_not_seen(tiny):
     torch.testing.assert_close(losses[0], losses[1] + losses[2], atol=1e-3, rtol=2e-6)
 
 
-def test_where_documents_stand():
+def test_where_documents_stand_and_how_they_fill_the_rows():
     rows = [Row(list(range(10 * n, 10 * n + length)), list(range(10 * n, 10 * n + length)), []) for n, length in enumerate((4, 3, 2))]
     record = Record("r", (), (TURNS,), rows=tuple((f"row {n}", row) for n, row in enumerate(rows)))
     batch = build_batch([record], None, PAD, None, 8, "crop", 7, pack=True)
@@ -115,9 +115,6 @@ def test_where_documents_stand():
     assert batch.segments.tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, -1, -1, -1, -1, -1]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 0, 0, 0, 0]]
     assert batch.labels.tolist() == [[IGNORE, 1, 2, 3, IGNORE, 11, 12], [IGNORE, 21] + [IGNORE] * 5]
-
-
-def test_documents_fill_the_rows():
     assert packed([5, 3, 9, 2, 1], 10) == [[2, 4], [0, 1, 3]]
     torch.manual_seed(0)
     lengths = torch.randint(1, 100, (200,)).tolist()

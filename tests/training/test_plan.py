@@ -17,7 +17,7 @@ def wishes(**values):
                                  "lora": None, "tune": None, "recompute": False} | values)  # fmt: skip
 
 
-def test_every_data_set_of_a_paper_has_a_page_and_a_size():
+def test_every_data_set_of_a_paper_has_a_page_and_every_stage_says_what_it_expects():
     """Seven of Lynx's data sets are named nowhere but in its table."""
     names = {name for recipe in RECIPES.values() if recipe.published for size in recipe.sizes
              for stage in recipe.stages(size, False) for name in stage.mixture if name not in recipe.sources}  # fmt: skip
@@ -25,9 +25,6 @@ def test_every_data_set_of_a_paper_has_a_page_and_a_size():
     assert {name for name in names if "no source" in home(name)} == UNNAMED
     assert not set(papers_datasets()) - names, "a page for a data set that no recipe reads"
     assert home("VQAv2") == " 443.8K  visualqa.org" and "?" in home("COYO") and "102.8M" in home("BlipCapFilt")
-
-
-def test_every_published_recipe_says_what_its_stages_expect_and_which_weights():
     for recipe in (recipe for recipe in RECIPES.values() if recipe.published):
         assert {stage.name for stage in recipe.stages("full", False)} == recipe.expected.keys(), recipe.name
         assert len(recipe.weights) >= 2 and all(expected.source for expected in recipe.expected.values() if expected.hours)

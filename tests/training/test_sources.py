@@ -73,7 +73,7 @@ def test_every_data_set_of_table_12_has_at_least_three_ways_to_ask():
     assert {pool[0] for pool in POOLS} == {data["prompt"] for data in DATASETS} - set(AS_THEY_ARE), "no pool without a use"
 
 
-def test_everything_missing_is_listed_at_once(datasets):
+def test_what_is_missing_is_listed_at_once_and_the_rest_trains_in_its_own_proportions(datasets):
     stages = stage("GQA", "VGQA", "Flan V2", "Baize"), dataclasses.replace(stage("SthV2"), name="more")
     with pytest.raises(FileNotFoundError) as caught:
         find(stages, datasets=datasets)
@@ -84,9 +84,6 @@ def test_everything_missing_is_listed_at_once(datasets):
     assert lines[2].strip() == str(datasets.parent / "gone.png")
     assert lines[3].split() == ["Flan", "V2", "instruct", f"{15 / total:.1%}", "?", "github.com/google-research/FLAN"]
     assert lines[5].split()[:4] == ["SthV2", "more", "100.0%", "168.9K"]
-
-
-def test_what_is_there_trains_in_its_own_proportions(datasets):
     given = stage("GQA", "MSVD-QA", "VGQA", "Flan V2")
     sources, (left,), lost = find((given,), datasets=datasets, allow_missing=True)
     assert left == dataclasses.replace(given, mixture={"GQA": 3.999, "MSVD-QA": 0.611}) and left.mixture.keys() <= sources.keys()

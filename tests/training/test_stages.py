@@ -71,6 +71,11 @@ def test_override_checks_the_stage_when_all_changes_are_in():
         override(late, {"steps": "4", "warmup_steps": "7"})
     assert override(late, {}) == late
     assert override(late, {"mixture.a": "2", "mixture.scenes": "none"}).mixture == {"a": 2.0}
+    both = override(STAGE, {"learning_rates.vision": "2e-4"})
+    assert both.learning_rates == {"bridge": 1e-3, "vision": 2e-4}
+    assert STAGE.learning_rates == {"bridge": 1e-3}
+    assert override(both, {"learning_rates.bridge": "none"}).learning_rates == {"vision": 2e-4}
+    assert override(STAGE, {"mixture.scenes": "3"}).mixture == {"scenes": 3.0}
 
 
 def test_what_is_tuned_has_a_name():
@@ -83,14 +88,6 @@ def test_what_is_tuned_has_a_name():
     assert override(STAGE, {"tune": "lora", "learning_rates.lora": "1e-4"}).learning_rates == {"bridge": 1e-3, "lora": 1e-4}
     with pytest.raises(ValueError, match="unknown align.tune 'al'. Did you mean 'all'"):
         override(STAGE, {"tune": "al"})
-
-
-def test_override_changes_one_entry_of_a_table():
-    both = override(STAGE, {"learning_rates.vision": "2e-4"})
-    assert both.learning_rates == {"bridge": 1e-3, "vision": 2e-4}
-    assert STAGE.learning_rates == {"bridge": 1e-3}
-    assert override(both, {"learning_rates.bridge": "none"}).learning_rates == {"vision": 2e-4}
-    assert override(STAGE, {"mixture.scenes": "3"}).mixture == {"scenes": 3.0}
 
 
 @pytest.mark.parametrize(("field", "text", "words"), [
@@ -119,9 +116,6 @@ def test_choose_keeps_the_recipes_order():
     assert names(choose(STAGES, ["instruct", "tower"])) == ["tower", "instruct"]
     assert names(choose(STAGES, without=["align"])) == ["tower", "instruct"]
     assert names(choose(STAGES, ["instruct", "tower"], ["tower"])) == ["instruct"]
-
-
-def test_choose_applies_settings_in_order():
     chosen = choose(STAGES, settings=["align.steps=3", "align.steps=4", "tower.mixture.a=2"])
     assert [stage.steps for stage in chosen] == [10, 4, 10]
     assert chosen[0].mixture == {"scenes": 1.0, "a": 2.0}

@@ -74,16 +74,13 @@ def test_recipes_are_found_by_name_or_file(capsys, tmp_path):
     assert "empty.py defines no RECIPE" in refuse(capsys, recipe=str(tmp_path / "empty.py"))
 
 
-def test_an_output_folder_is_never_overwritten(capsys, trained):
+def test_an_output_folder_is_never_overwritten(capsys, trained, tmp_path):
     assert "already holds config.json; continue that run with --resume" in refuse(capsys, "--out", trained, *FAST)
     assert "stages.align.steps 1, now 2" in refuse(capsys, "--out", trained, *FAST, "--set", "align.steps=2", "--resume")
     assert "seed 0, now 1" in refuse(capsys, "--out", trained, *FAST, "--seed", "1", "--resume")
     assert "size 'full', now 'tiny'" in refuse(capsys, "--out", trained, *FAST, "--size", "tiny", "--resume")
     assert "threads 1, now 2" in refuse(capsys, "--out", trained, *FAST, "--threads", "2", "--resume")
     assert "stage_names [" in refuse(capsys, "--out", trained, *FAST[:4], "--stages", "tower", "--resume")
-
-
-def test_a_foreign_folder_is_no_run(capsys, tmp_path):
     (tmp_path / "holiday.jpg").write_text("")
     assert "holds holiday.jpg but no config.json" in refuse(capsys, "--out", tmp_path, "--resume")
 

@@ -64,7 +64,7 @@ def assert_same(out, whole):
         assert log(out, key) == log(whole.out, key)
 
 
-def test_what_a_run_leaves_behind(whole):
+def test_what_a_run_leaves_behind_and_its_log_tells(whole):
     assert sorted(os.listdir(whole.out)) == [
         "config.json", "curves.png", "log.jsonl", "model.safetensors", "results.json", "state", "text_tower.safetensors",
         "tokenizer.json"]
@@ -75,9 +75,6 @@ def test_what_a_run_leaves_behind(whole):
     config = json.loads((whole.out / "config.json").read_text())
     assert config["image_size"] == 16 and config["recipe"] == "tiny" and config["threads"] == 1
     assert (whole.out / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_log_has_a_line_per_step(whole):
     entries = log(whole.out)
     assert [entry["step"] for entry in entries] == list(range(1, 13))
     assert [entry["stage"] for entry in entries] == ["tower"] * 6 + ["align"] * 6
@@ -87,9 +84,6 @@ def test_the_log_has_a_line_per_step(whole):
     moments = [(entry["stage"], entry["step"], entry["when"]) for entry in log(whole.out, "measures")]
     assert moments == [("tower", 0, "before"), ("tower", 6, "after"), ("align", 6, "before"), ("align", 12, "after")]
     assert [entry["step"] for entry in log(whole.out, "exam")] == [10], "a tower cannot answer"
-
-
-def test_learning_rates_follow_the_schedule(whole):
     rates = [entry["lr"] for entry in log(whole.out)]
     assert rates[:4] == [2e-3] * 4 and rates[4] > rates[5] > 0  # trapezoid over 6 steps
     warmup = [0.1, 0.55] + [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
@@ -138,9 +132,11 @@ def test_any_step_can_be_the_last_of_a_process(tmp_path, whole, last):
     assert_same(out, whole)
 
 
-def test_a_finished_run_can_be_resumed(tmp_path, whole, capsys):
-    out = tmp_path / "run"
+def test_checkpoints_come_when_due_and_a_finished_run_can_be_resumed(tmp_path, whole, capsys, monkeypatch):
+    out, written, begin = tmp_path / "run", [], checkpoint.begin
+    monkeypatch.setattr(checkpoint, "begin", lambda out, step, *rest: written.append(step) or begin(out, step, *rest))
     train(make(out))
+    assert written == [4, 6, 8, 12]
     (out / "results.json").unlink()
     capsys.readouterr()
     train(make(out))
@@ -198,13 +194,6 @@ def test_time_is_told_right(tmp_path, monkeypatch):
     assert {entry["loss"] for entry in log(out)} == {1.5}
     results = json.loads((out / "results.json").read_text())
     assert results["seconds"] == 24.0
-
-
-def test_checkpoints_come_when_due(tmp_path, monkeypatch):
-    written, begin = [], checkpoint.begin
-    monkeypatch.setattr(checkpoint, "begin", lambda out, step, *rest: written.append(step) or begin(out, step, *rest))
-    train(make(tmp_path / "run"))
-    assert written == [4, 6, 8, 12]
 
 
 def test_the_random_state_of_a_gpu_is_resumed(tmp_path, monkeypatch):
@@ -302,20 +291,6 @@ def test_a_frozen_tensor_that_moves_is_found(tmp_path, broken):
         train(run)
 
 
-def test_the_proof_survives_a_resume(tmp_path):
-    out = tmp_path / "run"
-    with pytest.raises(Stopped):
-        train(make(out, max_minutes=0))
-    run = make(out)
-    one = trainer.Trainer(run, StopRequests())
-    one.begin(0, one.last_checkpoint())
-    run.model.decoder.embedding.weight.data += 1  # as if it had been damaged before the process began
-    assert one.frozen == read_state(complete(out)[0])["frozen"]
-    one.train_stage()
-    with pytest.raises(TrainingError, match="decoder.embedding.weight"):
-        one.end()
-
-
 def test_measuring_leaves_no_trace(tmp_path, whole):
     """evaluate of the tiny recipe draws random numbers; exam and evaluate see the models in evaluation mode."""
     modes = []
@@ -360,7 +335,7 @@ def test_cut_rows_are_reported(tmp_path, capsys):
     assert read_state(complete(tmp_path / "run")[0])["report"] == {"rows": 24, "truncated_rows": 24, "truncated_tokens": 72}
 
 
-def test_another_run_in_the_checkpoint_is_refused(tmp_path):
+def test_another_run_in_the_checkpoint_is_refused_and_the_proof_survives_a_resume(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(Stopped):
         train(make(out, max_minutes=0))
@@ -370,3 +345,11 @@ def test_another_run_in_the_checkpoint_is_refused(tmp_path):
     run.identity["seed"] = 1
     with pytest.raises(CheckpointError, match="step-00000001 belongs to another run: seed 0, now 1"):
         train(run)
+    run = make(out)
+    one = trainer.Trainer(run, StopRequests())
+    one.begin(0, one.last_checkpoint())
+    run.model.decoder.embedding.weight.data += 1  # as if it had been damaged before the process began
+    assert one.frozen == read_state(complete(out)[0])["frozen"]
+    one.train_stage()
+    with pytest.raises(TrainingError, match="decoder.embedding.weight"):
+        one.end()

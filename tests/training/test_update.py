@@ -100,7 +100,7 @@ def test_threads_that_share_a_contrastive_update_change_nothing(run, threads, nu
     assert_equal(gradients(run, stage, records), many)
 
 
-def test_every_optimizer_takes_its_step_on_a_thread_of_its_own(threads):
+def test_every_optimizer_takes_its_step_on_a_thread_of_its_own_if_on_the_cpu(threads):
     threads(3)
     seen, together = [], threading.Barrier(2, timeout=60)
 
@@ -115,9 +115,6 @@ def test_every_optimizer_takes_its_step_on_a_thread_of_its_own(threads):
     with pytest.raises(RuntimeError, match="out of luck"):
         optimizer.Together([Optimizer(), Optimizer()], torch.device("cpu")).step(1.0)
     assert seen == [1, 1] and torch.get_num_threads() == 3
-
-
-def test_away_from_the_cpu_steps_follow_one_another():
     seen = []
     one = types.SimpleNamespace(step=lambda: seen.append(threading.current_thread()), param_groups=[])
     optimizer.Together([one, one], torch.device("meta")).step(1.0)
@@ -178,6 +175,9 @@ def test_the_loss_is_per_trained_token(run):
     expected = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum(float(g.square().sum()) for g in expected.values()))
     assert_close(found, (total.item() / trained, norm, found[2], expected))
+    pixels, ids, lengths, right, _ = contrastive_batch(RECORDS[:4], run.tokenizer, 8, "crop", 24)
+    loss, _, tokens, _ = gradients(run, tower(), RECORDS[:4])
+    assert loss == pytest.approx(run.contrastive.loss(pixels, ids, lengths, right).item()) and tokens == lengths.sum()
 
 
 def test_clipping_shortens_the_whole_gradient(run):
@@ -185,15 +185,6 @@ def test_clipping_shortens_the_whole_gradient(run):
     clipped = gradients(run, language(clip=free[1] / 4), RECORDS)
     assert_close(clipped, (*free[:3], {name: gradient / 4 for name, gradient in free[3].items()}), atol=1e-8)
     assert_equal(gradients(run, language(clip=free[1] * 4), RECORDS), free)
-
-
-def test_the_contrastive_loss_is_that_of_the_batch(run):
-    pixels, ids, lengths, right, _ = contrastive_batch(RECORDS[:4], run.tokenizer, 8, "crop", 24)
-    loss, _, tokens, _ = gradients(run, tower(), RECORDS[:4])
-    assert loss == pytest.approx(run.contrastive.loss(pixels, ids, lengths, right).item()) and tokens == lengths.sum()
-
-
-def test_bfloat16_is_autocast_of_the_forward_pass(run):
     exact = gradients(run, language(), RECORDS)[0]
     loss, *_, found = gradients(run, language(precision="bfloat16"), RECORDS)
     assert loss != exact and loss == pytest.approx(exact, rel=0.02)

@@ -39,9 +39,6 @@ def test_movement_is_the_distance_from_the_beginning():
     parts["adapters"]["c"] += 1
     found = movement.measure(parts)
     assert found["bridge"] == pytest.approx(math.sqrt(12 * 0.09 + 5 * 0.16) / math.sqrt(12 * 4)) and found["adapters"] == 1.0
-
-
-def test_of_large_tensors_a_sample_stands_for_all():
     torch.manual_seed(0)
     weight = torch.randn(300, 100)
     assert len(sample(weight)) == math.ceil(30_000 / math.ceil(30_000 / SAMPLE)) <= SAMPLE and torch.equal(sample(weight[:2]), weight[:2].flatten())
@@ -75,13 +72,10 @@ def test_a_run_logs_and_prints_what_moved_and_a_resumed_one_the_same(tmp_path, c
 # ---- guards
 
 
-def test_a_spike_is_far_above_the_last_losses():
+def test_a_spike_is_far_above_the_last_losses(tmp_path, monkeypatch, capsys):
     quiet = [1.0 + 0.1 * (n % 3) for n in range(FEWEST)]  # median 1.1, median distance 0.1
     assert spike_limit(quiet) == pytest.approx(1.1 + SPIKE * 0.1)
     assert spike_limit(quiet[:-1]) == math.inf, "too few to tell"
-
-
-def test_a_spike_is_logged_and_training_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nanovlm.training.diagnostics.FEWEST", 2)
     monkeypatch.setattr("nanovlm.training.diagnostics.SPIKE", -1e9)
     run = train(make(tmp_path / "run"))
@@ -204,9 +198,6 @@ def test_held_out_records_are_never_trained_on():
     assert seen[:6] == ["0", "1", "2", "3", "4", "5"] and source.record(37).id == "38" and source.record(337).id == "38"
     found = [int(record.id) for record in diagnostics.held_out(Numbers())]
     assert len(found) == 3 and set(found) < set(HELD)
-
-
-def test_records_without_names_of_their_own_are_refused():
     class Same(Numbers):
         def record(self, n):
             return Record("37", (), ((Turn("user", ("a",)), Turn("assistant", ("b",))),))

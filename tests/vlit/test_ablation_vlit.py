@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from ablations import ablation_vlit as study
+from ablations import ablation_vlit as study, review
 from PIL import Image
 
 from nanovlm.vlit import annotations
@@ -75,3 +75,18 @@ def test_the_table_is_complete_and_bears_out_what_is_concluded():
     filtered = min(shares["all defects, filtered"])
     assert filtered > max(shares["all defects"]) and filtered > max(shares["50% wrong"])
     assert min(shares["clean"]) > max(shares["50% wrong"] + shares["repeated"] + shares["all defects"])
+
+
+def test_the_review_is_reproduced_but_for_what_it_misprints():
+    """The printed numbers are in the review's Tables 4 and 15; three of the four rows of ICC follow from Table 3."""
+    for name, values in review.agreement().items():
+        close = [abs(mine - printed) < 5e-5 for mine, printed in zip(values, review.ICC_PRINTED[name])]
+        assert close == [name != "Ours"] * 2
+    assert [round(value, 4) for value in review.agreement()["Ours"]] == [0.284, 0.5434]
+    told = review.differences()
+    assert len(told) == 4 and [sum(words in line for line in told) for words in ("'Ours'", "with VR")] == [2, 2]
+    for values in review.correlations().values():
+        assert [p for _, p in values] == pytest.approx([1 - abs(r) for r, _ in values], abs=1e-6)  # four data sets
+    assert review.correlations()["B"][0][0] == pytest.approx(0.377, abs=0.02)  # smaller is better, says the text
+    text = "\n".join(review.lines())
+    assert all(words in text for words in ("0.2840", "0.3028", "0.5434", "0.5658", "not as printed", "0.116"))

@@ -37,7 +37,7 @@ def test_each_source_is_known_by_its_keys():
     }  # fmt: skip
 
 
-def test_captions_objects_texts_and_questions_meet_at_their_picture(photos):
+def test_all_that_is_known_meets_at_its_picture_and_what_is_skipped_is_counted(photos):
     astronaut = photos.pictures["1"]
     assert (astronaut.file_name, astronaut.width, astronaut.height) == ("astronaut.jpg", 192, 192)
     assert astronaut.of_kind("caption")[0].value == "A smiling woman in an orange space suit holds a helmet."
@@ -47,16 +47,9 @@ def test_captions_objects_texts_and_questions_meet_at_their_picture(photos):
         ("vqa", "What color is the suit?", "orange"), ("vqa", "Is she smiling?", "yes"),
     ]  # fmt: skip
     assert photos.problems == []
-
-
-def test_attributes_follow_the_order_of_their_ids_and_most_workers(photos):
-    # the file lists smiling (9), furry (3), standing (5), shiny (7); votes stand in the order 3, 5, 7, 9
     told = {one.value: one.of for picture in photos.pictures.values() for one in picture.of_kind("attribute")}
     assert told == {"smiling": "object/101", "furry": "object/102", "shiny": "object/104"}  # standing had just a half
     assert photos.skipped["attributes of objects in none of the files"] == 1
-
-
-def test_illegible_texts_and_open_answers_are_skipped_and_counted(photos):
     assert photos.skipped["illegible texts"] == 1
     assert photos.skipped["answers that leave it open"] == 1  # "full or empty"
     assert [one.value for one in photos.pictures["3"].of_kind("vqa")] == ["1"]
@@ -79,16 +72,13 @@ def test_llavas_lines_hold_captions_and_boxes():
     assert donuts.of_kind("object")[0].box == (0.37, 0.584, 0.504, 0.709)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"category_id": 9}, "category_id 9 is none of the file's 1 categories"),
-        ({"bbox": [0, 0]}, "bbox must be left, top, width and height"),
-        ({"bbox": "0 0 1 1"}, "bbox must be left, top, width and height in pixels, found"),
-        ({"image_id": 8}, "size of picture 8 is not stated"),
-        ({"image_id": None}, "'image_id' must be a"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"category_id": 9}, "category_id 9 is none of the file's 1 categories"),
+    ({"bbox": [0, 0]}, "bbox must be left, top, width and height"),
+    ({"bbox": "0 0 1 1"}, "bbox must be left, top, width and height in pixels, found"),
+    ({"image_id": 8}, "size of picture 8 is not stated"),
+    ({"image_id": None}, "'image_id' must be a"),
+])  # fmt: skip
 def test_a_bad_record_is_named_and_costs_itself_alone(tmp_path, changes, words):
     content = instances()
     content["annotations"].append(content["annotations"][0] | {"id": 2} | changes)

@@ -69,6 +69,8 @@ def test_vendi_counts_different_things():
     points /= numpy.linalg.norm(points, axis=1, keepdims=True)
     values = numpy.linalg.eigvalsh(points @ points.T / 12)[-5:]
     assert vendi(points) == pytest.approx(math.exp(-(values * numpy.log(values)).sum()))
+    assert distinct_2(["a b a b", "b a"]) == 2 / 4  # ab ba ab | ba
+    assert distinct_2(["yes", ""]) == 0
 
 
 def test_vectors_of_texts():
@@ -80,11 +82,6 @@ def test_vectors_of_texts():
         assert abs(points[one] @ points[other]) < 0.3
     rare = tfidf_vectors(["the the zebra", "the the horse", "the the cow", "the zebra"])
     assert rare[0] @ rare[3] > rare[1] @ rare[3]  # the rare word decides
-
-
-def test_distinct_2_by_hand():
-    assert distinct_2(["a b a b", "b a"]) == 2 / 4  # ab ba ab | ba
-    assert distinct_2(["yes", ""]) == 0
 
 
 def diversity(texts):

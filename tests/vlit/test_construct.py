@@ -49,7 +49,7 @@ def made(tmp_path_factory):
 # What comes out
 
 
-def test_every_sample_is_whole_and_says_where_it_comes_from(made):
+def test_every_sample_is_whole_marked_read_by_train_and_counted_in_the_report(made):
     out, items = made
     assert len({item["id"] for item in items}) == len(items) > 80
     known = {note.id for picture in read(PHOTOS).pictures.values() for note in picture.annotations}
@@ -60,25 +60,13 @@ def test_every_sample_is_whole_and_says_where_it_comes_from(made):
         assert (item["type"] == "SI") == (origin["generator"] == "template")
     plans = {(item["type"], item["provenance"]["plan"]) for item in items}
     assert plans == {("SI", plan) for plan in PLANS} | {("AA", kind) for kind in adaption.POOLS}
-
-
-def test_train_reads_the_samples(made):
-    out, items = made
     source = LlavaJson(out / "samples.jsonl")
     assert len(source) == len(items)
     assert all(Path(source.record(n).visuals[0].key).is_file() for n in range(len(source)))
-
-
-def test_region_samples_show_marked_pictures(made):
-    out, items = made
     for item in items:
         assert item["image"].startswith("marked/") == (item["granularity"] == "region")
     images = [Image.open(out / item["image"]) for item in items if item["granularity"] == "region"]
     assert images and all((numpy.asarray(image) == COLOR).all(axis=-1).mean() > 0.01 for image in images)
-
-
-def test_the_report_counts_samples_failures_and_what_was_skipped(made):
-    out, items = made
     told = report(out)
     assert sum(told["samples"].values()) == len(items) and told["pictures"] == 4
     # nothing to deny or to know about the rocket, nor to know about a person
@@ -104,15 +92,12 @@ def test_plans_methods_and_limits_choose(tmp_path):
     assert len({tuple(item["provenance"]["region"]) for item in items}) == 4
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    (
-        (["--plans", "globl"], "Did you mean 'global'"), (["-n", "0"], "n is 0; it must be 1 or more"),
-        (["--generator", "endpoint"], "needs --model"), (["--answers", "sentences"], "need a language model"),
-        (["--lines", "1,11"], "no requirement 11"), (["--generator", "local", "--model", "."], "config.json"),
-        (["--images", "absent"], "absent: no such folder of pictures"), (["--images", "."], "the last of 4 problems: "),
-    ),
-)  # fmt: skip
+@pytest.mark.parametrize(("flags", "words"), (
+    (["--plans", "globl"], "Did you mean 'global'"), (["-n", "0"], "n is 0; it must be 1 or more"),
+    (["--generator", "endpoint"], "needs --model"), (["--answers", "sentences"], "need a language model"),
+    (["--lines", "1,11"], "no requirement 11"), (["--generator", "local", "--model", "."], "config.json"),
+    (["--images", "absent"], "absent: no such folder of pictures"), (["--images", "."], "the last of 4 problems: "),
+))  # fmt: skip
 def test_bad_input_ends_with_a_message(tmp_path, capsys, flags, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
     construct(tmp_path / "out", *flags, code=2)
@@ -141,9 +126,6 @@ def test_without_a_folder_pictures_are_named_as_the_annotations_do(tmp_path):
     assert not (tmp_path / "out" / "marked").exists()
     names = {item["image"]: int(item["id"].split("/")[0]) for item in items if item["granularity"] == "global"}
     assert names and all(image == f"{number:012d}.jpg" for image, number in names.items())
-
-
-def test_coco_pictures_are_found_under_the_names_of_2014(tmp_path):
     (tmp_path / "val2014").mkdir()
     path = tmp_path / "val2014" / "COCO_val2014_000000296284.jpg"
     Image.new("RGB", (4, 4)).save(path)
@@ -173,9 +155,6 @@ def test_instruction_pools_grow_through_the_meta_prompt():
     assert adaption.more_instructions("caption", reply) == new
     reply = "4) Tell me: [QUESTION]; 5) Answer it; 6) [QUESTION] [QUESTION]"
     assert adaption.more_instructions("vqa", reply) == ["Tell me: [QUESTION]"]
-
-
-def test_instructions_are_drawn_from_all_of_their_pool():
     made = [adaption.adapt("caption", "", "A cat.", ["1"], str(n), "a.jpg", adaption.POOLS, 0) for n in range(40)]
     assert len({one["conversations"][0]["value"] for one in made}) == len(adaption.POOLS["caption"])
 

@@ -118,7 +118,7 @@ def test_real_counts_against_cocos_boxes():
     assert found["COCO_val2014_000000515716.jpg"] is False
 
 
-def test_votes(tmp_path):
+def test_votes_and_grounding(tmp_path):
     replies = iter([["Yes", "yes.", "No"], ["Yes", "No", "hm"], ["?", "", "maybe"], ["No!", "no", "No"]])
     says = Says(lambda chat, n: next(replies))
     helpers = Helpers(judge=Recorded(says, tmp_path / "replies.jsonl"), describe=lambda sample: "a red car")
@@ -126,9 +126,6 @@ def test_votes(tmp_path):
     assert votes == [[True, True, False], [True, False, None], [None] * 3, [False] * 3]
     assert list(map(majority, votes)) == [True, None, None, False]
     assert "About the picture: a red car" in says.asked[0].messages[-1][1]
-
-
-def test_grounding_counts_names_that_annotators_looked_for():
     assert grounding_precision("Two people, a dog and a unicorn with wine glasses.", KITCHEN) == 1 / 3
     assert grounding_precision("A nice day.", KITCHEN) is None
     assert grounding_precision("A bottle.", Facts((), frozenset(("bottle",)), frozenset(("bottle",)))) == 1.0

@@ -161,44 +161,35 @@ def test_an_endpoint_is_asked_in_the_known_form(endpoint, tmp_path):
     assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
 
 
-def test_servers_that_give_one_answer_at_a_time_are_asked_again_with_other_seeds(endpoint):
+def test_one_answer_at_a_time_what_passes_and_the_rate_of_requests(endpoint, monkeypatch):
     with serving(lambda body, number: completion(f"text {body['seed']}")) as server:
         assert endpoint(server).generate([HELLO], n=3) == [["text 0", "text 1", "text 2"]]
     assert [body["n"] for body in server.bodies] == [3, 2, 1]
-
-
-def test_what_passes_is_tried_again_and_counted(endpoint):
     troubles = [(status, SOON, b"slow down") for status in (429, 503, 408)]
     with serving(lambda body, number: troubles[number] if number < len(troubles) else completion("a")) as server:
         generator = endpoint(server)
         assert generator.generate([HELLO]) == [["a"]]
     assert generator.usage == {"requests": 4, "retries": 3, "prompt_tokens": 7, "completion_tokens": 3}
-
-
-@pytest.mark.parametrize(
-    ("answer", "error", "words", "requests"),
-    [
-        ((400, {}, b"context too long"), Refused, "HTTP 400: context too long", 1),
-        (completion(), Refused, "without a choice", 1),
-        ((401, {}, b"wrong key"), GeneratorError, "HTTP 401: wrong key", 1),
-        ((500, SOON, b"broken"), GeneratorError, "HTTP 500: broken", 4),
-        ((200, {}, b"<html>"), GeneratorError, "no chat completion", 1),
-        ((200, {"Content-Type": "application/json"}, b'{"error": 1}'), GeneratorError, "no chat completion", 1),
-    ],
-)
-def test_what_does_not_pass_is_refused_or_stops_the_run(endpoint, answer, error, words, requests):
-    with serving(lambda body, number: answer) as server, pytest.raises(error, match=words) as caught:
-        endpoint(server).generate([HELLO])
-    assert len(server.bodies) == requests and "secret" not in str(caught.value)
-
-
-def test_the_rate_of_requests_is_held(endpoint, monkeypatch):
     waits = []
     monkeypatch.setattr(generators.time, "sleep", waits.append)
     monkeypatch.setattr(generators.time, "monotonic", lambda: 100.0)
     with serving(lambda body, number: completion("a")) as server:
         endpoint(server, per_minute=30).generate([HELLO] * 3)
     assert waits == [0, 2, 4]
+
+
+@pytest.mark.parametrize(("answer", "error", "words", "requests"), [
+    ((400, {}, b"context too long"), Refused, "HTTP 400: context too long", 1),
+    (completion(), Refused, "without a choice", 1),
+    ((401, {}, b"wrong key"), GeneratorError, "HTTP 401: wrong key", 1),
+    ((500, SOON, b"broken"), GeneratorError, "HTTP 500: broken", 4),
+    ((200, {}, b"<html>"), GeneratorError, "no chat completion", 1),
+    ((200, {"Content-Type": "application/json"}, b'{"error": 1}'), GeneratorError, "no chat completion", 1),
+])  # fmt: skip
+def test_what_does_not_pass_is_refused_or_stops_the_run(endpoint, answer, error, words, requests):
+    with serving(lambda body, number: answer) as server, pytest.raises(error, match=words) as caught:
+        endpoint(server).generate([HELLO])
+    assert len(server.bodies) == requests and "secret" not in str(caught.value)
 
 
 def test_address_and_key_come_from_the_environment_and_what_is_missing_is_named(endpoint, monkeypatch):
@@ -286,9 +277,6 @@ def test_recorded_answers_are_replayed_whoever_gave_them(tmp_path):
     with pytest.raises(FileNotFoundError):
         Replay(tmp_path / "absent.jsonl")
     assert lines(path)[0]["generator"] == "scripted"
-
-
-def test_pictures_of_one_name_are_not_answered_for_one_another(tmp_path):
     def sha(folder, color):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (8, 8), color).save(tmp_path / folder / "1.png")

@@ -54,9 +54,6 @@ def test_empty_kinds_drop_out_and_regions_are_named(photos):
         told = sentences(picture, picture.of_kind(kind)[place])
         assert told.endswith(f"circled by a square box is {words}")
     assert "person (smiling)" in sentences(astronaut)
-
-
-def test_llavas_description_has_captions_and_boxes():
     annotations = notes("caption", "A man with a tie.", "A tie.") + notes("object", "tie", "person")
     picture = Picture("1", annotations=annotations)
     expected = "A man with a tie.\nA tie.\n\ntie: [0.1, 0.2, 0.5, 0.6]\nperson: [0.1, 0.2, 0.5, 0.6]"
@@ -81,13 +78,17 @@ def test_the_prompt_about_a_region_is_the_reviews_word_for_word():
     assert system_prompt(PLANS["region"]) in paper
 
 
-def test_lines_are_switched_and_numbered_anew():
+def test_lines_are_switched_and_numbered_anew(photos):
     prompt = system_prompt(PLANS["global"], lines=(1, 2, 6, 9))
     assert re.findall(r"(\d)\. (\w+)", prompt) == [("1", "Answer"), ("2", "A"), ("3", "The")]  # 2 needs a region
     assert REQUIREMENTS[2] not in prompt and REQUIREMENTS[6] in prompt and "around the image. The" in prompt
     assert REQUIREMENTS[2] in system_prompt(PLANS["region"], lines=(2,))
     with pytest.raises(ValueError, match="no requirement 10"):
         system_prompt(PLANS["global"], lines=(10,))
+    last = chat(photos["1"], PLANS["negative"]).messages[-1][1]
+    assert last.startswith("Given textual description: This is a picture") and last.endswith("Generated conversation:")
+    assert "avoid fuzzy answers" in last and "answered with no" in last and "square box" not in last
+    assert "fuzzy" not in chat(photos["1"], PLANS["negative"], lines=(9,)).messages[-1][1]
 
 
 def test_two_fitting_examples_stand_before_the_request_and_the_seed_draws_them(photos):
@@ -101,13 +102,6 @@ def test_two_fitting_examples_stand_before_the_request_and_the_seed_draws_them(p
         shown |= answers
     assert shown == {written(one.turns) for one in EXAMPLES if "negative" in one.plans}
     assert chat(photos["1"], PLANS["negative"], seed=3) == chat(photos["1"], PLANS["negative"], seed=3)
-
-
-def test_key_points_are_repeated_where_their_lines_are_stated(photos):
-    last = chat(photos["1"], PLANS["negative"]).messages[-1][1]
-    assert last.startswith("Given textual description: This is a picture") and last.endswith("Generated conversation:")
-    assert "avoid fuzzy answers" in last and "answered with no" in last and "square box" not in last
-    assert "fuzzy" not in chat(photos["1"], PLANS["negative"], lines=(9,)).messages[-1][1]
 
 
 def test_ten_examples_keep_the_rules_that_they_teach():

@@ -117,16 +117,13 @@ def test_own_task_field_and_lexicon(folder):
     assert next(one["value"] for one in report["indicators"] if one["key"] == "O/G") == pytest.approx(2 / 4)
 
 
-@pytest.mark.parametrize(
-    "command, words",
-    (
-        ("quality --kept 0", "--kept is 0"), ("quality --eps 3", "3.0"), ("quality --size 50", "4 readable"),
-        ("quality -n 2 --generator replay", "2 votes"), ("quality --generator replay", "--replies"),
-        ("quality --annotations missing.json", "missing.json"), ("quality --encoder missing", "config.json"),
-        ("filter --per-task 0", "--per-task is 0"), ("filter --near 0", "between 0 and 1"),
-        ("filter --matching-percentile 100", "from 0 to below 100"),
-    ),
-)  # fmt: skip
+@pytest.mark.parametrize("command, words", (
+    ("quality --kept 0", "--kept is 0"), ("quality --eps 3", "3.0"), ("quality --size 50", "4 readable"),
+    ("quality -n 2 --generator replay", "2 votes"), ("quality --generator replay", "--replies"),
+    ("quality --annotations missing.json", "missing.json"), ("quality --encoder missing", "config.json"),
+    ("filter --per-task 0", "--per-task is 0"), ("filter --near 0", "between 0 and 1"),
+    ("filter --matching-percentile 100", "from 0 to below 100"),
+))  # fmt: skip
 def test_bad_flags_end_with_a_message(folder, capsys, command, words):
     name, *flags = command.split()
     vlit(name, folder / "data.jsonl", "--out", folder / "out", *flags, code=2)
@@ -142,22 +139,15 @@ def test_what_cannot_be_measured(folder, monkeypatch):
         measure(write_lines(folder / "bare.jsonl", [item(1, "A question?")]))
 
 
-@pytest.mark.parametrize(
-    "instruction, task",
-    (
-        ("What color is the car?", "instance attribute"), ("How many people?", "instance counting"),
-        ("Where is the red star?", "object localization"), ("Why is he laughing?", "complex reasoning"),
-        ("Describe the image concisely.", "image captioning"), ("Is there a dog?", "existence"),
-        ("What is the person in the box doing?", "region understanding"), ("Who?", "visual question answering"),
-        ("Portray the picture now, briefly", "image captioning"), ("Hmpf", OTHER), ("", OTHER),
-    ),
-)  # fmt: skip
+@pytest.mark.parametrize("instruction, task", (
+    ("What color is the car?", "instance attribute"), ("How many people?", "instance counting"),
+    ("Where is the red star?", "object localization"), ("Why is he laughing?", "complex reasoning"),
+    ("Describe the image concisely.", "image captioning"), ("Is there a dog?", "existence"),
+    ("What is the person in the box doing?", "region understanding"), ("Who?", "visual question answering"),
+    ("Portray the picture now, briefly", "image captioning"), ("Hmpf", OTHER), ("", OTHER),
+))  # fmt: skip
 def test_tasks_by_rule(instruction, task):
     assert tag(instruction) == task and (task == OTHER or task in TASKS)
-
-
-def test_balance_by_hand():
-    assert balance({"a": 3, "b": 1}) == pytest.approx({"variance": 625, "entropy": 0.5623, "gini": 0.25, "largest": 0.75}, rel=1e-4)
 
 
 def test_labels_of_a_language_model(tmp_path):
@@ -170,26 +160,15 @@ def test_labels_of_a_language_model(tmp_path):
         propose(Recorded(Says(lambda chat, n: []), tmp_path / "none.jsonl"), ["one"])
 
 
-@pytest.mark.parametrize(
-    "instruction, number",
-    (
-        ("Describe.", 0),
-        ("How many dogs and cats are left of the two wine glasses?", 5),  # dog, cat, wine glass; two; left of
-        ("Is the red dog next to the dog?", 3),  # dog once; next to; red
-        ("What is marked by the box [0.1, 0.2, 0.3, 0.4]?", 2),  # box, and the region itself
-        ("Who is marked?", 1),
-    ),
-)
+@pytest.mark.parametrize("instruction, number", (
+    ("Describe.", 0),
+    ("How many dogs and cats are left of the two wine glasses?", 5),  # dog, cat, wine glass; two; left of
+    ("Is the red dog next to the dog?", 3),  # dog once; next to; red
+    ("What is marked by the box [0.1, 0.2, 0.3, 0.4]?", 2),  # box, and the region itself
+    ("Who is marked?", 1),
+))  # fmt: skip
 def test_semantic_elements(instruction, number):
     assert elements(instruction) == number
-
-
-def test_marks_and_proxy():
-    marks = {"7": 7, "1": 1, "Mark: 10/10": 10, "0, then 3": 3, "3.5 or 4": 4, "many": None, "11": None}
-    assert {text: whole_number(text, 1, 10) for text in marks} == marks
-    hard = proxy("Why might they stand there, and what would you compare if it rained?")
-    assert 1 <= proxy("What color is it?") < hard <= 10 == proxy("why " * 50)
-    assert proxy("Why?", turns=5) > proxy("Why?")
 
 
 def test_samples_are_drawn_evenly():
@@ -208,13 +187,19 @@ def test_samples_are_drawn_evenly():
     assert counts.total() == 3000 and all(100 < counts[n] < 200 for n in range(21) if n != 2)  # 150 expected, sd 10.6
 
 
-def test_means_and_their_intervals():
+def test_means_intervals_balance_marks_and_proxy_by_hand():
     numbers = numpy.random.default_rng(0).normal(10, 3, 50).tolist() * 2
     mean, reach = numpy.mean(numbers), 1.96 * numpy.std(numbers, ddof=1) / 10
     for values in (numbers, Counter(numbers)):
         found = mean_of("key", "name", "how", values)
         assert (found.value, *found.interval, found.measured) == pytest.approx((mean, mean - reach, mean + reach, 100))
     assert mean_of("key", "name", "how", []).value is mean_of("key", "name", "how", [1.0]).interval is None
+    assert balance({"a": 3, "b": 1}) == pytest.approx({"variance": 625, "entropy": 0.5623, "gini": 0.25, "largest": 0.75}, rel=1e-4)
+    marks = {"7": 7, "1": 1, "Mark: 10/10": 10, "0, then 3": 3, "3.5 or 4": 4, "many": None, "11": None}
+    assert {text: whole_number(text, 1, 10) for text in marks} == marks
+    hard = proxy("Why might they stand there, and what would you compare if it rained?")
+    assert 1 <= proxy("What color is it?") < hard <= 10 == proxy("why " * 50)
+    assert proxy("Why?", turns=5) > proxy("Why?")
 
 
 def many(path, number):
@@ -243,14 +228,7 @@ def test_the_same_seed_gives_the_same_report(tmp_path):
     assert first == again != other
 
 
-def test_simcse_loss_is_equation_2():
-    first, second = (torch.nn.functional.normalize(torch.randn(5, 7), dim=1) for _ in range(2))
-    terms = (first @ second.T / 0.05).double().exp()
-    by_hand = -(terms.diag() / terms.sum(1)).log().mean()
-    assert simcse_loss(first, second).item() == pytest.approx(by_hand.item(), rel=1e-4)
-
-
-def test_simcse_learns_and_ignores_padding():
+def test_simcse_learns_by_equation_2_and_ignores_padding():
     texts = [f"the {color} {thing} stands" for color in ("red", "blue") for thing in ("dog", "cup", "car", "bus")]
     model, fresh, state = train_encoder(texts, steps=15), SentenceEncoder(), torch.get_rng_state()
     points = simcse_vectors([*texts[:3], texts[0], ""])
@@ -261,3 +239,7 @@ def test_simcse_learns_and_ignores_padding():
     assert torch.allclose(alone[0], among[0], atol=1e-5) and losses[1] < losses[0] / 2
     assert numpy.allclose(points[0], points[3], atol=1e-5)
     assert numpy.allclose(numpy.linalg.norm(points, axis=1), 1, atol=1e-5)
+    first, second = (torch.nn.functional.normalize(torch.randn(5, 7), dim=1) for _ in range(2))
+    terms = (first @ second.T / 0.05).double().exp()
+    by_hand = -(terms.diag() / terms.sum(1)).log().mean()
+    assert simcse_loss(first, second).item() == pytest.approx(by_hand.item(), rel=1e-4)

@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-import io
 import json
 import os
 import re
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from vlit_data import item, lines, vlit, write_lines
+from vlit_data import item, lines, png, vlit, write_lines
 
 from nanovlm.vlit.indicators import Survey
 from nanovlm.vlit.samples import IMAGE, Sample, Unreadable, defects, read, remarks, sample
@@ -36,18 +35,15 @@ def test_all_forms_give_the_same_samples(tmp_path, name):
         assert all(where.startswith(f"{path}, line ") for where, _ in read(path))
 
 
-@pytest.mark.parametrize(
-    "line, why",
-    (
-        ('{"id": 1, "id": 2, "conversations": []}', "'id' stands twice"),
-        ('{"id": 1, "conversations": [{"from": "human"', "malformed JSON"),
-        ('{"id": 1, "text": "q"}', "'conversations' is missing"),
-        ('{"id": 1, "conversations": [{"from": "robot", "value": "a"}]}', "unknown speaker 'robot'"),
-        ('{"id": 1, "conversations": [{"from": "gpt", "value": null}]}', "'value' must be a str"),
-        ('{"id": 1, "image": [3], "conversations": []}', "must be a path"),
-        ('{"id": 1, "task": 3, "conversations": []}', "'task' must be a str"),
-    ),
-)
+@pytest.mark.parametrize("line, why", (
+    ('{"id": 1, "id": 2, "conversations": []}', "'id' stands twice"),
+    ('{"id": 1, "conversations": [{"from": "human"', "malformed JSON"),
+    ('{"id": 1, "text": "q"}', "'conversations' is missing"),
+    ('{"id": 1, "conversations": [{"from": "robot", "value": "a"}]}', "unknown speaker 'robot'"),
+    ('{"id": 1, "conversations": [{"from": "gpt", "value": null}]}', "'value' must be a str"),
+    ('{"id": 1, "image": [3], "conversations": []}', "must be a path"),
+    ('{"id": 1, "task": 3, "conversations": []}', "'task' must be a str"),
+))  # fmt: skip
 def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path, line, why):
     path = write_lines(tmp_path / "a.jsonl", [ITEMS[0], line, ITEMS[2]])
     (_, first), (where, error), (_, last) = read(path)
@@ -56,29 +52,20 @@ def test_what_cannot_be_read_is_named_with_file_and_line(tmp_path, line, why):
     assert where == f"{path}, line 2" and str(path) not in str(error)
 
 
-@pytest.mark.parametrize(
-    "text, why",
-    (
-        ('[{"id": 1,\n "x": 2', "a.json, line 2"),
-        ('[{"id": 1, "conversations": []},\n', "a.json, line 2"),
-        *((text, "no record") for text in ("", "\n \n", "[]", "[ ]\n")),
-        *((json.dumps(top, indent=indent), "nanovlm.data convert") for indent in (None, 1) for top in (
-            {"meta": {}, "data": {"A_1": {"instruction": "?", "answer": "Blue.", "image_ids": ["a"]}}},  # MIMIC-IT
-            {"annotations": [{"image_id": 1, "caption": ""}]}, {"questions": []})),
-    ),
-)  # fmt: skip
+@pytest.mark.parametrize("text, why", (
+    ('[{"id": 1,\n "x": 2', "a.json, line 2"),
+    ('[{"id": 1, "conversations": []},\n', "a.json, line 2"),
+    *((text, "no record") for text in ("", "\n \n", "[]", "[ ]\n")),
+    *((json.dumps(top, indent=indent), "nanovlm.data convert") for indent in (None, 1) for top in (
+        {"meta": {}, "data": {"A_1": {"instruction": "?", "answer": "Blue.", "image_ids": ["a"]}}},  # MIMIC-IT
+        {"annotations": [{"image_id": 1, "caption": ""}]}, {"questions": []})),
+))  # fmt: skip
 def test_whole_files_that_are_none(tmp_path, text, why, capsys):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=why):
         list(read(tmp_path / "a.json"))
     vlit("quality", tmp_path / "a.json", "--out", tmp_path / "out", code=2)
     assert why in capsys.readouterr().err
-
-
-def png():
-    file = io.BytesIO()
-    Image.new("RGB", (300, 300), (200, 30, 30)).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 @pytest.fixture
@@ -107,7 +94,7 @@ GOOD = {
     "an unmentioned picture": item(1, "What is it?", "Blue.", image="a.png"),
     "messages": {"id": 1, "image": "a.png", "messages": [{"role": "User", "content": "<image>\nWhat is it?"},
                                                          {"role": "Assistant", "content": "Blue."}]},
-    "base64": item(1, *BLUE, image=png()),
+    "base64": item(1, *BLUE, image=base64.b64encode(png(200, (300, 300))).decode()),
     "two pictures": item(1, "<image><image>Which?", "Both.", image=["a.png", "a.png"]),
     "ShareGPT": item("x_1", "Hello?", "Hi.", roles=("user", "chatgpt")),
     "system first": item(1, "Be kind.", "Hello?", "Hi.", roles=("system", "human", "gpt")),
@@ -190,16 +177,13 @@ def test_llavas_180_answers_keep_every_rule():
     assert len(samples) == 180 and not any(defects(one) + remarks(one) for one in samples)
 
 
-@pytest.mark.parametrize(
-    "said, granularity, plan, expected",
-    (
-        (("a?", "It is not clear what she holds."), "", "", ["hedge"]),
-        (("Who is it?", "A man."), "region", "", ["region"]),
-        (("Who is in the box?", "A man."), "region", "", []),
-        (("a?", "Yes."), "", "negative", ["negative"]),
-        (("a?", "There is no dog."), "", "negative", []),
-    ),
-)
+@pytest.mark.parametrize("said, granularity, plan, expected", (
+    (("a?", "It is not clear what she holds."), "", "", ["hedge"]),
+    (("Who is it?", "A man."), "region", "", ["region"]),
+    (("Who is in the box?", "A man."), "region", "", []),
+    (("a?", "Yes."), "", "negative", ["negative"]),
+    (("a?", "There is no dog."), "", "negative", []),
+))  # fmt: skip
 def test_softer_remarks(said, granularity, plan, expected):
     assert rules(remarks(about(*said, granularity, plan))) == expected
 
@@ -210,9 +194,6 @@ def test_lint_counts_and_names(tmp_path, capsys):
     vlit("lint", path)
     told = capsys.readouterr().out
     assert "3 samples, 2 with defects" in told and f"{path}, line 2" in told and f"{path}, line 3: source" in told
-
-
-def test_the_command_line_names_the_nearest(capsys):
     vlit("constuct", code=2)
     assert "Did you mean 'construct'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
