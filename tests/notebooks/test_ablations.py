@@ -162,6 +162,14 @@ def test_the_exam_puts_the_same_questions_in_other_ways():
     for plain, new in zip(texts, shown):
         assert new.conversations[0][0].parts == (0, *plain.conversations[0][0].parts) and new.kinds == plain.kinds
     assert set(ablation_exam.UNSEEN_WORDINGS).isdisjoint(ablation_recipe.WORDINGS)
+    clean = ablation_recipe.captions(3)
+    noisy = ablation_recipe.Changed(clean, ablation_recipe.mismatched)
+    for n in range(4):
+        record, told = clean.record(n), noisy.record(n)
+        assert told.visuals[0].key == record.visuals[0].key
+        assert told.conversations == clean.record(n + n % 2).conversations
+    assert (noisy.name, len(noisy)) == (clean.name, len(clean))
+    assert ablation_recipe.reworded(clean, 1).conversations[0][0].text.startswith("look at the image. ")
 
 
 def test_descriptions_become_history(monkeypatch):
@@ -173,17 +181,6 @@ def test_descriptions_become_history(monkeypatch):
             assert [turn.role for turn in turns] == ["user", "assistant", "user", "assistant"]
             assert turns[0].parts[0] == 0 and turns[1].text == f"picture {n}"
             assert turns[2].parts == plain[0].parts[1:] and turns[3] == plain[1]
-
-
-def test_noise_is_every_second_caption_and_the_picture_stays():
-    clean = ablation_recipe.captions(3)
-    noisy = ablation_recipe.Changed(clean, ablation_recipe.mismatched)
-    for n in range(4):
-        record, told = clean.record(n), noisy.record(n)
-        assert told.visuals[0].key == record.visuals[0].key
-        assert told.conversations == clean.record(n + n % 2).conversations
-    assert (noisy.name, len(noisy)) == (clean.name, len(clean))
-    assert ablation_recipe.reworded(clean, 1).conversations[0][0].text.startswith("look at the image. ")
 
 
 # tables and pictures

@@ -55,9 +55,6 @@ def test_what_does_not_fit_together_is_not_drawn(tmp_path):
         with pytest.raises(ValueError, match=message):
             answers_over_time(questions, moments, tmp_path / "time.png", "t")
     assert not (tmp_path / "time.png").exists()
-
-
-def test_any_answer_can_be_drawn(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a character that the font lacks would warn, "$\\" would be a broken formula
         answers_over_time([(solid(CYAN), "$\\q", "x")], [("$\\s", ["$\\a \u6f22"])], tmp_path / "time.png", "$\\t")

@@ -68,14 +68,10 @@ def png_outputs(notebook):
 
 
 @every_lesson
-def test_cells_equal_the_source(source):
+def test_the_notebook_is_its_source_run_from_top_to_bottom_and_shows_the_code_of_today(source):
     wanted = [(cell.cell_type, cell.source) for cell in jupytext.read(source).cells]
     found = [(cell.cell_type, cell.source) for cell in executed(source).cells]
     assert found == wanted, f"run: python notebooks/support/build.py {source.stem[:2]}"
-
-
-@every_lesson
-def test_the_notebook_was_run_from_top_to_bottom_is_small_and_shows_pictures(source):
     notebook = executed(source)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
@@ -83,11 +79,6 @@ def test_the_notebook_was_run_from_top_to_bottom_is_small_and_shows_pictures(sou
     assert source.with_suffix(".ipynb").stat().st_size < MAX_BYTES and 0 < notebook.metadata["cpu_seconds"] <= MAX_SECONDS
     sizes = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in png_outputs(notebook)]
     assert sizes and all(100 < width < 800 and 50 < height < 800 for width, height in sizes)
-
-
-@every_lesson
-def test_the_code_it_shows_is_the_code_of_today(source):
-    """Cells that print a module's source must not show an older one."""
     shown = re.findall(r"^`([\w/.]+)`\n```python\n(.*?)\n```$", "\n".join(
         output["data"]["text/markdown"] for output in outputs(source) if "text/markdown" in output.get("data", {})
     ), re.DOTALL | re.MULTILINE)  # fmt: skip
@@ -102,7 +93,7 @@ def test_the_code_it_shows_is_the_code_of_today(source):
 # ---- what every lesson is made of
 
 @every_lesson
-def test_it_opens_with_its_question_time_and_modules_and_ends_with_what_it_did_not_show(source):
+def test_it_has_a_question_modules_a_judged_exercise_and_redefines_nothing(source):
     opening, *_, last = cells(source, "markdown")
     assert re.match(rf"# {source.stem[:2]} · .+\?\n", opening)
     assert re.search(r"^\*\*Time\*\*: .*minutes to read", opening, re.MULTILINE)
@@ -111,22 +102,12 @@ def test_it_opens_with_its_question_time_and_modules_and_ends_with_what_it_did_n
     assert len(named) == len(set(named))
     assert [path for path in named if not (ROOT / path).is_file()] == []
     assert set(named) == imported(ast.parse(source.read_text()))
-
-
-@every_lesson
-def test_it_never_redefines_what_a_module_owns(source):
-    """No class of the package under its name, and no function of a module that the lesson reads."""
     tree, owned = ast.parse(source.read_text()), set()
     read = {ROOT / path for path in imported(tree)}
     for path in (ROOT / "nanovlm").rglob("*.py"):
         body = ast.parse(path.read_text()).body
         owned |= defined(body if path in read else (node for node in body if isinstance(node, ast.ClassDef)))
     assert defined(ast.walk(tree)) & owned == set()
-
-
-@every_lesson
-def test_its_exercise_is_judged_and_solved(source):
-    """Each lesson lets the reader try, and runs the check on the solution without forgiving anything."""
     code = "\n".join(cells(source, "code"))
     tried = re.findall(r"checks\.attempt\(checks\.(\w+), \w+\)", code)
     solved = re.findall(r"^checks\.(\w+)\(solutions\.\w+\)", code, re.MULTILINE)
@@ -380,24 +361,20 @@ def test_a_table_says_how_it_came_about_and_is_complete(one, tmp_path):
     assert one.read(tmp_path / "table.csv") == (note, results) and len([*tmp_path.iterdir()]) == 1
 
 
-def test_the_table_holds_what_must_be_true():
-    """Words never meet the image copies, so training these alone cannot change an answer about words."""
-    results = ablation.read()[1]
-    assert len({result.text_loss_before for result in results}) == 3  # one language model per seed, in all its arms
-    for result in results:
-        if result.arm == "separate, only K/V and norms train":
-            assert result.text_loss_after == result.text_loss_before
-            assert result.text_right_after == result.text_right_before
-
-
 def test_the_table_bears_out_the_lesson():
-    """What the lesson concludes from it holds in every seed."""
+    """What the lesson concludes holds in every seed; words never meet the image copies, which therefore change no answer about words."""
     by_arm = {arm.name: [result for result in ablation.read()[1] if result.arm == arm.name] for arm in ablation.ARMS}
     shared, separate, *whole = by_arm.values()
     assert all(result.text_right_after < result.text_right_before - 0.1 for result in shared)
     assert all(result.text_right_after < result.text_right_before / 2 for result in (*whole[0], *whole[1]))
     one, other = ([result.picture_right for result in results] for results in (shared, separate))
     assert max(min(one), min(other)) <= min(max(one), max(other))  # the ranges overlap
+    results = ablation.read()[1]
+    assert len({result.text_loss_before for result in results}) == 3  # one language model per seed, in all its arms
+    for result in results:
+        if result.arm == "separate, only K/V and norms train":
+            assert result.text_loss_after == result.text_loss_before
+            assert result.text_right_after == result.text_right_before
 
 
 def test_the_arms_train_what_they_say():

@@ -136,27 +136,6 @@ def test_lora_moves_alone_or_with_the_bridge_and_is_saved_by_itself(flags, parts
     torch.testing.assert_close(to_published(LAYOUT(CONFIGS["tiny"]), merged)[f"{name}.weight"], base[f"{name}.weight"] + update)
 
 
-def test_the_adapter_has_the_names_of_transformers_modules(source, tmp_path, capsys):
-    """What PEFT would look for in the model that transformers makes of the base."""
-    transformers = pytest.importorskip("transformers")
-    flags = ["--init", source[0], "--lora", "2", "--tune", "bridge,lora"]
-    assert tune("llava", source[2], tmp_path / "out", *flags) == 0, capsys.readouterr().err
-    for to in ("adapter", "published"):
-        assert main(["convert", "--to", to, str(tmp_path / "out"), str(tmp_path / to)]) == 0
-    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "published")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    modules = dict(theirs.named_modules())
-    for name, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
-        module, _, side = name.removeprefix("base_model.model.").partition(".lora_")
-        if side:
-            linear = modules[module]
-            assert re.fullmatch(config["target_modules"], module)
-            assert tensor.shape == ((2, linear.in_features) if side[0] == "A" else (linear.out_features, 2))
-        else:
-            assert any(f".{one}." in f".{module}" for one in config["modules_to_save"])
-            torch.testing.assert_close(theirs.get_parameter(module), tensor)
-
-
 def test_an_adapter_is_a_start_and_only_published_models_have_one(source, tmp_path, capsys):
     folder, _, data = source
     assert tune("llava", data, tmp_path / "out", "--init", folder, "--lora", "2") == 0, capsys.readouterr().err
@@ -170,16 +149,29 @@ def test_an_adapter_is_a_start_and_only_published_models_have_one(source, tmp_pa
     assert "--lora" in capsys.readouterr().err
 
 
-def test_peft_itself_puts_the_adapter_on_its_base(source, tmp_path, capsys):
-    """The scores of PEFT's model, low-rank updates and trained bridge on the base, are those of the merged one."""
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+def test_the_adapter_has_transformers_names_and_peft_puts_it_on_its_base(source, tmp_path, capsys):
+    """The scores of PEFT's model, low-rank updates and trained bridge on the base, are those of the merged one.
+
+    What PEFT looks for are names of modules in the model that transformers makes of the base.
+    """
+    transformers = pytest.importorskip("transformers")
     flags = ["--init", source[0], "--lora", "2:8", "--tune", "bridge,lora"]
     assert tune("llava", source[2], tmp_path / "out", *flags) == 0, capsys.readouterr().err
     for to in ("adapter", "published"):
         assert main(["convert", "--to", to, str(tmp_path / "out"), str(tmp_path / to)]) == 0
     base, merged = (transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
                     for folder in (source[0], tmp_path / "published"))
-    config = merged.config
+    told, modules = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()), dict(merged.named_modules())
+    for name, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
+        module, _, side = name.removeprefix("base_model.model.").partition(".lora_")
+        if side:
+            linear = modules[module]
+            assert re.fullmatch(told["target_modules"], module)
+            assert tensor.shape == ((2, linear.in_features) if side[0] == "A" else (linear.out_features, 2))
+        else:
+            assert any(f".{one}." in f".{module}" for one in told["modules_to_save"])
+            torch.testing.assert_close(merged.get_parameter(module), tensor)
+    peft, config = pytest.importorskip("peft"), merged.config
     base.config.image_token_id = config.image_token_id = 3  # the tiny one's lies outside its vocabulary
     pictures = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     ids = torch.tensor([[1, *[config.image_token_id] * pictures, 7, 9, 4]])

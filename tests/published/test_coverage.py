@@ -36,7 +36,7 @@ def numbers_of(printed, words):
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_published_checkpoints_are_covered(tmp_path, capsys, name):
+def test_published_checkpoints_are_recognised_and_covered(tmp_path, capsys, name):
     manifest = MANIFESTS[name]
     code, printed = run(tmp_path, manifest, capsys)
     assert code == 0, printed
@@ -47,6 +47,7 @@ def test_published_checkpoints_are_covered(tmp_path, capsys, name):
     skipped = sum(map(int, re.findall(r"not read (\d+) tensors", printed)))
     assert skipped == len(manifest["computed_or_extra_tensors"])
     assert f"{len(manifest['tensors']) + skipped:,} tensors" in printed
+    assert recognise(MANIFESTS[name]["tensors"]) == MANIFESTS[name]["family"]
 
 
 def one_of_each(manifest):
@@ -73,25 +74,22 @@ def test_every_kind_of_tensor_is_watched(tmp_path, capsys, name, spoil):
         assert code == 1 and "likely cause" in printed and re.sub(r"\d+", "@", tensor).split("@")[-1] in printed
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda m: m | {"family": "llame"}, "Did you mean 'llama'"),
-        (lambda m: m | {"family": 3}, "unknown family '3'"),
-        (lambda m: m | {"config": m["config"] | {"hidden_size": 577}}, "multiple"),
-        (lambda m: m | {"config": m["config"] | {"num_hidden_layers": 31}}, "missing"),
-        (lambda m: m | {"config": m["config"] | {"vocab_size": None}}, "embed_tokens"),
-        (lambda m: m | {"config": m["config"] | {"num_hidden_layers": "30"}}, "num_hidden_layers is '30'"),
-        (lambda m: m | {"config": []}, "config"),
-        (lambda m: m | {"tensors": list(m["tensors"])}, "tensors"),
-        (lambda m: m | {"tensors": m["tensors"] | {"model.norm.weight": [576.0]}}, "model.norm.weight"),
-        (lambda m: m | {"tensors": {}}, "another family"),
-        (lambda m: m | {"computed_or_extra_tensors": {"surprise": [3]}}, "surprise"),
-        (lambda m: [m], "no JSON object"),
-        (lambda m: "", "not JSON"),
-        (lambda m: "[" * 100_000, "not JSON"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda m: m | {"family": "llame"}, "Did you mean 'llama'"),
+    (lambda m: m | {"family": 3}, "unknown family '3'"),
+    (lambda m: m | {"config": m["config"] | {"hidden_size": 577}}, "multiple"),
+    (lambda m: m | {"config": m["config"] | {"num_hidden_layers": 31}}, "missing"),
+    (lambda m: m | {"config": m["config"] | {"vocab_size": None}}, "embed_tokens"),
+    (lambda m: m | {"config": m["config"] | {"num_hidden_layers": "30"}}, "num_hidden_layers is '30'"),
+    (lambda m: m | {"config": []}, "config"),
+    (lambda m: m | {"tensors": list(m["tensors"])}, "tensors"),
+    (lambda m: m | {"tensors": m["tensors"] | {"model.norm.weight": [576.0]}}, "model.norm.weight"),
+    (lambda m: m | {"tensors": {}}, "another family"),
+    (lambda m: m | {"computed_or_extra_tensors": {"surprise": [3]}}, "surprise"),
+    (lambda m: [m], "no JSON object"),
+    (lambda m: "", "not JSON"),
+    (lambda m: "[" * 100_000, "not JSON"),
+])  # fmt: skip
 def test_bad_manifests_are_refused_in_words(tmp_path, capsys, spoil, words):
     code, printed = run(tmp_path, spoil(MANIFESTS["smollm2-135m"]), capsys)
     assert code == 1 and words in printed and "Traceback" not in printed
@@ -116,11 +114,6 @@ def test_computed_tensors_may_be_among_the_tensors(tmp_path, capsys):
     assert code == 0 and "not read 32 tensors: rotary angles" in printed
 
 
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_families_are_recognised_by_their_names(name):
-    assert recognise(MANIFESTS[name]["tensors"]) == MANIFESTS[name]["family"]
-
-
 def test_inspect_tells_what_a_file_holds_and_lacks(tmp_path, capsys):
     published = recipes.FAMILIES["lynx"]
     config = published.configs["full"] | {"llm": dict(published.configs["tiny"]["llm"]), "vision": published.configs["tiny"]["vision"]}
@@ -138,13 +131,10 @@ def test_inspect_tells_what_a_file_holds_and_lacks(tmp_path, capsys):
     assert "EVA" in printed and "no place" not in printed
 
 
-@pytest.mark.parametrize(
-    ("tensors", "words"),
-    [
-        ({name: [1] for name in MANIFESTS["phi-2"]["tensors"]}, ("family   phi", "unknown without config.json")),
-        ({"something": [1]}, ("family   unknown",)),
-    ],
-)
+@pytest.mark.parametrize(("tensors", "words"), [
+    ({name: [1] for name in MANIFESTS["phi-2"]["tensors"]}, ("family   phi", "unknown without config.json")),
+    ({"something": [1]}, ("family   unknown",)),
+])  # fmt: skip
 def test_inspect_without_config_reads_the_names(tmp_path, capsys, tensors, words):
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "model.safetensors")
     assert main(["inspect", str(tmp_path)]) == 0

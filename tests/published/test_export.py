@@ -193,7 +193,7 @@ def test_another_picture_size_goes_into_sizes_and_processor(source, photos, tmp_
     assert nanovlm.load(tmp_path / "exported").image_size == 42
 
 
-def test_tiles_of_several_pictures_or_none(smolvlm, photos):
+def test_tiles_of_several_pictures_or_none_stay_in_a_chat_and_have_a_cost(smolvlm, photos, capsys):
     assistant = nanovlm.load(smolvlm)
     assert same_answer(smolvlm, photos[:1], assistant)[0]["pixel_values"].shape[1] == 13, "3 x 4 tiles and the whole"
     same_answer(smolvlm, photos, assistant)
@@ -203,16 +203,11 @@ def test_tiles_of_several_pictures_or_none(smolvlm, photos):
     assert (fewer["pixel_values"].shape[1], none["pixel_values"].shape[1]) == (5 + 3, 2)
     with pytest.raises(ValueError, match=r"picture 1 .*tall.png.: cut into 7 x 3 tiles.*--tiles 6"):
         dataclasses.replace(assistant, tiles=7).ask(QUESTION, [photos[1]])
-
-
-def test_the_picture_stays_in_a_chat_and_is_encoded_once(smolvlm, photos):
     chat = nanovlm.load(smolvlm).chat(Decoding(max_new_tokens=3))
     chat.ask(QUESTION, photos[:1])
     chat.ask("Can you describe this?")
     assert chat.workspace.num_images == 1 and chat.workspace.num_squares == 13 and chat.prompt.row.ids.count(-1) == 52
-
-
-def test_sample_says_what_tiles_cost(smolvlm, photos, capsys):
+    capsys.readouterr()
     for tiles, squares in (([], " in 13 squares"), (["--tiles", "0"], "")):
         flags = ["--image", str(photos[0]), "--max-new-tokens", "3", "--timing", "--device", "cpu", *tiles]
         assert sample.main([str(smolvlm), QUESTION, *flags]) == 0

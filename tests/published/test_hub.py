@@ -61,16 +61,13 @@ def test_bin_files_where_there_are_no_others(at_hub, language):
     assert (hub.find("lab/old") / "pytorch_model.bin").exists() and not (hub.find("lab/old") / "tf_model.h5").exists()
 
 
-def test_one_file_of_a_model_and_a_revision(at_hub):
+def test_a_folder_goes_before_a_name_and_one_file_of_a_revision_is_fetched(at_hub):
+    Path("lab/words").mkdir(parents=True)
+    assert hub.find("lab/words") == Path("lab/words") and hub.find("words") == Path("words") and not at_hub.asked
     at_hub.models["lab/towers"] = {"small.pt": b"1", "large.pt": b"22"}
     path = hub.find("lab/towers@v2:small.pt")
     assert path.read_bytes() == b"1" and not path.with_name("large.pt").exists()
     assert "/api/models/lab/towers/revision/v2" in at_hub.asked and path.parent.name == COMMIT
-
-
-def test_a_folder_goes_before_a_name(at_hub):
-    Path("lab/words").mkdir(parents=True)
-    assert hub.find("lab/words") == Path("lab/words") and hub.find("words") == Path("words") and not at_hub.asked
 
 
 @pytest.mark.parametrize("place", ["lab/none", "lab/towers:none.pt", "lab/..", "/lab/none", "a/b/c"])

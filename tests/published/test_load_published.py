@@ -16,11 +16,15 @@ from tests.published_folders import LLAMA_SIZES, folder_with, language  # noqa: 
 from tests.random_models import randomise
 
 
-def test_bare_language_model_in_other_types(language):
+def test_bare_language_model_in_other_types_and_with_anothers_tokenizer(language):
     loaded = recipes.load(language[0], dtype=torch.bfloat16)
     assert loaded.model.vision is None and loaded.image_size == 0
     for name, tensor in loaded.model.decoder.state_dict().items():
         assert torch.equal(tensor, language[1].state_dict()[name].bfloat16())
+    words = [f"{chr(97 + n % 26)}{chr(97 + n // 26 % 26)}{chr(97 + n // 7 % 26)}x" for n in range(2000)]
+    train_tokenizer(words, 900).save(language[0] / "tokenizer.json")
+    with pytest.raises(ValueError, match="embeddings"):
+        recipes.load(language[0])
 
 
 def test_another_resolution_only_when_asked(tmp_path):
@@ -49,22 +53,19 @@ def configured(**changes):
     return spoil
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda folder: os.truncate(shard(folder, 1), 4000), "model-00002-of-00005.safetensors is cut short"),
-        (lambda folder: shard(folder, 1).unlink(), "model-00002"),
-        (lambda folder: shard(folder, 0).write_bytes(b"\xff" * 64), "model-00001"),
-        (lambda folder: shard(folder, 0).write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "index.json"),
-        (configured(model_type="opt"), "another family"),
-        (configured(model_type="llame"), "Did you mean 'llama'"),
-        (configured(model_type="phi-msft"), "January 2024"),
-        (configured(rope_scaling={"rope_type": "yarn"}), "yarn"),
-        (configured(num_hidden_layers=3), "model.layers.3.self_attn.q_proj.weight"),
-        (configured(vocab_size=511), "vocabulary"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda folder: os.truncate(shard(folder, 1), 4000), "model-00002-of-00005.safetensors is cut short"),
+    (lambda folder: shard(folder, 1).unlink(), "model-00002"),
+    (lambda folder: shard(folder, 0).write_bytes(b"\xff" * 64), "model-00001"),
+    (lambda folder: shard(folder, 0).write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "index.json"),
+    (configured(model_type="opt"), "another family"),
+    (configured(model_type="llame"), "Did you mean 'llama'"),
+    (configured(model_type="phi-msft"), "January 2024"),
+    (configured(rope_scaling={"rope_type": "yarn"}), "yarn"),
+    (configured(num_hidden_layers=3), "model.layers.3.self_attn.q_proj.weight"),
+    (configured(vocab_size=511), "vocabulary"),
+])  # fmt: skip
 def test_bad_folders_are_refused_by_name(language, spoil, words):
     spoil(language[0])
     with pytest.raises((ValueError, OSError)) as caught:
@@ -88,10 +89,3 @@ def test_tied_and_untied_heads(tmp_path):
         else:
             with pytest.raises(ValueError, match="second copy"):
                 recipes.load(folder)
-
-
-def test_a_tokenizer_of_another_model(language):
-    words = [f"{chr(97 + n % 26)}{chr(97 + n // 26 % 26)}{chr(97 + n // 7 % 26)}x" for n in range(2000)]
-    train_tokenizer(words, 900).save(language[0] / "tokenizer.json")
-    with pytest.raises(ValueError, match="embeddings"):
-        recipes.load(language[0])

@@ -52,14 +52,11 @@ def test_older_spellings_and_no_file(tmp_path):
     assert pictures_of(tmp_path, padded, False) == (cropped, [])
 
 
-def test_tiles_are_those_of_the_folders_processor(tmp_path):
+def test_tiles_are_those_of_the_folders_processor_and_what_differs_on_purpose_is_one_line(tmp_path):
     told = {"do_image_splitting": True, "do_pad": True, "size": {"longest_edge": 1024}, "max_image_size": {"longest_edge": 512}}
     for splits, tiles in ((True, 2), (False, 0)):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(told | {"do_image_splitting": splits}))
         assert pictures_of(tmp_path, OURS | {"tiles": 4.0}, False)[0]["tiles"] == tiles
-
-
-def test_what_differs_on_purpose_is_one_line(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"crop_size": 448, "do_center_crop": true, "size": 448}')
     shown, notes = pictures_of(tmp_path, OURS | {"image_fit": "squash"}, True)
     assert shown["image_fit"] == "squash" and len(notes) == 1 and "crop" in notes[0]

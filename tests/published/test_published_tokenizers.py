@@ -128,6 +128,9 @@ def naive(pieces, text):
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
 
 
+PIECES = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("a", -1.0, 1), ("b", -2.0, 1)]
+
+
 def test_scores_decide_not_ids(tmp_path):
     """Random scores in any order of ids; kinds that are no text are never joined."""
     rng = random.Random(0)
@@ -147,12 +150,6 @@ def test_scores_decide_not_ids(tmp_path):
     assert tokenizer.encode("aéé", continues=True) == [ids["a"], 0]  # unknown ones in a row are one
     with pytest.raises(ValueError, match="no special token '<image>'"):
         tokenizer.special_id("<image>")
-
-
-PIECES = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("a", -1.0, 1), ("b", -2.0, 1)]
-
-
-def test_without_a_prefix_of_its_own(tmp_path):
     pieces = [*PIECES, ("▁", -2.0, 1)]
     tokenizer = load_tokenizer(folder_of(tmp_path, {"tokenizer.model": proto(pieces, prefix=False)}))
     assert tokenizer.encode("a a") == [3, 5, 3] == tokenizer.encode("a a", continues=True)
@@ -329,18 +326,15 @@ def test_opt_with_a_blank_before_every_text(tmp_path):
     assert not tokenizer.add_bos
 
 
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        ({"merges.txt": "a b c\n"}, "merges.txt"),
-        ({"merges.txt": "漢 字\n"}, "vocab.json and merges.txt"),
-        ({"vocab.json": "{"}, "vocab.json and merges.txt"),
-        ({"vocab.json": "[1]"}, "vocab.json and merges.txt"),
-        ({"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}}, "a Qwen2Tokenizer cannot be made"),
-        ({"tokenizer_config.json": {"eos_token": "<end>"}}, "eos_token '<end>' is not in the vocabulary"),
-        ({"added_tokens.json": {"<image>": 7}}, "'<image>' should have id 7 but gets 420; these files belong to two"),
-    ],
-)
+@pytest.mark.parametrize("files, message", [
+    ({"merges.txt": "a b c\n"}, "merges.txt"),
+    ({"merges.txt": "漢 字\n"}, "vocab.json and merges.txt"),
+    ({"vocab.json": "{"}, "vocab.json and merges.txt"),
+    ({"vocab.json": "[1]"}, "vocab.json and merges.txt"),
+    ({"tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}}, "a Qwen2Tokenizer cannot be made"),
+    ({"tokenizer_config.json": {"eos_token": "<end>"}}, "eos_token '<end>' is not in the vocabulary"),
+    ({"added_tokens.json": {"<image>": 7}}, "'<image>' should have id 7 but gets 420; these files belong to two"),
+])  # fmt: skip
 def test_files_that_do_not_belong_together(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         load_tokenizer(folder_of(tmp_path, opt_files() | files))
@@ -401,9 +395,12 @@ def test_special_strings_stay_text(form):
             ids = form.encode(text, continues)
             assert special.isdisjoint(ids)
             assert form.decode(ids) == text
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        form.encode("a\ud83d")
 
 
 def test_streams_give_what_decoding_gives(form):
+    """Also where bytes that are no character spoil those before them: a model may write any, with special tokens between."""
     rng = random.Random(3)
     for text in [*random_texts(60, 4), *ODD, "é漢😀 the é 漢", "  the", "the\n\nthe"]:
         text = text.replace("▁", "_")  # which SentencePiece reads as a blank
@@ -418,10 +415,6 @@ def test_streams_give_what_decoding_gives(form):
     ids = form.encode("the a picture")
     given = list(map(form.stream().push, ids))
     assert "".join(given) == "the a picture" and all(given) and len(ids) >= 3
-
-
-def test_streams_give_what_decoding_gives_of_any_ids(form):
-    """Bytes that are no character spoil those before them: a model may write any, with special tokens between."""
     rng = random.Random(4)
     word, special = form.encode("the"), [form.eos, form.bos]
     byte_ids = [id for id in range(form.vocab_size) if (form.backend.id_to_token(id) or "").startswith("<0x")]
@@ -450,11 +443,6 @@ def test_saved_and_loaded(form, tmp_path):
             assert again.encode(text, continues) == form.encode(text, continues)
 
 
-def test_half_a_surrogate_pair_is_no_text(form):
-    with pytest.raises(ValueError, match="surrogates not allowed"):
-        form.encode("a\ud83d")
-
-
 def test_special_tokens_that_merges_can_spell(tmp_path):
     """Some files can make </s> of its own letters; it stays letters all the same."""
     vocab = {"<s>": 0, "</s>": 1, "<": 2, "/": 3, "s": 4, ">": 5, "</": 6, "s>": 7, "</s": 8}
@@ -476,10 +464,6 @@ def test_equal_to_transformers(trained, tmp_path):
         assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text), skip_special_tokens=True)
     for name in ("bos", "eos", "pad"):
         assert getattr(ours, name) == getattr(theirs, f"{name}_token_id")
-
-
-def test_opt_equals_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
     files = opt_files()
     folder = folder_of(tmp_path, files)
     ours = load_tokenizer(folder)
@@ -501,15 +485,12 @@ def llava_ids(theirs, text):
 LATER = "USER: and the colour? ASSISTANT: 42</s>"
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [
-        ("VICUNA", f"{templates.SYSTEM}USER: <image>\nWhat is it? ASSISTANT: a shape</s>{LATER}"),
-        ("LLAVA", f"USER: <image>\nWhat is it? ASSISTANT: a shape</s>{LATER}"),
-        ("MPLUG_OWL2", f"USER: <image>What is it? ASSISTANT: a shape</s>{LATER}"),
-        ("PLAIN", "<image>a shape\n42\n"),
-    ],
-)
+@pytest.mark.parametrize("name, text", [
+    ("VICUNA", f"{templates.SYSTEM}USER: <image>\nWhat is it? ASSISTANT: a shape</s>{LATER}"),
+    ("LLAVA", f"USER: <image>\nWhat is it? ASSISTANT: a shape</s>{LATER}"),
+    ("MPLUG_OWL2", f"USER: <image>What is it? ASSISTANT: a shape</s>{LATER}"),
+    ("PLAIN", "<image>a shape\n42\n"),
+])  # fmt: skip
 def test_rows_equal_the_published_tokenisation(trained, tmp_path, name, text):
     transformers = pytest.importorskip("transformers")
     tokenizer = loaded(tmp_path, llama_json(trained, tmp_path), tokenizer_config=USUAL)

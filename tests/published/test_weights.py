@@ -60,9 +60,6 @@ def test_a_tied_head_comes_under_either_name(ours):
     assert torch.equal(to_ours(TABLE, published, ours)["words"], ours["words"])
     with pytest.raises(WeightsError, match="is a second copy of our words"):
         to_ours(TABLE, published | {"head": published["words"] + 1}, ours)
-
-
-def test_a_head_of_its_own_is_not_tied(ours):
     state = ours | {"head": torch.randn(7, 2)}
     assert equal(to_ours(TABLE, to_published(TABLE, state), state), state)
     with pytest.raises(WeightsError, match=r"missing \(1\): head"):
@@ -78,37 +75,32 @@ def test_another_spelling_of_all_names(ours):
         to_ours(TABLE, published, ours)
 
 
-def test_what_is_computed_or_unused_is_counted(ours):
+def test_what_is_unused_is_counted_and_what_has_no_place_named_together(ours):
     published = to_published(TABLE, ours) | {"h.0.inv_freq": torch.ones(1), "pool.probe": torch.ones(1)}
     found = plan(TABLE, {name: tensor.shape for name, tensor in published.items()}, {n: t.shape for n, t in ours.items()})
     assert not found.check("file") and found.skipped == {"h.0.inv_freq": "angles", "pool.probe": "not wanted"}
     assert len(found.consumed) == len(published) - 2
+    with pytest.raises(WeightsError, match=r"no place for 2 tensors: layers.\{0-1\}.lora_a \(2\)"):
+        to_published(TABLE, ours | {"layers.0.lora_a": torch.ones(1), "layers.1.lora_a": torch.ones(1)})
+    assert grouped(["h.0.w", "h.1.w", "h.3.w", "x", "h.2.b"]) == ["h.{0,1,3}.w (3)", "x", "h.2.b"]
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda t: (t.pop("h.4.w.bias"), t.pop("h.5.w.bias")), [r"missing \(2\): h.\{4-5\}.w.bias \(2\)", "missing shard"]),
-        (lambda t: t.update(h_12=torch.ones(1)), [r"unexpected \(1\): h_12"]),
-        (lambda t: t.update(frames=torch.ones(1, 5, 2, 6)), [r"frames is \[1, 5, 2, 6\], expected \[1, 5, 1, 6\]"]),
-        (lambda t: t.update(zeros=torch.ones(5)), [r"zeros is \[5\], expected \[6\]"]),
-        (lambda t: t.update({"x.Wqkv": t.pop("words")}), ["before January 2024"]),
-        (lambda t: (t.clear(), t.update(gate=torch.ones(1))), ["another family"]),
-        (lambda t: [t.update({f"llm.{name}": t.pop(name)}) for name in list(t)], ["'llm'", "another family"]),
-        (lambda t: t.update(words=torch.ones(8, 2)), [r"words is \[8, 2\]"]),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "words"), [
+    (lambda t: (t.pop("h.4.w.bias"), t.pop("h.5.w.bias")), [r"missing \(2\): h.\{4-5\}.w.bias \(2\)", "missing shard"]),
+    (lambda t: t.update(h_12=torch.ones(1)), [r"unexpected \(1\): h_12"]),
+    (lambda t: t.update(frames=torch.ones(1, 5, 2, 6)), [r"frames is \[1, 5, 2, 6\], expected \[1, 5, 1, 6\]"]),
+    (lambda t: t.update(zeros=torch.ones(5)), [r"zeros is \[5\], expected \[6\]"]),
+    (lambda t: t.update({"x.Wqkv": t.pop("words")}), ["before January 2024"]),
+    (lambda t: (t.clear(), t.update(gate=torch.ones(1))), ["another family"]),
+    (lambda t: [t.update({f"llm.{name}": t.pop(name)}) for name in list(t)], ["'llm'", "another family"]),
+    (lambda t: t.update(words=torch.ones(8, 2)), [r"words is \[8, 2\]"]),
+])  # fmt: skip
 def test_misfits_are_named_with_the_likely_cause(ours, spoil, words):
     published = to_published(TABLE, ours)
     spoil(published)
     for word in words:
         with pytest.raises(WeightsError, match=word):
             to_ours(TABLE, published, ours)
-
-
-def test_a_layout_without_a_place(ours):
-    with pytest.raises(WeightsError, match=r"no place for 2 tensors: layers.\{0-1\}.lora_a \(2\)"):
-        to_published(TABLE, ours | {"layers.0.lora_a": torch.ones(1), "layers.1.lora_a": torch.ones(1)})
 
 
 def test_prefixes_move_every_kind_of_entry(ours):
@@ -122,10 +114,6 @@ def test_prefixes_move_every_kind_of_entry(ours):
     assert equal(to_ours(table, old, state), state)
     with pytest.raises(WeightsError, match="unexpected"):
         to_ours(table, published | {"pool.x": torch.ones(1)}, state)
-
-
-def test_names_are_drawn_together():
-    assert grouped(["h.0.w", "h.1.w", "h.3.w", "x", "h.2.b"]) == ["h.{0,1,3}.w (3)", "x", "h.2.b"]
 
 
 class Stack(nn.Module):
