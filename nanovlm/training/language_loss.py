@@ -92,8 +92,8 @@ def can_share(batch, is_image):
 def num_common(batch, is_image, wanted):
     """Words that all rows with a picture write behind it, at equal positions, before any wanted one: int."""
     shows, first = is_image.any(1), int(is_image.sum(1).max())
-    ids, positions, real, late = (x[shows, first:] for x in (batch.ids, batch.positions, batch.segments >= 0, wanted))
-    equal = (ids == ids[:1]).all(0) & (positions == positions[:1]).all(0) & real.all(0) & ~late.any(0)
+    ids, positions, late = (x[shows, first:] for x in (batch.ids, batch.positions, wanted))
+    equal = (ids == ids[:1]).all(0) & (positions == positions[:1]).all(0) & ~late.any(0)
     return int(equal.cumprod(0).sum())
 
 
