@@ -80,7 +80,7 @@ def exam(run):
 def finish(run, tests=None):
     """Held-out tests, samples.png, and what goes into results.json. tests: as `held_out_tests`; None = nano's, all of them."""
     if tests is None:
-        tests = held_out_tests(*[SMOKE_PICTURES] * 2) if run.args.smoke else held_out_tests()
+        tests = held_out_tests(SMOKE_PICTURES, SMOKE_PICTURES) if run.args.smoke else held_out_tests()
     answers = answer_tests(assistant(run), tests)
     samples = pick_samples(tests, answers)
     title = f"held-out pictures, seed {run.args.seed}"

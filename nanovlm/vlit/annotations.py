@@ -162,11 +162,13 @@ def id_of(one, name):
 
 
 def add_image(found, one, key):
+    """A picture of COCO's, with its size in pixels where the file says it."""
     sides = (field({side: 0} | one, side, int) for side in ("width", "height"))
     found.picture(id_of(one, "id"), text_field(one, "file_name"), *sides)
 
 
 def add_caption(found, one, key):
+    """A caption of COCO's."""
     note = Annotation(f"caption/{id_of(one, 'id')}", "caption", text_field(one, "caption"))
     found.picture(id_of(one, "image_id")).annotations.append(note)
 

@@ -1,7 +1,10 @@
 """The eight indicators of the VLIT review (Sec. 4.2.3 and Table 4), each with its exact computation and its cost.
 
-MD: matching degree of picture and response. C: share of correct responses. T: number of tasks. I, R: kinds of
-instructions, of responses. O/G: semantic elements of an instruction. IC: its complexity. B: balance of the tasks.
+    MD    matching degree of picture and response (matching.py)     R    kinds of responses (clustering.py)
+    C     share of correct responses                                O/G  semantic elements of an instruction
+    T     number of tasks (tagging.py)                              IC   complexity of an instruction
+    I     kinds of instructions (clustering.py)                     B    balance of the tasks
+
 A file is read once, in memory that does not grow with it: counters, and random samples of what is measured afterwards.
 What has no encoder, annotations or judge is listed as not measured, never left out.
 
