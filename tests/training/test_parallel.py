@@ -36,6 +36,7 @@ def work(rank, out, flags, last=None):
     many.READ.clear()
     parser = train.make_parser()
     wishes = parser.parse([RECIPE, "--out", str(out), "--threads", "1", *flags])
+    last = None if rank else last  # only who writes the log can read it: to another process a line may be half written
     with open(Path(out).with_suffix(f".{rank}.txt"), "a") as sys.stdout, StopAfter(Path(out), last) as stop:
         run = train.prepare(parser, wishes, train.meet(parser, wishes))
         one = trainer.Trainer(run, stop)

@@ -104,7 +104,7 @@ def test_the_sources_read_on_where_the_stage_before_stopped(tmp_path):
 
 
 class StopAfter(StopRequests):
-    """A request to stop that comes when the log has so many steps."""
+    """A request to stop that comes when the log has so many steps; with `last` None there is none, and nothing is read."""
 
     def __init__(self, out, last):
         super().__init__()
@@ -112,7 +112,9 @@ class StopAfter(StopRequests):
 
     @property
     def requested(self):
-        return Stopped(130, "test") if (self.out / "log.jsonl").exists() and len(losses(self.out)) == self.last else None
+        if self.last is None or not (self.out / "log.jsonl").exists():
+            return None
+        return Stopped(130, "test") if len(losses(self.out)) == self.last else None
 
     @requested.setter
     def requested(self, value):
