@@ -16,11 +16,12 @@ CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "SVE256")
 
 @pytest.fixture
 def this_is(monkeypatch):
-    """Make this machine another one: function of system, processor, its flags, torch's kernels, a GPU's capability."""
-    def change(system, processor, flags, kernels="DEFAULT", capability=None):
+    """Make this machine another: function of system, processor, its flags, torch's kernels, GPU's capability, maker."""
+    def change(system, processor, flags, kernels="DEFAULT", capability=None, maker="AuthenticAMD"):
+        said = {"flags|Features": " ".join(flags), "vendor_id": maker if processor == "x86_64" else ""}
         monkeypatch.setattr(platform, "system", lambda: system)
         monkeypatch.setattr(platform, "machine", lambda: processor)
-        monkeypatch.setattr(machine, "cpuinfo", lambda names: " ".join(flags))
+        monkeypatch.setattr(machine, "cpuinfo", said.get)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
@@ -28,11 +29,12 @@ def this_is(monkeypatch):
 
 
 def test_bfloat16_on_a_cpu_takes_a_processor_that_multiplies_it(this_is):
-    for system, processor, flags, kernels in itertools.product(SYSTEMS, PROCESSORS, FLAGS, CAPABILITIES):
-        this_is(system, processor, flags, kernels)
-        x86 = processor == "x86_64" and kernels == "AVX512" and {"avx512_bf16", "amx_bf16"} & set(flags)
+    units = {"AuthenticAMD": "avx512_bf16", "GenuineIntel": "amx_bf16", "Another": None}  # that are faster than float32
+    for system, processor, flags, kernels, maker in itertools.product(SYSTEMS, PROCESSORS, FLAGS, CAPABILITIES, units):
+        this_is(system, processor, flags, kernels, maker=maker)
+        x86 = processor == "x86_64" and kernels == "AVX512" and units[maker] in flags
         fast = system == "Linux" and (x86 or processor == "aarch64" and "bf16" in flags)
-        assert training_precision("cpu") == ("bfloat16" if fast else "float32"), (system, processor, flags, kernels)
+        assert training_precision("cpu") == ("bfloat16" if fast else "float32"), (system, processor, flags, kernels, maker)
         assert is_fast("float32", "cpu")
 
 
