@@ -11,7 +11,7 @@ from nanovlm.vlm import VLM
 
 BRIDGES = {  # class -> its file, imported where a folder names it
     "LinearProjector": "projector", "MLPProjector": "projector", "PixelShuffleProjector": "projector",
-    "Resampler": "resampler", "Abstractor": "abstractor", "QFormer": "qformer",
+    "WordProjector": "projector", "Resampler": "resampler", "Abstractor": "abstractor", "QFormer": "qformer",
 }  # fmt: skip
 # what building from values of the wrong types may raise
 UNBUILT = (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError)

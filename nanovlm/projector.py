@@ -90,3 +90,33 @@ class PixelShuffleProjector(nn.Module):
         number = tokens.shape[1] // num_frames
         places = resize_positions(sincos_positions(GRID**2, self.output_width, tokens.device), number)
         return tokens + (self.position_scale * places).repeat(num_frames, 1).to(tokens.dtype)
+
+
+class WordProjector(PixelShuffleProjector):
+    """Every square of patches says a few words, and they are the image tokens: the language model reads them as text.
+
+    Of each square an MLP scores `vocabulary` words, `said` times over. An image token is the mean of the words'
+    embeddings by the softmax of the scores, so it lies among words. ALIGN (AlignVLM, arXiv:2502.01341, Sec. 3) takes the
+    mean of all words of the language model; here they are few, and the recipe that names them fills in `words`, their
+    embeddings.
+    """
+
+    def __init__(self, vision_width, output_width, merge, said, vocabulary, hidden_width=256):
+        nn.Module.__init__(self)
+        self.arguments = arguments(locals())
+        self.output_width, self.merge, self.said = output_width, merge, said
+        self.scores = nn.Sequential(nn.Linear(vision_width * merge**2, hidden_width), nn.GELU(),
+                                    nn.Linear(hidden_width, said * vocabulary))
+        self.words = nn.Parameter(0.02 * torch.randn(vocabulary, output_width))
+
+    def num_image_tokens(self, num_patches, num_frames=1):
+        """`said` tokens per square of patches. Raises: as PixelShuffleProjector's."""
+        return super().num_image_tokens(num_patches, num_frames) * self.said
+
+    def say(self, squares):
+        """Scores of the words: float[..., merge^2 * vision_width] -> float[..., said, vocabulary]."""
+        return self.scores(squares).unflatten(-1, (self.said, -1))
+
+    def forward(self, patches, num_frames=1, out=None):
+        """float[M, num_frames * N, vision_width] -> float[M, num_frames * N / merge^2 * said, output_width]."""
+        return (self.say(self.squares(patches, num_frames)).softmax(-1) @ self.words).flatten(1, 2)

@@ -78,17 +78,18 @@ class EasyVQA:
         Args:
           split: "train" or "test".
           kind: "questions"; or "denials", those with "not" or "no", of the pictures where one of them is false (of all,
-            seven in ten are true); or "captions" such as "blue rectangle", made from what the split's answers reveal
-            (not always both); or "names", such a caption and its words alone, each a conversation of its own with the
-            object's centre as region; or "texts", the questions put to such a caption in place of the picture, where it
-            tells both.
+            seven in ten are true); or "balanced", one question each for colour and shape and, with and without "not",
+            one that is answered by yes and one by no; or "captions" such as "blue rectangle", made from what the split's
+            answers reveal (not always both); or "names", such a caption and its words alone, each a conversation of its
+            own with the object's centre as region; or "texts", the questions put to such a caption in place of the
+            picture, where it tells both.
           seed: int, 0 or more; gives the order of every epoch and the sample of questions.
           questions_per_picture: how many questions of each picture a record holds, drawn anew each epoch; None = all.
         Raises: ValueError for a name that does not exist; ImportError or FileNotFoundError, with what to install,
           if the package or its data is missing.
         """
         check_known("unknown split", split, ("train", "test"))
-        check_known("unknown kind", kind, ("questions", "denials", "captions", "names", "texts"))
+        check_known("unknown kind", kind, ("questions", "denials", "balanced", "captions", "names", "texts"))
         self.name = f"easy_vqa_{split}"
         self.kind, self.seed, self.questions_per_picture = kind, seed, questions_per_picture
         (questions, answers, image_ids), self.paths = _load(split)
@@ -100,7 +101,7 @@ class EasyVQA:
             if kind == "denials":
                 denials = [one for one in asked if is_denial(one[0])]
                 self.asked[image_id] = denials if "no" in {answer for _, answer in denials} else []
-            elif kind != "questions":
+            elif kind not in ("questions", "balanced"):
                 words = reveal(asked)
                 self.captions[image_id] = caption_of(*words)
                 if kind == "texts" and None in words:
@@ -125,6 +126,12 @@ class EasyVQA:
             kinds = ("name",) * len(asked)
         else:
             asked = self.asked[image_id]
+            if self.kind == "balanced":
+                sorts = {}
+                for question, answer in asked:
+                    sort = kind_of(answer), answer == "yes", is_denial(question)
+                    sorts.setdefault(sort, []).append((question, answer))
+                asked = [pick(rng, sort) for sort in sorts.values()]
             if self.questions_per_picture is not None and self.questions_per_picture < len(asked):
                 asked = [asked[i] for i in rng.permutation(len(asked))[: self.questions_per_picture]]
             kinds = tuple(kind_of(answer) for _, answer in asked)

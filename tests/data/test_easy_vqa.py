@@ -162,3 +162,16 @@ def test_denials_are_of_pictures_where_one_is_false():
     found = [source.record(n) for n in range(len(source))]
     assert {one.id: {tuple(turn.text for turn in turns) for turns in one.conversations} for one in found} == expected
     assert 0.3 < len(expected) / len(everything) < 0.6 and found[0].visuals and set(found[0].kinds) == {"yes_no"}
+
+
+def test_balanced_asks_one_question_of_each_sort():
+    everything, source = EasyVQA("test"), EasyVQA("test", kind="balanced", seed=3)
+    questions = {record.id: {(turns[0].text, turns[1].text) for turns in record.conversations}
+                 for record in map(everything.record, range(1000))}
+    sort = lambda one: (kind_of(one[1]), one[1], bool({"not", "no"} & set(one[0][:-1].split())))
+    for record in map(source.record, range(200)):
+        asked = [(turns[0].text, turns[1].text) for turns in record.conversations]
+        assert set(asked) <= questions[record.id] and record.kinds == tuple(kind_of(answer) for _, answer in asked)
+        assert sorted(map(sort, asked)) == sorted(set(map(sort, questions[record.id])))
+    few = EasyVQA("test", kind="balanced", questions_per_picture=2)
+    assert max(len(few.record(n).conversations) for n in range(50)) == 2

@@ -7,7 +7,7 @@ import torch
 
 from nanovlm.abstractor import Abstractor
 from nanovlm.adapter import Adapter
-from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector
+from nanovlm.projector import LinearProjector, MLPProjector, PixelShuffleProjector, WordProjector
 from nanovlm.qformer import QFormer
 from nanovlm.resampler import Resampler
 from nanovlm.vlm import VLM
@@ -119,18 +119,31 @@ def test_pixel_shuffle_refuses_a_grid_that_does_not_divide(num_patches):
         PixelShuffleProjector(4, 4, merge=2).num_image_tokens(num_patches)
 
 
+def test_a_square_says_means_of_words():
+    bridge = randomise(WordProjector(5, 7, 2, said=3, vocabulary=4))
+    squares = PixelShuffleProjector(5, 7, 2).squares(patches := torch.randn(2, 2 * 16, 5), 2)
+    tokens = []
+    for square in squares.unbind(1):
+        for scores in bridge.scores(square).split(4, dim=1):
+            chances = scores.exp() / scores.exp().sum(1, keepdim=True)
+            tokens.append(sum(chances[:, n, None] * bridge.words[n] for n in range(4)))
+    close(bridge(patches, 2), torch.stack(tokens, dim=1))
+    assert bridge.num_image_tokens(16, 2) == len(tokens) == 2 * 4 * 3
+
+
 BRIDGES = {  # from the ViT's width 12 to the decoder's 16
     "resampler": lambda: Resampler(12, 16, 3, num_layers=2, num_heads=2, head_width=5, ffn_width=18, max_frames=3),
     "abstractor": lambda: Abstractor(12, 16, num_queries=3, num_layers=2, num_heads=2, ffn_width=18),
     "qformer": lambda: QFormer(12, 16, 8, num_queries=3, num_heads=2, ffn_width=18, cross_attention=(True, False, True)),
     "mlp": lambda: MLPProjector(12, 16),
+    "words": lambda: WordProjector(12, 16, 1, said=2, vocabulary=5),
 }
 
 
 @pytest.mark.parametrize("name", BRIDGES)
 def test_every_bridge_in_a_whole_model(name):
     """Stills and clips of one batch keep apart, as many tokens come out as were announced, every parameter trains."""
-    model = VLM(small_vit(drop_class_token=name == "mlp"), randomise(BRIDGES[name]()), small_decoder())
+    model = VLM(small_vit(drop_class_token=name in ("mlp", "words")), randomise(BRIDGES[name]()), small_decoder())
     pixels, frames = torch.randn(6, 3, 12, 12), torch.tensor([1, 3, 1, 1])
     tokens = model.encode(pixels, frames)
     assert [len(t) for t in tokens] == [model.num_image_tokens(12, f) for f in frames.tolist()]
