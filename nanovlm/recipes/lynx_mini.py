@@ -4,17 +4,18 @@
   bridge   each square of 2 x 2 patches says four words, "small blue ring left": 64 image tokens
   decoder  SmolLM2-135M-Instruct, frozen, with an adapter of width 64 behind every layer          Sec. 2.1
   rows     the 64 image tokens, then the chat as SmolLM2 was taught it, without its system turn   Table 13
-  stages   align on captions, look single things up, then instruct                                Table 8
-  prompts  each question in one of six wordings, and tested in ten others                         Sec. 2.3
+  stages   align on whether a thing is there, look single things up, then instruct                Table 8
+  prompts  each question in one of fourteen wordings, and tested in ten others                    Sec. 2.3
   memory   some rows are what the language model replied to questions about anything before
 
 Lynx, arXiv:2307.02469. Start from `--init language=FOLDER`; nano's tower comes along, or `vision=FOLDER` names another.
 Differs from the paper:
 - image tokens that lie among words in place of the resampler's: the frozen model reads them as it reads text;
+- existence in place of captions comes first: yes or no is learned alone, or, among other questions, hardly at all;
 - no stage raises the resolution or trains the tower, which is taken as nano ends with it;
 - the adapters would write answers about shapes to any question: in place of the paper's texts they rehearse replies;
 - nothing is lower-cased: the language model shall go on answering what it was taught.
-Forgetting is not solved, and one run is all there is: notebooks/RESULTS.md tells what was tried and found.
+Forgetting is not quite solved, and one run is all there is: notebooks/RESULTS.md tells what was tried and found.
 """
 
 import dataclasses
