@@ -22,6 +22,7 @@
 
 # %%
 import copy
+import json
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -33,12 +34,13 @@ from IPython.display import Markdown
 from support import checks, lesson, solutions
 from support.lesson import show_source
 
-from nanovlm import lora
+from nanovlm import lora, recipes
 from nanovlm.adapter import Adapter
 from nanovlm.data.records import Record, Turn
+from nanovlm.data.scene_questions import Scenes
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.lora import LoRALinear
-from nanovlm.recipes import lynx
+from nanovlm.recipes import lynx, lynx_mini_tests, nano_tests
 from nanovlm.training import optimizer
 from nanovlm.training.stages import Stage
 from nanovlm.vlm import IGNORE
@@ -408,6 +410,57 @@ print("LoRA, merged: largest change of a logit {:.1e}; modules left over: {}".fo
 # the model, with its cost at every token: for Lynx, two matrices of 4096 × 2048 behind every second layer.
 
 # %% [markdown]
+# ## 6. A real language model
+#
+# So far the frozen model was ours and knew one thing. The recipe `lynx_mini` freezes SmolLM2-135M-Instruct, which
+# answers questions about anything, and puts an adapter behind each of its 30 layers; nano's tower gives it pictures
+# through a bridge that says a few words of every square. The measurements below were taken once from a trained one
+# (`python notebooks/support/steer_05.py out/lynx_mini`). First, what untrained adapters do to it:
+
+# %%
+real = json.loads((lesson.ROOT / "notebooks" / "results" / "lynx_mini_adapters.json").read_text())
+print(real["made of"])
+for std, divergence in real["fresh"].items():
+    print(f"fresh adapters from N(0, {std}²): KL {divergence:.3f} nats where an answer begins")
+
+# %% [markdown]
+# Then what each adapter writes after training, as a share of what it is given, and what becomes of the model when all
+# of them are turned up from nothing to what they have learned:
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+for (place, shares), color in zip(real["writes"].items(), (lesson.VISION_COLOR, lesson.TEXT_COLOR)):
+    axes[0].plot(real["layers"], [100 * share for share in shares], "o-", color=color, label=place, markersize=4)
+axes[0].set(xlabel="behind layer", ylabel="written, of what it is given (%)", ylim=(0, 18))
+axes[0].legend(frameon=False)
+scales = [one["scale"] for one in real["turned up"]]
+for key, name, color in (("knowledge", "general knowledge", lesson.TEXT_COLOR), ("easy_vqa_test", "easy-VQA", lesson.VISION_COLOR),
+                         ("scenes_new", "new scenes", "#b5443a")):  # fmt: skip
+    axes[1].plot(scales, [100 * one[key] for one in real["turned up"]], "o-", color=color, label=name)
+axes[1].set(xlabel="scale of all adapters", ylabel="right (%)", ylim=(0, 105))
+axes[1].legend(frameon=False)
+plt.show()
+for one in real["turned up"]:
+    print(", ".join(f"{key} {value:.2f}" for key, value in one.items()))
+
+# %% [markdown]
+# At 0 the model is the one it was: it knows what it knew, and says nothing that a test would count. What it sees grows
+# up to full strength. What it forgets, a few facts of a hundred, is forgotten at half of that: turning adapters down
+# after training buys nothing here. They write most behind the first layer, where image tokens come in.
+#
+# The same can be tried here and now with the nano that comes along. Its language model trained beside its adapters:
+
+# %%
+seeing = recipes.load("nano")
+scenes = [Scenes("new", seed=SEED, string_share=0.0).record(n) for n in range(12)]
+for scale in (0.0, 1.0, 10.0):
+    with lynx_mini_tests.scaled(seeing.model, scale):
+        print(f"nano, adapters times {scale}: {nano_tests.shares(nano_tests.ask(seeing, scenes))['all']:.0%} right")
+
+# %% [markdown]
+# Where the layers themselves may learn, adapters are left with nothing to do: nano answers as well without them.
+
+# %% [markdown]
 # ## Solution of the exercise
 
 # %%
@@ -417,7 +470,7 @@ checks.check_silence(solutions.silence)
 # %% [markdown]
 # ## What this lesson did not show
 #
-# - Adapters that read *pictures*. In Lynx the resampler trains along with them; our new habit was made of words.
+# - Adapters that learn to read *pictures*, step by step: section 6 shows what one run left, of one seed.
 # - Whether Lynx's start hurts Lynx. That needs Vicuna's hidden states; the paper does not speak of it.
 # - Which is better at 7 billion parameters, adapters or LoRA: one toy task, two layers, one learning rate.
 # - Where adapters belong: behind every layer, every second, inside the layer as Houlsby et al. place them.

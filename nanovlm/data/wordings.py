@@ -3,22 +3,30 @@
 wordings.json holds for each kind of question how the data sets ask it, as patterns whose groups fill the wordings; some
 wordings to train with; and others, written before anything was trained, for tests alone.
 
+`said_of` tells what stands in the squares of a picture, one word each for size, colour, shape and place.
+
 rehearsal.json holds questions about anything and what SmolLM2-135M-Instruct replied to them before it was touched: a
 model that goes on giving these replies forgets less (arXiv:1606.09282 calls it learning without forgetting).
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
 
 import numpy
 
+from nanovlm.data import easy_vqa
 from nanovlm.data.records import Changed, Record, Turn
-from nanovlm.data.scene_questions import with_article
+from nanovlm.data.scene_questions import REGIONS, with_article
+from nanovlm.data.scenes import COLORS, SHAPES, SIZES
 
 REHEARSAL = json.loads(Path(__file__).with_name("rehearsal.json").read_text())  # [question, reply]
 WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text())
+SAID = (tuple(SIZES), tuple(dict.fromkeys((*COLORS, *easy_vqa.COLORS))), tuple(dict.fromkeys((*SHAPES, *easy_vqa.SHAPES))),
+        tuple(place for row in REGIONS for place in row))  # what a square says of a thing, one of each
+WORDS = "", *itertools.chain(*SAID)  # the first is said where no thing is
 
 
 def reword(question, words, rng):
@@ -45,6 +53,17 @@ def reworded(record, words, seed):
 def diversified(source, seed=0):
     """A source whose questions are asked in the wordings to train with."""
     return Changed(source, lambda source, n: reworded(source.record(n), "train", (seed, n)))
+
+
+def said_of(record, side):
+    """What squares say of the things whose centres are there: {place in a grid: [place in WORDS or -1 = unknown] * 4}."""
+    names, found = {}, {}
+    for (x, y), (*_, name) in zip(record.regions, record.conversations):
+        names.setdefault(int(side * y) * side + int(side * x), []).extend(name.text.partition(" at the ")[::2])
+    for square, told in names.items():
+        words = sorted({*" ".join(told).split(), *told}, key=len)  # "top right" comes behind "right"
+        found[square] = [[-1, *(WORDS.index(word) for word in words if word in kind)][-1] for kind in SAID]
+    return found
 
 
 def remind(source, n):

@@ -19,18 +19,14 @@ Forgetting is not quite solved, and one run is all there is: notebooks/RESULTS.m
 """
 
 import dataclasses
-import itertools
 import math
 
 import torch
 from tqdm import tqdm
 
-from nanovlm.data import easy_vqa
 from nanovlm.data.batching import pixels_of
-from nanovlm.data.scene_questions import REGIONS
-from nanovlm.data.scenes import COLORS, SHAPES, SIZES
 from nanovlm.data.templates import CHATML
-from nanovlm.data.wordings import diversified, rehearsed
+from nanovlm.data.wordings import SAID, WORDS, diversified, rehearsed, said_of
 from nanovlm.decoder import Decoder, LayerOptions
 from nanovlm.projector import WordProjector
 from nanovlm.published.language import llama_config
@@ -83,21 +79,7 @@ STAGES = (
     stage("instruct", RATES, {"scenes": 3, "easy_vqa": 2, "rehearsal": 4}, 240, 9,
           summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
 )  # fmt: skip
-SAID = (tuple(SIZES), tuple(dict.fromkeys((*COLORS, *easy_vqa.COLORS))), tuple(dict.fromkeys((*SHAPES, *easy_vqa.SHAPES))),
-        tuple(place for row in REGIONS for place in row))  # what a square says of a thing, one of each
-WORDS = "", *itertools.chain(*SAID)  # the first is said where no thing is
 PICTURES, BATCH, STEPS, SQUARES, RATE = 8000, 100, 1000, 4096, 3e-3  # that the bridge learns its words by
-
-
-def said_of(record, side):
-    """What squares say of the things whose centres are there: {place in a grid: [place in WORDS or -1 = unknown] * 4}."""
-    names, found = {}, {}
-    for (x, y), (*_, name) in zip(record.regions, record.conversations):
-        names.setdefault(int(side * y) * side + int(side * x), []).extend(name.text.partition(" at the ")[::2])
-    for square, told in names.items():
-        words = sorted({*" ".join(told).split(), *told}, key=len)  # "top right" comes behind "right"
-        found[square] = [[-1, *(WORDS.index(word) for word in words if word in kind)][-1] for kind in SAID]
-    return found
 
 
 def begin_with_words(model, tokenizer):

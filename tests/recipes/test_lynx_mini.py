@@ -65,7 +65,7 @@ def test_sizes_of_the_real_one():
     assert number["embedding"] + number["language_model"] == 134_515_008  # SmolLM2-135M's
     adapter = 2 * 576 + 2 * 576 * 64 + 64 + 576 + 1  # norm, down, up, scale
     assert number["adapters"] == 30 * adapter
-    words = len(lynx_mini.WORDS)
+    words = len(wordings.WORDS)
     assert number["bridge"] == 257 * 4 * words + (4 * 128 + 1) * 256 + words * 576 and model.num_image_tokens(64) == 64
     with torch.device("meta"):
         assert number["vision"] == sum(p.numel() for p in nano.build("full", 512).vision.parameters())
@@ -125,7 +125,7 @@ def test_the_bridge_begins_with_the_words_of_what_stands_in_a_square(monkeypatch
     monkeypatch.setattr(lynx_mini, "PICTURES", 1500)
     monkeypatch.setattr(lynx_mini, "STEPS", 250)
     torch.manual_seed(0)
-    words, vision = lynx_mini.WORDS, recipes.load("nano").model.vision
+    words, vision = wordings.WORDS, recipes.load("nano").model.vision
     model = SimpleNamespace(vision=vision, bridge=WordProjector(128, len(words), 2, 4, len(words)),
                             decoder=SimpleNamespace(embedding=torch.nn.Embedding.from_pretrained(torch.eye(len(words)))))
     tokenizer = SimpleNamespace(encode=lambda text: [words.index(text.strip())])
@@ -154,8 +154,8 @@ def test_a_square_says_the_longest_place_and_nothing_of_what_it_is_not_told():
     turns = lambda text: (Turn("user", ("?",)), Turn("assistant", (text,)))
     record = Record("r", (), tuple(map(turns, ("blue ring", "ring", "small ring", "ring at the top right", "brown"))),
                     regions=(*[(0.9, 0.1)] * 4, (0.1, 0.6)))
-    said = {square: [lynx_mini.WORDS[word] if word >= 0 else None for word in words]
-            for square, words in lynx_mini.said_of(record, 4).items()}
+    said = {square: [wordings.WORDS[word] if word >= 0 else None for word in words]
+            for square, words in wordings.said_of(record, 4).items()}
     assert said == {3: ["small", "blue", "ring", "top right"], 8: [None, "brown", None, None]}
 
 
