@@ -13,7 +13,8 @@
 #
 # **Reads**: `nanovlm/adapter.py`, `nanovlm/lora.py`, `nanovlm/decoder.py`, `nanovlm/vlm.py`,
 # `nanovlm/training/optimizer.py`, `nanovlm/training/stages.py`, `nanovlm/recipes/lynx.py`,
-# `nanovlm/data/records.py`
+# `nanovlm/recipes/lynx_mini_tests.py`, `nanovlm/recipes/nano_tests.py`, `nanovlm/data/records.py`,
+# `nanovlm/data/scene_questions.py`
 #
 # Lynx (arXiv:2307.02469) does not touch its language model: 6.7 billion numbers stay frozen, and small networks
 # between the layers learn to read pictures. This lesson counts what trains and what does not, looks at what such
