@@ -1,7 +1,7 @@
 """The questions of scenes and easy-VQA in many wordings (as Lynx does, arXiv:2307.02469, Sec. 2.3).
 
 wordings.json holds for each kind of question how the data sets ask it, as patterns whose groups fill the wordings; some
-wordings to train with; and others, written before anything was trained, for tests alone.
+wordings to train with, and what may stand around them; and others, written before anything was trained, for tests alone.
 
 `said_of` tells what stands in the squares of a picture, one word each for size, colour, shape and place.
 
@@ -20,10 +20,11 @@ import numpy
 from nanovlm.data import easy_vqa
 from nanovlm.data.records import Changed, Record, Turn
 from nanovlm.data.scene_questions import REGIONS, with_article
-from nanovlm.data.scenes import COLORS, SHAPES, SIZES
+from nanovlm.data.scenes import COLORS, SHAPES, SIZES, pick
 
 REHEARSAL = json.loads(Path(__file__).with_name("rehearsal.json").read_text())  # [question, reply]
 WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text())
+AROUND = WORDINGS.pop("around")  # what stands before and behind a question in training, three times in ten each
 SAID = (tuple(SIZES), tuple(dict.fromkeys((*COLORS, *easy_vqa.COLORS))), tuple(dict.fromkeys((*SHAPES, *easy_vqa.SHAPES))),
         tuple(place for row in REGIONS for place in row))  # what a square says of a thing, one of each
 WORDS = "", *itertools.chain(*SAID)  # the first is said where no thing is
@@ -34,8 +35,12 @@ def reword(question, words, rng):
     for kind in WORDINGS.values():
         for pattern in kind["asked"]:
             if found := re.fullmatch(pattern, question):
-                slots, ways = found.groupdict(), kind[words]
-                return ways[rng.integers(len(ways))].format(**slots, a=with_article(slots.get("thing", "")))
+                slots = found.groupdict()
+                text = pick(rng, kind[words]).format(**slots, a=with_article(slots.get("thing", "")))
+                if words != "train":
+                    return text
+                before, behind = (pick(rng, ways) if rng.random() < 0.3 else "" for ways in AROUND)
+                return f"{before} {text} {behind}".strip()
     raise ValueError(f"{question!r} fits no pattern of wordings.json; add its kind there")
 
 

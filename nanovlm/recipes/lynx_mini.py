@@ -5,7 +5,7 @@
   decoder  SmolLM2-135M-Instruct, frozen, with an adapter of width 64 behind every layer          Sec. 2.1
   rows     the 64 image tokens, then the chat as SmolLM2 was taught it, without its system turn   Table 13
   stages   align on whether a thing is there, look single things up, then instruct                Table 8
-  prompts  each question in one of fourteen wordings, and tested in ten others                    Sec. 2.3
+  prompts  each question in one of many wordings, and tested in ten others                        Sec. 2.3
   memory   some rows are what the language model replied to questions about anything before
 
 Lynx, arXiv:2307.02469. Start from `--init language=FOLDER`; nano's tower comes along, or `vision=FOLDER` names another.
@@ -70,13 +70,13 @@ SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name,
     "easy_vqa": lambda seed: nano.EasyVQA(kind="balanced", seed=seed + 1),
 }.items()} | {"rehearsal": lambda seed: rehearsed(nano.Scenes("train", seed=seed + 9))}
 RATES = {"bridge": 1e-4, "adapters": 1.5e-3}  # the bridge knows its words before the first step
-TOLD = dict(warmup_steps=5, max_tokens=192)
+TOLD = dict(warmup_steps=5, max_tokens=192, micro_batch_size=4)
 STAGES = (
     stage("align", RATES, {"scenes_matched": 3, "rehearsal": 3}, 60, 6, schedule="constant",
           summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
-    stage("look", RATES, {"scenes_few": 2, "easy_vqa": 3, "rehearsal": 4}, 80, 9, schedule="constant",
+    stage("look", RATES, {"scenes_few": 2, "easy_vqa": 3, "rehearsal": 5}, 80, 10, schedule="constant",
           summary="look: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
-    stage("instruct", RATES, {"scenes": 3, "easy_vqa": 2, "rehearsal": 4}, 240, 9,
+    stage("instruct", RATES | {"adapters": 1e-3}, {"scenes": 2, "easy_vqa": 3, "rehearsal": 5}, 240, 10,
           summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
 )  # fmt: skip
 PICTURES, BATCH, STEPS, SQUARES, RATE = 8000, 100, 1000, 4096, 3e-3  # that the bridge learns its words by
