@@ -28,6 +28,7 @@ from nanovlm.data.batching import pixels_of
 from nanovlm.data.templates import CHATML
 from nanovlm.data.wordings import SAID, WORDS, diversified, rehearsed, said_of
 from nanovlm.decoder import Decoder, LayerOptions
+from nanovlm.machine import give_back_memory
 from nanovlm.projector import WordProjector
 from nanovlm.published.language import llama_config
 from nanovlm.recipes import folder_of, lynx_mini_tests, nano
@@ -70,7 +71,7 @@ SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name,
     "easy_vqa": lambda seed: nano.EasyVQA(kind="balanced", seed=seed + 1),
 }.items()} | {"rehearsal": lambda seed: rehearsed(nano.Scenes("train", seed=seed + 9))}
 RATES = {"bridge": 1e-4, "adapters": 1.5e-3}  # the bridge knows its words before the first step
-TOLD = dict(warmup_steps=5, max_tokens=192, micro_batch_size=4)
+TOLD = dict(warmup_steps=5, max_tokens=192, micro_batch_size=3)
 STAGES = (
     stage("align", RATES, {"scenes_matched": 3, "rehearsal": 3}, 60, 6, schedule="constant",
           summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
@@ -115,6 +116,7 @@ def begin_with_words(model, tokenizer):
 
 def start(recipe, init, size, seed):
     """The recipe from what stands after --init; if that is a language model alone, the tower is nano's."""
+    give_back_memory()
     parts = {one.partition("=")[0] for one in init}
     if parts == {"language"}:
         init = [*init, f"vision={folder_of('nano')}"]
