@@ -83,12 +83,9 @@ def check_memory(needed, device, what):
 
 
 def give_back_memory():
-    """Let what this process frees go back to the system at once, as pieces of 256 KB and more, where glibc manages it.
-
-    Else its threads keep what they free in pieces, a gigabyte of them where a model of 135M trains.
-    """
+    """Give what this process has freed back to the system; glibc keeps it in pieces, a gigabyte where 135M train."""
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def default_device():

@@ -28,7 +28,6 @@ from nanovlm.data.batching import pixels_of
 from nanovlm.data.templates import CHATML
 from nanovlm.data.wordings import SAID, WORDS, diversified, rehearsed, said_of
 from nanovlm.decoder import Decoder, LayerOptions
-from nanovlm.machine import give_back_memory
 from nanovlm.projector import WordProjector
 from nanovlm.published.language import llama_config
 from nanovlm.recipes import folder_of, lynx_mini_tests, nano
@@ -67,17 +66,17 @@ SOURCES = {name: lambda seed, make=make: diversified(make(seed), seed) for name,
     "scenes_few": lambda seed: nano.Scenes(seed=seed + 4, kind="both", **FEW, weights=nano.ATTRIBUTES | {
         "existence": 2.0, "caption": 0.2, "short_caption": 0.2}),
     "scenes": lambda seed: nano.Scenes(seed=seed + 5, weights=LOOKING, string_share=0.0, max_objects=4,
-                                       questions_per_picture=8),
+                                       questions_per_picture=6),
     "easy_vqa": lambda seed: nano.EasyVQA(kind="balanced", seed=seed + 1),
 }.items()} | {"rehearsal": lambda seed: rehearsed(nano.Scenes("train", seed=seed + 9))}
 RATES = {"bridge": 1e-4, "adapters": 1.5e-3}  # the bridge knows its words before the first step
-TOLD = dict(warmup_steps=5, max_tokens=192, micro_batch_size=3)
+TOLD = dict(warmup_steps=5, max_tokens=192, micro_batch_size=4)
 STAGES = (
     stage("align", RATES, {"scenes_matched": 3, "rehearsal": 3}, 60, 6, schedule="constant",
           summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
-    stage("look", RATES, {"scenes_few": 2, "easy_vqa": 3, "rehearsal": 5}, 80, 10, schedule="constant",
+    stage("look", RATES, {"scenes_few": 2, "easy_vqa": 3, "rehearsal": 5}, 60, 10, schedule="constant",
           summary="look: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
-    stage("instruct", RATES | {"adapters": 1e-3}, {"scenes": 2, "easy_vqa": 3, "rehearsal": 5}, 240, 10,
+    stage("instruct", RATES | {"adapters": 1e-3}, {"scenes": 2, "easy_vqa": 3, "rehearsal": 5}, 200, 10,
           summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
 )  # fmt: skip
 PICTURES, BATCH, STEPS, SQUARES, RATE = 8000, 100, 1000, 4096, 3e-3  # that the bridge learns its words by
@@ -116,7 +115,6 @@ def begin_with_words(model, tokenizer):
 
 def start(recipe, init, size, seed):
     """The recipe from what stands after --init; if that is a language model alone, the tower is nano's."""
-    give_back_memory()
     parts = {one.partition("=")[0] for one in init}
     if parts == {"language"}:
         init = [*init, f"vision={folder_of('nano')}"]
