@@ -125,7 +125,7 @@ def resume_command(arguments):
 
 
 def meet(parser, args):
-    """Meet the other processes, if there are any: parallel.Processes; what this one prints is the main process's to print."""
+    """Meet the other processes, if there are any: processes.Processes; what this one prints is the main process's to print."""
     try:
         processes, args.device = join(args.parallel, args.device, args.shards, args.timeout)
     except ValueError as error:

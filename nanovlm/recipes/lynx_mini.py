@@ -12,6 +12,7 @@ Lynx, arXiv:2307.02469. Start from `--init language=FOLDER`; nano's tower comes 
 Differs from the paper:
 - image tokens that lie among words in place of the resampler's: the frozen model reads them as it reads text;
 - existence in place of captions comes first: yes or no is learned alone, or, among other questions, hardly at all;
+- an adapter of width 64 stands behind every layer, in place of half the model's width behind every second;
 - no stage raises the resolution or trains the tower, which is taken as nano ends with it;
 - the adapters would write answers about shapes to any question: in place of the paper's texts they rehearse replies;
 - nothing is lower-cased: the language model shall go on answering what it was taught.
@@ -74,9 +75,9 @@ TOLD = dict(warmup_steps=5, max_tokens=192, micro_batch_size=4)
 STAGES = (
     stage("align", RATES, {"scenes_matched": 3, "rehearsal": 3}, 60, 6, schedule="constant",
           summary="align: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
-    stage("look", RATES, {"scenes_few": 2, "easy_vqa": 3, "rehearsal": 5}, 60, 10, schedule="constant",
+    stage("look", RATES, {"scenes_few": 2, "easy_vqa": 3, "rehearsal": 6}, 60, 11, schedule="constant",
           summary="look: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
-    stage("instruct", RATES | {"adapters": 1e-3}, {"scenes": 2, "easy_vqa": 3, "rehearsal": 5}, 200, 10,
+    stage("instruct", RATES | {"adapters": 1e-3}, {"scenes": 2, "easy_vqa": 2, "rehearsal": 8}, 160, 12,
           summary="instruct: scenes {scenes_new}, easy-VQA {easy_vqa_test}", **TOLD),
 )  # fmt: skip
 PICTURES, BATCH, STEPS, SQUARES, RATE = 8000, 100, 1000, 4096, 3e-3  # that the bridge learns its words by

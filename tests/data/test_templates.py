@@ -183,7 +183,7 @@ def random_chat(rng):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompt_and_reply_are_the_training_row(tokenizer, name):
-    """At every turn: ids of the prompt + ids of the reply = ids of the row, and exactly the reply is trained last."""
+    """At every turn: ids of the prompt + ids of the reply = ids of the row, with the same labels."""
     rng, template = random.Random(0), TEMPLATES[name]
     for _ in range(60):
         chat = random_chat(rng)

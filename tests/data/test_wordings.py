@@ -9,7 +9,7 @@ import pytest
 from nanovlm.data.easy_vqa import EasyVQA
 from nanovlm.data.records import Record, Turn
 from nanovlm.data.scene_questions import Scenes
-from nanovlm.data.wordings import WORDINGS, diversified, reword, reworded
+from nanovlm.data.wordings import AROUND, WORDINGS, diversified, reword, reworded
 
 CASES = [
     ("what color is the star?", "color", {"star"}), ("what is the cyan shape?", "shape_of", {"cyan"}),
@@ -44,6 +44,15 @@ def test_a_question_keeps_what_it_asks_for(question, kind, said):
         assert "{" not in text and all(one in text for one in said), text
     made = {reword(question, "held_out", numpy.random.default_rng(n)) for n in range(200)}
     assert len(made) == len(WORDINGS[kind]["held_out"]) and question not in made
+
+
+def test_words_stand_around_a_question_in_training_alone():
+    trained, held_out = ([reword("what color is the star?", words, numpy.random.default_rng(n)) for n in range(400)]
+                         for words in ("train", "held_out"))
+    for ways, stands in zip(AROUND, (str.startswith, str.endswith)):
+        assert {way for way in ways for text in trained if stands(text, way)} == set(ways)
+        assert 0.2 < sum(stands(text, tuple(ways)) for text in trained) / 400 < 0.4
+    assert {text.replace("star", "{thing}") for text in held_out} == set(WORDINGS["color"]["held_out"])
 
 
 @pytest.mark.parametrize("source", [Scenes("new", kind="both"), Scenes("reading"), EasyVQA(), EasyVQA("test")], ids=lambda one: one.name)

@@ -15,6 +15,7 @@ from nanovlm.training.checkpoint import replace_tensors
 from ablations import ablate, ablation_exam, ablation_recipe, ablation_report, ablation_runs
 from ablations.ablation_recipe import RECIPE
 from ablations.variants import ABLATIONS, Ablation, Variant
+from nanovlm.recipes import from_file, lynx_mini
 from nanovlm.recipes.nano_tests import Answer
 from nanovlm.training.start import add_lora, build_models, check_stages, choose_stages
 from nanovlm.vlm import Batch
@@ -170,6 +171,14 @@ def test_the_exam_puts_the_same_questions_in_other_ways():
         assert told.conversations == clean.record(n + n % 2).conversations
     assert (noisy.name, len(noisy)) == (clean.name, len(clean))
     assert ablation_recipe.reworded(clean, 1).conversations[0][0].text.startswith("look at the image. ")
+
+
+def test_one_wording_is_the_data_sets_own():
+    recipe = from_file(Path(ablate.__file__).with_name("lynx_mini_one_wording.py"))
+    asked, reminded = recipe.sources["easy_vqa"](0), recipe.sources["rehearsal"](0)
+    own = {question for questions in asked.asked.values() for question, _ in questions}
+    assert {talk[-2].text for n in range(20) for talk in asked.record(n).conversations} <= own
+    assert reminded.record(0) == lynx_mini.SOURCES["rehearsal"](0).record(0) and recipe.sources.keys() == lynx_mini.SOURCES.keys()
 
 
 def test_descriptions_become_history(monkeypatch):
