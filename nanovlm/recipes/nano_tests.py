@@ -123,7 +123,7 @@ def assistant(run):
     return Assistant(run.model, run.tokenizer, run.template_of(last), size, last.image_fit, run.recipe.preprocessing)
 
 
-def ask(assistant, records, blank=False, progress=lambda number: None, max_new_tokens=12, batch_size=256):
+def ask(assistant, records, blank=False, progress=lambda number: None, max_new_tokens=12, batch_size=None):
     """Let a model answer the last question of every conversation, greedily: list of Answer, in their order.
 
     Args:
@@ -131,8 +131,10 @@ def ask(assistant, records, blank=False, progress=lambda number: None, max_new_t
       records: iterable of Record, read as the answers are made; conversations end with a question and the true answer.
       blank: True shows grey in place of every picture, so that only the questions can help.
       progress: function called with the number of conversations newly answered, as tqdm's `update`.
-      batch_size: prompts that run together; eight batches are sorted together, and hold their pictures in memory.
+      batch_size: prompts that run together, None = 256, fewer in a wide model for the memory of their keys and values;
+        eight batches are sorted together, and hold their pictures in memory.
     """
+    batch_size = batch_size or min(256, 2**15 // assistant.model.decoder.config.width)
     asked = ((record, place) for record in records for place in range(len(record.conversations)))
     answers, grey = [], Image.new("RGB", (assistant.image_size,) * 2, (128, 128, 128))
     while chunk := list(itertools.islice(asked, 8 * batch_size)):
