@@ -1,5 +1,6 @@
 """nano's tests: asking and counting what is right, the exam, zero-shot recognition, and the sheet pixel by pixel."""
 
+import dataclasses
 import warnings
 
 import numpy
@@ -102,6 +103,15 @@ def test_pictures_are_encoded_once(assistant, blank, frames):
     assistant.model.encode = lambda pixels, counts: counted.append(len(pixels)) or encode(pixels, counts)
     ask(assistant, records(), blank, batch_size=3)
     assert sum(counted) == frames
+
+
+@pytest.mark.parametrize("width, together", [(32, 256), (128, 256), (576, 56)])
+def test_a_wide_model_is_asked_fewer_questions_at_a_time(assistant, monkeypatch, width, together):
+    sizes = []
+    monkeypatch.setattr(nano_tests, "reply", lambda *_, batch_size: sizes.append(batch_size) or ["red"] * 9)
+    monkeypatch.setattr(assistant.model.decoder, "config", dataclasses.replace(assistant.model.decoder.config, width=width))
+    ask(assistant, records())
+    assert sizes == [together]
 
 
 def test_progress_counts_conversations_chunk_by_chunk_and_records_are_read_as_needed(assistant):
