@@ -7,7 +7,6 @@ multiply it in their AMX tiles: where a virtual machine hides these, avx512_bf16
 The choice follows what the machine says of itself, so it is the same every time.
 """
 
-import ctypes
 import platform
 import re
 from pathlib import Path
@@ -80,12 +79,6 @@ def check_memory(needed, device, what):
     if free is not None and needed > free:
         raise ValueError(f"{what} take {needed / 1e9:,.1f} GB, and {device} has {free / 1e9:,.1f} GB free; take a "
                          "smaller model or type (--dtype bfloat16), train fewer parts (--lora 8), or a larger machine")
-
-
-def give_back_memory():
-    """Give what this process has freed back to the system; glibc keeps it in pieces, a gigabyte where 135M train."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def default_device():

@@ -1,6 +1,6 @@
 """How lynx_mini is judged: nano's tests of pictures, two in other words too, and what the language model still knows.
 
-No picture has a string, which 16 image tokens could not tell. The held-out wordings are those that no stage trains
+No picture has a string, which its image tokens do not tell. The held-out wordings are those that no stage trains
 (wordings.json). Knowledge is a hundred short questions that have nothing to do with pictures: before (the adapters add
 nothing), after, and after beside a picture that does not matter.
 """

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from nanovlm.data.batching import Report
-from nanovlm.machine import give_back_memory
 from nanovlm.training import checkpoint, optimizer
 from nanovlm.training.diagnostics import Watch
 from nanovlm.training.optimizer import lr_factor
@@ -93,7 +92,6 @@ class Trainer:
     def begin(self, index, saved):
         """Make a stage ready: picture size, frozen parts, optimizers, data; then restore what was saved, if it was."""
         run, stage = self.run, self.run.stages[index]
-        give_back_memory()  # of what was loaded and measured before
         lay_out(run, stage)
         if stage.copy_vision_branch:
             run.model.copy_vision_branch()
